@@ -1,0 +1,64 @@
+"""finemoe: train, compare, inspect and sample fine-grained mixture-of-experts language models.
+
+The public names are resolved on first use, so that importing the package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from finemoe.checkpoint.run_state import load_model
+    from finemoe.core.errors import FinemoeError
+    from finemoe.model.config import ModelConfig
+    from finemoe.model.transformer import Transformer
+    from finemoe.studies.compare import Comparison, compare
+    from finemoe.text import Tokenizer
+    from finemoe.training.run import Run, resume, train
+
+_HOME = {
+    "Comparison": "finemoe.studies.compare",
+    "FinemoeError": "finemoe.core.errors",
+    "ModelConfig": "finemoe.model.config",
+    "Run": "finemoe.training.run",
+    "Tokenizer": "finemoe.text",
+    "Transformer": "finemoe.model.transformer",
+    "compare": "finemoe.studies.compare",
+    "load_model": "finemoe.checkpoint.run_state",
+    "resume": "finemoe.training.run",
+    "train": "finemoe.training.run",
+}
+
+__all__ = [  # noqa: RUF022 - grouped by what one does with them
+    "Comparison",
+    "FinemoeError",
+    "ModelConfig",
+    "Run",
+    "Tokenizer",
+    "Transformer",
+    "compare",
+    "load_model",
+    "load_tokenizer",
+    "resume",
+    "train",
+]
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a run directory, or a `tokenizer.json`.
+
+    Raises:
+        DataError: there is none, or it is not byte-level.
+    """
+    from finemoe.text import Tokenizer
+
+    return Tokenizer.load(path)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'finemoe' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""`python -m finemoe` is the `finemoe` command."""
+
+from finemoe.cli.main import main
+
+main()

@@ -1,0 +1,293 @@
+"""The figures of a comparison: loss against tokens, FLOPs and seconds, final losses, pairs, the paper's, expert load.
+
+Each function takes the `results` of `finemoe compare` and returns an altair chart, or None where it has nothing to show.
+Losses are in nats per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import altair as alt
+
+from finemoe.charts import theme
+from finemoe.charts.numbers import clean, finite, fixed
+from finemoe.charts.records import (
+    curve,
+    load_records,
+    loss_window,
+    mean_curves,
+    paper_differences,
+    spread,
+    unit_for,
+)
+from finemoe.charts.words import Results, arm_names, by_loss, interval_name, known_pairs, loss, stat
+
+Against = Literal["tokens", "flops", "seconds"]
+AXES: Mapping[Against, str] = {
+    "tokens": "training tokens",
+    "flops": "training compute",
+    "seconds": "wall-clock training time",
+}
+HEIGHT = 340
+LOSS = "validation loss (nats per token)"
+HOTTEST = 4.0  # a load of four times uniform or more has the last colour: a hotter outlier would flatten the rest
+
+
+def figures(results: Results) -> dict[str, Any]:
+    """Every figure that `results` can fill, by file name."""
+    made: dict[str, Any] = {f"loss_{axis}": loss_curves(results, axis) for axis in AXES}
+    made |= {"final_loss": final_losses(results), "pairs": pair_differences(results)}
+    panels, heat = paper_panels(results), load_maps(results)
+    made["paper"] = alt.hconcat(*(panel.properties(width=260) for panel in panels), spacing=36) if panels else None
+    made["load"] = alt.vconcat(*heat.values(), spacing=28) if heat else None
+    return {name: chart for name, chart in made.items() if chart is not None}
+
+
+def save_figures(results: Results, folder: Path) -> list[Path]:
+    """Write every figure as SVG and PNG on white into `folder`; return the paths."""
+    return theme.save(figures(results), folder)
+
+
+# ---- loss curves ----
+
+
+def loss_curves(results: Results, against: Against) -> alt.LayerChart | None:
+    """Mean loss over seeds against `against`, with the range of the seeds as a band and the names at the right."""
+    results = clean(results)
+    curves = mean_curves(results, against)
+    window = loss_window(curves)
+    if window is None:
+        return None
+    names = list(arm_names(results).values())
+    size, unit = unit_for(max(point["x"] for points in curves.values() for point in points), against)
+    points = [point | {"x": point["x"] / size} for arm in curves.values() for point in arm]
+    ends = _ends(points, window)
+    y_scale = alt.Scale(domain=list(window), zero=False, nice=False)
+    x = alt.X("x:Q", title=f"{AXES[against]} ({unit})", scale=alt.Scale(nice=False, zero=True))
+    y = alt.Y("loss:Q", title=LOSS, scale=y_scale)
+    color = theme.arm_color(names)
+    # Ctrl with the wheel (a pinch is the same event) leaves plain scrolling to the page.
+    zoom = alt.selection_interval(bind="scales", zoom="wheel![event.ctrlKey || event.metaKey]")
+    lines = theme.base(points)
+    tooltip = [
+        alt.Tooltip("arm:N"),
+        alt.Tooltip("x:Q", title=unit, format=".4~g"),
+        alt.Tooltip("loss:Q", format=".4f"),
+        alt.Tooltip("low:Q", title="lowest seed", format=".4f"),
+        alt.Tooltip("high:Q", title="highest seed", format=".4f"),
+    ]
+    band = lines.mark_area(opacity=0.18, clip=True).encode(x, alt.Y("low:Q", scale=y_scale), alt.Y2("high:Q"), color)
+    mean = lines.mark_line(strokeWidth=2.2, clip=True).encode(x, y, color, theme.arm_dash(names)).add_params(zoom)
+    hover = lines.mark_point(size=90, opacity=0, filled=True, clip=True).encode(x, y, tooltip=tooltip)
+    chart = alt.layer(band, mean, *_end_labels(ends, names, x, y_scale), hover)
+    longest = max(len(end["arm"]) for end in ends)
+    return chart.properties(
+        width=theme.WIDTH - 8 * longest,
+        height=HEIGHT,
+        padding={"left": 4, "top": 8, "bottom": 4, "right": 28 + 7 * longest},
+        description=f"{LOSS} against {AXES[against]}. At the end: {_in_words(ends)}.",
+    )
+
+
+def _ends(points: Sequence[Mapping[str, Any]], window: tuple[float, float]) -> list[dict[str, Any]]:
+    """The last point of each arm inside the window, and where its label goes without touching another."""
+    last = {point["arm"]: dict(point) for point in points}
+    ends = [end for end in last.values() if window[0] <= end["loss"] <= window[1]] or list(last.values())
+    gap = 15 * (window[1] - window[0]) / HEIGHT
+    labels = spread([end["loss"] for end in ends], gap, window)
+    return [end | {"label": label} for end, label in zip(ends, labels, strict=True)]
+
+
+def _end_labels(ends: Sequence[Mapping[str, Any]], names: Sequence[str], x: alt.X, y_scale: alt.Scale) -> list[Any]:
+    marks = theme.base(ends)
+    color, right = theme.arm_color(names), alt.value("width")
+    label_y = alt.Y("label:Q", scale=y_scale)
+    # Zoomed out of sight, a label would float over the page: it goes when its place leaves the axis.
+    inside = "datum.label >= domain('y')[0] && datum.label <= domain('y')[1]"
+    visible = alt.condition(inside, alt.value(1), alt.value(0))
+    level = alt.Y("loss:Q", scale=y_scale)
+    reach = marks.mark_rule(strokeWidth=1, opacity=0.55, clip=True).encode(x, level, x2=right, color=color)
+    leader = marks.mark_rule(strokeWidth=1).encode(
+        x=right, x2=alt.value(alt.expr("width + 12")), y=level, y2="label:Q", color=color, opacity=visible
+    )
+    dot = marks.mark_point(size=64, filled=True, opacity=1, clip=True).encode(x, level, color, theme.arm_shape(names))
+    text = marks.mark_text(align="left", baseline="middle").encode(
+        x=alt.value(alt.expr("width + 16")), y=label_y, text="arm:N", opacity=visible
+    )
+    return [reach, leader, dot, text]
+
+
+def _in_words(ends: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{end['arm']} {fixed(end['loss'])}" for end in sorted(ends, key=lambda end: end["loss"]))
+
+
+# ---- final losses and pairs ----
+
+
+def final_losses(results: Results) -> alt.LayerChart | None:
+    """Final loss of each arm, best on top: marker at the mean, bar for the interval, small ticks for the seeds."""
+    results = clean(results)
+    names, order = arm_names(results), by_loss(results)
+    if not order:
+        return None
+    rows, seeds = [], []
+    for arm in order:
+        value = stat(results["arms"][arm], "validation_loss")
+        shown = {"arm": names[arm], "loss": value["mean"], "low": value.get("low"), "high": value.get("high")}
+        rows.append(shown | {"text": fixed(value["mean"])})
+        seeds += [{"arm": names[arm], "loss": seed} for seed in value.get("seeds") or [] if seed is not None]
+    numbers = [row[key] for row in [*rows, *seeds] for key in ("loss", "low", "high") if row.get(key) is not None]
+    pad = 0.08 * (max(numbers) - min(numbers)) or 0.05
+    x_scale = alt.Scale(domain=[min(numbers) - pad, max(numbers) + pad], nice=False)
+    x = alt.X("loss:Q", title=LOSS, scale=x_scale)
+    y = alt.Y("arm:N", title=None, scale=alt.Scale(domain=[names[arm] for arm in order]), axis=_ROW_AXIS)
+    color = theme.arm_color(list(names.values()))
+    marks = theme.base(rows)
+    tooltip = [
+        alt.Tooltip("arm:N"),
+        alt.Tooltip("loss:Q", title="mean", format=".4f"),
+        alt.Tooltip("low:Q", format=".4f"),
+        alt.Tooltip("high:Q", format=".4f"),
+    ]
+    low = alt.X("low:Q", title=LOSS, scale=x_scale)
+    bar = marks.mark_rule(strokeWidth=2.4).encode(low, y, alt.X2("high:Q"), color)
+    bar = bar.transform_filter("datum.low !== null")
+    each = theme.base(seeds).mark_tick(thickness=1.5, size=13, opacity=0.65).encode(x, y, color)
+    dot = marks.mark_point(size=80, filled=True, opacity=1).encode(
+        x, y, color, theme.arm_shape(list(names.values())), tooltip=tooltip
+    )
+    text = marks.mark_text(dy=-13).encode(x, y, text="text:N")
+    return alt.layer(bar, each, dot, text).properties(
+        width=theme.WIDTH - 120,
+        height=alt.Step(38),
+        description=f"Final {LOSS}: " + ", ".join(f"{row['arm']} {row['text']}" for row in rows) + ".",
+    )
+
+
+_ROW_AXIS = alt.Axis(grid=True, ticks=False, domain=False, labelLimit=170, labelPadding=8)
+
+
+def pair_differences(results: Results) -> alt.LayerChart | None:
+    """Difference in loss of each tested pair with its interval. Filled markers are decided, hollow ones are not."""
+    results = clean(results)
+    names = arm_names(results)
+    rows = []
+    for pair in known_pairs(results):
+        if finite(pair.get("difference")) is None:
+            continue
+        decided = pair.get("verdict") in ("better", "worse")
+        rows.append({
+            "pair": f"{names[pair['a']]} − {names[pair['b']]}", "difference": pair["difference"],
+            "low": pair.get("low"), "high": pair.get("high"), "decided": "decided" if decided else "undecided",
+            "text": f"{names[pair['a']]} − {names[pair['b']]}: {fixed(pair['difference'])}",
+        })  # fmt: skip
+    if not rows:
+        return None
+    title = "difference in validation loss (nats per token)"
+    x = alt.X("difference:Q", title=title, scale=alt.Scale(zero=True))
+    y = alt.Y("pair:N", title=None, axis=None, scale=alt.Scale(domain=[row["pair"] for row in rows]))
+    marks = theme.base(rows)
+    zero = theme.base([{"difference": 0}]).mark_rule(strokeDash=[4, 3]).encode(x)
+    low = alt.X("low:Q", scale=alt.Scale(zero=True), title=title)
+    bar = marks.mark_rule(strokeWidth=2.4, yOffset=8).encode(low, y, alt.X2("high:Q"))
+    bar = bar.transform_filter("datum.low !== null")
+    tooltip = [alt.Tooltip("pair:N"), *(alt.Tooltip(f"{k}:Q", format=".4f") for k in ("difference", "low", "high"))]
+    dots = [
+        marks.transform_filter(f"datum.decided === '{decided}'")
+        .mark_point(size=80, filled=filled, opacity=1, strokeWidth=2, yOffset=8)
+        .encode(x, y, tooltip=tooltip)
+        for decided, filled in (("decided", True), ("undecided", False))
+    ]
+    text = marks.mark_text(align="left", dy=-9).encode(y, x=alt.value(2), text="text:N")
+    return alt.layer(zero, bar, *dots, text).properties(
+        width=theme.WIDTH - 20,
+        height=alt.Step(38),
+        description=f"Paired {title}: " + "; ".join(f"{row['text']}, {row['decided']}" for row in rows) + ".",
+    )
+
+
+# ---- the paper's figures beside ours ----
+
+
+def paper_panels(results: Results) -> list[alt.LayerChart]:
+    """Two panels with one row an arm: the paper's Pile loss, and our loss, each as difference from the same baseline.
+
+    Empty unless at least two arms name a figure of the paper (DeepSeekMoE, arXiv 2401.06066, Tables 1 and 8).
+    """
+    results = clean(results)
+    baseline, rows = paper_differences(results)
+    if not rows:
+        return []
+    names = list(arm_names(results).values())
+    order = [row["arm"] for row in sorted(rows, key=lambda row: row["paper"])]
+    panels = []
+    for field, title in (("paper", "The paper: Pile test loss"), ("ours", "This run: validation loss")):
+        minus = f"nats per token, minus {baseline}"
+        x = alt.X(f"{field}:Q", title=minus, scale=alt.Scale(zero=True), axis=_FEW_TICKS)
+        y = alt.Y("arm:N", title=None, scale=alt.Scale(domain=order), axis=_ROW_AXIS)
+        marks = theme.base(rows)
+        color = theme.arm_color(names)
+        zero = theme.base([{field: 0}]).mark_rule(strokeDash=[4, 3]).encode(x)
+        dot = marks.mark_point(size=80, filled=True, opacity=1).encode(x, y, color, theme.arm_shape(names))
+        text = marks.mark_text(dy=-13).encode(x, y, text=alt.Text(f"{field}:Q", format="+.3f"))
+        layers = [zero, dot, text]
+        if field == "ours":
+            low = alt.X("low:Q", scale=alt.Scale(zero=True), title=minus)
+            bar = marks.mark_rule(strokeWidth=2.4).encode(low, y, alt.X2("high:Q"), color)
+            layers.insert(1, bar.transform_filter("datum.low !== null"))
+        said = ", ".join(f"{row['arm']} {row[field]:+.3f}" for row in rows)
+        panel = alt.layer(*layers).properties(title=title, width=320, height=alt.Step(38))
+        panels.append(panel.properties(description=f"{title}, difference from {baseline}: {said}."))
+    return panels
+
+
+_FEW_TICKS = alt.Axis(tickCount=4)
+
+
+# ---- expert load ----
+
+
+def load_maps(results: Results) -> dict[str, alt.Chart]:
+    """Arm -> layer x expert map of load relative to uniform; one colour scale for all arms, the first shows it."""
+    results = clean(results)
+    names = arm_names(results)
+    records = {arm: load_records(record.get("load")) for arm, record in results["arms"].items()}
+    records = {arm: rows for arm, rows in records.items() if rows}
+    hottest = max((row["relative"] for rows in records.values() for row in rows), default=1.0)
+    top = min(max(2.0, hottest), HOTTEST)
+    maps: dict[str, alt.Chart] = {}
+    for arm, rows in records.items():
+        layers = max(row["layer"] for row in rows)
+        experts = max(row["expert"] for row in rows) + 1
+        scale = alt.Scale(domain=[0, top], domainMid=1, clamp=True)
+        title = "load ÷ uniform load" + (f" (last colour: {HOTTEST:g} or more)" if hottest > top else "")
+        legend = alt.Legend(title=title, orient="top", gradientLength=220, values=[0, 1, *range(2, int(top) + 1)])
+        every = max(1, experts // 16)
+        axis = alt.Axis(labelAngle=0, values=list(range(0, experts, every)), labelOverlap=True)
+        maps[arm] = (
+            theme.base(rows)
+            .mark_rect()
+            .encode(
+                alt.X("expert:O", title="routed expert", axis=axis, scale=alt.Scale(paddingInner=0.06)),
+                alt.Y("layer:O", title="MoE layer", axis=alt.Axis(labelOverlap=True), scale=alt.Scale(paddingInner=0.06)),
+                alt.Color("relative:Q", scale=scale, legend=None if maps else legend),
+                tooltip=[
+                    alt.Tooltip("layer:O"),
+                    alt.Tooltip("expert:O"),
+                    alt.Tooltip("fraction:Q", title="share of the load", format=".2%"),
+                    alt.Tooltip("relative:Q", title="÷ uniform", format=".2f"),
+                ],
+            )
+            .properties(
+                title=names[arm],
+                width=theme.WIDTH - 60,
+                height=alt.Step(22 if layers <= 12 else 12),
+                description=f"{names[arm]}: load of {experts} routed experts in {layers} MoE layers, "
+                f"between {fixed(min(r['relative'] for r in rows), 2)} and "
+                f"{fixed(max(r['relative'] for r in rows), 2)} times uniform.",
+            )
+        )
+    return maps

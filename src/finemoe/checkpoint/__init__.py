@@ -1,0 +1,1 @@
+"""Floor 2: what a run leaves on disk and how it is opened again."""

@@ -1,0 +1,173 @@
+"""Crash-safe checkpoints of a run, and opening the model of one.
+
+A checkpoint is a folder `checkpoints/step-00000100` with `model.safetensors`, `optimizer.safetensors`, `state.json`,
+`config.json`, and `manifest.json` with the size and SHA-256 of the others. It is written under another name, synced,
+and renamed: under its own name it is always complete. The last few are kept, and a damaged one is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finemoe.checkpoint.files import sha256, storage_error, sync
+from finemoe.core.config import parse
+from finemoe.core.errors import CheckpointError
+from finemoe.core.logs import logger
+from finemoe.model.config import Kernels, ModelConfig
+from finemoe.model.transformer import Transformer
+
+MODEL, OPTIMIZER, STATE, CONFIG, MANIFEST = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.json",
+    "manifest.json",
+)
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """All that a bit-exact resume needs."""
+
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    """JSON-able: step, tokens, loader position, random state ..."""
+    config: str
+    """The run's resolved config.json."""
+
+
+def save(checkpoints: Path, step: int, run: RunState, keep: int) -> Path:
+    """Write the checkpoint of `step`, then remove all but the last `keep`.
+
+    Raises:
+        RunError: the disk is full or unwritable; earlier checkpoints are untouched.
+    """
+    final = checkpoints / f"step-{step:08d}"
+    fresh = checkpoints / f".writing-{os.getpid()}"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        _write(fresh, run)
+        if final.exists():  # written before, by a run that was resumed from an earlier step
+            shutil.rmtree(final)
+        fresh.rename(final)
+        sync(checkpoints)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise storage_error(final, error if isinstance(error, OSError) else OSError(str(error))) from error
+    for old in _folders(checkpoints)[keep:]:
+        shutil.rmtree(old)
+    for stale in checkpoints.glob(".writing-*"):  # left by a killed process
+        shutil.rmtree(stale)
+    return final
+
+
+def _write(folder: Path, run: RunState) -> None:
+    for name, tensors in ((MODEL, run.model), (OPTIMIZER, run.optimizer)):
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, folder / name)
+    (folder / STATE).write_text(json.dumps(run.state), encoding="utf-8")
+    (folder / CONFIG).write_text(run.config, encoding="utf-8")
+    files = {name: folder / name for name in (MODEL, OPTIMIZER, STATE, CONFIG)}
+    for path in files.values():
+        sync(path)
+    entries = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": entries}, indent=2), encoding="utf-8")
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def load_latest(checkpoints: Path) -> RunState:
+    """The newest checkpoint whose checksums hold; a damaged one is named in the log and passed over.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folders = _folders(checkpoints)
+    for folder in folders:
+        damage = find_damage(folder)
+        if damage is None:
+            return RunState(
+                model=load_file(folder / MODEL),
+                optimizer=load_file(folder / OPTIMIZER),
+                state=json.loads((folder / STATE).read_text(encoding="utf-8")),
+                config=(folder / CONFIG).read_text(encoding="utf-8"),
+            )
+        logger.warning("%s is damaged (%s): trying the one before", folder, damage)
+    found = f"all {len(folders)} are damaged" if folders else "there is none"
+    raise CheckpointError(f"{checkpoints}: no checkpoint to open, {found}; start the run again")
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder; None when every size and checksum holds."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, entry in manifest["files"].items():
+            path = folder / name
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+            if sha256(path) != entry["sha256"]:
+                return f"{name} does not have its recorded checksum"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} is unreadable: {error}"
+    return None
+
+
+def _folders(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    if not checkpoints.is_dir():
+        return []
+    found = {int(match[1]): path for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def load_model(path: str | os.PathLike[str], kernels: Kernels | None = None) -> Transformer:
+    """The model of a run directory (its newest undamaged checkpoint), or of one checkpoint folder, in eval mode.
+
+    Raises:
+        CheckpointError: not a run, nothing undamaged, or weights that do not fit the configuration.
+    """
+    path = Path(path)
+    folders = [path] if (path / MANIFEST).exists() else _folders(path / "checkpoints")
+    if not folders:
+        raise CheckpointError(f"{path}: neither a run directory nor a checkpoint (no checkpoints/step-* in it)")
+    for folder in folders:
+        damage = find_damage(folder)
+        if damage is None:
+            return _open(folder, kernels)
+        logger.warning("%s is damaged (%s)", folder, damage)
+    raise CheckpointError(f"{path}: every checkpoint is damaged")
+
+
+def _open(folder: Path, kernels: Kernels | None) -> Transformer:
+    raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    model = Transformer(parse(ModelConfig, raw["model"], str(folder / CONFIG)), kernels)
+    load_weights(model, load_file(folder / MODEL), str(folder))
+    return model.eval()
+
+
+def load_weights(model: Transformer, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Fill `model`; every tensor is used and none is missing.
+
+    Raises:
+        CheckpointError: naming the keys or shapes that do not fit.
+    """
+    try:
+        model.load_state_dict(dict(tensors), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source}: the weights do not fit the configuration: {error}") from error

@@ -1,0 +1,1 @@
+"""Floor 6: the command line, one file a verb. Heavy imports happen inside the verbs: --help is quick."""

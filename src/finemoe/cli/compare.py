@@ -1,0 +1,62 @@
+"""`finemoe compare`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finemoe.cli.output import Json, Out, Overrides, Quiet, print_json, print_rich
+
+
+def compare(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RECIPE]", help="A TOML recipe; default: the built-in comparison.", show_default=False
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train several designs at matched compute and report which is better, and how surely.
+
+    Without a recipe: Dense, Hash Layer, Switch, GShard and DeepSeekMoE at a size that two CPU
+    cores manage. Every arm sees the same tokens in the same order. Losses come with confidence
+    intervals.
+
+    \b
+    Examples:
+      finemoe compare --out runs/comparison
+      finemoe compare --set training.tokens=500_000
+
+    The directory then holds report.html, results.json, results.csv and figures/.
+    """
+    from finemoe.core.logs import console
+    from finemoe.studies.compare import compare as run_comparison
+
+    comparison = run_comparison(recipe, out=out, overrides=overrides or (), quiet=quiet)
+    directory = comparison.directory
+    if as_json:
+        print_json(comparison.results)
+    elif comparison.results:
+        from finemoe.studies.tables import comparison_table
+
+        print_rich(comparison_table(comparison.results))
+    if comparison.interrupted:
+        again = ["finemoe", "compare", *([str(recipe)] if recipe else []), "--out", str(directory)]
+        again += [word for override in overrides or () for word in ("--set", override)]
+        text = f"Interrupted; what is finished is kept. Go on with: {shlex.join(again)}"
+        console().print(text, markup=False, soft_wrap=True)
+        raise typer.Exit(130)
+    if not as_json:
+        typer.echo(
+            f"\nRead  {directory / 'report.html'} (opens offline in a browser)\n"
+            f"Data  {directory / 'results.json'}, {directory / 'results.csv'}\n"
+            f"Plots {directory / 'figures'}/\n\n"
+            "Next: more tokens (--set training.tokens=...) or more seeds narrow the intervals."
+        )

@@ -1,0 +1,254 @@
+"""`finemoe generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finemoe.cli.output import Json, print_json
+
+if TYPE_CHECKING:
+    from finemoe.generation import Engine, SamplingConfig, Sequence
+    from finemoe.text.tokenizer import Tokenizer
+
+
+def generate(
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="A run directory, or one checkpoint in it.", show_default=False),
+    ],
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; repeatable.")
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option("--file", metavar="FILE", help='A prompt a line, or .jsonl with "prompt"; - is stdin.'),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to add.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw among the K most probable tokens.", metavar="K")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the fewest tokens that reach P.", metavar="P")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue prompts with a trained model.
+
+    One prompt streams as it is written; several run together, and each gets the text that it
+    would get alone. With --json: a list of prompt, completion, finish_reason ("length" or
+    "stop"), tokens (ids) and logprobs (nats, under the model itself).
+
+    \b
+    Examples:
+      finemoe generate runs/tiny --prompt "def main(" --temperature 0.8 --top-p 0.95
+      finemoe generate runs/tiny --file prompts.txt --json > completions.json
+    """
+    from finemoe.core.config import parse
+    from finemoe.generation import SamplingConfig
+
+    sampling = parse(
+        SamplingConfig,
+        {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+            "max_new_tokens": max_new_tokens,
+        },
+        "finemoe generate",
+    )
+    texts = _read_prompts(prompts or [], file)
+    engine, tokenizer = _open(directory)
+    ids = [tuple(tokenizer.encode(text)) for text in texts]
+    _say_what_is_odd(ids, sampling, directory)
+    started = time.monotonic()
+    if len(texts) == 1 and not as_json:
+        sequences = [_stream(engine, tokenizer, texts[0], ids[0], sampling)]
+    else:
+        sequences = _complete(engine, ids, sampling)
+        _print(texts, sequences, tokenizer, as_json)
+    _say_speed(sequences, time.monotonic() - started)
+
+
+def _read_prompts(prompts: list[str], file: str | None) -> list[str]:
+    """Prompts of the options, then those of the file.
+
+    Raises:
+        ConfigError: there are none.
+        DataError: an unreadable file, or text that is not Unicode.
+    """
+    from finemoe.core.errors import ConfigError, DataError
+
+    texts = [*prompts, *(_read_file(file) if file is not None else [])]
+    if not texts:
+        raise ConfigError('nothing to continue: give --prompt "..." or --file FILE')
+    for number, text in enumerate(texts, 1):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"prompt {number} is not valid Unicode: {error.reason}") from error
+    return texts
+
+
+def _read_file(name: str) -> list[str]:
+    from finemoe.core.errors import DataError
+    from finemoe.core.logs import logger
+
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--file {name}: cannot be read: {error}") from error
+    numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    blank = text.rstrip("\n").count("\n") + 1 - len(numbered) if text.strip() else 0
+    if blank:
+        logger.warning("--file %s: %d blank lines are not prompts and were skipped", name, blank)
+    if not numbered:
+        raise DataError(f"--file {name}: no prompt in it; write one a line")
+    if not name.endswith(".jsonl"):
+        return [line.removesuffix("\r") for _, line in numbered]
+    return [_prompt_of(line, f"--file {name}, line {number}") for number, line in numbered]
+
+
+def _prompt_of(line: str, source: str) -> str:
+    from finemoe.core.errors import DataError
+
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{source}: not JSON: {error}") from error
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    if not isinstance(prompt, str):
+        raise DataError(f'{source}: needs {{"prompt": "text"}}')
+    return prompt
+
+
+def _open(directory: Path) -> tuple[Engine, Tokenizer]:
+    """The model on the fastest device here, and its tokenizer.
+
+    Raises:
+        FinemoeError: neither a run nor a checkpoint, or one whose tokenizer is another's.
+    """
+    import torch
+
+    from finemoe.checkpoint.run_state import load_model
+    from finemoe.core.errors import RunError
+    from finemoe.generation import Engine
+    from finemoe.text.tokenizer import FILE_NAME, Tokenizer
+
+    model = load_model(directory).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = Tokenizer.load(_beside(directory, FILE_NAME))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise RunError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids and the model {model.config.vocab_size}: "
+            "they do not belong together"
+        )
+    return Engine(model, end_of_text_id=tokenizer.end_of_text_id, vocab_size=tokenizer.vocab_size), tokenizer
+
+
+def _beside(directory: Path, name: str) -> Path:
+    """The file `name` of a run; `directory` may be a checkpoint, two folders below it."""
+    candidates = [directory / name, *(parent / name for parent in directory.resolve().parents[:2])]
+    return next((path for path in candidates if path.exists()), candidates[0])
+
+
+def _say_what_is_odd(ids: list[tuple[int, ...]], sampling: SamplingConfig, directory: Path) -> None:
+    """Empty prompts, and sequences longer than any seen in training. Nothing is ever truncated."""
+    from finemoe.core.logs import logger
+
+    for number, prompt in enumerate(ids, 1):
+        if not prompt:
+            logger.warning("prompt %d is empty: the model begins a text of its own", number)
+    try:
+        config = json.loads(_beside(directory, "config.json").read_text(encoding="utf-8"))
+        trained = int(config["data"]["sequence_length"])
+    except (OSError, ValueError, KeyError, TypeError):  # only a hint hangs on it
+        return
+    longest = max(len(prompt) for prompt in ids) + sampling.max_new_tokens
+    if longest > trained:
+        logger.warning(
+            "prompt and completion may reach %d tokens; the model was trained on %d and gets worse beyond. "
+            "Nothing is cut off",
+            longest,
+            trained,
+        )
+
+
+def _stream(
+    engine: Engine, tokenizer: Tokenizer, text: str, ids: tuple[int, ...], sampling: SamplingConfig
+) -> Sequence:
+    """Write the prompt and its completion to stdout, token by token."""
+    from finemoe.generation import Request
+
+    engine.submit(Request(ids, sampling))
+    _write(text, bold=True)
+    decoder = tokenizer.decoder()
+    for event in engine.events():
+        if event.sequence.finish_reason != "stop":
+            _write(decoder.push(event.token_id))
+    _write(decoder.finish() + "\n")
+    return event.sequence
+
+
+def _complete(engine: Engine, ids: list[tuple[int, ...]], sampling: SamplingConfig) -> list[Sequence]:
+    """Complete all prompts, with progress on stderr."""
+    from finemoe.core.logs import progress
+
+    order = engine.submit_all(ids, sampling)
+    done: dict[int, Sequence] = {}
+    with progress("generating", len(ids), "prompts") as advance:
+        for event in engine.events():
+            if event.sequence.finish_reason is not None:
+                done[event.sequence.id] = event.sequence
+                advance(1)
+    return [done[i] for i in order]
+
+
+def _print(texts: list[str], sequences: list[Sequence], tokenizer: Tokenizer, as_json: bool) -> None:
+    records: list[dict[str, Any]] = [
+        {
+            "prompt": text,
+            "completion": tokenizer.decode(sequence.text_ids),
+            "finish_reason": sequence.finish_reason,
+            "tokens": sequence.completion,
+            "logprobs": sequence.logprobs,
+        }
+        for text, sequence in zip(texts, sequences, strict=True)
+    ]
+    if as_json:
+        print_json(records)
+        return
+    for number, record in enumerate(records, 1):
+        _write(f"--- {number} of {len(records)}\n")
+        _write(record["prompt"], bold=True)
+        _write(record["completion"] + "\n")
+
+
+def _write(text: str, bold: bool = False) -> None:
+    """To stdout at once. On a terminal without control characters, which a model may write and a terminal obeys."""
+    if sys.stdout.isatty():
+        text = "".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text)
+        text = typer.style(text, bold=True) if bold and text else text
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say_speed(sequences: list[Sequence], seconds: float) -> None:
+    from finemoe.core.logs import logger
+
+    tokens = sum(len(sequence.completion) for sequence in sequences)
+    stopped = sum(sequence.finish_reason == "stop" for sequence in sequences)
+    if len(sequences) == 1:
+        ending = "ended by the model" if stopped else "ended by --max-new-tokens"
+    else:
+        ending = f"{stopped} of {len(sequences)} ended by the model, the rest by --max-new-tokens"
+    logger.info(
+        "%d tokens in %.1f s (%.0f tokens/s), %s", tokens, seconds, tokens / max(seconds, 1e-9), ending
+    )

@@ -1,0 +1,130 @@
+"""The `finemoe` command: its verbs, and what happens when one fails.
+
+Exit status: 0 done, 1 output closed early, 2 a mistake the user can mend, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from finemoe.cli.compare import compare
+from finemoe.cli.generate import generate
+from finemoe.cli.presets import presets
+from finemoe.cli.resume import resume
+from finemoe.cli.size import size
+from finemoe.cli.train import train
+from finemoe.core.errors import FinemoeError
+
+
+class Verbs(TyperGroup):
+    """Accepts --debug anywhere on the line, and turns a user's mistake into one message."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Move --debug to the front, where the group looks for it."""
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:
+            args = ["--debug", *(arg for arg in args[:end] if arg != "--debug"), *args[end:]]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb.
+
+        Raises:
+            typer.Exit: 2 after a FinemoeError or an unusable file, 130 after Ctrl-C.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say("interrupted", ctx.params["debug"])
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise
+        except (FinemoeError, OSError) as error:
+            _say(str(error), ctx.params["debug"])
+            raise typer.Exit(2) from error
+
+
+def _say(message: str, debug: bool) -> None:
+    from rich.text import Text
+
+    from finemoe.core.logs import console
+
+    if debug:
+        traceback.print_exc()
+    console().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+app = typer.Typer(
+    name="finemoe",
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
+)
+for verb in (train, resume, generate, compare, size, presets):
+    app.command()(verb)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"finemoe {version('finemoe')}")
+        raise typer.Exit
+
+
+@app.callback()
+def finemoe(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show more, and the traceback of an error.")] = False,
+) -> None:
+    """Train, compare, inspect and sample fine-grained mixture-of-experts language models.
+
+    \b
+    A first quarter of an hour:
+      finemoe presets                          which models there are
+      finemoe size tiny-moe deepseek-moe-16b   parameters, FLOPs and cache
+      finemoe train recipes/tiny.toml --out runs/tiny
+      finemoe generate runs/tiny --prompt "def main("
+      finemoe compare --out runs/comparison    dense, hash, Switch, GShard, DeepSeekMoE
+
+    Results go to stdout, everything else to stderr. `finemoe VERB --help` explains a verb.
+    """
+    from finemoe.core import logs
+
+    logs.set_up(debug=debug)
+
+
+def main() -> None:
+    """The console script; ends the process with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a model writes any character; no terminal is to fail on one
+            stream.reconfigure(errors="replace")
+    try:
+        app(prog_name="finemoe")
+    except SystemExit as end:
+        sys.exit(_flushed(end.code))
+
+
+def _flushed(status: Any) -> Any:
+    """`status`, or 1 where the reader of stdout has gone: found out here and not in the interpreter's last breath."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return status or 1
+    return status

@@ -1,0 +1,84 @@
+"""What several verbs print, and the options they share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one value of the recipe, such as training.tokens=200_000; repeatable.",
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default: a new folder in runs/.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+
+def print_json(value: Any) -> None:
+    """`value` on stdout; what is not finite becomes null, for which JSON has a name."""
+    from finemoe.charts.numbers import clean
+
+    sys.stdout.write(json.dumps(clean(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def print_rich(*renderables: Any) -> None:
+    """Tables and text for people, on stdout."""
+    from rich.console import Console
+
+    screen = Console(highlight=False)
+    for renderable in renderables:
+        screen.print(renderable)
+
+
+def report_run(run: Any, as_json: bool) -> None:
+    """Print the summary of a `finemoe.training.run.Run`.
+
+    Raises:
+        typer.Exit: 130 when it was interrupted, after saying how to go on.
+    """
+    from rich.markup import escape
+
+    from finemoe.charts.numbers import count
+    from finemoe.core.logs import console
+
+    if as_json:
+        print_json({"directory": str(run.directory), "interrupted": run.interrupted, **run.summary})
+    if run.interrupted:
+        directory = escape(str(run.directory))
+        console().print(
+            f"Interrupted, nothing is lost. Go on with: finemoe resume {directory}", soft_wrap=True
+        )
+        raise typer.Exit(130)
+    if as_json:
+        return
+    summary = run.summary
+    total, active = count(summary["total_parameters"]), count(summary["active_parameters"])
+    print_rich(
+        f"Validation loss   [bold]{summary['final_validation_loss']:.4f}[/bold] nats per token",
+        f"Training loss     {summary['final_training_loss']:.4f}",
+        f"Parameters        {total}, {active} active",
+        f"Trained on        {count(summary['tokens'])} tokens in {summary['steps']:,} steps",
+        f"Time              {duration(summary['seconds'])}, {count(summary['tokens_per_second'])} tokens/s",
+    )
+    typer.echo(f"Directory         {run.directory}")
+    typer.echo(f'\nNext: finemoe generate {run.directory} --prompt "..."')
+
+
+def duration(seconds: float) -> str:
+    """3.2 s, 4 min 10 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,145 @@
+"""Configuration: frozen pydantic models, TOML recipes, dotted overrides, errors that suggest the key you meant."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from finemoe.core.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, complete, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def union_of(configs: Iterable[type[Config]]) -> Any:
+    """The union of a table's configurations, told apart by their `kind`."""
+    members = tuple(configs)
+    if len(members) == 1:
+        return members[0]
+    return Annotated[typing.Union[members], Field(discriminator="kind")]  # noqa: UP007 - built from a table
+
+
+def parse(config: type[ConfigT], data: Mapping[str, Any], source: str) -> ConfigT:
+    """Validate `data` as `config`.
+
+    Raises:
+        ConfigError: names every offending field, its value, `source`, and the key that was probably meant.
+    """
+    try:
+        return config.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(config, detail) for detail in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(dict.fromkeys(lines))) from error
+
+
+def _explain(config: type[BaseModel], detail: Any) -> str:
+    location = detail["loc"]
+    name = ".".join(str(part) for part in location) or config.__name__
+    if detail["type"] == "extra_forbidden":
+        known = sorted(_fields_beside(config, location))
+        return f"unknown key `{name}`{did_you_mean(str(location[-1]), known)}"
+    if detail["type"] == "missing":
+        return f"`{name}` is required and missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    value = detail.get("input")
+    shown = "" if isinstance(value, (Mapping, list, tuple, BaseModel)) else f" (got {value!r})"
+    return f"`{name}`: {message}{shown}"
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """', did you mean `x`?' when something close exists, else the list of what exists."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f", did you mean `{close[0]}`?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def _fields_beside(config: type[BaseModel], location: Sequence[Any]) -> set[str]:
+    """Field names that would have been valid where `location` ends."""
+    here = [config]
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        inner = [m for c in here if part in c.model_fields for m in _models_in(c.model_fields[part].annotation)]
+        # A discriminated union adds its tag to the location: keep the member with that tag.
+        tagged = [c for c in here if "kind" in c.model_fields and c.model_fields["kind"].default == part]
+        here = inner or tagged or here
+    return {name for c in here for name in c.model_fields}
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: when it does not exist, is not text, or is not TOML (with line and column).
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such recipe") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable TOML file: {error}") from error
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid on top, table by table. A table of another `kind` replaces instead of merging."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        same_kind = isinstance(old, Mapping) and isinstance(value, Mapping) and (
+            "kind" not in value or value["kind"] == old.get("kind", value["kind"])
+        )
+        merged[key] = merge(old, value) if same_kind else value  # type: ignore[arg-type]
+    return merged
+
+
+def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply `a.b.c=value` overrides. Values are TOML where they parse as TOML, else plain strings.
+
+    Raises:
+        ConfigError: for an override without `=` or with an empty key.
+    """
+    merged = dict(data)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = [part.strip() for part in key.split(".")]
+        if not equals or not all(parts):
+            raise ConfigError(f"--set {override!r}: write it as a.b.c=value")
+        value = _toml_value(text.strip())
+        for part in reversed(parts):
+            value = {part: value}
+        merged = merge(merged, value)
+    return merged
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def to_json(config: BaseModel) -> str:
+    """The resolved configuration as indented JSON; `config.model_validate_json` reads it back."""
+    return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"

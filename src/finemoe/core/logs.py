@@ -1,0 +1,96 @@
+"""What people see (rich, on stderr) and what programs read (JSON Lines).
+
+Results go to stdout, everything else to stderr, so that output can be piped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger("finemoe")
+_PLAIN_INTERVAL = 15.0  # seconds between lines when nobody watches a terminal
+
+
+def console() -> Console:
+    """The console for people: stderr, plain when piped."""
+    return Console(stderr=True, highlight=False)
+
+
+def set_up(*, debug: bool = False) -> None:
+    """Send `finemoe` log records to stderr. Called by the command line; a library user configures logging alone."""
+    handler = RichHandler(console=console(), show_path=debug, show_time=debug, show_level=True, markup=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.propagate = False
+
+
+@contextmanager
+def progress(description: str, total: int | None, unit: str = "") -> Iterator[Callable[[int], None]]:
+    """Yield `advance(n)`. A bar with ETA on a terminal; on a pipe one line every 15 seconds; nothing under 2 seconds."""
+    screen = console()
+    if not screen.is_terminal:
+        yield _plain_progress(description, total, unit)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    with Progress(*columns, TextColumn(unit), TimeRemainingColumn(), console=screen, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def _plain_progress(description: str, total: int | None, unit: str) -> Callable[[int], None]:
+    started = last = time.monotonic()
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last < _PLAIN_INTERVAL:
+            return
+        last = now
+        left = f", {(now - started) * (total - done) / done:.0f} s left" if total and done else ""
+        logger.info("%s: %s%s %s%s", description, done, f"/{total}" if total else "", unit, left)
+
+    return advance
+
+
+class JsonLines:
+    """An append-only JSON Lines file, flushed a record at a time so that a killed process loses at most one line."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record."""
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Every complete record of a JSON Lines file; a last line cut off by a kill is left out."""
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                if line.endswith("\n"):
+                    raise
+    return records

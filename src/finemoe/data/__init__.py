@@ -1,0 +1,34 @@
+"""Floor 2: documents to TokenBatch. `prepare` does all of it; the rest is for those who want a part."""
+
+from finemoe.data.batch import TokenBatch
+from finemoe.data.corpora import (
+    CORPORA,
+    FilesCorpus,
+    HuggingFaceCorpus,
+    MixtureCorpus,
+    MixturePart,
+    StdlibCorpus,
+    read_corpus,
+)
+from finemoe.data.documents import Document, SkipReport
+from finemoe.data.loader import Loader, TokenShards, TokenSource
+from finemoe.data.pipeline import DataConfig, PreparedData, prepare
+
+__all__ = [
+    "CORPORA",
+    "DataConfig",
+    "Document",
+    "FilesCorpus",
+    "HuggingFaceCorpus",
+    "Loader",
+    "MixtureCorpus",
+    "MixturePart",
+    "PreparedData",
+    "SkipReport",
+    "StdlibCorpus",
+    "TokenBatch",
+    "TokenShards",
+    "TokenSource",
+    "prepare",
+    "read_corpus",
+]

@@ -1,0 +1,64 @@
+"""TokenBatch: what every way of training consumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import accumulate
+
+import torch
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rows of tokens with what to predict; every tensor is `[batch, seq]`.
+
+    `targets[b, s]` is the token that should follow `tokens[b, s]`: already shifted. A weight of 0 means no
+    loss there.
+    """
+
+    tokens: torch.Tensor
+    """int64 input ids."""
+    targets: torch.Tensor
+    """int64 ids to predict; always valid ids, even where the weight is 0."""
+    weights: torch.Tensor
+    """float32 weight of each target in the loss."""
+    positions: torch.Tensor
+    """int64 position of each token, from 0; restarts with each document when documents are isolated."""
+    documents: torch.Tensor
+    """int64 number of each token's document within its row, from 0; attention stays within a document."""
+
+    def __post_init__(self) -> None:
+        shapes = {field.name: tuple(getattr(self, field.name).shape) for field in fields(self)}
+        if len(set(shapes.values())) != 1 or self.tokens.dim() != 2:
+            raise ValueError(f"every tensor of a TokenBatch must be [batch, seq], got {shapes}")
+
+    @property
+    def num_sequences(self) -> int:
+        """Rows in the batch."""
+        return self.tokens.shape[0]
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """The same batch on `device`."""
+        return TokenBatch(*(tensor.to(device, non_blocking=True) for tensor in self._tensors()))
+
+    def rows(self, start: int, stop: int) -> TokenBatch:
+        """Rows `start` to `stop`, as views."""
+        return TokenBatch(*(tensor[start:stop] for tensor in self._tensors()))
+
+    def split(self, sizes: Sequence[int]) -> list[TokenBatch]:
+        """Consecutive parts of the given numbers of rows, which must add up to all of them."""
+        if sum(sizes) != self.num_sequences:
+            raise ValueError(f"sizes {list(sizes)} do not add up to {self.num_sequences} rows")
+        stops = list(accumulate(sizes))
+        return [self.rows(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+
+    @staticmethod
+    def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
+        """All rows of `batches`, in order."""
+        return TokenBatch(
+            *(torch.cat(column) for column in zip(*(b._tensors() for b in batches), strict=True))
+        )
+
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.tokens, self.targets, self.weights, self.positions, self.documents

@@ -1,0 +1,245 @@
+"""Where documents come from. A corpus is one config class with two reading methods and a line in a table."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias
+
+from pydantic import Field
+
+from finemoe.core.config import Config, union_of
+from finemoe.core.errors import DataError
+from finemoe.data.documents import Document, SkipReport, falls_within, hash_order, unique
+from finemoe.data.formats import TextFile, read_file, record_document
+
+Side = Literal["train", "validation"]
+
+
+class Corpus(Protocol):
+    """A source of documents."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in `CORPORA`."""
+
+    def documents(self, report: SkipReport) -> Iterator[Document]:
+        """Its documents, in an order that depends on nothing but the corpus."""
+
+    def validation_documents(self, report: SkipReport) -> Iterator[Document] | None:
+        """Documents kept for validation; None when a share of `documents` is to be set aside."""
+
+
+class StdlibCorpus(Config):
+    """The standard library of the running Python: on every machine, and big enough to learn from."""
+
+    kind: Literal["stdlib"] = "stdlib"
+    include_tests: bool = False
+    """Also read the libraries' test folders."""
+    max_bytes: Annotated[int, Field(gt=0)] | None = None
+    """Read only files of about this many bytes in all, drawn evenly over the packages."""
+
+    def documents(self, report: SkipReport) -> Iterator[Document]:
+        """One document a file, by path; its domain is the top-level package or module."""
+        root = Path(sysconfig.get_paths()["stdlib"])
+        for name in self._names(root):
+            domain = name.split("/")[0].removesuffix(".py")
+            yield from read_file(TextFile(root / name, name, domain, "text", None), report)
+
+    def validation_documents(self, report: SkipReport) -> None:
+        """A share of `documents` is set aside."""
+
+    def _names(self, root: Path) -> list[str]:
+        left_out = {"site-packages", "dist-packages", "__pycache__"}
+        left_out |= set() if self.include_tests else {"test", "tests", "idle_test"}
+        names = []
+        for folder, folders, files in os.walk(root):
+            folders[:] = [name for name in folders if name not in left_out]  # installed packages can be huge
+            inside = Path(folder).relative_to(root)
+            names += [(inside / name).as_posix() for name in files if name.endswith(".py")]
+        names.sort()
+        if not names:
+            raise DataError(
+                f"{root}: the standard library has no .py files here; use a corpus of kind `files`"
+            )
+        if self.max_bytes is None:
+            return names
+        chosen, total = [], 0
+        for name in hash_order("stdlib", names):
+            total += (root / name).stat().st_size
+            if total > self.max_bytes:
+                break
+            chosen.append(name)
+        return sorted(chosen)
+
+
+class FilesCorpus(Config):
+    """Text files, JSON Lines and Parquet, plain or compressed: files, folders and glob patterns."""
+
+    kind: Literal["files"] = "files"
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Files, folders (read whole, hidden files left out) and globs, relative to the current directory."""
+    text_field: str = "text"
+    """The field or column of a record that holds its text."""
+    domain_field: str | None = None
+    """The field or column that holds its domain; without it the folder or file name is the domain."""
+    validation_paths: tuple[str, ...] = ()
+    """Validate on these files and split nothing."""
+
+    def documents(self, report: SkipReport) -> Iterator[Document]:
+        """One document a text file or record, by file name, then in the file's own order."""
+        return self._read(self.paths, report)
+
+    def validation_documents(self, report: SkipReport) -> Iterator[Document] | None:
+        """The documents of `validation_paths`, when there are any."""
+        return self._read(self.validation_paths, report) if self.validation_paths else None
+
+    def _read(self, patterns: tuple[str, ...], report: SkipReport) -> Iterator[Document]:
+        found: dict[Path, str] = {}  # by resolved path: a file that two patterns name is read once
+        for pattern in patterns:
+            for path, name in _find(pattern):
+                found.setdefault(path.resolve(), name)
+        for path, name in sorted(found.items(), key=lambda item: (item[1], item[0])):
+            folders = name.split("/")[:-1]
+            # Beneath a folder that was named, its first sub-folder tells texts apart; else the folder, else
+            # the file.
+            domain = folders[min(1, len(folders) - 1)] if folders else name.split(".")[0]
+            yield from read_file(TextFile(path, name, domain, self.text_field, self.domain_field), report)
+
+
+def _find(pattern: str) -> Iterator[tuple[Path, str]]:
+    """Files behind one pattern, each with a name that does not say where the data lies on this machine."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        for file in path.rglob("*"):
+            inside = file.relative_to(path)
+            if file.is_file() and not any(part.startswith(".") for part in inside.parts):
+                yield file, (Path(path.resolve().name) / inside).as_posix()
+    elif path.exists():
+        yield path, path.name
+    elif glob.has_magic(pattern):
+        parts = path.parts
+        fixed = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
+        files = [Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()]
+        if not files:
+            raise DataError(f"corpus path {pattern}: the pattern matches no file in {Path.cwd()}")
+        for file in files:
+            yield file, file.relative_to(fixed).as_posix()
+    else:
+        raise DataError(
+            f"corpus path {pattern}: no such file or folder (relative paths start at {Path.cwd()})"
+        )
+
+
+class HuggingFaceCorpus(Config):
+    """A dataset of the Hugging Face hub, by name. Needs the `[hf]` extra."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    name: str
+    config: str | None = None
+    """The dataset's configuration, where it has several."""
+    revision: str | None = None
+    """A branch, tag or commit; the newest without it."""
+    split: str = "train"
+    validation_split: str | None = None
+    """Validate on this split of the dataset and split nothing."""
+    text_field: str = "text"
+    domain_field: str | None = None
+    """The column that holds the domain; without it the dataset's name is the domain."""
+
+    def documents(self, report: SkipReport) -> Iterator[Document]:
+        """One document a row, in order."""
+        return self._read(self.split, report)
+
+    def validation_documents(self, report: SkipReport) -> Iterator[Document] | None:
+        """The rows of `validation_split`, when there is one."""
+        return self._read(self.validation_split, report) if self.validation_split else None
+
+    def _read(self, split: str, report: SkipReport) -> Iterator[Document]:
+        try:
+            import datasets
+        except ImportError as error:
+            raise DataError(
+                f"corpus {self.name}: reading the Hugging Face hub needs `pip install 'finemoe[hf]'`"
+            ) from error
+        try:
+            rows = datasets.load_dataset(self.name, self.config, split=split, revision=self.revision)
+        except Exception as error:  # the library raises whatever the network, hub or file format raised
+            raise DataError(f"corpus {self.name}, split {split}: cannot be loaded: {error}") from error
+        name = f"{self.name}/{split}"
+        source = TextFile(Path(name), name, self.name, self.text_field, self.domain_field)
+        for number, row in enumerate(rows, start=1):
+            yield from record_document(row, source, number, f"{name}:{number}", report)
+
+
+SINGLE_CORPORA: dict[str, type[Config]] = {
+    "stdlib": StdlibCorpus,
+    "files": FilesCorpus,
+    "huggingface": HuggingFaceCorpus,
+}
+
+if TYPE_CHECKING:
+    SingleCorpusConfig: TypeAlias = Corpus
+else:
+    SingleCorpusConfig = union_of(SINGLE_CORPORA.values())
+
+
+class MixturePart(Config):
+    """A corpus and its share of the training sequences, relative to the other parts."""
+
+    corpus: SingleCorpusConfig
+    weight: Annotated[float, Field(gt=0)]
+
+
+class MixtureCorpus(Config):
+    """Several corpora; each training sequence comes from one of them, in proportion to the weights."""
+
+    kind: Literal["mixture"] = "mixture"
+    parts: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
+
+
+CORPORA: dict[str, type[Config]] = {**SINGLE_CORPORA, "mixture": MixtureCorpus}
+
+if TYPE_CHECKING:
+    CorpusConfig: TypeAlias = Corpus | MixtureCorpus
+else:
+    CorpusConfig = union_of(CORPORA.values())
+
+
+def parts_of(corpus: CorpusConfig) -> tuple[MixturePart, ...]:
+    """The parts of a mixture; any other corpus is a mixture of one."""
+    if isinstance(corpus, MixtureCorpus):
+        return corpus.parts
+    return (MixturePart(corpus=corpus, weight=1.0),)
+
+
+@dataclass(frozen=True)
+class SplitDocument:
+    """A document with its place: which part of the mixture it is of, and which side of the split it is on."""
+
+    part: int
+    side: Side
+    document: Document
+
+
+def read_corpus(corpus: CorpusConfig, validation_share: float, report: SkipReport) -> Iterator[SplitDocument]:
+    """Every document of `corpus` once, in a fixed order, with its side of the split.
+
+    A document is on the validation side iff the hash of its name falls within `validation_share`, or all of
+    those the corpus names for validation are and no other. A text is kept where it is met first and dropped
+    everywhere after, so no text is in two parts or on both sides. Validation documents that a corpus names
+    are met before its others.
+    """
+    seen: set[bytes] = set()
+    for index, part in enumerate(parts_of(corpus)):
+        validation = part.corpus.validation_documents(report)
+        if validation is not None:
+            for document in unique(validation, seen, report):
+                yield SplitDocument(index, "validation", document)
+        for document in unique(part.corpus.documents(report), seen, report):
+            aside = validation is None and falls_within(validation_share, "validation", document.name)
+            yield SplitDocument(index, "validation" if aside else "train", document)

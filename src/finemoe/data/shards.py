@@ -1,0 +1,144 @@
+"""Token streams on disk: a folder of raw `.bin` files with a `meta.json` that says what they must be.
+
+Streams are memory-mapped, so that a corpus need not fit in memory, and verified whenever they are opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from finemoe.data.cache import DamagedError
+from finemoe.data.loader import TokenArray
+from finemoe.text import Tokenizer
+
+FORMAT_VERSION = 1
+META = "meta.json"
+_BLOCK_CHARS = 1 << 20  # texts are tokenised in blocks of about this size: bounds the memory, fills the cores
+_BLOCK_TEXTS = 1024
+
+
+class TokenWriter:
+    """Writes documents as tokens, to one named stream each, into a folder.
+
+    Every document is followed by the end-of-text id. Ids are uint16 where the vocabulary allows, else uint32.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str], tokenizer: Tokenizer) -> None:
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self._texts: list[str] = []
+        self._places: list[
+            tuple[str, bool]
+        ] = []  # the stream of each text, and whether a document ends with it
+        self._block_chars = 0
+        self._stack = ExitStack()
+        self._files: dict[str, BinaryIO] = {}
+        for name in names:
+            self._files[name] = self._stack.enter_context((folder / _bin(name)).open("wb"))
+        self._hashes = {name: hashlib.sha256() for name in self._files}
+        self._counts = dict.fromkeys(self._files, 0)
+
+    def add(self, name: str, text: str) -> None:
+        """Append a document to the stream `name`."""
+        pieces = list(_pieces(text))
+        for index, piece in enumerate(pieces):
+            self._texts.append(piece)
+            self._places.append((name, index == len(pieces) - 1))
+            self._block_chars += len(piece)
+            if self._block_chars >= _BLOCK_CHARS or len(self._texts) >= _BLOCK_TEXTS:
+                self._write_block()
+
+    def finish(self) -> None:
+        """Write what is left, and `meta.json`."""
+        self._write_block()
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        streams = {
+            name: {"tokens": self._counts[name], "sha256": self._hashes[name].hexdigest()}
+            for name in self._files
+        }
+        meta = {
+            "format": FORMAT_VERSION,
+            "tokenizer_sha256": self._tokenizer.fingerprint(),
+            "vocab_size": self._tokenizer.vocab_size,
+            "dtype": self._dtype.str,
+            "streams": streams,
+        }
+        with open(self._folder / META, "w", encoding="utf-8") as out:
+            json.dump(meta, out, indent=1)
+            out.flush()
+            os.fsync(out.fileno())
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _write_block(self) -> None:
+        for (name, ends), ids in zip(self._places, self._tokenizer.encode_batch(self._texts), strict=True):
+            if ends:
+                ids.append(self._tokenizer.end_of_text_id)
+            data = np.asarray(ids, dtype=self._dtype).tobytes()
+            self._files[name].write(data)
+            self._hashes[name].update(data)
+            self._counts[name] += len(ids)
+        self._texts, self._places, self._block_chars = [], [], 0
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """`text` in pieces of bounded size, cut after a line end where there is one.
+
+    An encoding takes a hundred times the memory of its text; a file of a gigabyte must not be encoded in one
+    go.
+    """
+    start = 0
+    while len(text) - start > _BLOCK_CHARS:
+        cut = text.rfind("\n", start, start + _BLOCK_CHARS) + 1 or start + _BLOCK_CHARS
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _bin(name: str) -> str:
+    return f"{name}.bin"
+
+
+def open_streams(folder: Path) -> dict[str, TokenArray]:
+    """The streams of a token folder, memory-mapped, by name.
+
+    Raises:
+        DamagedError: when version, size or checksum is not as recorded.
+    """
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT_VERSION:
+            raise ValueError(f"format {meta['format']} instead of {FORMAT_VERSION}")
+        dtype = np.dtype(meta["dtype"])
+        return {
+            name: _open_stream(folder / _bin(name), dtype, facts) for name, facts in meta["streams"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{folder}: {error}") from error
+
+
+def _open_stream(path: Path, dtype: np.dtype[Any], facts: dict[str, Any]) -> TokenArray:
+    expected = facts["tokens"] * dtype.itemsize
+    if path.stat().st_size != expected:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes instead of {expected}")
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != facts["sha256"]:
+        raise ValueError(f"{path.name} does not have its recorded checksum")
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype=dtype, mode="r") if expected else np.empty(0, dtype=dtype)

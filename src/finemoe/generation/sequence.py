@@ -1,0 +1,58 @@
+"""Sequence: one prompt and the completion that grows behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from finemoe.core import seeds
+from finemoe.generation.sampling import SamplingConfig
+
+FinishReason = Literal["length", "stop"]
+"""`length`: max_new_tokens reached. `stop`: the model ended the text."""
+
+
+@dataclass
+class Sequence:
+    """State of one request. Its random stream is its own: neighbours do not change its completion."""
+
+    id: int
+    prompt: tuple[int, ...]
+    """Never empty."""
+    sampling: SamplingConfig
+    generator: torch.Generator
+    completion: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """Of each completion token under the model, in nats."""
+    finish_reason: FinishReason | None = None
+    """None while it is still growing."""
+    num_cached: int = 0
+    """Tokens whose keys and values are in the cache."""
+
+    @staticmethod
+    def start(id: int, prompt: tuple[int, ...], sampling: SamplingConfig, repetition: int) -> Sequence:
+        """A fresh sequence. `repetition` gives the n-th request for the same prompt a stream of its own."""
+        stream = seeds.generator(sampling.seed, "sampling", repetition, *prompt)
+        return Sequence(id, prompt, sampling, stream)
+
+    def pending(self, limit: int) -> list[int]:
+        """The next tokens to run through the model: at most `limit` of the prompt, or the last one drawn."""
+        if self.num_cached < len(self.prompt):
+            return list(self.prompt[self.num_cached : self.num_cached + limit])
+        return self.completion[-1:]
+
+    def append(self, token_id: int, logprob: float, end_of_text_id: int | None) -> None:
+        """Take the token that was drawn, and finish where it is the last."""
+        self.completion.append(token_id)
+        self.logprobs.append(logprob)
+        if self.sampling.stop_at_end_of_text and token_id == end_of_text_id:
+            self.finish_reason = "stop"
+        elif len(self.completion) == self.sampling.max_new_tokens:
+            self.finish_reason = "length"
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The completion without the end-of-text token that stopped it."""
+        return self.completion[:-1] if self.finish_reason == "stop" else list(self.completion)

@@ -1,0 +1,1 @@
+"""Floor 1: the model. Pure torch, one device, no files."""

@@ -1,0 +1,113 @@
+"""Grouped-query attention (Ainslie et al., 2023): MHA when every head has its key, MQA when all share one."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from finemoe.core.config import Config
+from finemoe.model.attention.kernels import Attend
+from finemoe.model.rope import rotate, rotation
+
+
+class GroupedQueryConfig(Config):
+    """num_kv_heads = num_heads is MHA, 1 is MQA."""
+
+    kind: Literal["grouped_query"] = "grouped_query"
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    rope_theta: PositiveFloat = 10_000.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: "
+                "every key head must serve the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding pairs components, make it even")
+        return self
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Query, key, value and output projections."""
+        return 2 * hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+
+    def num_parameters_as_multi_head(self, hidden_size: int) -> int:
+        """The same, with a key and a value for every head: how the papers count FLOPs."""
+        return 4 * hidden_size * self.head_dim * self.num_heads
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward FLOPs of scores and mixing for one token, counted without the causal saving: 4 · seq · heads · dim."""
+        return 4 * seq_len * self.num_heads * self.head_dim
+
+    def cache_elements_per_token(self) -> int:
+        """Numbers cached for one token in one layer (V2 Table 1: 2 · n_g · d_h)."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+class GroupedQueryCache:
+    """Keys and values of one layer, `[batch, kv_heads, capacity, head_dim]`.
+
+    Rows are written at each token's position, and a query sees the keys at positions up to its own. So rows of
+    different lengths share a batch: what padding wrote lies beyond the row's positions until it is overwritten.
+    """
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+        self.values = torch.zeros_like(keys)
+
+    def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store `[batch, kv_heads, seq, head_dim]` at `positions [batch, seq]`.
+
+        Returns all keys and values up to the largest position, and the mask `[batch, 1, seq, keys]`.
+        """
+        length = int(positions.max()) + 1
+        if length > self.keys.shape[2]:
+            raise IndexError(f"position {length - 1} is beyond the cache's capacity of {self.keys.shape[2]} tokens")
+        index = positions[:, None, :, None].expand_as(keys)
+        # Under autocast the states are narrower than the weights, and than the cache that took their dtype.
+        self.keys.scatter_(2, index, keys.to(self.keys.dtype))
+        self.values.scatter_(2, index, values.to(self.values.dtype))
+        mask = torch.arange(length, device=positions.device) <= positions[:, None, :, None]
+        return self.keys[:, :, :length].to(keys.dtype), self.values[:, :, :length].to(values.dtype), mask
+
+
+class GroupedQueryAttention(nn.Module):
+    """Causal self-attention with rotary positions and no biases."""
+
+    def __init__(self, config: GroupedQueryConfig, hidden_size: int, attend: Attend) -> None:
+        super().__init__()
+        self.config = config
+        self.attend = attend
+        query_size, key_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, hidden_size, bias=False)
+
+    def new_cache(self, batch: int, capacity: int) -> GroupedQueryCache:
+        """An empty cache in the weights' dtype and device."""
+        shape = (batch, self.config.num_kv_heads, capacity, self.config.head_dim)
+        return GroupedQueryCache(self.k_proj.weight.new_zeros(shape))
+
+    def forward(
+        self, hidden: Tensor, *, positions: Tensor, mask: Tensor | None, cache: GroupedQueryCache | None
+    ) -> Tensor:
+        """`hidden [batch, seq, hidden]`, `positions [batch, seq]`; mask as in `kernels.Attend`, ignored with a cache."""
+        batch, seq, _ = hidden.shape
+        rotary = rotation(positions, self.config.head_dim, self.config.rope_theta)
+        query, key, value = (
+            proj(hidden).view(batch, seq, -1, self.config.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if cache is not None:
+            key, value, mask = cache.update(key, value, positions)
+        mixed = self.attend(query, key, value, mask)
+        output: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, seq, -1))
+        return output

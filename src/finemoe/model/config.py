@@ -1,0 +1,98 @@
+"""ModelConfig: the whole architecture as one frozen value, block by block; ModelRecipe: its compact form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import PositiveFloat, PositiveInt, model_validator
+
+from finemoe.core.config import Config, union_of
+from finemoe.model.attention import AttentionConfig
+from finemoe.model.feed_forward import DenseConfig
+from finemoe.model.moe.layer import MoEConfig
+
+FeedForwardConfig: Any = union_of((DenseConfig, MoEConfig))
+
+
+class BlockConfig(Config):
+    """One transformer block."""
+
+    attention: AttentionConfig
+    feed_forward: FeedForwardConfig
+
+
+class ModelConfig(Config):
+    """Everything that defines a Transformer. Blocks are an explicit list, because pruning makes layers differ."""
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    blocks: tuple[BlockConfig, ...]
+    tie_embeddings: bool = False
+    init_std: PositiveFloat = 0.006
+    """Standard deviation of every weight at the start; 0.006 in the papers, at hidden sizes of 1280 and more."""
+    norm_eps: PositiveFloat = 1e-6
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.blocks:
+            raise ValueError("blocks is empty: a model needs at least one layer")
+        return self
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that route."""
+        return tuple(i for i, block in enumerate(self.blocks) if isinstance(block.feed_forward, MoEConfig))
+
+
+class LeadingBlocks(Config):
+    """The first `count` layers, where they differ from the rest; what is left out is as in the rest."""
+
+    count: PositiveInt
+    attention: AttentionConfig | None = None
+    feed_forward: FeedForwardConfig | None = None
+
+
+class ModelRecipe(Config):
+    """The compact form that presets and recipes use: one block repeated, and what differs at the bottom."""
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    attention: AttentionConfig
+    feed_forward: FeedForwardConfig
+    leading: LeadingBlocks | None = None
+    tie_embeddings: bool = False
+    init_std: PositiveFloat = 0.006
+    norm_eps: PositiveFloat = 1e-6
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.leading is not None and self.leading.count > self.num_layers:
+            raise ValueError(f"leading.count {self.leading.count} is above num_layers {self.num_layers}")
+        return self
+
+
+def expand(recipe: ModelRecipe) -> ModelConfig:
+    """The full ModelConfig of a compact recipe."""
+    block = BlockConfig(attention=recipe.attention, feed_forward=recipe.feed_forward)
+    blocks = [block] * recipe.num_layers
+    if recipe.leading is not None:
+        first = BlockConfig(
+            attention=recipe.leading.attention or recipe.attention,
+            feed_forward=recipe.leading.feed_forward or recipe.feed_forward,
+        )
+        blocks[: recipe.leading.count] = [first] * recipe.leading.count
+    shared: Mapping[str, Any] = {
+        name: getattr(recipe, name) for name in ("vocab_size", "hidden_size", "tie_embeddings", "init_std", "norm_eps")
+    }
+    return ModelConfig(blocks=tuple(blocks), **shared)
+
+
+class Kernels(Config):
+    """How the model is computed; never what it computes."""
+
+    attention: Literal["reference", "sdpa"] = "sdpa"
+    experts: Literal["loop", "sorted_slices"] = "sorted_slices"
+    recompute: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""

@@ -1,0 +1,42 @@
+"""The dense feed-forward layer: SwiGLU (Shazeer, 2020)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finemoe.core.config import Config
+
+
+class DenseConfig(Config):
+    """One SwiGLU for every token. Also the form of "Dense x4" and "Dense x16": the width is a multiple."""
+
+    kind: Literal["dense"] = "dense"
+    ffn_hidden_size: PositiveInt
+    """Intermediate width; the papers' standard is 8/3 of the hidden size."""
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """All weights: gate, up and down projections."""
+        return 3 * hidden_size * self.ffn_hidden_size
+
+    def num_active_parameters(self, hidden_size: int) -> int:
+        """Weights that one token passes through: all of them."""
+        return self.num_parameters(hidden_size)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)), no biases."""
+
+    def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
+        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[..., hidden]` to `[..., hidden]`."""
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return output

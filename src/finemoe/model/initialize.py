@@ -1,0 +1,34 @@
+"""Drawing the first weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from finemoe.core.seeds import generator
+from finemoe.model.moe.routers.hash_layer import HashLayerRouter
+from finemoe.model.norm import RMSNorm
+from finemoe.model.transformer import Transformer
+
+
+@torch.no_grad()
+def initialize(model: Transformer, seed: int, token_frequencies: Tensor | None = None) -> None:
+    """Draw every weight from a normal of `config.init_std`, norms at 1, hash tables from their rule.
+
+    Each tensor has a random stream of its own name: models that share a tensor's name and shape share its first value,
+    whatever else differs, so that arms of a comparison start as alike as they can.
+
+    Args:
+        model: any fresh model.
+        seed: of the run.
+        token_frequencies: [vocab] counts of the training text; needed by balanced hash tables only.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, HashLayerRouter):
+            module.fill_table(generator(seed, "hash", name), token_frequencies)
+        for key, parameter in module.named_parameters(prefix=name, recurse=False):
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(parameter)
+            else:
+                drawn = torch.empty(parameter.shape).normal_(0.0, model.config.init_std, generator=generator(seed, "init", key))
+                parameter.copy_(drawn)

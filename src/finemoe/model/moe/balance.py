@@ -1,0 +1,82 @@
+"""Balance losses. Each takes one decision and the number of sequences, and returns the sum over the sequences.
+
+The sum, not the mean: the trainer divides by the number of sequences in the whole step, so that accumulating
+micro-batches changes nothing. A new loss is a function and a line in BALANCE_TERMS, and a field of BalanceConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor
+
+from finemoe.core.config import Config
+from finemoe.model.moe.decision import RoutingDecision
+
+
+class BalanceConfig(Config):
+    """Coefficients; 0 switches a term off."""
+
+    expert: NonNegativeFloat = 0.0
+    """Expert-level loss, per sequence (DeepSeekMoE eq. 12-14): alpha_1."""
+    device: NonNegativeFloat = 0.0
+    """Device-level loss, per sequence (DeepSeekMoE eq. 15-17): alpha_2."""
+    z: NonNegativeFloat = 0.0
+    """Mean squared logsumexp of the router's logits (ST-MoE)."""
+    num_devices: PositiveInt = 1
+    """Groups of consecutive experts that the device-level loss evens out."""
+
+
+def load_and_importance(decision: RoutingDecision, num_sequences: int) -> tuple[Tensor, Tensor]:
+    """f and P of eq. 13-14, each `[sequences, experts]`: f is 1 and P is 1/experts when all is even."""
+    experts, k = decision.scores.shape[1], decision.expert_ids.shape[1]
+    per_sequence = decision.expert_ids.reshape(num_sequences, -1)
+    selected = decision.scores.new_zeros(num_sequences, experts)
+    selected.scatter_add_(1, per_sequence, torch.ones_like(per_sequence, dtype=selected.dtype))
+    length = per_sequence.shape[1] // k
+    f = selected * (experts / (k * length))
+    return f, decision.scores.reshape(num_sequences, length, experts).mean(dim=1)
+
+
+def expert_balance(decision: RoutingDecision, num_sequences: int, num_devices: int) -> Tensor:
+    """Sum of f_i P_i over the experts (eq. 12): 1 per sequence at perfect balance."""
+    f, importance = load_and_importance(decision, num_sequences)
+    return (f * importance).sum()
+
+
+def device_balance(decision: RoutingDecision, num_sequences: int, num_devices: int) -> Tensor:
+    """Sum of f'_i P'_i over the devices (eq. 15-17): f' is the mean of f, P' the sum of P on a device."""
+    f, importance = load_and_importance(decision, num_sequences)
+    grouped = (num_sequences, num_devices, -1)
+    return (f.view(grouped).mean(dim=2) * importance.view(grouped).sum(dim=2)).sum()
+
+
+def z_loss(decision: RoutingDecision, num_sequences: int, num_devices: int) -> Tensor:
+    """Mean over a sequence's tokens of logsumexp(logits)² (ST-MoE eq. 5)."""
+    assert decision.logits is not None  # configuration refuses balance terms for a router without logits
+    return decision.logits.logsumexp(dim=-1).square().reshape(num_sequences, -1).mean(dim=1).sum()
+
+
+BALANCE_TERMS: Mapping[str, Callable[[RoutingDecision, int, int], Tensor]] = {
+    "expert": expert_balance,
+    "device": device_balance,
+    "z": z_loss,
+}
+
+
+def balance_terms(config: BalanceConfig, decision: RoutingDecision, num_sequences: int) -> dict[str, Tensor]:
+    """Coefficient times loss for every term that is switched on."""
+    coefficients = {name: getattr(config, name) for name in BALANCE_TERMS}
+    return {
+        name: coefficient * BALANCE_TERMS[name](decision, num_sequences, config.num_devices)
+        for name, coefficient in coefficients.items()
+        if coefficient
+    }
+
+
+def max_violation(load: Tensor) -> float:
+    """MaxVio of one layer (2408.15664): (max load - mean load) / mean load; 0 when all is even or nothing was routed."""
+    mean = load.double().mean().item()
+    return (load.max().item() - mean) / mean if mean else 0.0

@@ -1,0 +1,48 @@
+"""What a router decides, what constrains it, and what leaves the layer. Plain values: nothing is kept in modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """Which experts each token goes to, and with what weight."""
+
+    expert_ids: Tensor
+    """[tokens, k] int64, distinct within a row, best first."""
+    gate_weights: Tensor
+    """[tokens, k], multiply the experts' outputs."""
+    scores: Tensor
+    """[tokens, experts] float32: the score of every expert, before selection."""
+    logits: Tensor | None
+    """[tokens, experts] float32 before the score function; None for a router that learns nothing."""
+
+
+@dataclass(frozen=True)
+class RoutingConstraint:
+    """One hook for replay, expert knock-out and fewer active experts. Each field left None does nothing."""
+
+    replay: Tensor | None = None
+    """[tokens, k] int64: take these experts; weights still come from the current scores."""
+    allowed: Tensor | None = None
+    """[experts] or [tokens, experts] bool: the others are never selected. At least k per token must stay allowed."""
+    num_active: int | None = None
+    """Experts per token instead of the configured number."""
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """What one MoE layer reports of one forward pass."""
+
+    load: Tensor
+    """[experts] int64: assignments each expert was chosen for, before any capacity."""
+    dropped: Tensor
+    """Scalar int64: assignments beyond capacity; 0 when dropless."""
+    balance: Mapping[str, Tensor]
+    """Differentiable scalars by name: coefficient times loss, summed over the sequences of the batch."""
+    decision: RoutingDecision | None
+    """The whole decision, only when asked for."""

@@ -1,0 +1,105 @@
+"""The routed experts of one layer: stacked SwiGLU weights, and the kernels that run them over sorted rows.
+
+Every kernel computes, for the rows of expert e, down_e(silu(gate_e x) · up_e x). `loop` is the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ExpertKernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(rows [rows, hidden] sorted by expert, counts [experts], gate_up_proj, down_proj) -> [rows, hidden]."""
+
+
+def loop(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """One expert after the other, plain autograd.
+
+    `unbind`, not indexing: the gradient of `weight[e]` is a zero tensor of the size of all experts, once per expert;
+    the gradient of `unbind` is one stack.
+    """
+    outputs = []
+    weights = zip(rows.split(counts.tolist()), gate_up_proj.unbind(), down_proj.unbind(), strict=True)
+    for x, gate_up, down in weights:
+        gate, up = (x @ gate_up.t()).chunk(2, dim=-1)
+        outputs.append((F.silu(gate) * up) @ down.t())
+    return torch.cat(outputs)
+
+
+def sorted_slices(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """The same products written straight into shared buffers, with a gradient by hand: no per-expert graph nodes."""
+    return _SortedSlices.apply(rows, gate_up_proj, down_proj, counts.tolist())
+
+
+class _SortedSlices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts: list[int]) -> Tensor:
+        gate_up = rows.new_empty(len(rows), gate_up_proj.shape[1])
+        for x, weight, out in zip(rows.split(counts), gate_up_proj, gate_up.split(counts), strict=True):
+            torch.mm(x, weight.t(), out=out)
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated = F.silu(gate).mul_(up)
+        output = torch.empty_like(rows)
+        for x, weight, out in zip(activated.split(counts), down_proj, output.split(counts), strict=True):
+            torch.mm(x, weight.t(), out=out)
+        ctx.save_for_backward(rows, gate_up_proj, down_proj, gate_up)
+        ctx.counts = counts
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        rows, gate_up_proj, down_proj, gate_up = ctx.saved_tensors
+        counts: list[int] = ctx.counts
+        grad = grad.contiguous()
+        gate, up = gate_up.chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        activated = silu * up
+        grad_down = torch.empty_like(down_proj)
+        grad_activated = torch.empty_like(activated)
+        slices = zip(grad.split(counts), activated.split(counts), grad_activated.split(counts), strict=True)
+        for expert, (g, x, out) in enumerate(slices):
+            torch.mm(g, down_proj[expert], out=out)
+            torch.mm(g.t(), x, out=grad_down[expert])
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(grad_activated, silu, out=grad_up)
+        # d silu / dx = sigmoid · (1 + x - silu)
+        torch.mul(grad_activated.mul_(up), sigmoid.mul_(gate.sub(silu).add_(1)), out=grad_gate)
+        grad_gate_up_proj = torch.empty_like(gate_up_proj)
+        grad_rows = torch.empty_like(rows)
+        slices = zip(grad_gate_up.split(counts), rows.split(counts), grad_rows.split(counts), strict=True)
+        for expert, (g, x, out) in enumerate(slices):
+            torch.mm(g, gate_up_proj[expert], out=out)
+            torch.mm(g.t(), x, out=grad_gate_up_proj[expert])
+        return grad_rows, grad_gate_up_proj, grad_down, None
+
+
+EXPERT_KERNELS: dict[str, ExpertKernel] = {"loop": loop, "sorted_slices": sorted_slices}
+
+
+class GroupedExperts(nn.Module):
+    """All routed experts of a layer as two stacked tensors.
+
+    `gate_up_proj [experts, 2 · width, hidden]` holds gate above up, so that one product serves both;
+    `down_proj [experts, hidden, width]`.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, expert_hidden_size: int, kernel: ExpertKernel) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_hidden_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_hidden_size))
+        self.kernel = kernel
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """`rows [rows, hidden]` sorted by expert, `counts [experts]`; `[rows, hidden]` out."""
+        gate_up, down = self.gate_up_proj, self.down_proj
+        device = rows.device.type
+        if torch.is_autocast_enabled(device):  # a hand-written gradient is out of autocast's sight
+            dtype = torch.get_autocast_dtype(device)
+            rows, gate_up, down = rows.to(dtype), gate_up.to(dtype), down.to(dtype)
+        return self.kernel(rows, counts, gate_up, down)

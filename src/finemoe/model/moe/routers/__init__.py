@@ -1,0 +1,21 @@
+"""Routers. A new one is a file with its frozen config and module, and a line in ROUTERS.
+
+Every router is built as `Router(config, hidden_size, num_experts, experts_per_token, vocab_size)` and called as
+`router(hidden [tokens, hidden], tokens [tokens], constraint) -> RoutingDecision`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from finemoe.core.config import Config, union_of
+from finemoe.model.moe.routers.hash_layer import HashLayerConfig, HashLayerRouter
+from finemoe.model.moe.routers.softmax_topk import SoftmaxTopKConfig, SoftmaxTopKRouter
+
+ROUTERS: dict[str, tuple[type[Config], type[nn.Module]]] = {
+    "hash_layer": (HashLayerConfig, HashLayerRouter),
+    "softmax_topk": (SoftmaxTopKConfig, SoftmaxTopKRouter),
+}
+RouterConfig: Any = union_of(config for config, _ in ROUTERS.values())

@@ -1,0 +1,106 @@
+"""Hash Layer (Roller et al., 2021): a fixed table from token id to expert. Nothing is learned and no gate weighs."""
+
+from __future__ import annotations
+
+import heapq
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from finemoe.core.config import Config
+from finemoe.model.moe.decision import RoutingConstraint, RoutingDecision
+
+
+class HashLayerConfig(Config):
+    """`random` draws each token's expert evenly; `balanced` deals tokens out by frequency, so that loads are even."""
+
+    kind: Literal["hash_layer"] = "hash_layer"
+    learned: ClassVar[bool] = False
+    table: Literal["random", "balanced"] = "random"
+
+    def num_parameters(self, hidden_size: int, num_experts: int) -> int:
+        """Nothing is learned."""
+        return 0
+
+
+class HashLayerRouter(nn.Module):
+    """Token id to `experts_per_token` distinct experts, each with weight 1 / experts_per_token."""
+
+    expert_of_token: Tensor
+
+    def __init__(
+        self, config: HashLayerConfig, hidden_size: int, num_experts: int, experts_per_token: int, vocab_size: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_experts = num_experts
+        # Part of the weights: a checkpoint without its table would route every token elsewhere.
+        self.register_buffer("expert_of_token", torch.zeros(vocab_size, experts_per_token, dtype=torch.int64))
+
+    def fill_table(self, generator: torch.Generator, frequencies: Tensor | None) -> None:
+        """Draw the table. `frequencies [vocab]`: token counts of the training text, needed when balanced.
+
+        Raises:
+            ValueError: a balanced table without frequencies.
+        """
+        if self.config.table == "random":
+            draws = torch.rand(self.expert_of_token.shape[0], self.num_experts, generator=generator)
+            self.expert_of_token.copy_(draws.topk(self.expert_of_token.shape[1], dim=-1).indices)
+            return
+        if frequencies is None:
+            raise ValueError('a hash_layer router with table = "balanced" needs the token frequencies of the corpus')
+        self.expert_of_token.copy_(_balanced_table(frequencies, *self._shape(), generator))
+
+    def _shape(self) -> tuple[int, int]:
+        return self.num_experts, self.expert_of_token.shape[1]
+
+    def forward(self, hidden: Tensor, tokens: Tensor, constraint: RoutingConstraint | None) -> RoutingDecision:
+        """`hidden [tokens, hidden]` only gives dtype and device; `tokens [tokens]` ids decide."""
+        expert_ids = self.expert_of_token[tokens]
+        if constraint is not None:
+            expert_ids = _constrained(expert_ids, self.num_experts, constraint)
+        gates = hidden.new_full(expert_ids.shape, 1.0 / expert_ids.shape[1])
+        scores = torch.zeros(tokens.shape[0], self.num_experts, device=hidden.device)
+        scores.scatter_(1, expert_ids, 1.0 / expert_ids.shape[1])
+        return RoutingDecision(expert_ids, gates, scores, logits=None)
+
+
+def _constrained(expert_ids: Tensor, num_experts: int, constraint: RoutingConstraint) -> Tensor:
+    """The table's choice, or the next allowed expert after it, round the circle."""
+    if constraint.replay is not None:
+        return constraint.replay
+    missing = 0
+    if constraint.num_active is not None:
+        missing = max(0, constraint.num_active - expert_ids.shape[1])
+        expert_ids = expert_ids[:, : constraint.num_active]
+    if constraint.allowed is None and not missing:
+        return expert_ids
+    if constraint.allowed is None:
+        allowed = torch.ones(expert_ids.shape[0], num_experts, dtype=torch.bool, device=expert_ids.device)
+    else:
+        allowed = constraint.allowed.expand(expert_ids.shape[0], num_experts).clone()
+    # More experts than the table holds: the next ones after its last choice.
+    expert_ids = torch.cat((expert_ids, expert_ids[:, -1:].expand(-1, missing)), dim=1)
+    columns = []
+    for column in expert_ids.unbind(1):
+        circle = (column[:, None] + torch.arange(num_experts, device=column.device)) % num_experts
+        first = allowed.gather(1, circle).to(torch.int8).argmax(dim=1, keepdim=True)
+        chosen = circle.gather(1, first)
+        allowed.scatter_(1, chosen, False)
+        columns.append(chosen)
+    return torch.cat(columns, dim=1)
+
+
+def _balanced_table(frequencies: Tensor, num_experts: int, k: int, generator: torch.Generator) -> Tensor:
+    """Most frequent token first, each to the k experts with the least load so far (ties in random order)."""
+    ties = torch.randperm(num_experts, generator=generator).tolist()
+    heap = [(0, ties[expert], expert) for expert in range(num_experts)]
+    heapq.heapify(heap)
+    table = torch.zeros(len(frequencies), k, dtype=torch.int64)
+    for token in frequencies.argsort(descending=True, stable=True).tolist():
+        taken = [heapq.heappop(heap) for _ in range(k)]
+        for column, (load, tie, expert) in enumerate(taken):
+            table[token, column] = expert
+            heapq.heappush(heap, (load + int(frequencies[token]), tie, expert))
+    return table

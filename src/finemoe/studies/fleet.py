@@ -1,0 +1,213 @@
+"""Running many training runs side by side, each in its own process, with one live picture of all of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from finemoe.checkpoint.files import write_text
+from finemoe.core.config import to_json
+from finemoe.core.logs import console, logger
+from finemoe.model.size import measure
+from finemoe.studies.worker import FINISHED, INTERRUPTED
+from finemoe.training.config import RunConfig
+from finemoe.training.run import read_summary
+
+_POLL_SECONDS = 0.5
+_PLAIN_SECONDS = 30.0
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study."""
+
+    name: str
+    config: RunConfig
+    directory: Path
+
+    @property
+    def work(self) -> float:
+        """Training FLOPs, the unit of the overall progress."""
+        training = self.config.training
+        size = measure(self.config.model, self.config.data.sequence_length)
+        return size.training_flops_per_token * training.total_steps * training.tokens_per_step
+
+    @property
+    def finished(self) -> bool:
+        """Whether its summary is there."""
+        return read_summary(self.directory) is not None
+
+
+@dataclass
+class Outcome:
+    """What became of a fleet."""
+
+    interrupted: bool = False
+    failures: dict[str, str] = field(default_factory=dict)
+    """By job name: the message of a run that could not go on."""
+
+
+@dataclass
+class _Active:
+    job: Job
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def run_fleet(jobs: Sequence[Job], parallel: int, *, description: str, quiet: bool) -> Outcome:
+    """Run `jobs` in order, `parallel` at a time; finished ones are skipped, begun ones go on.
+
+    Ctrl-C ends every active run after its step, saved, and returns with `interrupted`.
+    """
+    waiting = [job for job in jobs if not job.finished]
+    outcome = Outcome()
+    active: list[_Active] = []
+    board = _Board(jobs, description, quiet)
+    try:
+        while waiting or active:
+            while waiting and len(active) < parallel:
+                active.append(_start(waiting.pop(0)))
+            time.sleep(_POLL_SECONDS)
+            for one in [one for one in active if one.process.poll() is not None]:
+                active.remove(one)
+                _conclude(one, outcome, board)
+                if outcome.interrupted:  # a worker was told to stop: so is the study
+                    raise KeyboardInterrupt
+            board.refresh([one.job for one in active])
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+    finally:
+        for one in active:
+            one.process.terminate()
+        for one in active:
+            one.process.wait()
+        board.close()
+    return outcome
+
+
+def _start(job: Job) -> _Active:
+    job.directory.parent.mkdir(parents=True, exist_ok=True)
+    config = job.directory.with_name(f"{job.directory.name}.json")
+    log = job.directory.with_name(f"{job.directory.name}.log")
+    write_text(config, to_json(job.config))
+    command = [sys.executable, "-m", "finemoe.studies.worker", str(config), str(job.directory)]
+    with log.open("ab") as output:
+        # A session of its own: a terminal's Ctrl-C reaches this process only, which then asks each run to save.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    return _Active(job, process, log)
+
+
+def _conclude(one: _Active, outcome: Outcome, board: _Board) -> None:
+    status = one.process.returncode
+    if status == FINISHED:
+        board.finished(one.job)
+    elif status == INTERRUPTED:
+        outcome.interrupted = True
+    else:
+        lines = one.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        outcome.failures[one.job.name] = f"{lines[-1] if lines else f'exit status {status}'} (log: {one.log})"
+        logger.error("%s failed: %s", one.job.name, outcome.failures[one.job.name])
+
+
+class _Board:
+    """The live picture: one bar for everything, one line for each active run; plain lines on a pipe."""
+
+    def __init__(self, jobs: Sequence[Job], description: str, quiet: bool) -> None:
+        self._jobs = {job.name: job for job in jobs}
+        self._done = {job.name: job.work if job.finished else 0.0 for job in jobs}
+        self._total = sum(job.work for job in jobs)
+        self._before = sum(self._done.values())
+        self._started = self._last = time.monotonic()
+        self._quiet = quiet
+        self._description = description
+        self._progress: Progress | None = None
+        self._rows: dict[str, TaskID] = {}
+        screen = console()
+        if screen.is_terminal and not quiet:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.percentage:>3.0f}%"))
+            times = (TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=False))
+            self._progress = Progress(*columns, *times, console=screen, transient=True, speed_estimate_period=600)
+            self._progress.start()
+            self._overall = self._progress.add_task(description, total=self._total, completed=self._before)
+
+    def refresh(self, active: Sequence[Job]) -> None:
+        """Read the active runs' newest records and show them."""
+        states = {job.name: _newest(job) for job in active}
+        for job in active:
+            share = states[job.name].get("step", 0) / job.config.training.total_steps
+            self._done[job.name] = job.work * share
+        done = sum(self._done.values())
+        if self._progress is not None:
+            self._show(self._progress, active, states, done)
+        elif not self._quiet and time.monotonic() - self._last > _PLAIN_SECONDS:
+            self._last = time.monotonic()
+            fresh = done - self._before
+            left = (self._last - self._started) * (self._total - done) / fresh if fresh else float("nan")
+            running = "; ".join(_line(job, states[job.name]) for job in active)
+            logger.info("%s %.0f %%, %.0f s left: %s", self._description, 100 * done / self._total, left, running)
+
+    def _show(self, progress: Progress, active: Sequence[Job], states: dict[str, Any], done: float) -> None:
+        for name in [name for name in self._rows if name not in states]:
+            progress.remove_task(self._rows.pop(name))
+        for job in active:
+            if job.name not in self._rows:
+                self._rows[job.name] = progress.add_task(job.name, total=job.work)
+            line = _line(job, states[job.name])
+            progress.update(self._rows[job.name], completed=self._done[job.name], description=line)
+        progress.update(self._overall, completed=done)
+
+    def finished(self, job: Job) -> None:
+        """A run ended well."""
+        self._done[job.name] = job.work
+        summary = read_summary(job.directory)
+        if not self._quiet and summary is not None:
+            logger.info(
+                "%-24s loss %.4f  %.2f M tokens in %.0f s",
+                job.name,
+                summary["final_validation_loss"],
+                summary["tokens"] / 1e6,
+                summary["seconds"],
+            )
+
+    def close(self) -> None:
+        """Take the picture away."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _newest(job: Job) -> dict[str, Any]:
+    """The last step of a run, with the last validation loss, from the end of its metrics file."""
+    try:
+        with (job.directory / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:  # not begun
+        return {}
+    newest: dict[str, Any] = {}
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:  # the first line of the tail is cut
+            break
+        newest = {**record, **newest}
+        if record["kind"] == "validation":
+            break
+    return newest
+
+
+def _line(job: Job, state: dict[str, Any]) -> str:
+    if "loss" not in state:
+        return f"{job.name:22.22s} starting"
+    speed = state["tokens_per_second"] / 1000
+    return f"{job.name:22.22s} {state['loss']:.3f} {speed:4.1f}k/s"

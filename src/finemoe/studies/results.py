@@ -1,0 +1,251 @@
+"""From finished run directories to results.json, results.csv, report.html and figures."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import finemoe
+from finemoe.charts.comparison import save_figures
+from finemoe.charts.comparison_page import comparison_page
+from finemoe.checkpoint.files import write_text
+from finemoe.checkpoint.run_state import load_model
+from finemoe.core.environment import environment
+from finemoe.core.logs import read_json_lines
+from finemoe.generation import Engine, SamplingConfig
+from finemoe.model.size import ModelSize, measure
+from finemoe.studies.arms import SizedArm
+from finemoe.studies.statistics import interval, paired
+from finemoe.studies.tables import comparison_csv
+from finemoe.text import Tokenizer
+from finemoe.training.run import read_summary
+
+if TYPE_CHECKING:
+    from finemoe.studies.compare import CompareConfig
+
+_SAMPLE_TOKENS = 96
+Runs = dict[int, dict[str, Any]]
+"""Summaries of an arm's finished runs, by seed."""
+
+
+def build_results(
+    config: CompareConfig,
+    arms: Mapping[str, SizedArm],
+    directory: Path,
+    plan: Mapping[str, Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    threads: int,
+    parallel: int,
+    failures: Mapping[str, str],
+    source: str,
+) -> dict[str, Any]:
+    """Everything that results.json holds; only finished runs count."""
+    runs = {name: _finished(directory, name, config.seeds) for name in arms}
+    finished = {name: found for name, found in runs.items() if found}
+    base = measure_all(arms, config.data.sequence_length)
+    return {
+        "schema": 1,
+        "finemoe_version": finemoe.__version__,
+        "title": config.title,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": command_of(source, directory),
+        "machine": _machine(threads, parallel),
+        "recipe": config.model_dump(mode="json"),
+        "complete": all(len(found) == len(config.seeds) for found in runs.values()),
+        "budget": config.budget.model_dump(),
+        "notes": notes(config, failures),
+        "matching": _matching(config),
+        "tuning": None if config.tuning is None else _tuning(directory, config, arms),
+        "arms": {
+            name: _arm(directory / "arms" / name, arms[name], base[name], found, plan[name], tokenizer, config.prompt)
+            for name, found in finished.items()
+        },
+        "pairs": _pairs(finished),
+    }
+
+
+def measure_all(arms: Mapping[str, SizedArm], seq_len: int) -> dict[str, ModelSize]:
+    """Sizes by arm."""
+    return {name: measure(arm.model, seq_len) for name, arm in arms.items()}
+
+
+def command_of(source: str, directory: Path) -> str:
+    """The command that makes these results again."""
+    recipe = "" if source == "recipe" else f" {shlex.quote(source)}"
+    return f"finemoe compare{recipe} --out {shlex.quote(str(directory))}"
+
+
+def notes(config: CompareConfig, failures: Mapping[str, str]) -> list[str]:
+    """How to read the results: gates, capacity, learning rates, failed runs."""
+    routing = config.routing
+    published = not routing.normalize_gates and routing.route_scale == 1.0
+    gates = "as published" if published else "not as published, the same for every learned router"
+    capacity = "dropless" if routing.capacity_factor is None else f"capacity factor {routing.capacity_factor:g}"
+    lines = [
+        f"Gates: normalize_gates = {str(routing.normalize_gates).lower()}, route_scale = {routing.route_scale:g} ({gates}).",
+        f"Balance coefficient {routing.balance:g} for learned routers; {capacity}; {routing.hash_table} hash table.",
+    ]
+    if config.tuning is None:
+        rates = "per arm from the recipe" if config.learning_rates else "one for all arms, not tuned per arm"
+        lines.append(f"Learning rates: {rates}.")
+    else:
+        lines.append(
+            f"Learning rates: the best of {', '.join(f'{rate:g}' for rate in config.tuning.learning_rates)} for each arm, "
+            f"by validation loss after {config.tuning.tokens / 1e6:g} M tokens on a seed of its own; equal effort for all."
+        )
+    lines += [f"Failed: {name}: {message}" for name, message in failures.items()]
+    return lines
+
+
+def write_results(results: dict[str, Any], directory: Path) -> None:
+    """results.json, results.csv, report.html, figures/."""
+    write_text(directory / "results.json", json.dumps(results, indent=1, ensure_ascii=False))
+    write_text(directory / "results.csv", comparison_csv(results))
+    write_text(directory / "report.html", comparison_page(results))
+    save_figures(results, directory / "figures")
+
+
+def _finished(directory: Path, name: str, seeds: tuple[int, ...]) -> Runs:
+    found = {seed: read_summary(directory / "arms" / name / f"seed-{seed}") for seed in seeds}
+    return {seed: summary for seed, summary in found.items() if summary is not None}
+
+
+def _machine(threads: int, parallel: int) -> dict[str, Any]:
+    here = environment()
+    kept = {key: here[key] for key in ("processor", "cores", "memory_gib", "python", "git_revision")}
+    return {
+        **kept,
+        "torch": here["packages"]["torch"],
+        "threads_per_run": threads,
+        "parallel_runs": parallel,
+    }
+
+
+def _matching(config: CompareConfig) -> dict[str, Any]:
+    width = config.base.feed_forward.ffn_hidden_size
+    total, active = config.matching.total_multiple, config.matching.active_multiple
+    return {
+        "reference_width": width,
+        "total_multiple": total,
+        "active_multiple": active,
+        "text": [
+            f"One standard feed-forward layer is a SwiGLU of width {width}.",
+            f"Mixtures hold {total} of them; Hash and Switch activate 1 a token, GShard and DeepSeekMoE {active}.",
+            "As in the paper, Dense, Hash and Switch therefore use fewer FLOPs a token than GShard and DeepSeekMoE.",
+        ],
+    }
+
+
+def _tuning(directory: Path, config: CompareConfig, arms: Mapping[str, SizedArm]) -> dict[str, Any]:
+    """Validation loss of every trial, by arm and rate; None where the trial failed."""
+    assert config.tuning is not None
+    trials = {}
+    for name in arms:
+        paths = {rate: directory / "tuning" / name / f"lr-{rate:g}" for rate in config.tuning.learning_rates}
+        summaries = {rate: read_summary(path) for rate, path in paths.items()}
+        trials[name] = {f"{rate:g}": one and one["final_validation_loss"] for rate, one in summaries.items()}
+    return {"tokens": config.tuning.tokens, "validation_loss": trials}
+
+
+def _arm(
+    directory: Path,
+    arm: SizedArm,
+    size: ModelSize,
+    runs: Runs,
+    plan: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    prompt: str,
+) -> dict[str, Any]:
+    first = min(runs)
+    violations = [summary["max_vio"] for summary in runs.values() if summary["max_vio"] is not None]
+    return {
+        "label": arm.label,
+        "routing": arm.routing,
+        "validation_loss": _statistic(runs, "final_validation_loss"),
+        "bits_per_byte": _statistic(runs, "bits_per_byte"),
+        "training_loss": _statistic(runs, "final_training_loss"),
+        "max_vio": asdict(interval(violations)) if violations else None,
+        "dead_experts": runs[first]["dead_experts"],
+        "total_parameters": size.total_parameters,
+        "active_parameters": size.active_parameters,
+        "expert_parameters": size.expert_parameters,
+        "active_expert_parameters": size.active_expert_parameters,
+        "training_flops": runs[first]["training_flops"],
+        "seconds": statistics.fmean(summary["seconds"] for summary in runs.values()),
+        "tokens": runs[first]["tokens"],
+        "tokens_per_second": statistics.fmean(summary["tokens_per_second"] for summary in runs.values()),
+        "learning_rate": plan["learning_rate"],
+        "mismatch": dict(arm.mismatch),
+        "paper": None if arm.paper is None else {"name": arm.paper[0], "pile_loss": arm.paper[1]},
+        "curve": [point for seed in runs for point in _curve(directory / f"seed-{seed}", seed, size)],
+        "load": _load(directory / f"seed-{first}"),
+        "sample": _sample(directory / f"seed-{first}", tokenizer, prompt),
+    }
+
+
+def _statistic(runs: Runs, key: str) -> dict[str, Any]:
+    values = [summary[key] for summary in runs.values()]
+    return {**asdict(interval(values)), "seeds": values}
+
+
+def _validations(run: Path) -> list[dict[str, Any]]:
+    return [record for record in read_json_lines(run / "metrics.jsonl") if record["kind"] == "validation"]
+
+
+def _curve(run: Path, seed: int, size: ModelSize) -> list[dict[str, Any]]:
+    kept = ("step", "tokens", "seconds", "validation_loss")
+    return [
+        {
+            "seed": seed,
+            **{key: record[key] for key in kept},
+            "flops": record["tokens"] * size.training_flops_per_token,
+            "max_vio": record.get("max_vio"),
+        }
+        for record in _validations(run)
+    ]
+
+
+def _load(run: Path) -> list[list[float]] | None:
+    """Share of assignments by layer and expert, over the validation set, at the end."""
+    load = _validations(run)[-1].get("load")
+    if not load:
+        return None
+    return [[round(count / sum(layer), 6) for count in layer] for layer in load.values()]
+
+
+def _sample(run: Path, tokenizer: Tokenizer, prompt: str) -> dict[str, str]:
+    """What the arm makes of the prompt: near-greedy, so that the report shows the model and not the dice."""
+    engine = Engine(load_model(run), end_of_text_id=tokenizer.end_of_text_id, vocab_size=tokenizer.vocab_size)
+    sampling = SamplingConfig(temperature=0.5, top_p=0.9, max_new_tokens=_SAMPLE_TOKENS)
+    completed = engine.generate([tuple(tokenizer.encode(prompt))], sampling)[0]
+    return {"prompt": prompt, "completion": tokenizer.decode(completed.text_ids)}
+
+
+def _pairs(finished: Mapping[str, Runs]) -> list[dict[str, Any]]:
+    """Every pair, the later arm of the recipe's list against the earlier one."""
+    pairs = []
+    losses = {name: {s: run["final_validation_loss"] for s, run in runs.items()} for name, runs in finished.items()}
+    for earlier, later in combinations(finished, 2):
+        if not losses[earlier].keys() & losses[later].keys():
+            continue
+        result = paired(losses[later], losses[earlier])
+        difference = result.difference
+        pairs.append(
+            {
+                "a": later,
+                "b": earlier,
+                "difference": difference.mean,
+                "low": difference.low,
+                "high": difference.high,
+                "verdict": result.verdict,
+                "reason": result.reason,
+            }
+        )
+    return pairs

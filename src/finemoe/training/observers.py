@@ -1,0 +1,133 @@
+"""Observers: what happens around steps. In list order: validate, log, show, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from finemoe.core.logs import JsonLines, console, logger
+from finemoe.training.report import StepReport
+from finemoe.training.trainer import Trainer
+from finemoe.training.trackers import Tracker
+from finemoe.training.validation import Validation
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Evaluate:
+    """Validate every `every` steps and after the last one."""
+
+    every: int
+    validate: Callable[[], Validation]
+    emit: Callable[[Record], None]
+    latest: Validation | None = None
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Validate when it is time."""
+        if report.step % self.every and report.step != trainer.plan.total_steps:
+            return
+        with trainer.autocast():
+            self.latest = self.validate()
+        self.emit(self.latest.to_record(report.step, report.tokens, report.seconds))
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class Log:
+    """metrics.jsonl, always; and the trackers that were asked for."""
+
+    def __init__(self, path: Path, trackers: Sequence[Tracker]) -> None:
+        self._file = JsonLines(path)
+        self._trackers = trackers
+
+    def emit(self, record: Record) -> None:
+        """Write one record everywhere."""
+        self._file.write(record)
+        for tracker in self._trackers:
+            tracker.write(record)
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Write the step."""
+        self.emit(report.to_record())
+
+    def close(self) -> None:
+        """Close the file and the trackers."""
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+class Show:
+    """A live line on a terminal; on a pipe one plain line every ten seconds."""
+
+    def __init__(self, evaluate: Evaluate, total_steps: int) -> None:
+        self._evaluate = evaluate
+        self._total = total_steps
+        self._last = time.monotonic()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        screen = console()
+        if screen.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=screen)
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Refresh."""
+        validation = self._evaluate.latest
+        if self._progress is not None:
+            if self._task is None:
+                self._progress.start()
+                self._task = self._progress.add_task("", total=self._total)
+            self._progress.update(self._task, completed=report.step, description=_short(report, validation))
+        elif time.monotonic() - self._last > 10 or report.step == self._total:
+            self._last = time.monotonic()
+            left = report.seconds / report.step * (self._total - report.step)
+            logger.info("step %d/%d  %s  %.0f s left", report.step, self._total, _long(report, validation), left)
+
+    def close(self) -> None:
+        """Leave the last line on the screen."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _short(report: StepReport, validation: Validation | None) -> str:
+    """For 80 columns."""
+    shown = f"{validation.loss:.3f}" if validation else "-"
+    speed = f"{report.tokens_per_second / 1000:.1f}k/s"
+    return f"loss {report.loss:.3f} val {shown} grad {report.gradient_norm:.2f}{_vio(report)} {speed}"
+
+
+def _long(report: StepReport, validation: Validation | None) -> str:
+    shown = f"{validation.loss:.4f}" if validation else "-"
+    return (
+        f"loss {report.loss:.4f}  validation {shown}  gradient {report.gradient_norm:.2f}  "
+        f"{report.tokens_per_second:,.0f} tokens/s{_vio(report)}"
+    )
+
+
+def _vio(report: StepReport) -> str:
+    violations = report.max_vio().values()
+    return f" MaxVio {sum(violations) / len(violations):.2f}" if violations else ""
+
+
+@dataclass
+class Save:
+    """A checkpoint every `every` steps and after the last one."""
+
+    every: int
+    save: Callable[[Trainer], object]
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Save when it is time."""
+        if report.step % self.every == 0 or report.step == trainer.plan.total_steps:
+            self.save(trainer)
+
+    def close(self) -> None:
+        """Nothing to release."""

@@ -1,0 +1,71 @@
+"""StepReport: what one optimizer step did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from finemoe.model.moe.balance import max_violation
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Figures of one step."""
+
+    step: int
+    """Steps done, this one included."""
+    tokens: int
+    """Tokens trained on so far."""
+    loss: float
+    """Cross-entropy per token, nats."""
+    terms: Mapping[str, float]
+    """Every term of the objective, divided."""
+    gradient_norm: float
+    learning_rate: float
+    seconds: float
+    """Training time so far, without validation and saving."""
+    tokens_per_second: float
+    """Of this step."""
+    load: Mapping[int, Tensor]
+    """[experts] assignments in this step, by layer index."""
+    dropped: int
+    """Assignments beyond capacity."""
+
+    def max_vio(self) -> dict[int, float]:
+        """MaxVio by layer."""
+        return {layer: max_violation(load) for layer, load in self.load.items()}
+
+    def to_record(self) -> dict[str, Any]:
+        """For metrics.jsonl: load and MaxVio per layer, dead experts as the share that got no token."""
+        record: dict[str, Any] = {
+            "kind": "step",
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": self.loss,
+            "terms": dict(self.terms),
+            "gradient_norm": self.gradient_norm,
+            "learning_rate": self.learning_rate,
+            "seconds": round(self.seconds, 4),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+        }
+        if self.load:
+            violations = self.max_vio()
+            record["max_vio"] = sum(violations.values()) / len(violations)
+            record["max_vio_per_layer"] = {str(layer): round(value, 4) for layer, value in violations.items()}
+            record["dead_experts"] = dead_share(self.load)
+            record["load"] = {str(layer): load.tolist() for layer, load in self.load.items()}
+            record["dropped"] = self.dropped
+        return record
+
+
+def mean_max_vio(load: Mapping[int, Tensor]) -> float | None:
+    """MaxVio averaged over layers; None for a dense model."""
+    return sum(max_violation(one) for one in load.values()) / len(load) if load else None
+
+
+def dead_share(load: Mapping[int, Tensor]) -> float:
+    """Share of all experts, over all layers, that got no token."""
+    return sum(int((one == 0).sum()) for one in load.values()) / sum(len(one) for one in load.values())

@@ -1,0 +1,336 @@
+"""One training run from recipe to summary: compose corpus, tokenizer, model, method, trainer and observers.
+
+Run directory: config.json (resolved), environment.json, tokenizer.json, data.json (what was read and skipped),
+metrics.jsonl, checkpoints/, and at the end summary.json; failure.json when a loss was not finite.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finemoe.checkpoint.files import storage_error, write_text
+from finemoe.checkpoint.run_state import RunState, load_latest, load_weights, save
+from finemoe.core import memory
+from finemoe.core.config import to_json
+from finemoe.core.environment import environment
+from finemoe.core.errors import ConfigError, RunError, TrainingError
+from finemoe.core.logs import logger, read_json_lines
+from finemoe.core.seeds import derive
+from finemoe.data import PreparedData, prepare
+from finemoe.model.initialize import initialize
+from finemoe.model.size import measure
+from finemoe.model.transformer import Transformer
+from finemoe.training.config import RunConfig, read_config, read_recipe, resolve_run
+from finemoe.training.gradients import Clip
+from finemoe.training.method import Method, everything
+from finemoe.training.next_token import NextToken
+from finemoe.training.observers import Evaluate, Log, Save, Show
+from finemoe.training.optimizer import load_optimizer_tensors, optimizer_tensors
+from finemoe.training.trackers import open_tracker
+from finemoe.training.trainer import Observer, Plan, Trainer, TrainState
+from finemoe.training.validation import Validation, validate
+
+_VALIDATION_TOKENS = 16_384  # per forward pass
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run that ended or was interrupted."""
+
+    directory: Path
+    summary: dict[str, Any]
+    """Contents of summary.json; empty when interrupted."""
+    interrupted: bool
+
+
+def train(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | RunConfig,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> Run:
+    """Train from the start.
+
+    Args:
+        recipe: path of a TOML recipe, its tables as a mapping, or a resolved configuration.
+        out: run directory; `runs/<name>-<date>` when None.
+        overrides: `a.b=c`, for a path or a mapping.
+        quiet: show no progress; metrics.jsonl is written all the same.
+
+    Raises:
+        ConfigError, DataError: the recipe or corpus cannot work; nothing was written.
+        RunError: `out` already holds a run, or cannot be written.
+        TrainingError: a loss was not finite; the last good state is in the directory.
+    """
+    config = recipe if isinstance(recipe, RunConfig) else resolve_run(*read_recipe(recipe, overrides))
+    directory = Path(out) if out is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    _require_free(directory, config)
+    data = _prepare(config)
+    _require_space(directory, config)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(directory, error) from error
+    for name, text in (
+        ("config.json", to_json(config)),  # first: with it `resume` can finish a directory that a kill cut short
+        ("environment.json", json.dumps(environment(), indent=2)),
+        ("data.json", json.dumps(data.report, indent=2, ensure_ascii=False)),
+    ):
+        write_text(directory / name, text)
+    data.tokenizer.save(directory / "tokenizer.json")
+    return _run(config, data, directory, resumed=None, quiet=quiet)
+
+
+def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
+    """Go on from the newest undamaged checkpoint; on a CPU the result is bit for bit that of an unbroken run.
+
+    Raises:
+        RunError: not a run directory, or its corpus has changed.
+        CheckpointError: every checkpoint is damaged.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").exists():
+        raise RunError(f"{directory}: not a run directory (no config.json); `finemoe train RECIPE` starts one")
+    config = read_config(directory / "config.json")
+    summary = read_summary(directory)
+    if summary is not None:
+        logger.info("%s is finished: %d steps", directory, summary["steps"])
+        return Run(directory, summary, interrupted=False)
+    data = _prepare(config)
+    if not (directory / "tokenizer.json").exists():  # killed while the directory was being made
+        data.tokenizer.save(directory / "tokenizer.json")
+    before = _read_json(directory / "data.json")
+    changed = [key for key in ("tokens", "tokenizer_sha256") if before and before[key] != data.report[key]]
+    if changed:
+        raise RunError(
+            f"{directory}: the corpus is not the one this run began with ({', '.join(changed)} differ); "
+            "put it back, or start a new run"
+        )
+    checkpoints = directory / "checkpoints"
+    started = checkpoints.is_dir() and any(checkpoints.glob("step-*"))
+    return _run(config, data, directory, resumed=load_latest(checkpoints) if started else None, quiet=quiet)
+
+
+def read_summary(directory: Path) -> dict[str, Any] | None:
+    """summary.json of a finished run; None while it is not."""
+    return _read_json(directory / "summary.json")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: unreadable: {error}") from error
+    return found
+
+
+def _require_free(directory: Path, config: RunConfig) -> None:
+    """Refuse a directory that holds anything: nothing is ever overwritten."""
+    if directory.is_file():
+        raise RunError(f"{directory} is a file; choose another --out")
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not (directory / "config.json").exists():
+        raise RunError(f"{directory} is not empty and not a run; choose another --out")
+    same = read_config(directory / "config.json") == config
+    what = "this very run" if same else "a run of another configuration"
+    raise RunError(f"{directory} holds {what}; go on with `finemoe resume {directory}`, or choose another --out")
+
+
+def _require_space(directory: Path, config: RunConfig) -> None:
+    """Refuse when the checkpoints that are kept at once would not fit: weights and two moments, one more being written."""
+    parameters = measure(config.model, config.data.sequence_length).total_parameters
+    needed = 12 * parameters * (config.training.keep_checkpoints + 1) + (16 << 20)
+    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise RunError(
+            f"{directory}: checkpoints need {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
+            "free some space, or choose another --out"
+        )
+    if not os.access(existing, os.W_OK):
+        raise RunError(f"{existing} is not writable; choose another --out")
+
+
+def _prepare(config: RunConfig) -> PreparedData:
+    data = prepare(config.data)
+    data.require_batch(config.training.tokens_per_step // config.data.sequence_length)
+    if data.tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size {config.model.vocab_size} is below the tokenizer's {data.tokenizer.vocab_size} ids: "
+            f"set model.vocab_size={data.tokenizer.vocab_size}"
+        )
+    return data
+
+
+def _device(config: RunConfig) -> tuple[torch.device, bool]:
+    """Where to compute, and whether in bf16."""
+    name = config.training.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[name]:
+        raise ConfigError(f'training.device = "{name}" is not available here; use "auto"')
+    bf16 = config.training.precision == "bf16" or (config.training.precision == "auto" and name == "cuda")
+    return torch.device(name), bf16
+
+
+def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: RunState | None, quiet: bool) -> Run:
+    memory.keep_freed_pages()
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    device, bf16 = _device(config)
+    model = Transformer(config.model, config.kernels)
+    frequencies = torch.zeros(config.model.vocab_size, dtype=torch.int64)
+    frequencies[: data.tokenizer.vocab_size] = torch.from_numpy(data.token_frequencies())
+    initialize(model, config.seed, frequencies)
+    length = config.data.sequence_length
+    plan = Plan(
+        total_steps=config.training.total_steps,
+        sequences_per_step=config.training.tokens_per_step // length,
+        sequences_per_micro_batch=config.micro_batch_sequences,
+        device=device,
+        bf16=bf16,
+    )
+    method = pretraining(config, data)
+    trainer = Trainer(model.to(device), method, config.optimizer, config.schedule, plan)
+    metrics = directory / "metrics.jsonl"
+    if resumed is not None:
+        _restore(trainer, resumed, directory)
+    _cut_metrics(metrics, trainer.state.step)
+    if not quiet:
+        _announce(config, trainer, directory)
+    trackers = [open_tracker(name, directory, config.model_dump(mode="json")) for name in config.training.trackers]
+    log = Log(metrics, trackers)
+    evaluate = Evaluate(_evaluate_every(config), lambda: _validate(config, data, model), log.emit)
+    keep = config.training.keep_checkpoints
+    saver = Save(config.training.checkpoint_every, lambda trainer: _save(trainer, config, directory, keep))
+    shown: list[Observer] = [] if quiet else [Show(evaluate, plan.total_steps)]
+    trainer.observers = (evaluate, log, *shown, saver)
+    try:
+        finished = trainer.run()
+    except TrainingError as error:
+        _save(trainer, config, directory, keep)
+        report = {"step": trainer.state.step + 1, "position": trainer.state.position, "message": str(error)}
+        write_text(directory / "failure.json", json.dumps(report, indent=2))
+        raise TrainingError(f"{error} The state before that step is in {directory}.") from error
+    if not finished and trainer.state.step < plan.total_steps:
+        _save(trainer, config, directory, keep)
+        return Run(directory, {}, interrupted=True)
+    summary = _summary(config, trainer, evaluate.latest, metrics)
+    write_text(directory / "summary.json", json.dumps(summary, indent=2))
+    return Run(directory, summary, interrupted=False)
+
+
+def pretraining(config: RunConfig, data: PreparedData) -> Method:
+    """Packed documents, next token and balance, everything trainable, clip."""
+    loader = data.train_loader(derive(config.seed, "data"))
+    return Method(
+        batches=loader.batch,
+        objective=NextToken(isolate_documents=config.data.packing == "isolate"),
+        trainable=everything,
+        transforms=(Clip(config.optimizer.max_gradient_norm),),
+    )
+
+
+def _evaluate_every(config: RunConfig) -> int:
+    return config.training.evaluate_every or max(1, config.training.total_steps // 10)
+
+
+def _validate(config: RunConfig, data: PreparedData, model: Transformer) -> Validation:
+    return validate(
+        model,
+        data.validation_batches(max(1, _VALIDATION_TOKENS // config.data.sequence_length)),
+        isolate_documents=config.data.packing == "isolate",
+        bytes_per_token=data.validation_bytes_per_token,
+    )
+
+
+def _save(trainer: Trainer, config: RunConfig, directory: Path, keep: int) -> None:
+    state = trainer.state
+    save(
+        directory / "checkpoints",
+        state.step,
+        RunState(
+            model=trainer.model.state_dict(),
+            optimizer=optimizer_tensors(trainer.optimizer, trainer.parameters),
+            state={
+                "step": state.step,
+                "tokens": state.tokens,
+                "position": state.position,
+                "seconds": state.seconds,
+                "rng": bytes(state.rng.tolist()).hex(),
+            },
+            config=to_json(config),
+        ),
+        keep,
+    )
+
+
+def _restore(trainer: Trainer, saved: RunState, source: Path) -> None:
+    load_weights(trainer.model, saved.model, str(source))
+    load_optimizer_tensors(trainer.optimizer, trainer.parameters, dict(saved.optimizer))
+    state = dict(saved.state)
+    rng = torch.tensor(list(bytes.fromhex(state.pop("rng"))), dtype=torch.uint8)
+    torch.set_rng_state(rng)
+    trainer.state = TrainState(**state, rng=rng)
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drop the records of steps that will be run again."""
+    if path.exists():
+        records = [record for record in read_json_lines(path) if record["step"] <= step]
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def _announce(config: RunConfig, trainer: Trainer, directory: Path) -> None:
+    size = measure(config.model, config.data.sequence_length)
+    logger.info(
+        "%s: %.2fM parameters, %.2fM active; %s, %s, %d threads, attention %s, experts %s",
+        directory,
+        size.total_parameters / 1e6,
+        size.active_parameters / 1e6,
+        trainer.plan.device,
+        "bf16" if trainer.plan.bf16 else "fp32",
+        torch.get_num_threads(),
+        config.kernels.attention,
+        config.kernels.experts,
+    )
+    if trainer.state.step:
+        logger.info("resuming after step %d of %d", trainer.state.step, trainer.plan.total_steps)
+
+
+def _summary(config: RunConfig, trainer: Trainer, last: Validation | None, metrics: Path) -> dict[str, Any]:
+    records = read_json_lines(metrics)
+    validations = [record for record in records if record["kind"] == "validation"]
+    steps = [record for record in records if record["kind"] == "step"]
+    size = measure(config.model, config.data.sequence_length)
+    state = trainer.state
+    final = validations[-1]
+    return {
+        "final_validation_loss": final["validation_loss"],
+        "bits_per_byte": final["bits_per_byte"],
+        "final_training_loss": steps[-1]["loss"],
+        "max_vio": final.get("max_vio"),
+        "dead_experts": final.get("dead_experts"),
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds": round(state.seconds, 3),
+        "tokens_per_second": round(state.tokens / state.seconds, 1),
+        "total_parameters": size.total_parameters,
+        "active_parameters": size.active_parameters,
+        "training_flops": size.training_flops_per_token * state.tokens,
+        "peak_memory_bytes": memory.peak_bytes(),
+    }

@@ -1,0 +1,295 @@
+"""The rules of the house that a reader of one file cannot see, checked on the syntax tree of the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finemoe.core.config import read_toml
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "finemoe"
+FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+
+# A module imports its own package and strictly lower floors.
+FLOORS = {
+    "core": 0,
+    "model": 1,
+    "text": 1,
+    "charts": 1,
+    "data": 2,
+    "checkpoint": 2,
+    "parallel": 2,
+    "training": 3,
+    "generation": 3,
+    "posttraining": 4,
+    "compression": 4,
+    "evaluation": 4,
+    "analysis": 4,
+    "studies": 5,
+    "server": 5,
+    "cli": 6,
+}
+FRONT = {"__init__.py", "__main__.py"}  # the package's front door opens on every floor
+
+MAX_FILE, MAX_FUNCTION = 400, 60
+EXCEPTIONS: dict[str, str] = {}
+"""File, or file:function, over its budget -> why that is better than cutting it."""
+
+EXTRAS = {"datasets", "huggingface_hub", "lm_eval", "fastapi", "uvicorn", "tensorboard", "trackio", "wandb"}
+BASES = {"Config", "FinemoeError", "RunError"}  # the classes of ours that others derive from
+
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def package_of(name: str) -> str:
+    return name.split("/")[0]
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every imported module by its absolute name, with its line; `from a import b` counts as a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def functions(tree: ast.AST) -> Iterator[FunctionNode]:
+    return (node for node in ast.walk(tree) if isinstance(node, FunctionNode))
+
+
+def calls(tree: ast.AST, function: str) -> Iterator[ast.Call]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == function:
+            yield node
+
+
+def ours(module: str) -> str | None:
+    """The package on a floor that `finemoe.package.module` lies in."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "finemoe" and len(parts) > 1 else None
+
+
+def test_every_package_has_a_floor() -> None:
+    packages = {package_of(name) for name in FILES} - FRONT
+    assert packages <= set(FLOORS), "a new package needs a floor"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in FRONT])
+def test_imports_go_down(name: str) -> None:
+    own = package_of(name)
+    upward = [
+        f"line {line}: {module}"
+        for module, line in imports(TREES[name])
+        if (other := ours(module)) is not None and other != own and FLOORS.get(other, 99) >= FLOORS[own]
+    ]
+    assert not upward, f"{own} is on floor {FLOORS[own]} and may import lower floors only"
+
+
+def test_imports_are_absolute() -> None:
+    relative = [
+        f"{name}:{node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert not relative
+
+
+def test_transformers_is_never_imported() -> None:
+    found = [
+        n
+        for n, tree in TREES.items()
+        for module, _ in imports(tree)
+        if module.split(".")[0] == "transformers"
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("extra", sorted(EXTRAS))
+def test_an_optional_dependency_is_imported_by_one_module_and_late(extra: str) -> None:
+    users = [
+        name for name, tree in TREES.items() for module, _ in imports(tree) if module.split(".")[0] == extra
+    ]
+    assert len(set(users)) <= 1
+    at_import = [
+        name
+        for name, tree in TREES.items()
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for module, _ in imports(node)
+        if module.split(".")[0] == extra
+    ]
+    assert not at_import
+
+
+def test_only_parallel_and_run_state_know_torch_distributed() -> None:
+    found = {
+        name for name, tree in TREES.items() for module, _ in imports(tree) if "torch.distributed" in module
+    }
+    found |= {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed")
+    }
+    assert {name for name in found if package_of(name) != "parallel"} <= {"checkpoint/run_state.py"}
+
+
+def test_the_model_reads_and_writes_no_file() -> None:
+    banned = {
+        "io",
+        "json",
+        "os",
+        "pathlib",
+        "pickle",
+        "safetensors",
+        "shutil",
+        "socket",
+        "subprocess",
+        "tempfile",
+    }
+    found = [
+        f"{name}: {module}"
+        for name, tree in TREES.items()
+        if package_of(name) == "model"
+        for module, _ in imports(tree)
+        if module.split(".")[0] in banned
+    ]
+    found += [
+        name for name, tree in TREES.items() if package_of(name) == "model" for _ in calls(tree, "open")
+    ]
+    assert not found
+
+
+def test_model_objects_change_no_attribute_after_construction() -> None:
+    # Values flow, modules do not remember: counters kept by forward count twice under recomputation.
+    found = [
+        f"{name}:{target.lineno} {ast.unparse(target)}"
+        for name, tree in TREES.items()
+        if package_of(name) == "model"
+        for function in functions(tree)
+        if function.name != "__init__"
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Attribute)
+        and isinstance(target.value, ast.Name)
+        and target.value.id == "self"
+    ]
+    assert not found
+
+
+def test_only_the_command_line_prints_to_standard_output() -> None:
+    found = [
+        f"{name}:{call.lineno}"
+        for name, tree in TREES.items()
+        if package_of(name) != "cli"
+        for call in calls(tree, "print")
+        if all(keyword.arg != "file" for keyword in call.keywords)
+    ]
+    assert not found
+
+
+def test_nothing_is_dispatched_on_hasattr() -> None:
+    assert not [f"{name}:{call.lineno}" for name, tree in TREES.items() for call in calls(tree, "hasattr")]
+
+
+def test_concrete_classes_are_not_subclassed() -> None:
+    classes = [
+        (name, node)
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    ]
+    bases = {
+        node.name: [ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases]
+        for _, node in classes
+    }
+    abstract = BASES | {name for name, parents in bases.items() if {"Protocol", "ABC"} & set(parents)}
+    found = [
+        f"{name}: {node.name}({base})"
+        for name, node in classes
+        for base in bases[node.name]
+        if base in bases and base not in abstract
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_budgets(name: str) -> None:
+    lines = len(FILES[name].read_text(encoding="utf-8").splitlines())
+    over = [f"{name} {lines} lines"] if lines > MAX_FILE and name not in EXCEPTIONS else []
+    for function in functions(TREES[name]):
+        length = (function.end_lineno or 0) - function.lineno + 1
+        if length > MAX_FUNCTION and f"{name}:{function.name}" not in EXCEPTIONS:
+            over.append(f"{name}:{function.name} {length} lines")
+    assert not over
+
+
+def test_every_exception_from_the_budgets_is_still_needed() -> None:
+    for entry in EXCEPTIONS:
+        name, _, wanted = entry.partition(":")
+        assert name in FILES, entry
+        if wanted:
+            lengths = [(f.end_lineno or 0) - f.lineno + 1 for f in functions(TREES[name]) if f.name == wanted]
+            assert max(lengths, default=0) > MAX_FUNCTION, entry
+        else:
+            assert len(FILES[name].read_text(encoding="utf-8").splitlines()) > MAX_FILE, entry
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_modules_and_public_names_have_docstrings(name: str) -> None:
+    tree = TREES[name]
+    bare = [] if ast.get_docstring(tree) else [name]
+    definitions = [node for node in tree.body if isinstance(node, ast.ClassDef | FunctionNode)]
+    for node in definitions:
+        if node.name.startswith("_"):
+            continue
+        members = node.body if isinstance(node, ast.ClassDef) else []
+        public = [m for m in members if isinstance(m, FunctionNode) and not m.name.startswith("_")]
+        bare += [f"{name}: {n.name}" for n in (node, *public) if not ast.get_docstring(n)]
+    assert not bare
+
+
+@pytest.mark.parametrize("module", ["finemoe", "finemoe.cli.main"])
+def test_the_command_line_starts_without_torch(module: str) -> None:
+    if module == "finemoe.cli.main" and "cli/main.py" not in FILES:
+        pytest.skip("no command line yet")
+    heavy = ("torch", "altair", "pyarrow", "scipy", "tokenizers")
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_pinned_and_resolve() -> None:
+    import finemoe
+
+    assert sorted(finemoe.__all__) == [
+        "Comparison",
+        "FinemoeError",
+        "ModelConfig",
+        "Run",
+        "Tokenizer",
+        "Transformer",
+        "compare",
+        "load_model",
+        "load_tokenizer",
+        "resume",
+        "train",
+    ]
+    assert all(getattr(finemoe, name) is not None for name in finemoe.__all__)
+
+
+@pytest.mark.skipif(not RECIPES, reason="no recipe yet")
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes_are_toml(path: Path) -> None:
+    assert read_toml(path)

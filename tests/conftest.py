@@ -1,0 +1,22 @@
+"""Shared set-up: one thread, a fixed random state for each test, and reproducible hypothesis runs.
+
+`HYPOTHESIS_PROFILE=explore pytest` draws new examples, and more of them.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=500, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_random_state() -> None:
+    torch.manual_seed(0)

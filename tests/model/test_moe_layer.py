@@ -1,0 +1,158 @@
+"""The MoE layer against every expert on every token with masked gates (DeepSeekMoE equations 9 to 11)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finemoe.model.moe.decision import RoutingConstraint
+from finemoe.model.moe.experts import EXPERT_KERNELS
+from finemoe.model.moe.layer import MoELayer
+from oracles import moe
+from oracles.models import VOCAB, moe_layer, moe_table
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of the layer, and the batch it sees."""
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    router: dict[str, Any] = field(default_factory=dict)
+    shape: tuple[int, int] = (3, 4)
+    allowed: tuple[int, ...] | None = None
+    """Experts that may be chosen; the others stay empty."""
+    all_on: int | None = None
+    """One expert that takes every token."""
+
+    def constraint(self) -> RoutingConstraint | None:
+        """What holds the router to this case."""
+        tokens = self.shape[0] * self.shape[1]
+        if self.all_on is not None:
+            return RoutingConstraint(replay=torch.full((tokens, 1), self.all_on))
+        if self.allowed is not None:
+            return RoutingConstraint(allowed=torch.tensor([e in self.allowed for e in range(6)]))
+        return None
+
+
+CASES = {
+    "plain": Case(),
+    "no shared expert": Case({"num_shared_experts": 0}),
+    "two shared experts": Case({"num_shared_experts": 2}),
+    "one token": Case(shape=(1, 1)),
+    "one expert": Case({"num_routed_experts": 1, "experts_per_token": 1}),
+    "k = experts": Case({"experts_per_token": 6}),
+    "empty experts": Case(allowed=(1, 4)),
+    "all tokens on one expert": Case({"experts_per_token": 1}, all_on=3),
+    "capacity drops some": Case({"capacity_factor": 0.5}),
+    "capacity of one row": Case({"capacity_factor": 0.01}),
+    "all on one expert, most dropped": Case({"experts_per_token": 1, "capacity_factor": 1.0}, all_on=5),
+    "normalised and scaled gates": Case(router={"normalize_gates": True, "route_scale": 2.5}),
+    "normalised, some dropped": Case({"capacity_factor": 0.5}, router={"normalize_gates": True}),
+}
+
+
+def oracle(
+    layer: MoELayer, hidden: Tensor, constraint: RoutingConstraint | None
+) -> tuple[Tensor, list[list[int]]]:
+    """The layer's output, and each token's experts, from its own weights."""
+    config, x = layer.config, hidden.flatten(0, 1)
+    scores = (x @ layer.router.weight.T).softmax(-1)
+    ids, gates = moe.chosen_gates(
+        scores,
+        config.experts_per_token,
+        normalize=config.router.normalize_gates,
+        scale=config.router.route_scale,
+        allowed=constraint and constraint.allowed,
+        replay=constraint and constraint.replay,
+    )
+    if config.capacity_factor is not None:
+        keep = moe.kept(torch.tensor(ids), config.num_routed_experts, config.capacity_factor)
+        dropped = torch.zeros_like(gates, dtype=torch.bool).scatter_(1, torch.tensor(ids), ~keep)
+        gates = gates * ~dropped
+    shared = []
+    if layer.shared_experts is not None:
+        s = layer.shared_experts
+        weights = (s.gate_proj.weight, s.up_proj.weight, s.down_proj.weight)
+        shared = moe.separate(*weights, config.num_shared_experts)
+        assert len(shared) == config.num_shared_experts
+    routed = moe.unstack(layer.experts.gate_up_proj, layer.experts.down_proj)
+    return moe.dense_masked_moe(x, gates, routed, shared).view_as(hidden), ids
+
+
+def make(case: Case, kernel: str, dtype: torch.dtype) -> tuple[MoELayer, Tensor, Tensor]:
+    """A layer, its input and token ids."""
+    table = moe_table(**case.changes)
+    table["router"] |= case.router
+    layer = moe_layer(table, experts=kernel).to(dtype)
+    hidden = torch.randn(*case.shape, 16, dtype=dtype, requires_grad=True)
+    return layer, hidden, torch.randint(VOCAB, case.shape)
+
+
+def gradients(output: Tensor, layer: MoELayer, hidden: Tensor, direction: Tensor) -> dict[str, Tensor]:
+    """Gradients of <output, direction> by name, the input's too."""
+    leaves = {"hidden": hidden, **dict(layer.named_parameters())}
+    found = torch.autograd.grad((output * direction).sum(), list(leaves.values()))
+    return dict(zip(leaves, found, strict=True))
+
+
+@pytest.mark.parametrize("kernel", EXPERT_KERNELS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_output_and_gradients_are_those_of_every_expert_on_every_token(case: Case, kernel: str) -> None:
+    # In double precision; the router itself rounds to float32, hence 1e-6 rather than 1e-12.
+    layer, hidden, tokens = make(case, kernel, torch.float64)
+    output, record = layer(hidden, tokens, constraint=case.constraint(), record=True)
+    expected, ids = oracle(layer, hidden, case.constraint())
+    assert record.decision.expert_ids.tolist() == ids
+    torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
+    direction = torch.randn_like(output)
+    found = gradients(output, layer, hidden, direction)
+    for name, gradient in gradients(expected, layer, hidden, direction).items():
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("kernel", EXPERT_KERNELS)
+@pytest.mark.parametrize("name", ["plain", "empty experts", "capacity drops some", "two shared experts"])
+def test_bfloat16_autocast_stays_within_two_percent_of_the_oracle(name: str, kernel: str) -> None:
+    # bfloat16 rounds to 2^-9 = 0.2 %; a handful of roundings make well under 2 % of the norm,
+    # where a wrong choice of expert or a lost one moves tens of per cent.
+    case = CASES[name]
+    layer, hidden, tokens = make(case, kernel, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, record = layer(hidden, tokens, constraint=case.constraint(), record=True)
+    expected, ids = oracle(layer, hidden, case.constraint())
+    assert output.dtype == torch.bfloat16
+    assert record.decision.scores.dtype == torch.float32
+    assert record.decision.expert_ids.tolist() == ids
+    direction = torch.randn_like(expected)
+    found = {"output": output, **gradients(output.float(), layer, hidden, direction)}
+    for key, value in {"output": expected, **gradients(expected, layer, hidden, direction)}.items():
+        assert (found[key].float() - value).norm() < 0.02 * value.norm(), key
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_record_counts_what_was_chosen_and_what_was_dropped(case: Case) -> None:
+    layer, hidden, tokens = make(case, "loop", torch.float32)
+    _, record = layer(hidden, tokens, constraint=case.constraint(), record=False)
+    _, ids = oracle(layer, hidden, case.constraint())
+    chosen = [expert for row in ids for expert in row]
+    experts, factor = layer.config.num_routed_experts, layer.config.capacity_factor
+    dropped = 0 if factor is None else int((~moe.kept(torch.tensor(ids), experts, factor)).sum())
+    assert record.load.tolist() == [chosen.count(expert) for expert in range(experts)]
+    assert record.dropped.item() == dropped
+    assert record.decision is None
+
+
+def test_hash_layer_averages_its_experts() -> None:
+    layer = moe_layer(moe_table("hash_layer", num_shared_experts=0))
+    hidden, tokens = torch.randn(2, 5, 16), torch.randint(VOCAB, (2, 5))
+    output, _ = layer(hidden, tokens, constraint=None, record=False)
+    gates = torch.zeros(10, 6).scatter_(1, layer.router.expert_of_token[tokens.flatten()], 0.5)
+    experts = moe.unstack(layer.experts.gate_up_proj, layer.experts.down_proj)
+    expected = moe.dense_masked_moe(hidden.flatten(0, 1), gates, experts, [])
+    torch.testing.assert_close(output, expected.view_as(hidden), rtol=1e-4, atol=1e-5)

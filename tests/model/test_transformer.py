@@ -1,0 +1,131 @@
+"""The forward path as a whole: shapes, heads, refusals, recomputation, precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finemoe.model.attention.kernels import ATTENTION_KERNELS
+from finemoe.model.moe.decision import RoutingConstraint
+from finemoe.model.moe.experts import EXPERT_KERNELS
+from finemoe.model.transformer import Transformer
+from oracles.models import VOCAB, build, moe_table, small_config
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(VOCAB, shape)
+
+
+def loss_and_gradients(model: Transformer, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    output = model(ids)
+    balance = sum(sum(record.balance.values()) for record in output.routing.values())
+    loss = model.logits(output.hidden).logsumexp(-1).square().sum() + balance
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_routing_is_reported_for_moe_layers_only() -> None:
+    config = small_config(num_layers=3)
+    output = build(config)(tokens(2, 5))
+    assert output.hidden.shape == (2, 5, 16)
+    assert set(output.routing) == set(config.moe_layers) == {1, 2}
+
+
+def test_forward_changes_nothing_in_the_model() -> None:
+    model = build(small_config())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()(tokens(2, 5))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_tied_head_is_the_embedding() -> None:
+    model = build(small_config(tie_embeddings=True))
+    hidden = torch.randn(3, 16)
+    assert model.head is None
+    torch.testing.assert_close(model.logits(hidden), hidden @ model.embedding.weight.T)
+
+
+def test_untied_head_is_its_own_matrix() -> None:
+    model = build(small_config())
+    hidden = torch.randn(3, 16)
+    torch.testing.assert_close(model.logits(hidden), hidden @ model.head.weight.T)
+    assert not torch.equal(model.head.weight, model.embedding.weight)
+
+
+def test_documents_and_cache_exclude_each_other() -> None:
+    model = build(small_config())
+    with pytest.raises(ValueError, match="exclude each other"):
+        model(tokens(1, 3), documents=torch.zeros(1, 3), cache=model.new_cache(1, 3))
+
+
+def test_no_token_sees_the_future() -> None:
+    model, ids = build(small_config()), tokens(2, 6)
+    changed = ids.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % VOCAB
+    before, after = model(ids).hidden, model(changed).hidden
+    torch.testing.assert_close(before[:, :4], after[:, :4])
+    assert not torch.allclose(before[:, 4:], after[:, 4:])
+
+
+def test_constraint_reaches_its_own_layer_only() -> None:
+    model, ids = build(small_config(num_layers=3)), tokens(2, 6)
+    only_four = RoutingConstraint(allowed=torch.arange(6) == 4, num_active=1)
+    routing = model(ids, constraint={2: only_four}).routing
+    assert routing[2].load.tolist() == [0, 0, 0, 0, 12, 0]
+    assert routing[1].load.sum() == 24
+
+
+def test_decision_is_recorded_on_request_only() -> None:
+    model, ids = build(small_config()), tokens(1, 4)
+    assert model(ids).routing[1].decision is None
+    assert model(ids, record=True).routing[1].decision.expert_ids.shape == (4, 2)
+
+
+def test_replaying_a_recorded_decision_repeats_the_output() -> None:
+    model, ids = build(small_config()), tokens(2, 4)
+    first = model(ids, record=True)
+    replay = {layer: RoutingConstraint(replay=r.decision.expert_ids) for layer, r in first.routing.items()}
+    assert torch.equal(model(ids, constraint=replay).hidden, first.hidden)
+
+
+@pytest.mark.parametrize("changes", [{}, {"capacity_factor": 0.5}, {"balance": {"expert": 0.1, "z": 0.1}}])
+@pytest.mark.parametrize("experts", EXPERT_KERNELS)
+def test_recomputation_changes_no_bit(changes: dict[str, Any], experts: str) -> None:
+    config, ids = small_config(feed_forward=moe_table(**changes)), tokens(2, 6)
+    loss, plain = loss_and_gradients(build(config, experts=experts), ids)
+    again, recomputed = loss_and_gradients(build(config, experts=experts, recompute=True), ids)
+    assert torch.equal(loss, again)
+    for name, gradient in plain.items():
+        assert torch.equal(recomputed[name], gradient), name
+
+
+@pytest.mark.parametrize("attention", ATTENTION_KERNELS)
+@pytest.mark.parametrize("experts", EXPERT_KERNELS)
+def test_every_pair_of_kernels_computes_the_same(attention: str, experts: str) -> None:
+    config, ids = small_config(), tokens(2, 6)
+    loss, expected = loss_and_gradients(build(config, attention="reference", experts="loop"), ids)
+    other, found = loss_and_gradients(build(config, attention=attention, experts=experts), ids)
+    torch.testing.assert_close(other, loss, rtol=1e-5, atol=0)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_bfloat16_autocast_tracks_float32(cached: bool) -> None:
+    # Routing is held to the float32 choice: a near tie may rightly fall the other way here.
+    model, ids = build(small_config()), tokens(2, 6)
+    with torch.no_grad():
+        exact = model(ids, record=True)
+        replay = {
+            layer: RoutingConstraint(replay=r.decision.expert_ids) for layer, r in exact.routing.items()
+        }
+        with torch.autocast("cpu", torch.bfloat16):
+            cache = model.new_cache(2, 6) if cached else None
+            rounded = model(ids, constraint=replay, cache=cache)
+    assert (rounded.hidden - exact.hidden).norm() < 0.03 * exact.hidden.norm()

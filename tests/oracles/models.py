@@ -1,0 +1,49 @@
+"""Small models for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from finemoe.model.config import Kernels, ModelConfig, ModelRecipe, expand
+from finemoe.model.initialize import initialize
+from finemoe.model.moe.layer import MoELayer
+from finemoe.model.transformer import Transformer
+
+VOCAB = 23
+
+
+def moe_table(kind: str = "softmax_topk", **changes: Any) -> dict[str, Any]:
+    """An MoE layer's configuration as a recipe writes it."""
+    layer = {"kind": "moe", "num_routed_experts": 6, "experts_per_token": 2, "expert_hidden_size": 8}
+    return {**layer, "num_shared_experts": 1, "router": {"kind": kind}, **changes}
+
+
+def small_config(**changes: Any) -> ModelConfig:
+    """Two layers, the first of them dense; weights large enough for attention and routing to matter."""
+    recipe = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "num_layers": 2,
+        "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
+        "feed_forward": moe_table(),
+        "leading": {"count": 1, "feed_forward": {"kind": "dense", "ffn_hidden_size": 24}},
+        "init_std": 0.3,
+    }
+    return expand(ModelRecipe.model_validate({**recipe, **changes}))
+
+
+def build(config: ModelConfig, seed: int = 0, **kernels: Any) -> Transformer:
+    """A model with drawn weights; balanced hash tables see an even text."""
+    model = Transformer(config, Kernels(**kernels))
+    initialize(model, seed, token_frequencies=torch.ones(config.vocab_size, dtype=torch.int64))
+    return model
+
+
+def moe_layer(table: dict[str, Any], seed: int = 0, experts: str = "sorted_slices") -> MoELayer:
+    """One drawn MoE layer of a hidden size of 16."""
+    model = build(small_config(num_layers=1, leading=None, feed_forward=table), seed, experts=experts)
+    layer = model.blocks[0].feed_forward
+    assert isinstance(layer, MoELayer)
+    return layer
