@@ -32,7 +32,7 @@ _HOME = {
     "train": "finemoe.training.run",
 }
 
-__all__ = [  # noqa: RUF022 - grouped by what one does with them
+__all__ = [
     "Comparison",
     "FinemoeError",
     "ModelConfig",

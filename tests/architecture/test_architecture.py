@@ -105,20 +105,13 @@ def test_imports_are_absolute() -> None:
 
 
 def test_transformers_is_never_imported() -> None:
-    found = [
-        n
-        for n, tree in TREES.items()
-        for module, _ in imports(tree)
-        if module.split(".")[0] == "transformers"
-    ]
+    found = [n for n, tree in TREES.items() for module, _ in imports(tree) if module.split(".")[0] == "transformers"]
     assert not found
 
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS))
 def test_an_optional_dependency_is_imported_by_one_module_and_late(extra: str) -> None:
-    users = [
-        name for name, tree in TREES.items() for module, _ in imports(tree) if module.split(".")[0] == extra
-    ]
+    users = [name for name, tree in TREES.items() for module, _ in imports(tree) if module.split(".")[0] == extra]
     assert len(set(users)) <= 1
     at_import = [
         name
@@ -132,9 +125,7 @@ def test_an_optional_dependency_is_imported_by_one_module_and_late(extra: str) -
 
 
 def test_only_parallel_and_run_state_know_torch_distributed() -> None:
-    found = {
-        name for name, tree in TREES.items() for module, _ in imports(tree) if "torch.distributed" in module
-    }
+    found = {name for name, tree in TREES.items() for module, _ in imports(tree) if "torch.distributed" in module}
     found |= {
         name
         for name, tree in TREES.items()
@@ -164,9 +155,7 @@ def test_the_model_reads_and_writes_no_file() -> None:
         for module, _ in imports(tree)
         if module.split(".")[0] in banned
     ]
-    found += [
-        name for name, tree in TREES.items() if package_of(name) == "model" for _ in calls(tree, "open")
-    ]
+    found += [name for name, tree in TREES.items() if package_of(name) == "model" for _ in calls(tree, "open")]
     assert not found
 
 
@@ -181,9 +170,7 @@ def test_model_objects_change_no_attribute_after_construction() -> None:
         for node in ast.walk(function)
         if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign)
         for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-        if isinstance(target, ast.Attribute)
-        and isinstance(target.value, ast.Name)
-        and target.value.id == "self"
+        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self"
     ]
     assert not found
 
@@ -205,15 +192,9 @@ def test_nothing_is_dispatched_on_hasattr() -> None:
 
 def test_concrete_classes_are_not_subclassed() -> None:
     classes = [
-        (name, node)
-        for name, tree in TREES.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef)
+        (name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
     ]
-    bases = {
-        node.name: [ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases]
-        for _, node in classes
-    }
+    bases = {node.name: [ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases] for _, node in classes}
     abstract = BASES | {name for name, parents in bases.items() if {"Protocol", "ABC"} & set(parents)}
     found = [
         f"{name}: {node.name}({base})"

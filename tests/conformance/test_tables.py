@@ -24,23 +24,15 @@ from finemoe.model.transformer import Transformer
 from oracles.models import VOCAB, build, moe_table, small_config
 
 # The least that each attention needs said; a router needs nothing.
-ATTENTION_TABLES: dict[str, dict[str, Any]] = {
-    "grouped_query": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
-}
+ATTENTION_TABLES: dict[str, dict[str, Any]] = {"grouped_query": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}}
 
 CONFIGS = {
     **{f"router {kind}": (kind, config, {}) for kind, (config, _) in ROUTERS.items()},
-    **{
-        f"attention {kind}": (kind, config, ATTENTION_TABLES[kind])
-        for kind, (config, _) in ATTENTIONS.items()
-    },
+    **{f"attention {kind}": (kind, config, ATTENTION_TABLES[kind]) for kind, (config, _) in ATTENTIONS.items()},
 }
 MODELS = {
     **{f"router {kind}": small_config(feed_forward=moe_table(kind)) for kind in ROUTERS},
-    **{
-        f"attention {kind}": small_config(attention={"kind": kind, **ATTENTION_TABLES[kind]})
-        for kind in ATTENTIONS
-    },
+    **{f"attention {kind}": small_config(attention={"kind": kind, **ATTENTION_TABLES[kind]}) for kind in ATTENTIONS},
     "tied": small_config(tie_embeddings=True),
     "shared experts 0": small_config(feed_forward=moe_table(num_shared_experts=0)),
     "shared experts 2": small_config(feed_forward=moe_table(num_shared_experts=2)),
@@ -88,14 +80,9 @@ def test_counted_parameters_are_those_of_the_built_model(config: ModelConfig) ->
             stacked = sum(p.numel() for p in module.experts.parameters())
             each = stacked // module.config.num_routed_experts
             idle += each * (module.config.num_routed_experts - module.config.experts_per_token)
-            experts += sum(
-                p.numel() for name, p in module.named_parameters() if not name.startswith("router.")
-            )
+            experts += sum(p.numel() for name, p in module.named_parameters() if not name.startswith("router."))
     experts += sum(
-        p.numel()
-        for b in model.blocks
-        for p in b.feed_forward.parameters()
-        if not isinstance(b.feed_forward, MoELayer)
+        p.numel() for b in model.blocks for p in b.feed_forward.parameters() if not isinstance(b.feed_forward, MoELayer)
     )
     assert size.total_parameters == total
     assert size.active_parameters == total - idle
@@ -125,9 +112,7 @@ def test_balance_coefficients_are_the_terms_and_off_by_default() -> None:
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in PRESETS])
 def test_gradient_reaches_every_parameter(name: str, experts: str, attention: str) -> None:
     model = build(MODELS[name], experts=experts, attention=attention)
-    tokens = (
-        torch.arange(2 * VOCAB).remainder(VOCAB).view(2, VOCAB)
-    )  # every token id, so every row of the embedding
+    tokens = torch.arange(2 * VOCAB).remainder(VOCAB).view(2, VOCAB)  # every token id, so every row of the embedding
     output = model(tokens)
     model.logits(output.hidden).logsumexp(-1).square().sum().backward()
     for key, parameter in model.named_parameters():

@@ -30,9 +30,7 @@ def model() -> Transformer:
 
 
 @torch.inference_mode()
-def uncached(
-    model: Transformer, prompt: tuple[int, ...], sampling: SamplingConfig, repetition: int = 0
-) -> list[int]:
+def uncached(model: Transformer, prompt: tuple[int, ...], sampling: SamplingConfig, repetition: int = 0) -> list[int]:
     """The oracle."""
     prompt = prompt or (END,)
     stream = seeds.generator(sampling.seed, "sampling", repetition, *prompt)

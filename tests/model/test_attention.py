@@ -74,9 +74,7 @@ def test_rotation_is_multiplication_by_a_complex_number(theta: float) -> None:
     positions = torch.tensor([[0, 1, 2, 3, 4], [100, 7, 4095, 0, 1]])
     output = rotate(states, *rotation(positions, DIM, theta))
     expected = oracle.rotate(states, positions, theta)
-    torch.testing.assert_close(
-        output.double(), expected, rtol=1e-3, atol=1e-3
-    )  # float32 angles at position 4095
+    torch.testing.assert_close(output.double(), expected, rtol=1e-3, atol=1e-3)  # float32 angles at position 4095
     direction = torch.randn_like(output)
     (found,) = torch.autograd.grad((output * direction).sum(), states)
     (wanted,) = torch.autograd.grad((expected * direction).sum(), states)

@@ -49,9 +49,7 @@ def test_loss_and_gradient_are_the_formula_of_each_sequence(name: str) -> None:
     loss, expected = BALANCE_TERMS[name](decision, SEQUENCES, DEVICES), summed(name, decision)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     (found,) = torch.autograd.grad(loss, decision.logits, retain_graph=True)
-    torch.testing.assert_close(
-        found, torch.autograd.grad(expected, decision.logits)[0], rtol=1e-8, atol=1e-12
-    )
+    torch.testing.assert_close(found, torch.autograd.grad(expected, decision.logits)[0], rtol=1e-8, atol=1e-12)
 
 
 def test_expert_loss_is_one_per_sequence_at_perfect_balance() -> None:
@@ -100,17 +98,13 @@ def test_cutting_a_batch_changes_no_sum() -> None:
     halves = [slice(0, LENGTH), slice(LENGTH, None)]
     for name, term in BALANCE_TERMS.items():
         parts = [
-            RoutingDecision(
-                *(getattr(decision, f)[half] for f in ("expert_ids", "gate_weights", "scores", "logits"))
-            )
+            RoutingDecision(*(getattr(decision, f)[half] for f in ("expert_ids", "gate_weights", "scores", "logits")))
             for half in halves
         ]
         total = term(parts[0], 1, DEVICES) + term(parts[1], SEQUENCES - 1, DEVICES)
         torch.testing.assert_close(total, term(decision, SEQUENCES, DEVICES), msg=name)
 
 
-@pytest.mark.parametrize(
-    ("load", "expected"), [([4, 4, 4], 0.0), ([12, 0, 0], 2.0), ([3, 6, 3], 0.5), ([0, 0], 0.0)]
-)
+@pytest.mark.parametrize(("load", "expected"), [([4, 4, 4], 0.0), ([12, 0, 0], 2.0), ([3, 6, 3], 0.5), ([0, 0], 0.0)])
 def test_max_violation(load: list[int], expected: float) -> None:
     assert max_violation(torch.tensor(load)) == pytest.approx(expected)

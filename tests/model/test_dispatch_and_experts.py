@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from finemoe.model.moe.capacity import kept_assignments
 from finemoe.model.moe.decision import RoutingDecision
 from finemoe.model.moe.dispatch import Ticket, _Return, _Spread, combine, dispatch
-from finemoe.model.moe.experts import EXPERT_KERNELS, sorted_slices
+from finemoe.model.moe.experts import EXPERT_KERNELS, GroupedExperts, sorted_slices
 from oracles import moe
 
 IDS = torch.tensor([[0, 2], [2, 0], [4, 1], [2, 4], [1, 2]])  # 5 experts; expert 3 is never chosen
@@ -57,9 +57,7 @@ def test_dispatch_experts_combine_as_token_by_token(keep: Tensor | None, kernel:
         return  # nothing flows, so there is no gradient to compare
     leaves, direction = (hidden, gates, *stacked), torch.randn_like(output)
     found = torch.autograd.grad((output * direction).sum(), leaves)
-    torch.testing.assert_close(
-        found, torch.autograd.grad((expected * direction).sum(), leaves), rtol=1e-10, atol=1e-12
-    )
+    torch.testing.assert_close(found, torch.autograd.grad((expected * direction).sum(), leaves), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("keep", list(KEEPS.values())[:2], ids=list(KEEPS)[:2])
@@ -86,9 +84,7 @@ def test_gradcheck_of_spread_and_return() -> None:
 @pytest.mark.parametrize("counts", [[2, 1, 3], [0, 6, 0], [0, 0, 1], [6, 0, 0]])
 def test_gradcheck_of_sorted_slices(counts: list[int]) -> None:
     rows = torch.randn(sum(counts), 3, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(
-        lambda *inputs: sorted_slices(inputs[0], torch.tensor(counts), *inputs[1:]), (rows, *weights(3))
-    )
+    assert gradcheck(lambda *inputs: sorted_slices(inputs[0], torch.tensor(counts), *inputs[1:]), (rows, *weights(3)))
 
 
 @pytest.mark.parametrize("kernel", EXPERT_KERNELS)
@@ -120,16 +116,24 @@ def test_kernel_gradients_when_one_input_is_frozen(kernel: str, frozen: int) -> 
     full = torch.autograd.grad(EXPERT_KERNELS[kernel](inputs[0], counts, *inputs[1:]).sum(), inputs)
     left = [i for i in range(3) if i != frozen]
     inputs[frozen] = inputs[frozen].detach()
-    part = torch.autograd.grad(
-        EXPERT_KERNELS[kernel](inputs[0], counts, *inputs[1:]).sum(), [inputs[i] for i in left]
-    )
+    part = torch.autograd.grad(EXPERT_KERNELS[kernel](inputs[0], counts, *inputs[1:]).sum(), [inputs[i] for i in left])
     torch.testing.assert_close(part, tuple(full[i] for i in left))
 
 
+@pytest.mark.parametrize("kernel", EXPERT_KERNELS)
+def test_experts_follow_autocast_and_keep_float32_gradients(kernel: str) -> None:
+    experts = GroupedExperts(2, 3, 4, EXPERT_KERNELS[kernel])
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = experts(torch.randn(5, 3), torch.tensor([2, 3]))
+    output.float().sum().backward()
+    assert output.dtype == torch.bfloat16
+    assert all(parameter.grad.dtype == torch.float32 for parameter in experts.parameters())
+
+
 @pytest.mark.parametrize("factor", [0.01, 0.25, 0.5, 1.0, 1.25, 100.0])
-@pytest.mark.parametrize(
-    ("tokens", "k", "experts"), [(1, 1, 1), (12, 1, 4), (12, 3, 5), (7, 2, 2), (40, 2, 16)]
-)
+@pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 1, 1), (12, 1, 4), (12, 3, 5), (7, 2, 2), (40, 2, 16)])
 def test_capacity_serves_first_choices_first(tokens: int, k: int, experts: int, factor: float) -> None:
     skewed = torch.rand(tokens, experts) + torch.arange(experts) / experts
     expert_ids = skewed.topk(k, dim=-1).indices
@@ -140,9 +144,7 @@ def test_capacity_serves_first_choices_first(tokens: int, k: int, experts: int, 
     ("tokens", "experts", "factor", "expected"),
     [(200, 4, 1.1, 55), (6000, 4, 1.1, 1650), (512, 8, 1.25, 80), (4096, 64, 1.2, 77)],
 )
-def test_capacity_is_not_one_too_large_by_rounding(
-    tokens: int, experts: int, factor: float, expected: int
-) -> None:
+def test_capacity_is_not_one_too_large_by_rounding(tokens: int, experts: int, factor: float, expected: int) -> None:
     # 200 / 4 * 1.1 is 55.00000000000001 in floating point, and its ceiling 56.
     everyone_on_expert_0 = torch.zeros(tokens, 1, dtype=torch.int64)
     assert kept_assignments(everyone_on_expert_0, experts, factor).sum() == expected

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from finemoe.model.config import ModelConfig
+from finemoe.model.initialize import initialize
 from finemoe.model.norm import RMSNorm
 from oracles.models import build, moe_table, small_config
 
@@ -66,9 +67,14 @@ def test_no_two_tensors_of_one_shape_start_equal() -> None:
 @pytest.mark.parametrize("table", ["random", "balanced"])
 def test_hash_tables_differ_by_layer_and_by_seed(table: str) -> None:
     config = small_config(num_layers=4, feed_forward=moe_table(router={"kind": "hash_layer", "table": table}))
-    tables = [
-        build(config, seed).blocks[i].feed_forward.router.expert_of_token
-        for seed in (0, 1)
-        for i in (1, 2, 3)
-    ]
+    tables = [build(config, seed).blocks[i].feed_forward.router.expert_of_token for seed in (0, 1) for i in (1, 2, 3)]
     assert not any(torch.equal(a, b) for i, a in enumerate(tables) for b in tables[:i])
+
+
+def test_whatever_was_there_before_is_overwritten() -> None:
+    model = build(ARMS["hash"], 3)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for value in model.state_dict().values():
+        value.fill_(1_000_000)
+    initialize(model, 3)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())

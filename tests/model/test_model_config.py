@@ -61,31 +61,22 @@ def test_a_model_needs_a_layer() -> None:
 
 
 def test_leading_layers_differ_where_they_say_so() -> None:
-    config = small_config(
-        num_layers=4, leading={"count": 2, "feed_forward": {"kind": "dense", "ffn_hidden_size": 5}}
-    )
+    config = small_config(num_layers=4, leading={"count": 2, "feed_forward": {"kind": "dense", "ffn_hidden_size": 5}})
     assert [block.feed_forward.kind for block in config.blocks] == ["dense", "dense", "moe", "moe"]
     assert len({block.attention for block in config.blocks}) == 1
     assert config.moe_layers == (2, 3)
 
 
 def test_leading_layers_may_have_their_own_attention() -> None:
-    config = small_config(
-        leading={"count": 1, "attention": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 4}}
-    )
+    config = small_config(leading={"count": 1, "attention": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 4}})
     assert [block.attention.num_heads for block in config.blocks] == [1, 4]
     assert [block.feed_forward.kind for block in config.blocks] == ["moe", "moe"]
 
 
 def test_resolve_lays_a_recipe_over_its_preset() -> None:
-    recipe = resolve(
-        {"preset": "tiny-moe", "num_layers": 2, "feed_forward": {"experts_per_token": 3}}, "here"
-    )
+    recipe = resolve({"preset": "tiny-moe", "num_layers": 2, "feed_forward": {"experts_per_token": 3}}, "here")
     assert (recipe.num_layers, recipe.feed_forward.experts_per_token) == (2, 3)
-    assert (
-        recipe.feed_forward.num_routed_experts
-        == find_preset("tiny-moe").model["feed_forward"]["num_routed_experts"]
-    )
+    assert recipe.feed_forward.num_routed_experts == find_preset("tiny-moe").model["feed_forward"]["num_routed_experts"]
 
 
 def test_resolve_replaces_a_layer_of_another_kind() -> None:

@@ -55,9 +55,7 @@ CASES = {
 }
 
 
-def oracle(
-    layer: MoELayer, hidden: Tensor, constraint: RoutingConstraint | None
-) -> tuple[Tensor, list[list[int]]]:
+def oracle(layer: MoELayer, hidden: Tensor, constraint: RoutingConstraint | None) -> tuple[Tensor, list[list[int]]]:
     """The layer's output, and each token's experts, from its own weights."""
     config, x = layer.config, hidden.flatten(0, 1)
     scores = (x @ layer.router.weight.T).softmax(-1)
@@ -111,9 +109,7 @@ def test_output_and_gradients_are_those_of_every_expert_on_every_token(case: Cas
     direction = torch.randn_like(output)
     found = gradients(output, layer, hidden, direction)
     for name, gradient in gradients(expected, layer, hidden, direction).items():
-        torch.testing.assert_close(
-            found[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("kernel", EXPERT_KERNELS)

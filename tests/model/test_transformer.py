@@ -111,9 +111,7 @@ def test_every_pair_of_kernels_computes_the_same(attention: str, experts: str) -
     other, found = loss_and_gradients(build(config, attention=attention, experts=experts), ids)
     torch.testing.assert_close(other, loss, rtol=1e-5, atol=0)
     for name, gradient in expected.items():
-        torch.testing.assert_close(
-            found[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -122,9 +120,7 @@ def test_bfloat16_autocast_tracks_float32(cached: bool) -> None:
     model, ids = build(small_config()), tokens(2, 6)
     with torch.no_grad():
         exact = model(ids, record=True)
-        replay = {
-            layer: RoutingConstraint(replay=r.decision.expert_ids) for layer, r in exact.routing.items()
-        }
+        replay = {layer: RoutingConstraint(replay=r.decision.expert_ids) for layer, r in exact.routing.items()}
         with torch.autocast("cpu", torch.bfloat16):
             cache = model.new_cache(2, 6) if cached else None
             rounded = model(ids, constraint=replay, cache=cache)

@@ -35,7 +35,7 @@ def causal(batch: int, heads: int, seq: int) -> Tensor:
 
 
 def rotate(states: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Su et al., equation 13: the pair (i, i + d/2) is a complex number, turned by position * theta^(-2i/d)."""
+    """Su et al., equation 13: the pair (i, i + d/2) is a complex number, turned by p * theta^(-2i/d)."""
     half = states.shape[-1] // 2
     pairs = torch.complex(states[..., :half].double(), states[..., half:].double())
     frequency = torch.tensor([theta ** (-2 * i / states.shape[-1]) for i in range(half)], dtype=torch.float64)

@@ -22,18 +22,13 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def unstack(gate_up_proj: Tensor, down_proj: Tensor) -> list[Weights]:
     """The stacked weights of a layer, expert by expert."""
     width = gate_up_proj.shape[1] // 2
-    return [
-        (gate_up[:width], gate_up[width:], down)
-        for gate_up, down in zip(gate_up_proj, down_proj, strict=True)
-    ]
+    return [(gate_up[:width], gate_up[width:], down) for gate_up, down in zip(gate_up_proj, down_proj, strict=True)]
 
 
 def separate(gate: Tensor, up: Tensor, down: Tensor, count: int) -> list[Weights]:
     """One wide SwiGLU cut into `count` narrow ones: the shared experts of equation 9."""
     cut = len(gate) // count if count else 0
-    return [
-        (gate[i : i + cut], up[i : i + cut], down[:, i : i + cut]) for i in range(0, cut * count, cut or 1)
-    ]
+    return [(gate[i : i + cut], up[i : i + cut], down[:, i : i + cut]) for i in range(0, cut * count, cut or 1)]
 
 
 def chosen_gates(
@@ -46,16 +41,12 @@ def chosen_gates(
         best = sorted(candidates, key=row.detach().tolist().__getitem__, reverse=True)[:k]
         ids = best if replay is None else replay[t].tolist()
         total = sum(row[e] for e in ids) if normalize else 1.0
-        rows.append(
-            torch.stack([row[e] / total * scale if e in ids else row[e] * 0 for e in range(len(row))])
-        )
+        rows.append(torch.stack([row[e] / total * scale if e in ids else row[e] * 0 for e in range(len(row))]))
         chosen.append(ids)
     return chosen, torch.stack(rows)
 
 
-def dense_masked_moe(
-    x: Tensor, gates: Tensor, routed: Sequence[Weights], shared: Sequence[Weights]
-) -> Tensor:
+def dense_masked_moe(x: Tensor, gates: Tensor, routed: Sequence[Weights], shared: Sequence[Weights]) -> Tensor:
     """Equation 9 without the residual: every expert on every token, times a gate that is mostly 0."""
     output = torch.zeros_like(x)
     for expert, weights in enumerate(routed):
@@ -94,9 +85,7 @@ def dispatched(hidden: Tensor, expert_ids: Tensor, num_experts: int, keep: Tenso
     return [torch.stack(rows) if rows else hidden[:0] for rows in inbox]
 
 
-def combined(
-    outbox: Sequence[Tensor], expert_ids: Tensor, gates: Tensor, keep: Tensor | None, size: int
-) -> Tensor:
+def combined(outbox: Sequence[Tensor], expert_ids: Tensor, gates: Tensor, keep: Tensor | None, size: int) -> Tensor:
     """Each token's sum of gate times output; `outbox[e]` holds expert e's outputs in token order."""
     unread = [list(rows) for rows in outbox]
     tokens = []

@@ -15,7 +15,6 @@ import altair as alt
 from finemoe.charts import theme
 from finemoe.charts.numbers import clean, finite, fixed
 from finemoe.charts.records import (
-    curve,
     load_records,
     loss_window,
     mean_curves,
@@ -23,7 +22,7 @@ from finemoe.charts.records import (
     spread,
     unit_for,
 )
-from finemoe.charts.words import Results, arm_names, by_loss, interval_name, known_pairs, loss, stat
+from finemoe.charts.words import Results, arm_names, by_loss, known_pairs, stat
 
 Against = Literal["tokens", "flops", "seconds"]
 AXES: Mapping[Against, str] = {
@@ -194,7 +193,10 @@ def pair_differences(results: Results) -> alt.LayerChart | None:
     low = alt.X("low:Q", scale=alt.Scale(zero=True), title=title)
     bar = marks.mark_rule(strokeWidth=2.4, yOffset=8).encode(low, y, alt.X2("high:Q"))
     bar = bar.transform_filter("datum.low !== null")
-    tooltip = [alt.Tooltip("pair:N"), *(alt.Tooltip(f"{k}:Q", format=".4f") for k in ("difference", "low", "high"))]
+    tooltip = [
+        alt.Tooltip("pair:N"),
+        *(alt.Tooltip(f"{k}:Q", format=".4f") for k in ("difference", "low", "high")),
+    ]
     dots = [
         marks.transform_filter(f"datum.decided === '{decided}'")
         .mark_point(size=80, filled=filled, opacity=1, strokeWidth=2, yOffset=8)
@@ -272,7 +274,12 @@ def load_maps(results: Results) -> dict[str, alt.Chart]:
             .mark_rect()
             .encode(
                 alt.X("expert:O", title="routed expert", axis=axis, scale=alt.Scale(paddingInner=0.06)),
-                alt.Y("layer:O", title="MoE layer", axis=alt.Axis(labelOverlap=True), scale=alt.Scale(paddingInner=0.06)),
+                alt.Y(
+                    "layer:O",
+                    title="MoE layer",
+                    axis=alt.Axis(labelOverlap=True),
+                    scale=alt.Scale(paddingInner=0.06),
+                ),
                 alt.Color("relative:Q", scale=scale, legend=None if maps else legend),
                 tooltip=[
                     alt.Tooltip("layer:O"),

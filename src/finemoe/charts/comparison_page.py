@@ -44,10 +44,14 @@ def comparison_page(results: Results) -> str:
     results = clean(results)
     makers = (_summary, _table, _curves, _final, _pairs, _paper, _load, _samples, _cost, _set_up)
     sections = [section for make in makers if (section := make(results)) is not None]
-    banner = "" if results.get("complete", True) else (
-        "These results are incomplete: some runs have not finished. Figures and verdicts below may still change."
+    banner = (
+        ""
+        if results.get("complete", True)
+        else ("These results are incomplete: some runs have not finished. Figures and verdicts below may still change.")
     )
-    subtitle = " · ".join(part for part in (str(results.get("date") or "")[:10], _budget(results), _seeds(results)) if part)
+    subtitle = " · ".join(
+        part for part in (str(results.get("date") or "")[:10], _budget(results), _seeds(results)) if part
+    )
     footer = f"Made by finemoe {results.get('finemoe_version') or ''}".rstrip() + ". This file needs no network."
     return render_page(
         str(results.get("title") or "Comparison"), sections, subtitle=subtitle, banner=banner, footer=footer
@@ -89,7 +93,9 @@ def _table(results: Results) -> Section:
     for arm in _ordered(results):
         record = arms[arm]
         value = loss(record)
-        behind = NOTHING if value is None or best is None else "best" if value == best else f"+{value - best:.{digits}f}"
+        behind = (
+            NOTHING if value is None or best is None else "best" if value == best else f"+{value - best:.{digits}f}"
+        )
         rows.append([
             names[arm], str(record.get("routing") or NOTHING), plus_minus(stat(record, "validation_loss"), digits), behind,
             plus_minus(stat(record, "bits_per_byte"), bit_digits), plus_minus(stat(record, "max_vio"), 2),
@@ -125,7 +131,9 @@ def _curves(results: Results) -> Section | None:
         figures.append(Figure([chart], caption))
     if not figures:
         return None
-    hint = "The first, steep part lies above the axis. Drag to move, Ctrl + wheel or pinch to zoom, double-click to reset."
+    hint = (
+        "The first, steep part lies above the axis. Drag to move, Ctrl + wheel or pinch to zoom, double-click to reset."
+    )
     return Section("Loss curves", [Text([hint]), *figures])
 
 
@@ -177,7 +185,12 @@ def _paper(results: Results) -> Section | None:
         "tokenizer, so the losses themselves cannot be compared. What can be compared is the order of the arms and, "
         "roughly, the size of the gaps between them."
     )
-    table = Table("Losses as published and as measured here", ["Arm", "In the paper", "Pile loss", "Our loss"], rows, (2, 3))
+    table = Table(
+        "Losses as published and as measured here",
+        ["Arm", "In the paper", "Pile loss", "Our loss"],
+        rows,
+        (2, 3),
+    )
     panels = comparison.paper_panels(results)
     caption = "Difference from the baseline, on separate scales; further left is better. Bars, where present: interval."
     return Section("Beside the paper", [Text([caveat]), *([Figure(panels, caption)] if panels else []), table])

@@ -127,19 +127,23 @@ def render_page(
         return clean({"charts": charts, "config": {"light": theme.config("light"), "dark": theme.config("dark")}})
 
     boot = _template_text("page.js")
-    return _environment().get_template("page.html.j2").render(
-        title=title,
-        sections=sections,
-        subtitle=subtitle,
-        banner=banner,
-        footer=footer,
-        place=place,
-        chart_data=after_body,
-        has_charts=any(map(_has_chart, (block for section in sections for block in section.blocks))),
-        style=Markup(_template_text("page.css")),
-        bundle=Markup(_bundle()),
-        boot=Markup(boot),
-        policy=_policy(_bundle(), boot),
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            title=title,
+            sections=sections,
+            subtitle=subtitle,
+            banner=banner,
+            footer=footer,
+            place=place,
+            chart_data=after_body,
+            has_charts=any(map(_has_chart, (block for section in sections for block in section.blocks))),
+            style=Markup(_template_text("page.css")),
+            bundle=Markup(_bundle()),
+            boot=Markup(boot),
+            policy=_policy(_bundle(), boot),
+        )
     )
 
 

@@ -46,7 +46,14 @@ def curve(arm: Mapping[str, Any], against: str) -> list[dict[str, float]]:
             continue
         losses = [y for _, y in points]
         mean = sum(losses) / len(losses)
-        rows.append({"x": sum(x for x, _ in points) / len(points), "loss": mean, "low": min(losses), "high": max(losses)})
+        rows.append(
+            {
+                "x": sum(x for x, _ in points) / len(points),
+                "loss": mean,
+                "low": min(losses),
+                "high": max(losses),
+            }
+        )
     return rows
 
 

@@ -50,26 +50,30 @@ class RunState:
 
 
 def save(checkpoints: Path, step: int, run: RunState, keep: int) -> Path:
-    """Write the checkpoint of `step`, then remove all but the last `keep`.
+    """Write the checkpoint of `step` unless it is there, then remove all but the last `keep` up to it.
 
     Raises:
         RunError: the disk is full or unwritable; earlier checkpoints are untouched.
     """
     final = checkpoints / f"step-{step:08d}"
     fresh = checkpoints / f".writing-{os.getpid()}"
+    if final.exists() and find_damage(final) is None:
+        return final  # saved a moment ago; taking it away first would leave a moment with nothing
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         _write(fresh, run)
-        if final.exists():  # written before, by a run that was resumed from an earlier step
+        if final.exists():  # damaged: this run went on from the one before
             shutil.rmtree(final)
         fresh.rename(final)
         sync(checkpoints)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         raise storage_error(final, error if isinstance(error, OSError) else OSError(str(error))) from error
-    for old in _folders(checkpoints)[keep:]:
+    folders = _folders(checkpoints)
+    here = folders.index(final)
+    for old in (*folders[:here], *folders[here + keep :]):  # later steps are damaged: the run began before them
         shutil.rmtree(old)
     for stale in checkpoints.glob(".writing-*"):  # left by a killed process
         shutil.rmtree(stale)

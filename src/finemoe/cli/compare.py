@@ -14,25 +14,23 @@ from finemoe.cli.output import Json, Out, Overrides, Quiet, print_json, print_ri
 def compare(
     recipe: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="[RECIPE]", help="A TOML recipe; default: the built-in comparison.", show_default=False
-        ),
+        typer.Argument(metavar="RECIPE", help="A TOML recipe; default: the built-in comparison.", show_default=False),
     ] = None,
     overrides: Overrides = None,
     out: Out = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train several designs at matched compute and report which is better, and how surely.
+    """Train several designs at matched compute and rank them.
 
     Without a recipe: Dense, Hash Layer, Switch, GShard and DeepSeekMoE at a size that two CPU
-    cores manage. Every arm sees the same tokens in the same order. Losses come with confidence
-    intervals.
+    cores manage. Every arm sees the same tokens in the same order. Several seeds give
+    confidence intervals and verdicts. The same --out goes on with what is not finished.
 
     \b
     Examples:
       finemoe compare --out runs/comparison
-      finemoe compare --set training.tokens=500_000
+      finemoe compare --out runs/seeds --set "seeds=[0, 1, 2]" --set budget.value=500_000
 
     The directory then holds report.html, results.json, results.csv and figures/.
     """
@@ -58,5 +56,5 @@ def compare(
             f"\nRead  {directory / 'report.html'} (opens offline in a browser)\n"
             f"Data  {directory / 'results.json'}, {directory / 'results.csv'}\n"
             f"Plots {directory / 'figures'}/\n\n"
-            "Next: more tokens (--set training.tokens=...) or more seeds narrow the intervals."
+            'Next: --set "seeds=[0, 1, 2]" for narrower intervals, --set budget.value=... for longer runs.'
         )

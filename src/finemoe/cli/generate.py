@@ -31,12 +31,8 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to add.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 1.0,
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw among the K most probable tokens.", metavar="K")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw among the fewest tokens that reach P.", metavar="P")
-    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the K most probable tokens.", metavar="K")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the fewest tokens that reach P.", metavar="P")] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -109,7 +105,7 @@ def _read_file(name: str) -> list[str]:
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     blank = text.rstrip("\n").count("\n") + 1 - len(numbered) if text.strip() else 0
     if blank:
-        logger.warning("--file %s: %d blank lines are not prompts and were skipped", name, blank)
+        logger.warning("--file %s: skipped %d blank line%s", name, blank, "s" * (blank > 1))
     if not numbered:
         raise DataError(f"--file {name}: no prompt in it; write one a line")
     if not name.endswith(".jsonl"):
@@ -147,8 +143,8 @@ def _open(directory: Path) -> tuple[Engine, Tokenizer]:
     tokenizer = Tokenizer.load(_beside(directory, FILE_NAME))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise RunError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids and the model {model.config.vocab_size}: "
-            "they do not belong together"
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids and the model only "
+            f"{model.config.vocab_size}: they do not belong together, put the run's own tokenizer.json back"
         )
     return Engine(model, end_of_text_id=tokenizer.end_of_text_id, vocab_size=tokenizer.vocab_size), tokenizer
 
@@ -232,7 +228,7 @@ def _print(texts: list[str], sequences: list[Sequence], tokenizer: Tokenizer, as
 
 
 def _write(text: str, bold: bool = False) -> None:
-    """To stdout at once. On a terminal without control characters, which a model may write and a terminal obeys."""
+    """To stdout at once; on a terminal without control characters, which a model may write by chance."""
     if sys.stdout.isatty():
         text = "".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text)
         text = typer.style(text, bold=True) if bold and text else text
@@ -245,10 +241,7 @@ def _say_speed(sequences: list[Sequence], seconds: float) -> None:
 
     tokens = sum(len(sequence.completion) for sequence in sequences)
     stopped = sum(sequence.finish_reason == "stop" for sequence in sequences)
+    ending = f"{stopped} ended by the model, {len(sequences) - stopped} by --max-new-tokens"
     if len(sequences) == 1:
         ending = "ended by the model" if stopped else "ended by --max-new-tokens"
-    else:
-        ending = f"{stopped} of {len(sequences)} ended by the model, the rest by --max-new-tokens"
-    logger.info(
-        "%d tokens in %.1f s (%.0f tokens/s), %s", tokens, seconds, tokens / max(seconds, 1e-9), ending
-    )
+    logger.info("%d tokens in %.1f s (%.0f tokens/s), %s", tokens, seconds, tokens / max(seconds, 1e-9), ending)

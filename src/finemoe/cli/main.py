@@ -42,23 +42,23 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _say("interrupted", ctx.params["debug"])
+            _say("interrupted", "yellow", ctx.params["debug"])
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise
         except (FinemoeError, OSError) as error:
-            _say(str(error), ctx.params["debug"])
+            _say("error: ", "bold red", ctx.params["debug"], str(error))
             raise typer.Exit(2) from error
 
 
-def _say(message: str, debug: bool) -> None:
+def _say(label: str, style: str, debug: bool, message: str = "") -> None:
     from rich.text import Text
 
     from finemoe.core.logs import console
 
     if debug:
         traceback.print_exc()
-    console().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    console().print(Text.assemble((label, style), message), soft_wrap=True)
 
 
 app = typer.Typer(
@@ -110,9 +110,7 @@ def finemoe(
 def main() -> None:
     """The console script; ends the process with its status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a model writes any character; no terminal is to fail on one
+        if isinstance(stream, io.TextIOWrapper):  # a model writes any character; no terminal is to fail on one
             stream.reconfigure(errors="replace")
     try:
         app(prog_name="finemoe")
@@ -121,7 +119,7 @@ def main() -> None:
 
 
 def _flushed(status: Any) -> Any:
-    """`status`, or 1 where the reader of stdout has gone: found out here and not in the interpreter's last breath."""
+    """`status`, or 1 where the reader of stdout has gone: found out here, while it can be kept quiet."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

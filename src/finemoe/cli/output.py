@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change one value of the recipe, such as training.tokens=200_000; repeatable.",
+        help="Change one value of the recipe, such as model.hidden_size=128; repeatable.",
     ),
 ]
 Out = Annotated[
@@ -46,18 +47,15 @@ def report_run(run: Any, as_json: bool) -> None:
     Raises:
         typer.Exit: 130 when it was interrupted, after saying how to go on.
     """
-    from rich.markup import escape
-
     from finemoe.charts.numbers import count
     from finemoe.core.logs import console
 
+    directory = shlex.quote(str(run.directory))
     if as_json:
         print_json({"directory": str(run.directory), "interrupted": run.interrupted, **run.summary})
     if run.interrupted:
-        directory = escape(str(run.directory))
-        console().print(
-            f"Interrupted, nothing is lost. Go on with: finemoe resume {directory}", soft_wrap=True
-        )
+        text = f"Interrupted, nothing is lost. Go on with: finemoe resume {directory}"
+        console().print(text, markup=False, soft_wrap=True)
         raise typer.Exit(130)
     if as_json:
         return
@@ -71,7 +69,7 @@ def report_run(run: Any, as_json: bool) -> None:
         f"Time              {duration(summary['seconds'])}, {count(summary['tokens_per_second'])} tokens/s",
     )
     typer.echo(f"Directory         {run.directory}")
-    typer.echo(f'\nNext: finemoe generate {run.directory} --prompt "..."')
+    typer.echo(f'\nNext: finemoe generate {directory} --prompt "..."')
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def presets(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Print this one's table.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="Print this one's table.", show_default=False)
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -44,7 +44,7 @@ def _list(as_json: bool) -> None:
     from finemoe.model.presets import PRESETS, resolve
     from finemoe.model.size import measure
 
-    records = []
+    records: list[dict[str, Any]] = []
     for name, preset in PRESETS.items():
         config = expand(resolve(preset.model, name))
         size = measure(config, preset.seq_len)
@@ -61,7 +61,7 @@ def _list(as_json: bool) -> None:
     if as_json:
         print_json(records)
         return
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("Name", no_wrap=True)
     table.add_column("Total", justify="right", no_wrap=True)
     table.add_column("Active", justify="right", no_wrap=True)

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 def size(
     models: Annotated[
         list[str],
-        typer.Argument(
-            metavar="NAME|RECIPE|DIR...", help="Preset, .toml recipe or run directory.", show_default=False
-        ),
+        typer.Argument(metavar="NAME|RECIPE|DIR...", help="Preset, .toml recipe or run directory.", show_default=False),
     ],
     seq_len: Annotated[
         int | None,
@@ -28,11 +26,12 @@ def size(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Count parameters, training FLOPs and cache, from the configuration alone.
+    """Count parameters, FLOPs and cache of a model.
 
-    Nothing is allocated: the largest preset takes no longer than the smallest. Several models
-    stand side by side. FLOPs follow the papers' convention: forward and backward, 6 for each
-    active weight, attention without the causal saving.
+    From the configuration alone: nothing is allocated, so the largest preset takes no longer
+    than the smallest. Several models stand side by side. FLOPs are forward and backward, 6 for
+    each active weight, attention without the causal saving; per sequence in the papers'
+    convention, per token as built.
 
     \b
     Examples:
@@ -66,7 +65,7 @@ def _measure(name: str, seq_len: int | None) -> ModelSize:
     if path.suffix == ".toml" or path.exists():
         return _measure_recipe(path, seq_len)
     raise ConfigError(
-        f"{name}: no such recipe or run directory, and no preset of that name{did_you_mean(name, sorted(PRESETS))}"
+        f"{name}: neither a recipe, nor a run directory, nor a preset{did_you_mean(name, sorted(PRESETS))}"
     )
 
 
@@ -139,8 +138,8 @@ def _print_table(sizes: dict[str, ModelSize]) -> None:
         ("Training FLOPs per sequence", lambda s: flops(s.training_flops_per_sequence)),
         ("Cache per token, elements", lambda s: f"{s.cache_elements_per_token:,}"),
         ("Cache per token, bf16", lambda s: f"{s.cache_elements_per_token * 2 / 2**10:,.4g} KiB"),
-        ("Weights, bf16", lambda s: f"{s.total_parameters * 2 / 2**30:,.3g} GiB"),
-        ("Weights, fp32", lambda s: f"{s.total_parameters * 4 / 2**30:,.3g} GiB"),
+        ("Weights, bf16", lambda s: weights(s.total_parameters * 2)),
+        ("Weights, fp32", lambda s: weights(s.total_parameters * 4)),
     ]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
@@ -158,3 +157,9 @@ def flops(value: float) -> str:
         if value >= factor:
             return f"{value / factor:.4g} {prefix}"
     return f"{value / 1e6:.4g} M"
+
+
+def weights(num_bytes: int) -> str:
+    """30.5 GiB, or MiB below a tenth of one."""
+    gib = num_bytes / 2**30
+    return f"{gib:,.3g} GiB" if gib >= 0.1 else f"{gib * 1024:.3g} MiB"

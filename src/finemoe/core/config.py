@@ -107,8 +107,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        same_kind = isinstance(old, Mapping) and isinstance(value, Mapping) and (
-            "kind" not in value or value["kind"] == old.get("kind", value["kind"])
+        same_kind = (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and ("kind" not in value or value["kind"] == old.get("kind", value["kind"]))
         )
         merged[key] = merge(old, value) if same_kind else value  # type: ignore[arg-type]
     return merged

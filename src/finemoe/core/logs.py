@@ -16,7 +16,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 logger = logging.getLogger("finemoe")
 _PLAIN_INTERVAL = 15.0  # seconds between lines when nobody watches a terminal
@@ -29,21 +36,37 @@ def console() -> Console:
 
 def set_up(*, debug: bool = False) -> None:
     """Send `finemoe` log records to stderr. Called by the command line; a library user configures logging alone."""
-    handler = RichHandler(console=console(), show_path=debug, show_time=debug, show_level=True, markup=False)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    screen = console()
+    handler: logging.Handler = logging.StreamHandler()  # no wrapping: a pipe has no width
+    if screen.is_terminal:
+        handler = RichHandler(console=screen, show_path=debug, show_time=debug, show_level=False, markup=False)
+    handler.setFormatter(_Formatter())
     logger.handlers = [handler]
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False
 
 
+class _Formatter(logging.Formatter):
+    """The bare message; only what is not routine says its level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return message if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {message}"
+
+
 @contextmanager
 def progress(description: str, total: int | None, unit: str = "") -> Iterator[Callable[[int], None]]:
-    """Yield `advance(n)`. A bar with ETA on a terminal; on a pipe one line every 15 seconds; nothing under 2 seconds."""
+    """Yield `advance(n)`. A bar with ETA on a terminal; on a pipe one line every 15 seconds."""
     screen = console()
     if not screen.is_terminal:
         yield _plain_progress(description, total, unit)
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+    )
     with Progress(*columns, TextColumn(unit), TimeRemainingColumn(), console=screen, transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)

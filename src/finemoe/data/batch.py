@@ -56,9 +56,7 @@ class TokenBatch:
     @staticmethod
     def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
         """All rows of `batches`, in order."""
-        return TokenBatch(
-            *(torch.cat(column) for column in zip(*(b._tensors() for b in batches), strict=True))
-        )
+        return TokenBatch(*(torch.cat(column) for column in zip(*(b._tensors() for b in batches), strict=True)))
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self.tokens, self.targets, self.weights, self.positions, self.documents

@@ -60,9 +60,7 @@ def _build(folder: Path, build: Callable[[Path], object]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     except OSError as error:
-        raise DataError(
-            f"cache folder {folder.parent} cannot be written ({error}): set `cache_dir`"
-        ) from error
+        raise DataError(f"cache folder {folder.parent} cannot be written ({error}): set `cache_dir`") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -74,9 +72,7 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_name(f"{folder.name}.lock"), "w")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise DataError(
-            f"cache folder {folder.parent} cannot be written ({error}): set `cache_dir`"
-        ) from error
+        raise DataError(f"cache folder {folder.parent} cannot be written ({error}): set `cache_dir`") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -63,9 +63,7 @@ class StdlibCorpus(Config):
             names += [(inside / name).as_posix() for name in files if name.endswith(".py")]
         names.sort()
         if not names:
-            raise DataError(
-                f"{root}: the standard library has no .py files here; use a corpus of kind `files`"
-            )
+            raise DataError(f"{root}: the standard library has no .py files here; use a corpus of kind `files`")
         if self.max_bytes is None:
             return names
         chosen, total = [], 0
@@ -130,9 +128,7 @@ def _find(pattern: str) -> Iterator[tuple[Path, str]]:
         for file in files:
             yield file, file.relative_to(fixed).as_posix()
     else:
-        raise DataError(
-            f"corpus path {pattern}: no such file or folder (relative paths start at {Path.cwd()})"
-        )
+        raise DataError(f"corpus path {pattern}: no such file or folder (relative paths start at {Path.cwd()})")
 
 
 class HuggingFaceCorpus(Config):

@@ -128,17 +128,14 @@ def _read_json_lines(stream: BinaryIO, file: TextFile, report: SkipReport) -> It
 
 def _read_parquet(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterator[Document]:
     # Parquet is read from its end: a compressed one has to be unpacked in memory first.
-    seekable = (
-        stream if isinstance(stream, io.BufferedReader) and stream.seekable() else io.BytesIO(stream.read())
-    )
+    seekable = stream if isinstance(stream, io.BufferedReader) and stream.seekable() else io.BytesIO(stream.read())
     table = pq.ParquetFile(seekable)
     columns = [file.text_field, *([file.domain_field] if file.domain_field else [])]
     missing = set(columns) - set(table.schema_arrow.names)
     if missing:
         known = ", ".join(table.schema_arrow.names)
         raise DataError(
-            f"{file.path}: no column {', '.join(sorted(missing))}: set `text_field` or `domain_field` to one "
-            f"of {known}"
+            f"{file.path}: no column {', '.join(sorted(missing))}: set `text_field` or `domain_field` to one of {known}"
         )
     number = 0
     for batch in table.iter_batches(batch_size=1024, columns=columns):

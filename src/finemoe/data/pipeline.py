@@ -125,13 +125,9 @@ class PreparedData:
     def validation_batches(self, batch_size: int) -> Iterator[TokenBatch]:
         """The validation sequences, always the same in the same order; the last batch may be smaller."""
         length = self.config.sequence_length
-        windows = np.concatenate(
-            [source.windows(chosen, length) for source, chosen in self._validation_windows()]
-        )
+        windows = np.concatenate([source.windows(chosen, length) for source, chosen in self._validation_windows()])
         for start in range(0, len(windows), batch_size):
-            yield pack(
-                windows[start : start + batch_size], self.config.packing, self.tokenizer.end_of_text_id
-            )
+            yield pack(windows[start : start + batch_size], self.config.packing, self.tokenizer.end_of_text_id)
 
     def _validation_windows(self) -> Iterator[tuple[TokenSource, NDArray[np.int64]]]:
         """Windows spread evenly over each source, as many of each as its weight asks for."""
@@ -154,9 +150,7 @@ def prepare(config: DataConfig) -> PreparedData:
     """
     scan = scan_corpus(config.corpus, config.validation_share, config.max_skipped_share)
     cache = Path(config.cache_dir or os.environ.get("FINEMOE_CACHE") or "~/.cache/finemoe").expanduser()
-    tokenizer = (
-        Tokenizer.load(config.tokenizer) if config.tokenizer else _trained_tokenizer(config, scan, cache)
-    )
+    tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else _trained_tokenizer(config, scan, cache)
     tokenizer.self_test(scan.samples)
     folder = cache / "tokens" / _key(FORMAT_VERSION, scan.digest(), tokenizer.fingerprint())
     streams = open_or_build(folder, open_streams, lambda fresh: _tokenise(config, scan, tokenizer, fresh))
@@ -188,9 +182,7 @@ def _trained_tokenizer(config: DataConfig, scan: Scan, cache: Path) -> Tokenizer
         tokenizer.self_test(scan.samples)
         tokenizer.save(fresh)
         (fresh / _FINGERPRINT).write_text(tokenizer.fingerprint(), encoding="utf-8")
-        logger.info(
-            "trained a tokenizer of %d in %.1f s", tokenizer.vocab_size, time.perf_counter() - started
-        )
+        logger.info("trained a tokenizer of %d in %.1f s", tokenizer.vocab_size, time.perf_counter() - started)
 
     tokenizer = open_or_build(cache / "tokenizers" / key, _open_tokenizer, build)
     if tokenizer.vocab_size < config.vocab_size:
@@ -246,11 +238,7 @@ def _tokenise(config: DataConfig, scan: Scan, tokenizer: Tokenizer, folder: Path
 
 def _shards(corpus: CorpusConfig, side: Side, streams: dict[str, TokenArray]) -> TokenShards:
     parts = parts_of(corpus)
-    names = (
-        [f"{i}-{part.corpus.kind}" for i, part in enumerate(parts)]
-        if len(parts) > 1
-        else [parts[0].corpus.kind]
-    )
+    names = [f"{i}-{part.corpus.kind}" for i, part in enumerate(parts)] if len(parts) > 1 else [parts[0].corpus.kind]
     return TokenShards(
         tuple(
             TokenSource(name, part.weight, streams[_stream(i, side)])

@@ -47,9 +47,7 @@ class Scan:
             document = item.document
             encoded = document.text.encode()
             text_hash = hashlib.sha256(encoded).hexdigest()
-            self._hash.update(
-                repr((item.part, item.side, document.name, document.domain, text_hash)).encode()
-            )
+            self._hash.update(repr((item.part, item.side, document.name, document.domain, text_hash)).encode())
             self.totals[item.side].documents += 1
             self.totals[item.side].num_bytes += len(encoded)
             self.domains.setdefault(document.domain, dict.fromkeys(SIDES, 0))[item.side] += 1
@@ -83,9 +81,7 @@ def scan_corpus(corpus: CorpusConfig, validation_share: float, max_skipped_share
             advance(1)
     scan.skips.check(max_skipped_share)
     if not scan.skips.kept:
-        raise DataError(
-            f"corpus of kind `{corpus.kind}` is empty: no document in it has any text; check its paths"
-        )
+        raise DataError(f"corpus of kind `{corpus.kind}` is empty: no document in it has any text; check its paths")
     for side in SIDES:
         if not scan.totals[side].documents:
             raise DataError(

@@ -36,9 +36,7 @@ class TokenWriter:
         self._tokenizer = tokenizer
         self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self._texts: list[str] = []
-        self._places: list[
-            tuple[str, bool]
-        ] = []  # the stream of each text, and whether a document ends with it
+        self._places: list[tuple[str, bool]] = []  # the stream of each text, and whether a document ends with it
         self._block_chars = 0
         self._stack = ExitStack()
         self._files: dict[str, BinaryIO] = {}
@@ -64,8 +62,7 @@ class TokenWriter:
             file.flush()
             os.fsync(file.fileno())
         streams = {
-            name: {"tokens": self._counts[name], "sha256": self._hashes[name].hexdigest()}
-            for name in self._files
+            name: {"tokens": self._counts[name], "sha256": self._hashes[name].hexdigest()} for name in self._files
         }
         meta = {
             "format": FORMAT_VERSION,
@@ -125,9 +122,7 @@ def open_streams(folder: Path) -> dict[str, TokenArray]:
         if meta["format"] != FORMAT_VERSION:
             raise ValueError(f"format {meta['format']} instead of {FORMAT_VERSION}")
         dtype = np.dtype(meta["dtype"])
-        return {
-            name: _open_stream(folder / _bin(name), dtype, facts) for name, facts in meta["streams"].items()
-        }
+        return {name: _open_stream(folder / _bin(name), dtype, facts) for name, facts in meta["streams"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{folder}: {error}") from error
 

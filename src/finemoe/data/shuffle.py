@@ -70,9 +70,7 @@ class MixtureSchedule:
         shares = np.asarray(weights, dtype=np.float64) / float(np.sum(weights))
         self.per_block = _round_to_sum(shares * self.BLOCK, self.BLOCK)
         if (self.per_block == 0).any():
-            raise ValueError(
-                f"every weight must be at least 1/{self.BLOCK} of their sum, got {list(weights)}"
-            )
+            raise ValueError(f"every weight must be at least 1/{self.BLOCK} of their sum, got {list(weights)}")
         # The k-th turn of a source that has c of them wants to be at (k + 1/2) / c of the block.
         wanted = np.concatenate([(np.arange(count) + 0.5) / count for count in self.per_block])
         sources = np.repeat(np.arange(len(shares)), self.per_block)

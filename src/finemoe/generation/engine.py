@@ -1,8 +1,8 @@
 """Engine: many prompts through one model at once, in a fixed number of slots.
 
 Every step is one forward pass over all slots. A slot feeds a chunk of its prompt, or the token it drew last;
-shorter rows are padded, and the padding is written to cache positions that its row cannot see. A finished slot
-takes the next sequence of the queue. Nothing is evicted: a cache has room for the longest sequence that waits.
+shorter rows are padded, and the padding is written to cache positions that its row cannot see. A finished
+slot takes the next sequence of the queue. Nothing is evicted: a cache has room for the longest that waits.
 """
 
 from __future__ import annotations
@@ -91,15 +91,11 @@ class Engine:
         prompt = request.prompt
         if not prompt:
             if self._end_of_text_id is None:
-                raise DataError(
-                    "an empty prompt needs an end-of-text token to start from: give end_of_text_id"
-                )
+                raise DataError("an empty prompt needs an end-of-text token to start from: give end_of_text_id")
             prompt = (self._end_of_text_id,)
         outside = next((i for i in prompt if not 0 <= i < self._model.config.vocab_size), None)
         if outside is not None:
-            raise DataError(
-                f"token id {outside} is outside the model's vocabulary of {self._model.config.vocab_size}"
-            )
+            raise DataError(f"token id {outside} is outside the model's vocabulary of {self._model.config.vocab_size}")
         self._queue.append(Sequence.start(self._next_id, prompt, request.sampling, request.repetition))
         self._next_id += 1
         return self._next_id - 1
@@ -145,9 +141,7 @@ class Engine:
         rows = [slot for slot, _ in ready]
         last = hidden[rows, [len(chunks[slot]) - 1 for slot in rows]]
         logits = self._model.logits(last)[:, : self._vocab_size]
-        events = [
-            Event(sequence, *drawn) for (_, sequence), drawn in zip(ready, _draw(logits, ready), strict=True)
-        ]
+        events = [Event(sequence, *drawn) for (_, sequence), drawn in zip(ready, _draw(logits, ready), strict=True)]
         for slot, event in zip(rows, events, strict=True):
             event.sequence.append(event.token_id, event.logprob, self._end_of_text_id)
             if event.sequence.finish_reason is not None:

@@ -27,9 +27,7 @@ class SamplingConfig(Config):
     """End the completion at the end-of-text token, which is then its last id."""
 
 
-def pick(
-    logits: Tensor, config: SamplingConfig, generators: Sequence[torch.Generator]
-) -> tuple[Tensor, Tensor]:
+def pick(logits: Tensor, config: SamplingConfig, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
     """Draw one token a row.
 
     A draw is the argmax of scores plus Gumbel noise: rounding, which differs between batch sizes, then almost
@@ -49,9 +47,7 @@ def pick(
     """
     logits = logits.float().cpu()
     if not logits.isfinite().all():
-        raise CheckpointError(
-            "the model's logits are not finite: its weights are damaged or its training diverged"
-        )
+        raise CheckpointError("the model's logits are not finite: its weights are damaged or its training diverged")
     if config.temperature == 0.0:
         ids = logits.argmax(dim=-1)
     else:

@@ -30,5 +30,7 @@ def initialize(model: Transformer, seed: int, token_frequencies: Tensor | None =
             if isinstance(module, RMSNorm):
                 nn.init.ones_(parameter)
             else:
-                drawn = torch.empty(parameter.shape).normal_(0.0, model.config.init_std, generator=generator(seed, "init", key))
+                drawn = torch.empty(parameter.shape).normal_(
+                    0.0, model.config.init_std, generator=generator(seed, "init", key)
+                )
                 parameter.copy_(drawn)

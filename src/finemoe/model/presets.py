@@ -36,7 +36,9 @@ def _dense(width: int) -> dict[str, Any]:
     return {"kind": "dense", "ffn_hidden_size": width}
 
 
-def _moe(shared: int, routed: int, active: int, width: int, router: str = "softmax_topk", **balance: float) -> dict[str, Any]:
+def _moe(
+    shared: int, routed: int, active: int, width: int, router: str = "softmax_topk", **balance: float
+) -> dict[str, Any]:
     return {
         "kind": "moe",
         "num_shared_experts": shared,
@@ -116,8 +118,8 @@ PRESETS: dict[str, Preset] = {
         },
         4096,
         notes=(
-            "the paper prints 12.2B active, which does not fit its own 374.6T FLOPs; these 13.6B do, with a dense first "
-            "layer of 11264, the width of the activated experts (the paper prints none)",
+            "the paper prints 12.2B active, which does not fit its own 374.6T FLOPs; these 13.6B do, with a dense "
+            "first layer of 11264, the width of the activated experts (the paper prints none)",
         ),
     ),
     "gshard-137b": Preset(

@@ -41,7 +41,10 @@ class ModelSize:
 
 
 def measure(
-    config: ModelConfig, seq_len: int, unrounded: Mapping[int, float] | None = None, notes: tuple[str, ...] = ()
+    config: ModelConfig,
+    seq_len: int,
+    unrounded: Mapping[int, float] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> ModelSize:
     """The size of `config` at sequences of `seq_len` tokens.
 

@@ -1,7 +1,7 @@
 """`finemoe compare`: several architectures at matched compute, paired seeds, intervals and verdicts.
 
-Comparison directory: compare.json (resolved), plan.json (steps and learning rates, once decided), tuning/, arms/NAME/
-seed-N/ (each an ordinary run directory), and the results: results.json, results.csv, report.html, figures/.
+Comparison directory: compare.json (resolved), tuning/ and calibration/ where asked for, arms/NAME/seed-N/ (each an
+ordinary run directory), and the results: results.json, results.csv, report.html, figures/.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from finemoe.checkpoint.files import storage_error, write_text
 from finemoe.core.config import Config, parse, to_json
 from finemoe.core.errors import ConfigError, RunError
-from finemoe.core.logs import logger
+from finemoe.core.logs import console
 from finemoe.data import DataConfig, prepare
 from finemoe.model.config import ModelRecipe
 from finemoe.model.feed_forward import DenseConfig
 from finemoe.model.presets import resolve
 from finemoe.model.size import measure
 from finemoe.studies.arms import MatchingConfig, RoutingConfig, SizedArm, solve
-from finemoe.studies.fleet import Job, run_fleet
+from finemoe.studies.fleet import Job, Outcome, run_fleet
 from finemoe.studies.results import build_results, write_results
 from finemoe.training.config import DEFAULT_LEARNING_RATE, RunConfig, TrainingConfig, read_recipe
 from finemoe.training.optimizer import OptimizerConfig
@@ -118,7 +119,10 @@ def compare(
     """
     raw, source = read_recipe({} if recipe is None else recipe, overrides)
     config = resolve_comparison(raw, source)
-    arms = {name: solve(name, config.base, config.matching, config.routing, config.data.sequence_length) for name in config.arms}
+    arms = {
+        name: solve(name, config.base, config.matching, config.routing, config.data.sequence_length)
+        for name in config.arms
+    }
     data = prepare(config.data)
     data.require_batch(config.training.tokens_per_step // config.data.sequence_length)
     directory = Path(out) if out is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -128,7 +132,9 @@ def compare(
         _announce(arms, config, parallel)
     study = _Study(config, arms, directory, parallel, quiet)
     interrupted, failures = study.run()
-    results = build_results(config, arms, directory, study.plan(), data.tokenizer, study.threads, parallel, failures, source)
+    results = build_results(
+        config, arms, directory, study.plan(), data.tokenizer, study.threads, parallel, failures, source
+    )
     if not results["arms"]:
         if interrupted:
             return Comparison(directory, results, interrupted=True)
@@ -143,6 +149,8 @@ def resolve_comparison(raw: Mapping[str, Any], source: str) -> CompareConfig:
     Raises:
         ConfigError: unknown keys, impossible values.
     """
+    if "model" in raw:
+        raise ConfigError(f"{source} is the recipe of one run: use `finemoe train`, or name it among the `arms`")
     training = raw.get("training", {})
     for field in ("tokens", "steps"):
         if field in training:
@@ -184,21 +192,32 @@ class _Study:
 
     def run(self) -> tuple[bool, dict[str, str]]:
         """(interrupted, failures by run)."""
-        for step in (self._tune, self._calibrate):
-            if step():
-                return True, {}
+        failures: dict[str, str] = {}
+        for prepare_step in (self._tune, self._calibrate):
+            outcome = prepare_step()
+            failures |= outcome.failures
+            if outcome.interrupted:
+                return True, failures
         plan = self.plan()
         jobs = [
             self._job(f"arms/{name}/seed-{seed}", name, seed, plan[name]["steps"], plan[name]["learning_rate"])
             for seed in self.config.seeds
-            for name in sorted(self.arms, key=self._cost, reverse=True)  # longest first, so that no core idles
+            for name in sorted(plan, key=self._cost, reverse=True)  # longest first, so that no core idles
         ]
         outcome = run_fleet(jobs, self.parallel, description="compare", quiet=self.quiet)
-        return outcome.interrupted, outcome.failures
+        return outcome.interrupted, failures | outcome.failures
 
     def plan(self) -> dict[str, dict[str, Any]]:
-        """Steps and learning rate of every arm, from what tuning and calibration left on disk."""
-        return {name: {"steps": self._steps(name), "learning_rate": self._learning_rate(name)} for name in self.arms}
+        """Steps and learning rate by arm, from what tuning and calibration left on disk; an arm they failed is absent."""
+        ready = [name for name in self.arms if self._is_ready(name)]
+        return {name: {"steps": self._steps(name), "learning_rate": self._learning_rate(name)} for name in ready}
+
+    def _is_ready(self, name: str) -> bool:
+        tuned = self.config.tuning is None or bool(self.trials(name))
+        return tuned and (self.config.budget.kind != "seconds" or self._calibration(name) is not None)
+
+    def _calibration(self, name: str) -> dict[str, Any] | None:
+        return read_summary(self.directory / "calibration" / name)
 
     def _cost(self, name: str) -> float:
         return measure(self.arms[name].model, self.config.data.sequence_length).training_flops_per_token
@@ -208,8 +227,9 @@ class _Study:
         if self.config.budget.kind == "flops":
             value = value / self._cost(name)
         elif self.config.budget.kind == "seconds":
-            summary = read_summary(self.directory / "calibration" / name)
-            value = value * summary["tokens_per_second"] if summary else per_step
+            calibration = self._calibration(name)
+            assert calibration is not None  # else the arm is not in the plan
+            value = value * calibration["tokens_per_second"]
         return max(1, int(value / per_step))
 
     def _learning_rate(self, name: str) -> float:
@@ -228,34 +248,58 @@ class _Study:
     def _trial(self, name: str, rate: float) -> Path:
         return self.directory / "tuning" / name / f"lr-{rate:g}"
 
-    def _tune(self) -> bool:
-        """Try every rate on every arm; True when interrupted."""
+    def _tune(self) -> Outcome:
+        """Try every rate on every arm."""
         if self.config.tuning is None:
-            return False
+            return Outcome()
         steps = max(1, self.config.tuning.tokens // self.config.training.tokens_per_step)
         jobs = [
-            self._job(str(self._trial(name, rate).relative_to(self.directory)), name, _TUNING_SEED, steps, rate, steps)
+            self._job(
+                str(self._trial(name, rate).relative_to(self.directory)),
+                name,
+                _TUNING_SEED,
+                steps,
+                rate,
+                steps,
+            )
             for rate in self.config.tuning.learning_rates
             for name in self.arms
         ]
-        return run_fleet(jobs, self.parallel, description="tuning", quiet=self.quiet).interrupted
+        return run_fleet(jobs, self.parallel, description="tuning", quiet=self.quiet)
 
-    def _calibrate(self) -> bool:
-        """Measure each arm's speed, under the load it will run with; True when interrupted."""
+    def _calibrate(self) -> Outcome:
+        """Measure each arm's speed, under the load it will run with."""
         if self.config.budget.kind != "seconds":
-            return False
+            return Outcome()
         jobs = [
-            self._job(f"calibration/{name}", name, _TUNING_SEED, _CALIBRATION_STEPS, self.config.optimizer.learning_rate)
+            self._job(
+                f"calibration/{name}",
+                name,
+                _TUNING_SEED,
+                _CALIBRATION_STEPS,
+                self.config.optimizer.learning_rate,
+            )
             for name in self.arms
         ]
-        return run_fleet(jobs, self.parallel, description="calibrating", quiet=self.quiet).interrupted
+        return run_fleet(jobs, self.parallel, description="calibrating", quiet=self.quiet)
 
     def _job(
-        self, path: str, name: str, seed: int, steps: int, learning_rate: float, evaluate_every: int | None = None
+        self,
+        path: str,
+        name: str,
+        seed: int,
+        steps: int,
+        learning_rate: float,
+        evaluate_every: int | None = None,
     ) -> Job:
         config = self.config
         evaluate_every = evaluate_every or config.training.evaluate_every
-        changed = {"steps": steps, "threads": self.threads, "keep_checkpoints": 1, "evaluate_every": evaluate_every}
+        changed = {
+            "steps": steps,
+            "threads": self.threads,
+            "keep_checkpoints": 1,
+            "evaluate_every": evaluate_every,
+        }
         training = config.training.model_copy(update=changed)
         run = RunConfig(
             name=path,
@@ -271,22 +315,27 @@ class _Study:
 
 def _announce(arms: Mapping[str, SizedArm], config: CompareConfig, parallel: int) -> None:
     """What is compared, and how well it is matched."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("Arm", no_wrap=True)
+    table.add_column("Experts", no_wrap=True)
+    for title in ("Total", "Active", "MFLOPs/token", "Mismatch"):
+        table.add_column(title, justify="right", no_wrap=True)
     for arm in arms.values():
         size = measure(arm.model, config.data.sequence_length)
-        missed = [f"{key.split('_')[0]} {value:+.1f} %" for key, value in arm.mismatch.items() if value is not None]
-        logger.info(
-            "%-14s %-16s %6.2fM total %5.2fM active %6.2f MFLOPs/token   mismatch %s",
+        missed = [abs(value) for value in arm.mismatch.values() if value is not None]
+        table.add_row(
             arm.label,
             arm.routing,
-            size.total_parameters / 1e6,
-            size.active_parameters / 1e6,
-            size.training_flops_per_token / 1e6,
-            ", ".join(missed) or "not sized here",
+            f"{size.total_parameters / 1e6:.2f}M",
+            f"{size.active_parameters / 1e6:.2f}M",
+            f"{size.training_flops_per_token / 1e6:.2f}",
+            f"{max(missed):.1f} %" if missed else "as it is",
         )
-    logger.info(
-        "%d runs, %d at a time; budget %s %s each",
-        len(arms) * len(config.seeds),
-        parallel,
-        f"{config.budget.value:,.0f}",
-        config.budget.kind,
+    screen = console()
+    screen.print(table)
+    screen.print(
+        f"Mismatch: the largest miss of expert parameters (total, active) and FLOPs against their targets.\n"
+        f"{len(arms) * len(config.seeds)} runs, {parallel} at a time, {config.budget.value:,.0f} "
+        f"{config.budget.kind} each.",
+        soft_wrap=True,
     )

@@ -17,7 +17,7 @@ from finemoe.checkpoint.files import write_text
 from finemoe.core.config import to_json
 from finemoe.core.logs import console, logger
 from finemoe.model.size import measure
-from finemoe.studies.worker import FINISHED, INTERRUPTED
+from finemoe.studies.worker import FAILED, FINISHED, INTERRUPTED
 from finemoe.training.config import RunConfig
 from finemoe.training.run import read_summary
 
@@ -116,7 +116,8 @@ def _conclude(one: _Active, outcome: Outcome, board: _Board) -> None:
         outcome.interrupted = True
     else:
         lines = one.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        outcome.failures[one.job.name] = f"{lines[-1] if lines else f'exit status {status}'} (log: {one.log})"
+        said = lines[-1] if status == FAILED and lines else f"ended with exit status {status}"
+        outcome.failures[one.job.name] = f"{said} (log: {one.log})"
         logger.error("%s failed: %s", one.job.name, outcome.failures[one.job.name])
 
 
@@ -135,11 +136,16 @@ class _Board:
         self._rows: dict[str, TaskID] = {}
         screen = console()
         if screen.is_terminal and not quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.percentage:>3.0f}%"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=12),
+                TextColumn("{task.percentage:>3.0f}%"),
+            )
             times = (TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=False))
             self._progress = Progress(*columns, *times, console=screen, transient=True, speed_estimate_period=600)
             self._progress.start()
-            self._overall = self._progress.add_task(description, total=self._total, completed=self._before)
+            self._overall = self._progress.add_task(description, total=self._total)
+            self._progress.update(self._overall, completed=self._before)
 
     def refresh(self, active: Sequence[Job]) -> None:
         """Read the active runs' newest records and show them."""

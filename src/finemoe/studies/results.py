@@ -25,7 +25,7 @@ from finemoe.studies.arms import SizedArm
 from finemoe.studies.statistics import interval, paired
 from finemoe.studies.tables import comparison_csv
 from finemoe.text import Tokenizer
-from finemoe.training.run import read_summary
+from finemoe.training.run import read_summary, resolve_device
 
 if TYPE_CHECKING:
     from finemoe.studies.compare import CompareConfig
@@ -56,7 +56,7 @@ def build_results(
         "title": config.title,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": command_of(source, directory),
-        "machine": _machine(threads, parallel),
+        "machine": _machine(config, threads, parallel),
         "recipe": config.model_dump(mode="json"),
         "complete": all(len(found) == len(config.seeds) for found in runs.values()),
         "budget": config.budget.model_dump(),
@@ -89,16 +89,17 @@ def notes(config: CompareConfig, failures: Mapping[str, str]) -> list[str]:
     gates = "as published" if published else "not as published, the same for every learned router"
     capacity = "dropless" if routing.capacity_factor is None else f"capacity factor {routing.capacity_factor:g}"
     lines = [
-        f"Gates: normalize_gates = {str(routing.normalize_gates).lower()}, route_scale = {routing.route_scale:g} ({gates}).",
+        f"Gates: normalize_gates {str(routing.normalize_gates).lower()}, route_scale {routing.route_scale:g} ({gates}).",
         f"Balance coefficient {routing.balance:g} for learned routers; {capacity}; {routing.hash_table} hash table.",
     ]
     if config.tuning is None:
         rates = "per arm from the recipe" if config.learning_rates else "one for all arms, not tuned per arm"
         lines.append(f"Learning rates: {rates}.")
     else:
+        rates = ", ".join(f"{rate:g}" for rate in config.tuning.learning_rates)
         lines.append(
-            f"Learning rates: the best of {', '.join(f'{rate:g}' for rate in config.tuning.learning_rates)} for each arm, "
-            f"by validation loss after {config.tuning.tokens / 1e6:g} M tokens on a seed of its own; equal effort for all."
+            f"Learning rates: the best of {rates} for each arm, by validation loss after "
+            f"{config.tuning.tokens / 1e6:g} M tokens on a seed of its own; equal effort for all."
         )
     lines += [f"Failed: {name}: {message}" for name, message in failures.items()]
     return lines
@@ -117,12 +118,15 @@ def _finished(directory: Path, name: str, seeds: tuple[int, ...]) -> Runs:
     return {seed: summary for seed, summary in found.items() if summary is not None}
 
 
-def _machine(threads: int, parallel: int) -> dict[str, Any]:
+def _machine(config: CompareConfig, threads: int, parallel: int) -> dict[str, Any]:
     here = environment()
+    device, bf16 = resolve_device(config.training)
     kept = {key: here[key] for key in ("processor", "cores", "memory_gib", "python", "git_revision")}
     return {
         **kept,
         "torch": here["packages"]["torch"],
+        "device": device.type,
+        "precision": "bf16" if bf16 else "fp32",
         "threads_per_run": threads,
         "parallel_runs": parallel,
     }

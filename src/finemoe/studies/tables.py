@@ -89,7 +89,11 @@ def comparison_csv(results: Results) -> str:
         row["seeds"] = len(stat(record, "validation_loss").get("seeds") or [])
         for name in _STATS:
             value = stat(record, name)
-            row |= {name: value.get("mean"), f"{name}_low": value.get("low"), f"{name}_high": value.get("high")}
+            row |= {
+                name: value.get("mean"),
+                f"{name}_low": value.get("low"),
+                f"{name}_high": value.get("high"),
+            }
         row |= {name: record.get(name) for name in _NUMBERS}
         row |= {f"mismatch_{name}": (record.get("mismatch") or {}).get(name) for name in _MISMATCHES}
         row["paper_pile_loss"] = finite((record.get("paper") or {}).get("pile_loss"))

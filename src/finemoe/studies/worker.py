@@ -25,7 +25,9 @@ def run(config_path: Path, directory: Path) -> int:
     """Start or go on with the run in `directory`."""
     started = (directory / "config.json").exists()
     try:
-        result = resume(directory, quiet=True) if started else train(read_config(config_path), out=directory, quiet=True)
+        result = (
+            resume(directory, quiet=True) if started else train(read_config(config_path), out=directory, quiet=True)
+        )
     except FinemoeError as error:
         print(error, file=sys.stderr)
         return FAILED

@@ -38,9 +38,7 @@ _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|endoftext|>", "<｜end▁of▁sentence｜>
 
 # The GPT-4 pattern with digits one by one (numbers stay comparable) and marks kept with their letters. Runs
 # of blanks stay whole up to the last one, so that an indentation can become a single token.
-_PATTERN = (
-    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_PATTERN = r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 _AWKWARD = (
     "",
@@ -66,9 +64,7 @@ def _byte_of_char() -> dict[str, int]:
         *range(ord("®"), ord("ÿ") + 1),
     ]
     table = {chr(byte): byte for byte in printable}
-    table.update(
-        {chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in set(printable))}
-    )
+    table.update({chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in set(printable))})
     return table
 
 
@@ -173,9 +169,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts, on all cores."""
-        return [
-            encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+        return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     @cached_property
     def token_bytes(self) -> Mapping[int, bytes]:
@@ -226,9 +220,7 @@ class Tokenizer:
                     ": use a byte-level tokenizer without normalisation"
                 )
             if self.end_of_text_id in ids:
-                raise DataError(
-                    f"the tokenizer ends a document in the middle of ordinary text: {text[:60]!r}"
-                )
+                raise DataError(f"the tokenizer ends a document in the middle of ordinary text: {text[:60]!r}")
 
 
 @final

@@ -100,7 +100,9 @@ class RunConfig(Config):
         return max(1, min(self.training.tokens_per_step, 16_384) // length)
 
 
-def read_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+def read_recipe(
+    recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], str]:
     """A recipe's raw tables with overrides applied, and what to call it in messages."""
     if isinstance(recipe, Mapping):
         return with_overrides(recipe, overrides), "recipe"
@@ -114,12 +116,18 @@ def resolve_run(raw: Mapping[str, Any], source: str) -> RunConfig:
     Raises:
         ConfigError: unknown keys, missing fields, impossible combinations.
     """
+    if "base" in raw or "arms" in raw:
+        raise ConfigError(f"{source} is the recipe of a comparison: use `finemoe compare`")
     if "model" not in raw:
         raise ConfigError(f'{source}: `model` is missing; start with [model] preset = "tiny-moe"')
     if not isinstance(raw["model"], Mapping) or not isinstance(raw.get("data", {}), Mapping):
         raise ConfigError(f"{source}: `model` and `data` must be tables")
     model = raw["model"]
-    config = parse(ModelConfig, model, f"{source}: model") if "blocks" in model else expand(resolve(model, f"{source}: model"))
+    config = (
+        parse(ModelConfig, model, f"{source}: model")
+        if "blocks" in model
+        else expand(resolve(model, f"{source}: model"))
+    )
     data = {"vocab_size": config.vocab_size, **raw.get("data", {})}
     return parse(RunConfig, {**raw, "model": config.model_dump(), "data": data}, source)
 

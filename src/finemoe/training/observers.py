@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from finemoe.checkpoint.files import storage_error
 from finemoe.core.logs import JsonLines, console, logger
 from finemoe.training.report import StepReport
-from finemoe.training.trainer import Trainer
 from finemoe.training.trackers import Tracker
+from finemoe.training.trainer import Trainer
 from finemoe.training.validation import Validation
 
 Record = dict[str, Any]
@@ -44,12 +46,15 @@ class Log:
     """metrics.jsonl, always; and the trackers that were asked for."""
 
     def __init__(self, path: Path, trackers: Sequence[Tracker]) -> None:
-        self._file = JsonLines(path)
+        self._path = path
+        with self._storage():
+            self._file = JsonLines(path)
         self._trackers = trackers
 
     def emit(self, record: Record) -> None:
         """Write one record everywhere."""
-        self._file.write(record)
+        with self._storage():
+            self._file.write(record)
         for tracker in self._trackers:
             tracker.write(record)
 
@@ -59,9 +64,17 @@ class Log:
 
     def close(self) -> None:
         """Close the file and the trackers."""
-        self._file.close()
         for tracker in self._trackers:
             tracker.close()
+        with self._storage():
+            self._file.close()
+
+    @contextmanager
+    def _storage(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise storage_error(self._path, error) from error
 
 
 class Show:
@@ -75,7 +88,12 @@ class Show:
         self._task: TaskID | None = None
         screen = console()
         if screen.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=10),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             self._progress = Progress(*columns, console=screen)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:

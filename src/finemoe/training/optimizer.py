@@ -48,6 +48,8 @@ def load_optimizer_tensors(
     left = dict(tensors)
     for name, parameter in parameters.items():
         keys = [key for key in left if key.rpartition("/")[0] == name]
-        optimizer.state[parameter] = {key.rpartition("/")[2]: left.pop(key).clone() for key in keys}
+        optimizer.state[parameter] = {
+            key.rpartition("/")[2]: left.pop(key).to(parameter.device, copy=True) for key in keys
+        }
     if left:
         raise ValueError(f"optimizer state of unknown parameters: {sorted(left)[:3]}")

@@ -56,6 +56,9 @@ class StepReport:
             record["max_vio"] = sum(violations.values()) / len(violations)
             record["max_vio_per_layer"] = {str(layer): round(value, 4) for layer, value in violations.items()}
             record["dead_experts"] = dead_share(self.load)
+            record["dead_experts_per_layer"] = {
+                str(layer): dead_share({layer: one}) for layer, one in self.load.items()
+            }
             record["load"] = {str(layer): load.tolist() for layer, load in self.load.items()}
             record["dropped"] = self.dropped
         return record

@@ -29,7 +29,7 @@ from finemoe.data import PreparedData, prepare
 from finemoe.model.initialize import initialize
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
-from finemoe.training.config import RunConfig, read_config, read_recipe, resolve_run
+from finemoe.training.config import RunConfig, TrainingConfig, read_config, read_recipe, resolve_run
 from finemoe.training.gradients import Clip
 from finemoe.training.method import Method, everything
 from finemoe.training.next_token import NextToken
@@ -75,19 +75,9 @@ def train(
     config = recipe if isinstance(recipe, RunConfig) else resolve_run(*read_recipe(recipe, overrides))
     directory = Path(out) if out is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     _require_free(directory, config)
-    data = _prepare(config)
     _require_space(directory, config)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(directory, error) from error
-    for name, text in (
-        ("config.json", to_json(config)),  # first: with it `resume` can finish a directory that a kill cut short
-        ("environment.json", json.dumps(environment(), indent=2)),
-        ("data.json", json.dumps(data.report, indent=2, ensure_ascii=False)),
-    ):
-        write_text(directory / name, text)
-    data.tokenizer.save(directory / "tokenizer.json")
+    data = _prepare(config)
+    _describe(directory, config, data)
     return _run(config, data, directory, resumed=None, quiet=quiet)
 
 
@@ -107,8 +97,6 @@ def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
         logger.info("%s is finished: %d steps", directory, summary["steps"])
         return Run(directory, summary, interrupted=False)
     data = _prepare(config)
-    if not (directory / "tokenizer.json").exists():  # killed while the directory was being made
-        data.tokenizer.save(directory / "tokenizer.json")
     before = _read_json(directory / "data.json")
     changed = [key for key in ("tokens", "tokenizer_sha256") if before and before[key] != data.report[key]]
     if changed:
@@ -116,6 +104,7 @@ def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
             f"{directory}: the corpus is not the one this run began with ({', '.join(changed)} differ); "
             "put it back, or start a new run"
         )
+    _describe(directory, config, data)  # whatever a kill left out while the directory was being made
     checkpoints = directory / "checkpoints"
     started = checkpoints.is_dir() and any(checkpoints.glob("step-*"))
     return _run(config, data, directory, resumed=load_latest(checkpoints) if started else None, quiet=quiet)
@@ -150,7 +139,7 @@ def _require_free(directory: Path, config: RunConfig) -> None:
 
 
 def _require_space(directory: Path, config: RunConfig) -> None:
-    """Refuse when the checkpoints that are kept at once would not fit: weights and two moments, one more being written."""
+    """Refuse when the checkpoints kept at once, and one being written, would not fit: weights and two moments each."""
     parameters = measure(config.model, config.data.sequence_length).total_parameters
     needed = 12 * parameters * (config.training.keep_checkpoints + 1) + (16 << 20)
     existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
@@ -164,6 +153,24 @@ def _require_space(directory: Path, config: RunConfig) -> None:
         raise RunError(f"{existing} is not writable; choose another --out")
 
 
+def _describe(directory: Path, config: RunConfig, data: PreparedData) -> None:
+    """Write what does not change during the run, where it is missing; first the file that `resume` asks for."""
+    texts = {
+        "config.json": to_json(config),
+        "environment.json": json.dumps(environment(), indent=2),
+        "data.json": json.dumps(data.report, indent=2, ensure_ascii=False),
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            if not (directory / name).exists():
+                write_text(directory / name, text)
+        if not (directory / "tokenizer.json").exists():
+            data.tokenizer.save(directory / "tokenizer.json")
+    except OSError as error:
+        raise storage_error(directory, error) from error
+
+
 def _prepare(config: RunConfig) -> PreparedData:
     data = prepare(config.data)
     data.require_batch(config.training.tokens_per_step // config.data.sequence_length)
@@ -175,15 +182,19 @@ def _prepare(config: RunConfig) -> PreparedData:
     return data
 
 
-def _device(config: RunConfig) -> tuple[torch.device, bool]:
-    """Where to compute, and whether in bf16."""
-    name = config.training.device
+def resolve_device(training: TrainingConfig) -> tuple[torch.device, bool]:
+    """Where to compute, and whether in bf16.
+
+    Raises:
+        ConfigError: that device is not there.
+    """
+    name = training.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[name]:
         raise ConfigError(f'training.device = "{name}" is not available here; use "auto"')
-    bf16 = config.training.precision == "bf16" or (config.training.precision == "auto" and name == "cuda")
+    bf16 = training.precision == "bf16" or (training.precision == "auto" and name == "cuda")
     return torch.device(name), bf16
 
 
@@ -191,7 +202,7 @@ def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: Run
     memory.keep_freed_pages()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    device, bf16 = _device(config)
+    device, bf16 = resolve_device(config.training)
     model = Transformer(config.model, config.kernels)
     frequencies = torch.zeros(config.model.vocab_size, dtype=torch.int64)
     frequencies[: data.tokenizer.vocab_size] = torch.from_numpy(data.token_frequencies())

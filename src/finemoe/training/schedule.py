@@ -52,7 +52,7 @@ def _multi_step(config: MultiStepConfig, done: float) -> float:
 
 
 def _cosine(config: CosineConfig, done: float) -> float:
-    falling = (done - config.warmup_share) / max(1 - config.warmup_share, 1e-9)
+    falling = max(0.0, done - config.warmup_share) / max(1 - config.warmup_share, 1e-9)
     return config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * min(falling, 1.0)))
 
 

@@ -90,6 +90,6 @@ def open_tracker(name: TrackerName, directory: Path, config: dict[str, Any]) -> 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:
     scalars = {f"{record['kind']}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
-    for group in ("terms", "max_vio_per_layer"):
+    for group in ("terms", "max_vio_per_layer", "dead_experts_per_layer"):
         scalars |= {f"{record['kind']}/{group}/{key}": value for key, value in record.get(group, {}).items()}
     return scalars

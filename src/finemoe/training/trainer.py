@@ -192,9 +192,10 @@ class Trainer:
             return
         tensors = [
             f"{kind} of {name}"
+            for kind in ("weight", "gradient")  # a bad weight spoils every gradient: name it first
             for name, parameter in self.parameters.items()
-            for kind, tensor in (("weight", parameter.data), ("gradient", parameter.grad))
-            if tensor is not None and not tensor.isfinite().all()
+            if (tensor := parameter.data if kind == "weight" else parameter.grad) is not None
+            if not tensor.isfinite().all()
         ]
         first, last = self.state.position, self.state.position + self.plan.sequences_per_step - 1
         raise TrainingError(

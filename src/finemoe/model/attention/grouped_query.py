@@ -42,7 +42,7 @@ class GroupedQueryConfig(Config):
         return 4 * hidden_size * self.head_dim * self.num_heads
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Forward FLOPs of scores and mixing for one token, counted without the causal saving: 4 · seq · heads · dim."""
+        """Forward FLOPs of scores and mixing for one token, without the causal saving: 4 · seq · heads · dim."""
         return 4 * seq_len * self.num_heads * self.head_dim
 
     def cache_elements_per_token(self) -> int:
@@ -98,7 +98,7 @@ class GroupedQueryAttention(nn.Module):
     def forward(
         self, hidden: Tensor, *, positions: Tensor, mask: Tensor | None, cache: GroupedQueryCache | None
     ) -> Tensor:
-        """`hidden [batch, seq, hidden]`, `positions [batch, seq]`; mask as in `kernels.Attend`, ignored with a cache."""
+        """`hidden [batch, seq, hidden]`, `positions [batch, seq]`; mask as in `kernels.Attend`, unused with a cache."""
         batch, seq, _ = hidden.shape
         rotary = rotation(positions, self.config.head_dim, self.config.rope_theta)
         query, key, value = (

@@ -77,6 +77,6 @@ def balance_terms(config: BalanceConfig, decision: RoutingDecision, num_sequence
 
 
 def max_violation(load: Tensor) -> float:
-    """MaxVio of one layer (2408.15664): (max load - mean load) / mean load; 0 when all is even or nothing was routed."""
+    """MaxVio of one layer (2408.15664): (max load - mean load) / mean load; 0 when all is even, or nothing routed."""
     mean = load.double().mean().item()
     return (load.max().item() - mean) / mean if mean else 0.0

@@ -97,7 +97,8 @@ class GroupedExperts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """`rows [rows, hidden]` sorted by expert, `counts [experts]`; `[rows, hidden]` out."""
-        gate_up, down = self.gate_up_proj, self.down_proj
+        gate_up: Tensor = self.gate_up_proj
+        down: Tensor = self.down_proj
         device = rows.device.type
         if torch.is_autocast_enabled(device):  # a hand-written gradient is out of autocast's sight
             dtype = torch.get_autocast_dtype(device)

@@ -30,7 +30,12 @@ class HashLayerRouter(nn.Module):
     expert_of_token: Tensor
 
     def __init__(
-        self, config: HashLayerConfig, hidden_size: int, num_experts: int, experts_per_token: int, vocab_size: int
+        self,
+        config: HashLayerConfig,
+        hidden_size: int,
+        num_experts: int,
+        experts_per_token: int,
+        vocab_size: int,
     ) -> None:
         super().__init__()
         self.config = config

@@ -32,7 +32,12 @@ class SoftmaxTopKRouter(nn.Module):
     """DeepSeekMoE eq. 10-11: s = softmax(u eᵀ), g = s where s is among the top k."""
 
     def __init__(
-        self, config: SoftmaxTopKConfig, hidden_size: int, num_experts: int, experts_per_token: int, vocab_size: int
+        self,
+        config: SoftmaxTopKConfig,
+        hidden_size: int,
+        num_experts: int,
+        experts_per_token: int,
+        vocab_size: int,
     ) -> None:
         super().__init__()
         self.config = config

@@ -1,0 +1,36 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a machine with nothing but Python 3.11+.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test setup check golden build clean
+
+demo: setup  ## train five architectures at matched compute and open the report (about ten minutes on two cores)
+	$(BIN)/finemoe compare recipes/demo.toml --out runs/demo
+
+test: setup  ## the default test suite
+	$(BIN)/pytest -n auto
+
+setup: $(VENV)/.installed  ## create .venv and install finemoe with its development tools
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("finemoe needs Python 3.11 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+check: setup  ## formatting, lint, types, floors and budgets
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/architecture
+
+golden: setup  ## re-record the golden trajectories; review the difference before committing it
+	$(BIN)/python tests/golden/record.py
+	git diff --stat -- tests/golden
+
+build: setup  ## the wheel, in dist/
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean:  ## remove everything that is made here, runs excepted
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,141 @@
+"""Help, mistakes, exit codes and streams."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finemoe.core.errors import TrainingError
+
+VERBS = ["train", "resume", "generate", "compare", "size", "presets"]
+
+
+@pytest.mark.parametrize("arguments", [[], *([verb] for verb in VERBS)], ids=["finemoe", *VERBS])
+def test_help_teaches_within_80_columns(command: Any, arguments: list[str]) -> None:
+    result = command(*arguments, "--help")
+    assert result.exit_code == 0
+    assert "finemoe" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if not line.startswith("    finemoe ")]
+    assert max(map(len, lines)) <= 80
+    assert max(map(len, result.stdout.splitlines())) <= 88  # examples are never broken
+    assert "..." not in result.stdout.partition("Commands:")[2]  # no summary is cut short
+    if arguments:
+        assert "Example" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom finemoe.cli.main import main\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "heavy = {'torch', 'numpy', 'altair', 'tokenizers', 'pyarrow', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_version(process: Any) -> None:
+    result = process("--version")
+    assert result.returncode == 0
+    assert result.stdout.startswith("finemoe 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["traim"], "Did you mean 'train'?"),
+        (["train", "x.toml", "--oot", "y"], "--out"),
+        (["train"], "Missing argument"),
+        (["presets", "tiny-mo"], "did you mean `tiny-moe`?"),
+        (["size", "deepsek-moe-16b"], "did you mean `deepseek-moe-16b`?"),
+        (["size", "absent.toml"], "absent.toml: no such recipe"),
+        (["generate", "."], "nothing to continue"),
+        (["generate", ".", "--prompt", "x", "--top-p", "1.5"], "`top_p`"),
+        (["generate", ".", "--prompt", "x", "--temperature", "-1"], "`temperature`"),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(command: Any, arguments: list[str], says: str) -> None:
+    result = command(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "presets", "tiny-mo"], ["presets", "tiny-mo", "--debug"]])
+def test_debug_adds_the_traceback_wherever_it_stands(command: Any, arguments: list[str]) -> None:
+    result = command(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert result.stderr.rstrip().endswith("error: unknown preset `tiny-mo`, did you mean `tiny-moe`?")
+
+
+def test_debug_behind_two_dashes_is_an_argument(command: Any) -> None:
+    result = command("presets", "--", "--debug")
+    assert "unknown preset `--debug`" in result.stderr
+
+
+def test_brackets_in_a_message_are_no_markup(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TrainingError("see [model] in [/x]")
+
+    monkeypatch.setattr("finemoe.training.run.train", fail)
+    result = command("train", "x.toml")
+    assert result.exit_code == 2
+    assert result.stderr == "error: see [model] in [/x]\n"
+
+
+def test_a_defect_of_ours_keeps_its_traceback(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("finemoe.training.run.train", fail)
+    with pytest.raises(ZeroDivisionError):
+        command("train", "x.toml")
+
+
+def test_ctrl_c_ends_with_130(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finemoe.training.run.train", interrupt)
+    result = command("train", "x.toml")
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_while_generating(run_directory: Path) -> None:
+    words = [sys.executable, "-m", "finemoe", "generate", str(run_directory), "-p", "x", "-n", "9999"]
+    words += ["--temperature", "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        child.stdout.read(1)  # the prompt: generation begins
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "finemoe", "--version"]
+    result = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert result.returncode == 1
+    assert result.stderr == ""
+
+
+def test_exit_status_of_the_process(process: Any) -> None:
+    result = process("presets", "tiny-mo")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == "error: unknown preset `tiny-mo`, did you mean `tiny-moe`?\n"

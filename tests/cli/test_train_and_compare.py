@@ -1,0 +1,108 @@
+"""What train, resume and compare hand over and print; the work itself is tested where it lives."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+SUMMARY = {
+    "final_validation_loss": 3.14159,
+    "final_training_loss": 3.0,
+    "steps": 1200,
+    "tokens": 9_830_400,
+    "seconds": 754.0,
+    "tokens_per_second": 13037.7,
+    "total_parameters": 1_945_856,
+    "active_parameters": 526_592,
+}
+
+
+class Spy:
+    """Stands in for a function and keeps what it was given."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.arguments, self.options = arguments, options
+        return self.result
+
+
+def run(summary: dict[str, Any], interrupted: bool = False) -> Spy:
+    return Spy(SimpleNamespace(directory=Path("runs/[x]"), summary=summary, interrupted=interrupted))
+
+
+def test_train_hands_over_and_says_what_next(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy = run(SUMMARY)
+    monkeypatch.setattr("finemoe.training.run.train", spy)
+    result = command("train", "a.toml", "--set", "a.b=1", "--set", "c=x", "--out", "d", "-q")
+    assert result.exit_code == 0
+    assert spy.arguments == (Path("a.toml"),)
+    assert spy.options == {"out": Path("d"), "overrides": ["a.b=1", "c=x"], "quiet": True}
+    for part in ("3.1416", "1.95M, 527K active", "9.83M tokens in 1,200 steps", "12 min 34 s", "runs/[x]"):
+        assert part in result.stdout
+    assert "finemoe generate 'runs/[x]'" in result.stdout
+
+
+@pytest.mark.parametrize("verb", ["train", "resume"])
+def test_json_is_the_summary_and_nothing_else(command: Any, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    monkeypatch.setattr(f"finemoe.training.run.{verb}", run({**SUMMARY, "max_vio": math.nan}))
+    result = command(verb, "x", "--json")
+    expected = {"directory": "runs/[x]", "interrupted": False, **SUMMARY, "max_vio": None}
+    assert json.loads(result.stdout) == expected
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_an_interrupted_run_says_how_to_go_on(
+    command: Any, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setattr("finemoe.training.run.resume", run({}, interrupted=True))
+    result = command("resume", "x", *options)
+    assert result.exit_code == 130
+    assert "finemoe resume 'runs/[x]'" in result.stderr
+    if options:
+        assert json.loads(result.stdout) == {"directory": "runs/[x]", "interrupted": True}
+    else:
+        assert result.stdout == ""
+
+
+def compared(interrupted: bool = False) -> Spy:
+    arm = {
+        "label": "Dense",
+        "validation_loss": {"mean": 3.2, "low": 3.1, "high": 3.3, "seeds": {"0": 3.2}},
+        "total_parameters": 4e5,
+        "active_parameters": 4e5,
+        "max_vio": None,
+    }
+    results = {"complete": not interrupted, "arms": {"dense": arm}, "pairs": [], "bad": math.inf}
+    return Spy(SimpleNamespace(directory=Path("runs/c"), results=results, interrupted=interrupted))
+
+
+def test_compare_prints_the_table_and_what_to_open(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy = compared()
+    monkeypatch.setattr("finemoe.studies.compare.compare", spy)
+    result = command("compare", "--out", "runs/c", "--set", "seeds=[0, 1]")
+    assert result.exit_code == 0
+    assert spy.arguments == (None,)
+    assert spy.options == {"out": Path("runs/c"), "overrides": ["seeds=[0, 1]"], "quiet": False}
+    for part in ("Dense", "runs/c/report.html", "runs/c/results.csv", "runs/c/figures/", "Next:"):
+        assert part in result.stdout
+
+
+def test_compare_json_is_the_results(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finemoe.studies.compare.compare", compared())
+    results = json.loads(command("compare", "--json").stdout)
+    assert results["arms"]["dense"]["label"] == "Dense"
+    assert results["bad"] is None
+
+
+def test_an_interrupted_comparison_says_how_to_go_on(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finemoe.studies.compare.compare", compared(interrupted=True))
+    result = command("compare", "a.toml", "--set", "seeds=[0, 1]")
+    assert result.exit_code == 130
+    assert "finemoe compare a.toml --out runs/c --set 'seeds=[0, 1]'" in result.stderr
