@@ -48,10 +48,10 @@ def parse(config: type[ConfigT], data: Mapping[str, Any], source: str) -> Config
 
 def _explain(config: type[BaseModel], detail: Any) -> str:
     location = detail["loc"]
-    name = ".".join(str(part) for part in location) or config.__name__
+    name, beside = _follow(config, location)
+    name = name or config.__name__
     if detail["type"] == "extra_forbidden":
-        known = sorted(_fields_beside(config, location))
-        return f"unknown key `{name}`{did_you_mean(str(location[-1]), known)}"
+        return f"unknown key `{name}`{did_you_mean(str(location[-1]), sorted(beside))}"
     if detail["type"] == "missing":
         return f"`{name}` is required and missing"
     message = detail["msg"].removeprefix("Value error, ")
@@ -68,17 +68,19 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     return f"; known: {', '.join(known)}" if known else ""
 
 
-def _fields_beside(config: type[BaseModel], location: Sequence[Any]) -> set[str]:
-    """Field names that would have been valid where `location` ends."""
-    here = [config]
-    for part in location[:-1]:
-        if isinstance(part, int):
-            continue
-        inner = [m for c in here if part in c.model_fields for m in _models_in(c.model_fields[part].annotation)]
-        # A discriminated union adds its tag to the location: keep the member with that tag.
+def _follow(config: type[BaseModel], location: Sequence[Any]) -> tuple[str, set[str]]:
+    """`location` as a recipe spells it, and the field names that would have been valid where it ends."""
+    here, beside = [config], set(config.model_fields)
+    spelt: list[str] = []
+    for part in location:
+        beside = {name for c in here for name in c.model_fields}
+        fields = [c.model_fields[part] for c in here if part in c.model_fields]
+        # A discriminated union adds its tag to the location: keep the member with that tag, and do not spell it.
         tagged = [c for c in here if "kind" in c.model_fields and c.model_fields["kind"].default == part]
-        here = inner or tagged or here
-    return {name for c in here for name in c.model_fields}
+        if fields or not tagged:
+            spelt.append(str(part))
+        here = [m for field in fields for m in _models_in(field.annotation)] or tagged or here
+    return ".".join(spelt), beside
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -94,6 +94,7 @@ class JsonLines:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        _cut_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -106,14 +107,23 @@ class JsonLines:
         self._file.close()
 
 
+def _cut_torn_line(path: Path) -> None:
+    """Remove what a kill left of the last record, so that the next one starts on a line of its own."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+
+
 def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Every complete record of a JSON Lines file; a last line cut off by a kill is left out."""
     records = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:  # bytes: a line may be cut off within a character
         for line in file:
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
-                if line.endswith("\n"):
+            except ValueError:
+                if line.endswith(b"\n"):
                     raise
     return records

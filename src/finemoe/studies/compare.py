@@ -208,7 +208,7 @@ class _Study:
         return outcome.interrupted, failures | outcome.failures
 
     def plan(self) -> dict[str, dict[str, Any]]:
-        """Steps and learning rate by arm, from what tuning and calibration left on disk; an arm they failed is absent."""
+        """Steps and learning rate by arm, from what tuning and calibration left on disk; who failed there is absent."""
         ready = [name for name in self.arms if self._is_ready(name)]
         return {name: {"steps": self._steps(name), "learning_rate": self._learning_rate(name)} for name in ready}
 

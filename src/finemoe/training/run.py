@@ -129,8 +129,8 @@ def _require_free(directory: Path, config: RunConfig) -> None:
     """Refuse a directory that holds anything: nothing is ever overwritten."""
     if directory.is_file():
         raise RunError(f"{directory} is a file; choose another --out")
-    if not directory.is_dir() or not any(directory.iterdir()):
-        return
+    if not directory.is_dir() or all(path.name.startswith(".") for path in directory.iterdir()):
+        return  # dot files are what a kill leaves of a file being written
     if not (directory / "config.json").exists():
         raise RunError(f"{directory} is not empty and not a run; choose another --out")
     same = read_config(directory / "config.json") == config

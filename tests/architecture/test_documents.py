@@ -1,0 +1,92 @@
+"""What the documents promise: files that are linked exist, commands parse, recipes resolve, examples run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from typer.main import get_command
+
+from finemoe.cli.main import app
+from finemoe.core.config import read_toml
+from finemoe.model.moe.decision import RoutingConstraint
+from finemoe.studies.arms import solve
+from finemoe.studies.compare import resolve_comparison
+from finemoe.training.config import resolve_run
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+RECIPES = sorted(ROOT.glob("recipes/**/*.toml"))
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    found = []
+    for path in DOCUMENTS:
+        for block in blocks(path, ""):
+            lines = (line.split("#")[0].strip() for line in block.splitlines())
+            found += [line for line in lines if line.startswith("finemoe ")]
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), f"{path.name} links to {target}, which does not exist"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_documented_commands_parse(command):
+    group = get_command(app)
+    name, verb, *arguments = shlex.split(command)
+    assert verb in group.commands, command
+    group.commands[verb].make_context(verb, arguments, resilient_parsing=False)
+    for argument in arguments:
+        if argument.startswith("recipes/"):
+            assert (ROOT / argument).exists(), command
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_resolve(path):
+    raw = read_toml(path)
+    if "model" in raw:
+        assert resolve_run(raw, str(path)).training.total_steps > 0
+        return
+    config = resolve_comparison(raw, str(path))
+    length = config.data.sequence_length
+    for name in config.arms:
+        arm = solve(name, config.base, config.matching, config.routing, length)
+        assert all(miss is None or abs(miss) < 2 for miss in arm.mismatch.values()), (name, arm.mismatch)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_begin_with_a_header(path):
+    assert path.read_text(encoding="utf-8").startswith("# "), "say on which machine it ran and what came out"
+
+
+def test_readme_recipe_resolves():
+    import tomllib
+
+    (block,) = blocks(ROOT / "README.md", "toml")
+    config = resolve_run(tomllib.loads(block), "README.md")
+    assert config.model.blocks[0].feed_forward.num_routed_experts == 31
+
+
+def test_the_router_of_the_howto_routes():
+    (block,) = blocks(ROOT / "docs/howto/add-a-router.md", "python")
+    names: dict = {"__name__": "sign"}
+    exec(compile(block, "sign.py", "exec", dont_inherit=True), names)
+    router = names["SignRouter"](names["SignConfig"](), 8, 6, 2, 32)
+    torch.nn.init.normal_(router.weight)
+    allowed = torch.tensor([True, True, True, False, False, False])
+    hidden, tokens = torch.randn(10, 8), torch.zeros(10, dtype=torch.int64)
+    decision = router(hidden, tokens, RoutingConstraint(allowed=allowed))
+    assert decision.expert_ids.shape == (10, 2)
+    assert decision.expert_ids.max() < 3
+    assert sum(p.numel() for p in router.parameters()) == names["SignConfig"]().num_parameters(8, 6)

@@ -1,0 +1,130 @@
+"""Chunked cross-entropy against F.cross_entropy on whole logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from finemoe.training import cross_entropy
+from finemoe.training.cross_entropy import cross_entropy_sum
+
+TOKENS, HIDDEN, VOCAB = 37, 8, 53
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states and head with gradients; targets; weights of which a third is 0."""
+    hidden = torch.randn(TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
+    head = torch.randn(VOCAB, HIDDEN, dtype=dtype, requires_grad=True)
+    weights = torch.rand(TOKENS) * (torch.arange(TOKENS) % 3 > 0)
+    return hidden, head, torch.randint(VOCAB, (TOKENS,)), weights
+
+
+def oracle(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    return (weights * F.cross_entropy(hidden @ head.t(), targets, reduction="none")).sum()
+
+
+def gradients(loss: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss * 0.7, tensors)  # a factor, as the trainer's division
+
+
+@pytest.mark.parametrize("elements", [1, VOCAB - 1, VOCAB, 5 * VOCAB + 3, 1 << 20])
+def test_value_and_gradients_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", elements)
+    hidden, head, targets, weights = inputs()
+    ours = cross_entropy_sum(hidden, head, targets, weights)
+    theirs = oracle(hidden, head, targets, weights)
+    torch.testing.assert_close(ours, theirs)
+    for mine, expected in zip(gradients(ours, hidden, head), gradients(theirs, hidden, head), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_gradients_by_finite_differences() -> None:
+    hidden, head, targets, weights = inputs()
+    loss = cross_entropy_sum(hidden, head, targets, weights)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    direction = torch.randn_like(hidden)
+    with torch.no_grad():
+        steps = [oracle(hidden.double() + h * direction, head.double(), targets, weights) for h in (1e-5, -1e-5)]
+    torch.testing.assert_close(
+        (gradient * direction).sum(), ((steps[0] - steps[1]) / 2e-5).float(), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_tokens_of_weight_zero_do_not_matter() -> None:
+    hidden, head, targets, weights = inputs()
+    (gradient,) = torch.autograd.grad(cross_entropy_sum(hidden, head, targets, weights), hidden)
+    assert not gradient[weights == 0].any()
+    changed = torch.where((weights == 0)[:, None], hidden + 5, hidden)
+    before = cross_entropy_sum(hidden, head, targets, weights)
+    assert torch.equal(cross_entropy_sum(changed, head, targets, weights), before)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden, head, targets, weights = inputs()
+    loss = cross_entropy_sum(hidden * 1000, head, targets, weights)
+    torch.testing.assert_close(loss, oracle(hidden * 1000, head, targets, weights))
+
+
+def test_bf16_autocast_is_near_and_accumulates_in_float32() -> None:
+    hidden, head, targets, weights = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = cross_entropy_sum(hidden, head, targets, weights)
+    theirs = oracle(hidden, head, targets, weights)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=0)
+    for mine, expected in zip(gradients(ours, hidden, head), gradients(theirs, hidden, head), strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, expected, rtol=5e-2, atol=2e-2)
+
+
+def test_without_gradients_the_same_value_and_no_gradient_work() -> None:
+    hidden, head, targets, weights = inputs()
+    with torch.no_grad(), LargestTensor() as seen:
+        loss = cross_entropy_sum(hidden, head, targets, weights)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, oracle(hidden, head, targets, weights))
+    assert "aten.addmm_.default" not in seen.operations
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_one_side_may_be_frozen(frozen: int) -> None:
+    tensors = list(inputs())
+    tensors[frozen] = tensors[frozen].detach()
+    trained = tensors[1 - frozen]
+    torch.testing.assert_close(gradients(cross_entropy_sum(*tensors), trained), gradients(oracle(*tensors), trained))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation makes, and the operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+        self.operations: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations.add(str(func))
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_logits_are_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, vocab, chunk = 512, 1000, 16
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", chunk * vocab)
+    hidden = torch.randn(tokens, 4, requires_grad=True)
+    head = torch.randn(vocab, 4, requires_grad=True)
+    targets, weights = torch.randint(vocab, (tokens,)), torch.ones(tokens)
+    with LargestTensor() as seen:
+        cross_entropy_sum(hidden, head, targets, weights).backward()
+    assert seen.elements == chunk * vocab
+    with LargestTensor() as whole:
+        oracle(hidden, head, targets, weights)
+    assert whole.elements == tokens * vocab  # the measure sees what it should
