@@ -78,8 +78,16 @@ def compared(interrupted: bool = False) -> Spy:
         "total_parameters": 4e5,
         "active_parameters": 4e5,
         "max_vio": None,
+        "sample": {"prompt": "def ", "completion": "f(x):\n    return x"},
     }
-    results = {"complete": not interrupted, "arms": {"dense": arm}, "pairs": [], "bad": math.inf}
+    recipe = {"seeds": [3]}
+    results = {
+        "complete": not interrupted,
+        "recipe": recipe,
+        "arms": {"dense": arm},
+        "pairs": [],
+        "bad": math.inf,
+    }
     return Spy(SimpleNamespace(directory=Path("runs/c"), results=results, interrupted=interrupted))
 
 
@@ -90,8 +98,9 @@ def test_compare_prints_the_table_and_what_to_open(command: Any, monkeypatch: py
     assert result.exit_code == 0
     assert spy.arguments == (None,)
     assert spy.options == {"out": Path("runs/c"), "overrides": ["seeds=[0, 1]"], "quiet": False}
-    for part in ("Dense", "runs/c/report.html", "runs/c/results.csv", "runs/c/figures/", "Next:"):
+    for part in ("Dense", "runs/c/report.html", "runs/c/results.csv", "runs/c/figures/", "runs/c/arms/dense/seed-3"):
         assert part in result.stdout
+    assert "  | def f(x):\n  |     return x\n" in result.stdout
 
 
 def test_compare_json_is_the_results(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:

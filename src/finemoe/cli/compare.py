@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,9 +52,28 @@ def compare(
         console().print(text, markup=False, soft_wrap=True)
         raise typer.Exit(130)
     if not as_json:
+        _print_completion(comparison.results)
+        arm = _shown_arm(comparison.results)
+        run = directory / "arms" / arm / f"seed-{comparison.results['recipe']['seeds'][0]}"
         typer.echo(
-            f"\nRead  {directory / 'report.html'} (opens offline in a browser)\n"
+            f"\nOpen  {directory / 'report.html'} in a browser; it works offline\n"
             f"Data  {directory / 'results.json'}, {directory / 'results.csv'}\n"
             f"Plots {directory / 'figures'}/\n\n"
-            'Next: --set "seeds=[0, 1, 2]" for narrower intervals, --set budget.value=... for longer runs.'
+            f'Try   finemoe generate {shlex.quote(str(run))} --prompt "class "\n'
+            '      finemoe compare ... --set "seeds=[0, 1, 2]" --out DIR       to decide more pairs\n'
+            "      finemoe compare ... --set budget.value=10_000_000 --out DIR  for longer runs"
         )
+
+
+def _shown_arm(results: dict[str, Any]) -> str:
+    """DeepSeekMoE where it took part, else the arm with the lowest loss."""
+    arms = results["arms"]
+    return "deepseek-moe" if "deepseek-moe" in arms else min(arms, key=lambda arm: arms[arm]["validation_loss"]["mean"])
+
+
+def _print_completion(results: dict[str, Any]) -> None:
+    arm = results["arms"][_shown_arm(results)]
+    if arm["sample"]:
+        typer.echo(f"\n{arm['label']} continues {arm['sample']['prompt']!r}:\n")
+        for line in (arm["sample"]["prompt"] + arm["sample"]["completion"]).splitlines():
+            typer.echo(f"  | {line}")

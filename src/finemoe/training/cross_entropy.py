@@ -24,20 +24,23 @@ def cross_entropy_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, weig
         targets: [tokens] int64.
         weights: [tokens] float; 0 leaves a token out.
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, head_weight, targets, weights)
+    # Decided out here: within a Function's forward, gradients are off and no_grad does not show.
+    wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, head_weight, targets, weights, wants_gradient)
     return loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor, wants_gradient: bool
+    ) -> Tensor:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             hidden, cast_weight = hidden.to(dtype), head_weight.to(dtype)
         else:
             cast_weight = head_weight
-        wants_gradient = any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wants_gradient else None
         # Accumulated in float32: hundreds of small chunks in bf16 would lose the smallest contributions.
         grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if wants_gradient else None
@@ -61,9 +64,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.dtypes[1]), None, None
+        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.dtypes[1]), None, None, None
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

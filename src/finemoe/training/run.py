@@ -98,7 +98,7 @@ def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
         return Run(directory, summary, interrupted=False)
     data = _prepare(config)
     before = _read_json(directory / "data.json")
-    changed = [key for key in ("tokens", "tokenizer_sha256") if before and before[key] != data.report[key]]
+    changed = [key for key in ("corpus_sha256", "tokenizer_sha256") if before and before[key] != data.report[key]]
     if changed:
         raise RunError(
             f"{directory}: the corpus is not the one this run began with ({', '.join(changed)} differ); "
