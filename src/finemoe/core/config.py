@@ -48,12 +48,17 @@ def parse(config: type[ConfigT], data: Mapping[str, Any], source: str) -> Config
 
 def _explain(config: type[BaseModel], detail: Any) -> str:
     location = detail["loc"]
-    name, beside = _follow(config, location)
+    name, beside, kinds = _follow(config, location)
     name = name or config.__name__
     if detail["type"] == "extra_forbidden":
         return f"unknown key `{name}`{did_you_mean(str(location[-1]), sorted(beside))}"
     if detail["type"] == "missing":
         return f"`{name}` is required and missing"
+    if detail["type"] == "union_tag_not_found":
+        return f"`{name}.kind` is required and missing; known: {', '.join(kinds)}"
+    if detail["type"] == "union_tag_invalid":
+        tag = detail["ctx"]["tag"]
+        return f"unknown `{name}.kind` {tag!r}{did_you_mean(tag, kinds)}"
     message = detail["msg"].removeprefix("Value error, ")
     value = detail.get("input")
     shown = "" if isinstance(value, (Mapping, list, tuple, BaseModel)) else f" (got {value!r})"
@@ -68,8 +73,8 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     return f"; known: {', '.join(known)}" if known else ""
 
 
-def _follow(config: type[BaseModel], location: Sequence[Any]) -> tuple[str, set[str]]:
-    """`location` as a recipe spells it, and the field names that would have been valid where it ends."""
+def _follow(config: type[BaseModel], location: Sequence[Any]) -> tuple[str, set[str], list[str]]:
+    """`location` as a recipe spells it, the field names that would be valid where it ends, and the kinds of table."""
     here, beside = [config], set(config.model_fields)
     spelt: list[str] = []
     for part in location:
@@ -80,7 +85,7 @@ def _follow(config: type[BaseModel], location: Sequence[Any]) -> tuple[str, set[
         if fields or not tagged:
             spelt.append(str(part))
         here = [m for field in fields for m in _models_in(field.annotation)] or tagged or here
-    return ".".join(spelt), beside
+    return ".".join(spelt), beside, [c.model_fields["kind"].default for c in here if "kind" in c.model_fields]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

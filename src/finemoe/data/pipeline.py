@@ -53,7 +53,7 @@ class DataConfig(Config):
     """"concatenate": attention crosses document boundaries, as in the paper. "isolate": it does not."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the documents kept for validation, where the corpus does not name its own."""
-    max_validation_tokens: Annotated[int, Field(ge=1)] = 262_144
+    max_validation_tokens: Annotated[int, Field(ge=1)] = 65_536
     """Validate on about this many tokens, drawn evenly over the validation documents."""
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """More unreadable documents than this are an error."""

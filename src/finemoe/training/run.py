@@ -257,7 +257,7 @@ def pretraining(config: RunConfig, data: PreparedData) -> Method:
 
 
 def _evaluate_every(config: RunConfig) -> int:
-    return config.training.evaluate_every or max(1, config.training.total_steps // 10)
+    return config.training.evaluate_every or -(-config.training.total_steps // 10)
 
 
 def _validate(config: RunConfig, data: PreparedData, model: Transformer) -> Validation:
