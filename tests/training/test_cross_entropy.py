@@ -34,7 +34,7 @@ def gradients(loss: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("elements", [1, VOCAB - 1, VOCAB, 5 * VOCAB + 3, 1 << 20])
 def test_value_and_gradients_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", {"cpu": elements})
     hidden, head, targets, weights = inputs()
     ours = cross_entropy_sum(hidden, head, targets, weights)
     theirs = oracle(hidden, head, targets, weights)
@@ -118,7 +118,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_logits_are_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, vocab, chunk = 512, 1000, 16
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", chunk * vocab)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", {"cpu": chunk * vocab})
     hidden = torch.randn(tokens, 4, requires_grad=True)
     head = torch.randn(vocab, 4, requires_grad=True)
     targets, weights = torch.randint(vocab, (tokens,)), torch.ones(tokens)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 19
-"""Logits a chunk holds: 2 MiB in float32, which stays within a core's cache."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 19}
+"""Logits a chunk holds, by device: 2 MiB in float32 on a CPU, which stays within a core's cache."""
+_CHUNK_ELEMENTS_ELSEWHERE = 1 << 26
+"""On an accelerator: 256 MiB, enough to fill it."""
 
 
 def cross_entropy_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Accumulated in float32: hundreds of small chunks in bf16 would lose the smallest contributions.
         grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if wants_gradient else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        chunk = max(1, _CHUNK_ELEMENTS // head_weight.shape[0])
+        chunk = max(1, _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS_ELSEWHERE) // head_weight.shape[0])
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)

@@ -1,0 +1,181 @@
+"""Different ways to compute the same run land on the same trajectory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finemoe.core.errors import TrainingError
+from finemoe.training import run as run_module
+from finemoe.training.report import StepReport
+from finemoe.training.run import resume, train
+from finemoe.training.trainer import Trainer
+from training.tiny_runs import (
+    FEED_FORWARDS,
+    LENGTH,
+    assert_same_run,
+    checkpoints,
+    newest_state,
+    recipe,
+    records,
+    steps,
+    write_corpus,
+)
+
+ROUTED = ["hash", "gshard", "deepseek-moe"]
+
+
+class StopAfter:
+    """Stops like Ctrl-C, after `step`."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        if report.step == self.step:
+            trainer.request_stop()
+
+    def close(self) -> None:
+        pass
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The next run stops after `step`; the ones after it do not."""
+    original = run_module.Trainer.run
+
+    def run(trainer: Trainer) -> bool:
+        monkeypatch.setattr(run_module.Trainer, "run", original)
+        trainer.observers = (*trainer.observers, StopAfter(step))
+        return original(trainer)
+
+    monkeypatch.setattr(run_module.Trainer, "run", run)
+
+
+def trained(corpus: Path, out: Path, arm: str, **tables: Any) -> Path:
+    return train(recipe(corpus, arm, **tables), out=out, quiet=True).directory
+
+
+def assert_close_runs(left: Path, right: Path, tolerance: float = 1e-5) -> None:
+    """Losses, norms and weights agree up to the order of additions."""
+    for a, b in zip(steps(left), steps(right), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=20 * tolerance)
+        assert a.get("load") == b.get("load")
+    (tensors, _), (others, _) = newest_state(left), newest_state(right)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, others[name], rtol=1e-2, atol=3e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("arm", FEED_FORWARDS)
+def test_accumulating_single_sequences_is_one_large_batch(corpus: Path, tmp_path: Path, arm: str) -> None:
+    size = {"tokens_per_step": 8 * LENGTH}
+    whole = trained(corpus, tmp_path / "1x8", arm, training=size)
+    pieces = trained(corpus, tmp_path / "8x1", arm, training={**size, "micro_batch_tokens": LENGTH})
+    uneven = trained(corpus, tmp_path / "3+3+2", arm, training={**size, "micro_batch_tokens": 3 * LENGTH})
+    assert_close_runs(whole, pieces)
+    assert_close_runs(whole, uneven)
+
+
+@pytest.mark.parametrize("arm", ["dense", *ROUTED])
+def test_recomputing_changes_no_bit(corpus: Path, tmp_path: Path, arm: str) -> None:
+    kept = trained(corpus, tmp_path / "kept", arm)
+    recomputed = trained(corpus, tmp_path / "recomputed", arm, kernels={"recompute": True})
+    assert_same_run(kept, recomputed)
+
+
+@pytest.mark.parametrize("arm", ROUTED)
+def test_expert_kernels_agree(corpus: Path, tmp_path: Path, arm: str) -> None:
+    sliced = trained(corpus, tmp_path / "sorted_slices", arm, kernels={"experts": "sorted_slices"})
+    loop = trained(corpus, tmp_path / "loop", arm, kernels={"experts": "loop"})
+    assert_close_runs(sliced, loop)
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "isolate"])
+def test_attention_kernels_agree(corpus: Path, tmp_path: Path, packing: str) -> None:
+    data = {"packing": packing}
+    fused = trained(corpus, tmp_path / "sdpa", "gshard", data=data, kernels={"attention": "sdpa"})
+    reference = trained(corpus, tmp_path / "reference", "gshard", data=data, kernels={"attention": "reference"})
+    assert_close_runs(fused, reference)
+
+
+def test_isolating_documents_changes_nothing_where_a_row_has_only_one(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", documents=1, words=600)
+    runs = [
+        trained(corpus, tmp_path / packing, "gshard", data={"packing": packing})
+        for packing in ("concatenate", "isolate")
+    ]
+    assert_close_runs(*runs)
+
+
+def test_isolating_documents_matters_where_a_row_has_several(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", documents=60, words=5)
+    runs = [
+        trained(corpus, tmp_path / packing, "gshard", data={"packing": packing})
+        for packing in ("concatenate", "isolate")
+    ]
+    assert steps(runs[0])[0]["loss"] != pytest.approx(steps(runs[1])[0]["loss"], rel=1e-5)
+
+
+def test_threads_of_a_run_are_part_of_the_configuration_not_of_the_result(corpus: Path, tmp_path: Path) -> None:
+    one = trained(corpus, tmp_path / "one", "deepseek-moe")
+    try:
+        two = trained(corpus, tmp_path / "two", "deepseek-moe", training={"threads": 2})
+    finally:
+        torch.set_num_threads(1)
+    assert_close_runs(one, two)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+@pytest.mark.parametrize("arm", ["dense", *ROUTED])
+def test_a_run_that_was_stopped_and_resumed_is_the_unbroken_one(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str, stop: int
+) -> None:
+    unbroken = trained(corpus, tmp_path / "unbroken", arm)
+    stop_after(monkeypatch, stop)
+    first = train(recipe(corpus, arm), out=tmp_path / "broken", quiet=True)
+    assert first.interrupted
+    assert first.summary == {}
+    assert not (first.directory / "summary.json").exists()
+    assert checkpoints(first.directory)[-1].name == f"step-{stop:08d}"
+    torch.manual_seed(99)  # the state comes from the checkpoint, not from this process
+    assert not resume(first.directory, quiet=True).interrupted
+    assert_same_run(unbroken, first.directory)
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (unbroken, first.directory)]
+    timed = ("seconds", "tokens_per_second", "peak_memory_bytes")
+    same = [{key: value for key, value in summary.items() if key not in timed} for summary in summaries]
+    assert same[0] == same[1]
+
+
+def test_stopping_after_every_single_step_still_gives_the_unbroken_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = trained(corpus, tmp_path / "unbroken", "deepseek-moe")
+    stop_after(monkeypatch, 1)
+    run = train(recipe(corpus), out=tmp_path / "broken", quiet=True)
+    for step in range(2, 7):
+        stop_after(monkeypatch, step)
+        run = resume(run.directory, quiet=True)
+    assert not run.interrupted  # a stop after the last step is no interruption
+    assert_same_run(unbroken, run.directory)
+
+
+def test_resuming_before_the_first_checkpoint_starts_over(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = trained(corpus, tmp_path / "unbroken", "gshard")
+
+    def die(trainer: Trainer) -> bool:
+        raise TrainingError("before anything")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module.Trainer, "run", die)
+        with pytest.raises(TrainingError):
+            train(recipe(corpus, "gshard"), out=tmp_path / "broken", quiet=True)
+    assert [path.name for path in checkpoints(tmp_path / "broken")] == ["step-00000000"]
+    resume(tmp_path / "broken", quiet=True)
+    assert_same_run(unbroken, tmp_path / "broken")
+    assert records(tmp_path / "broken")
