@@ -44,7 +44,7 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize("command", commands())
 def test_documented_commands_parse(command):
     group = get_command(app)
-    name, verb, *arguments = shlex.split(command)
+    _, verb, *arguments = shlex.split(command)
     assert verb in group.commands, command
     group.commands[verb].make_context(verb, arguments, resilient_parsing=False)
     for argument in arguments:

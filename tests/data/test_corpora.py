@@ -66,9 +66,7 @@ def test_stdlib_is_ordered_split_by_file_and_free_of_duplicates(stdlib: list[Spl
     assert names == sorted(names)
     assert len(set(names)) == len(names) > 300
     assert len({item.document.text for item in stdlib}) == len(stdlib)
-    assert not any(
-        part in name.split("/") for name in names for part in ("test", "site-packages", "__pycache__")
-    )
+    assert not any(part in name.split("/") for name in names for part in ("test", "site-packages", "__pycache__"))
     domains = {item.document.name: item.document.domain for item in stdlib}
     assert domains["json/decoder.py"] == "json"
     assert domains["os.py"] == "os"
@@ -82,9 +80,7 @@ def test_a_split_depends_on_the_name_alone(stdlib: list[SplitDocument]) -> None:
     assert len({item.document.domain for item in small}) > 20  # drawn over the packages, not their beginning
     assert sum(len(item.document.text.encode()) for item in small) <= 1_000_000
     assert all(sides[item.document.name] == item.side for item in small)
-    assert all(
-        (item.side == "validation") == falls_within(0.05, "validation", item.document.name) for item in small
-    )
+    assert all((item.side == "validation") == falls_within(0.05, "validation", item.document.name) for item in small)
 
 
 def test_stdlib_tests_are_read_on_request() -> None:
@@ -92,10 +88,7 @@ def test_stdlib_tests_are_read_on_request() -> None:
     plain = [item.document.name for item in read(StdlibCorpus())[0]]
     assert len(names) > len(plain)
     # Test folders are there in every build that installs them; where they are, they are read.
-    assert (
-        any("test" in name.split("/")[:-1] or "tests" in name.split("/")[:-1] for name in names)
-        or names == plain
-    )
+    assert any("test" in name.split("/")[:-1] or "tests" in name.split("/")[:-1] for name in names) or names == plain
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
@@ -122,17 +115,13 @@ def test_every_format_and_compression(tmp_path: Path, compression: str) -> None:
     ]
     assert texts(files(tmp_path)) == expected
     assert read(files(tmp_path))[1] == SkipReport(kept=7)
-    records = read(
-        files(tmp_path / f"c.jsonl{compression}", tmp_path / f"d.parquet{compression}", domain_field="lang")
-    )
+    records = read(files(tmp_path / f"c.jsonl{compression}", tmp_path / f"d.parquet{compression}", domain_field="lang"))
     assert [item.document.domain for item in records[0]] == ["x", "y", "x", "y"]
 
 
 def test_zstd_frames_one_after_the_other(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.zst"
-    path.write_bytes(
-        COMPRESS[".zst"](b"one ") + COMPRESS[".zst"](b"x" * 1_000_000) + COMPRESS[".zst"](b" three")
-    )
+    path.write_bytes(COMPRESS[".zst"](b"one ") + COMPRESS[".zst"](b"x" * 1_000_000) + COMPRESS[".zst"](b" three"))
     assert texts(files(path)) == ["one " + "x" * 1_000_000 + " three"]
 
 
@@ -207,9 +196,7 @@ def test_duplicates_and_empty_documents_are_counted(tmp_path: Path) -> None:
 
 
 def test_no_text_is_on_both_sides_or_in_two_parts(tmp_path: Path) -> None:
-    train, validation, other = (
-        tmp_path / name for name in ("train.jsonl", "validation.jsonl", "other.jsonl")
-    )
+    train, validation, other = (tmp_path / name for name in ("train.jsonl", "validation.jsonl", "other.jsonl"))
     train.write_bytes(json_lines(*({"text": f"t{i}"} for i in range(20))))
     validation.write_bytes(json_lines({"text": "t3"}, {"text": "v"}))
     other.write_bytes(json_lines({"text": "t4"}, {"text": "o"}))
@@ -255,9 +242,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
 
 def test_a_side_without_documents_is_refused(tmp_path: Path) -> None:
     (tmp_path / "only.txt").write_text("the only text")
-    with pytest.raises(
-        DataError, match=r"none of the 1 documents is on the validation side.*validation_paths"
-    ):
+    with pytest.raises(DataError, match=r"none of the 1 documents is on the validation side.*validation_paths"):
         scan_corpus(files(tmp_path), 1e-9, 0.01)
 
 
@@ -284,9 +269,7 @@ def test_hugging_face_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_hugging_face_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(
-        name: str, config: str | None, *, split: str, revision: str | None
-    ) -> list[dict[str, str | None]]:
+    def load_dataset(name: str, config: str | None, *, split: str, revision: str | None) -> list[dict[str, str | None]]:
         if split == "missing":
             raise ValueError("no such split")
         text = f"{name} {config} {split} {revision}"

@@ -28,9 +28,7 @@ def loader(
         TokenSource(str(i), weight, np.arange(i * 10_000 + 1, i * 10_000 + 1 + n, dtype=np.uint16))
         for i, (n, weight) in enumerate(zip(lengths, weights or (1.0,) * len(lengths), strict=True))
     )
-    return Loader(
-        TokenShards(sources), sequence_length=length, packing=packing, end_of_text_id=END, seed=seed
-    )
+    return Loader(TokenShards(sources), sequence_length=length, packing=packing, end_of_text_id=END, seed=seed)
 
 
 def same(left: TokenBatch, right: TokenBatch) -> bool:
@@ -39,9 +37,7 @@ def same(left: TokenBatch, right: TokenBatch) -> bool:
 
 @settings(max_examples=50, deadline=None)
 @given(tokens=st.integers(6, 300), length=st.integers(1, 5), seed=st.integers(0, 9), epoch=st.integers(0, 3))
-def test_an_epoch_covers_each_window_once_and_conserves_tokens(
-    tokens: int, length: int, seed: int, epoch: int
-) -> None:
+def test_an_epoch_covers_each_window_once_and_conserves_tokens(tokens: int, length: int, seed: int, epoch: int) -> None:
     served = loader(tokens, length=length, seed=seed)
     size = served.sequences_per_epoch
     assert size == (tokens - 1) // length
@@ -74,13 +70,7 @@ def test_epochs_and_seeds_differ() -> None:
 def test_targets_follow_tokens() -> None:
     batch = loader(400).batch(7, 5)
     assert torch.equal(batch.targets, batch.tokens + 1)
-    assert (
-        batch.tokens.dtype
-        == batch.targets.dtype
-        == batch.positions.dtype
-        == batch.documents.dtype
-        == torch.int64
-    )
+    assert batch.tokens.dtype == batch.targets.dtype == batch.positions.dtype == batch.documents.dtype == torch.int64
     assert batch.weights.dtype == torch.float32
     assert batch.weights.sum() == 20
 

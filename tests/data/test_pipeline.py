@@ -118,9 +118,7 @@ def test_an_existing_tokenizer_is_used(config: DataConfig, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("damage", ["size", "content", "meta", "missing"])
-def test_damaged_tokens_are_built_again(
-    config: DataConfig, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_tokens_are_built_again(config: DataConfig, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     before = streams(prepare(config))
     folder = token_folder(config)
     path = folder / "0-train.bin"
@@ -295,9 +293,7 @@ def test_mixtures_keep_their_parts_apart(config: DataConfig, tmp_path: Path) -> 
         ],
     }
     data = prepare(DataConfig.model_validate({**config.model_dump(), "corpus": mixture}))
-    chinese = [
-        ("月" in data.tokenizer.decode(row.tolist())) for row in data.train_loader(5).batch(0, 400).tokens
-    ]
+    chinese = [("月" in data.tokenizer.decode(row.tolist())) for row in data.train_loader(5).batch(0, 400).tokens]
     assert 280 <= sum(chinese) <= 300
     assert ["月" in data.tokenizer.decode(source.tokens.tolist()) for source in data.train.sources] == [
         False,
@@ -323,9 +319,7 @@ def test_sampling_the_tokenizer_text(config: DataConfig, monkeypatch: pytest.Mon
     assert 100_000 < sizes[0] < 300_000
 
 
-def test_long_texts_are_encoded_in_pieces_without_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_texts_are_encoded_in_pieces_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards_module, "_BLOCK_CHARS", 100)
     tokenizer = Tokenizer.train([document(1)], 300)
     texts = ["line\n" * 95, "no line ends " * 50, "short", "x" * 100]

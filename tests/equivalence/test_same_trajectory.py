@@ -168,11 +168,11 @@ def test_resuming_before_the_first_checkpoint_starts_over(
 ) -> None:
     unbroken = trained(corpus, tmp_path / "unbroken", "gshard")
 
-    def die(trainer: Trainer) -> bool:
+    def die(trainer: Trainer, batches: object) -> StepReport:
         raise TrainingError("before anything")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_module.Trainer, "run", die)
+        patched.setattr(run_module.Trainer, "step", die)
         with pytest.raises(TrainingError):
             train(recipe(corpus, "gshard"), out=tmp_path / "broken", quiet=True)
     assert [path.name for path in checkpoints(tmp_path / "broken")] == ["step-00000000"]

@@ -52,9 +52,7 @@ def test_streaming_any_ids_agrees_with_decoding_them_and_with_the_library(ids: l
 
 
 def test_streaming_holds_back_incomplete_characters() -> None:
-    byte_ids = [
-        i for i, content in TOKENIZER.token_bytes.items() if content in [b"\xf0", b"\x9f", b"\x99", b"\x82"]
-    ]
+    byte_ids = [i for i, content in TOKENIZER.token_bytes.items() if content in [b"\xf0", b"\x9f", b"\x99", b"\x82"]]
     by_content = {TOKENIZER.token_bytes[i]: i for i in byte_ids}
     stream = TOKENIZER.decoder()
     pushed = [stream.push(by_content[bytes([byte])]) for byte in "🙂".encode()]

@@ -57,7 +57,7 @@ def test_every_summary_field_is_there_with_its_type(finished: Run) -> None:
         "tokens_per_second": float,
         "total_parameters": int,
         "active_parameters": int,
-        "training_flops": float,
+        "training_flops": int,
         "peak_memory_bytes": int,
     }
     summary = json.loads((finished.directory / "summary.json").read_text())
@@ -199,6 +199,7 @@ def test_an_empty_folder_is_fine(corpus: Path, tmp_path: Path) -> None:
         ({"training": {"tokens_per_step": 1000 * LENGTH}}, DataError, "one batch takes 1000"),
         ({"data": {"corpus": {"paths": ["nowhere"]}}}, DataError, "nowhere"),
         ({"training": {"device": "mps"}}, ConfigError, 'training.device = "mps" is not available'),
+        ({"training": {"trackers": ["trackio"]}}, ConfigError, "trackio is not installed; pip install"),
     ],
 )
 def test_what_cannot_work_writes_nothing(

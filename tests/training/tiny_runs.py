@@ -39,7 +39,7 @@ def write_corpus(folder: Path, documents: int = 8, words: int = 160, seed: int =
     """`folder/train/*.txt` and `folder/validation.txt`: words that like to follow each other, from a seed."""
     rng = random.Random(seed)
 
-    def text() -> str:
+    def text(words: int) -> str:
         place, out = 0, []
         for _ in range(words):
             place = (place + (1, 2, 5)[int(rng.random() * 3)]) % len(_WORDS)
@@ -48,8 +48,8 @@ def write_corpus(folder: Path, documents: int = 8, words: int = 160, seed: int =
 
     (folder / "train").mkdir(parents=True)
     for number in range(documents):
-        (folder / "train" / f"{number}.txt").write_text(text())
-    (folder / "validation.txt").write_text(text())
+        (folder / "train" / f"{number}.txt").write_text(text(words))
+    (folder / "validation.txt").write_text(text(160))
     return folder
 
 

@@ -1,6 +1,6 @@
 """The figures of a comparison: loss against tokens, FLOPs and seconds, final losses, pairs, the paper's, expert load.
 
-Each function takes the `results` of `finemoe compare` and returns an altair chart, or None where it has nothing to show.
+Each function takes the `results` of `finemoe compare` and returns an altair chart, or None with nothing to show.
 Losses are in nats per token.
 """
 
@@ -24,6 +24,7 @@ from finemoe.charts.records import (
 )
 from finemoe.charts.words import Results, arm_names, by_loss, known_pairs, stat
 
+AnyChart = alt.LayerChart | alt.FacetChart  # altair's own annotation of `properties`
 Against = Literal["tokens", "flops", "seconds"]
 AXES: Mapping[Against, str] = {
     "tokens": "training tokens",
@@ -53,7 +54,7 @@ def save_figures(results: Results, folder: Path) -> list[Path]:
 # ---- loss curves ----
 
 
-def loss_curves(results: Results, against: Against) -> alt.LayerChart | None:
+def loss_curves(results: Results, against: Against) -> AnyChart | None:
     """Mean loss over seeds against `against`, with the range of the seeds as a band and the names at the right."""
     results = clean(results)
     curves = mean_curves(results, against)
@@ -126,7 +127,7 @@ def _in_words(ends: Sequence[Mapping[str, Any]]) -> str:
 # ---- final losses and pairs ----
 
 
-def final_losses(results: Results) -> alt.LayerChart | None:
+def final_losses(results: Results) -> AnyChart | None:
     """Final loss of each arm, best on top: marker at the mean, bar for the interval, small ticks for the seeds."""
     results = clean(results)
     names, order = arm_names(results), by_loss(results)
@@ -169,7 +170,7 @@ def final_losses(results: Results) -> alt.LayerChart | None:
 _ROW_AXIS = alt.Axis(grid=True, ticks=False, domain=False, labelLimit=170, labelPadding=8)
 
 
-def pair_differences(results: Results) -> alt.LayerChart | None:
+def pair_differences(results: Results) -> AnyChart | None:
     """Difference in loss of each tested pair with its interval. Filled markers are decided, hollow ones are not."""
     results = clean(results)
     names = arm_names(results)
@@ -214,7 +215,7 @@ def pair_differences(results: Results) -> alt.LayerChart | None:
 # ---- the paper's figures beside ours ----
 
 
-def paper_panels(results: Results) -> list[alt.LayerChart]:
+def paper_panels(results: Results) -> list[AnyChart]:
     """Two panels with one row an arm: the paper's Pile loss, and our loss, each as difference from the same baseline.
 
     Empty unless at least two arms name a figure of the paper (DeepSeekMoE, arXiv 2401.06066, Tables 1 and 8).

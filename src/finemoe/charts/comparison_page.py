@@ -1,4 +1,4 @@
-"""The report of `finemoe compare` as one HTML page: what was found, on what evidence, at what cost, and how to repeat it."""
+"""The report of `finemoe compare` as one HTML page: findings, evidence, cost, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _budget(results: Results) -> str:
         "tokens": lambda value: f"{count(value)} tokens an arm",
         "flops": lambda value: f"{scientific(value)} training FLOPs an arm",
         "seconds": lambda value: f"{duration(value)} of training an arm",
-    }.get(budget.get("kind"))
+    }.get(str(budget.get("kind")))
     return shown(budget.get("value")) if shown else ""
 
 
@@ -97,7 +97,8 @@ def _table(results: Results) -> Section:
             NOTHING if value is None or best is None else "best" if value == best else f"+{value - best:.{digits}f}"
         )
         rows.append([
-            names[arm], str(record.get("routing") or NOTHING), plus_minus(stat(record, "validation_loss"), digits), behind,
+            names[arm], str(record.get("routing") or NOTHING), plus_minus(stat(record, "validation_loss"), digits),
+            behind,
             plus_minus(stat(record, "bits_per_byte"), bit_digits), plus_minus(stat(record, "max_vio"), 2),
             _dead(record), count(record.get("total_parameters")), count(record.get("active_parameters")),
         ])  # fmt: skip
@@ -240,9 +241,11 @@ def _cost(results: Results) -> Section:
         off = record.get("mismatch") or {}
         rows.append([
             names[arm], count(record.get("expert_parameters")), count(record.get("active_expert_parameters")),
-            percent(off.get("total_percent")), percent(off.get("active_percent")), scientific(record.get("training_flops")),
+            percent(off.get("total_percent")), percent(off.get("active_percent")),
+            scientific(record.get("training_flops")),
             percent(off.get("flops_percent")), count(record.get("tokens")), duration(record.get("seconds")),
-            count(record.get("tokens_per_second")), f"{rate:.2e}" if (rate := finite(record.get("learning_rate"))) else NOTHING,
+            count(record.get("tokens_per_second")),
+            f"{rate:.2e}" if (rate := finite(record.get("learning_rate"))) else NOTHING,
         ])  # fmt: skip
     columns = [
         "Arm", "Expert parameters", "Active expert parameters", "Total off target", "Active off target",

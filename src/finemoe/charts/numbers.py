@@ -39,7 +39,7 @@ def count(value: Any) -> str:
 
 
 def _three_digits(number: float) -> str:
-    decimals = max(0, 2 - int(math.floor(math.log10(abs(number) * 1.0005)))) if number else 0
+    decimals = max(0, 2 - math.floor(math.log10(abs(number) * 1.0005))) if number else 0
     return f"{number:.{decimals}f}"
 
 

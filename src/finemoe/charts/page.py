@@ -175,7 +175,8 @@ def _policy(*scripts: str) -> str:
 @functools.cache
 def _bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script that can stand between script tags."""
-    return vl_convert.javascript_bundle().replace("\r\n", "\n").replace("</script", "<\\/script").strip()
+    bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]
+    return bundle.replace("\r\n", "\n").replace("</script", "<\\/script").strip()
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""From `results` to the rows that charts draw: means over seeds, windows, label places, differences, loads. No altair."""
+"""From `results` to the rows that charts draw: means, windows, label places, differences, loads. No altair."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def base(records: Sequence[Mapping[str, Any]]) -> alt.Chart:
 
 
 def spec(chart: Any, scheme: Scheme | None = None) -> dict[str, Any]:
-    """The Vega-Lite specification of `chart`, with the configuration of `scheme`, or with none for a page to fill in."""
+    """The Vega-Lite specification of `chart`, with the configuration of `scheme`, or none for a page to fill in."""
     with alt.data_transformers.enable("default", max_rows=None):  # 12 arms x 28 layers x 64 experts are past 5000
         made: dict[str, Any] = chart.to_dict()
     made.pop("config", None)

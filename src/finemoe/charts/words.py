@@ -1,6 +1,6 @@
 """What a comparison found, in plain sentences: shared by the page and the terminal.
 
-`results` is the dict that `finemoe compare` writes as results.json. A verdict is a's, relative to b; lower loss is better.
+`results` is the dict that `finemoe compare` writes as results.json. A verdict is a's, relative to b; lower is better.
 """
 
 from __future__ import annotations

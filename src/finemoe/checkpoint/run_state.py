@@ -119,8 +119,8 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder; None when every size and checksum holds."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, entry in manifest["files"].items():
-            path = folder / name
+        for name in (MODEL, OPTIMIZER, STATE, CONFIG):
+            path, entry = folder / name, manifest["files"][name]
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
             if sha256(path) != entry["sha256"]:

@@ -22,7 +22,7 @@ from finemoe.core.logs import read_json_lines
 from finemoe.generation import Engine, SamplingConfig
 from finemoe.model.size import ModelSize, measure
 from finemoe.studies.arms import SizedArm
-from finemoe.studies.statistics import interval, paired
+from finemoe.studies.statistics import CONFIDENCE, interval, paired
 from finemoe.studies.tables import comparison_csv
 from finemoe.text import Tokenizer
 from finemoe.training.run import read_summary, resolve_device
@@ -68,6 +68,7 @@ def build_results(
             for name, found in finished.items()
         },
         "pairs": _pairs(finished),
+        "confidence": CONFIDENCE,
     }
 
 
@@ -89,7 +90,7 @@ def notes(config: CompareConfig, failures: Mapping[str, str]) -> list[str]:
     gates = "as published" if published else "not as published, the same for every learned router"
     capacity = "dropless" if routing.capacity_factor is None else f"capacity factor {routing.capacity_factor:g}"
     lines = [
-        f"Gates: normalize_gates {str(routing.normalize_gates).lower()}, route_scale {routing.route_scale:g} ({gates}).",
+        f"Gates {gates}: normalize_gates {str(routing.normalize_gates).lower()}, route_scale {routing.route_scale:g}.",
         f"Balance coefficient {routing.balance:g} for learned routers; {capacity}; {routing.hash_table} hash table.",
     ]
     if config.tuning is None:

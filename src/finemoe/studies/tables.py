@@ -49,16 +49,22 @@ def comparison_table(results: Results) -> Group:
 
 
 def _pair_lines(pairs: Sequence[Pair], ranked: Sequence[str], names: Mapping[str, str]) -> Table | None:
-    """A bullet and a sentence a pair, wrapped with a hanging indent; of many pairs those of the best arm."""
+    """A sentence for each decided pair, one for all that are undecided for one reason; of many, the best arm's."""
     shown = list(pairs)
     if len(shown) > MOST_PAIRS:
         shown = [pair for pair in shown if ranked and ranked[0] in (pair["a"], pair["b"])]
     if not pairs:
         return None
     lines = Table.grid(padding=(0, 1))
+    undecided: dict[str, list[str]] = {}
     for pair in shown:
-        decided = pair.get("verdict") in ("better", "worse")
-        lines.add_row("-" if decided else "?", Text(pair_sentence(pair, names)))
+        if pair.get("verdict") in ("better", "worse"):
+            lines.add_row("-", Text(pair_sentence(pair, names)))
+        else:
+            reason = str(pair.get("reason") or "no reason recorded").strip().rstrip(".")
+            undecided.setdefault(reason, []).append(f"{names[pair['a']]} and {names[pair['b']]}")
+    for reason, which in undecided.items():
+        lines.add_row("?", Text(f"Undecided ({reason}): {'; '.join(which)}."))
     if left := len(pairs) - len(shown):
         lines.add_row("", Text(f"{left} pairs among the other arms are in the report."))
     return lines

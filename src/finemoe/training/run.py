@@ -35,7 +35,7 @@ from finemoe.training.method import Method, everything
 from finemoe.training.next_token import NextToken
 from finemoe.training.observers import Evaluate, Log, Save, Show
 from finemoe.training.optimizer import load_optimizer_tensors, optimizer_tensors
-from finemoe.training.trackers import open_tracker
+from finemoe.training.trackers import open_tracker, require_tracker
 from finemoe.training.trainer import Observer, Plan, Trainer, TrainState
 from finemoe.training.validation import Validation, validate
 
@@ -74,6 +74,9 @@ def train(
     """
     config = recipe if isinstance(recipe, RunConfig) else resolve_run(*read_recipe(recipe, overrides))
     directory = Path(out) if out is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    resolve_device(config.training)
+    for name in config.training.trackers:
+        require_tracker(name)
     _require_free(directory, config)
     _require_space(directory, config)
     data = _prepare(config)
@@ -143,6 +146,8 @@ def _require_space(directory: Path, config: RunConfig) -> None:
     parameters = measure(config.model, config.data.sequence_length).total_parameters
     needed = 12 * parameters * (config.training.keep_checkpoints + 1) + (16 << 20)
     existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise RunError(f"{existing} is a file; choose another --out")
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise RunError(
@@ -207,6 +212,7 @@ def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: Run
     frequencies = torch.zeros(config.model.vocab_size, dtype=torch.int64)
     frequencies[: data.tokenizer.vocab_size] = torch.from_numpy(data.token_frequencies())
     initialize(model, config.seed, frequencies)
+    torch.manual_seed(derive(config.seed, "torch"))  # for whatever draws from the default generator during training
     length = config.data.sequence_length
     plan = Plan(
         total_steps=config.training.total_steps,

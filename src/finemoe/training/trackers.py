@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -76,16 +77,26 @@ TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Tracker]] = {
 }
 
 
+def require_tracker(name: TrackerName) -> None:
+    """Check before a run begins.
+
+    Raises:
+        ConfigError: its package is not installed.
+    """
+    try:
+        import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
+    except ImportError as error:
+        raise ConfigError(f"training.trackers: {name} is not installed; pip install 'finemoe[track]'") from error
+
+
 def open_tracker(name: TrackerName, directory: Path, config: dict[str, Any]) -> Tracker:
     """Start one.
 
     Raises:
         ConfigError: its package is not installed.
     """
-    try:
-        return TRACKERS[name](directory, config)
-    except ImportError as error:
-        raise ConfigError(f"training.trackers: {name} is not installed; pip install 'finemoe[track]'") from error
+    require_tracker(name)
+    return TRACKERS[name](directory, config)
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,66 @@
+"""Training runs in processes that can be killed. A fork server imports torch once, so a process starts at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from finemoe.core.config import to_json
+from finemoe.studies import worker
+from finemoe.training.config import resolve_run
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["finemoe.studies.worker"])
+
+
+def write_config(raw: dict[str, Any], path: Path) -> Path:
+    """The resolved configuration that the worker takes."""
+    path.write_text(to_json(resolve_run(raw, "test")))
+    return path
+
+
+def _work(config: Path, directory: Path, file_size_limit: int | None) -> None:
+    os.dup2(os.open(f"{directory}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    if file_size_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    sys.exit(worker.run(config, directory))
+
+
+def start(config: Path, directory: Path, file_size_limit: int | None = None) -> BaseProcess:
+    """A process that starts the run in `directory`, or goes on with it; its exit code is the worker's."""
+    process = _CONTEXT.Process(target=_work, args=(config, directory, file_size_limit), daemon=True)
+    process.start()
+    return process
+
+
+def finish(config: Path, directory: Path, file_size_limit: int | None = None) -> int:
+    """Run to the end; the exit code."""
+    process = start(config, directory, file_size_limit)
+    process.join(60)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode
+
+
+def send(process: BaseProcess, number: signal.Signals) -> int:
+    """Send a signal and wait; the exit code."""
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Poll until it holds."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.002)
