@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from finemoe.checkpoint import files, run_state
 from finemoe.checkpoint.run_state import RunState, find_damage, load_latest, load_model, load_weights, save
@@ -149,14 +150,21 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> No
     assert find_damage(save(tmp_path, 5, state(5), keep=1)) is None
 
 
-@pytest.mark.parametrize("function", ["_write", "sync"])
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        ("_write", OSError(errno.ENOSPC, "No space left on device")),
+        ("sync", OSError(errno.EDQUOT, "Disk quota exceeded")),
+        ("save_file", SafetensorError("Error while serializing: I/O error: No space left (os error 28)")),
+    ],
+)
 def test_a_full_disk_is_an_error_with_the_path_and_spares_what_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception
 ) -> None:
     save(tmp_path, 1, state(1), keep=2)
 
     def full(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     with monkeypatch.context() as patched:
         patched.setattr(run_state, function, full)
@@ -174,6 +182,7 @@ def test_a_kill_between_any_two_system_calls_leaves_a_good_checkpoint(
     class Killed(BaseException):
         pass
 
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # the slow part, and nobody cuts the power
     left = 0
 
     def mortal(original: Callable[..., object]) -> Callable[..., object]:
@@ -196,7 +205,7 @@ def test_a_kill_between_any_two_system_calls_leaves_a_good_checkpoint(
         with monkeypatch.context() as patched:
             for module, name in ((os, "mkdir"), (os, "rename"), (os, "rmdir"), (os, "unlink")):
                 patched.setattr(module, name, mortal(getattr(module, name)))
-            patched.setattr(os, "fsync", mortal(lambda handle: None))  # the slow part, and nobody cuts the power
+            patched.setattr(os, "fsync", mortal(os.fsync))
             patched.setattr(run_state, "save_file", mortal(run_state.save_file))
             try:
                 save(folder, 2, state(2), keep=1)

@@ -120,15 +120,6 @@ def test_isolating_documents_matters_where_a_row_has_several(tmp_path: Path) -> 
     assert steps(runs[0])[0]["loss"] != pytest.approx(steps(runs[1])[0]["loss"], rel=1e-5)
 
 
-def test_threads_of_a_run_are_part_of_the_configuration_not_of_the_result(corpus: Path, tmp_path: Path) -> None:
-    one = trained(corpus, tmp_path / "one", "deepseek-moe")
-    try:
-        two = trained(corpus, tmp_path / "two", "deepseek-moe", training={"threads": 2})
-    finally:
-        torch.set_num_threads(1)
-    assert_close_runs(one, two)
-
-
 @pytest.mark.parametrize("stop", [1, 3, 4])
 @pytest.mark.parametrize("arm", ["dense", *ROUTED])
 def test_a_run_that_was_stopped_and_resumed_is_the_unbroken_one(

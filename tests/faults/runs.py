@@ -18,7 +18,7 @@ from finemoe.studies import worker
 from finemoe.training.config import resolve_run
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["finemoe.studies.worker"])
+_CONTEXT.set_forkserver_preload(["finemoe.studies.worker", "torch._dynamo"])  # the latter by any optimizer
 
 
 def write_config(raw: dict[str, Any], path: Path) -> Path:

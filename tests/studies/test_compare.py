@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-import signal
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from faults.runs import wait_for, write_config
 from finemoe.core.config import merge
 from finemoe.core.errors import ConfigError, FinemoeError, RunError
 from finemoe.data import prepare
@@ -23,7 +24,7 @@ from finemoe.studies import compare as compare_module
 from finemoe.studies.compare import Comparison, compare, resolve_comparison
 from finemoe.studies.fleet import Job, Outcome
 from finemoe.training.config import read_config
-from finemoe.training.run import pretraining, train
+from finemoe.training.run import pretraining, resume, train
 from training.tiny_runs import LENGTH, assert_same_run, data_table, records
 
 PER_STEP = 4 * LENGTH
@@ -61,7 +62,10 @@ def run_here(jobs: Sequence[Job], parallel: int, *, description: str, quiet: boo
     for job in jobs:
         if not job.finished:
             try:
-                train(job.config, out=job.directory, quiet=True)
+                if (job.directory / "config.json").exists():
+                    resume(job.directory, quiet=True)
+                else:
+                    train(job.config, out=job.directory, quiet=True)
             except FinemoeError as error:
                 outcome.failures[job.name] = str(error)
     return outcome
@@ -173,7 +177,7 @@ def test_a_folder_with_other_things_is_refused(corpus: Path, tmp_path: Path) -> 
 
 
 def test_an_interrupted_comparison_goes_on_to_the_same_results(
-    finished: Comparison, corpus: Path, tmp_path: Path
+    finished: Comparison, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real Ctrl-C, sent as soon as the first of four runs has finished."""
     raw, out = recipe(corpus), tmp_path / "cmp"
@@ -181,6 +185,8 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(
         "import json, os, signal, sys, threading, time\n"
         "from pathlib import Path\n"
         "from finemoe import compare\n"
+        "from finemoe.studies import results\n"
+        "results.save_figures = lambda *arguments: None\n"
         "def watch():\n"
         "    while not list(Path(sys.argv[1]).glob('arms/*/*/summary.json')): time.sleep(0.01)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -196,6 +202,8 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(
     partial = json.loads((out / "results.json").read_text())
     assert partial["complete"] is False
     before = {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in done}
+    monkeypatch.setattr(compare_module, "run_fleet", run_here)
+    monkeypatch.setattr("finemoe.studies.results.save_figures", lambda *arguments: None)
     resumed = compare(merge(raw, {"parallel_runs": 1}), out=out, quiet=True)
     assert before == {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in done}
     (arms, pairs, _, complete), (expected_arms, expected_pairs, _, _) = (
@@ -309,21 +317,15 @@ def test_what_cannot_work_is_refused_and_nothing_is_written(
     assert not (tmp_path / "cmp").exists()
 
 
-def test_sigterm_to_a_fleet_leaves_no_orphans(corpus: Path, tmp_path: Path) -> None:
-    """A worker whose study has gone saves and ends by itself."""
-    raw = recipe(corpus, budget={"value": 10**7}, seeds=[0], arms=["dense"])
-    script = (
-        "import json, sys; from finemoe import compare; compare(json.loads(sys.argv[2]), out=sys.argv[1], quiet=True)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "cmp"), json.dumps(raw)], start_new_session=True
-    )
-    run = tmp_path / "cmp" / "arms" / "dense" / "seed-0"
-    try:
-        from faults.runs import wait_for
-
-        wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    wait_for(lambda: any(run.glob("checkpoints/step-*")))
+def test_a_run_whose_study_has_gone_saves_and_ends_by_itself(corpus: Path, tmp_path: Path) -> None:
+    raw = {key: value for key, value in recipe(corpus).items() if key in ("data", "optimizer")}
+    training = {"steps": 10**6, "tokens_per_step": PER_STEP, "checkpoint_every": 10**6, "evaluate_every": 10**6}
+    config = write_config({**raw, "model": recipe(corpus)["base"], "training": training}, tmp_path / "config.json")
+    run, command = tmp_path / "run", [sys.executable, "-m", "finemoe.studies.worker"]
+    line = f"{shlex.join([*command, str(config), str(tmp_path / 'run')])} & wait"
+    with subprocess.Popen(["sh", "-c", line], start_new_session=True, stderr=subprocess.DEVNULL) as study:
+        try:
+            wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0)
+        finally:
+            study.kill()
+    wait_for(lambda: any(run.glob("checkpoints/step-*")))  # nothing but the end of the study would have made it

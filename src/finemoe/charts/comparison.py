@@ -66,7 +66,9 @@ def loss_curves(results: Results, against: Against) -> AnyChart | None:
     points = [point | {"x": point["x"] / size} for arm in curves.values() for point in arm]
     ends = _ends(points, window)
     y_scale = alt.Scale(domain=list(window), zero=False, nice=False)
-    x = alt.X("x:Q", title=f"{AXES[against]} ({unit})", scale=alt.Scale(nice=False, zero=True))
+    furthest = 1.012 * max(point["x"] for point in points)  # room for the last marker
+    x_scale = alt.Scale(domain=[0, furthest], nice=False)
+    x = alt.X("x:Q", title=f"{AXES[against]} ({unit})", scale=x_scale, axis=_FEW_TICKS)
     y = alt.Y("loss:Q", title=LOSS, scale=y_scale)
     color = theme.arm_color(names)
     # Ctrl with the wheel (a pinch is the same event) leaves plain scrolling to the page.
@@ -105,16 +107,17 @@ def _end_labels(ends: Sequence[Mapping[str, Any]], names: Sequence[str], x: alt.
     marks = theme.base(ends)
     color, right = theme.arm_color(names), alt.value("width")
     label_y = alt.Y("label:Q", scale=y_scale)
-    # Zoomed out of sight, a label would float over the page: it goes when its place leaves the axis.
+    # Marks outside the frame must say clip=False, for scales bound to a selection clip by default. Zoomed out of
+    # sight, such a label would float over the page: it goes when its place leaves the axis.
     inside = "datum.label >= domain('y')[0] && datum.label <= domain('y')[1]"
     visible = alt.condition(inside, alt.value(1), alt.value(0))
     level = alt.Y("loss:Q", scale=y_scale)
     reach = marks.mark_rule(strokeWidth=1, opacity=0.55, clip=True).encode(x, level, x2=right, color=color)
-    leader = marks.mark_rule(strokeWidth=1).encode(
+    leader = marks.mark_rule(strokeWidth=1, clip=False).encode(
         x=right, x2=alt.value(alt.expr("width + 12")), y=level, y2="label:Q", color=color, opacity=visible
     )
     dot = marks.mark_point(size=64, filled=True, opacity=1, clip=True).encode(x, level, color, theme.arm_shape(names))
-    text = marks.mark_text(align="left", baseline="middle").encode(
+    text = marks.mark_text(align="left", baseline="middle", clip=False).encode(
         x=alt.value(alt.expr("width + 16")), y=label_y, text="arm:N", opacity=visible
     )
     return [reach, leader, dot, text]
@@ -142,8 +145,8 @@ def final_losses(results: Results) -> AnyChart | None:
     numbers = [row[key] for row in [*rows, *seeds] for key in ("loss", "low", "high") if row.get(key) is not None]
     pad = 0.08 * (max(numbers) - min(numbers)) or 0.05
     x_scale = alt.Scale(domain=[min(numbers) - pad, max(numbers) + pad], nice=False)
-    x = alt.X("loss:Q", title=LOSS, scale=x_scale)
-    y = alt.Y("arm:N", title=None, scale=alt.Scale(domain=[names[arm] for arm in order]), axis=_ROW_AXIS)
+    x = alt.X("loss:Q", title=LOSS, scale=x_scale, axis=_FEW_TICKS)
+    y = _rows([names[arm] for arm in order])
     color = theme.arm_color(list(names.values()))
     marks = theme.base(rows)
     tooltip = [
@@ -167,7 +170,13 @@ def final_losses(results: Results) -> AnyChart | None:
     )
 
 
-_ROW_AXIS = alt.Axis(grid=True, ticks=False, domain=False, labelLimit=170, labelPadding=8)
+_FEW_TICKS = alt.Axis(tickCount=6)
+
+
+def _rows(names: Sequence[str]) -> alt.Y:
+    """A row for each arm, with room for a number above the first."""
+    scale = alt.Scale(domain=list(names), paddingOuter=0.35)
+    return alt.Y("arm:N", title=None, scale=scale, axis=alt.Axis(grid=True, ticks=False, domain=False, labelLimit=170))
 
 
 def pair_differences(results: Results) -> AnyChart | None:
@@ -187,10 +196,11 @@ def pair_differences(results: Results) -> AnyChart | None:
     if not rows:
         return None
     title = "difference in validation loss (nats per token)"
-    x = alt.X("difference:Q", title=title, scale=alt.Scale(zero=True))
+    x = alt.X("difference:Q", title=title, scale=alt.Scale(zero=True), axis=_FEW_TICKS)
     y = alt.Y("pair:N", title=None, axis=None, scale=alt.Scale(domain=[row["pair"] for row in rows]))
     marks = theme.base(rows)
-    zero = theme.base([{"difference": 0}]).mark_rule(strokeDash=[4, 3]).encode(x)
+    # A piece of the zero line in each row: a whole one would run through the names.
+    zero = marks.mark_tick(thickness=1.5, size=20, yOffset=8, opacity=0.6).encode(x=alt.datum(0), y=y)
     low = alt.X("low:Q", scale=alt.Scale(zero=True), title=title)
     bar = marks.mark_rule(strokeWidth=2.4, yOffset=8).encode(low, y, alt.X2("high:Q"))
     bar = bar.transform_filter("datum.low !== null")
@@ -230,7 +240,7 @@ def paper_panels(results: Results) -> list[AnyChart]:
     for field, title in (("paper", "The paper: Pile test loss"), ("ours", "This run: validation loss")):
         minus = f"nats per token, minus {baseline}"
         x = alt.X(f"{field}:Q", title=minus, scale=alt.Scale(zero=True), axis=_FEW_TICKS)
-        y = alt.Y("arm:N", title=None, scale=alt.Scale(domain=order), axis=_ROW_AXIS)
+        y = _rows(order)
         marks = theme.base(rows)
         color = theme.arm_color(names)
         zero = theme.base([{field: 0}]).mark_rule(strokeDash=[4, 3]).encode(x)
@@ -245,9 +255,6 @@ def paper_panels(results: Results) -> list[AnyChart]:
         panel = alt.layer(*layers).properties(title=title, width=320, height=alt.Step(38))
         panels.append(panel.properties(description=f"{title}, difference from {baseline}: {said}."))
     return panels
-
-
-_FEW_TICKS = alt.Axis(tickCount=4)
 
 
 # ---- expert load ----
@@ -265,7 +272,7 @@ def load_maps(results: Results) -> dict[str, alt.Chart]:
     for arm, rows in records.items():
         layers = max(row["layer"] for row in rows)
         experts = max(row["expert"] for row in rows) + 1
-        scale = alt.Scale(domain=[0, top], domainMid=1, clamp=True)
+        scale = alt.Scale(domain=[0, top], domainMid=1, clamp=True, interpolate="lab")
         title = "load ÷ uniform load" + (f" (last colour: {HOTTEST:g} or more)" if hottest > top else "")
         legend = alt.Legend(title=title, orient="top", gradientLength=220, values=[0, 1, *range(2, int(top) + 1)])
         every = max(1, experts // 16)

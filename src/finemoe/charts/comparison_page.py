@@ -165,7 +165,7 @@ def _pairs(results: Results) -> Section | None:
     table = Table("Difference in validation loss of each pair (nats per token)", columns, rows, (1, 2))
     blocks: list[Any] = [table if len(rows) <= 15 else Details(f"All {len(rows)} pairs in figures", [table])]
     if (chart := comparison.pair_differences(results)) is not None:
-        caption = "Left of the dashed zero line the first-named arm is better. Filled: decided; hollow: undecided."
+        caption = "Left of the zero marks the first-named arm is better. Filled: decided; hollow: undecided."
         figure = Figure([chart], caption)
         blocks.insert(0, figure if len(rows) <= 15 else Details(f"All {len(rows)} pairs as a figure", [figure]))
     return Section("Pair by pair", blocks)

@@ -35,7 +35,7 @@ _DIVERGING: Mapping[Scheme, Sequence[str]] = {
     "dark": ("#8cc4ff", "#3f78b8", "#2a2f35", "#c9722a", "#ffc48a"),
 }
 
-DASHES = ((1, 0), (7, 3), (2, 2), (9, 3, 2, 3), (4, 2), (12, 3))
+DASHES = ((1, 0), (7, 3), (2, 2), (9, 3, 2, 3), (16, 3), (9, 2, 2, 2, 2, 2))
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
 
 

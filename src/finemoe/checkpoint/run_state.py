@@ -70,7 +70,7 @@ def save(checkpoints: Path, step: int, run: RunState, keep: int) -> Path:
         sync(checkpoints)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise storage_error(final, error if isinstance(error, OSError) else OSError(str(error))) from error
+        raise storage_error(final, error if isinstance(error, OSError) else _system_error(error)) from error
     folders = _folders(checkpoints)
     here = folders.index(final)
     for old in (*folders[:here], *folders[here + keep :]):  # later steps are damaged: the run began before them
@@ -78,6 +78,12 @@ def save(checkpoints: Path, step: int, run: RunState, keep: int) -> Path:
     for stale in checkpoints.glob(".writing-*"):  # left by a killed process
         shutil.rmtree(stale)
     return final
+
+
+def _system_error(error: safetensors.SafetensorError) -> OSError:
+    """What the system said, which safetensors gives as text only: "... (os error 28)"."""
+    code = re.search(r"os error (\d+)", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))
 
 
 def _write(folder: Path, run: RunState) -> None:

@@ -81,7 +81,7 @@ def _follow(config: type[BaseModel], location: Sequence[Any]) -> tuple[str, set[
         beside = {name for c in here for name in c.model_fields}
         fields = [c.model_fields[part] for c in here if part in c.model_fields]
         # A discriminated union adds its tag to the location: keep the member with that tag, and do not spell it.
-        tagged = [c for c in here if "kind" in c.model_fields and c.model_fields["kind"].default == part]
+        tagged = [c for c in here if len(here) > 1 and c.model_fields["kind"].default == part]
         if fields or not tagged:
             spelt.append(str(part))
         here = [m for field in fields for m in _models_in(field.annotation)] or tagged or here

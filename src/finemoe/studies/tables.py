@@ -15,6 +15,7 @@ from rich.text import Text
 from finemoe.charts.numbers import clean, count, decimals_for, finite, plus_minus, scientific
 from finemoe.charts.words import Pair, Results, arm_names, by_loss, known_pairs, pair_sentence, stat
 
+NAME_WIDTH = 19  # with every other column at its widest, the line ends at column 80
 MOST_PAIRS = 12  # more of them scroll the table away; the page and the CSV have all
 
 
@@ -35,11 +36,13 @@ def comparison_table(results: Results) -> Group:
         record = arms[arm]
         sizes = "/".join(count(record.get(key)) for key in ("total_parameters", "active_parameters"))
         cells = [
-            names[arm], plus_minus(stat(record, "validation_loss"), digits), sizes,
+            plus_minus(stat(record, "validation_loss"), digits), sizes,
             scientific(record.get("training_flops")), count(record.get("tokens_per_second")),
             plus_minus({"mean": stat(record, "max_vio").get("mean")}, 2),
         ]  # fmt: skip
-        table.add_row(*(Text(cell) for cell in cells), style="bold" if ranked and arm == ranked[0] else "")
+        name = Text(names[arm])
+        name.truncate(NAME_WIDTH, overflow="ellipsis")
+        table.add_row(name, *(Text(cell) for cell in cells), style="bold" if ranked and arm == ranked[0] else "")
     parts: list[Any] = [table]
     if not results.get("complete", True):
         parts.insert(0, Text("Incomplete: some runs have not finished.", style="yellow"))

@@ -1,0 +1,58 @@
+"""The terminal's table fits 80 columns; the CSV holds every arm."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from finemoe.studies.tables import comparison_csv, comparison_table
+
+_spec = importlib.util.spec_from_file_location("fake_results", Path(__file__).parents[1] / "charts/fake_results.py")
+assert _spec is not None
+assert _spec.loader is not None
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+fake_results = _module.fake_results
+
+
+def printed(results) -> str:
+    screen = Console(width=80, file=io.StringIO(), highlight=False)
+    screen.print(comparison_table(results))
+    return screen.file.getvalue()
+
+
+@pytest.mark.parametrize("count", [1, 5, 12])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_table_fits_eighty_columns(count, seeds):
+    text = printed(fake_results(count=count, seeds=seeds))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    names = [arm["label"] for arm in fake_results(count=count, seeds=seeds)["arms"].values()]
+    assert all(name[:19] in text for name in names)
+    assert "…" not in text
+
+
+def test_arms_are_ordered_by_loss():
+    results = fake_results()
+    lines = printed(results).splitlines()
+    order = sorted(results["arms"].values(), key=lambda arm: arm["validation_loss"]["mean"])
+    rows = [next(i for i, line in enumerate(lines) if line.startswith(arm["label"])) for arm in order]
+    assert rows == sorted(rows)
+
+
+def test_undecided_pairs_share_one_sentence_a_reason():
+    text = " ".join(printed(fake_results(seeds=1)).split())
+    assert text.count("Undecided (") == 1
+
+
+def test_the_csv_has_a_row_an_arm():
+    results = fake_results()
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(results))))
+    assert [row["arm"] for row in rows] == list(results["arms"])
+    for row, arm in zip(rows, results["arms"].values(), strict=True):
+        assert float(row["validation_loss"]) == arm["validation_loss"]["mean"]
+        assert int(row["total_parameters"]) == arm["total_parameters"]
