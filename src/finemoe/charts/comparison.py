@@ -89,7 +89,6 @@ def loss_curves(results: Results, against: Against) -> AnyChart | None:
     return chart.properties(
         width=theme.WIDTH - 8 * longest,
         height=HEIGHT,
-        padding={"left": 4, "top": 8, "bottom": 4, "right": 28 + 7 * longest},
         description=f"{LOSS} against {AXES[against]}. At the end: {_in_words(ends)}.",
     )
 
@@ -170,7 +169,7 @@ def final_losses(results: Results) -> AnyChart | None:
     )
 
 
-_FEW_TICKS = alt.Axis(tickCount=6)
+_FEW_TICKS = alt.Axis(tickCount=6, grid=True)
 
 
 def _rows(names: Sequence[str]) -> alt.Y:

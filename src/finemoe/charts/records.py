@@ -65,16 +65,16 @@ def mean_curves(results: Results, against: str) -> dict[str, list[dict[str, Any]
 
 
 def loss_window(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[float, float] | None:
-    """The losses worth a y axis: from a little below the best to the worst arm's loss a fifth of the way in.
+    """The losses worth a y axis: from a little below the best to the worst arm's loss a third of the way in.
 
     The first fall, from ln(vocabulary) down, would leave the end, which decides, a few pixels high.
     """
     if not curves:
         return None
     lowest = min(row["low"] for rows in curves.values() for row in rows)
-    highest = max(row["high"] for rows in curves.values() for row in rows[len(rows) // 5 :])
+    highest = max(row["high"] for rows in curves.values() for row in rows[len(rows) // 3 :])
     # One arm that diverges must not flatten all others; the page names the arms that end above the axis.
-    early = sorted(rows[len(rows) // 5]["loss"] for rows in curves.values())
+    early = sorted(rows[len(rows) // 3]["loss"] for rows in curves.values())
     top = min(highest, 1.5 * early[len(early) // 2])
     pad = 0.04 * (top - lowest) or 0.05
     return lowest - pad, top + pad
