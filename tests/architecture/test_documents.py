@@ -14,7 +14,7 @@ from finemoe.cli.main import app
 from finemoe.core.config import read_toml
 from finemoe.model.moe.decision import RoutingConstraint
 from finemoe.studies.arms import solve
-from finemoe.studies.compare import resolve_comparison
+from finemoe.studies.config import resolve_comparison
 from finemoe.training.config import resolve_run
 
 ROOT = Path(__file__).parents[2]

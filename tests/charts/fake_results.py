@@ -58,7 +58,7 @@ def _arm(name: str, seeds: int, draw: random.Random) -> dict[str, Any]:
         "label": label, "routing": routing, "validation_loss": _stat(finals),
         "bits_per_byte": _stat([value / 2.31 for value in finals]),
         "max_vio": _stat([sum(vio) / len(vio) * (1 + 0.02 * seed) for seed in range(seeds)]) if vio else None,
-        "dead_experts": (0.0 if name != "hash" else 0.7) if vio else None,
+        "dead_experts": (0.0 if name != "hash" else 0.02) if vio else None,
         "total_parameters": UNIT * (units + 4), "active_parameters": UNIT * (active + 4),
         "expert_parameters": UNIT * units, "active_expert_parameters": UNIT * active,
         "training_flops": POINTS * flops, "seconds": POINTS * STEP_TOKENS / speed, "tokens": POINTS * STEP_TOKENS,

@@ -78,6 +78,7 @@ def compared(interrupted: bool = False) -> Spy:
         "total_parameters": 4e5,
         "active_parameters": 4e5,
         "max_vio": None,
+        "directory": "arms/dense",
         "sample": {"prompt": "def ", "completion": "f(x):\n    return x"},
     }
     recipe = {"seeds": [3]}
@@ -88,7 +89,7 @@ def compared(interrupted: bool = False) -> Spy:
         "pairs": [],
         "bad": math.inf,
     }
-    return Spy(SimpleNamespace(directory=Path("runs/c"), results=results, interrupted=interrupted))
+    return Spy(SimpleNamespace(directory=Path("runs/c"), results=results, interrupted=interrupted, failures={}))
 
 
 def test_compare_prints_the_table_and_what_to_open(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:

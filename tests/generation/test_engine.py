@@ -112,14 +112,16 @@ def test_requests_with_different_parameters_share_a_batch_and_arrive_while_it_ru
         assert drawn == uncached(model, request.prompt, request.sampling)
 
 
-def test_expert_capacity_does_not_apply_and_the_model_is_left_alone() -> None:
+def test_expert_capacity_does_not_apply() -> None:
     tight = {"capacity_factor": 0.05}
     limited, free = make_model(feed_forward=tight), make_model()
-    before = {name: tensor.clone() for name, tensor in limited.state_dict().items()}
     sequences = Engine(limited, end_of_text_id=END).generate(PROMPTS[:3], GREEDY)
     assert [s.completion for s in sequences] == [uncached(free, prompt, GREEDY) for prompt in PROMPTS[:3]]
-    assert limited.config.blocks[0].feed_forward.capacity_factor == 0.05
-    assert all(torch.equal(tensor, before[name]) for name, tensor in limited.state_dict().items())
+
+
+def test_a_model_in_training_mode_is_refused(model: Transformer) -> None:
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
+        Engine(make_model().train())
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(model: Transformer) -> None:

@@ -37,7 +37,7 @@ def small_config(**changes: Any) -> ModelConfig:
 def build(config: ModelConfig, seed: int = 0, **kernels: Any) -> Transformer:
     """A model with drawn weights; balanced hash tables see an even text."""
     model = Transformer(config, Kernels(**kernels))
-    initialize(model, seed, token_frequencies=torch.ones(config.vocab_size, dtype=torch.int64))
+    initialize(model, seed, token_frequencies=lambda: torch.ones(config.vocab_size, dtype=torch.int64))
     return model
 
 

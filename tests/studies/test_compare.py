@@ -21,7 +21,8 @@ from finemoe.core.errors import ConfigError, FinemoeError, RunError
 from finemoe.data import prepare
 from finemoe.model.size import measure
 from finemoe.studies import compare as compare_module
-from finemoe.studies.compare import Comparison, compare, resolve_comparison
+from finemoe.studies.compare import Comparison, compare
+from finemoe.studies.config import resolve_comparison
 from finemoe.studies.fleet import Job, Outcome
 from finemoe.training.config import read_config
 from finemoe.training.run import pretraining, resume, train
@@ -307,6 +308,18 @@ def test_one_seed_has_no_interval_and_decides_nothing(corpus: Path, tmp_path: Pa
         ({"budget": {"tokens": 5}}, "unknown key `budget.tokens`"),
         ({"arms": ["dense", "gshard-x2"]}, "unknown arm `gshard-x2`, did you mean `gshard-x1.2`?"),
         ({"matching": {"segment": 4}}, "did you mean `segments`?"),
+        ({"base": "tiny-dense"}, "`base` must be a table"),
+        ({"training": 5}, "`training` must be a table"),
+        ({"data": 5}, "`data` must be a table"),
+        ({"training": {"tokens_per_step": 50}}, "not a multiple of data.sequence_length"),
+        ({"data": {"vocab_size": 999}}, "leave data.vocab_size out"),
+        ({"training": {"device": "cuda"}}, "not available here"),
+        ({"budget": {"value": 10}}, "less than one step"),
+        ({"tuning": {"learning_rates": [0.1, 0.1], "tokens": 640}}, "different rates"),
+        (
+            {"tuning": {"learning_rates": [0.1, 0.2], "tokens": 640}, "learning_rates": {"dense": 0.1}},
+            "exclude each other",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_and_nothing_is_written(
@@ -315,6 +328,29 @@ def test_what_cannot_work_is_refused_and_nothing_is_written(
     with pytest.raises(ConfigError, match=says.replace("?", r"\?")):
         compare(recipe(corpus, **change), out=tmp_path / "cmp", quiet=True)
     assert not (tmp_path / "cmp").exists()
+
+
+def test_a_recipe_of_one_model_can_be_an_arm(corpus: Path, tmp_path: Path, here: None) -> None:
+    raw = recipe(corpus)
+    path = tmp_path / "mine.toml"
+    lines = [f"{key} = {value}" for key, value in raw["base"].items() if isinstance(value, int)]
+    attention = ", ".join(f"{key} = {value}" for key, value in raw["base"]["attention"].items())
+    feed_forward = "kind = 'dense', ffn_hidden_size = 8"
+    tables = [f"attention = {{ {attention} }}", f"feed_forward = {{ {feed_forward} }}"]
+    path.write_text("\n".join(["[model]", *lines, *tables]))
+    comparison = compare(recipe(corpus, arms=["dense", str(path)], seeds=[0]), out=tmp_path / "cmp", quiet=True)
+    arm = comparison.results["arms"][str(path)]
+    assert (tmp_path / "cmp" / arm["directory"] / "seed-0" / "summary.json").exists()
+    path.write_text(path.read_text() + "\n[trainng]\nsteps = 3\n")
+    with pytest.raises(ConfigError, match="must hold \\[model\\] only, and holds trainng"):
+        compare(recipe(corpus, arms=["dense", str(path)], seeds=[0]), out=tmp_path / "other", quiet=True)
+
+
+def test_the_command_in_the_results_names_recipe_changes_and_place(tmp_path: Path) -> None:
+    command = compare_module._command(Path("my recipe.toml"), ["seeds=[0, 1]"], tmp_path)
+    assert shlex.split(command) == [
+        *("finemoe", "compare", "my recipe.toml", "--set", "seeds=[0, 1]", "--out", str(tmp_path))
+    ]
 
 
 def test_a_run_whose_study_has_gone_saves_and_ends_by_itself(corpus: Path, tmp_path: Path) -> None:

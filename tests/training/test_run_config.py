@@ -11,7 +11,7 @@ from finemoe.core.config import merge, to_json
 from finemoe.core.errors import ConfigError
 from finemoe.model.config import expand
 from finemoe.model.presets import PRESETS, resolve
-from finemoe.training.config import RunConfig, read_config, read_recipe, resolve_run
+from finemoe.training.config import DEFAULT_LEARNING_RATE, RunConfig, read_config, read_recipe, resolve_run
 
 MINIMAL: dict[str, Any] = {"model": {"preset": "tiny-moe"}, "training": {"steps": 10}}
 
@@ -84,7 +84,6 @@ def test_an_unknown_key_at_any_level_suggests_the_one_that_was_meant(override: s
         (["optimizer.learning_rate=-1"], "`optimizer.learning_rate`"),
         (["optimizer.learning_rate=nan"], "`optimizer.learning_rate`"),
         (["schedule.kind='cosin'"], "unknown `schedule.kind` 'cosin', did you mean `cosine`?"),
-        (["schedule.warmup_share=0.1"], "`schedule.kind` is required and missing; known: multi_step, cosine"),
         (["data.corpus.max_bytes=9"], "`data.corpus.kind` is required and missing; known: stdlib, files"),
         (["training.device='tpu'"], "`training.device`"),
         (["model.preset='tiny-mo'"], "did you mean `tiny-moe`?"),
@@ -95,6 +94,12 @@ def test_impossible_values_name_the_field_and_the_fix(overrides: list[str], mess
     with pytest.raises(ConfigError) as caught:
         resolved(*overrides)
     assert message in str(caught.value)
+
+
+def test_one_value_of_a_table_keeps_the_other_defaults() -> None:
+    config = resolved("schedule.warmup_share=0.1", "optimizer.weight_decay=0.0")
+    assert (config.schedule.kind, config.schedule.warmup_share) == ("multi_step", 0.1)
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (DEFAULT_LEARNING_RATE, 0.0)
 
 
 def test_a_length_is_required() -> None:

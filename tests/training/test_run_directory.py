@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from finemoe.checkpoint.files import sole_writer
 from finemoe.checkpoint.run_state import load_model
 from finemoe.core.errors import ConfigError, DataError, FinemoeError, RunError
 from finemoe.core.logs import read_json_lines
@@ -30,6 +31,7 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_the_directory_holds_all_it_should(finished: Run) -> None:
     assert sorted(path.name for path in finished.directory.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.json",
         "data.json",
@@ -239,3 +241,32 @@ def test_same_seed_same_batches_whatever_the_model(corpus: Path) -> None:
         config = resolve_run(recipe(corpus, arm, seed=7), "recipe")
         batches.append(run_module.pretraining(config, prepare(config.data)).batches(0, 8).tokens)
     assert torch.equal(*batches)
+
+
+def test_a_second_writer_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finemoe.checkpoint.files._PATIENCE_SECONDS", 0.3)
+    out = tmp_path / "run"
+    with sole_writer(out), pytest.raises(RunError, match="another process is at work there"):
+        train(recipe(corpus), out=out, quiet=True)
+    assert sorted(path.name for path in out.iterdir()) == [".lock"]
+    assert train(recipe(corpus), out=out, quiet=True).summary["steps"] == 6
+
+
+def test_a_lost_last_record_is_measured_again(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    expected = train(recipe(corpus), out=out, quiet=True).summary["final_validation_loss"]
+    (out / "summary.json").unlink()
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:4]))
+    assert resume(out, quiet=True).summary["final_validation_loss"] == expected
+
+
+def test_another_model_in_config_json_is_refused(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(recipe(corpus), out=out, quiet=True)
+    (out / "summary.json").unlink()
+    config = json.loads((out / "config.json").read_text())
+    config["model"]["norm_eps"] = 0.5
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match=r"config\.json: model differ from the checkpoint"):
+        resume(out, quiet=True)

@@ -83,7 +83,9 @@ def loss_curves(results: Results, against: Against) -> AnyChart | None:
     ]
     band = lines.mark_area(opacity=0.18, clip=True).encode(x, alt.Y("low:Q", scale=y_scale), alt.Y2("high:Q"), color)
     mean = lines.mark_line(strokeWidth=2.2, clip=True).encode(x, y, color, theme.arm_dash(names)).add_params(zoom)
-    hover = lines.mark_point(size=90, opacity=0, filled=True, clip=True).encode(x, y, tooltip=tooltip)
+    hover = lines.mark_point(size=90, fillOpacity=0, strokeOpacity=0, opacity=1, filled=True, clip=True).encode(
+        x, y, tooltip=tooltip
+    )
     chart = alt.layer(band, mean, *_end_labels(ends, names, x, y_scale), hover)
     longest = max(len(end["arm"]) for end in ends)
     return chart.properties(
@@ -169,12 +171,13 @@ def final_losses(results: Results) -> AnyChart | None:
     )
 
 
-_FEW_TICKS = alt.Axis(tickCount=6, grid=True)
+_FEW_TICKS = alt.Axis(tickCount=6, grid=True, labelOverlap="greedy", labelSeparation=8, labelFlush=False)
 
 
 def _rows(names: Sequence[str]) -> alt.Y:
     """A row for each arm, with room for a number above the first."""
-    scale = alt.Scale(domain=list(names), paddingOuter=0.35)
+    # A band, said aloud: with rules in the chart Vega-Lite picks one, without them points, and two panels differ.
+    scale = alt.Scale(type="band", domain=list(names), paddingInner=0, paddingOuter=0.2)
     return alt.Y("arm:N", title=None, scale=scale, axis=alt.Axis(grid=True, ticks=False, domain=False, labelLimit=170))
 
 
@@ -235,10 +238,14 @@ def paper_panels(results: Results) -> list[AnyChart]:
         return []
     names = list(arm_names(results).values())
     order = [row["arm"] for row in sorted(rows, key=lambda row: row["paper"])]
+    reaches = {"paper": ("paper",), "ours": ("ours", "low", "high")}
     panels = []
     for field, title in (("paper", "The paper: Pile test loss"), ("ours", "This run: validation loss")):
         minus = f"nats per token, minus {baseline}"
-        x = alt.X(f"{field}:Q", title=minus, scale=alt.Scale(zero=True), axis=_FEW_TICKS)
+        reached = [0.0, *(row[key] for row in rows for key in reaches[field] if row[key] is not None)]
+        pad = 0.1 * (max(reached) - min(reached)) or 0.05  # room for the numbers over the outermost markers
+        scale = alt.Scale(domain=[min(reached) - pad, max(reached) + pad], nice=False)
+        x = alt.X(f"{field}:Q", title=minus, scale=scale, axis=_FEW_TICKS)
         y = _rows(order)
         marks = theme.base(rows)
         color = theme.arm_color(names)
@@ -247,7 +254,7 @@ def paper_panels(results: Results) -> list[AnyChart]:
         text = marks.mark_text(dy=-13).encode(x, y, text=alt.Text(f"{field}:Q", format="+.3f"))
         layers = [zero, dot, text]
         if field == "ours":
-            low = alt.X("low:Q", scale=alt.Scale(zero=True), title=minus)
+            low = alt.X("low:Q", scale=scale, title=minus)
             bar = marks.mark_rule(strokeWidth=2.4).encode(low, y, alt.X2("high:Q"), color)
             layers.insert(1, bar.transform_filter("datum.low !== null"))
         said = ", ".join(f"{row['arm']} {row[field]:+.3f}" for row in rows)
@@ -274,7 +281,7 @@ def load_maps(results: Results) -> dict[str, alt.Chart]:
         scale = alt.Scale(domain=[0, top], domainMid=1, clamp=True, interpolate="lab")
         title = "load ÷ uniform load" + (f" (last colour: {HOTTEST:g} or more)" if hottest > top else "")
         legend = alt.Legend(title=title, orient="top", gradientLength=220, values=[0, 1, *range(2, int(top) + 1)])
-        every = max(1, experts // 16)
+        every = next(step for step in (1, 2, 4, 8, 16, 32, 64) if experts <= 17 * step or step == 64)
         axis = alt.Axis(labelAngle=0, values=list(range(0, experts, every)), labelOverlap=True)
         maps[arm] = (
             theme.base(rows)

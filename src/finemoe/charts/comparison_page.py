@@ -47,7 +47,7 @@ def comparison_page(results: Results) -> str:
     banner = (
         ""
         if results.get("complete", True)
-        else ("These results are incomplete: some runs have not finished. Figures and verdicts below may still change.")
+        else "These results are incomplete: some runs have not finished. Figures and verdicts below may still change."
     )
     subtitle = " · ".join(
         part for part in (str(results.get("date") or "")[:10], _budget(results), _seeds(results)) if part
@@ -114,7 +114,7 @@ def _table(results: Results) -> Section:
 
 def _dead(record: Mapping[str, Any]) -> str:
     dead = finite(record.get("dead_experts"))
-    return NOTHING if dead is None else f"{dead:.1f}".removesuffix(".0")
+    return NOTHING if dead is None else f"{100 * dead:.1f} %"
 
 
 def _curves(results: Results) -> Section | None:
@@ -180,11 +180,14 @@ def _paper(results: Results) -> Section | None:
     ]
     if not rows:
         return None
+    arms = results["arms"].values()
+    largest, most = (max(finite(arm.get(key)) or 0 for arm in arms) for key in ("total_parameters", "tokens"))
     caveat = (
-        "The paper (DeepSeekMoE, arXiv 2401.06066, Tables 1 and 8) trained models of about 2 billion parameters on 100 "
-        "billion tokens and reports the loss on the Pile. These runs are far smaller and use other data and another "
-        "tokenizer, so the losses themselves cannot be compared. What can be compared is the order of the arms and, "
-        "roughly, the size of the gaps between them."
+        "The paper (DeepSeekMoE, arXiv 2401.06066, Tables 1 and 8) trained models of up to about 2 billion parameters "
+        "on 100 billion tokens and reports the loss on the Pile. "
+        f"Here the largest arm has {count(largest)} parameters and saw at most {count(most)} tokens, of other data and "
+        "cut by another tokenizer, so the losses themselves cannot be compared. What can be compared is the order of "
+        "the arms and, roughly, the size of the gaps between them."
     )
     table = Table(
         "Losses as published and as measured here",
@@ -245,7 +248,7 @@ def _cost(results: Results) -> Section:
             scientific(record.get("training_flops")),
             percent(off.get("flops_percent")), count(record.get("tokens")), duration(record.get("seconds")),
             count(record.get("tokens_per_second")),
-            f"{rate:.2e}" if (rate := finite(record.get("learning_rate"))) else NOTHING,
+            NOTHING if (rate := finite(record.get("learning_rate"))) is None else f"{rate:g}",
         ])  # fmt: skip
     columns = [
         "Arm", "Expert parameters", "Active expert parameters", "Total off target", "Active off target",
@@ -255,7 +258,21 @@ def _cost(results: Results) -> Section:
     text = [str(line) for line in matching.get("text") or []]
     note = "Off target: expert parameters and FLOPs against what matching asked for; widths round to whole units."
     table = Table("What each arm holds and costs", columns, rows, range(1, 11), note)
-    return Section("Matching and cost", [*([Bullets(text)] if text else []), table])
+    return Section("Matching and cost", [*([Bullets(text)] if text else []), table, *_tuning(results)])
+
+
+def _tuning(results: Results) -> list[Table]:
+    """The learning-rate trials, so that a reader can see that every arm had the same chance."""
+    tuning = results.get("tuning") or {}
+    trials = {arm: losses for arm, losses in (tuning.get("validation_loss") or {}).items() if losses}
+    if not trials:
+        return []
+    names = arm_names(results)
+    rates = list(dict.fromkeys(rate for losses in trials.values() for rate in losses))
+    rows = [[names.get(arm, arm), *(fixed(losses.get(rate)) for rate in rates)] for arm, losses in trials.items()]
+    caption = f"Learning-rate trials: validation loss after {count(tuning.get('tokens'))} tokens, by rate"
+    note = f"{NOTHING}: no finite loss." if any(NOTHING in row for row in rows) else ""
+    return [Table(caption, ["Arm", *rates], rows, range(1, 1 + len(rates)), note)]
 
 
 def _set_up(results: Results) -> Section:
@@ -265,7 +282,7 @@ def _set_up(results: Results) -> Section:
     if command := results.get("command"):
         blocks += [Text(["This command reproduces the comparison:"]), Code(str(command), "Command")]
     if machine := results.get("machine"):
-        rows = [[key.replace("_", " "), _shown(value)] for key, value in machine.items()]
+        rows = [[key.replace("_gib", " (GiB)").replace("_", " "), _shown(value)] for key, value in machine.items()]
         blocks.append(Table("Machine", ["Property", "Value"], rows))
     if recipe := results.get("recipe"):
         lines = "\n".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in _flat(recipe))

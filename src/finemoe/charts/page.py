@@ -142,7 +142,7 @@ def render_page(
             style=Markup(_template_text("page.css")),
             bundle=Markup(_bundle()),
             boot=Markup(boot),
-            policy=_policy(_bundle(), boot),
+            policy=Markup(_policy(_bundle(), boot)),
         )
     )
 
@@ -158,7 +158,6 @@ def _fluid(spec: dict[str, Any], caption: str) -> dict[str, Any]:
     spec.setdefault("description", caption)
     if not {"hconcat", "vconcat", "concat", "facet"} & set(spec):
         spec["width"] = "container"
-        spec["autosize"] = {"type": "fit-x", "contains": "padding"}
     return spec
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finemoe.charts.numbers import finite
-from finemoe.charts.words import Results, arm_names, by_loss, known_pairs, loss, stat
+from finemoe.charts.words import Results, arm_names, by_loss, known_pairs, loss
 
 UNITS: Mapping[str, Sequence[tuple[float, str]]] = {
     "tokens": ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1, "tokens")),
@@ -158,8 +158,3 @@ def max_violation(load: Sequence[Sequence[Any]] | None) -> float | None:
     layers = [[finite(value) or 0.0 for value in row] for row in load or [] if row]
     each = [max(row) * len(row) / sum(row) - 1 for row in layers if sum(row) > 0]
     return sum(each) / len(each) if each else None
-
-
-def seeds_of(arm: Mapping[str, Any]) -> int:
-    """How many seeds of this arm have a final loss."""
-    return sum(finite(value) is not None for value in stat(arm, "validation_loss").get("seeds") or [])

@@ -116,7 +116,8 @@ def save(charts: Mapping[str, Any], folder: Path, scheme: Scheme = "light") -> l
         made = spec(chart, scheme)
         made["padding"] = made.get("padding", 12)
         svg, png = folder / f"{name}.svg", folder / f"{name}.png"
-        svg.write_text(vl_convert.vegalite_to_svg(made, vl_version=version), encoding="utf-8")
-        png.write_bytes(vl_convert.vegalite_to_png(made, vl_version=version, scale=2))
+        drawn = vl_convert.vegalite_to_svg(made, vl_version=version)
+        svg.write_text(drawn, encoding="utf-8")
+        png.write_bytes(vl_convert.svg_to_png(drawn, scale=2))
         paths += [svg, png]
     return paths

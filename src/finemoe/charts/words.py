@@ -96,7 +96,7 @@ def summary(results: Results) -> list[str]:
     lines.extend(_lead_sentences(mine, best, names))
     decided = sum(pair.get("verdict") in ("better", "worse") for pair in pairs)
     if len(pairs) > len(mine):
-        lines.append(f"Of all {len(pairs)} pairs, {decided} are decided and {len(pairs) - decided} are not.")
+        lines.append(f"Of all {len(pairs)} pairs: {decided} decided, {len(pairs) - decided} undecided.")
     if len(order) > 1 and not pairs:
         lines.append("No pair was tested, so the order of the arms is an observation and not a finding.")
     missing = [names[arm] for arm in names if arm not in order]

@@ -5,9 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from finemoe.core.errors import RunError
+from finemoe.core.locks import exclusive_lock
+
+_PATIENCE_SECONDS = 10.0
 
 
 def write_text(path: Path, text: str) -> None:
@@ -26,6 +31,26 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise storage_error(path, error) from error
+
+
+@contextmanager
+def sole_writer(directory: Path) -> Iterator[None]:
+    """Make `directory` and keep every other finemoe process from writing into it.
+
+    Waits ten seconds for one that is ending: a killed comparison's runs save what they have.
+
+    Raises:
+        RunError: another process is at work there, or the folder cannot be made.
+    """
+    with ExitStack() as held:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive_lock(directory / ".lock", patience=_PATIENCE_SECONDS))
+        except TimeoutError as error:
+            raise RunError(f"{directory}: another process is at work there; wait for it, or end it") from error
+        except OSError as error:
+            raise storage_error(directory, error) from error
+        yield
 
 
 def storage_error(path: Path, error: OSError) -> RunError:

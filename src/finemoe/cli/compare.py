@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from finemoe.cli.output import Json, Out, Overrides, Quiet, print_json, print_rich
+from finemoe.cli.output import Json, Out, Overrides, Quiet, print_json, print_rich, printable
+from finemoe.core.errors import TrainingError
 
 
 def compare(
@@ -54,7 +55,8 @@ def compare(
     if not as_json:
         _print_completion(comparison.results)
         arm = _shown_arm(comparison.results)
-        run = directory / "arms" / arm / f"seed-{comparison.results['recipe']['seeds'][0]}"
+        seed = comparison.results["recipe"]["seeds"][0]
+        run = directory / comparison.results["arms"][arm]["directory"] / f"seed-{seed}"
         typer.echo(
             f"\nOpen  {directory / 'report.html'} in a browser; it works offline\n"
             f"Data  {directory / 'results.json'}, {directory / 'results.csv'}\n"
@@ -63,6 +65,9 @@ def compare(
             '      finemoe compare ... --set "seeds=[0, 1, 2]" --out DIR       to decide more pairs\n'
             "      finemoe compare ... --set budget.value=10_000_000 --out DIR  for longer runs"
         )
+    if comparison.failures:
+        failed = "; ".join(f"{name}: {message}" for name, message in comparison.failures.items())
+        raise TrainingError(f"{len(comparison.failures)} of the runs failed: {failed}")
 
 
 def _shown_arm(results: dict[str, Any]) -> str:
@@ -75,5 +80,5 @@ def _print_completion(results: dict[str, Any]) -> None:
     arm = results["arms"][_shown_arm(results)]
     if arm["sample"]:
         typer.echo(f"\n{arm['label']} continues {arm['sample']['prompt']!r}:\n")
-        for line in (arm["sample"]["prompt"] + arm["sample"]["completion"]).splitlines():
+        for line in printable(arm["sample"]["prompt"] + arm["sample"]["completion"]).split("\n"):
             typer.echo(f"  | {line}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finemoe.cli.output import Json, print_json
+from finemoe.cli.output import Json, print_json, printable
 
 if TYPE_CHECKING:
     from finemoe.generation import Engine, SamplingConfig, Sequence
@@ -230,7 +230,7 @@ def _print(texts: list[str], sequences: list[Sequence], tokenizer: Tokenizer, as
 def _write(text: str, bold: bool = False) -> None:
     """To stdout at once; on a terminal without control characters, which a model may write by chance."""
     if sys.stdout.isatty():
-        text = "".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text)
+        text = printable(text)
         text = typer.style(text, bold=True) if bold and text else text
     sys.stdout.write(text)
     sys.stdout.flush()

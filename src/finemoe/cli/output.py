@@ -72,6 +72,11 @@ def report_run(run: Any, as_json: bool) -> None:
     typer.echo(f'\nNext: finemoe generate {directory} --prompt "..."')
 
 
+def printable(text: str) -> str:
+    """`text` for a terminal, without control characters, which a model may write by chance."""
+    return "".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text)
+
+
 def duration(seconds: float) -> str:
     """3.2 s, 4 min 10 s, 2 h 5 min."""
     if seconds < 60:

@@ -49,7 +49,6 @@ def parse(config: type[ConfigT], data: Mapping[str, Any], source: str) -> Config
 def _explain(config: type[BaseModel], detail: Any) -> str:
     location = detail["loc"]
     name, beside, kinds = _follow(config, location)
-    name = name or config.__name__
     if detail["type"] == "extra_forbidden":
         return f"unknown key `{name}`{did_you_mean(str(location[-1]), sorted(beside))}"
     if detail["type"] == "missing":
@@ -62,7 +61,7 @@ def _explain(config: type[BaseModel], detail: Any) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     value = detail.get("input")
     shown = "" if isinstance(value, (Mapping, list, tuple, BaseModel)) else f" (got {value!r})"
-    return f"`{name}`: {message}{shown}"
+    return f"`{name}`: {message}{shown}" if name else message  # a combination names its fields itself
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,13 +38,20 @@ def console() -> Console:
 def set_up(*, debug: bool = False) -> None:
     """Send `finemoe` log records to stderr. Called by the command line; a library user configures logging alone."""
     screen = console()
-    handler: logging.Handler = logging.StreamHandler()  # no wrapping: a pipe has no width
+    handler: logging.Handler = _Plain()
     if screen.is_terminal:
         handler = RichHandler(console=screen, show_path=debug, show_time=debug, show_level=False, markup=False)
     handler.setFormatter(_Formatter())
     logger.handlers = [handler]
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False
+
+
+class _Plain(logging.Handler):
+    """Lines on stderr, wherever that points now; not wrapped, as a pipe has no width."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 class _Formatter(logging.Formatter):
@@ -101,6 +109,10 @@ class JsonLines:
         """Append one record."""
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

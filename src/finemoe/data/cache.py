@@ -7,15 +7,15 @@ whoever opens it; damage is repaired by building it again.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from finemoe.core.errors import DataError
+from finemoe.core.locks import exclusive_lock
 from finemoe.core.logs import logger
 
 T = TypeVar("T")
@@ -68,15 +68,14 @@ def _build(folder: Path, build: Callable[[Path], object]) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the one lock for `folder`. The system releases it when the process ends, however it ends."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.with_name(f"{folder.name}.lock"), "w")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise DataError(f"cache folder {folder.parent} cannot be written ({error}): set `cache_dir`") from error
-    with lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process is preparing the same data; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = exclusive_lock(
+                folder.with_name(f"{folder.name}.lock"),
+                on_wait=lambda: logger.info("another process is preparing the same data; waiting for it"),
+            )
+            held.enter_context(lock)
+        except OSError as error:
+            raise DataError(f"cache folder {folder.parent} cannot be written ({error}): set `cache_dir`") from error
         yield

@@ -111,7 +111,10 @@ class FilesCorpus(Config):
 
 def _find(pattern: str) -> Iterator[tuple[Path, str]]:
     """Files behind one pattern, each with a name that does not say where the data lies on this machine."""
-    path = Path(pattern).expanduser()
+    try:
+        path = Path(pattern).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"corpus path {pattern}: {error}") from error
     if path.is_dir():
         for file in path.rglob("*"):
             inside = file.relative_to(path)

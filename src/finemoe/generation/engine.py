@@ -18,8 +18,6 @@ from finemoe.core.errors import DataError
 from finemoe.generation.sampling import SamplingConfig, pick
 from finemoe.generation.sequence import Sequence
 from finemoe.model.attention import AttentionCache
-from finemoe.model.config import BlockConfig
-from finemoe.model.feed_forward import DenseConfig
 from finemoe.model.transformer import Transformer
 
 
@@ -63,14 +61,18 @@ class Engine:
         """Wrap `model`.
 
         Args:
-            model: on its device, in its precision. Expert capacity is for training and does not apply here:
-                an expert takes every token that chose it, or completions would depend on their neighbours.
+            model: in eval mode, on its device, in its precision.
             end_of_text_id: stops completions and begins empty prompts; None: neither.
             vocab_size: ids from here on are never drawn, for tokenizers smaller than the model's vocabulary.
             num_slots: most sequences in one forward pass.
             prefill_chunk: most tokens of one prompt in one forward pass.
+
+        Raises:
+            ValueError: the model is in training mode.
         """
-        self._model = _dropless(model)
+        if model.training:
+            raise ValueError("the model is in training mode, where experts may drop tokens: call model.eval() first")
+        self._model = model
         self._end_of_text_id = end_of_text_id
         self._vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         self._num_slots = num_slots
@@ -189,22 +191,3 @@ def _draw(logits: Tensor, ready: list[tuple[int, Sequence]]) -> list[tuple[int, 
         ids, logprobs = pick(logits[rows], sampling, [ready[row][1].generator for row in rows])
         drawn.update(zip(rows, zip(ids.tolist(), logprobs.tolist(), strict=True), strict=True))
     return [drawn[row] for row in range(len(ready))]
-
-
-def _dropless(model: Transformer) -> Transformer:
-    """`model`, or one without expert capacity that shares its weights."""
-    blocks = tuple(_without_capacity(block) for block in model.config.blocks)
-    if blocks == model.config.blocks:
-        return model
-    config = model.config.model_copy(update={"blocks": blocks})
-    with torch.device("meta"):
-        twin = Transformer(config, model.kernels)
-    twin.load_state_dict(model.state_dict(), assign=True)
-    return twin.train(model.training)
-
-
-def _without_capacity(block: BlockConfig) -> BlockConfig:
-    if isinstance(block.feed_forward, DenseConfig) or block.feed_forward.capacity_factor is None:
-        return block
-    dropless = block.feed_forward.model_copy(update={"capacity_factor": None})
-    return block.model_copy(update={"feed_forward": dropless})

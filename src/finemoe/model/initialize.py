@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from finemoe.model.transformer import Transformer
 
 
 @torch.no_grad()
-def initialize(model: Transformer, seed: int, token_frequencies: Tensor | None = None) -> None:
+def initialize(model: Transformer, seed: int, token_frequencies: Callable[[], Tensor] | None = None) -> None:
     """Draw every weight from a normal of `config.init_std`, norms at 1, hash tables from their rule.
 
     Each tensor has a random stream of its own name: models that share a tensor's name and shape share its first value,
@@ -21,11 +23,12 @@ def initialize(model: Transformer, seed: int, token_frequencies: Tensor | None =
     Args:
         model: any fresh model.
         seed: of the run.
-        token_frequencies: [vocab] counts of the training text; needed by balanced hash tables only.
+        token_frequencies: gives [vocab] counts of the training text; called for balanced hash tables only.
     """
     for name, module in model.named_modules():
         if isinstance(module, HashLayerRouter):
-            module.fill_table(generator(seed, "hash", name), token_frequencies)
+            counts = token_frequencies() if token_frequencies and module.config.table == "balanced" else None
+            module.fill_table(generator(seed, "hash", name), counts)
         for key, parameter in module.named_parameters(prefix=name, recurse=False):
             if isinstance(module, RMSNorm):
                 nn.init.ones_(parameter)

@@ -7,6 +7,7 @@ makes experts m times narrower and m times more; s of those slots become shared 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from finemoe.core.config import Config, did_you_mean, read_toml
+from finemoe.core.config import Config, did_you_mean, parse, read_toml
 from finemoe.core.errors import ConfigError
 from finemoe.model.config import ModelConfig, ModelRecipe, expand
 from finemoe.model.feed_forward import DenseConfig
@@ -96,11 +97,17 @@ class SizedArm:
     """Percent by which expert parameters (total, active) and FLOPs miss their targets; None without a target."""
     paper: tuple[str, float] | None
 
+    @property
+    def folder(self) -> str:
+        """Its name as one folder name: a recipe's path has slashes."""
+        return re.sub(r"[^\w.+-]+", "-", self.name).strip("-.")
+
 
 def solve(name: str, base: ModelRecipe, matching: MatchingConfig, routing: RoutingConfig, seq_len: int) -> SizedArm:
     """Size the arm `name` from `base`, whose dense feed-forward layer is the standard FFN.
 
-    `name` is one of ARMS, a preset, or the path of a recipe; the last two are taken as they are.
+    `name` is one of ARMS, a preset, or the path of a recipe. Of the last two the model is taken as it is; the rest of
+    a recipe (data, training, optimizer ...) must not be there, because the comparison sets it for all arms.
 
     Raises:
         ConfigError: an unknown arm, or multiples that leave it without routed experts.
@@ -118,7 +125,7 @@ def solve(name: str, base: ModelRecipe, matching: MatchingConfig, routing: Routi
         feed_forward, text = _mixture(name, arm, standard, matching, routing)
         active = (arm.active or matching.active_multiple) * arm.width
         targets = (matching.total_multiple * arm.width, active / 2 if arm.halve_routed else active)
-    model = expand(ModelRecipe.model_validate({**base.model_dump(), "feed_forward": feed_forward}))
+    model = expand(parse(ModelRecipe, {**base.model_dump(), "feed_forward": feed_forward}, f"arm `{name}`"))
     mismatch = _mismatch(model, expand(base), targets, seq_len)
     return SizedArm(name, arm.label, model, text, mismatch, arm.paper)
 
@@ -148,7 +155,7 @@ def _mixture(
         "num_shared_experts": arm.shared,
         "num_routed_experts": routed,
         "experts_per_token": active,
-        "expert_hidden_size": round(standard * arm.width / segments),
+        "expert_hidden_size": max(1, round(standard * arm.width / segments)),
         "router": router,
         "balance": {"expert": routing.balance if learned else 0.0},
         "capacity_factor": routing.capacity_factor,
@@ -159,7 +166,11 @@ def _foreign(name: str, base: ModelRecipe) -> SizedArm:
     if name in PRESETS:
         recipe = resolve({"preset": name}, name)
     elif Path(name).suffix == ".toml":
-        recipe = resolve(read_toml(name).get("model", {}), name)
+        tables = read_toml(name)
+        if set(tables) - {"name"} != {"model"}:
+            others = ", ".join(sorted(set(tables) - {"name", "model"})) or "nothing"
+            raise ConfigError(f"{name} as an arm must hold [model] only, and holds {others} besides")
+        recipe = resolve(tables["model"], name)
     else:
         known = [*ARMS, *PRESETS]
         raise ConfigError(f"unknown arm `{name}`{did_you_mean(name, known)}")

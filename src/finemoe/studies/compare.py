@@ -8,90 +8,30 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from finemoe.checkpoint.files import storage_error, write_text
-from finemoe.core.config import Config, parse, to_json
+from finemoe.checkpoint.files import sole_writer, storage_error, write_text
+from finemoe.core.config import parse, to_json
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.logs import console
-from finemoe.data import DataConfig, prepare
-from finemoe.model.config import ModelRecipe
-from finemoe.model.feed_forward import DenseConfig
-from finemoe.model.presets import resolve
 from finemoe.model.size import measure
-from finemoe.studies.arms import MatchingConfig, RoutingConfig, SizedArm, solve
+from finemoe.studies.arms import SizedArm, solve
+from finemoe.studies.config import CompareConfig, resolve_comparison
 from finemoe.studies.fleet import Job, Outcome, run_fleet
 from finemoe.studies.results import build_results, write_results
-from finemoe.training.config import DEFAULT_LEARNING_RATE, RunConfig, TrainingConfig, read_recipe
-from finemoe.training.optimizer import OptimizerConfig
-from finemoe.training.run import read_summary
-from finemoe.training.schedule import MultiStepConfig, ScheduleConfig
+from finemoe.training.config import RunConfig, read_recipe
+from finemoe.training.run import check_start, checkpoint_bytes, prepare_for, read_summary
 
 _CALIBRATION_STEPS = 10
 _TUNING_SEED = 1000  # far from the seeds of the comparison: a rate must not be chosen on the run it is judged by
-
-
-class BudgetConfig(Config):
-    """What every arm gets the same of."""
-
-    kind: Literal["tokens", "flops", "seconds"] = "tokens"
-    value: PositiveFloat = 2_000_000
-    """Tokens, training FLOPs, or seconds of training on this machine, for each run."""
-
-
-class TuningConfig(Config):
-    """The same learning-rate search for every arm, on a seed of its own, before the comparison."""
-
-    learning_rates: tuple[PositiveFloat, ...]
-    tokens: PositiveInt
-    """Length of each trial run."""
-
-
-class CompareConfig(Config):
-    """A comparison. Every field has a default: `finemoe compare` runs as it is."""
-
-    name: str = "compare"
-    title: str = "DeepSeekMoE and its baselines at matched compute"
-    arms: tuple[str, ...] = ("dense", "hash", "switch", "gshard", "deepseek-moe")
-    seeds: tuple[NonNegativeInt, ...] = (0,)
-    base: ModelRecipe
-    """A dense model; its feed-forward layer is the standard FFN that the arms are sized from."""
-    matching: MatchingConfig = MatchingConfig()
-    routing: RoutingConfig = RoutingConfig()
-    budget: BudgetConfig = BudgetConfig()
-    data: DataConfig = DataConfig()
-    training: TrainingConfig = TrainingConfig(steps=1)
-    """As in a run's recipe, without its length, which is the budget's."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=DEFAULT_LEARNING_RATE)
-    learning_rates: Mapping[str, PositiveFloat] = {}
-    """By arm, where it differs from optimizer.learning_rate."""
-    tuning: TuningConfig | None = None
-    schedule: ScheduleConfig = MultiStepConfig()
-    parallel_runs: NonNegativeInt = 0
-    """Runs at the same time, each with an equal share of the threads. 0: one a core."""
-    prompt: str = "def "
-    """What every arm completes in the report."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not isinstance(self.base.feed_forward, DenseConfig):
-            raise ValueError("base.feed_forward must be dense: it is the standard FFN that all arms are sized from")
-        for field in ("arms", "seeds"):
-            values = getattr(self, field)
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"{field} must be a list of different entries, not {list(values)}")
-        unknown = sorted(set(self.learning_rates) - set(self.arms))
-        if unknown:
-            raise ValueError(f"learning_rates names {unknown[0]!r}, which is not among the arms {list(self.arms)}")
-        return self
 
 
 @dataclass(frozen=True)
@@ -102,6 +42,8 @@ class Comparison:
     results: dict[str, Any]
     """Contents of results.json; what is finished so far when interrupted."""
     interrupted: bool
+    failures: Mapping[str, str]
+    """Message by run, of the runs that could not finish."""
 
 
 def compare(
@@ -119,63 +61,64 @@ def compare(
     """
     raw, source = read_recipe({} if recipe is None else recipe, overrides)
     config = resolve_comparison(raw, source)
+    command = _command(recipe, overrides, out)
     arms = {
         name: solve(name, config.base, config.matching, config.routing, config.data.sequence_length)
         for name in config.arms
     }
-    data = prepare(config.data)
-    data.require_batch(config.training.tokens_per_step // config.data.sequence_length)
     directory = Path(out) if out is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    _claim(directory, config)
     parallel = min(config.parallel_runs or os.cpu_count() or 1, len(config.arms) * len(config.seeds))
+    study = _Study(config, arms, directory, parallel, quiet)
+    _is_ours(directory, config)
+    study.check()
+    data = prepare_for(study.example())
     if not quiet:
         _announce(arms, config, parallel)
-    study = _Study(config, arms, directory, parallel, quiet)
-    interrupted, failures = study.run()
-    results = build_results(
-        config, arms, directory, study.plan(), data.tokenizer, study.threads, parallel, failures, source
-    )
-    if not results["arms"]:
-        if interrupted:
-            return Comparison(directory, results, interrupted=True)
-        raise RunError(f"{directory}: no run finished; first failure: {next(iter(failures.values()), 'none')}")
-    write_results(results, directory)
-    return Comparison(directory, results, interrupted)
+    with sole_writer(directory):
+        if not _is_ours(directory, config):
+            write_text(directory / "compare.json", to_json(config))
+        interrupted, failures = study.run()
+        results = build_results(
+            config, arms, directory, study.plan(), data.tokenizer, study.threads, parallel, failures, command
+        )
+        if results["arms"]:
+            write_results(results, directory)
+        elif not interrupted:
+            raise RunError(f"{directory}: no run finished; first failure: {next(iter(failures.values()), 'none')}")
+    return Comparison(directory, results, interrupted, failures)
 
 
-def resolve_comparison(raw: Mapping[str, Any], source: str) -> CompareConfig:
-    """A recipe's tables to a CompareConfig; `base` may start from a dense preset.
+def _command(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | None,
+    overrides: Sequence[str],
+    out: str | os.PathLike[str] | None,
+) -> str:
+    """The command that makes the same results again, or goes on with them."""
+    if isinstance(recipe, Mapping):
+        return "finemoe.compare(recipe) in Python, with the configuration below"
+    words = ["finemoe", "compare", *([os.fspath(recipe)] if recipe is not None else [])]
+    words += [word for override in overrides for word in ("--set", override)]
+    words += ["--out", os.fspath(out)] if out is not None else []
+    return shlex.join(words)
+
+
+def _is_ours(directory: Path, config: CompareConfig) -> bool:
+    """Whether `directory` holds this very comparison already; False where it can be begun.
 
     Raises:
-        ConfigError: unknown keys, impossible values.
+        RunError: it holds something else.
     """
-    if "model" in raw:
-        raise ConfigError(f"{source} is the recipe of one run: use `finemoe train`, or name it among the `arms`")
-    training = raw.get("training", {})
-    for field in ("tokens", "steps"):
-        if field in training:
-            raise ConfigError(f"{source}: training.{field}: a comparison's length is [budget] kind and value")
-    base = resolve(raw.get("base", {"preset": "tiny-dense"}), f"{source}: base")
-    data = {"vocab_size": base.vocab_size, **raw.get("data", {})}
-    filled = {**raw, "base": base.model_dump(), "data": data, "training": {**training, "steps": 1}}
-    return parse(CompareConfig, filled, source)
-
-
-def _claim(directory: Path, config: CompareConfig) -> None:
-    """Make the directory ours, or find that it already is."""
     path = directory / "compare.json"
     try:
         if path.exists():
-            stored = parse(CompareConfig, json.loads(path.read_text(encoding="utf-8")), str(path))
-            if stored != config:
+            if parse(CompareConfig, json.loads(path.read_text(encoding="utf-8")), str(path)) != config:
                 raise RunError(f"{directory} holds a comparison of another configuration; choose another --out")
-            return
-        if directory.is_dir() and any(directory.iterdir()):
+            return True
+        if directory.is_dir() and any(not inside.name.startswith(".") for inside in directory.iterdir()):
             raise RunError(f"{directory} is not empty and not a comparison; choose another --out")
-        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(directory, error) from error
-    write_text(path, to_json(config))
+    return False
 
 
 @dataclass(frozen=True)
@@ -190,6 +133,21 @@ class _Study:
     def threads(self) -> int:
         return self.config.training.threads or max(1, (os.cpu_count() or 1) // self.parallel)
 
+    def check(self) -> None:
+        """Find before any work what would stop every run: settings, device, trackers, directory, space."""
+        folders = [arm.folder for arm in self.arms.values()]
+        if len(set(folders)) != len(folders):
+            raise ConfigError(f"arms {sorted(self.arms)} need folder names that differ")
+        if self.config.budget.kind == "flops":
+            for name in self.arms:
+                self._steps(name)
+        largest = max((self._job("", name, 0, 1, 1.0).config for name in self.arms), key=checkpoint_bytes)
+        check_start(largest, self.directory, copies=len(self.arms) * len(self.config.seeds))
+
+    def example(self) -> RunConfig:
+        """The configuration of one run, for what all runs share."""
+        return self._job("", next(iter(self.arms)), 0, 1, 1.0).config
+
     def run(self) -> tuple[bool, dict[str, str]]:
         """(interrupted, failures by run)."""
         failures: dict[str, str] = {}
@@ -200,7 +158,13 @@ class _Study:
                 return True, failures
         plan = self.plan()
         jobs = [
-            self._job(f"arms/{name}/seed-{seed}", name, seed, plan[name]["steps"], plan[name]["learning_rate"])
+            self._job(
+                f"arms/{self.arms[name].folder}/seed-{seed}",
+                name,
+                seed,
+                plan[name]["steps"],
+                plan[name]["learning_rate"],
+            )
             for seed in self.config.seeds
             for name in sorted(plan, key=self._cost, reverse=True)  # longest first, so that no core idles
         ]
@@ -217,7 +181,7 @@ class _Study:
         return tuned and (self.config.budget.kind != "seconds" or self._calibration(name) is not None)
 
     def _calibration(self, name: str) -> dict[str, Any] | None:
-        return read_summary(self.directory / "calibration" / name)
+        return read_summary(self.directory / "calibration" / self.arms[name].folder)
 
     def _cost(self, name: str) -> float:
         return measure(self.arms[name].model, self.config.data.sequence_length).training_flops_per_token
@@ -230,7 +194,12 @@ class _Study:
             calibration = self._calibration(name)
             assert calibration is not None  # else the arm is not in the plan
             value = value * calibration["tokens_per_second"]
-        return max(1, int(value / per_step))
+        if value < per_step:
+            raise ConfigError(
+                f"budget.value {self.config.budget.value:g} {self.config.budget.kind} is less than one step of arm "
+                f"`{name}`: raise it"
+            )
+        return int(value / per_step)
 
     def _learning_rate(self, name: str) -> float:
         trials = self.trials(name)
@@ -246,7 +215,7 @@ class _Study:
         return {rate: summary["final_validation_loss"] for rate, summary in found.items() if summary}
 
     def _trial(self, name: str, rate: float) -> Path:
-        return self.directory / "tuning" / name / f"lr-{rate:g}"
+        return self.directory / "tuning" / self.arms[name].folder / f"lr-{rate}"
 
     def _tune(self) -> Outcome:
         """Try every rate on every arm."""
@@ -273,7 +242,7 @@ class _Study:
             return Outcome()
         jobs = [
             self._job(
-                f"calibration/{name}",
+                f"calibration/{self.arms[name].folder}",
                 name,
                 _TUNING_SEED,
                 _CALIBRATION_STEPS,
@@ -297,19 +266,19 @@ class _Study:
         changed = {
             "steps": steps,
             "threads": self.threads,
-            "keep_checkpoints": 1,
             "evaluate_every": evaluate_every,
         }
         training = config.training.model_copy(update=changed)
-        run = RunConfig(
-            name=path,
-            seed=seed,
-            model=self.arms[name].model,
-            data=config.data,
-            training=training,
-            optimizer=config.optimizer.model_copy(update={"learning_rate": learning_rate}),
-            schedule=config.schedule,
-        )
+        tables = {
+            "name": path,
+            "seed": seed,
+            "model": self.arms[name].model,
+            "data": config.data,
+            "training": training,
+            "optimizer": config.optimizer.model_copy(update={"learning_rate": learning_rate}),
+            "schedule": config.schedule,
+        }
+        run = parse(RunConfig, tables, f"arm `{name}`")
         return Job(path.removeprefix("arms/"), run, self.directory / path)
 
 

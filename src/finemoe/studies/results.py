@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import finemoe
 from finemoe.charts.comparison import save_figures
@@ -22,13 +21,11 @@ from finemoe.core.logs import read_json_lines
 from finemoe.generation import Engine, SamplingConfig
 from finemoe.model.size import ModelSize, measure
 from finemoe.studies.arms import SizedArm
+from finemoe.studies.config import CompareConfig
 from finemoe.studies.statistics import CONFIDENCE, interval, paired
 from finemoe.studies.tables import comparison_csv
 from finemoe.text import Tokenizer
 from finemoe.training.run import read_summary, resolve_device
-
-if TYPE_CHECKING:
-    from finemoe.studies.compare import CompareConfig
 
 _SAMPLE_TOKENS = 96
 Runs = dict[int, dict[str, Any]]
@@ -44,10 +41,10 @@ def build_results(
     threads: int,
     parallel: int,
     failures: Mapping[str, str],
-    source: str,
+    command: str,
 ) -> dict[str, Any]:
     """Everything that results.json holds; only finished runs count."""
-    runs = {name: _finished(directory, name, config.seeds) for name in arms}
+    runs = {name: _finished(directory / "arms" / arm.folder, config.seeds) for name, arm in arms.items()}
     finished = {name: found for name, found in runs.items() if found}
     base = measure_all(arms, config.data.sequence_length)
     return {
@@ -55,7 +52,7 @@ def build_results(
         "finemoe_version": finemoe.__version__,
         "title": config.title,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": command_of(source, directory),
+        "command": command,
         "machine": _machine(config, threads, parallel),
         "recipe": config.model_dump(mode="json"),
         "complete": all(len(found) == len(config.seeds) for found in runs.values()),
@@ -64,7 +61,15 @@ def build_results(
         "matching": _matching(config),
         "tuning": None if config.tuning is None else _tuning(directory, config, arms),
         "arms": {
-            name: _arm(directory / "arms" / name, arms[name], base[name], found, plan[name], tokenizer, config.prompt)
+            name: _arm(
+                directory / "arms" / arms[name].folder,
+                arms[name],
+                base[name],
+                found,
+                plan[name],
+                tokenizer,
+                config.prompt,
+            )
             for name, found in finished.items()
         },
         "pairs": _pairs(finished),
@@ -75,12 +80,6 @@ def build_results(
 def measure_all(arms: Mapping[str, SizedArm], seq_len: int) -> dict[str, ModelSize]:
     """Sizes by arm."""
     return {name: measure(arm.model, seq_len) for name, arm in arms.items()}
-
-
-def command_of(source: str, directory: Path) -> str:
-    """The command that makes these results again."""
-    recipe = "" if source == "recipe" else f" {shlex.quote(source)}"
-    return f"finemoe compare{recipe} --out {shlex.quote(str(directory))}"
 
 
 def notes(config: CompareConfig, failures: Mapping[str, str]) -> list[str]:
@@ -114,8 +113,8 @@ def write_results(results: dict[str, Any], directory: Path) -> None:
     save_figures(results, directory / "figures")
 
 
-def _finished(directory: Path, name: str, seeds: tuple[int, ...]) -> Runs:
-    found = {seed: read_summary(directory / "arms" / name / f"seed-{seed}") for seed in seeds}
+def _finished(directory: Path, seeds: tuple[int, ...]) -> Runs:
+    found = {seed: read_summary(directory / f"seed-{seed}") for seed in seeds}
     return {seed: summary for seed, summary in found.items() if summary is not None}
 
 
@@ -153,7 +152,7 @@ def _tuning(directory: Path, config: CompareConfig, arms: Mapping[str, SizedArm]
     assert config.tuning is not None
     trials = {}
     for name in arms:
-        paths = {rate: directory / "tuning" / name / f"lr-{rate:g}" for rate in config.tuning.learning_rates}
+        paths = {rate: directory / "tuning" / arms[name].folder / f"lr-{rate}" for rate in config.tuning.learning_rates}
         summaries = {rate: read_summary(path) for rate, path in paths.items()}
         trials[name] = {f"{rate:g}": one and one["final_validation_loss"] for rate, one in summaries.items()}
     return {"tokens": config.tuning.tokens, "validation_loss": trials}
@@ -169,15 +168,17 @@ def _arm(
     prompt: str,
 ) -> dict[str, Any]:
     first = min(runs)
+    dead = [summary["dead_experts"] for summary in runs.values() if summary["dead_experts"] is not None]
     violations = [summary["max_vio"] for summary in runs.values() if summary["max_vio"] is not None]
     return {
         "label": arm.label,
+        "directory": f"arms/{arm.folder}",
         "routing": arm.routing,
         "validation_loss": _statistic(runs, "final_validation_loss"),
         "bits_per_byte": _statistic(runs, "bits_per_byte"),
         "training_loss": _statistic(runs, "final_training_loss"),
         "max_vio": asdict(interval(violations)) if violations else None,
-        "dead_experts": runs[first]["dead_experts"],
+        "dead_experts": statistics.fmean(dead) if dead else None,
         "total_parameters": size.total_parameters,
         "active_parameters": size.active_parameters,
         "expert_parameters": size.expert_parameters,

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from finemoe.core.config import Config, parse, read_toml, with_overrides
+from finemoe.core.config import Config, merge, parse, read_toml, with_overrides
 from finemoe.core.errors import ConfigError
 from finemoe.data import DataConfig
 from finemoe.model.config import Kernels, ModelConfig, expand
@@ -122,6 +122,7 @@ def resolve_run(raw: Mapping[str, Any], source: str) -> RunConfig:
         raise ConfigError(f'{source}: `model` is missing; start with [model] preset = "tiny-moe"')
     if not isinstance(raw["model"], Mapping) or not isinstance(raw.get("data", {}), Mapping):
         raise ConfigError(f"{source}: `model` and `data` must be tables")
+    raw = with_defaults(raw)
     model = raw["model"]
     config = (
         parse(ModelConfig, model, f"{source}: model")
@@ -130,6 +131,12 @@ def resolve_run(raw: Mapping[str, Any], source: str) -> RunConfig:
     )
     data = {"vocab_size": config.vocab_size, **raw.get("data", {})}
     return parse(RunConfig, {**raw, "model": config.model_dump(), "data": data}, source)
+
+
+def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` over the defaults of its partial tables, so that `--set schedule.warmup_share=0.1` needs nothing more."""
+    defaults = {"schedule": {"kind": "multi_step"}, "optimizer": {"learning_rate": DEFAULT_LEARNING_RATE}}
+    return merge(defaults, raw)
 
 
 def read_config(path: Path) -> RunConfig:

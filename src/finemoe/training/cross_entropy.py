@@ -62,13 +62,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     else:
                         grad_weight += scores.t() @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden.dtype, head_weight.dtype
+        ctx.weight_dtype = head_weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.dtypes[1]), None, None, None
+        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None, None
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -58,6 +58,11 @@ class Log:
         for tracker in self._trackers:
             tracker.write(record)
 
+    def sync(self) -> None:
+        """Make what was written survive a power cut."""
+        with self._storage():
+            self._file.sync()
+
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Write the step."""
         self.emit(report.to_record())

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from finemoe.checkpoint.files import storage_error, write_text
+from finemoe.checkpoint.files import sole_writer, storage_error, write_text
 from finemoe.checkpoint.run_state import RunState, load_latest, load_weights, save
 from finemoe.core import memory
-from finemoe.core.config import to_json
+from finemoe.core.config import parse, to_json
 from finemoe.core.environment import environment
 from finemoe.core.errors import ConfigError, RunError, TrainingError
 from finemoe.core.logs import logger, read_json_lines
@@ -74,14 +74,13 @@ def train(
     """
     config = recipe if isinstance(recipe, RunConfig) else resolve_run(*read_recipe(recipe, overrides))
     directory = Path(out) if out is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    resolve_device(config.training)
-    for name in config.training.trackers:
-        require_tracker(name)
     _require_free(directory, config)
-    _require_space(directory, config)
-    data = _prepare(config)
-    _describe(directory, config, data)
-    return _run(config, data, directory, resumed=None, quiet=quiet)
+    check_start(config, directory)
+    data = prepare_for(config)
+    with sole_writer(directory):
+        _require_free(directory, config)
+        _describe(directory, config, data)
+        return _run(config, data, directory, resumed=None, quiet=quiet)
 
 
 def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
@@ -99,7 +98,12 @@ def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
     if summary is not None:
         logger.info("%s is finished: %d steps", directory, summary["steps"])
         return Run(directory, summary, interrupted=False)
-    data = _prepare(config)
+    with sole_writer(directory):
+        return _resume(directory, config, quiet)
+
+
+def _resume(directory: Path, config: RunConfig, quiet: bool) -> Run:
+    data = prepare_for(config)
     before = _read_json(directory / "data.json")
     changed = [key for key in ("corpus_sha256", "tokenizer_sha256") if before and before[key] != data.report[key]]
     if changed:
@@ -110,7 +114,19 @@ def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
     _describe(directory, config, data)  # whatever a kill left out while the directory was being made
     checkpoints = directory / "checkpoints"
     started = checkpoints.is_dir() and any(checkpoints.glob("step-*"))
-    return _run(config, data, directory, resumed=load_latest(checkpoints) if started else None, quiet=quiet)
+    resumed = load_latest(checkpoints) if started else None
+    if resumed is not None:
+        _compare_configurations(directory, config, parse(RunConfig, json.loads(resumed.config), str(checkpoints)))
+    return _run(config, data, directory, resumed=resumed, quiet=quiet)
+
+
+def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig) -> None:
+    """An edited config.json: another model or corpus is refused, anything else is said."""
+    changed = [name for name in RunConfig.model_fields if getattr(config, name) != getattr(saved, name)]
+    if {"model", "data", "seed"} & set(changed):
+        raise RunError(f"{directory}/config.json: {', '.join(changed)} differ from the checkpoint's; put them back")
+    if changed:
+        logger.warning("%s differ from the checkpoint's: this is no longer the run that began here", ", ".join(changed))
 
 
 def read_summary(directory: Path) -> dict[str, Any] | None:
@@ -141,10 +157,23 @@ def _require_free(directory: Path, config: RunConfig) -> None:
     raise RunError(f"{directory} holds {what}; go on with `finemoe resume {directory}`, or choose another --out")
 
 
-def _require_space(directory: Path, config: RunConfig) -> None:
-    """Refuse when the checkpoints kept at once, and one being written, would not fit: weights and two moments each."""
+def checkpoint_bytes(config: RunConfig) -> int:
+    """What a run holds on disk at most: checkpoints kept and one being written, weights and two moments each."""
     parameters = measure(config.model, config.data.sequence_length).total_parameters
-    needed = 12 * parameters * (config.training.keep_checkpoints + 1) + (16 << 20)
+    return 12 * parameters * (config.training.keep_checkpoints + 1) + (16 << 20)
+
+
+def check_start(config: RunConfig, directory: Path, copies: int = 1) -> None:
+    """Find before any work what would stop a run: device, trackers, an unusable place, too little room for `copies`.
+
+    Raises:
+        ConfigError: the device or a tracker is not there.
+        RunError: `directory` cannot be written, or the disk is too small.
+    """
+    resolve_device(config.training)
+    for name in config.training.trackers:
+        require_tracker(name)
+    needed = copies * checkpoint_bytes(config)
     existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise RunError(f"{existing} is a file; choose another --out")
@@ -176,7 +205,12 @@ def _describe(directory: Path, config: RunConfig, data: PreparedData) -> None:
         raise storage_error(directory, error) from error
 
 
-def _prepare(config: RunConfig) -> PreparedData:
+def prepare_for(config: RunConfig) -> PreparedData:
+    """The data of a run, checked against its batch and vocabulary.
+
+    Raises:
+        ConfigError, DataError: it does not fit.
+    """
     data = prepare(config.data)
     data.require_batch(config.training.tokens_per_step // config.data.sequence_length)
     if data.tokenizer.vocab_size > config.model.vocab_size:
@@ -209,8 +243,12 @@ def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: Run
         torch.set_num_threads(config.training.threads)
     device, bf16 = resolve_device(config.training)
     model = Transformer(config.model, config.kernels)
-    frequencies = torch.zeros(config.model.vocab_size, dtype=torch.int64)
-    frequencies[: data.tokenizer.vocab_size] = torch.from_numpy(data.token_frequencies())
+
+    def frequencies() -> torch.Tensor:
+        counts = torch.zeros(config.model.vocab_size, dtype=torch.int64)
+        counts[: data.tokenizer.vocab_size] = torch.from_numpy(data.token_frequencies())
+        return counts
+
     initialize(model, config.seed, frequencies)
     torch.manual_seed(derive(config.seed, "torch"))  # for whatever draws from the default generator during training
     length = config.data.sequence_length
@@ -233,7 +271,12 @@ def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: Run
     log = Log(metrics, trackers)
     evaluate = Evaluate(_evaluate_every(config), lambda: _validate(config, data, model), log.emit)
     keep = config.training.keep_checkpoints
-    saver = Save(config.training.checkpoint_every, lambda trainer: _save(trainer, config, directory, keep))
+
+    def save_all(trainer: Trainer) -> None:
+        log.sync()  # a checkpoint must not outlive the metrics of its steps
+        _save(trainer, config, directory, keep)
+
+    saver = Save(config.training.checkpoint_every, save_all)
     shown: list[Observer] = [] if quiet else [Show(evaluate, plan.total_steps)]
     trainer.observers = (evaluate, log, *shown, saver)
     try:
@@ -246,6 +289,8 @@ def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: Run
     if not finished and trainer.state.step < plan.total_steps:
         _save(trainer, config, directory, keep)
         return Run(directory, {}, interrupted=True)
+    if evaluate.latest is None:  # resumed after the last step: its record may be lost
+        evaluate.latest = evaluate.validate()
     summary = _summary(config, trainer, evaluate.latest, metrics)
     write_text(directory / "summary.json", json.dumps(summary, indent=2))
     return Run(directory, summary, interrupted=False)
@@ -289,6 +334,7 @@ def _save(trainer: Trainer, config: RunConfig, directory: Path, keep: int) -> No
                 "position": state.position,
                 "seconds": state.seconds,
                 "rng": bytes(state.rng.tolist()).hex(),
+                "threads": torch.get_num_threads(),
             },
             config=to_json(config),
         ),
@@ -302,6 +348,7 @@ def _restore(trainer: Trainer, saved: RunState, source: Path) -> None:
     state = dict(saved.state)
     rng = torch.tensor(list(bytes.fromhex(state.pop("rng"))), dtype=torch.uint8)
     torch.set_rng_state(rng)
+    torch.set_num_threads(state.pop("threads"))  # sums are cut by thread: another number rounds differently
     trainer.state = TrainState(**state, rng=rng)
 
 
@@ -329,17 +376,15 @@ def _announce(config: RunConfig, trainer: Trainer, directory: Path) -> None:
         logger.info("resuming after step %d of %d", trainer.state.step, trainer.plan.total_steps)
 
 
-def _summary(config: RunConfig, trainer: Trainer, last: Validation | None, metrics: Path) -> dict[str, Any]:
-    records = read_json_lines(metrics)
-    validations = [record for record in records if record["kind"] == "validation"]
-    steps = [record for record in records if record["kind"] == "step"]
+def _summary(config: RunConfig, trainer: Trainer, last: Validation, metrics: Path) -> dict[str, Any]:
+    steps = [record for record in read_json_lines(metrics) if record["kind"] == "step"]
     size = measure(config.model, config.data.sequence_length)
     state = trainer.state
-    final = validations[-1]
+    final = last.to_record(state.step, state.tokens, state.seconds)
     return {
         "final_validation_loss": final["validation_loss"],
         "bits_per_byte": final["bits_per_byte"],
-        "final_training_loss": steps[-1]["loss"],
+        "final_training_loss": steps[-1]["loss"] if steps else None,
         "max_vio": final.get("max_vio"),
         "dead_experts": final.get("dead_experts"),
         "steps": state.step,

@@ -100,7 +100,8 @@ class Trainer:
         try:
             with self._stop_on_signal():
                 while self.state.step < until and not self._stop:
-                    report = self.step(self._micro_batches())
+                    started = time.perf_counter()
+                    report = self.step(self._micro_batches(), started)
                     for observer in self.observers:
                         observer.after_step(self, report)
         finally:
@@ -108,9 +109,9 @@ class Trainer:
                 observer.close()
         return not self._stop
 
-    def step(self, batches: Sequence[TokenBatch]) -> StepReport:
-        """One optimizer step over `batches`, its micro-batches."""
-        started = time.perf_counter()
+    def step(self, batches: Sequence[TokenBatch], started: float | None = None) -> StepReport:
+        """One optimizer step over `batches`, its micro-batches. `started`: when building them began, if it counts."""
+        started = time.perf_counter() if started is None else started
         counts: dict[str, float] = {}
         for batch in batches:
             for name, count in self.method.objective.counts(batch).items():

@@ -29,7 +29,10 @@ class MoEConfig(Config):
     router: RouterConfig
     balance: BalanceConfig = BalanceConfig()
     capacity_factor: PositiveFloat | None = None
-    """None: dropless. Else an expert takes at most this times its even share, and the rest is dropped."""
+    """None: dropless. Else, in training mode only, an expert takes at most this times its even share of a micro-batch.
+
+    What a token loses then depends on its neighbours, later ones included (a second choice yields to their first), and
+    on how the step is cut into micro-batches. Evaluation drops nothing, as in DeepSeek-V2 section 2.2."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -86,7 +89,7 @@ class MoELayer(nn.Module):
         gates, keep = decision.gate_weights, None
         load = torch.bincount(decision.expert_ids.reshape(-1), minlength=self.config.num_routed_experts)
         dropped = torch.zeros((), dtype=torch.int64, device=flat.device)
-        if self.config.capacity_factor is not None:
+        if self.training and self.config.capacity_factor is not None:
             keep = kept_assignments(decision.expert_ids, len(load), self.config.capacity_factor)
             gates, dropped = gates * keep, (~keep).sum()
         rows, counts, ticket = dispatch(flat, decision, keep)

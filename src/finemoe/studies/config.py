@@ -1,0 +1,111 @@
+"""CompareConfig: everything a comparison is made of, and how a recipe becomes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from finemoe.core.config import Config, parse
+from finemoe.core.errors import ConfigError
+from finemoe.data import DataConfig
+from finemoe.model.config import ModelRecipe
+from finemoe.model.feed_forward import DenseConfig
+from finemoe.model.presets import resolve
+from finemoe.studies.arms import MatchingConfig, RoutingConfig
+from finemoe.training.config import DEFAULT_LEARNING_RATE, TrainingConfig, with_defaults
+from finemoe.training.optimizer import OptimizerConfig
+from finemoe.training.schedule import MultiStepConfig, ScheduleConfig
+
+
+class BudgetConfig(Config):
+    """What every arm gets the same of."""
+
+    kind: Literal["tokens", "flops", "seconds"] = "tokens"
+    value: PositiveFloat = 2_000_000
+    """Tokens, training FLOPs, or seconds of training on this machine, for each run."""
+
+
+class TuningConfig(Config):
+    """The same learning-rate search for every arm, on a seed of its own, before the comparison."""
+
+    learning_rates: tuple[PositiveFloat, ...]
+    tokens: PositiveInt
+    """Length of each trial run."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.learning_rates or len(set(self.learning_rates)) != len(self.learning_rates):
+            raise ValueError(f"learning_rates must be a list of different rates, not {list(self.learning_rates)}")
+        return self
+
+
+class CompareConfig(Config):
+    """A comparison. Every field has a default: `finemoe compare` runs as it is."""
+
+    name: str = "compare"
+    title: str = "DeepSeekMoE and its baselines at matched compute"
+    arms: tuple[str, ...] = ("dense", "hash", "switch", "gshard", "deepseek-moe")
+    seeds: tuple[NonNegativeInt, ...] = (0,)
+    base: ModelRecipe
+    """A dense model; its feed-forward layer is the standard FFN that the arms are sized from."""
+    matching: MatchingConfig = MatchingConfig()
+    routing: RoutingConfig = RoutingConfig()
+    budget: BudgetConfig = BudgetConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig(steps=1)
+    """As in a run's recipe, without its length, which is the budget's."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=DEFAULT_LEARNING_RATE)
+    learning_rates: Mapping[str, PositiveFloat] = {}
+    """By arm, where it differs from optimizer.learning_rate."""
+    tuning: TuningConfig | None = None
+    schedule: ScheduleConfig = MultiStepConfig()
+    parallel_runs: NonNegativeInt = 0
+    """Runs at the same time, each with an equal share of the threads. 0: one a core."""
+    prompt: str = "def "
+    """What every arm completes in the report."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not isinstance(self.base.feed_forward, DenseConfig):
+            raise ValueError("base.feed_forward must be dense: it is the standard FFN that all arms are sized from")
+        for field in ("arms", "seeds"):
+            values = getattr(self, field)
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{field} must be a list of different entries, not {list(values)}")
+        unknown = sorted(set(self.learning_rates) - set(self.arms))
+        if unknown:
+            raise ValueError(f"learning_rates names {unknown[0]!r}, which is not among the arms {list(self.arms)}")
+        if self.tuning is not None and self.learning_rates:
+            raise ValueError("learning_rates and tuning exclude each other: tuning chooses the rates")
+        per_step = self.training.tokens_per_step
+        for field, tokens in (
+            ("budget.value", self.budget.value if self.budget.kind == "tokens" else per_step),
+            ("tuning.tokens", self.tuning.tokens if self.tuning is not None else per_step),
+        ):
+            if tokens < per_step:
+                raise ValueError(f"{field} {tokens:g} is less than one step of {per_step} tokens: raise it")
+        return self
+
+
+def resolve_comparison(raw: Mapping[str, Any], source: str) -> CompareConfig:
+    """A recipe's tables to a CompareConfig; `base` may start from a dense preset.
+
+    Raises:
+        ConfigError: unknown keys, impossible values.
+    """
+    if "model" in raw:
+        raise ConfigError(f"{source} is the recipe of one run: use `finemoe train`, or name it among the `arms`")
+    for table in ("training", "data", "base"):
+        if not isinstance(raw.get(table, {}), Mapping):
+            raise ConfigError(f"{source}: `{table}` must be a table (got {raw[table]!r})")
+    raw = with_defaults(raw)
+    training = raw.get("training", {})
+    for field in ("tokens", "steps"):
+        if field in training:
+            raise ConfigError(f"{source}: training.{field}: a comparison's length is [budget] kind and value")
+    base = resolve(raw.get("base", {"preset": "tiny-dense"}), f"{source}: base")
+    data = {"vocab_size": base.vocab_size, **raw.get("data", {})}
+    filled = {**raw, "base": base.model_dump(), "data": data, "training": {**training, "steps": 1}}
+    return parse(CompareConfig, filled, source)
