@@ -20,6 +20,7 @@ from finemoe.charts.records import (
     paper_differences,
     spread,
     unit_for,
+    visible,
 )
 from finemoe.charts.words import arm_names, pair_sentence, summary
 
@@ -90,6 +91,12 @@ def test_the_window_drops_the_first_fall_and_one_divergence():
     assert bent is not None
     assert bent[1] < 5
     assert above_window(curves) == ["Switch"]
+
+
+def test_a_still_picture_starts_one_point_above_its_frame():
+    rows = [{"low": low} for low in (9.0, 5.0, 3.0, 2.0, 2.5)]
+    assert [row["low"] for row in visible(rows, (1.0, 4.0))] == [5.0, 3.0, 2.0, 2.5]
+    assert visible(rows, (0.0, 1.0)) == rows[-2:]
 
 
 def test_units_keep_ticks_short():

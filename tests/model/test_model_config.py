@@ -43,7 +43,7 @@ REFUSED = {
     "infinite deviation": ({"init_std": float("inf")}, "init_std"),
     "no layer": ({"num_layers": 0}, "num_layers"),
     "unknown router": ({"feed_forward": moe_table("softmax")}, "softmax_topk"),
-    "unknown layer": ({"feed_forward": {"kind": "mo"}}, "'moe'"),
+    "unknown layer": ({"feed_forward": {"kind": "mo"}}, "`moe`"),
     "missing width": ({"feed_forward": {"kind": "dense"}}, "ffn_hidden_size` is required and missing"),
 }
 

@@ -21,6 +21,7 @@ from finemoe.charts.records import (
     paper_differences,
     spread,
     unit_for,
+    visible,
 )
 from finemoe.charts.words import Results, arm_names, by_loss, known_pairs, stat
 
@@ -38,7 +39,7 @@ HOTTEST = 4.0  # a load of four times uniform or more has the last colour: a hot
 
 def figures(results: Results) -> dict[str, Any]:
     """Every figure that `results` can fill, by file name."""
-    made: dict[str, Any] = {f"loss_{axis}": loss_curves(results, axis) for axis in AXES}
+    made: dict[str, Any] = {f"loss_{axis}": loss_curves(results, axis, hidden=False) for axis in AXES}
     made |= {"final_loss": final_losses(results), "pairs": pair_differences(results)}
     panels, heat = paper_panels(results), load_maps(results)
     made["paper"] = alt.hconcat(*(panel.properties(width=260) for panel in panels), spacing=36) if panels else None
@@ -54,8 +55,11 @@ def save_figures(results: Results, folder: Path) -> list[Path]:
 # ---- loss curves ----
 
 
-def loss_curves(results: Results, against: Against) -> AnyChart | None:
-    """Mean loss over seeds against `against`, with the range of the seeds as a band and the names at the right."""
+def loss_curves(results: Results, against: Against, *, hidden: bool = True) -> AnyChart | None:
+    """Mean loss over seeds against `against`, with the range of the seeds as a band and the names at the right.
+
+    `hidden` keeps the steep start above the frame, for a reader who zooms out; a still picture draws slower for it.
+    """
     results = clean(results)
     curves = mean_curves(results, against)
     window = loss_window(curves)
@@ -63,7 +67,8 @@ def loss_curves(results: Results, against: Against) -> AnyChart | None:
         return None
     names = list(arm_names(results).values())
     size, unit = unit_for(max(point["x"] for points in curves.values() for point in points), against)
-    points = [point | {"x": point["x"] / size} for arm in curves.values() for point in arm]
+    shown = curves if hidden else {arm: visible(rows, window) for arm, rows in curves.items()}
+    points = [point | {"x": point["x"] / size} for arm in shown.values() for point in arm]
     ends = _ends(points, window)
     y_scale = alt.Scale(domain=list(window), zero=False, nice=False)
     furthest = 1.012 * max(point["x"] for point in points)  # room for the last marker
@@ -111,15 +116,15 @@ def _end_labels(ends: Sequence[Mapping[str, Any]], names: Sequence[str], x: alt.
     # Marks outside the frame must say clip=False, for scales bound to a selection clip by default. Zoomed out of
     # sight, such a label would float over the page: it goes when its place leaves the axis.
     inside = "datum.label >= domain('y')[0] && datum.label <= domain('y')[1]"
-    visible = alt.condition(inside, alt.value(1), alt.value(0))
+    opacity = alt.condition(inside, alt.value(1), alt.value(0))
     level = alt.Y("loss:Q", scale=y_scale)
     reach = marks.mark_rule(strokeWidth=1, opacity=0.55, clip=True).encode(x, level, x2=right, color=color)
     leader = marks.mark_rule(strokeWidth=1, clip=False).encode(
-        x=right, x2=alt.value(alt.expr("width + 12")), y=level, y2="label:Q", color=color, opacity=visible
+        x=right, x2=alt.value(alt.expr("width + 12")), y=level, y2="label:Q", color=color, opacity=opacity
     )
     dot = marks.mark_point(size=64, filled=True, opacity=1, clip=True).encode(x, level, color, theme.arm_shape(names))
     text = marks.mark_text(align="left", baseline="middle", clip=False).encode(
-        x=alt.value(alt.expr("width + 16")), y=label_y, text="arm:N", opacity=visible
+        x=alt.value(alt.expr("width + 16")), y=label_y, text="arm:N", opacity=opacity
     )
     return [reach, leader, dot, text]
 
@@ -171,7 +176,7 @@ def final_losses(results: Results) -> AnyChart | None:
     )
 
 
-_FEW_TICKS = alt.Axis(tickCount=6, grid=True, labelOverlap="greedy", labelSeparation=8, labelFlush=False)
+_FEW_TICKS = alt.Axis(tickCount=6, grid=True, labelOverlap="parity", labelSeparation=6, labelFlush=False)
 
 
 def _rows(names: Sequence[str]) -> alt.Y:

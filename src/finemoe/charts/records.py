@@ -80,6 +80,12 @@ def loss_window(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[floa
     return lowest - pad, top + pad
 
 
+def visible(rows: Sequence[dict[str, Any]], window: tuple[float, float]) -> Sequence[dict[str, Any]]:
+    """`rows` from the last one before the curve enters the window, so that the line comes in from above."""
+    first = next((index for index, row in enumerate(rows) if row["low"] <= window[1]), len(rows) - 1)
+    return rows[max(0, first - 1) :]
+
+
 def above_window(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """Shown names of the arms whose curve ends above `loss_window`."""
     window = loss_window(curves)
