@@ -101,7 +101,7 @@ def test_a_still_picture_starts_one_point_above_its_frame():
 
 def test_units_keep_ticks_short():
     assert unit_for(3.2e7, "tokens") == (1e6, "millions")
-    assert unit_for(4.9e16, "flops") == (1e15, "10¹⁵ FLOPs")
+    assert unit_for(4.9e16, "flops") == (1e15, "1e15 FLOPs")
     assert unit_for(90, "seconds") == (1, "seconds")
     assert unit_for(1200, "seconds") == (60, "minutes")
 

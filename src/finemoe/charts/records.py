@@ -19,12 +19,9 @@ def unit_for(largest: float, against: str) -> tuple[float, str]:
     """Divisor and name of the unit in which an axis up to `largest` has short tick labels."""
     if against == "flops":
         power = next((power for power in range(30, 0, -3) if largest >= 10**power), 0)
-        return 10.0**power, f"10{str(power).translate(_SUPERSCRIPT)} FLOPs" if power else "FLOPs"
+        return 10.0**power, f"1e{power} FLOPs" if power else "FLOPs"
     unit = next((size, name) for size, name in UNITS[against] if largest >= size or size <= 1)
     return (_SECONDS[unit[1]], unit[1]) if against == "seconds" else unit
-
-
-_SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def curve(arm: Mapping[str, Any], against: str) -> list[dict[str, float]]:
