@@ -1,4 +1,4 @@
-"""A made-up comparison of realistic shape. Not a test module: `test_tables.py` loads it by path."""
+"""A made-up comparison of realistic shape. Not a test module."""
 
 from __future__ import annotations
 

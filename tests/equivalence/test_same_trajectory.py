@@ -159,7 +159,7 @@ def test_resuming_before_the_first_checkpoint_starts_over(
 ) -> None:
     unbroken = trained(corpus, tmp_path / "unbroken", "gshard")
 
-    def die(trainer: Trainer, batches: object) -> StepReport:
+    def die(trainer: Trainer, *arguments: object) -> StepReport:
         raise TrainingError("before anything")
 
     with monkeypatch.context() as patched:

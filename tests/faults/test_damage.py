@@ -183,14 +183,14 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, name: str, kind: str) -> 
     """Before `step`, put a NaN into the weight `name`, or into its gradient."""
     original = run_module.Trainer.step
 
-    def poisoned(trainer: Trainer, batches: Any) -> Any:
+    def poisoned(trainer: Trainer, *arguments: Any) -> Any:
         if trainer.state.step + 1 == step:
             parameter = trainer.parameters[name]
             if kind == "weight":
                 parameter.data.view(-1)[0] = math.nan
             else:
                 parameter.register_hook(lambda gradient: gradient * math.inf)
-        return original(trainer, batches)
+        return original(trainer, *arguments)
 
     monkeypatch.setattr(run_module.Trainer, "step", poisoned)
 
