@@ -20,8 +20,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 check: setup  ## formatting, lint, types, floors and budgets
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/architecture
 

@@ -25,6 +25,7 @@ from finemoe.studies.config import CompareConfig
 from finemoe.studies.statistics import CONFIDENCE, interval, paired
 from finemoe.studies.tables import comparison_csv
 from finemoe.text import Tokenizer
+from finemoe.training.report import recent_loss
 from finemoe.training.run import read_summary, resolve_device
 
 _SAMPLE_TOKENS = 96
@@ -46,6 +47,12 @@ def build_results(
     """Everything that results.json holds; only finished runs count."""
     runs = {name: _finished(directory / "arms" / arm.folder, config.seeds) for name, arm in arms.items()}
     finished = {name: found for name, found in runs.items() if found}
+    training = {
+        name: _training_losses(directory / "arms" / arms[name].folder, found) for name, found in finished.items()
+    }
+    held_out = {
+        name: {seed: run["final_validation_loss"] for seed, run in found.items()} for name, found in finished.items()
+    }
     base = measure_all(arms, config.data.sequence_length)
     return {
         "schema": 1,
@@ -57,7 +64,7 @@ def build_results(
         "recipe": config.model_dump(mode="json"),
         "complete": all(len(found) == len(config.seeds) for found in runs.values()),
         "budget": config.budget.model_dump(),
-        "notes": notes(config, failures),
+        "notes": [*notes(config, failures), *_training_note(arms, training)],
         "matching": _matching(config),
         "tuning": None if config.tuning is None else _tuning(directory, config, arms),
         "arms": {
@@ -66,13 +73,15 @@ def build_results(
                 arms[name],
                 base[name],
                 found,
+                training[name],
                 plan[name],
                 tokenizer,
                 config.prompt,
             )
             for name, found in finished.items()
         },
-        "pairs": _pairs(finished),
+        "pairs": _pairs(held_out),
+        "training_pairs": _pairs(training),
         "confidence": CONFIDENCE,
     }
 
@@ -163,6 +172,7 @@ def _arm(
     arm: SizedArm,
     size: ModelSize,
     runs: Runs,
+    training: Mapping[int, float],
     plan: Mapping[str, Any],
     tokenizer: Tokenizer,
     prompt: str,
@@ -176,7 +186,7 @@ def _arm(
         "routing": arm.routing,
         "validation_loss": _statistic(runs, "final_validation_loss"),
         "bits_per_byte": _statistic(runs, "bits_per_byte"),
-        "training_loss": _statistic(runs, "final_training_loss"),
+        "training_loss": {**asdict(interval(list(training.values()))), "seeds": list(training.values())},
         "max_vio": asdict(interval(violations)) if violations else None,
         "dead_experts": statistics.fmean(dead) if dead else None,
         "total_parameters": size.total_parameters,
@@ -234,11 +244,32 @@ def _sample(run: Path, tokenizer: Tokenizer, prompt: str) -> dict[str, str]:
     return {"prompt": prompt, "completion": tokenizer.decode(completed.text_ids)}
 
 
-def _pairs(finished: Mapping[str, Runs]) -> list[dict[str, Any]]:
-    """Every pair, the later arm of the recipe's list against the earlier one."""
+def _training_losses(directory: Path, runs: Runs) -> dict[int, float]:
+    """Training loss by seed: mean of the last 100 steps."""
+    found = {}
+    for seed in runs:
+        records = read_json_lines(directory / f"seed-{seed}" / "metrics.jsonl")
+        loss = recent_loss([record for record in records if record["kind"] == "step"])
+        if loss is not None:
+            found[seed] = loss
+    return found
+
+
+def _training_note(arms: Mapping[str, SizedArm], training: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """How the arms stand on the text they train on: what held-out text adds in noise, and in memorising."""
+    means = {name: statistics.fmean(losses.values()) for name, losses in training.items() if losses}
+    if len(means) < 2:
+        return []
+    order = ", ".join(f"{arms[name].label} {means[name]:.3f}" for name in sorted(means, key=lambda name: means[name]))
+    pairs = _pairs(training)
+    decided = sum(pair["verdict"] != "undecided" for pair in pairs)
+    return [f"Training loss (mean of the last 100 steps): {order}; {decided} of {len(pairs)} pairs decided."]
+
+
+def _pairs(losses: Mapping[str, Mapping[int, float]]) -> list[dict[str, Any]]:
+    """Every pair, the later arm of the recipe's list against the earlier one, from losses by arm and seed."""
     pairs = []
-    losses = {name: {s: run["final_validation_loss"] for s, run in runs.items()} for name, runs in finished.items()}
-    for earlier, later in combinations(finished, 2):
+    for earlier, later in combinations(losses, 2):
         if not losses[earlier].keys() & losses[later].keys():
             continue
         result = paired(losses[later], losses[earlier])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,3 +72,9 @@ def mean_max_vio(load: Mapping[int, Tensor]) -> float | None:
 def dead_share(load: Mapping[int, Tensor]) -> float:
     """Share of all experts, over all layers, that got no token."""
     return sum(int((one == 0).sum()) for one in load.values()) / sum(len(one) for one in load.values())
+
+
+def recent_loss(steps: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean training loss of the last 100 of `steps`, records of metrics.jsonl: one batch alone is mostly noise."""
+    recent = [record["loss"] for record in steps[-100:]]
+    return sum(recent) / len(recent) if recent else None

@@ -35,6 +35,7 @@ from finemoe.training.method import Method, everything
 from finemoe.training.next_token import NextToken
 from finemoe.training.observers import Evaluate, Log, Save, Show
 from finemoe.training.optimizer import load_optimizer_tensors, optimizer_tensors
+from finemoe.training.report import recent_loss
 from finemoe.training.trackers import open_tracker, require_tracker
 from finemoe.training.trainer import Observer, Plan, Trainer, TrainState
 from finemoe.training.validation import Validation, validate
@@ -384,7 +385,7 @@ def _summary(config: RunConfig, trainer: Trainer, last: Validation, metrics: Pat
     return {
         "final_validation_loss": final["validation_loss"],
         "bits_per_byte": final["bits_per_byte"],
-        "final_training_loss": steps[-1]["loss"] if steps else None,
+        "final_training_loss": recent_loss(steps),
         "max_vio": final.get("max_vio"),
         "dead_experts": final.get("dead_experts"),
         "steps": state.step,
