@@ -1,6 +1,6 @@
 """Keep a finished comparison in benchmarks/results: numbers and figures, not the text of samples.
 
-    python benchmarks/record.py runs/stdlib stdlib
+python benchmarks/record.py runs/stdlib stdlib
 """
 
 from __future__ import annotations
