@@ -303,7 +303,7 @@ def _announce(arms: Mapping[str, SizedArm], config: CompareConfig, parallel: int
     screen = console()
     screen.print(table)
     screen.print(
-        f"Mismatch: the largest miss of expert parameters (total, active) and FLOPs against their targets.\n"
+        "Mismatch: largest miss of expert parameters and FLOPs against their targets.\n"
         f"{len(arms) * len(config.seeds)} runs, {parallel} at a time, {config.budget.value:,.0f} "
         f"{config.budget.kind} each.",
         soft_wrap=True,

@@ -138,7 +138,7 @@ class _Board:
         if screen.is_terminal and not quiet:
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=12),
+                BarColumn(bar_width=8),
                 TextColumn("{task.percentage:>3.0f}%"),
             )
             times = (TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=False))
@@ -214,6 +214,7 @@ def _newest(job: Job) -> dict[str, Any]:
 
 def _line(job: Job, state: dict[str, Any]) -> str:
     if "loss" not in state:
-        return f"{job.name:22.22s} starting"
+        return f"{job.name:20.20s} starting"
+    validation = f"{state['validation_loss']:.3f}" if "validation_loss" in state else "  -  "
     speed = state["tokens_per_second"] / 1000
-    return f"{job.name:22.22s} {state['loss']:.3f} {speed:4.1f}k/s"
+    return f"{job.name:20.20s} {state['loss']:.3f} val {validation} {speed:4.1f}k/s"
