@@ -19,6 +19,9 @@ from finemoe.training.optimizer import OptimizerConfig
 from finemoe.training.schedule import MultiStepConfig, ScheduleConfig
 
 
+_TOKENS_PER_STEP = 4096  # short runs of small models gain more from steps than from large batches
+
+
 class BudgetConfig(Config):
     """What every arm gets the same of."""
 
@@ -107,5 +110,10 @@ def resolve_comparison(raw: Mapping[str, Any], source: str) -> CompareConfig:
             raise ConfigError(f"{source}: training.{field}: a comparison's length is [budget] kind and value")
     base = resolve(raw.get("base", {"preset": "tiny-dense"}), f"{source}: base")
     data = {"vocab_size": base.vocab_size, **raw.get("data", {})}
-    filled = {**raw, "base": base.model_dump(), "data": data, "training": {**training, "steps": 1}}
+    filled = {
+        **raw,
+        "base": base.model_dump(),
+        "data": data,
+        "training": {"tokens_per_step": _TOKENS_PER_STEP, **training, "steps": 1},
+    }
     return parse(CompareConfig, filled, source)
