@@ -18,7 +18,6 @@ from finemoe.training.config import DEFAULT_LEARNING_RATE, TrainingConfig, with_
 from finemoe.training.optimizer import OptimizerConfig
 from finemoe.training.schedule import MultiStepConfig, ScheduleConfig
 
-
 _TOKENS_PER_STEP = 4096  # short runs of small models gain more from steps than from large batches
 
 
