@@ -245,7 +245,7 @@ def _sample(run: Path, tokenizer: Tokenizer, prompt: str) -> dict[str, str]:
 
 
 def _training_losses(directory: Path, runs: Runs) -> dict[int, float]:
-    """Training loss by seed: mean of the last 100 steps."""
+    """Training loss by seed: mean of the last fifth of the steps, at most 100."""
     found = {}
     for seed in runs:
         records = read_json_lines(directory / f"seed-{seed}" / "metrics.jsonl")
@@ -263,7 +263,7 @@ def _training_note(arms: Mapping[str, SizedArm], training: Mapping[str, Mapping[
     order = ", ".join(f"{arms[name].label} {means[name]:.3f}" for name in sorted(means, key=lambda name: means[name]))
     pairs = _pairs(training)
     decided = sum(pair["verdict"] != "undecided" for pair in pairs)
-    return [f"Training loss (mean of the last 100 steps): {order}; {decided} of {len(pairs)} pairs decided."]
+    return [f"Training loss (mean of the last steps, at most 100): {order}; {decided} of {len(pairs)} pairs decided."]
 
 
 def _pairs(losses: Mapping[str, Mapping[int, float]]) -> list[dict[str, Any]]:

@@ -75,6 +75,9 @@ def dead_share(load: Mapping[int, Tensor]) -> float:
 
 
 def recent_loss(steps: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean training loss of the last 100 of `steps`, records of metrics.jsonl: one batch alone is mostly noise."""
-    recent = [record["loss"] for record in steps[-100:]]
+    """Mean training loss of the last fifth of `steps`, at most 100: one batch alone is mostly noise.
+
+    `steps`: records of metrics.jsonl. None when there are none.
+    """
+    recent = [record["loss"] for record in steps[-max(1, min(100, len(steps) // 5)) :]]
     return sum(recent) / len(recent) if recent else None
