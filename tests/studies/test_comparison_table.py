@@ -46,7 +46,10 @@ def test_arms_are_ordered_by_loss():
 
 def test_undecided_pairs_share_one_sentence_a_reason():
     text = " ".join(printed(fake_results(seeds=1)).split())
-    assert text.count("Undecided (") == 1
+    assert "All 10 pairs are undecided (" in text
+    results = fake_results(seeds=1)
+    results["pairs"][0]["verdict"] = "better"
+    assert " ".join(printed(results).split()).count("Undecided (") == 1
 
 
 def test_the_csv_has_a_row_an_arm():

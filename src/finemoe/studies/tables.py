@@ -67,7 +67,10 @@ def _pair_lines(pairs: Sequence[Pair], ranked: Sequence[str], names: Mapping[str
             reason = str(pair.get("reason") or "no reason recorded").strip().rstrip(".")
             undecided.setdefault(reason, []).append(f"{names[pair['a']]} and {names[pair['b']]}")
     for reason, which in undecided.items():
-        lines.add_row("?", Text(f"Undecided ({reason}): {'; '.join(which)}."))
+        text = f"Undecided ({reason}): {'; '.join(which)}."
+        lines.add_row(
+            "?", Text(f"All {len(which)} pairs are undecided ({reason})." if 1 < len(which) == len(pairs) else text)
+        )
     if left := len(pairs) - len(shown):
         lines.add_row("", Text(f"{left} pairs among the other arms are in the report."))
     return lines
