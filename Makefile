@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test setup check golden build clean
 
-demo: setup  ## train five architectures at matched compute and open the report (about ten minutes on two cores)
+demo: setup  ## train five architectures at matched compute and open the report (under ten minutes on two cores)
 	$(BIN)/finemoe compare recipes/demo.toml --out runs/demo
 
 test: setup  ## the default test suite

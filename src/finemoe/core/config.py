@@ -58,7 +58,7 @@ def _explain(config: type[BaseModel], detail: Any) -> str:
     if detail["type"] == "union_tag_invalid":
         tag = detail["ctx"]["tag"]
         return f"unknown `{name}.kind` {tag!r}{did_you_mean(tag, kinds)}"
-    message = detail["msg"].removeprefix("Value error, ")
+    message = detail["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     value = detail.get("input")
     shown = "" if isinstance(value, (Mapping, list, tuple, BaseModel)) else f" (got {value!r})"
     return f"`{name}`: {message}{shown}" if name else message  # a combination names its fields itself

@@ -287,7 +287,7 @@ def _announce(arms: Mapping[str, SizedArm], config: CompareConfig, parallel: int
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("Arm", no_wrap=True)
     table.add_column("Experts", no_wrap=True)
-    for title in ("Total", "Active", "MFLOPs/token", "Mismatch"):
+    for title in ("Total", "Active", "MFLOPs/token", "Off target"):
         table.add_column(title, justify="right", no_wrap=True)
     for arm in arms.values():
         size = measure(arm.model, config.data.sequence_length)
@@ -303,7 +303,7 @@ def _announce(arms: Mapping[str, SizedArm], config: CompareConfig, parallel: int
     screen = console()
     screen.print(table)
     screen.print(
-        "Mismatch: largest miss of expert parameters and FLOPs against their targets.\n"
+        "Off target: by how much rounding misses each arm's own parameters and FLOPs.\n"
         f"{len(arms) * len(config.seeds)} runs, {parallel} at a time, {config.budget.value:,.0f} "
         f"{config.budget.kind} each.",
         soft_wrap=True,

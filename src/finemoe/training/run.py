@@ -373,8 +373,9 @@ def _announce(config: RunConfig, trainer: Trainer, directory: Path) -> None:
         config.kernels.attention,
         config.kernels.experts,
     )
+    logger.info("%d steps of %d tokens", trainer.plan.total_steps, config.training.tokens_per_step)
     if trainer.state.step:
-        logger.info("resuming after step %d of %d", trainer.state.step, trainer.plan.total_steps)
+        logger.info("resuming after step %d", trainer.state.step)
 
 
 def _summary(config: RunConfig, trainer: Trainer, last: Validation, metrics: Path) -> dict[str, Any]:
