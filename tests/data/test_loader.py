@@ -52,7 +52,9 @@ def test_one_batch_of_n_is_n_batches_of_one(position: int, rows: int, seed: int)
     served = loader(60, 90, weights=(1, 2), seed=seed)
     whole = served.batch(position, rows)
     single = [loader(60, 90, weights=(1, 2), seed=seed).batch(position + i, 1) for i in reversed(range(rows))]
-    assert same(whole, TokenBatch.concatenate(single[::-1]))
+    columns = ("tokens", "targets", "weights", "positions", "documents")
+    joined = [torch.cat([getattr(one, column) for one in reversed(single)]) for column in columns]
+    assert same(whole, TokenBatch(*joined))
 
 
 def test_batches_of_a_seed_never_change() -> None:
@@ -152,15 +154,9 @@ def test_permutations_look_random() -> None:
     assert abs(np.corrcoef(image, np.arange(10_000))[0, 1]) < 0.05
 
 
-def test_batch_parts() -> None:
+def test_batch_keeps_its_shape() -> None:
     batch = loader(400).batch(0, 6)
     assert batch.num_sequences == 6
-    parts = batch.split([1, 2, 3])
-    assert [part.num_sequences for part in parts] == [1, 2, 3]
-    assert same(TokenBatch.concatenate(parts), batch)
-    assert same(parts[1], batch.rows(1, 3))
     assert same(batch.to("cpu"), batch)
-    with pytest.raises(ValueError, match="do not add up"):
-        batch.split([1, 2])
     with pytest.raises(ValueError, match="must be"):
         TokenBatch(batch.tokens, batch.targets[:2], batch.weights, batch.positions, batch.documents)

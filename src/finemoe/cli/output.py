@@ -47,7 +47,7 @@ def report_run(run: Any, as_json: bool) -> None:
     Raises:
         typer.Exit: 130 when it was interrupted, after saying how to go on.
     """
-    from finemoe.charts.numbers import count
+    from finemoe.charts.numbers import count, duration
     from finemoe.core.logs import console
 
     directory = shlex.quote(str(run.directory))
@@ -75,13 +75,3 @@ def report_run(run: Any, as_json: bool) -> None:
 def printable(text: str) -> str:
     """`text` for a terminal, without control characters, which a model may write by chance."""
     return "".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text)
-
-
-def duration(seconds: float) -> str:
-    """3.2 s, 4 min 10 s, 2 h 5 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"

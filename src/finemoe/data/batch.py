@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate
 
 import torch
 
@@ -41,22 +39,6 @@ class TokenBatch:
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`."""
         return TokenBatch(*(tensor.to(device, non_blocking=True) for tensor in self._tensors()))
-
-    def rows(self, start: int, stop: int) -> TokenBatch:
-        """Rows `start` to `stop`, as views."""
-        return TokenBatch(*(tensor[start:stop] for tensor in self._tensors()))
-
-    def split(self, sizes: Sequence[int]) -> list[TokenBatch]:
-        """Consecutive parts of the given numbers of rows, which must add up to all of them."""
-        if sum(sizes) != self.num_sequences:
-            raise ValueError(f"sizes {list(sizes)} do not add up to {self.num_sequences} rows")
-        stops = list(accumulate(sizes))
-        return [self.rows(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
-
-    @staticmethod
-    def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
-        """All rows of `batches`, in order."""
-        return TokenBatch(*(torch.cat(column) for column in zip(*(b._tensors() for b in batches), strict=True)))
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self.tokens, self.targets, self.weights, self.positions, self.documents
