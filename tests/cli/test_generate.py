@@ -102,4 +102,4 @@ def test_more_than_the_training_length_is_said(command: Any, run_directory: Path
 def test_no_run_there(command: Any, tmp_path: Path) -> None:
     result = command("generate", tmp_path, "-p", "x")
     assert result.exit_code == 2
-    assert "neither a run directory" in result.stderr
+    assert "neither a run" in result.stderr

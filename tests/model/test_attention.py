@@ -1,9 +1,12 @@
-"""Attention, rotary positions and the norm against loops and textbook formulas.
+"""Attention kernels, grouped-query attention and the norm against loops and textbook formulas.
 
 The package computes these in float32 whatever the input, so the tolerances are those of float32.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ from torch import Tensor
 from finemoe.model.attention.grouped_query import GroupedQueryAttention, GroupedQueryCache, GroupedQueryConfig
 from finemoe.model.attention.kernels import ATTENTION_KERNELS
 from finemoe.model.norm import RMSNorm
-from finemoe.model.rope import rotate, rotation
 from oracles import attention as oracle
+from oracles import rope
+from oracles.models import YARN
 
 BATCH, SEQ, DIM = 2, 5, 8
 DOCUMENTS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])
@@ -30,9 +34,9 @@ def document_mask() -> Tensor:
 def test_kernel_forward_and_gradients(kernel: str, masked: bool, heads: int, kv_heads: int) -> None:
     states = [torch.randn(BATCH, h, SEQ, DIM, requires_grad=True) for h in (heads, kv_heads, kv_heads)]
     mask = document_mask() if masked else None
-    output = ATTENTION_KERNELS[kernel](*states, mask)
+    output = ATTENTION_KERNELS[kernel](*states, mask, 0.7)
     full = oracle.causal(BATCH, heads, SEQ) if mask is None else mask.expand(BATCH, heads, SEQ, SEQ)
-    expected = oracle.attention(*(s.double() for s in states), full)
+    expected = oracle.attention(*(s.double() for s in states), full, 0.7)
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
     direction = torch.randn_like(output)
     found = torch.autograd.grad((output * direction).sum(), states)
@@ -46,51 +50,72 @@ def test_kernel_with_fewer_queries_than_keys(kernel: str) -> None:
     mask = torch.rand(BATCH, 1, 2, SEQ) < 0.5
     mask[..., 0] = True
     expected = oracle.attention(query.double(), key.double(), value.double(), mask.expand(BATCH, 4, 2, SEQ))
-    found = ATTENTION_KERNELS[kernel](query, key, value, mask).double()
+    found = ATTENTION_KERNELS[kernel](query, key, value, mask, 1 / math.sqrt(DIM)).double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_module_is_projections_rotation_loops_and_output(kernel: str, kv_heads: int) -> None:
-    config = GroupedQueryConfig(num_heads=4, num_kv_heads=kv_heads, head_dim=DIM, rope_theta=500.0)
-    module = GroupedQueryAttention(config, 12, ATTENTION_KERNELS[kernel])
-    hidden, positions = torch.randn(BATCH, SEQ, 12), torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 10, 11]])
-
-    def heads(weight: Tensor) -> Tensor:
-        return (hidden @ weight.T).view(BATCH, SEQ, -1, DIM).transpose(1, 2).double()
-
-    query = oracle.rotate(heads(module.q_proj.weight), positions, 500.0)
-    key = oracle.rotate(heads(module.k_proj.weight), positions, 500.0)
-    mixed = oracle.attention(query, key, heads(module.v_proj.weight), oracle.causal(BATCH, 4, SEQ))
-    expected = mixed.transpose(1, 2).flatten(2).float() @ module.o_proj.weight.T
-    found = module(hidden, positions=positions, mask=None, cache=None)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+def test_kernel_with_values_narrower_than_keys(kernel: str) -> None:
+    query, key = torch.randn(BATCH, 4, SEQ, DIM), torch.randn(BATCH, 2, SEQ, DIM)
+    value = torch.randn(BATCH, 2, SEQ, 3)
+    expected = oracle.attention(query.double(), key.double(), value.double(), oracle.causal(BATCH, 4, SEQ), 0.3)
+    found = ATTENTION_KERNELS[kernel](query, key, value, None, 0.3)
+    assert found.shape == (BATCH, 4, SEQ, 3)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("theta", [100.0, 10_000.0])
-def test_rotation_is_multiplication_by_a_complex_number(theta: float) -> None:
-    states = torch.randn(BATCH, 3, SEQ, DIM, requires_grad=True)
-    positions = torch.tensor([[0, 1, 2, 3, 4], [100, 7, 4095, 0, 1]])
-    output = rotate(states, *rotation(positions, DIM, theta))
-    expected = oracle.rotate(states, positions, theta)
-    torch.testing.assert_close(output.double(), expected, rtol=1e-3, atol=1e-3)  # float32 angles at position 4095
-    direction = torch.randn_like(output)
-    (found,) = torch.autograd.grad((output * direction).sum(), states)
-    (wanted,) = torch.autograd.grad((expected * direction).sum(), states)
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+MODULES: dict[str, dict[str, Any]] = {
+    "MHA": {"num_kv_heads": 4},
+    "GQA": {"num_kv_heads": 2},
+    "MQA": {"num_kv_heads": 1},
+    "biases": {"num_kv_heads": 2, "qkv_bias": True},
+    "norm of each head": {"num_kv_heads": 2, "qk_norm": "head"},
+    "norm of the projection": {"num_kv_heads": 2, "qk_norm": "projection", "qkv_bias": True},
+    "interleaved": {"num_kv_heads": 2, "rope": {"theta": 500.0, "layout": "interleaved"}},
+    "YaRN": {"num_kv_heads": 2, "rope": {"theta": 500.0, "scaling": YARN}},
+}
+POSITIONS = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 10, 11]])
 
 
-def test_rotated_products_depend_on_the_distance_only() -> None:
-    query, key = torch.randn(1, 1, 1, DIM), torch.randn(1, 1, 1, DIM)
+def expected_output(module: GroupedQueryAttention, hidden: Tensor) -> Tensor:
+    """Projections, biases, norms, complex rotation, loops and output, each as its formula, in double precision."""
+    config, weights = module.config, {name: value.double() for name, value in module.named_parameters()}
 
-    def product(at: int, other: int) -> Tensor:
-        turned = (rotate(s, *rotation(torch.tensor([[p]]), DIM, 1e4)) for s, p in ((query, at), (key, other)))
-        first, second = turned
-        return (first * second).sum()
+    def projected(name: str) -> Tensor:
+        states = hidden.double() @ weights[f"{name}_proj.weight"].T
+        states = states + weights[f"{name}_proj.bias"] if config.qkv_bias else states
+        scale = weights.get(f"{name}_norm.weight")
+        if config.qk_norm == "projection" and scale is not None:
+            states = oracle.norm(states, scale, 1e-3)
+        heads = states.view(BATCH, SEQ, -1, DIM).transpose(1, 2)
+        return oracle.norm(heads, scale, 1e-3) if config.qk_norm == "head" and scale is not None else heads
 
-    torch.testing.assert_close(product(9, 4), product(105, 100), rtol=1e-4, atol=1e-4)
-    assert abs(product(9, 4) - product(9, 5)) > 1e-3
+    scaling, theta = config.rope.scaling, config.rope.theta
+    frequencies, scale = rope.plain(DIM, theta), 1 / math.sqrt(DIM)
+    if scaling is not None:
+        frequencies = rope.yarn(DIM, theta, scaling.factor, scaling.original_max_positions, scaling.beta_fast)
+        scale *= (0.1 * math.log(scaling.factor) + 1) ** 2
+    query, key = (rope.rotate(projected(name), POSITIONS, frequencies, config.rope.layout) for name in "qk")
+    mixed = oracle.attention(query, key, projected("v"), oracle.causal(BATCH, 4, SEQ), scale)
+    return mixed.transpose(1, 2).flatten(2) @ weights["o_proj.weight"].T
+
+
+@pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
+@pytest.mark.parametrize("changes", MODULES.values(), ids=MODULES)
+def test_module_is_projections_rotation_loops_and_output(changes: dict[str, Any], kernel: str) -> None:
+    fields = {"num_heads": 4, "head_dim": DIM, "rope": {"theta": 500.0}, **changes}
+    module = GroupedQueryAttention(GroupedQueryConfig.model_validate(fields), 12, 1e-3, ATTENTION_KERNELS[kernel])
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    hidden = torch.randn(BATCH, SEQ, 12, requires_grad=True)
+    found, expected = module(hidden, positions=POSITIONS, mask=None, cache=None), expected_output(module, hidden)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    direction = torch.randn_like(found)
+    leaves = {"hidden": hidden, **dict(module.named_parameters())}
+    gradients = torch.autograd.grad((found * direction).sum(), list(leaves.values()))
+    wanted = torch.autograd.grad((expected * direction).sum(), list(leaves.values()))
+    for name, gradient, want in zip(leaves, gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -31,3 +31,22 @@ def device_loss(expert_ids: Tensor, scores: Tensor, num_devices: int) -> Tensor:
 def z_loss(logits: Tensor) -> Tensor:
     """ST-MoE equation 5: the mean over tokens of (log sum exp x)^2."""
     return sum(torch.log(sum(torch.exp(x) for x in row)) ** 2 for row in logits) / len(logits)  # type: ignore[return-value]
+
+
+def communication_loss(expert_ids: Tensor, scores: Tensor, num_devices: int, devices_per_token: int) -> Tensor:
+    """V2 equations 29 to 31 with a coefficient of 1: f'' counts a token once on each device that it is sent to."""
+    (tokens, _), size = expert_ids.shape, scores.shape[1] // num_devices
+    sent = [sum(any(e // size == d for e in row) for row in expert_ids.tolist()) for d in range(num_devices)]
+    importance = [
+        sum(scores[t, d * size : (d + 1) * size].sum() for t in range(tokens)) / tokens for d in range(num_devices)
+    ]
+    return sum(num_devices / (devices_per_token * tokens) * sent[d] * importance[d] for d in range(num_devices))  # type: ignore[return-value]
+
+
+def sequence_loss(scores: Tensor, k: int) -> Tensor:
+    """V3 equations 17 to 20 with a coefficient of 1: f of the k best unbiased scores, P of scores over their sum."""
+    tokens, experts = scores.shape
+    best = [sorted(range(experts), key=row.__getitem__, reverse=True)[:k] for row in scores.tolist()]
+    f = [experts / (k * tokens) * sum(i in row for row in best) for i in range(experts)]
+    importance = [sum(scores[t, i] / scores[t].sum() for t in range(tokens)) / tokens for i in range(experts)]
+    return sum(f_i * p_i for f_i, p_i in zip(f, importance, strict=True))  # type: ignore[return-value]

@@ -13,6 +13,23 @@ from finemoe.model.transformer import Transformer
 
 VOCAB = 23
 
+YARN = {"kind": "yarn", "factor": 8.0, "original_max_positions": 16, "beta_fast": 4.0, "mscale_all_dim": 1.0}
+"""Edges within the few components of a small head, and a softmax scale that differs."""
+
+LATENT: dict[str, Any] = {
+    "kind": "latent",
+    "num_heads": 3,
+    "q_lora_rank": 6,
+    "kv_lora_rank": 7,
+    "qk_nope_head_dim": 5,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 3,
+    "rope": {"layout": "interleaved", "scaling": YARN},
+}
+"""Latent attention with everything on, and no two widths alike."""
+
+GROUPS: dict[str, Any] = {"num_groups": 3, "groups_per_token": 2}
+
 
 def moe_table(kind: str = "softmax_topk", **changes: Any) -> dict[str, Any]:
     """An MoE layer's configuration as a recipe writes it."""
@@ -32,6 +49,13 @@ def small_config(**changes: Any) -> ModelConfig:
         "init_std": 0.3,
     }
     return expand(ModelRecipe.model_validate({**recipe, **changes}))
+
+
+def v3_config(**changes: Any) -> ModelConfig:
+    """DeepSeek-V3 in miniature: latent attention, biased sigmoid gates in groups, two prediction modules."""
+    router = {"kind": "sigmoid_biased", "route_scale": 2.5, **GROUPS}
+    feed_forward = moe_table(router=router, balance={"sequence": 0.1})
+    return small_config(**{"attention": LATENT, "feed_forward": feed_forward, "mtp_depth": 2, **changes})
 
 
 def build(config: ModelConfig, seed: int = 0, **kernels: Any) -> Transformer:

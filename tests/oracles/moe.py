@@ -13,10 +13,12 @@ Weights = tuple[Tensor, Tensor, Tensor]
 """gate [width, hidden], up [width, hidden], down [hidden, width]."""
 
 
-def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """down(silu(gate x) * up x) with silu(a) = a / (1 + exp(-a))."""
-    a = x @ gate.T
-    return ((a / (1 + torch.exp(-a))) * (x @ up.T)) @ down.T
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, limit: float = math.inf) -> Tensor:
+    """down(silu(gate x) * up x) with silu(a) = a / (1 + exp(-a)); V4: gate at most `limit`, up within +- `limit`."""
+    a, b = x @ gate.T, x @ up.T
+    a = torch.where(a > limit, limit, a)
+    b = torch.where(b > limit, limit, torch.where(b < -limit, -limit, b))
+    return ((a / (1 + torch.exp(-a))) * b) @ down.T
 
 
 def unstack(gate_up_proj: Tensor, down_proj: Tensor) -> list[Weights]:
@@ -46,13 +48,15 @@ def chosen_gates(
     return chosen, torch.stack(rows)
 
 
-def dense_masked_moe(x: Tensor, gates: Tensor, routed: Sequence[Weights], shared: Sequence[Weights]) -> Tensor:
+def dense_masked_moe(
+    x: Tensor, gates: Tensor, routed: Sequence[Weights], shared: Sequence[Weights], limit: float = math.inf
+) -> Tensor:
     """Equation 9 without the residual: every expert on every token, times a gate that is mostly 0."""
     output = torch.zeros_like(x)
     for expert, weights in enumerate(routed):
-        output = output + gates[:, expert, None] * swiglu(x, *weights)
+        output = output + gates[:, expert, None] * swiglu(x, *weights, limit)
     for weights in shared:
-        output = output + swiglu(x, *weights)
+        output = output + swiglu(x, *weights, limit)
     return output
 
 
@@ -72,6 +76,39 @@ def kept(expert_ids: Tensor, num_experts: int, factor: float) -> Tensor:
             if room[expert]:
                 room[expert] -= 1
                 keep[token, choice] = True
+    return keep
+
+
+def kept_with_exempt(expert_ids: Tensor, num_experts: int, factor: float, exempt: Tensor) -> Tensor:
+    """GShard's order, after the exempt tokens took their seats: all of them, even beyond what there is."""
+    tokens, k = expert_ids.shape
+    room = [capacity(tokens, k, num_experts, factor)] * num_experts
+    keep = torch.zeros(tokens, k, dtype=torch.bool)
+    for privileged in (True, False):
+        for choice in range(k):
+            for token in range(tokens):
+                expert = int(expert_ids[token, choice])
+                if bool(exempt[token]) == privileged and (privileged or room[expert] > 0):
+                    room[expert] -= 1
+                    keep[token, choice] = True
+    return keep
+
+
+def kept_on_devices(
+    expert_ids: Tensor, gates: Tensor, num_experts: int, num_devices: int, factor: float, exempt: Tensor
+) -> Tensor:
+    """V2 section 2.2.4: while a device is over its budget, the least of its assignments that may be dropped goes."""
+    tokens, k = expert_ids.shape
+    keep = torch.ones(tokens, k, dtype=torch.bool)
+    budget = capacity(tokens, k, num_devices, factor)
+    for device in range(num_devices):
+        held = [
+            (t, c) for t in range(tokens) for c in range(k) if expert_ids[t, c] * num_devices // num_experts == device
+        ]
+        while len(held) > budget and any(not exempt[t] for t, _ in held):
+            least = min(((t, c) for t, c in held if not exempt[t]), key=lambda place: float(gates[place]))
+            held.remove(least)
+            keep[least] = False
     return keep
 
 

@@ -17,6 +17,7 @@ from finemoe.core.logs import read_json_lines
 from finemoe.data import prepare
 from finemoe.text import Tokenizer
 from finemoe.training import run as run_module
+from finemoe.training import start as start_module
 from finemoe.training.config import read_config, resolve_run
 from finemoe.training.run import Run, resume, train
 from training.tiny_runs import LENGTH, checkpoints, recipe, records, steps
@@ -146,7 +147,7 @@ def refused(raw: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> FinemoeErro
         raise AssertionError("work began")
 
     before = {path: path.stat().st_mtime_ns for path in out.parent.rglob("*")}
-    monkeypatch.setattr(run_module, "prepare", work)
+    monkeypatch.setattr(start_module, "prepare", work)
     with pytest.raises(FinemoeError) as caught:
         train(raw, out=out, quiet=True)
     assert before == {path: path.stat().st_mtime_ns for path in out.parent.rglob("*")}
@@ -179,14 +180,14 @@ def test_a_file_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_unwritable_folder_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module.os, "access", lambda path, mode: False)  # the tests may run as root
+    monkeypatch.setattr(start_module.os, "access", lambda path, mode: False)  # the tests may run as root
     error = refused(recipe(corpus), tmp_path / "out", monkeypatch)
     assert f"{tmp_path} is not writable; choose another --out" in str(error)
 
 
 def test_too_little_room_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(start_module.shutil, "disk_usage", lambda path: usage)
     assert "0.00 GiB are free" in str(refused(recipe(corpus), tmp_path / "out", monkeypatch))
 
 

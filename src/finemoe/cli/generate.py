@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +15,17 @@ from finemoe.cli.output import Json, print_json, printable
 
 if TYPE_CHECKING:
     from finemoe.generation import Engine, SamplingConfig, Sequence
-    from finemoe.text.tokenizer import Tokenizer
+    from finemoe.text import ChatTemplate, Tokenizer
 
 
 def generate(
-    directory: Annotated[
+    source: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="A run directory, or one checkpoint in it.", show_default=False),
+        typer.Argument(
+            metavar="MODEL",
+            help="A run directory or one checkpoint in it, an imported or Hugging Face folder, or a GGUF file.",
+            show_default=False,
+        ),
     ],
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; repeatable.")
@@ -29,6 +34,10 @@ def generate(
         str | None,
         typer.Option("--file", metavar="FILE", help='A prompt a line, or .jsonl with "prompt"; - is stdin.'),
     ] = None,
+    chat: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A message to answer, put into the model's chat template.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="With --chat: the system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to add.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Draw among the K most probable tokens.", metavar="K")] = None,
@@ -36,7 +45,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Continue prompts with a trained model.
+    """Continue prompts, or answer a message, with a trained model.
 
     One prompt streams as it is written; several run together, and each gets the text that it
     would get alone. With --json: a list of prompt, completion, finish_reason ("length" or
@@ -46,46 +55,48 @@ def generate(
     Examples:
       finemoe generate runs/tiny --prompt "def main(" --temperature 0.8 --top-p 0.95
       finemoe generate runs/tiny --file prompts.txt --json > completions.json
+      finemoe generate SmolLM2-135M-Instruct --chat "Name three rivers." --temperature 0
     """
-    from finemoe.core.config import parse
-    from finemoe.generation import SamplingConfig
-
-    sampling = parse(
-        SamplingConfig,
-        {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-            "max_new_tokens": max_new_tokens,
-        },
-        "finemoe generate",
-    )
-    texts = _read_prompts(prompts or [], file)
-    engine, tokenizer = _open(directory)
-    ids = [tuple(tokenizer.encode(text)) for text in texts]
-    _say_what_is_odd(ids, sampling, directory)
+    draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
+    sampling = _sampling(draw)
+    texts = _read_prompts(prompts or [], file, chat, system)
+    opened = _open(source)
+    texts, ids = opened.encode(texts, chat, system)
+    _say_what_is_odd(ids, sampling, source)
     started = time.monotonic()
-    if len(texts) == 1 and not as_json:
-        sequences = [_stream(engine, tokenizer, texts[0], ids[0], sampling)]
+    if len(ids) == 1 and not as_json:
+        sequences = [_stream(opened, texts[0], ids[0], sampling, chat is not None)]
     else:
-        sequences = _complete(engine, ids, sampling)
-        _print(texts, sequences, tokenizer, as_json)
+        sequences = _complete(opened.engine, ids, sampling)
+        _print(texts, sequences, opened.tokenizer, as_json, chat is not None)
     _say_speed(sequences, time.monotonic() - started)
 
 
-def _read_prompts(prompts: list[str], file: str | None) -> list[str]:
-    """Prompts of the options, then those of the file.
+def _sampling(draw: dict[str, Any]) -> SamplingConfig:
+    from finemoe.core.config import parse
+    from finemoe.generation import SamplingConfig
+
+    return parse(SamplingConfig, draw, "finemoe generate")
+
+
+def _read_prompts(prompts: list[str], file: str | None, chat: str | None, system: str | None) -> list[str]:
+    """Prompts of the options, then those of the file; none beside a message to answer.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none, or options that exclude each other.
         DataError: an unreadable file, or text that is not Unicode.
     """
     from finemoe.core.errors import ConfigError, DataError
 
+    if system is not None and chat is None:
+        raise ConfigError('--system goes with a message to answer: add --chat "..."')
+    if chat is not None:
+        if prompts or file is not None:
+            raise ConfigError("--chat answers one message: give it without --prompt and --file")
+        return []
     texts = [*prompts, *(_read_file(file) if file is not None else [])]
     if not texts:
-        raise ConfigError('nothing to continue: give --prompt "..." or --file FILE')
+        raise ConfigError('nothing to continue: give --prompt "...", --file FILE or --chat "..."')
     for number, text in enumerate(texts, 1):
         try:
             text.encode()
@@ -126,27 +137,70 @@ def _prompt_of(line: str, source: str) -> str:
     return prompt
 
 
-def _open(directory: Path) -> tuple[Engine, Tokenizer]:
-    """The model on the fastest device here, and its tokenizer.
+@dataclass(frozen=True)
+class _Opened:
+    """A model and how it reads and writes text."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    source: Path
+    own: bool
+    """It was trained here, on documents without a beginning token."""
+
+    def encode(self, texts: list[str], chat: str | None, system: str | None) -> tuple[list[str], list[tuple[int, ...]]]:
+        """What the model continues, as text and as ids: `texts`, or the message in its template.
+
+        Raises:
+            DataError: a message without a template, or a template that fails.
+        """
+        from finemoe.core.errors import DataError
+
+        if chat is None:
+            encode = self.tokenizer.encode if self.own else self.tokenizer.encode_prompt
+            return texts, [tuple(encode(text)) for text in texts]
+        if self.template is None:
+            raise DataError(f"{self.source}: has no chat template, so it was not made to answer: use --prompt")
+        spoken = [("system", system), ("user", chat)]
+        messages = [{"role": role, "content": content} for role, content in spoken if content is not None]
+        text = self.template.render(messages, add_generation_prompt=True)
+        return [text], [tuple(self.tokenizer.encode_template(text))]
+
+
+def _open(source: Path) -> _Opened:
+    """The model on the fastest device here, its tokenizer and its chat template.
 
     Raises:
-        FinemoeError: neither a run nor a checkpoint, or one whose tokenizer is another's.
+        FinemoeError: nothing that can be opened, or one whose tokenizer is another's.
     """
     import torch
 
-    from finemoe.checkpoint.run_state import load_model
+    from finemoe.checkpoint.open import kind_of, load_model
     from finemoe.core.errors import RunError
     from finemoe.generation import Engine
-    from finemoe.text.tokenizer import FILE_NAME, Tokenizer
 
-    model = load_model(directory).to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = Tokenizer.load(_beside(directory, FILE_NAME))
+    model = load_model(source).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, template = _read_language(source)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise RunError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids and the model only "
-            f"{model.config.vocab_size}: they do not belong together, put the run's own tokenizer.json back"
+            f"{source}: the tokenizer has {tokenizer.vocab_size} ids and the model only "
+            f"{model.config.vocab_size}: they do not belong together, put the model's own tokenizer.json back"
         )
-    return Engine(model, end_of_text_id=tokenizer.end_of_text_id, vocab_size=tokenizer.vocab_size), tokenizer
+    engine = Engine(
+        model,
+        end_of_text_id=tokenizer.end_of_text_id,
+        stop_ids=tokenizer.stop_ids,
+        vocab_size=tokenizer.vocab_size,
+    )
+    return _Opened(engine, tokenizer, template, source, own=kind_of(source) == "run")
+
+
+def _read_language(source: Path) -> tuple[Tokenizer, ChatTemplate | None]:
+    from finemoe.text import ChatTemplate, Tokenizer
+    from finemoe.text.tokenizer import FILE_NAME
+
+    file = _beside(source, FILE_NAME)
+    return Tokenizer.load(file), ChatTemplate.load(file.parent)
 
 
 def _beside(directory: Path, name: str) -> Path:
@@ -177,16 +231,15 @@ def _say_what_is_odd(ids: list[tuple[int, ...]], sampling: SamplingConfig, direc
         )
 
 
-def _stream(
-    engine: Engine, tokenizer: Tokenizer, text: str, ids: tuple[int, ...], sampling: SamplingConfig
-) -> Sequence:
-    """Write the prompt and its completion to stdout, token by token."""
+def _stream(opened: _Opened, text: str, ids: tuple[int, ...], sampling: SamplingConfig, answers: bool) -> Sequence:
+    """Write the prompt and its completion to stdout, token by token; of an answer, the answer alone."""
     from finemoe.generation import Request
 
-    engine.submit(Request(ids, sampling))
-    _write(text, bold=True)
-    decoder = tokenizer.decoder()
-    for event in engine.events():
+    opened.engine.submit(Request(ids, sampling))
+    if not answers:
+        _write(text, bold=True)
+    decoder = opened.tokenizer.decoder(continues=not answers)
+    for event in opened.engine.events():
         if event.sequence.finish_reason != "stop":
             _write(decoder.push(event.token_id))
     _write(decoder.finish() + "\n")
@@ -207,11 +260,11 @@ def _complete(engine: Engine, ids: list[tuple[int, ...]], sampling: SamplingConf
     return [done[i] for i in order]
 
 
-def _print(texts: list[str], sequences: list[Sequence], tokenizer: Tokenizer, as_json: bool) -> None:
+def _print(texts: list[str], sequences: list[Sequence], tokenizer: Tokenizer, as_json: bool, answers: bool) -> None:
     records: list[dict[str, Any]] = [
         {
             "prompt": text,
-            "completion": tokenizer.decode(sequence.text_ids),
+            "completion": tokenizer.decode(sequence.text_ids, continues=not answers),
             "finish_reason": sequence.finish_reason,
             "tokens": sequence.completion,
             "logprobs": sequence.logprobs,

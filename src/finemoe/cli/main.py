@@ -18,6 +18,7 @@ from finemoe.cli.compare import compare
 from finemoe.cli.generate import generate
 from finemoe.cli.presets import presets
 from finemoe.cli.resume import resume
+from finemoe.cli.show import show
 from finemoe.cli.size import size
 from finemoe.cli.train import train
 from finemoe.core.errors import FinemoeError
@@ -70,7 +71,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
 )
-for verb in (train, resume, generate, compare, size, presets):
+for verb in (train, resume, show, generate, compare, size, presets):
     app.command()(verb)
 
 

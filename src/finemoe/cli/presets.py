@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,12 +12,18 @@ import typer
 from finemoe.cli.output import Json, print_json, print_rich
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from finemoe.model.config import ModelConfig
+    from finemoe.model.presets import Preset
 
 
 def presets(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Print this one's table.", show_default=False)
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="TEXT", help="List those whose name or group contains TEXT.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -25,54 +32,94 @@ def presets(
     \b
     Examples:
       finemoe presets
+      finemoe presets --only tiny
       finemoe presets tiny-moe > recipe.toml
 
     In a recipe `preset = "tiny-moe"` does the same, and further keys of [model] override it.
     """
+    from finemoe.core.errors import ConfigError
+
+    if name is not None and only is not None:
+        raise ConfigError(f"--only {only!r} narrows the list, and {name} asks for one preset: give one of them")
     if name is None:
-        _list(as_json)
+        _list(only or "", as_json)
     else:
         _show(name, as_json)
 
 
-def _list(as_json: bool) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+def _list(only: str, as_json: bool) -> None:
+    from finemoe.core.errors import ConfigError
+    from finemoe.model.presets import GROUPS
 
-    from finemoe.charts.numbers import count
-    from finemoe.model.config import expand
-    from finemoe.model.presets import PRESETS, resolve
-    from finemoe.model.size import measure
-
-    records: list[dict[str, Any]] = []
-    for name, preset in PRESETS.items():
-        config = expand(resolve(preset.model, name))
-        size = measure(config, preset.seq_len)
-        records.append(
-            {
-                "name": name,
-                "total_parameters": size.total_parameters,
-                "active_parameters": size.active_parameters,
-                "experts": experts(config),
-                "seq_len": preset.seq_len,
-                "summary": preset.summary,
-            }
-        )
+    wanted = only.casefold()
+    records = [
+        _record(title, name, preset)
+        for title, group in GROUPS.items()
+        for name, preset in group.items()
+        if wanted in name.casefold() or wanted in title.casefold()
+    ]
+    if not records:
+        raise ConfigError(f"--only {only!r}: no preset and no group has it in its name; groups: {'; '.join(GROUPS)}")
     if as_json:
         print_json(records)
-        return
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("Name", no_wrap=True)
-    table.add_column("Total", justify="right", no_wrap=True)
-    table.add_column("Active", justify="right", no_wrap=True)
-    table.add_column("Experts", no_wrap=True)
-    table.add_column("What")
-    for record in records:
-        total, active = count(record["total_parameters"]), count(record["active_parameters"])
-        table.add_row(record["name"], total, active, record["experts"], record["summary"])
-    print_rich(table)
+    else:
+        _print_groups(records)
+
+
+def _record(title: str, name: str, preset: Preset) -> dict[str, Any]:
+    from finemoe.model.config import expand
+    from finemoe.model.presets import resolve
+    from finemoe.model.size import measure
+
+    config = expand(resolve(preset.model, name))
+    size = measure(config, preset.seq_len)
+    return {
+        "name": name,
+        "group": title,
+        "total_parameters": size.total_parameters,
+        "active_parameters": size.active_parameters,
+        "experts": experts(config),
+        "seq_len": preset.seq_len,
+        "summary": preset.summary,
+    }
+
+
+def _print_groups(records: list[dict[str, Any]]) -> None:
+    from rich.text import Text
+
+    from finemoe.charts.numbers import count
+
+    heads = ("Name", "Total", "Active", "Experts", "What")
+    rows = {
+        record["name"]: (
+            record["name"],
+            count(record["total_parameters"]),
+            count(record["active_parameters"]),
+            record["experts"],
+            record["summary"],
+        )
+        for record in records
+    }
+    widths = [max(len(row[column]) for row in (heads, *rows.values())) for column in range(4)]
+    print_rich(_table([heads], widths))
+    for title, group in groupby(records, lambda record: record["group"]):
+        print_rich(Text(), Text(title, style="bold"), _table([rows[record["name"]] for record in group], widths))
     typer.echo("\nExperts: shared + routed, and how many routed ones a token takes.")
-    typer.echo("finemoe size NAME measures one; finemoe presets NAME prints it for a recipe.")
+    typer.echo("--only TEXT narrows the list; finemoe size NAME measures one;")
+    typer.echo("finemoe presets NAME prints it for a recipe.")
+
+
+def _table(rows: list[tuple[str, ...]], widths: list[int]) -> Table:
+    """Rows under columns of equal widths, so that the tables of several groups read as one."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
+    for width, justify in zip(widths, ("left", "right", "right", "left"), strict=True):
+        table.add_column(width=width, justify=justify, no_wrap=True)
+    table.add_column()
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def experts(config: ModelConfig) -> str:
@@ -87,14 +134,20 @@ def experts(config: ModelConfig) -> str:
 
 
 def _show(name: str, as_json: bool) -> None:
-    from finemoe.model.presets import find_preset
+    from finemoe.model.presets import find_preset, group_of
 
     preset = find_preset(name)
     if as_json:
-        about = {"name": name, "summary": preset.summary, "seq_len": preset.seq_len, "notes": preset.notes}
+        about = {
+            "name": name,
+            "group": group_of(name),
+            "summary": preset.summary,
+            "seq_len": preset.seq_len,
+            "notes": preset.notes,
+        }
         print_json({**about, "model": preset.model})
         return
-    typer.echo(f"# {name}: {preset.summary}; sequences of {preset.seq_len} tokens.")
+    typer.echo(f"# {name}: {preset.summary} ({group_of(name)}); sequences of {preset.seq_len} tokens.")
     for note in preset.notes:
         typer.echo(f"# {note}")
     typer.echo("\n".join(toml_table("model", preset.model)))

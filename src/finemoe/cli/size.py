@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,36 +15,101 @@ if TYPE_CHECKING:
     from finemoe.model.size import ModelSize
 
 
+# Where a model was trained elsewhere nothing says on which length; DeepSeek's own models all began on 4096.
+_ELSEWHERE = 4096
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """One column of the table."""
+
+    name: str
+    size: ModelSize
+    cache_bits: float
+    cache_against_first: float
+    """Bytes of the cache, as a share of the first model's."""
+
+    @property
+    def cache_bytes_per_token(self) -> float:
+        return self.size.cache_elements_per_token * self.cache_bits / 8
+
+    def to_dict(self) -> dict[str, Any]:
+        cache = {
+            "cache_bits": self.cache_bits,
+            "cache_bytes_per_token": self.cache_bytes_per_token,
+            "cache_against_first": self.cache_against_first,
+        }
+        return {"name": self.name, **self.size.to_dict(), **cache}
+
+
 def size(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="NAME|RECIPE|DIR...", help="Preset, .toml recipe or run directory.", show_default=False),
+        typer.Argument(
+            metavar="NAME|RECIPE|DIR...",
+            help="Preset, .toml recipe, run directory or imported folder.",
+            show_default=False,
+        ),
     ],
     seq_len: Annotated[
         int | None,
         typer.Option("--seq-len", min=1, metavar="N", help="Tokens per sequence; default: as in training."),
     ] = None,
+    cache_bits: Annotated[
+        str,
+        typer.Option(
+            "--cache-bits", metavar="B,...", help="Bits of a cached element: one for all models, or each its."
+        ),
+    ] = "16",
     as_json: Json = False,
 ) -> None:
     """Count parameters, FLOPs and cache of a model.
 
     From the configuration alone: nothing is allocated, so the largest preset takes no longer
-    than the smallest. Several models stand side by side. FLOPs are forward and backward, 6 for
-    each active weight, attention without the causal saving; per sequence in the papers'
-    convention, per token as built.
+    than the smallest. Several models stand side by side, and their caches are compared with the
+    first one's. FLOPs are forward and backward, 6 for each active weight, attention without the
+    causal saving; per sequence in the papers' convention, per token as built.
 
     \b
     Examples:
       finemoe size deepseek-moe-16b deepseek-llm-7b
       finemoe size deepseek-moe-145b --seq-len 4096 --json
+      finemoe size deepseek-llm-67b deepseek-v2 --cache-bits 16,6
       finemoe size recipes/tiny.toml
     """
-    sizes = {name: _measure(name, seq_len) for name in models}
+    bits = _bits(cache_bits, len(models))
+    sizes = [_measure(name, seq_len) for name in models]
+    first = sizes[0].cache_elements_per_token * bits[0]
+    columns = [
+        _Sized(name, measured, width, measured.cache_elements_per_token * width / first)
+        for name, measured, width in zip(models, sizes, bits, strict=True)
+    ]
     if as_json:
-        records = [{"name": name, **measured.to_dict()} for name, measured in sizes.items()]
+        records = [column.to_dict() for column in columns]
         print_json(records[0] if len(models) == 1 else records)
     else:
-        _print_table(sizes)
+        _print_table(columns)
+
+
+def _bits(text: str, count: int) -> list[float]:
+    """The widths of `--cache-bits`, one for each of `count` models.
+
+    Raises:
+        ConfigError: no numbers, or not as many as models.
+    """
+    from finemoe.core.errors import ConfigError
+
+    try:
+        bits = [float(part) for part in text.split(",")]
+    except ValueError:
+        bits = []
+    if not bits or not all(0 < width <= 64 for width in bits):
+        raise ConfigError(f"--cache-bits {text!r}: write numbers of bits above 0 and up to 64, as 16 or 16,6")
+    if len(bits) not in (1, count):
+        raise ConfigError(
+            f"--cache-bits {text!r}: {len(bits)} widths, and {count} to measure; give one, or one for each"
+        )
+    return bits if len(bits) == count else bits * count
 
 
 def _measure(name: str, seq_len: int | None) -> ModelSize:
@@ -61,12 +126,31 @@ def _measure(name: str, seq_len: int | None) -> ModelSize:
     if name in PRESETS:
         return _measure_table({"preset": name}, name, seq_len or PRESETS[name].seq_len)
     if path.is_dir():
-        return _measure_run(path, seq_len)
+        return _measure_folder(path, seq_len)
     if path.suffix == ".toml" or path.exists():
         return _measure_recipe(path, seq_len)
     raise ConfigError(
         f"{name}: neither a recipe, nor a run directory, nor a preset{did_you_mean(name, sorted(PRESETS))}"
     )
+
+
+def _measure_folder(directory: Path, seq_len: int | None) -> ModelSize:
+    """A run, or a model that was imported."""
+    from finemoe.checkpoint.foreign import read_json
+    from finemoe.core.config import parse
+    from finemoe.core.errors import RunError
+    from finemoe.model.config import ModelConfig
+    from finemoe.model.size import measure
+
+    path = directory / "config.json"
+    if not path.exists():
+        raise RunError(f"{directory}: not a run directory (no config.json)")
+    record = read_json(path)
+    if "source" not in record:
+        return _measure_file(record, path, seq_len)
+    model = record.get("model")
+    config = parse(ModelConfig, model if isinstance(model, dict) else {}, f"{path}: model")
+    return measure(config, seq_len or min(config.max_positions or _ELSEWHERE, _ELSEWHERE))
 
 
 def _measure_table(table: dict[str, Any], source: str, seq_len: int) -> ModelSize:
@@ -92,19 +176,6 @@ def _measure_recipe(path: Path, seq_len: int | None) -> ModelSize:
     return _measure_file(read_toml(path), path, seq_len)
 
 
-def _measure_run(directory: Path, seq_len: int | None) -> ModelSize:
-    from finemoe.core.errors import RunError
-
-    path = directory / "config.json"
-    try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RunError(f"{directory}: not a run directory (no config.json)") from error
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: unreadable: {error}") from error
-    return _measure_file(recipe if isinstance(recipe, dict) else {}, path, seq_len)
-
-
 def _measure_file(recipe: dict[str, Any], path: Path, seq_len: int | None) -> ModelSize:
     from finemoe.core.errors import ConfigError
 
@@ -121,34 +192,49 @@ def _measure_file(recipe: dict[str, Any], path: Path, seq_len: int | None) -> Mo
     return _measure_table(model, f"{path}: model", length)
 
 
-def _print_table(sizes: dict[str, ModelSize]) -> None:
+def _print_table(columns: list[_Sized]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    from finemoe.charts.numbers import count
-
-    rows: list[tuple[str, Callable[[ModelSize], str]]] = [
-        ("Parameters, total", lambda s: count(s.total_parameters)),
-        ("Parameters, active", lambda s: count(s.active_parameters)),
-        ("Expert parameters, total", lambda s: count(s.expert_parameters)),
-        ("Expert parameters, active", lambda s: count(s.active_expert_parameters)),
-        ("Sequence length", lambda s: f"{s.seq_len:,}"),
-        ("Training FLOPs per token", lambda s: flops(s.training_flops_per_token)),
-        ("Training FLOPs per sequence", lambda s: flops(s.training_flops_per_sequence)),
-        ("Cache per token, elements", lambda s: f"{s.cache_elements_per_token:,}"),
-        ("Cache per token, bf16", lambda s: f"{s.cache_elements_per_token * 2 / 2**10:,.4g} KiB"),
-        ("Weights, bf16", lambda s: weights(s.total_parameters * 2)),
-        ("Weights, fp32", lambda s: weights(s.total_parameters * 4)),
-    ]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
-    for name in sizes:
-        table.add_column(Text(name), justify="right", overflow="fold")
-    for title, show in rows:
-        table.add_row(title, *(show(measured) for measured in sizes.values()))
-    notes = [Text(f"{name}: {note}") for name, measured in sizes.items() for note in measured.notes]
-    print_rich(table, *([Text()] if notes else []), *notes)
+    for column in columns:
+        table.add_column(Text(column.name), justify="right", overflow="fold")
+    for title, show in _rows(columns):
+        table.add_row(title, *map(show, columns))
+    notes = dict.fromkeys(f"{column.name}: {note}" for column in columns for note in column.size.notes)
+    print_rich(table, *([Text()] if notes else []), *map(Text, notes))
+
+
+def _rows(columns: list[_Sized]) -> Iterator[tuple[str, Callable[[_Sized], str]]]:
+    from finemoe.charts.numbers import NOTHING, count
+
+    yield "Parameters, total", lambda c: count(c.size.total_parameters)
+    yield "Parameters, active", lambda c: count(c.size.active_parameters)
+    yield "  without input embedding", lambda c: count(c.size.active_parameters_without_embedding)
+    if any(column.size.mtp_parameters for column in columns):
+        yield (
+            "Multi-token prediction",
+            lambda c: f"+{count(c.size.mtp_parameters)}" if c.size.mtp_parameters else NOTHING,
+        )
+    yield "Expert parameters, total", lambda c: count(c.size.expert_parameters)
+    yield "Expert parameters, active", lambda c: count(c.size.active_expert_parameters)
+    yield "Sequence length", lambda c: f"{c.size.seq_len:,}"
+    yield "Training FLOPs per token", lambda c: flops(c.size.training_flops_per_token)
+    yield "Training FLOPs per sequence", lambda c: flops(c.size.training_flops_per_sequence)
+    yield "Cache per token, elements", lambda c: f"{c.size.cache_elements_per_token:,}"
+    yield "  bits each", lambda c: f"{c.cache_bits:g}"
+    yield "Cache per token", lambda c: f"{c.cache_bytes_per_token / 2**10:,.4g} KiB"
+    if len(columns) > 1:
+        yield "  against the first", lambda c: NOTHING if c is columns[0] else change(c.cache_against_first)
+    yield "Weights, bf16", lambda c: weights(c.size.total_parameters * 2)
+    yield "Weights, fp32", lambda c: weights(c.size.total_parameters * 4)
+
+
+def change(ratio: float) -> str:
+    """-93.3 % of what was, or 2.5 times as much."""
+    return f"{100 * (ratio - 1):+.1f} %" if ratio < 2 else f"{ratio:,.3g} times"
 
 
 def flops(value: float) -> str:
@@ -162,4 +248,6 @@ def flops(value: float) -> str:
 def weights(num_bytes: int) -> str:
     """30.5 GiB, or MiB below a tenth of one."""
     gib = num_bytes / 2**30
-    return f"{gib:,.3g} GiB" if gib >= 0.1 else f"{gib * 1024:.3g} MiB"
+    if gib >= 999.5:
+        return f"{gib:,.0f} GiB"
+    return f"{gib:.3g} GiB" if gib >= 0.1 else f"{gib * 1024:.3g} MiB"

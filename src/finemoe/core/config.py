@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from finemoe.core.errors import ConfigError
 
@@ -25,12 +25,19 @@ class Config(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
-def union_of(configs: Iterable[type[Config]]) -> Any:
-    """The union of a table's configurations, told apart by their `kind`."""
+def union_of(configs: Iterable[type[Config]], default: str | None = None) -> Any:
+    """The union of a table's configurations, told apart by their `kind`; `default` is the kind where none is given."""
     members = tuple(configs)
     if len(members) == 1:
         return members[0]
-    return Annotated[typing.Union[members], Field(discriminator="kind")]  # noqa: UP007 - built from a table
+    union = Annotated[typing.Union[members], Field(discriminator="kind")]  # noqa: UP007 - built from a table
+    if default is None:
+        return union
+    return Annotated[union, BeforeValidator(lambda value: _with_kind(value, default))]
+
+
+def _with_kind(value: Any, kind: str) -> Any:
+    return {"kind": kind, **value} if isinstance(value, Mapping) and "kind" not in value else value
 
 
 def parse(config: type[ConfigT], data: Mapping[str, Any], source: str) -> ConfigT:

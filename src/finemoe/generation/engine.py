@@ -54,6 +54,7 @@ class Engine:
         model: Transformer,
         *,
         end_of_text_id: int | None = None,
+        stop_ids: Iterable[int] = (),
         vocab_size: int | None = None,
         num_slots: int = 8,
         prefill_chunk: int = 256,
@@ -63,6 +64,7 @@ class Engine:
         Args:
             model: in eval mode, on its device, in its precision.
             end_of_text_id: stops completions and begins empty prompts; None: neither.
+            stop_ids: stop completions too, such as the end of a turn.
             vocab_size: ids from here on are never drawn, for tokenizers smaller than the model's vocabulary.
             num_slots: most sequences in one forward pass.
             prefill_chunk: most tokens of one prompt in one forward pass.
@@ -74,6 +76,7 @@ class Engine:
             raise ValueError("the model is in training mode, where experts may drop tokens: call model.eval() first")
         self._model = model
         self._end_of_text_id = end_of_text_id
+        self._stop_ids = frozenset(stop_ids) | ({end_of_text_id} if end_of_text_id is not None else set())
         self._vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         self._num_slots = num_slots
         self._prefill_chunk = prefill_chunk
@@ -145,7 +148,7 @@ class Engine:
         logits = self._model.logits(last)[:, : self._vocab_size]
         events = [Event(sequence, *drawn) for (_, sequence), drawn in zip(ready, _draw(logits, ready), strict=True)]
         for slot, event in zip(rows, events, strict=True):
-            event.sequence.append(event.token_id, event.logprob, self._end_of_text_id)
+            event.sequence.append(event.token_id, event.logprob, self._stop_ids)
             if event.sequence.finish_reason is not None:
                 self._slots[slot] = None
         return events

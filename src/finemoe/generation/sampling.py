@@ -24,7 +24,7 @@ class SamplingConfig(Config):
     seed: int = 0
     max_new_tokens: PositiveInt = 128
     stop_at_end_of_text: bool = True
-    """End the completion at the end-of-text token, which is then its last id."""
+    """End the completion at the end-of-text token, or another that stops, which is then its last id."""
 
 
 def pick(logits: Tensor, config: SamplingConfig, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:

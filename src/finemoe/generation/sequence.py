@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,16 +44,16 @@ class Sequence:
             return list(self.prompt[self.num_cached : self.num_cached + limit])
         return self.completion[-1:]
 
-    def append(self, token_id: int, logprob: float, end_of_text_id: int | None) -> None:
+    def append(self, token_id: int, logprob: float, stop_ids: Collection[int]) -> None:
         """Take the token that was drawn, and finish where it is the last."""
         self.completion.append(token_id)
         self.logprobs.append(logprob)
-        if self.sampling.stop_at_end_of_text and token_id == end_of_text_id:
+        if self.sampling.stop_at_end_of_text and token_id in stop_ids:
             self.finish_reason = "stop"
         elif len(self.completion) == self.sampling.max_new_tokens:
             self.finish_reason = "length"
 
     @property
     def text_ids(self) -> list[int]:
-        """The completion without the end-of-text token that stopped it."""
+        """The completion without the token that stopped it."""
         return self.completion[:-1] if self.finish_reason == "stop" else list(self.completion)

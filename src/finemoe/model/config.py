@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from finemoe.core.config import Config, union_of
 from finemoe.model.attention import AttentionConfig
@@ -32,6 +32,10 @@ class ModelConfig(Config):
     init_std: PositiveFloat = 0.006
     """Standard deviation of every weight at the start; 0.006 in the papers, at hidden sizes of 1280 and more."""
     norm_eps: PositiveFloat = 1e-6
+    max_positions: PositiveInt | None = None
+    """Longest sequence the model is made for; None: as long as it was trained on."""
+    mtp: tuple[BlockConfig, ...] = ()
+    """The block of each multi-token prediction module, one a depth (V3 section 2.2)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -65,6 +69,9 @@ class ModelRecipe(Config):
     tie_embeddings: bool = False
     init_std: PositiveFloat = 0.006
     norm_eps: PositiveFloat = 1e-6
+    max_positions: PositiveInt | None = None
+    mtp_depth: NonNegativeInt = 0
+    """Multi-token prediction modules, each with a block like the last layer's."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -83,10 +90,9 @@ def expand(recipe: ModelRecipe) -> ModelConfig:
             feed_forward=recipe.leading.feed_forward or recipe.feed_forward,
         )
         blocks[: recipe.leading.count] = [first] * recipe.leading.count
-    shared: Mapping[str, Any] = {
-        name: getattr(recipe, name) for name in ("vocab_size", "hidden_size", "tie_embeddings", "init_std", "norm_eps")
-    }
-    return ModelConfig(blocks=tuple(blocks), **shared)
+    names = ("vocab_size", "hidden_size", "tie_embeddings", "init_std", "norm_eps", "max_positions")
+    shared: Mapping[str, Any] = {name: getattr(recipe, name) for name in names}
+    return ModelConfig(blocks=tuple(blocks), mtp=(blocks[-1],) * recipe.mtp_depth, **shared)
 
 
 class Kernels(Config):

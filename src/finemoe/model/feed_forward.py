@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +17,8 @@ class DenseConfig(Config):
     kind: Literal["dense"] = "dense"
     ffn_hidden_size: PositiveInt
     """Intermediate width; the papers' standard is 8/3 of the hidden size."""
+    swiglu_limit: PositiveFloat | None = None
+    """Clamp as in DeepSeek-V4: gate at most this, up within plus and minus this."""
 
     def num_parameters(self, hidden_size: int) -> int:
         """All weights: gate, up and down projections."""
@@ -27,16 +29,24 @@ class DenseConfig(Config):
         return self.num_parameters(hidden_size)
 
 
+def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+    """silu(gate) · up, both clamped first where a limit is set."""
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.silu(gate) * up
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)), no biases."""
 
-    def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, limit: float | None = None) -> None:
         super().__init__()
+        self.limit = limit
         self.gate_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
         self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` to `[..., hidden]`."""
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        output: Tensor = self.down_proj(swiglu(self.gate_proj(hidden), self.up_proj(hidden), self.limit))
         return output

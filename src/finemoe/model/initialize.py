@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from finemoe.core.seeds import generator
 from finemoe.model.moe.routers.hash_layer import HashLayerRouter
+from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedRouter
 from finemoe.model.norm import RMSNorm
 from finemoe.model.transformer import Transformer
 
 
 @torch.no_grad()
 def initialize(model: Transformer, seed: int, token_frequencies: Callable[[], Tensor] | None = None) -> None:
-    """Draw every weight from a normal of `config.init_std`, norms at 1, hash tables from their rule.
+    """Draw every weight from a normal of `config.init_std`, norms at 1, selection biases at 0, hash tables by rule.
 
     Each tensor has a random stream of its own name: models that share a tensor's name and shape share its first value,
     whatever else differs, so that arms of a comparison start as alike as they can.
@@ -29,6 +30,8 @@ def initialize(model: Transformer, seed: int, token_frequencies: Callable[[], Te
         if isinstance(module, HashLayerRouter):
             counts = token_frequencies() if token_frequencies and module.config.table == "balanced" else None
             module.fill_table(generator(seed, "hash", name), counts)
+        if isinstance(module, SigmoidBiasedRouter):
+            module.selection_bias.zero_()
         for key, parameter in module.named_parameters(prefix=name, recurse=False):
             if isinstance(module, RMSNorm):
                 nn.init.ones_(parameter)

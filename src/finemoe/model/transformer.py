@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,9 @@ class ModelOutput:
     hidden: Tensor
     """[batch, seq, hidden], after the last norm; `Transformer.logits` turns it into logits."""
     routing: Mapping[int, RoutingRecord]
-    """By layer index; dense layers are absent."""
+    """By layer index; dense layers are absent. The module of MTP depth k counts as layer num_layers + k - 1."""
+    mtp_hidden: tuple[Tensor, ...] = ()
+    """[batch, seq - k, hidden] of the module of each depth k, ready for `Transformer.logits`; when asked for."""
 
 
 class Block(nn.Module):
@@ -38,11 +40,13 @@ class Block(nn.Module):
         super().__init__()
         attention: Any = ATTENTIONS[config.attention.kind][1]
         self.attention_norm = RMSNorm(model.hidden_size, model.norm_eps)
-        self.attention = attention(config.attention, model.hidden_size, ATTENTION_KERNELS[kernels.attention])
+        attend = ATTENTION_KERNELS[kernels.attention]
+        self.attention = attention(config.attention, model.hidden_size, model.norm_eps, attend)
         self.feed_forward_norm = RMSNorm(model.hidden_size, model.norm_eps)
         self.feed_forward: SwiGLU | MoELayer
         if isinstance(config.feed_forward, DenseConfig):
-            self.feed_forward = SwiGLU(model.hidden_size, config.feed_forward.ffn_hidden_size)
+            dense = config.feed_forward
+            self.feed_forward = SwiGLU(model.hidden_size, dense.ffn_hidden_size, dense.swiglu_limit)
         else:
             kernel = EXPERT_KERNELS[kernels.experts]
             self.feed_forward = MoELayer(config.feed_forward, model.hidden_size, model.vocab_size, kernel)
@@ -67,6 +71,27 @@ class Block(nn.Module):
         return hidden + output, routing
 
 
+class MTPModule(nn.Module):
+    """One depth of multi-token prediction (V3 Eq. 21-23): the state so far and the next token's embedding, one block.
+
+    The projection reads the embedding first, then the state: the order of the released weights, not of Eq. 21.
+    """
+
+    def __init__(self, config: BlockConfig, model: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.embedding_norm = RMSNorm(model.hidden_size, model.norm_eps)
+        self.hidden_norm = RMSNorm(model.hidden_size, model.norm_eps)
+        self.projection = nn.Linear(2 * model.hidden_size, model.hidden_size, bias=False)
+        self.block = Block(config, model, kernels)
+        self.norm = RMSNorm(model.hidden_size, model.norm_eps)
+
+    def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """`hidden [batch, seq, hidden]` and the embeddings of the tokens that follow: the input of the block."""
+        joined = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
+        output: Tensor = self.projection(joined)
+        return output
+
+
 class Transformer(nn.Module):
     """A decoder-only language model. Weights are uninitialised: `initialize` draws them, a checkpoint fills them."""
 
@@ -77,6 +102,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(block, config, self.kernels) for block in config.blocks)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mtp = nn.ModuleList(MTPModule(block, config, self.kernels) for block in config.mtp)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
@@ -84,8 +110,15 @@ class Transformer(nn.Module):
         """[vocab, hidden]: the output matrix, which is the embedding when tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
+    @property
+    def moe_layers(self) -> dict[int, MoELayer]:
+        """The layers that route, numbered as in `ModelOutput.routing`."""
+        blocks = [*self.blocks, *(module.block for module in self.mtp)]
+        layers = {number: block.feed_forward for number, block in enumerate(blocks)}  # type: ignore[union-attr]
+        return {number: layer for number, layer in layers.items() if isinstance(layer, MoELayer)}
+
     def new_cache(self, batch: int, capacity: int) -> list[AttentionCache]:
-        """Empty caches, one a layer, for `batch` rows of at most `capacity` tokens."""
+        """Empty caches, one a layer of the main model, for `batch` rows of at most `capacity` tokens."""
         return [block.attention.new_cache(batch, capacity) for block in self.blocks]  # type: ignore[operator, union-attr]
 
     def forward(
@@ -97,6 +130,7 @@ class Transformer(nn.Module):
         cache: Sequence[AttentionCache] | None = None,
         constraint: Mapping[int, RoutingConstraint] | None = None,
         record: bool = False,
+        mtp: bool = False,
     ) -> ModelOutput:
         """Hidden states of every token.
 
@@ -107,28 +141,63 @@ class Transformer(nn.Module):
             cache: from `new_cache`; keys and values are written at `positions`. The one thing forward mutates.
             constraint: by layer index.
             record: keep the whole routing decision of each layer.
+            mtp: run the multi-token prediction modules too; needs whole sequences, so no cache.
 
         Raises:
-            ValueError: documents together with a cache.
+            ValueError: documents or mtp together with a cache; mtp of sequences too short for its depth.
         """
         if documents is not None and cache is not None:
             raise ValueError("documents and cache exclude each other: a cache holds one document a row")
+        if mtp and cache is not None:
+            raise ValueError("mtp and cache exclude each other: the modules read whole sequences")
+        if mtp and tokens.shape[1] <= len(self.mtp):
+            raise ValueError(f"mtp of depth {len(self.mtp)} needs sequences of more than {tokens.shape[1]} tokens")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         mask = None if documents is None else _document_mask(documents)
         hidden = self.embedding(tokens)
-        routing = {}
+        routing: dict[int, RoutingRecord] = {}
         for layer, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache[layer]
             layer_constraint = None if constraint is None else constraint.get(layer)
             inputs = (hidden, tokens, positions, mask, layer_cache, layer_constraint, record)
-            if self.kernels.recompute and self.training and torch.is_grad_enabled():
-                hidden, routed = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                hidden, routed = block(*inputs)
-            if routed is not None:
-                routing[layer] = routed
-        return ModelOutput(self.norm(hidden), routing)
+            hidden = self._block(block, layer, inputs, routing)
+        output = self.norm(hidden)
+        ahead = self._ahead(output, tokens, positions, mask, constraint, record, routing) if mtp else ()
+        return ModelOutput(output, routing, tuple(ahead))
+
+    def _block(self, block: nn.Module, layer: int, inputs: Sequence[Any], routing: dict[int, RoutingRecord]) -> Tensor:
+        """Run one block, recomputed in the backward pass where wanted; its routing record goes into `routing`."""
+        if self.kernels.recompute and self.training and torch.is_grad_enabled():
+            hidden, routed = checkpoint(block, *inputs, use_reentrant=False)
+        else:
+            hidden, routed = block(*inputs)
+        if routed is not None:
+            routing[layer] = routed
+        result: Tensor = hidden
+        return result
+
+    def _ahead(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        constraint: Mapping[int, RoutingConstraint] | None,
+        record: bool,
+        routing: dict[int, RoutingRecord],
+    ) -> Iterator[Tensor]:
+        """The hidden states of every MTP depth, each one token shorter than the one before."""
+        for depth, module in enumerate(self.mtp, 1):
+            length = tokens.shape[1] - depth
+            layer = len(self.blocks) + depth - 1
+            following = tokens[:, depth:]  # the token that state i may read at this depth is i + depth
+            joined = module(hidden[:, :length], self.embedding(following))
+            cut = None if mask is None else mask[:, :, :length, :length]
+            layer_constraint = None if constraint is None else constraint.get(layer)
+            inputs = (joined, following, positions[:, :length], cut, None, layer_constraint, record)
+            hidden = self._block(module.block, layer, inputs, routing)  # type: ignore[arg-type, union-attr]
+            yield module.norm(hidden)  # type: ignore[operator, union-attr]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` to `[..., vocab]`."""

@@ -26,7 +26,8 @@ from finemoe.studies.statistics import CONFIDENCE, interval, paired
 from finemoe.studies.tables import comparison_csv
 from finemoe.text import Tokenizer
 from finemoe.training.report import recent_loss
-from finemoe.training.run import read_summary, resolve_device
+from finemoe.training.run import read_summary
+from finemoe.training.start import resolve_device
 
 _SAMPLE_TOKENS = 96
 Runs = dict[int, dict[str, Any]]

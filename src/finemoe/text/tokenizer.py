@@ -1,9 +1,8 @@
-"""Byte-level BPE: text to ids and back, without loss.
+"""Tokenizers: text to ids and back.
 
-Training and encoding are done by the `tokenizers` library. What this module adds is the guarantee: only
-byte-level tokenizers are accepted, ordinary text never turns into a special token, decoding works on bytes
-(so that streaming and whole decoding cannot disagree), and `self_test` proves the round trip before anything
-is trained on it.
+Training and encoding are done by the `tokenizers` library. What this module adds: ordinary text never turns
+into a special token unless asked for, decoding works on bytes (so that streaming and whole decoding cannot
+disagree), and `self_test` admits to training only byte-level tokenizers that prove the round trip.
 """
 
 from __future__ import annotations
@@ -21,6 +20,10 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from finemoe.core.errors import DataError
+from finemoe.text.decoding import Decoding, bytes_of_tokens, decoding_of
+from finemoe.text.fidelity import losses
+from finemoe.text.files import TOKENIZER_LIMIT, read_beside, read_bounded
+from finemoe.text.settings import TokenizerSettings
 
 # The library warns, and then stops using its threads, when a process that used them forks. Say what is wanted
 # instead: threads in this process, none in a forked child, where they would wait for threads that do not
@@ -33,68 +36,41 @@ FILE_NAME = "tokenizer.json"
 MIN_VOCAB_SIZE = 257  # the 256 bytes and END_OF_TEXT
 TRAINER_VERSION = 1  # raise it when a change below alters what training produces
 
-# How other published byte-level tokenizers call the token that ends a document, in order of preference.
+# How published tokenizers call the tokens that end and begin a document, in order of preference.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|endoftext|>", "<｜end▁of▁sentence｜>", "<|eos|>", "<eos>", "</s>")
+_BEGIN_OF_TEXT_NAMES = ("<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<bos>", "<s>")
 
 # The GPT-4 pattern with digits one by one (numbers stay comparable) and marks kept with their letters. Runs
 # of blanks stay whole up to the last one, so that an indentation can become a single token.
 _PATTERN = r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-_AWKWARD = (
-    "",
-    " ",
-    "plain text\n",
-    "def f(x):\n\tif x:\n        return  x**2   \n\n\n",
-    "one\r\ntwo\rthree\n\r\n",
-    "\x00\x01\x7f\x00",
-    "👩‍👩‍👧‍👦 🇺🇳 🏳️‍🌈",
-    "床前明月光，疑是地上霜。",
-    "e\u0301 \u0301 \u20dd\u0338",
-    "3.14159265358979323846264338327950288 0x7fffffffffffffff",
-    "\u2028\u2029\u0085\ufeff\u200b\ufffd\ufffe",
-    "العربية עברית हिन्दी ไทย",
-)
-
-
-def _byte_of_char() -> dict[str, int]:
-    """The byte behind each printable character of a byte-level vocabulary: GPT-2's table, read backwards."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    table = {chr(byte): byte for byte in printable}
-    table.update({chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in set(printable))})
-    return table
-
 
 @final
 class Tokenizer:
-    """A byte-level BPE tokenizer. Make one with `train` or `load`; it never changes afterwards."""
+    """A byte-level or SentencePiece-like tokenizer. Make one with `train` or `load`; it never changes afterwards."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, origin: str) -> None:
-        """Wrap `inner`; `origin` names it in errors.
+    def __init__(self, inner: tokenizers.Tokenizer, origin: str, settings: TokenizerSettings | None = None) -> None:
+        """Wrap `inner`; `origin` names it in errors, `settings` are what the files beside it say.
 
         Raises:
-            DataError: when it is not byte-level, or has no token that ends a text.
+            DataError: when its tokens have no known spelling, or none of them ends a text.
         """
         self._json = inner.to_str()
-        decoder = json.loads(self._json).get("decoder") or {}
-        if decoder.get("type") != "ByteLevel":
-            raise DataError(
-                f"{origin}: decoder is {decoder.get('type')!r}, but only byte-level BPE tokenizers give "
-                "every text back unchanged: use one of those, or leave `tokenizer` out and have one trained"
-            )
+        self._decoding: Decoding = decoding_of(json.loads(self._json).get("decoder"), origin)
         inner.encode_special_tokens = True  # "<|end_of_text|>" inside a document is text
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
+        self.settings: TokenizerSettings = settings or TokenizerSettings()
+        self.added_tokens: Mapping[int, tuple[str, bool]] = {
+            token_id: (added.content, bool(added.special))
+            for token_id, added in sorted(inner.get_added_tokens_decoder().items())
+        }
+        """Tokens found in a text before it is split: id to name, and whether it is special."""
         vocabulary = inner.get_vocab(with_added_tokens=True)
-        end_of_text = next((vocabulary[name] for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
-        if end_of_text is None:
-            raise DataError(f"{origin}: no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
-        self.end_of_text_id: int = end_of_text
-        self.vocab_size: int = max(vocabulary.values()) + 1
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
+        self.end_of_text_id: int = self._find_end_of_text(origin)
+        self.bos_id: int | None = self._find_bos()
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -126,22 +102,32 @@ class Tokenizer:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Tokenizer:
-        """Read a `tokenizer.json`, or the one in a folder.
+        """Read a `tokenizer.json`, or the one in a folder, with the configurations that lie beside it.
 
         Raises:
-            DataError: when there is none, it is not a tokenizer, or not a byte-level one.
+            DataError: when there is none, it is not a tokenizer, or not of a known family.
         """
         file = Path(path)
-        file = file / FILE_NAME if file.is_dir() else file
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"tokenizer {file}: cannot be read: {error}") from error
+        if file.is_dir():
+            text = read_beside(file, FILE_NAME, TOKENIZER_LIMIT, "tokenizer")
+            file = file / FILE_NAME
+        else:
+            text = None
+        text = read_bounded(file, TOKENIZER_LIMIT, "tokenizer") if text is None else text
+        return Tokenizer.parse(text, f"tokenizer {file}", TokenizerSettings.read(file.parent))
+
+    @staticmethod
+    def parse(text: str, origin: str, settings: TokenizerSettings | None = None) -> Tokenizer:
+        """The tokenizer that is `text`, the content of a tokenizer.json.
+
+        Raises:
+            DataError: it is not one, or not of a known family.
+        """
         try:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise DataError(f"tokenizer {file}: not a tokenizer.json: {error}") from error
-        return Tokenizer(inner, f"tokenizer {file}")
+            raise DataError(f"{origin}: not a tokenizer.json: {error}") from error
+        return Tokenizer(inner, origin, settings)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `tokenizer.json` to `path`, or into it when `path` is a folder: all of it or nothing."""
@@ -157,10 +143,40 @@ class Tokenizer:
         finally:
             partial.unlink(missing_ok=True)
 
+    def to_json(self) -> str:
+        """The content of its tokenizer.json."""
+        return self._json
+
     def fingerprint(self) -> str:
         """A hash of everything that decides which ids a text gets."""
         canonical = json.dumps(json.loads(self._json), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether every text comes back unchanged by construction; only such a tokenizer is trained with."""
+        return self._decoding.byte_level
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a generation: of the text, of the turn, and those of generation_config.json."""
+        eos = self.id_of(self.settings.special_tokens.get("eos_token"))
+        ids = {self.end_of_text_id, *self.settings.stop_ids} | ({eos} if eos is not None else set())
+        return frozenset(ids)
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether a text that the model continues begins with `bos_id`."""
+        if self.bos_id is None:
+            return False
+        if self.settings.add_bos_token is not None:
+            return self.settings.add_bos_token
+        return self._prefix() == [self.bos_id]
+
+    def id_of(self, token: str | None) -> int | None:
+        """The id of `token` as the vocabulary spells it; None: it has none."""
+        found: int | None = None if token is None else self._inner.token_to_id(token)
+        return found
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`. No special token is added, none is recognised in the text."""
@@ -171,29 +187,92 @@ class Tokenizer:
         """`encode` for many texts, on all cores."""
         return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text that the model continues: `encode`, after the beginning token where there is one."""
+        ids = self.encode(text)
+        return [self.bos_id, *ids] if self.adds_bos and self.bos_id is not None else ids
+
+    def encode_template(self, text: str) -> list[int]:
+        """The ids of a rendered chat template: special tokens are recognised by name, none is added."""
+        ids: list[int] = self._recognising.encode(text, add_special_tokens=False).ids
+        return ids
+
     @cached_property
     def token_bytes(self) -> Mapping[int, bytes]:
-        """The bytes each id stands for; special tokens stand for their name."""
-        byte_of = _byte_of_char()
-        table = {}
-        for token, token_id in self._inner.get_vocab(with_added_tokens=True).items():
-            known = all(char in byte_of for char in token)
-            table[token_id] = bytes(byte_of[char] for char in token) if known else token.encode()
-        for token_id, added in self._inner.get_added_tokens_decoder().items():
-            table[token_id] = added.content.encode()
-        return table
+        """The bytes each id stands for; added tokens stand for their name."""
+        return bytes_of_tokens(self._inner, self._decoding)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], continues: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
+
+        Args:
+            ids: tokens of this vocabulary.
+            continues: they follow other text, so that a space they begin with is kept whatever the family.
 
         Raises:
             DataError: for an id outside the vocabulary.
         """
-        return b"".join(self._bytes(token_id) for token_id in ids).decode("utf-8", errors="replace")
+        stream = self.decoder(continues)
+        return "".join([*map(stream.push, ids), stream.finish()])
 
-    def decoder(self) -> StreamDecoder:
-        """A decoder for ids that arrive one at a time."""
-        return StreamDecoder(self)
+    def decoder(self, continues: bool = False) -> StreamDecoder:
+        """A decoder for ids that arrive one at a time; `continues` as in `decode`."""
+        return StreamDecoder(self, drop_space=self._decoding.drops_first_space and not continues)
+
+    def self_test(self, samples: Iterable[str] = ()) -> None:
+        """Encode and decode built-in awkward texts and `samples`, as must succeed before anything is trained.
+
+        Raises:
+            DataError: it is not byte-level; or names the first text that does not come back, or that yields the
+                end-of-text token.
+        """
+        if not self.byte_level:
+            raise DataError(
+                "the tokenizer is not byte-level, and only byte-level BPE gives every text back unchanged: train "
+                "with one of those, or leave `tokenizer` out and have one trained"
+            )
+        problem = next(losses(self, samples), None)
+        if problem is not None:
+            raise DataError(f"{problem}: use a byte-level tokenizer without normalisation")
+
+    @cached_property
+    def _recognising(self) -> tokenizers.Tokenizer:
+        """The same tokenizer with its special tokens recognised: a second one, as the switch is its state."""
+        inner = tokenizers.Tokenizer.from_str(self._json)
+        inner.no_truncation()
+        inner.no_padding()
+        return inner
+
+    def _prefix(self) -> list[int]:
+        """What the tokenizer's own post-processor puts before a text."""
+        text = "a"
+        bare, full = (self._inner.encode(text, add_special_tokens=added).ids for added in (False, True))
+        at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        prefix: list[int] = full[:at]
+        return prefix
+
+    def _find_bos(self) -> int | None:
+        named = self.id_of(self.settings.special_tokens.get("bos_token"))
+        if named is not None:
+            return named
+        prefix = self._prefix()
+        if len(prefix) == 1:
+            return prefix[0]
+        added = {name: token_id for token_id, (name, _) in self.added_tokens.items()}
+        return next((added[name] for name in _BEGIN_OF_TEXT_NAMES if name in added), None)
+
+    def _find_end_of_text(self, origin: str) -> int:
+        """A known name among the added tokens, else the configured end, else a known name anywhere."""
+        added = {name: token_id for token_id, (name, _) in self.added_tokens.items()}
+        eos = self.settings.special_tokens.get("eos_token")
+        names = [eos, *_END_OF_TEXT_NAMES] if eos in _END_OF_TEXT_NAMES else [*_END_OF_TEXT_NAMES]
+        candidates = [added.get(name) for name in names if name is not None]
+        candidates += [self.id_of(name) for name in (eos, *_END_OF_TEXT_NAMES)]
+        candidates += [i for i in self.settings.stop_ids if i < self.vocab_size]
+        found = next((token_id for token_id in candidates if token_id is not None), None)
+        if found is None:
+            raise DataError(f"{origin}: no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
+        return found
 
     def _bytes(self, token_id: int) -> bytes:
         try:
@@ -201,39 +280,23 @@ class Tokenizer:
         except KeyError:
             raise DataError(f"token id {token_id} is not in the vocabulary of {self.vocab_size}") from None
 
-    def self_test(self, samples: Iterable[str] = ()) -> None:
-        """Encode and decode built-in awkward texts and `samples`.
-
-        Raises:
-            DataError: names the first text that does not come back, or that yields the end-of-text token.
-        """
-        end_of_text = self.token_bytes[self.end_of_text_id].decode()
-        for text in (*_AWKWARD, f"literal {end_of_text} in a text{end_of_text}", *samples):
-            ids = self.encode(text)
-            back = self.decode(ids)
-            if back != text:
-                at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), -1)
-                at = at if at >= 0 else min(len(text), len(back))
-                near = slice(max(0, at - 20), at + 20)
-                raise DataError(
-                    f"the tokenizer does not give this text back: {text[near]!r} came back as {back[near]!r}"
-                    ": use a byte-level tokenizer without normalisation"
-                )
-            if self.end_of_text_id in ids:
-                raise DataError(f"the tokenizer ends a document in the middle of ordinary text: {text[:60]!r}")
-
 
 @final
 class StreamDecoder:
     """Turns ids into text as they come; what it returns, joined, is what `Tokenizer.decode` returns."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, drop_space: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._drop_space = drop_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is still missing bytes."""
-        return self._utf8.decode(self._tokenizer._bytes(token_id))
+        content = self._tokenizer._bytes(token_id)
+        if self._drop_space and content:
+            self._drop_space = False
+            content = content.removeprefix(b" ")
+        return self._utf8.decode(content)
 
     def finish(self) -> str:
         """What is left: U+FFFD for a character that was never completed, else nothing."""

@@ -10,11 +10,14 @@ from typing import Any, Literal, Self
 
 from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
 
+from finemoe.checkpoint.open import read_model_config
 from finemoe.core.config import Config, merge, parse, read_toml, with_overrides
 from finemoe.core.errors import ConfigError
 from finemoe.data import DataConfig
 from finemoe.model.config import Kernels, ModelConfig, expand
 from finemoe.model.presets import resolve
+from finemoe.training.balancing import BalancingConfig, has_selection_bias
+from finemoe.training.next_token import MTPLossConfig
 from finemoe.training.optimizer import OptimizerConfig
 from finemoe.training.schedule import MultiStepConfig, ScheduleConfig
 from finemoe.training.trackers import TrackerName
@@ -69,6 +72,25 @@ class RunConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=DEFAULT_LEARNING_RATE)
     schedule: ScheduleConfig = MultiStepConfig()
     kernels: Kernels = Kernels()
+    balancing: BalancingConfig | None = None
+    """How selection biases move; None: as by default, where the model has any."""
+    mtp: MTPLossConfig | None = None
+    """How much multi-token prediction counts; None: as by default, where the model has modules for it."""
+    start_from: str | None = None
+    """A run, an imported folder or a Hugging Face folder whose weights, model and tokenizer this run begins with."""
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.balancing is not None and not has_selection_bias(self.model):
+            raise ValueError("[balancing] is set, and no router of the model has a selection bias: leave it out")
+        if self.mtp is not None and not self.model.mtp:
+            raise ValueError("[mtp] is set, and the model has no module for it: set model.mtp_depth, or leave it out")
+        if len(self.model.mtp) >= self.data.sequence_length:
+            raise ValueError(
+                f"model.mtp_depth {len(self.model.mtp)} leaves nothing to predict in sequences of "
+                f"{self.data.sequence_length} tokens"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -118,19 +140,29 @@ def resolve_run(raw: Mapping[str, Any], source: str) -> RunConfig:
     """
     if "base" in raw or "arms" in raw:
         raise ConfigError(f"{source} is the recipe of a comparison: use `finemoe compare`")
-    if "model" not in raw:
-        raise ConfigError(f'{source}: `model` is missing; start with [model] preset = "tiny-moe"')
-    if not isinstance(raw["model"], Mapping) or not isinstance(raw.get("data", {}), Mapping):
+    if not isinstance(raw.get("model", {}), Mapping) or not isinstance(raw.get("data", {}), Mapping):
         raise ConfigError(f"{source}: `model` and `data` must be tables")
     raw = with_defaults(raw)
-    model = raw["model"]
-    config = (
-        parse(ModelConfig, model, f"{source}: model")
-        if "blocks" in model
-        else expand(resolve(model, f"{source}: model"))
-    )
-    data = {"vocab_size": config.vocab_size, **raw.get("data", {})}
+    config = _resolve_model(raw, source)
+    defaults: dict[str, Any] = {"vocab_size": config.vocab_size}
+    if raw.get("start_from") is not None:  # its weights mean nothing without its tokenizer
+        defaults["tokenizer"] = str(raw["start_from"])
+    data = {**defaults, **raw.get("data", {})}
     return parse(RunConfig, {**raw, "model": config.model_dump(), "data": data}, source)
+
+
+def _resolve_model(raw: Mapping[str, Any], source: str) -> ModelConfig:
+    """The model that `start_from` holds, or what [model] describes."""
+    model = raw.get("model")
+    if raw.get("start_from") is not None:
+        if model is not None:
+            raise ConfigError(f"{source}: `start_from` brings its own model: leave [model] out")
+        return read_model_config(Path(str(raw["start_from"])))
+    if model is None:
+        raise ConfigError(f'{source}: `model` is missing; start with [model] preset = "tiny-moe"')
+    if "blocks" in model:
+        return parse(ModelConfig, model, f"{source}: model")
+    return expand(resolve(model, f"{source}: model"))
 
 
 def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class Terms:
     """What one micro-batch contributes."""
 
     sums: Mapping[str, Tensor]
-    """Differentiable scalars by name. The step's loss is the sum over names of sum / count."""
+    """Differentiable scalars by name. The step's loss is the sum over names of weight · sum / count."""
     routing: Mapping[int, RoutingRecord]
     """By layer index."""
 
@@ -28,6 +28,10 @@ class Objective(Protocol):
 
     def counts(self, batch: TokenBatch) -> dict[str, float]:
         """Denominators by name, from the batch alone; summed over the step before any backward pass."""
+        ...
+
+    def weights(self, progress: float) -> Mapping[str, float]:
+        """What each term's mean is multiplied by in the loss, after `progress` of the run; 1 where it is not named."""
         ...
 
     def terms(self, model: Transformer, batch: TokenBatch) -> Terms:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +33,8 @@ class StepReport:
     """[experts] assignments in this step, by layer index."""
     dropped: int
     """Assignments beyond capacity."""
+    selection_bias: Mapping[int, float] = field(default_factory=dict)
+    """Largest absolute selection bias after the step, by layer index, where there is one."""
 
     def max_vio(self) -> dict[int, float]:
         """MaxVio by layer."""
@@ -61,6 +63,8 @@ class StepReport:
             }
             record["load"] = {str(layer): load.tolist() for layer, load in self.load.items()}
             record["dropped"] = self.dropped
+        if self.selection_bias:
+            record["selection_bias"] = {str(layer): round(value, 6) for layer, value in self.selection_bias.items()}
         return record
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,25 +17,29 @@ from typing import Any
 import torch
 
 from finemoe.checkpoint.files import sole_writer, storage_error, write_text
+from finemoe.checkpoint.open import load_model
 from finemoe.checkpoint.run_state import RunState, load_latest, load_weights, save
 from finemoe.core import memory
 from finemoe.core.config import parse, to_json
 from finemoe.core.environment import environment
-from finemoe.core.errors import ConfigError, RunError, TrainingError
+from finemoe.core.errors import RunError, TrainingError
 from finemoe.core.logs import logger, read_json_lines
 from finemoe.core.seeds import derive
-from finemoe.data import PreparedData, prepare
+from finemoe.data import PreparedData
 from finemoe.model.initialize import initialize
+from finemoe.model.moe.balance import max_violation
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
-from finemoe.training.config import RunConfig, TrainingConfig, read_config, read_recipe, resolve_run
+from finemoe.training.balancing import BalancingConfig
+from finemoe.training.config import RunConfig, read_config, read_recipe, resolve_run
 from finemoe.training.gradients import Clip
 from finemoe.training.method import Method, everything
-from finemoe.training.next_token import NextToken
+from finemoe.training.next_token import MTPLossConfig, NextToken
 from finemoe.training.observers import Evaluate, Log, Save, Show
 from finemoe.training.optimizer import load_optimizer_tensors, optimizer_tensors
 from finemoe.training.report import recent_loss
-from finemoe.training.trackers import open_tracker, require_tracker
+from finemoe.training.start import check_start, prepare_for, resolve_device
+from finemoe.training.trackers import open_tracker
 from finemoe.training.trainer import Observer, Plan, Trainer, TrainState
 from finemoe.training.validation import Validation, validate
 
@@ -158,36 +161,6 @@ def _require_free(directory: Path, config: RunConfig) -> None:
     raise RunError(f"{directory} holds {what}; go on with `finemoe resume {directory}`, or choose another --out")
 
 
-def checkpoint_bytes(config: RunConfig) -> int:
-    """What a run holds on disk at most: checkpoints kept and one being written, weights and two moments each."""
-    parameters = measure(config.model, config.data.sequence_length).total_parameters
-    return 12 * parameters * (config.training.keep_checkpoints + 1) + (16 << 20)
-
-
-def check_start(config: RunConfig, directory: Path, copies: int = 1) -> None:
-    """Find before any work what would stop a run: device, trackers, an unusable place, too little room for `copies`.
-
-    Raises:
-        ConfigError: the device or a tracker is not there.
-        RunError: `directory` cannot be written, or the disk is too small.
-    """
-    resolve_device(config.training)
-    for name in config.training.trackers:
-        require_tracker(name)
-    needed = copies * checkpoint_bytes(config)
-    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise RunError(f"{existing} is a file; choose another --out")
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise RunError(
-            f"{directory}: checkpoints need {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
-            "free some space, or choose another --out"
-        )
-    if not os.access(existing, os.W_OK):
-        raise RunError(f"{existing} is not writable; choose another --out")
-
-
 def _describe(directory: Path, config: RunConfig, data: PreparedData) -> None:
     """Write what does not change during the run, where it is missing; first the file that `resume` asks for."""
     texts = {
@@ -206,51 +179,12 @@ def _describe(directory: Path, config: RunConfig, data: PreparedData) -> None:
         raise storage_error(directory, error) from error
 
 
-def prepare_for(config: RunConfig) -> PreparedData:
-    """The data of a run, checked against its batch and vocabulary.
-
-    Raises:
-        ConfigError, DataError: it does not fit.
-    """
-    data = prepare(config.data)
-    data.require_batch(config.training.tokens_per_step // config.data.sequence_length)
-    if data.tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size {config.model.vocab_size} is below the tokenizer's {data.tokenizer.vocab_size} ids: "
-            f"set model.vocab_size={data.tokenizer.vocab_size}"
-        )
-    return data
-
-
-def resolve_device(training: TrainingConfig) -> tuple[torch.device, bool]:
-    """Where to compute, and whether in bf16.
-
-    Raises:
-        ConfigError: that device is not there.
-    """
-    name = training.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[name]:
-        raise ConfigError(f'training.device = "{name}" is not available here; use "auto"')
-    bf16 = training.precision == "bf16" or (training.precision == "auto" and name == "cuda")
-    return torch.device(name), bf16
-
-
 def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: RunState | None, quiet: bool) -> Run:
     memory.keep_freed_pages()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     device, bf16 = resolve_device(config.training)
-    model = Transformer(config.model, config.kernels)
-
-    def frequencies() -> torch.Tensor:
-        counts = torch.zeros(config.model.vocab_size, dtype=torch.int64)
-        counts[: data.tokenizer.vocab_size] = torch.from_numpy(data.token_frequencies())
-        return counts
-
-    initialize(model, config.seed, frequencies)
+    model = _first_model(config, data, resumed is not None)
     torch.manual_seed(derive(config.seed, "torch"))  # for whatever draws from the default generator during training
     length = config.data.sequence_length
     plan = Plan(
@@ -259,6 +193,7 @@ def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: Run
         sequences_per_micro_batch=config.micro_batch_sequences,
         device=device,
         bf16=bf16,
+        balancing=config.balancing or BalancingConfig(),
     )
     method = pretraining(config, data)
     trainer = Trainer(model.to(device), method, config.optimizer, config.schedule, plan)
@@ -297,12 +232,38 @@ def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: Run
     return Run(directory, summary, interrupted=False)
 
 
+def _first_model(config: RunConfig, data: PreparedData, resuming: bool) -> Transformer:
+    """The model a run begins with: drawn from the seed, or opened; weights that a checkpoint will replace are drawn.
+
+    Raises:
+        RunError: `start_from` holds another model than this run began with.
+    """
+    if config.start_from is not None and not resuming:
+        model = load_model(config.start_from, config.kernels)
+        if model.config != config.model:
+            raise RunError(f"{config.start_from} does not hold the model of this run's config.json any more")
+        return model
+    model = Transformer(config.model, config.kernels)
+
+    def frequencies() -> torch.Tensor:
+        counts = torch.zeros(config.model.vocab_size, dtype=torch.int64)
+        counts[: data.tokenizer.vocab_size] = torch.from_numpy(data.token_frequencies())
+        return counts
+
+    initialize(model, config.seed, frequencies)
+    return model
+
+
 def pretraining(config: RunConfig, data: PreparedData) -> Method:
     """Packed documents, next token and balance, everything trainable, clip."""
     loader = data.train_loader(derive(config.seed, "data"))
     return Method(
         batches=loader.batch,
-        objective=NextToken(isolate_documents=config.data.packing == "isolate"),
+        objective=NextToken(
+            isolate_documents=config.data.packing == "isolate",
+            mtp=config.mtp or MTPLossConfig(),
+            mtp_depth=len(config.model.mtp),
+        ),
         trainable=everything,
         transforms=(Clip(config.optimizer.max_gradient_norm),),
     )
@@ -388,6 +349,7 @@ def _summary(config: RunConfig, trainer: Trainer, last: Validation, metrics: Pat
         "bits_per_byte": final["bits_per_byte"],
         "final_training_loss": recent_loss(steps),
         "max_vio": final.get("max_vio"),
+        "max_vio_per_layer": {str(layer): round(max_violation(load), 4) for layer, load in last.load.items()},
         "dead_experts": final.get("dead_experts"),
         "steps": state.step,
         "tokens": state.tokens,
@@ -395,6 +357,7 @@ def _summary(config: RunConfig, trainer: Trainer, last: Validation, metrics: Pat
         "tokens_per_second": round(state.tokens / state.seconds, 1),
         "total_parameters": size.total_parameters,
         "active_parameters": size.active_parameters,
+        "cache_elements_per_token": size.cache_elements_per_token,
         "training_flops": size.training_flops_per_token * state.tokens,
         "peak_memory_bytes": memory.peak_bytes(),
     }

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from finemoe.core.errors import TrainingError
 from finemoe.data.batch import TokenBatch
 from finemoe.model.transformer import Transformer
+from finemoe.training import balancing
+from finemoe.training.balancing import BalancingConfig
 from finemoe.training.method import Method
 from finemoe.training.next_token import CROSS_ENTROPY
 from finemoe.training.optimizer import OptimizerConfig, build_optimizer
@@ -48,6 +50,8 @@ class Plan:
     device: torch.device
     bf16: bool
     """Matrix products in bfloat16 under autocast; weights stay float32."""
+    balancing: BalancingConfig = field(default_factory=BalancingConfig)
+    """How selection biases move, where the model has any."""
 
 
 class Observer(Protocol):
@@ -121,7 +125,7 @@ class Trainer:
         for transform in self.method.transforms:
             figures |= transform(self.parameters)
         self._refuse_non_finite(terms, figures)
-        rate = self._update()
+        rate = self._update(load)
         tokens = sum(batch.tokens.numel() for batch in batches)
         seconds = time.perf_counter() - started
         self.state = replace(
@@ -143,6 +147,9 @@ class Trainer:
             tokens_per_second=tokens / seconds,
             load=load,
             dropped=dropped,
+            selection_bias={
+                layer: bias.abs().max().item() for layer, bias in balancing.selection_biases(self.model).items()
+            },
         )
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -168,11 +175,13 @@ class Trainer:
         terms: dict[str, float] = {}
         load: dict[int, Tensor] = {}
         dropped = 0
+        weights = self.method.objective.weights(self._progress())
         for batch in batches:
             with self.autocast():
                 result = self.method.objective.terms(self.model, batch)
             parts = {name: value / counts[name] for name, value in result.sums.items()}
-            torch.stack([part.float() for part in parts.values()]).sum().backward()
+            loss = torch.stack([part.float() * weights.get(name, 1.0) for name, part in parts.items()]).sum()
+            loss.backward()
             for name, part in parts.items():
                 terms[name] = terms.get(name, 0.0) + part.item()
             for layer, record in result.routing.items():
@@ -180,11 +189,16 @@ class Trainer:
                 dropped += int(record.dropped)
         return terms, {layer: one.cpu() for layer, one in load.items()}, dropped
 
-    def _update(self) -> float:
+    def _progress(self) -> float:
+        """Share of the run done before this step."""
+        return self.state.step / self.plan.total_steps
+
+    def _update(self, load: dict[int, Tensor]) -> float:
         rate = self.peak_learning_rate * learning_rate_factor(self.schedule, self.state.step, self.plan.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        balancing.update(self.plan.balancing, self.model, load, self._progress())
         return rate
 
     def _refuse_non_finite(self, terms: dict[str, float], figures: dict[str, float]) -> None:

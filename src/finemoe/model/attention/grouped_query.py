@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 import torch
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from finemoe.core.config import Config
 from finemoe.model.attention.kernels import Attend
-from finemoe.model.rope import rotate, rotation
+from finemoe.model.norm import RMSNorm
+from finemoe.model.rope import RopeConfig, rotate, rotation
 
 
 class GroupedQueryConfig(Config):
@@ -20,7 +22,11 @@ class GroupedQueryConfig(Config):
     num_heads: PositiveInt
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
-    rope_theta: PositiveFloat = 10_000.0
+    rope: RopeConfig = RopeConfig()
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2)."""
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    """RMSNorm of queries and keys before rotation: of each head (Qwen3), or of all heads together (OLMoE)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -34,8 +40,16 @@ class GroupedQueryConfig(Config):
         return self
 
     def num_parameters(self, hidden_size: int) -> int:
-        """Query, key, value and output projections."""
-        return 2 * hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        """Query, key, value and output projections, with what biases and norms there are."""
+        bias = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) if self.qkv_bias else 0
+        return 2 * hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads) + bias + sum(self.norm_sizes())
+
+    def norm_sizes(self) -> tuple[int, ...]:
+        """Sizes of the norms of queries and keys."""
+        if self.qk_norm == "none":
+            return ()
+        heads = (1, 1) if self.qk_norm == "head" else (self.num_heads, self.num_kv_heads)
+        return tuple(self.head_dim * count for count in heads)
 
     def num_parameters_as_multi_head(self, hidden_size: int) -> int:
         """The same, with a key and a value for every head: how the papers count FLOPs."""
@@ -78,17 +92,22 @@ class GroupedQueryCache:
 
 
 class GroupedQueryAttention(nn.Module):
-    """Causal self-attention with rotary positions and no biases."""
+    """Causal self-attention with rotary positions."""
 
-    def __init__(self, config: GroupedQueryConfig, hidden_size: int, attend: Attend) -> None:
+    def __init__(self, config: GroupedQueryConfig, hidden_size: int, norm_eps: float, attend: Attend) -> None:
         super().__init__()
         self.config = config
         self.attend = attend
+        self.scale = config.rope.softmax_factor / math.sqrt(config.head_dim)
         query_size, key_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, key_size, bias=False)
+        self.q_proj = nn.Linear(hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, key_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, key_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, hidden_size, bias=False)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm != "none":
+            self.q_norm, self.k_norm = (RMSNorm(size, norm_eps) for size in config.norm_sizes())
 
     def new_cache(self, batch: int, capacity: int) -> GroupedQueryCache:
         """An empty cache in the weights' dtype and device."""
@@ -100,14 +119,20 @@ class GroupedQueryAttention(nn.Module):
     ) -> Tensor:
         """`hidden [batch, seq, hidden]`, `positions [batch, seq]`; mask as in `kernels.Attend`, unused with a cache."""
         batch, seq, _ = hidden.shape
-        rotary = rotation(positions, self.config.head_dim, self.config.rope_theta)
-        query, key, value = (
-            proj(hidden).view(batch, seq, -1, self.config.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        rope = self.config.rope
+        rotary = rotation(positions, self.config.head_dim, rope)
+        query, key = self._heads(self.q_proj(hidden), self.q_norm), self._heads(self.k_proj(hidden), self.k_norm)
+        value = self._heads(self.v_proj(hidden), None)
+        query, key = rotate(query, *rotary, rope.layout), rotate(key, *rotary, rope.layout)
         if cache is not None:
             key, value, mask = cache.update(key, value, positions)
-        mixed = self.attend(query, key, value, mask)
+        mixed = self.attend(query, key, value, mask, self.scale)
         output: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, seq, -1))
         return output
+
+    def _heads(self, states: Tensor, norm: RMSNorm | None) -> Tensor:
+        """`[batch, seq, heads · head_dim]` to `[batch, heads, seq, head_dim]`, normalised on the way."""
+        if norm is not None and self.config.qk_norm == "projection":
+            states = norm(states)
+        states = states.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+        return norm(states) if norm is not None and self.config.qk_norm == "head" else states

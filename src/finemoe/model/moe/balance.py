@@ -1,4 +1,4 @@
-"""Balance losses. Each takes one decision and the number of sequences, and returns the sum over the sequences.
+"""Balance losses. Each takes a decision, the number of sequences and the layout, and returns the sum over sequences.
 
 The sum, not the mean: the trainer divides by the number of sequences in the whole step, so that accumulating
 micro-batches changes nothing. A new loss is a function and a line in BALANCE_TERMS, and a field of BalanceConfig.
@@ -7,6 +7,7 @@ micro-batches changes nothing. A new loss is a function and a line in BALANCE_TE
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
@@ -23,10 +24,23 @@ class BalanceConfig(Config):
     """Expert-level loss, per sequence (DeepSeekMoE eq. 12-14): alpha_1."""
     device: NonNegativeFloat = 0.0
     """Device-level loss, per sequence (DeepSeekMoE eq. 15-17): alpha_2."""
+    communication: NonNegativeFloat = 0.0
+    """How evenly devices receive tokens, per sequence (V2 section 2.2.3): alpha_3."""
+    sequence: NonNegativeFloat = 0.0
+    """Sequence-wise loss over normalised, unbiased scores (V3 Eq. 17-20): alpha."""
     z: NonNegativeFloat = 0.0
     """Mean squared logsumexp of the router's logits (ST-MoE)."""
     num_devices: PositiveInt = 1
-    """Groups of consecutive experts that the device-level loss evens out."""
+    """Groups of consecutive experts that the device-level and communication losses even out."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How experts lie on devices, and how far a token reaches."""
+
+    num_devices: int
+    devices_per_token: int
+    """M of V2 Eq. 30."""
 
 
 def load_and_importance(decision: RoutingDecision, num_sequences: int) -> tuple[Tensor, Tensor]:
@@ -40,37 +54,65 @@ def load_and_importance(decision: RoutingDecision, num_sequences: int) -> tuple[
     return f, decision.scores.reshape(num_sequences, length, experts).mean(dim=1)
 
 
-def expert_balance(decision: RoutingDecision, num_sequences: int, num_devices: int) -> Tensor:
+def expert_balance(decision: RoutingDecision, num_sequences: int, layout: Layout) -> Tensor:
     """Sum of f_i P_i over the experts (eq. 12): 1 per sequence at perfect balance."""
     f, importance = load_and_importance(decision, num_sequences)
     return (f * importance).sum()
 
 
-def device_balance(decision: RoutingDecision, num_sequences: int, num_devices: int) -> Tensor:
+def device_balance(decision: RoutingDecision, num_sequences: int, layout: Layout) -> Tensor:
     """Sum of f'_i P'_i over the devices (eq. 15-17): f' is the mean of f, P' the sum of P on a device."""
     f, importance = load_and_importance(decision, num_sequences)
-    grouped = (num_sequences, num_devices, -1)
+    grouped = (num_sequences, layout.num_devices, -1)
     return (f.view(grouped).mean(dim=2) * importance.view(grouped).sum(dim=2)).sum()
 
 
-def z_loss(decision: RoutingDecision, num_sequences: int, num_devices: int) -> Tensor:
+def communication_balance(decision: RoutingDecision, num_sequences: int, layout: Layout) -> Tensor:
+    """Sum of f''_i P''_i over the devices (V2 Eq. 29-31): f'' counts the tokens that a device receives, once each.
+
+    M is the most devices that one token can reach: its groups, or its experts where nothing limits it.
+    """
+    devices, per_device = layout.num_devices, decision.scores.shape[1] // layout.num_devices
+    sent = decision.scores.new_zeros(decision.scores.shape[0], devices)
+    sent.scatter_(1, decision.expert_ids // per_device, 1.0)
+    f = sent.reshape(num_sequences, -1, devices).mean(dim=1) * (devices / layout.devices_per_token)
+    importance = decision.scores.reshape(num_sequences, -1, devices, per_device).sum(dim=3).mean(dim=1)
+    return (f * importance).sum()
+
+
+def sequence_balance(decision: RoutingDecision, num_sequences: int, layout: Layout) -> Tensor:
+    """Sum of f_i P_i with scores normalised per token, and f of the choice without the bias (V3 Eq. 17-20)."""
+    experts, k = decision.scores.shape[1], decision.expert_ids.shape[1]
+    unbiased = decision.scores.detach().topk(k, dim=-1).indices.reshape(num_sequences, -1)
+    selected = decision.scores.new_zeros(num_sequences, experts)
+    selected.scatter_add_(1, unbiased, torch.ones_like(unbiased, dtype=selected.dtype))
+    normalized = decision.scores / decision.scores.sum(dim=-1, keepdim=True)
+    importance = normalized.reshape(num_sequences, -1, experts).mean(dim=1)
+    return (selected * (experts / unbiased.shape[1]) * importance).sum()
+
+
+def z_loss(decision: RoutingDecision, num_sequences: int, layout: Layout) -> Tensor:
     """Mean over a sequence's tokens of logsumexp(logits)² (ST-MoE eq. 5)."""
     assert decision.logits is not None  # configuration refuses balance terms for a router without logits
     return decision.logits.logsumexp(dim=-1).square().reshape(num_sequences, -1).mean(dim=1).sum()
 
 
-BALANCE_TERMS: Mapping[str, Callable[[RoutingDecision, int, int], Tensor]] = {
+BALANCE_TERMS: Mapping[str, Callable[[RoutingDecision, int, Layout], Tensor]] = {
     "expert": expert_balance,
     "device": device_balance,
+    "communication": communication_balance,
+    "sequence": sequence_balance,
     "z": z_loss,
 }
 
 
-def balance_terms(config: BalanceConfig, decision: RoutingDecision, num_sequences: int) -> dict[str, Tensor]:
+def balance_terms(
+    config: BalanceConfig, decision: RoutingDecision, num_sequences: int, layout: Layout
+) -> dict[str, Tensor]:
     """Coefficient times loss for every term that is switched on."""
     coefficients = {name: getattr(config, name) for name in BALANCE_TERMS}
     return {
-        name: coefficient * BALANCE_TERMS[name](decision, num_sequences, config.num_devices)
+        name: coefficient * BALANCE_TERMS[name](decision, num_sequences, layout)
         for name, coefficient in coefficients.items()
         if coefficient
     }

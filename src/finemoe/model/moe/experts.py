@@ -1,6 +1,6 @@
 """The routed experts of one layer: stacked SwiGLU weights, and the kernels that run them over sorted rows.
 
-Every kernel computes, for the rows of expert e, down_e(silu(gate_e x) · up_e x). `loop` is the oracle.
+Every kernel computes, for the rows of expert e, down_e(swiglu(gate_e x, up_e x)). `loop` is the oracle.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ExpertKernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(rows [rows, hidden] sorted by expert, counts [experts], gate_up_proj, down_proj) -> [rows, hidden]."""
+from finemoe.model.feed_forward import swiglu
+
+ExpertKernel = Callable[[Tensor, Tensor, Tensor, Tensor, float | None], Tensor]
+"""(rows [rows, hidden] sorted by expert, counts [experts], gate_up_proj, down_proj, SwiGLU limit) -> [rows, hidden]."""
 
 
-def loop(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def loop(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, limit: float | None = None) -> Tensor:
     """One expert after the other, plain autograd.
 
     `unbind`, not indexing: the gradient of `weight[e]` is a zero tensor of the size of all experts, once per expert;
@@ -26,36 +28,44 @@ def loop(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) 
     weights = zip(rows.split(counts.tolist()), gate_up_proj.unbind(), down_proj.unbind(), strict=True)
     for x, gate_up, down in weights:
         gate, up = (x @ gate_up.t()).chunk(2, dim=-1)
-        outputs.append((F.silu(gate) * up) @ down.t())
+        outputs.append(swiglu(gate, up, limit) @ down.t())
     return torch.cat(outputs)
 
 
-def sorted_slices(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def sorted_slices(
+    rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, limit: float | None = None
+) -> Tensor:
     """The same products written straight into shared buffers, with a gradient by hand: no per-expert graph nodes."""
-    return _SortedSlices.apply(rows, gate_up_proj, down_proj, counts.tolist())
+    return _SortedSlices.apply(rows, gate_up_proj, down_proj, counts.tolist(), limit)
 
 
 class _SortedSlices(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts: list[int]) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts: list[int], limit: float | None
+    ) -> Tensor:
         gate_up = rows.new_empty(len(rows), gate_up_proj.shape[1])
         for x, weight, out in zip(rows.split(counts), gate_up_proj, gate_up.split(counts), strict=True):
             torch.mm(x, weight.t(), out=out)
         gate, up = gate_up.chunk(2, dim=-1)
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         activated = F.silu(gate).mul_(up)
         output = torch.empty_like(rows)
         for x, weight, out in zip(activated.split(counts), down_proj, output.split(counts), strict=True):
             torch.mm(x, weight.t(), out=out)
         ctx.save_for_backward(rows, gate_up_proj, down_proj, gate_up)
-        ctx.counts = counts
+        ctx.counts, ctx.limit = counts, limit
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
         rows, gate_up_proj, down_proj, gate_up = ctx.saved_tensors
         counts: list[int] = ctx.counts
         grad = grad.contiguous()
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = raw_gate, raw_up = gate_up.chunk(2, dim=-1)
+        if ctx.limit is not None:
+            gate, up = gate.clamp(max=ctx.limit), up.clamp(-ctx.limit, ctx.limit)
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
         activated = silu * up
@@ -70,13 +80,16 @@ class _SortedSlices(torch.autograd.Function):
         torch.mul(grad_activated, silu, out=grad_up)
         # d silu / dx = sigmoid · (1 + x - silu)
         torch.mul(grad_activated.mul_(up), sigmoid.mul_(gate.sub(silu).add_(1)), out=grad_gate)
+        if ctx.limit is not None:  # a clamped value passes no gradient
+            grad_gate.masked_fill_(raw_gate > ctx.limit, 0)
+            grad_up.masked_fill_(raw_up.abs() > ctx.limit, 0)
         grad_gate_up_proj = torch.empty_like(gate_up_proj)
         grad_rows = torch.empty_like(rows)
         slices = zip(grad_gate_up.split(counts), rows.split(counts), grad_rows.split(counts), strict=True)
         for expert, (g, x, out) in enumerate(slices):
             torch.mm(g, gate_up_proj[expert], out=out)
             torch.mm(g.t(), x, out=grad_gate_up_proj[expert])
-        return grad_rows, grad_gate_up_proj, grad_down, None
+        return grad_rows, grad_gate_up_proj, grad_down, None, None
 
 
 EXPERT_KERNELS: dict[str, ExpertKernel] = {"loop": loop, "sorted_slices": sorted_slices}
@@ -89,11 +102,19 @@ class GroupedExperts(nn.Module):
     `down_proj [experts, hidden, width]`.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, expert_hidden_size: int, kernel: ExpertKernel) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        expert_hidden_size: int,
+        kernel: ExpertKernel,
+        limit: float | None = None,
+    ) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_hidden_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_hidden_size))
         self.kernel = kernel
+        self.limit = limit
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """`rows [rows, hidden]` sorted by expert, `counts [experts]`; `[rows, hidden]` out."""
@@ -103,4 +124,4 @@ class GroupedExperts(nn.Module):
         if torch.is_autocast_enabled(device):  # a hand-written gradient is out of autocast's sight
             dtype = torch.get_autocast_dtype(device)
             rows, gate_up, down = rows.to(dtype), gate_up.to(dtype), down.to(dtype)
-        return self.kernel(rows, counts, gate_up, down)
+        return self.kernel(rows, counts, gate_up, down, self.limit)

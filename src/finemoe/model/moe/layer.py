@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from finemoe.core.config import Config
 from finemoe.model.feed_forward import SwiGLU
-from finemoe.model.moe.balance import BalanceConfig, balance_terms
-from finemoe.model.moe.capacity import kept_assignments
-from finemoe.model.moe.decision import RoutingConstraint, RoutingRecord
+from finemoe.model.moe.balance import BALANCE_TERMS, BalanceConfig, Layout, balance_terms
+from finemoe.model.moe.capacity import exempt_sequences, kept_assignments, kept_on_devices
+from finemoe.model.moe.decision import RoutingConstraint, RoutingDecision, RoutingRecord
 from finemoe.model.moe.dispatch import combine, dispatch
 from finemoe.model.moe.experts import ExpertKernel, GroupedExperts
 from finemoe.model.moe.routers import ROUTERS, RouterConfig
+from finemoe.model.moe.routers.select import GroupsConfig
 
 
 class MoEConfig(Config):
@@ -26,6 +28,10 @@ class MoEConfig(Config):
     experts_per_token: PositiveInt
     expert_hidden_size: PositiveInt
     num_shared_experts: NonNegativeInt = 0
+    gate_shared_experts: bool = False
+    """Weigh the shared experts by sigmoid(w · x) (Qwen2-MoE); DeepSeek's always count in full."""
+    swiglu_limit: PositiveFloat | None = None
+    """Clamp inside every expert, as in `dense`."""
     router: RouterConfig
     balance: BalanceConfig = BalanceConfig()
     capacity_factor: PositiveFloat | None = None
@@ -33,6 +39,10 @@ class MoEConfig(Config):
 
     What a token loses then depends on its neighbours, later ones included (a second choice yields to their first), and
     on how the step is cut into micro-batches. Evaluation drops nothing, as in DeepSeek-V2 section 2.2."""
+    capacity_level: Literal["expert", "device"] = "expert"
+    """device: each of `balance.num_devices` groups of experts has a budget and drops its lowest gates (V2 2.2.4)."""
+    capacity_exempt: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of sequences whose tokens are never dropped; 0.1 in V2. Which ones follows from their tokens."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -41,15 +51,34 @@ class MoEConfig(Config):
                 f"experts_per_token {self.experts_per_token} is above num_routed_experts {self.num_routed_experts}: "
                 "a token cannot choose more experts than there are"
             )
+        self.router.check_experts(self.num_routed_experts, self.experts_per_token)
         balance = self.balance
-        if not self.router.learned and (balance.expert or balance.device or balance.z):
+        active = [name for name in BALANCE_TERMS if getattr(balance, name)]
+        if not self.router.learned and active:
             raise ValueError(f"router {self.router.kind!r} learns nothing, so balance losses must be 0")
+        wrong = {"expert", "device", "communication"} & set(active)
+        if not self.router.scores_sum_to_one and wrong:
+            raise ValueError(
+                f"balance.{min(wrong)} needs scores that sum to 1, and those of router {self.router.kind!r} do not: "
+                "use balance.sequence"
+            )
+        if self.gate_shared_experts and not self.num_shared_experts:
+            raise ValueError("gate_shared_experts is set, and num_shared_experts is 0: there is nothing to gate")
         if self.num_routed_experts % balance.num_devices:
             raise ValueError(
                 f"balance.num_devices {balance.num_devices} does not divide num_routed_experts "
                 f"{self.num_routed_experts}: every device must hold the same number of experts"
             )
         return self
+
+    @property
+    def layout(self) -> Layout:
+        """How the experts lie on devices; a router's groups are devices."""
+        devices = self.balance.num_devices
+        reach = min(self.experts_per_token, devices)
+        if isinstance(self.router, GroupsConfig) and self.router.num_groups == devices:
+            reach = min(reach, self.router.groups_per_token)
+        return Layout(devices, reach)
 
     def num_parameters(self, hidden_size: int) -> int:
         """Router, routed and shared experts."""
@@ -61,7 +90,8 @@ class MoEConfig(Config):
 
     def _parameters(self, hidden_size: int, routed: int) -> int:
         router: int = self.router.num_parameters(hidden_size, self.num_routed_experts)
-        return router + 3 * hidden_size * self.expert_hidden_size * (routed + self.num_shared_experts)
+        gate = hidden_size if self.gate_shared_experts else 0
+        return router + gate + 3 * hidden_size * self.expert_hidden_size * (routed + self.num_shared_experts)
 
 
 class MoELayer(nn.Module):
@@ -73,9 +103,11 @@ class MoELayer(nn.Module):
         router: Any = ROUTERS[config.router.kind][1]
         num_experts = config.num_routed_experts
         self.router = router(config.router, hidden_size, num_experts, config.experts_per_token, vocab_size)
-        self.experts = GroupedExperts(num_experts, hidden_size, config.expert_hidden_size, kernel)
-        shared_width = config.num_shared_experts * config.expert_hidden_size
-        self.shared_experts = SwiGLU(hidden_size, shared_width) if shared_width else None
+        width, limit = config.expert_hidden_size, config.swiglu_limit
+        self.experts = GroupedExperts(num_experts, hidden_size, width, kernel, limit)
+        shared = config.num_shared_experts
+        self.shared_experts = SwiGLU(hidden_size, shared * width, limit) if shared else None
+        self.shared_gate = nn.Linear(hidden_size, 1, bias=False) if config.gate_shared_experts else None
 
     def forward(
         self, hidden: Tensor, tokens: Tensor, *, constraint: RoutingConstraint | None, record: bool
@@ -86,15 +118,27 @@ class MoELayer(nn.Module):
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
         decision = self.router(flat, tokens.reshape(-1), constraint)
-        gates, keep = decision.gate_weights, None
+        gates = decision.gate_weights
         load = torch.bincount(decision.expert_ids.reshape(-1), minlength=self.config.num_routed_experts)
         dropped = torch.zeros((), dtype=torch.int64, device=flat.device)
-        if self.training and self.config.capacity_factor is not None:
-            keep = kept_assignments(decision.expert_ids, len(load), self.config.capacity_factor)
+        keep = self._kept(decision, tokens)
+        if keep is not None:
             gates, dropped = gates * keep, (~keep).sum()
         rows, counts, ticket = dispatch(flat, decision, keep)
         output = combine(self.experts(rows, counts), ticket, gates).view_as(hidden)
         if self.shared_experts is not None:
-            output = output + self.shared_experts(hidden)
-        balance = balance_terms(self.config.balance, decision, num_sequences=hidden.shape[0])
+            shared = self.shared_experts(hidden)
+            output = output + (shared if self.shared_gate is None else F.sigmoid(self.shared_gate(hidden)) * shared)
+        balance = balance_terms(self.config.balance, decision, hidden.shape[0], self.config.layout)
         return output, RoutingRecord(load, dropped, balance, decision if record else None)
+
+    def _kept(self, decision: RoutingDecision, tokens: Tensor) -> Tensor | None:
+        """[tokens, k] bool: assignments within capacity; None where nothing is dropped."""
+        config = self.config
+        if not self.training or config.capacity_factor is None:
+            return None
+        exempt = exempt_sequences(tokens, config.capacity_exempt).expand_as(tokens).reshape(-1)
+        if config.capacity_level == "device":
+            devices = config.balance.num_devices
+            return kept_on_devices(decision, config.num_routed_experts, devices, config.capacity_factor, exempt)
+        return kept_assignments(decision.expert_ids, config.num_routed_experts, config.capacity_factor, exempt)

@@ -1,7 +1,8 @@
 """Routers. A new one is a file with its frozen config and module, and a line in ROUTERS.
 
 Every router is built as `Router(config, hidden_size, num_experts, experts_per_token, vocab_size)` and called as
-`router(hidden [tokens, hidden], tokens [tokens], constraint) -> RoutingDecision`.
+`router(hidden [tokens, hidden], tokens [tokens], constraint) -> RoutingDecision`. Its config says `learned`,
+`scores_sum_to_one`, `num_parameters(hidden_size, num_experts)` and `check_experts(num_experts, experts_per_token)`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from typing import Any
 from torch import nn
 
 from finemoe.core.config import Config, union_of
+from finemoe.model.moe.routers.group_limited import GroupLimitedConfig, GroupLimitedRouter
 from finemoe.model.moe.routers.hash_layer import HashLayerConfig, HashLayerRouter
+from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedConfig, SigmoidBiasedRouter
 from finemoe.model.moe.routers.softmax_topk import SoftmaxTopKConfig, SoftmaxTopKRouter
 
 ROUTERS: dict[str, tuple[type[Config], type[nn.Module]]] = {
+    "group_limited": (GroupLimitedConfig, GroupLimitedRouter),
     "hash_layer": (HashLayerConfig, HashLayerRouter),
+    "sigmoid_biased": (SigmoidBiasedConfig, SigmoidBiasedRouter),
     "softmax_topk": (SoftmaxTopKConfig, SoftmaxTopKRouter),
 }
 RouterConfig: Any = union_of(config for config, _ in ROUTERS.values())

@@ -17,7 +17,11 @@ class HashLayerConfig(Config):
 
     kind: Literal["hash_layer"] = "hash_layer"
     learned: ClassVar[bool] = False
+    scores_sum_to_one: ClassVar[bool] = True
     table: Literal["random", "balanced"] = "random"
+
+    def check_experts(self, num_experts: int, experts_per_token: int) -> None:
+        """Any number will do."""
 
     def num_parameters(self, hidden_size: int, num_experts: int) -> int:
         """Nothing is learned."""

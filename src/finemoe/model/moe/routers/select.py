@@ -1,11 +1,62 @@
-"""Top-k selection under a constraint, shared by the routers."""
+"""Score functions, and top-k selection under a constraint and a limit on groups: what the routers share."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Self
 
+import torch
+from pydantic import PositiveInt, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from finemoe.core.config import Config
 from finemoe.model.moe.decision import RoutingConstraint
+
+SCORE_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+    # DeepSeek-V4. The root of a softplus that has underflowed to 0 would have a gradient of 0 · infinity.
+    "sqrtsoftplus": lambda logits: F.softplus(logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt(),
+}
+
+
+class GroupsConfig(Config, ABC):
+    """Device- or node-limited routing: experts lie in consecutive groups, and a token uses only some of the groups."""
+
+    num_groups: PositiveInt = 1
+    """D of V2 section 2.2.2; 1: no groups."""
+    groups_per_token: PositiveInt = 1
+    """M: the most groups that a token's experts may lie in."""
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.groups_per_token > self.num_groups:
+            raise ValueError(f"groups_per_token {self.groups_per_token} is above num_groups {self.num_groups}")
+        return self
+
+    @abstractmethod
+    def num_parameters(self, hidden_size: int, num_experts: int) -> int:
+        """Weights of the router."""
+
+    def check_experts(self, num_experts: int, experts_per_token: int) -> None:
+        """Whether that many experts can be cut into these groups.
+
+        Raises:
+            ValueError: they cannot, or the groups of a token hold too few.
+        """
+        if num_experts % self.num_groups:
+            raise ValueError(
+                f"router.num_groups {self.num_groups} does not divide num_routed_experts {num_experts}: "
+                "every group must hold the same number of experts"
+            )
+        reach = num_experts // self.num_groups * self.groups_per_token
+        if experts_per_token > reach:
+            raise ValueError(
+                f"experts_per_token {experts_per_token} is above the {reach} experts that "
+                f"router.groups_per_token {self.groups_per_token} leaves to choose from"
+            )
 
 
 def select(scores: Tensor, k: int, constraint: RoutingConstraint | None) -> Tensor:
@@ -22,3 +73,29 @@ def select(scores: Tensor, k: int, constraint: RoutingConstraint | None) -> Tens
     if constraint.allowed is not None:
         scores = scores.masked_fill(~constraint.allowed, -torch.inf)
     return scores.topk(k, dim=-1).indices
+
+
+def select_in_groups(
+    scores: Tensor, k: int, constraint: RoutingConstraint | None, groups: GroupsConfig, best: int
+) -> Tensor:
+    """`select` within the best groups of each token; a group counts as the sum of its `best` highest scores.
+
+    Disallowed experts count nothing: a group with fewer than `best` left is the sum of those. A constraint may leave
+    too few experts in the best groups; such a token chooses among all that are allowed.
+    """
+    if groups.num_groups == groups.groups_per_token or (constraint is not None and constraint.replay is not None):
+        return select(scores, k, constraint)
+    if constraint is not None and constraint.allowed is not None:
+        scores = scores.masked_fill(~constraint.allowed, -torch.inf)
+    grouped = scores.unflatten(-1, (groups.num_groups, -1))
+    highest = grouped.topk(min(best, grouped.shape[-1]), dim=-1).values
+    empty = highest[..., 0].isneginf()
+    group_scores = highest.masked_fill(highest.isneginf(), 0.0).sum(dim=-1).masked_fill(empty, -torch.inf)
+    chosen = group_scores.topk(groups.groups_per_token, dim=-1).indices
+    outside = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, chosen, False)
+    limited = grouped.masked_fill(outside[:, :, None], -torch.inf).flatten(1)
+    if constraint is not None:
+        k = constraint.num_active or k
+        starved = limited.isfinite().sum(dim=-1, keepdim=True) < k
+        limited = torch.where(starved, scores, limited)
+    return limited.topk(k, dim=-1).indices

@@ -18,10 +18,14 @@ class SoftmaxTopKConfig(Config):
 
     kind: Literal["softmax_topk"] = "softmax_topk"
     learned: ClassVar[bool] = True
+    scores_sum_to_one: ClassVar[bool] = True
     normalize_gates: bool = False
     """Divide the chosen gates by their sum."""
     route_scale: PositiveFloat = 1.0
     """Multiply the gates, after any normalisation."""
+
+    def check_experts(self, num_experts: int, experts_per_token: int) -> None:
+        """Any number will do."""
 
     def num_parameters(self, hidden_size: int, num_experts: int) -> int:
         """One centroid per expert."""

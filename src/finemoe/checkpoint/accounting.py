@@ -1,0 +1,177 @@
+"""Every key accounted for: what becomes of each tensor of a foreign checkpoint, decided from its headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from finemoe.checkpoint.fp8 import scale_shape
+from finemoe.checkpoint.keys import Placement
+from finemoe.checkpoint.store import TensorSpec
+from finemoe.checkpoint.tensors import DTYPE_NAMES, TensorFolder, span
+from finemoe.core.errors import CheckpointError
+from finemoe.model.config import ModelConfig
+from finemoe.model.transformer import Transformer
+
+SCALE_SUFFIX = "_scale_inv"
+"""`x.weight_scale_inv` holds the factors of the FP8 `x.weight`."""
+FP8 = torch.float8_e4m3fn
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Account:
+    """What becomes of each source tensor: it is in exactly one of `loaded`, `copies` and `carried`."""
+
+    loaded: Mapping[str, Placement]
+    """Fill a part of ours."""
+    copies: Mapping[str, Placement]
+    """Hold, to the bit, what a loaded one holds, and share its place."""
+    carried: Mapping[str, str]
+    """Kept verbatim -> why."""
+    scales: Mapping[str, str]
+    """FP8 weight -> the carried tensor with its factors."""
+    notes: tuple[str, ...]
+
+
+def take_account(tensors: TensorFolder, placements: Sequence[Placement], spare: Callable[[str], str | None]) -> Account:
+    """Decide what becomes of each tensor.
+
+    Args:
+        tensors: of the source.
+        placements: of the model that its config.json describes. Where two fill the same part, the second is a copy,
+            which may be missing.
+        spare: why a key that no placement names may be carried unused; None: it may not.
+
+    Raises:
+        CheckpointError: tensors missing, mis-shaped, of an unfit dtype, or unknown; the first few are named.
+    """
+    first: dict[tuple[str, str], Placement] = {}
+    loaded: dict[str, Placement] = {}
+    twins: dict[str, Placement] = {}
+    for placement in placements:
+        place = (placement.ours, str(placement.index))
+        if place not in first:
+            first[place] = loaded[placement.theirs] = placement
+        elif placement.theirs in tensors.tensors:
+            twins[placement.theirs] = placement
+    _check_missing(tensors, loaded)
+    wanted = {**loaded, **twins}
+    _refuse("have another shape than config.json gives them", _misshaped(tensors, wanted))
+    scales = {name: name + SCALE_SUFFIX for name in wanted if tensors.info(name).dtype == FP8}
+    _refuse("have an element type that is not read", _unfit(tensors, wanted, scales))
+    copies, notes = {}, []
+    carried = {scale: f"FP8 factors of {name}" for name, scale in scales.items()}
+    for name, placement in twins.items():
+        original = first[(placement.ours, str(placement.index))].theirs
+        if _same(tensors, name, original):
+            copies[name] = placement
+        else:
+            carried[name] = f"is shared with {original} in our model, but differs from it"
+            notes.append(f"{name}: differs from {original}, which takes its place; kept, but not used")
+    unknown = []
+    for name in tensors.tensors:
+        if name not in wanted and name not in carried:
+            reason = spare(name)
+            if reason is None:
+                unknown.append(f"{name} {_facts(tensors, name)}")
+            else:
+                carried[name] = reason
+    _refuse("belong to nothing in this model", unknown)
+    return Account(loaded, copies, carried, scales, tuple(notes))
+
+
+def _refuse(what: str, names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        raise CheckpointError(f"{len(names)} tensors {what}: {', '.join(names[:_SHOWN])}{more}")
+
+
+def _check_missing(tensors: TensorFolder, loaded: Mapping[str, Placement]) -> None:
+    missing = [f"{name} {list(p.shape)}" for name, p in loaded.items() if name not in tensors.tensors]
+    _refuse("are missing from the weights", missing)
+
+
+def _facts(tensors: TensorFolder, name: str) -> str:
+    info = tensors.info(name)
+    return f"{DTYPE_NAMES[info.dtype]} {list(info.shape)}"
+
+
+def _misshaped(tensors: TensorFolder, wanted: Mapping[str, Placement]) -> list[str]:
+    return [
+        f"{name} ({list(tensors.info(name).shape)} instead of {list(placement.shape)})"
+        for name, placement in wanted.items()
+        if tensors.info(name).shape != placement.shape
+    ]
+
+
+def _unfit(tensors: TensorFolder, wanted: Iterable[str], scales: Mapping[str, str]) -> list[str]:
+    found = []
+    for name in wanted:
+        info = tensors.info(name)
+        if name not in scales:
+            if info.dtype not in _FLOATS:
+                found.append(f"{name} ({DTYPE_NAMES[info.dtype]})")
+            continue
+        scale = tensors.tensors.get(scales[name])
+        if len(info.shape) != 2 or scale is None:
+            found.append(f"{name} (F8_E4M3 without {scales[name]})")
+        elif scale.dtype != torch.float32 or scale.shape != scale_shape(info.shape):
+            found.append(f"{scale.name} ({_facts(tensors, scale.name)} instead of F32 {list(scale_shape(info.shape))})")
+    return found
+
+
+def _same(tensors: TensorFolder, a: str, b: str) -> bool:
+    return tensors.info(a).dtype == tensors.info(b).dtype and tensors.sha256(a) == tensors.sha256(b)
+
+
+def native_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that we keep a source tensor in: its own; FP8 with its factors is bf16."""
+    return torch.bfloat16 if dtype == FP8 else dtype
+
+
+def native_specs(config: ModelConfig, tensors: TensorFolder, account: Account) -> tuple[list[TensorSpec], list[str]]:
+    """Our tensors, and notes on those whose parts came in several types; they get the narrowest that holds all.
+
+    Raises:
+        CheckpointError: the placements do not fill the model exactly.
+    """
+    parts: dict[str, list[Placement]] = {}
+    for placement in account.loaded.values():
+        parts.setdefault(placement.ours, []).append(placement)
+    shapes = model_shapes(config)
+    if shapes.keys() != parts.keys():
+        raise CheckpointError(f"no key of this family fills {', '.join(sorted(shapes.keys() ^ parts.keys())[:_SHOWN])}")
+    specs, notes = [], []
+    for ours, placements in parts.items():
+        _check_filled(ours, shapes[ours], placements)
+        dtypes = {native_dtype(tensors.info(placement.theirs).dtype) for placement in placements}
+        dtype = dtypes.pop()
+        for other in dtypes:
+            dtype = torch.promote_types(dtype, other)
+        if dtypes:
+            notes.append(f"{ours}: its parts have several element types; kept as {DTYPE_NAMES[dtype]}, which holds all")
+        specs.append(TensorSpec(ours, dtype, shapes[ours]))
+    return specs, notes
+
+
+def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the model's state_dict, without its memory."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _check_filled(ours: str, shape: tuple[int, ...], placements: Sequence[Placement]) -> None:
+    """Every element exactly once."""
+    at = 0
+    for start, count, part in sorted(span(shape, placement.index) for placement in placements):
+        if start != at:
+            break
+        at += count
+    if at != math.prod(shape) or any(span(shape, p.index)[2] != p.shape for p in placements):
+        raise CheckpointError(f"the keys of this family do not fill {ours} {list(shape)} exactly")

@@ -1,0 +1,201 @@
+"""A foreign config.json read field by field, so that nothing in it is passed over in silence.
+
+Every field is understood by its family, known not to matter (with the reason), or reported. A field that changes what
+the model computes, in a way that ours cannot, is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from finemoe.core.errors import CheckpointError
+
+IRRELEVANT: Mapping[str, str] = {
+    "_attn_implementation": "which kernel ran, not what it computes",
+    "_flash_attn_2_enabled": "which kernel ran, not what it computes",
+    "_name_or_path": "where the model once lay",
+    "attn_implementation": "which kernel ran, not what it computes",
+    "auto_map": "names Python code in the repository, which is never run",
+    "bos_token_id": "the tokenizer's business",
+    "dtype": "every tensor says its own type",
+    "eos_token_id": "the tokenizer's business",
+    "experts_implementation": "which kernel ran, not what it computes",
+    "id2label": "names of classes",
+    "is_llama_config": "says nothing new",
+    "keys_to_ignore_at_inference": "which outputs were dropped",
+    "label2id": "names of classes",
+    "model_type": "the family",
+    "output_attentions": "what was returned beside the logits",
+    "output_hidden_states": "what was returned beside the logits",
+    "output_router_logits": "what was returned beside the logits",
+    "pad_token_id": "the tokenizer's business",
+    "pretraining_tp": "cuts the same products into pieces",
+    "return_dict": "what was returned beside the logits",
+    "seq_aux": "how the balance loss of training was averaged",
+    "tokenizer_class": "the tokenizer's business",
+    "torch_dtype": "every tensor says its own type",
+    "transformers.js_config": "for another program",
+    "transformers_version": "which program wrote the file",
+    "unsloth_fixed": "which program wrote the file",
+    "unsloth_version": "which program wrote the file",
+    "use_cache": "whether keys were kept while generating",
+}
+"""Fields that change nothing, whatever they say -> why."""
+
+TRAINING_ONLY: Mapping[str, str] = {
+    "attention_dropout": "dropout while training, which finemoe does not have",
+    "embd_pdrop": "dropout while training, which finemoe does not have",
+    "hidden_dropout": "dropout while training, which finemoe does not have",
+    "hidden_dropout_prob": "dropout while training, which finemoe does not have",
+    "resid_pdrop": "dropout while training, which finemoe does not have",
+    "router_aux_loss_coef": "a balance loss over all layers and sequences at once; set `balance` in the recipe",
+    "router_jitter_noise": "noise while training, which finemoe does not have",
+}
+"""Fields that matter in training alone: noted where they are not 0."""
+
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "attention_multiplier": (),
+    "attn_logit_softcapping": (),
+    "clip_qkv": (),
+    "compression_config": (),
+    "cross_attention_hidden_size": (),
+    "dim_model_base": (),
+    "embedding_multiplier": (1,),
+    "ep_size": (1,),
+    "final_logit_softcapping": (),
+    "hidden_act": ("silu", "swish"),
+    "index_topk": (),
+    "is_encoder_decoder": (False,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "mlp_bias": (False,),
+    "no_rope_layers": ([],),
+    "num_hash_layers": (0,),
+    "partial_rotary_factor": (1,),
+    "pruned_heads": ({},),
+    "query_pre_attn_scalar": (),
+    "residual_multiplier": (1,),
+    "rope_interleaved": (False,),
+    "scale_depth": (),
+    "scale_emb": (1,),
+    "quantization": (),
+    "sliding_window": (),
+    "sliding_window_pattern": (),
+    "swiglu_limit": (),
+    "use_qk_norm": (False,),
+    "use_sliding_window": (False,),
+}
+"""Fields that change the function -> the values, beside null, at which they do not."""
+
+MAX_LAYERS: Final = 4096
+MAX_EXPERTS: Final = 1_000_000
+"""In all layers together: a hostile file must not make us build lists without end."""
+_MAX_SIZE = 1 << 31
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """The config.json of a family, as read."""
+
+    raw: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    """What the family's own code takes where a field is left out."""
+
+
+class Fields:
+    """Reads a config and remembers which fields were read."""
+
+    def __init__(self, foreign: Foreign) -> None:
+        self._raw = foreign.raw
+        self._defaults = foreign.defaults
+        self._read: set[str] = set()
+        self._notes: list[str] = []
+
+    def has(self, name: str) -> bool:
+        """Whether the file itself says something other than null."""
+        self._read.add(name)
+        return self._raw.get(name) is not None
+
+    def value(self, name: str) -> Any:
+        """What the file says, or the family's default; an error where there is neither."""
+        self._read.add(name)
+        found = self._raw.get(name, self._defaults.get(name, _MISSING))
+        if found is _MISSING:
+            raise CheckpointError(
+                f"config.json: `{name}` is missing, and this family has no default for it; fetch the whole file"
+            )
+        return found
+
+    def integer(self, name: str, least: int = 1) -> int:
+        """A whole number of at least `least`."""
+        found = self.value(name)
+        if isinstance(found, bool) or not isinstance(found, int) or not least <= found < _MAX_SIZE:
+            self.refuse(name, found, f"a whole number of at least {least} is needed")
+        return int(found)
+
+    def optional_integer(self, name: str, least: int = 1) -> int | None:
+        """The same, or null."""
+        return None if self.value(name) is None else self.integer(name, least)
+
+    def number(self, name: str) -> float:
+        """A number above 0."""
+        found = self.value(name)
+        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < 1e30:
+            self.refuse(name, found, "a number above 0 is needed")
+        return float(found)
+
+    def flag(self, name: str) -> bool:
+        """True or false; null is false."""
+        found = self.value(name)
+        if found is not None and not isinstance(found, bool):
+            self.refuse(name, found, "true or false is needed")
+        return bool(found)
+
+    def only(self, name: str, *allowed: Any, why: str) -> None:
+        """Refuse every value but those; a field that is left out, or null, counts as its default."""
+        found = self._raw.get(name, self._defaults.get(name))
+        self._read.add(name)
+        if found is not None and not _among(found, allowed):
+            self.refuse(name, found, why)
+
+    def refuse(self, name: str, value: Any, why: str) -> NoReturn:
+        """Raise with the field, its value and the reason."""
+        raise CheckpointError(f"config.json: `{name}` is {shown(value)}: {why}")
+
+    def note(self, text: str) -> None:
+        """Report something that is no reason to refuse."""
+        self._notes.append(text)
+
+    def finish(self) -> tuple[str, ...]:
+        """Account for every field not yet read; the notes of all.
+
+        Raises:
+            CheckpointError: one of them changes the function in a way that our model cannot.
+        """
+        for name in sorted(set(self._raw) - self._read):
+            value = self._raw[name]
+            if name in _NEUTRAL:
+                allowed = ", ".join(["null", *(json.dumps(one) for one in _NEUTRAL[name])])
+                if value is not None and not _among(value, _NEUTRAL[name]):
+                    self.refuse(name, value, f"this model cannot compute that; it has {allowed} only")
+            elif name in TRAINING_ONLY:
+                if value:
+                    self.note(f"`{name}` {shown(value)} is not taken over: {TRAINING_ONLY[name]}")
+            elif name not in IRRELEVANT:
+                self.note(f"`{name}` {shown(value)} is unknown and not used; check that it changes nothing")
+        return tuple(self._notes)
+
+
+def _among(value: Any, allowed: tuple[Any, ...]) -> bool:
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
+
+
+def shown(value: Any) -> str:
+    """JSON of a value, cut short."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

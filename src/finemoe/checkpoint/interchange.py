@@ -1,0 +1,303 @@
+"""From a Hugging Face folder to an imported one: tensor by tensor, checked, resumable, the source untouched.
+
+`export_hf`, the way back, is beside this in `exporting`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finemoe.checkpoint import hf_keys
+from finemoe.checkpoint.accounting import Account, native_specs, take_account
+from finemoe.checkpoint.exporting import ExportReport, export_hf
+from finemoe.checkpoint.foreign import CONFIG_BYTES, TOKENIZER_BYTES, folder_file, parse_json, read_bytes
+from finemoe.checkpoint.fp8 import BLOCK, dequantize
+from finemoe.checkpoint.hf_config import FAMILIES
+from finemoe.checkpoint.keys import Placement
+from finemoe.checkpoint.native import CONFIG, NativeWriter
+from finemoe.checkpoint.store import TensorSpec
+from finemoe.checkpoint.tensors import DTYPE_NAMES, TensorFolder, raw_bytes
+from finemoe.checkpoint.workspace import check_free, workspace
+from finemoe.core.config import did_you_mean
+from finemoe.core.errors import CheckpointError
+from finemoe.core.logs import logger, progress
+from finemoe.model.config import ModelConfig
+
+__all__ = ["ExportReport", "ImportReport", "Source", "export_hf", "import_hf", "open_source"]
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that travel along, verbatim."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face folder, understood from its config.json and headers."""
+
+    path: Path
+    family: str
+    raw: Mapping[str, Any]
+    """config.json."""
+    config: ModelConfig
+    tensors: TensorFolder
+    account: Account
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did."""
+
+    path: Path
+    family: str
+    config: ModelConfig
+    loaded: int
+    """Source tensors that fill the model, copies included."""
+    dequantized: int
+    """Of these, FP8 ones."""
+    carried: Mapping[str, str]
+    """Source tensors kept verbatim -> why."""
+    dropped: Mapping[str, str]
+    """Source tensors left out -> why."""
+    nbytes: int
+    """Of the new folder."""
+    resumed: int
+    """Source tensors that an interrupted import had done."""
+    seconds: float
+    notes: tuple[str, ...]
+    """What else a careful reader wants to know."""
+
+
+def open_source(path: Path) -> Source:
+    """Understand a Hugging Face folder from config.json and headers, without reading a tensor.
+
+    Raises:
+        CheckpointError: whatever is wrong with it.
+    """
+    raw = parse_json(read_bytes(folder_file(path, CONFIG), CONFIG_BYTES), str(path / CONFIG))
+    family = raw.get("model_type")
+    if not isinstance(family, str):
+        raise CheckpointError(f"{path / CONFIG}: no `model_type`, so this is no Hugging Face checkpoint")
+    if family not in FAMILIES:
+        raise CheckpointError(
+            f"{path / CONFIG}: model_type {family!r} is not supported{did_you_mean(family, sorted(FAMILIES))}"
+        )
+    _check_quantization(raw.get("quantization_config"), path)
+    config = FAMILIES[family].to_config(raw)
+    tensors = TensorFolder.open(path)
+    with named(path):
+        account = take_account(tensors, hf_keys.placements(config, family), lambda k: hf_keys.ignorable(k, family))
+    return Source(path, family, raw, config, tensors, account)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Begin the messages of what knows no paths with this one."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_quantization(settings: Any, path: Path) -> None:
+    if settings is None:
+        return
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+    if method != "fp8":
+        raise CheckpointError(
+            f"{path / CONFIG}: quantised by {method!r}; only FP8 with blocks of 128x128 is read, "
+            "so get the checkpoint as bf16"
+        )
+    if settings.get("weight_block_size") != [BLOCK, BLOCK]:
+        raise CheckpointError(
+            f"{path / CONFIG}: `quantization_config.weight_block_size` is {settings.get('weight_block_size')!r}; "
+            f"only [{BLOCK}, {BLOCK}] is read"
+        )
+
+
+def import_hf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, quiet: bool = False) -> ImportReport:
+    """Convert a Hugging Face folder to an imported one.
+
+    The folder `out` appears when all is done. Interrupted, the work lies in `<out>.partial`, and the same call goes on
+    with it. Holds at most a slice of one tensor in memory.
+
+    Args:
+        source: the folder; never written to.
+        out: to make; absent or empty.
+        quiet: no progress on stderr.
+
+    Raises:
+        CheckpointError: the source is damaged, hostile, or cannot be represented exactly; nothing is left behind.
+        RunError: the disk is full or unwritable.
+    """
+    started = time.monotonic()
+    place = check_free(Path(out))
+    opened = open_source(Path(source))
+    if place.is_relative_to(os.path.realpath(source)):
+        raise CheckpointError(f"{out}: lies in the source, which is never written to; choose another folder")
+    with named(opened.path):
+        specs, notes = native_specs(opened.config, opened.tensors, opened.account)
+    carried = [_spec(opened.tensors, name) for name in opened.tensors.tensors if name in opened.account.carried]
+    companions, ignored = _companions(opened)
+    nbytes = sum(spec.nbytes for spec in (*specs, *carried)) + sum(len(data) for data in companions.values())
+    with workspace(place, fingerprint("import", opened.tensors, opened.raw), nbytes) as folder:
+        with NativeWriter(folder, specs, carried) as writer:
+            sums, resumed = _convert(opened, writer, quiet)
+            record = {"config": opened.raw, "tensors": _record(opened, sums)}
+            about = {"family": opened.family, "format": "huggingface"}
+            files = writer.finish(opened.config, about, record, companions, quiet=quiet)
+    return ImportReport(
+        path=place,
+        family=opened.family,
+        config=opened.config,
+        loaded=len(opened.account.loaded) + len(opened.account.copies),
+        dequantized=len(opened.account.scales),
+        carried=opened.account.carried,
+        dropped={},
+        nbytes=sum(file.nbytes for file in files),
+        resumed=resumed,
+        seconds=time.monotonic() - started,
+        notes=(*opened.tensors.notes, *opened.account.notes, *notes, *ignored),
+    )
+
+
+def _spec(tensors: TensorFolder, name: str) -> TensorSpec:
+    info = tensors.info(name)
+    return TensorSpec(name, info.dtype, info.shape)
+
+
+def fingerprint(verb: str, tensors: TensorFolder, raw: Any) -> str:
+    """Tells whether an interrupted conversion was one of the same files, with the same settings `raw`."""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in tensors.files]
+    headers = [(info.name, str(info.dtype), info.shape, info.offset) for info in tensors.tensors.values()]
+    return verb + " " + hashlib.sha256(json.dumps([stats, headers, raw]).encode()).hexdigest()
+
+
+def _companions(source: Source) -> tuple[dict[str, bytes], list[str]]:
+    """Tokenizer and generation files, and a note on the files that are left behind."""
+    files = {}
+    present = sorted(os.listdir(source.path))
+    for name in COMPANIONS:
+        if name in present:
+            data = read_bytes(folder_file(source.path, name), TOKENIZER_BYTES)
+            if name.endswith(".json"):
+                parse_json(data, str(source.path / name))
+            files[name] = data
+    known = {*COMPANIONS, CONFIG, "model.safetensors.index.json"}
+    left = [name for name in present if name not in known and not name.endswith(".safetensors") and name[0] != "."]
+    return files, [f"not taken along: {', '.join(left)}"] if left else []
+
+
+def _record(source: Source, sums: Mapping[str, str]) -> dict[str, Any]:
+    """Status, dtype, shape and checksum of every source tensor."""
+    table: dict[str, Any] = {}
+    for name, info in source.tensors.tensors.items():
+        reason = source.account.carried.get(name)
+        status = {"status": "loaded"} if reason is None else {"status": "carried", "reason": reason}
+        facts = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "sha256": sums[name]}
+        table[name] = {**status, **facts}
+    return table
+
+
+def _convert(source: Source, writer: NativeWriter, quiet: bool) -> tuple[dict[str, str], int]:
+    """Write what is still to be written; the checksum of each source tensor, and how many were done already."""
+    sums, resumed = {}, 0
+    dtypes = writer.weights.dtypes
+    with contextlib.ExitStack() as shown:
+        advance = None if quiet else shown.enter_context(mebibytes(f"importing {source.path.name}", source.tensors))
+        for name, info in source.tensors.tensors.items():
+            placement = source.account.loaded.get(name)
+            if name in source.account.copies:
+                sums[name] = source.tensors.sha256(name)
+            elif placement is None:
+                assert writer.carried is not None
+                facts = writer.carried.facts(name) or _carry(source, writer, name)
+                sums[name] = facts["sha256"]
+            else:
+                facts = writer.weights.facts(placement.ours, placement.index)
+                resumed += facts is not None
+                facts = facts or _load(source, writer, placement, dtypes[placement.ours])
+                sums[name] = facts["sha256"]
+            if advance is not None:
+                advance(info.nbytes)
+    if resumed:
+        logger.info("%d tensors were there from an interrupted import", resumed)
+    return sums, resumed
+
+
+@contextlib.contextmanager
+def mebibytes(description: str, tensors: TensorFolder) -> Iterator[Callable[[int], None]]:
+    """Progress over the bytes of some tensors; yields `advance(bytes)`."""
+    done = 0
+    with progress(description, tensors.nbytes >> 20, "MiB") as advance:
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            advance((done + nbytes >> 20) - (done >> 20))
+            done += nbytes
+
+        yield count
+
+
+def _carry(source: Source, writer: NativeWriter, name: str) -> dict[str, Any]:
+    assert writer.carried is not None
+    digest = hashlib.sha256()
+    with writer.carried.part(name) as part:
+        for chunk in source.tensors.chunks(name):
+            digest.update(raw_bytes(chunk))
+            part.append(chunk)
+        part.facts["sha256"] = digest.hexdigest()
+    return part.facts
+
+
+def _load(source: Source, writer: NativeWriter, placement: Placement, dtype: torch.dtype) -> dict[str, Any]:
+    """Copy one tensor to its place, looking at every element on the way."""
+    name = placement.theirs
+    digest = hashlib.sha256()
+    scale_name = source.account.scales.get(name)
+    scale = None if scale_name is None else source.tensors.read(scale_name)
+    row = 0
+    with writer.weights.part(placement.ours, placement.index) as part:
+        for chunk in source.tensors.chunks(name, multiple=BLOCK if scale is not None else 1):
+            digest.update(raw_bytes(chunk))
+            if scale is not None:
+                with named(Path(f"{source.path}: {name}")):
+                    chunk = _dequantized(chunk, scale, row)
+                row += len(chunk)
+            check_finite(chunk, f"{source.path}: {name}")
+            part.append(chunk.to(dtype))
+        part.facts["sha256"] = digest.hexdigest()
+    return part.facts
+
+
+def _dequantized(chunk: Tensor, scale: Tensor, row: int) -> Tensor:
+    first = row // BLOCK
+    return dequantize(chunk, scale[first : first - (-len(chunk) // BLOCK)])
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    if tensor.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):  # NaN is passed on
+        count = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(f"{where}: {count} elements are NaN or infinite; the checkpoint is damaged")

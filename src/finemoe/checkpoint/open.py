@@ -1,0 +1,149 @@
+"""Opening a model, its configuration, its tokenizer or its chat template, whatever the path holds.
+
+A run directory or one checkpoint of it, an imported folder, a Hugging Face folder or a GGUF file: the rest of finemoe
+asks here and need not know which.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from finemoe.checkpoint import gguf, interchange, run_state
+from finemoe.checkpoint.accounting import native_dtype
+from finemoe.checkpoint.build import Part, build, cast
+from finemoe.checkpoint.foreign import folder_file, read_json
+from finemoe.checkpoint.fp8 import dequantize
+from finemoe.checkpoint.native import Native, is_native, read_native
+from finemoe.core.config import parse
+from finemoe.core.errors import CheckpointError
+from finemoe.model.config import Kernels, ModelConfig
+from finemoe.model.transformer import Transformer
+from finemoe.text.chat import ChatTemplate
+from finemoe.text.tokenizer import Tokenizer
+
+Kind = Literal["run", "imported", "huggingface", "gguf"]
+
+
+def kind_of(path: str | os.PathLike[str]) -> Kind:
+    """What lies at `path`, told by its files' names and the keys of its config.json; nothing else is read.
+
+    Raises:
+        CheckpointError: nothing that finemoe opens.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return "gguf"
+    if is_native(path):
+        return "imported"
+    if (path / run_state.STATE).exists() or (path / "checkpoints").is_dir():
+        return "run"
+    if (path / "config.json").is_file():
+        keys = read_json(folder_file(path, "config.json"))
+        if "model_type" in keys:
+            return "huggingface"
+        if "model" in keys:
+            return "run"
+    partial = Path(f"{path}.partial")
+    hint = f"; an interrupted import lies in {partial}: import again to finish it" if partial.exists() else ""
+    what = "neither a run, nor an imported folder, nor a Hugging Face folder, nor a .gguf file"
+    raise CheckpointError(f"{path}: {what if path.exists() else 'there is nothing here'}{hint}")
+
+
+def load_model(
+    path: str | os.PathLike[str], kernels: Kernels | None = None, *, dtype: torch.dtype | None = torch.float32
+) -> Transformer:
+    """The model at `path`, in eval mode.
+
+    Args:
+        path: a run (its newest undamaged checkpoint), a checkpoint, an imported folder, a Hugging Face folder or a
+            GGUF file.
+        kernels: how to compute.
+        dtype: of the weights; None keeps what is stored (FP8 becomes bf16). Routers are float32 all the same.
+
+    Raises:
+        CheckpointError: nothing to open, damaged, or not exactly representable.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind == "run":
+        model = run_state.load_model(path, kernels)
+        return model if dtype is None else cast(model, dtype)
+    if kind == "gguf":
+        return gguf.load_gguf(path, kernels, dtype=dtype)
+    if kind == "imported":
+        native = read_native(path)
+        stored = {name: info.dtype for name, info in native.tensors.tensors.items()}
+        return build(native.config, kernels, stored, _native_parts(native), dtype)
+    source = interchange.open_source(path)
+    stored = {}
+    for name, placement in source.account.loaded.items():
+        found = native_dtype(source.tensors.info(name).dtype)
+        stored[placement.ours] = torch.promote_types(stored.get(placement.ours, found), found)
+    return build(source.config, kernels, stored, _foreign_parts(source), dtype)
+
+
+def _native_parts(native: Native) -> Iterator[Part]:
+    for name in native.tensors.tensors:
+        yield name, (), native.tensors.read(name)
+
+
+def _foreign_parts(source: interchange.Source) -> Iterator[Part]:
+    for name, placement in source.account.loaded.items():
+        tensor = source.tensors.read(name)
+        scale = source.account.scales.get(name)
+        if scale is not None:
+            tensor = dequantize(tensor, source.tensors.read(scale))
+        interchange.check_finite(tensor, f"{source.path}: {name}")
+        yield placement.ours, placement.index, tensor
+
+
+def read_model_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The configuration of the model at `path`; no weights are read.
+
+    Raises:
+        CheckpointError, ConfigError: nothing to open, or not exactly representable.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind == "gguf":
+        return gguf.open_gguf(path).config
+    if kind == "huggingface":
+        return interchange.open_source(path).config
+    where = folder_file(path, "config.json")
+    return parse(ModelConfig, read_json(where).get("model") or {}, f"{where}: model")
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer that belongs to the model at `path`, or a `tokenizer.json` itself.
+
+    Raises:
+        DataError: there is none, or it is not readable.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return gguf.open_gguf(path).tokenizer()
+    return Tokenizer.load(_home(path))
+
+
+def load_chat_template(path: str | os.PathLike[str]) -> ChatTemplate | None:
+    """The chat template that belongs to the model at `path`; None when it has none.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return gguf.open_gguf(path).chat_template()
+    return ChatTemplate.load(_home(path))
+
+
+def _home(path: Path) -> Path:
+    """The folder that holds the tokenizer: a checkpoint of a run lies two below it."""
+    if (path / run_state.STATE).exists() and not (path / "tokenizer.json").exists():
+        return path.resolve().parent.parent
+    return path

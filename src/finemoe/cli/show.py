@@ -1,0 +1,99 @@
+"""`finemoe show`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finemoe.cli.output import Json, print_json, print_rich
+
+
+def show(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Finished run directories.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Put finished runs side by side: loss, speed, memory, cache, balance of the experts.
+
+    MaxVio is (largest load - mean load) / mean load of an MoE layer's experts over the validation
+    text: 0 is even. `finemoe compare` is the verb for a fair comparison with intervals.
+
+    \b
+    Examples:
+      finemoe show runs/v1 runs/v2 runs/v3
+      finemoe show runs/* --json
+    """
+    runs = {str(directory): _summary(directory) for directory in directories}
+    if as_json:
+        print_json([{"directory": name, **summary} for name, summary in runs.items()])
+    else:
+        _print_table(runs)
+
+
+def _summary(directory: Path) -> dict[str, Any]:
+    """summary.json.
+
+    Raises:
+        RunError: not a run, or not finished.
+    """
+    from finemoe.core.errors import RunError
+    from finemoe.training.run import read_summary
+
+    summary = read_summary(directory)
+    if summary is None:
+        known = (directory / "config.json").exists()
+        what = f"not finished; go on with `finemoe resume {directory}`" if known else "not a run directory"
+        raise RunError(f"{directory}: {what}")
+    return summary
+
+
+def _print_table(runs: dict[str, dict[str, Any]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from finemoe.charts.numbers import count, duration, fixed
+
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("Validation loss, nats", lambda s: fixed(s["final_validation_loss"], 4)),
+        ("Bits per byte", lambda s: fixed(s["bits_per_byte"], 4)),
+        ("Training loss", lambda s: fixed(s["final_training_loss"], 4)),
+        ("Tokens", lambda s: count(s["tokens"])),
+        ("Time", lambda s: duration(s["seconds"])),
+        ("Tokens per second", lambda s: count(s["tokens_per_second"])),
+        ("Parameters, total", lambda s: count(s["total_parameters"])),
+        ("Parameters, active", lambda s: count(s["active_parameters"])),
+        ("Training FLOPs", lambda s: f"{s['training_flops']:.3g}"),
+        ("Peak memory", lambda s: f"{s['peak_memory_bytes'] / 2**20:,.0f} MiB"),
+        ("Cache per token, bf16", lambda s: _bytes(s.get("cache_elements_per_token"))),
+        ("MaxVio, mean of layers", lambda s: fixed(s["max_vio"], 2)),
+        ("Dead experts", lambda s: _share(s["dead_experts"])),
+    ]
+    layers = sorted({layer for s in runs.values() for layer in s.get("max_vio_per_layer", {})}, key=int)
+    rows[12:12] = [(f"MaxVio, layer {layer}", _max_vio_of(layer)) for layer in layers]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in runs:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for title, cell in rows:
+        table.add_row(title, *(cell(summary) for summary in runs.values()))
+    print_rich(table)
+
+
+def _max_vio_of(layer: str) -> Callable[[dict[str, Any]], str]:
+    from finemoe.charts.numbers import fixed
+
+    return lambda summary: fixed(summary.get("max_vio_per_layer", {}).get(layer), 2)
+
+
+def _bytes(elements: int | None) -> str:
+    """Two bytes an element; runs of earlier versions did not record it."""
+    return "-" if elements is None else f"{2 * elements:,} B"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,58 @@
+"""Every named model, by group: data, no logic. Each module names its sources.
+
+`GROUPS` is what `finemoe presets` shows; a new preset is an entry in the table of one of the modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from finemoe.core.config import did_you_mean, merge, parse
+from finemoe.core.errors import ConfigError
+from finemoe.model.config import ModelRecipe
+from finemoe.model.presets.dense import DEEPSEEK_CODER, DEEPSEEK_LLM, R1_DISTILL, SMOLLM2
+from finemoe.model.presets.latent import DEEPSEEK_V2, DEEPSEEK_V3
+from finemoe.model.presets.moe import DEEPSEEK_MOE
+from finemoe.model.presets.preset import Preset
+from finemoe.model.presets.tiny import LADDERS, TINY
+
+__all__ = ["GROUPS", "PRESETS", "Preset", "find_preset", "group_of", "resolve"]
+
+GROUPS: dict[str, dict[str, Preset]] = {
+    "DeepSeekMoE and its baselines": DEEPSEEK_MOE,
+    "DeepSeek LLM and Coder, dense": {**DEEPSEEK_LLM, **DEEPSEEK_CODER},
+    "DeepSeek-V2 and Coder-V2": DEEPSEEK_V2,
+    "DeepSeek-V3 and R1": DEEPSEEK_V3,
+    "Distilled R1, on dense bases": R1_DISTILL,
+    "For laptops and workstations": {**SMOLLM2, **TINY},
+    "Ladders: V1, V2 and V3 of one size": LADDERS,
+}
+PRESETS: dict[str, Preset] = {name: preset for group in GROUPS.values() for name, preset in group.items()}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset `name`.
+
+    Raises:
+        ConfigError: naming the closest preset.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset `{name}`{did_you_mean(name, sorted(PRESETS))}")
+    return PRESETS[name]
+
+
+def group_of(name: str) -> str:
+    """The title of the group that the preset `name` stands in."""
+    return next(title for title, group in GROUPS.items() if name in group)
+
+
+def resolve(model: Mapping[str, Any], source: str) -> ModelRecipe:
+    """The `[model]` table of a recipe: a `preset` and what differs from it, or everything spelt out.
+
+    Raises:
+        ConfigError: unknown preset, unknown key, impossible combination.
+    """
+    own = {key: value for key, value in model.items() if key != "preset"}
+    base = find_preset(str(model["preset"])).model if "preset" in model else {}
+    return parse(ModelRecipe, merge(base, own), source)

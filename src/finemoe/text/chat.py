@@ -1,0 +1,209 @@
+"""Chat templates: messages to the text that a model was trained to continue."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+from finemoe.core.errors import DataError
+from finemoe.text.files import CONFIG_LIMIT, MEGABYTE, parse_object, read_beside
+from finemoe.text.settings import TOKENIZER_CONFIG, special_tokens_of
+
+CHAT_TEMPLATE = "chat_template.jinja"
+DEFAULT, TOOL_USE = "default", "tool_use"
+
+_SOURCE_LIMIT = MEGABYTE
+_MOST_CHARS = 16 * MEGABYTE
+_MEMORY = 1024 * MEGABYTE
+
+
+@final
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A model's template, rendered in a sandbox inside a confined process: it may be anybody's program."""
+
+    sources: Mapping[str, str]
+    """jinja2 source by name; `default` is used, or `tool_use` when there are tools."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """What `bos_token`, `eos_token` ... are in a template."""
+    origin: str = "chat template"
+    """Names it in errors."""
+    seconds: float = 10.0
+    """A rendering that takes longer is given up."""
+
+    @staticmethod
+    def of(source: str, special_tokens: Mapping[str, str] | None = None, origin: str = "chat template") -> ChatTemplate:
+        """A single template, as GGUF files hold it.
+
+        Raises:
+            DataError: it is too long.
+        """
+        return ChatTemplate({DEFAULT: _checked(source, origin)}, special_tokens or {}, origin)
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any], origin: str, jinja: str | None = None) -> ChatTemplate | None:
+        """The template of a tokenizer_config.json, or `jinja` in its place; None: there is neither.
+
+        Raises:
+            DataError: `chat_template` is neither a text nor a list of named ones; or is too long.
+        """
+        tokens = special_tokens_of(config, origin)
+        value = config.get("chat_template")
+        if jinja is not None:
+            named = _named(value, origin) if isinstance(value, list) else {}
+            return ChatTemplate({**named, DEFAULT: _checked(jinja, origin)}, tokens, origin)
+        if value is None:
+            return None
+        sources = {DEFAULT: value} if isinstance(value, str) else _named(value, origin)
+        if not sources:
+            raise DataError(f"{origin}: chat_template is empty: leave it out, or write one")
+        return ChatTemplate({name: _checked(text, origin) for name, text in sources.items()}, tokens, origin)
+
+    @staticmethod
+    def load(folder: str | Path) -> ChatTemplate | None:
+        """From chat_template.jinja or tokenizer_config.json in `folder`; None: no template there.
+
+        Raises:
+            DataError: a file that is unreadable or not what its name says.
+        """
+        folder = Path(folder)
+        text = read_beside(folder, TOKENIZER_CONFIG, CONFIG_LIMIT, "file")
+        config = {} if text is None else parse_object(text, str(folder / TOKENIZER_CONFIG))
+        jinja = read_beside(folder, CHAT_TEMPLATE, _SOURCE_LIMIT, "chat template")
+        name = TOKENIZER_CONFIG if jinja is None else CHAT_TEMPLATE
+        return ChatTemplate.from_config(config, f"chat template of {folder / name}", jinja)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text of `messages`, each {"role": ..., "content": ...}.
+
+        Args:
+            messages: plain JSON values throughout.
+            add_generation_prompt: end with what makes the model answer.
+            tools: JSON schemas that the template may list.
+            variables: anything else a template asks for.
+
+        Raises:
+            DataError: a malformed message, or a template that fails, refuses, writes without end or takes too
+                long; with its line where there is one.
+        """
+        return self.render_all([messages], add_generation_prompt, tools, **variables)[0]
+
+    def render_all(
+        self,
+        conversations: Iterable[Sequence[Mapping[str, Any]]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[str]:
+        """`render` for many conversations in one process, whose start costs more than most of them.
+
+        Raises:
+            DataError: as `render`.
+        """
+        tables = [
+            {
+                **self.special_tokens,
+                "tools": None if tools is None else list(tools),
+                "documents": None,
+                **variables,
+                "messages": [_message(message, at) for at, message in enumerate(messages, 1)],
+                "add_generation_prompt": add_generation_prompt,
+            }
+            for messages in conversations
+        ]
+        request = {
+            "source": self._source(tools is not None),
+            "conversations": tables,
+            "most_chars": _MOST_CHARS,
+            "seconds": self.seconds,
+            "memory": _MEMORY,
+        }
+        answer = self._answer(request)
+        if "texts" in answer:
+            return [str(text) for text in answer["texts"]]
+        where = f", line {answer['line']}" if answer["line"] else ""
+        raise DataError(f"{self.origin}{where}: {answer['message']}")
+
+    def _source(self, has_tools: bool) -> str:
+        wanted = TOOL_USE if has_tools and TOOL_USE in self.sources else DEFAULT
+        if wanted not in self.sources:
+            raise DataError(f"{self.origin}: none of its templates is called {DEFAULT!r}: {', '.join(self.sources)}")
+        return self.sources[wanted]
+
+    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Send `request` to a process of its own."""
+        try:
+            text = json.dumps(request, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(f"{self.origin}: messages, tools and variables must be plain JSON: {error}") from error
+        script = Path(__file__).with_name("rendering.py")
+        try:
+            done = subprocess.run(
+                [sys.executable, "-P", str(script)],
+                input=text,
+                capture_output=True,
+                encoding="utf-8",
+                timeout=self.seconds + 60,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise self._too_long() from None
+        if done.returncode == -signal.SIGALRM:
+            raise self._too_long()
+        if done.returncode:
+            raise DataError(
+                f"{self.origin}: broke off while rendering (status {done.returncode}): use another template"
+            )
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    def _too_long(self) -> DataError:
+        return DataError(f"{self.origin}: takes longer than {self.seconds:g} s: does it loop without end?")
+
+
+def _checked(source: str, origin: str) -> str:
+    if len(source) > _SOURCE_LIMIT:
+        raise DataError(f"{origin}: {len(source)} characters are more than the {_SOURCE_LIMIT} allowed")
+    return source
+
+
+def _named(value: Any, origin: str) -> dict[str, str]:
+    """[{"name": ..., "template": ...}] as a table."""
+    sources = {}
+    for entry in value if isinstance(value, list) else [None]:
+        pair = (entry.get("name"), entry.get("template")) if isinstance(entry, Mapping) else (None, None)
+        name, template = pair
+        if not isinstance(name, str) or not isinstance(template, str):
+            raise DataError(f'{origin}: chat_template must be text, or a list of {{"name": ..., "template": ...}}')
+        sources[name] = template
+    return sources
+
+
+def _message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """`message`, checked: a role, and content that is text, a list of parts, or left out beside tool calls."""
+    if not isinstance(message, Mapping):
+        raise DataError(f'message {number} is a {type(message).__name__}, but must be {{"role": ..., "content": ...}}')
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise DataError(f"message {number}: role is {role!r}, but must be text such as 'user'")
+    parts = isinstance(content, list) and all(isinstance(part, Mapping) for part in content)
+    if not (isinstance(content, str) or parts or (content is None and message.get("tool_calls"))):
+        raise DataError(f"message {number}: content is {content!r}, but must be text")
+    if isinstance(content, str):
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"message {number} is not valid Unicode: {error.reason}") from error
+    return dict(message)

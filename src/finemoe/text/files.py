@@ -1,0 +1,74 @@
+"""Reading small text files that others wrote: bounded in size, and never through a link out of their folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finemoe.core.errors import DataError
+
+MEGABYTE = 2**20
+TOKENIZER_LIMIT = 64 * MEGABYTE
+CONFIG_LIMIT = 16 * MEGABYTE
+
+
+def read_bounded(file: Path, limit: int, what: str) -> str:
+    """The UTF-8 text of `file`, which `what` names in errors.
+
+    Raises:
+        DataError: it cannot be read, is no plain file, or is larger than `limit` bytes.
+    """
+    try:
+        if not file.is_file():
+            raise DataError(f"{what} {file}: cannot be read: there is no such file")
+        size = file.stat().st_size
+        if size > limit:
+            raise DataError(
+                f"{what} {file}: {size / MEGABYTE:.0f} MiB is more than the {limit // MEGABYTE} MiB allowed"
+            )
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{what} {file}: cannot be read: {error}") from error
+
+
+def read_beside(folder: Path, name: str, limit: int, what: str) -> str | None:
+    """The text of `name` in `folder`; None where there is no such file.
+
+    Raises:
+        DataError: as `read_bounded`, and for a link that leads out of the folder.
+    """
+    file = folder / name
+    if not file.exists() and not file.is_symlink():
+        return None
+    if file.is_symlink() and not _stays(folder, file):
+        raise DataError(f"{what} {file}: is a link that leads out of its folder: put the file itself there")
+    return read_bounded(file, limit, what)
+
+
+def _stays(folder: Path, file: Path) -> bool:
+    """Whether a link stays in its folder, or in its own repository of a hub cache (snapshots/* -> blobs/*)."""
+    home = folder.resolve()
+    target = file.resolve()
+    if target.is_relative_to(home):
+        return True
+    repository = home.parent.parent
+    cached = home.parent.name == "snapshots" and repository.name.startswith(("models--", "datasets--"))
+    return cached and target.is_relative_to(repository)
+
+
+def parse_object(text: str, what: str) -> dict[str, Any]:
+    """`text` as a JSON object.
+
+    Raises:
+        DataError: it is not JSON, is nested too deeply, or is not an object.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise DataError(f"{what}: nested too deeply") from error
+    except ValueError as error:
+        raise DataError(f"{what}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{what}: must be a JSON object, not {type(value).__name__}")
+    return value

@@ -1,0 +1,174 @@
+"""Renders chat templates in a process of its own: run as a script, a request on stdin, the answer on stdout.
+
+A template is a program from a stranger. jinja2's sandbox keeps it from Python's internals; it does not keep it
+from looping for ever, or from building a string of a terabyte in one expression. The limits of a process do.
+Nothing of finemoe is imported here, so that starting takes little.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2.debug  # jinja2 imports it at the first error, when no file may be opened any more
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+_FILE = "<template>"  # jinja2's name for a template that came as a string
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, which refuses what it would otherwise print as nothing."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        """Refuse an attribute that leads into Python's internals."""
+        raise SecurityError(f"the attribute {attribute!r} of {type(obj).__name__} is out of bounds for a template")
+
+
+class PublicNamespace(Namespace):
+    """`namespace()` without names that begin with an underscore."""
+
+    def __init__(*args: Any, **values: Any) -> None:  # as jinja2's own, so that namespace(self=...) works
+        self, *rest = args
+        found = dict(*rest, **values)
+        for name in found:
+            _check_public(name)
+        Namespace.__init__(self, found)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Set an attribute, unless it is private."""
+        _check_public(name)
+        super().__setitem__(name, value)
+
+
+def _check_public(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace cannot hold {name!r}: rename it without the underscore")
+
+
+class Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks what the assistant wrote; it renders as its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> Any:
+        """The statements between the tags."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def environment(now: Callable[[], datetime] = datetime.now) -> jinja2.Environment:
+    """The environment that chat templates are written for; `now` is the clock behind `strftime_now`."""
+    made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    made.filters["tojson"] = _to_json
+    made.globals["raise_exception"] = _raise_exception
+    made.globals["strftime_now"] = lambda form: now().strftime(form)
+    made.globals["namespace"] = PublicNamespace
+    made.globals["dict"] = lambda *values, **named: dict(*values, **named)
+    del made.globals["lipsum"]  # chat templates have no use for filler text by the page
+    return made
+
+
+def render(source: str, conversations: Iterable[Mapping[str, Any]], most_chars: int) -> list[str]:
+    """The text of each conversation, which is the table of variables its template sees.
+
+    Raises:
+        OverflowError: a text of more than `most_chars` characters.
+    """
+    template = environment().from_string(source)
+    texts = []
+    for variables in conversations:
+        parts: list[str] = []
+        size = 0
+        for part in template.generate(**variables):
+            size += len(part)
+            if size > most_chars:
+                raise OverflowError(f"it writes more than {most_chars} characters")
+            parts.append(part)
+        texts.append("".join(parts))
+    return texts
+
+
+def _line(error: BaseException) -> int | None:
+    """The line of the template that `error` came from."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return error.lineno
+    lines = []
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == _FILE:
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return lines[-1] if lines else None
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "it needs too much memory"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error) or type(error).__name__
+
+
+def _warm_up() -> None:
+    """Make Python and jinja2 import what they import at need, while files can still be opened."""
+    message = "{{ m | tojson }}{{ m | pprint | wordwrap }}{{ strftime_now('%d') }}{{ 'a\\n' }}"
+    render(f"{{% for m in messages %}}{message}{{% endfor %}}", [{"messages": [{"role": "user"}]}], 1000)
+    for broken in ("{{ 1 / 0 }}", "{% if %}"):
+        with contextlib.suppress(ZeroDivisionError, TemplateError):
+            render(broken, [{}], 1000)
+    time.localtime()
+
+
+def _confine(seconds: float, memory: int) -> None:
+    """From here on: so much time and memory, no file, no socket, no process."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)  # its default action ends the process, inside C code too
+    for limit, value in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, 3),
+        (resource.RLIMIT_NPROC, 0),
+    ):
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
+
+
+def main() -> None:
+    """Answer one request: {"source", "conversations", "most_chars", "seconds", "memory"}."""
+    request = json.load(sys.stdin)
+    _warm_up()
+    _confine(request["seconds"], request["memory"])
+    try:
+        texts = render(request["source"], request["conversations"], request["most_chars"])
+        answer: dict[str, Any] = {"texts": texts}
+    except Exception as error:  # whatever a template provokes is the template's fault
+        answer = {"line": _line(error), "message": _explain(error)}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Loss-free balancing: after every step the selection bias of V3's router moves against the load of that step.
+
+DeepSeek-V3 section 2.1.2 and Wang et al. (2408.15664): an overloaded expert's bias falls, an underloaded one's rises.
+The load is that of the whole optimizer step, so accumulating micro-batches changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat
+from torch import Tensor
+
+from finemoe.core.config import Config
+from finemoe.model.config import BlockConfig, ModelConfig
+from finemoe.model.moe.layer import MoEConfig
+from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedConfig, SigmoidBiasedRouter
+from finemoe.model.transformer import Transformer
+
+
+class BalancingConfig(Config):
+    """How far the bias moves in one step. Rates are per step: a short run needs a larger one than V3's 0.001."""
+
+    rule: Literal["sign", "proportional"] = "sign"
+    """sign: every bias moves by `rate`; proportional: by `rate` times (mean load - load) / mean load."""
+    rate: NonNegativeFloat = 0.001
+    """V3's u."""
+    until: Annotated[float, Field(ge=0, le=1)] = 0.966
+    """Share of the run after which the biases stay as they are (V3: 14.3 of 14.8 trillion tokens)."""
+
+
+def has_selection_bias(model: ModelConfig) -> bool:
+    """Whether any layer selects with a bias."""
+    return any(_is_biased(block) for block in (*model.blocks, *model.mtp))
+
+
+def _is_biased(block: BlockConfig) -> bool:
+    layer = block.feed_forward
+    return isinstance(layer, MoEConfig) and isinstance(layer.router, SigmoidBiasedConfig)
+
+
+def selection_biases(model: Transformer) -> dict[int, Tensor]:
+    """The bias `[experts]` of every layer that has one, by layer index."""
+    routers = {number: layer.router for number, layer in model.moe_layers.items()}
+    return {n: router.selection_bias for n, router in routers.items() if isinstance(router, SigmoidBiasedRouter)}
+
+
+@torch.no_grad()
+def update(config: BalancingConfig, model: Transformer, load: Mapping[int, Tensor], progress: float) -> None:
+    """Move every selection bias once.
+
+    Args:
+        config: rule and rate.
+        model: its biases change in place.
+        load: [experts] assignments of the whole step, by layer index.
+        progress: share of the run done before this step.
+    """
+    if progress >= config.until:
+        return
+    for number, bias in selection_biases(model).items():
+        counts = load[number].to(bias.device, torch.float32)
+        error = counts.mean() - counts
+        step = error.sign() if config.rule == "sign" else error / counts.mean()
+        bias.add_(step, alpha=config.rate)

@@ -1,0 +1,510 @@
+"""Safetensors read by header and written in parts, against the safetensors library."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finemoe.checkpoint import store as store_module
+from finemoe.checkpoint import tensors
+from finemoe.checkpoint.store import TensorSpec, TensorStore
+from finemoe.checkpoint.tensors import DTYPES, TensorFolder, raw_bytes, read_header, span
+from finemoe.checkpoint.workspace import workspace
+from finemoe.core.errors import CheckpointError, RunError
+
+NewStore = Callable[..., TensorStore]
+
+
+def drawn(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Any bytes are a tensor, except for bool."""
+    if dtype == torch.bool:
+        return torch.randint(0, 2, shape) > 0
+    raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8)
+    return raw.view(dtype).reshape(shape)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and raw_bytes(a) == raw_bytes(b)
+
+
+def folder_of(folder: Path, contents: dict[str, Tensor]) -> TensorFolder:
+    save_file(contents, folder / "model.safetensors")
+    return TensorFolder.open(folder)
+
+
+@pytest.fixture
+def new_store() -> Iterator[NewStore]:
+    """Stores that are closed at the end, which a process that dies does too."""
+    with ExitStack() as opened:
+        yield lambda *arguments, **named: opened.enter_context(TensorStore(*arguments, **named))
+
+
+EVERY = {name.lower(): (dtype, (3, 2)) for name, dtype in DTYPES.items()}
+
+
+def test_every_dtype_is_read_and_written_as_the_library_does(tmp_path: Path, new_store: NewStore) -> None:
+    contents = {name: drawn(dtype, *shape) for name, (dtype, shape) in EVERY.items()}
+    contents |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "row": drawn(torch.bfloat16, 5)}
+    (tmp_path / "theirs").mkdir()
+    read = folder_of(tmp_path / "theirs", contents)
+    assert set(read.tensors) == set(contents)
+    ours = new_store(tmp_path, [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in contents.items()])
+    for name, tensor in contents.items():
+        assert same(read.read(name), tensor)
+        assert read.sha256(name) == hashlib.sha256(raw_bytes(tensor)).hexdigest()
+        ours.write(name, tensor)
+    ours.finish()
+    back = load_file(tmp_path / "model.safetensors")
+    assert all(same(back[name], tensor) for name, tensor in contents.items())
+    again = TensorFolder.open(tmp_path)
+    assert all(same(again.read(name), tensor) for name, tensor in contents.items())
+    assert all(info.offset % info.dtype.itemsize == 0 for info in again.tensors.values())
+    assert read_header(tmp_path / "model.safetensors")[1] == {"format": "pt"}
+    assert again.nbytes == sum(tensor.nbytes for tensor in contents.values())
+
+
+INDICES = st.tuples(st.integers(0, 3), st.integers(0, 4)).map(lambda ab: slice(min(ab), max(ab) + 1))
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        *((), (0,), (3,), (2, 4), (1, slice(1, 3)), (slice(0, 4),), (slice(2, 3),), (1, 2, 1)),
+        *((slice(1, 1),), (slice(2, None),)),
+    ],
+)
+def test_parts(tmp_path: Path, index: tuple[Any, ...]) -> None:
+    whole = drawn(torch.float16, 4, 5, 2)
+    read = folder_of(tmp_path, {"x": whole})
+    assert same(read.read("x", index), whole[index])
+    start, count, shape = span((4, 5, 2), index)
+    assert shape == whole[index].shape
+    assert same(whole.flatten()[start : start + count], whole[index].flatten())
+    for max_bytes in (1, 10, 1000):
+        for multiple in (1, 2):
+            chunks = list(read.chunks("x", index, max_bytes=max_bytes, multiple=multiple))
+            assert same(torch.cat(chunks) if chunks[0].dim() else chunks[0], whole[index])
+            assert all(len(chunk) % multiple == 0 for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        *((4,), (-1,), (0, 0, 0, 0), (slice(0, 2), 1), (slice(0, 4, 2),), (slice(0, 5),), (slice(3, 1),)),
+        *((slice(0, 4), slice(0, 1)), (2, slice(0, 6))),
+    ],
+)
+def test_what_is_no_part_is_refused(index: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match="index"):
+        span((4, 5, 2), index)
+
+
+def header(entries: Any, *, length: int | None = None, data: bytes = b"") -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+EIGHT = b"\x00" * 8
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "truncated, or not safetensors"),
+        (b"\x01\x00\x00", "truncated, or not safetensors"),
+        (header({"a": entry()}, length=1 << 40, data=EIGHT), "ends within its header"),
+        (b"PK\x03\x04" + b"\x00" * 100, "not safetensors"),
+        (header(b"", data=EIGHT), "not valid JSON"),
+        (header([]), "holds a JSON list"),
+        (header(b'{"a":' * 1000), "levels deep"),
+        (header({"a": entry()}), "truncated: "),
+        (header({"a": entry()}, data=b"\x00" * 7), "truncated: "),
+        (header({"a": entry()}, data=b"\x00" * 9), "more bytes than its header says"),
+        (header({}, data=EIGHT), "more bytes than its header says"),
+        (header({"a": entry("F99")}, data=EIGHT), "dtype 'F99' is unknown"),
+        (header({"a": entry(["F32"])}, data=EIGHT), "is unknown"),
+        (header({"a": entry(shape=[3])}, data=EIGHT), "takes 12 bytes, not 8"),
+        (header({"a": entry(shape=[-2])}, data=EIGHT), "is not possible"),
+        (header({"a": entry(shape=[2.0])}, data=EIGHT), "is not possible"),
+        (header({"a": entry(shape=[True, 2])}, data=EIGHT), "is not possible"),
+        (header({"a": entry(shape="2")}, data=EIGHT), "is not possible"),
+        (header({"a": entry(shape=[1] * 99 + [2])}, data=EIGHT), "is not possible"),
+        (header({"a": entry(shape=[0, 1 << 70], offsets=[0, 0])}), "is not possible"),
+        (header({"a": entry(offsets=[0, 8, 9])}, data=EIGHT), "not a range of bytes"),
+        (header({"a": entry(offsets=[8, 0])}, data=EIGHT), "not a range of bytes"),
+        (header({"a": entry(offsets=[0, "8"])}, data=EIGHT), "not a range of bytes"),
+        (header({"a": entry(offsets=[1, 9])}, data=EIGHT + b"\x00"), "leaves a gap or overlaps"),
+        (header({"a": entry(), "b": entry()}, data=EIGHT), "leaves a gap or overlaps"),
+        (header({"a": entry(), "b": entry(offsets=[4, 12])}, data=EIGHT * 2), "leaves a gap or overlaps"),
+        (header({"a": entry(), "b": entry(offsets=[12, 20])}, data=EIGHT * 3), "leaves a gap or overlaps"),
+        (header({"a": {**entry(), "x": 1}}, data=EIGHT), "exactly its dtype, shape and data_offsets"),
+        (header({"a": {"dtype": "F32"}}, data=EIGHT), "exactly its dtype, shape and data_offsets"),
+        (header({"a": 3}), "exactly its dtype, shape and data_offsets"),
+        (header({"__metadata__": {"a": 1}}), "must be a table of strings"),
+        (header({"__metadata__": []}), "must be a table of strings"),
+        (header(b'{"a": 1, "a": 2}'), "occurs twice"),
+    ],
+)
+def test_headers_that_are_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        TensorFolder.open(tmp_path)
+    assert "model.safetensors" in str(caught.value)
+
+
+def test_a_header_bomb_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((1 << 30).to_bytes(8, "little"))
+    os.truncate(path, 2 << 30)  # sparse
+    with pytest.raises(CheckpointError, match="at most 100000000 are read"):
+        TensorFolder.open(tmp_path)
+
+
+def test_a_file_cut_short_after_opening_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    read = folder_of(tmp_path, {"x": torch.ones(10_000)})
+    os.truncate(tmp_path / "model.safetensors", 5000)
+    with pytest.raises(CheckpointError, match="ends within tensor 'x'"):
+        read.read("x")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read.read("x")
+    with pytest.raises(CheckpointError, match="no tensor 'y'"):
+        read.read("y")
+
+
+def test_index_and_files_must_agree(tmp_path: Path) -> None:
+    a, b = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+    def table(**weights: str) -> None:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+    save_file({"x": torch.ones(2)}, tmp_path / a)
+    save_file({"y": torch.ones(3), "z": torch.ones(1)}, tmp_path / b)
+    table(x=a, y=b, z=b)
+    assert {name: info.path.name for name, info in TensorFolder.open(tmp_path).tensors.items()} == {
+        "x": a,
+        "y": b,
+        "z": b,
+    }
+    for weights, reason in (
+        ({"x": a, "y": b}, "holds tensor 'z', of which the index says nothing"),
+        ({"x": a, "y": b, "z": a}, "says that model-00001-of-00002.safetensors holds tensor 'z'"),
+        ({"x": a, "y": b, "z": b, "w": b}, "holds tensor 'w', but it does not"),
+    ):
+        table(**weights)
+        with pytest.raises(CheckpointError, match=reason):
+            TensorFolder.open(tmp_path)
+    save_file({"x": torch.ones(3), "z": torch.ones(1)}, tmp_path / b)
+    table(x=a, z=b)
+    with pytest.raises(CheckpointError, match=r"'x' is in model-00001-of-00002\.safetensors too"):
+        TensorFolder.open(tmp_path)
+
+
+SPECS = [
+    TensorSpec("stack", torch.bfloat16, (4, 6, 5)),
+    TensorSpec("bias", torch.float32, (7,)),
+    TensorSpec("large", torch.float32, (50, 3)),
+    TensorSpec("none", torch.float32, (0, 3)),
+    TensorSpec("last", torch.float16, (3, 3)),
+]
+PARTS: list[tuple[str, tuple[Any, ...]]] = [
+    *(("stack", (expert, half)) for expert in range(4) for half in (slice(0, 2), slice(2, 6))),
+    ("bias", ()),
+    *(("large", (slice(row, row + 10),)) for row in range(0, 50, 10)),
+    ("none", ()),
+    ("last", ()),
+]
+
+
+def whole_tensors() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {spec.name: drawn(spec.dtype, *spec.shape) for spec in SPECS}
+
+
+def fill(store: TensorStore, parts: list[tuple[str, tuple[Any, ...]]]) -> int:
+    """Write the parts that are still to do; their number."""
+    contents, count = whole_tensors(), 0
+    for name, index in parts:
+        if store.facts(name, index) is None:
+            store.write(name, contents[name][index], index, where=[name, str(index)])
+            count += 1
+    return count
+
+
+def assert_stored(folder: Path) -> None:
+    read, contents = TensorFolder.open(folder), whole_tensors()
+    assert set(read.tensors) == set(contents)
+    assert all(same(read.read(name), contents[name]) for name in contents)
+
+
+@pytest.mark.parametrize(("shard_bytes", "files"), [(None, 1), (5_000_000_000, 1), (400, 3), (1, 5)])
+def test_shards_are_cut_between_tensors(
+    tmp_path: Path, shard_bytes: int | None, files: int, new_store: NewStore
+) -> None:
+    store = new_store(tmp_path, SPECS, shard_bytes=shard_bytes)
+    parts = PARTS[:]
+    random.Random(0).shuffle(parts)
+    fill(store, parts)
+    written = store.finish()
+    assert_stored(tmp_path)
+    assert len([file for file in written if file.name.endswith(".safetensors")]) == files
+    for file in written:
+        content = (tmp_path / file.name).read_bytes()
+        assert (file.nbytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    if files > 1:
+        table = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert table["metadata"]["total_size"] == sum(spec.nbytes for spec in SPECS)
+        assert list(table["weight_map"]) == sorted(spec.name for spec in SPECS)
+
+
+def test_a_part_may_be_appended_in_pieces(tmp_path: Path, new_store: NewStore) -> None:
+    whole = whole_tensors()["large"]
+    store = new_store(tmp_path, [SPECS[2]])
+    with store.part("large") as part:
+        for chunk in whole.split(7):
+            part.append(chunk)
+        part.facts["note"] = "x"
+    assert store.facts("large") == {"note": "x"}
+    store.finish()
+    assert same(TensorFolder.open(tmp_path).read("large"), whole)
+
+
+def test_misuse_is_a_defect_of_ours(tmp_path: Path, new_store: NewStore) -> None:
+    with pytest.raises(ValueError, match="planned twice"):
+        new_store(tmp_path, [SPECS[0], SPECS[0]])
+    store = new_store(tmp_path, SPECS)
+    for tensor, reason in ((torch.ones(7).half(), "planned as"), (torch.ones(8), "more"), (torch.ones(6), "missing")):
+        with pytest.raises(ValueError, match=reason):
+            store.write("bias", tensor)
+    with pytest.raises(ValueError, match=r"part missing|nobody wrote"):
+        store.finish()
+
+
+@pytest.mark.parametrize("cut", range(0, len(PARTS), 3))
+@pytest.mark.parametrize("tail", ["", '{"tensor": "sta', "\x00\x00\x00\n"])
+def test_what_was_written_is_not_written_again(tmp_path: Path, cut: int, tail: str, new_store: NewStore) -> None:
+    first = new_store(tmp_path, SPECS, shard_bytes=400)
+    fill(first, PARTS[:cut])  # and the process dies
+    with (tmp_path / ".model.journal").open("a") as journal:
+        journal.write(tail)
+    second = new_store(tmp_path, SPECS, shard_bytes=400)
+    assert all(second.facts(name, index) == {"where": [name, str(index)]} for name, index in PARTS[:cut])
+    half = fill(second, PARTS[:-1])
+    third = new_store(tmp_path, SPECS, shard_bytes=400)
+    assert half + fill(third, PARTS) == len(PARTS) - cut
+    third.finish()
+    assert_stored(tmp_path)
+
+
+def test_what_a_power_cut_took_is_written_again(tmp_path: Path, new_store: NewStore) -> None:
+    first = new_store(tmp_path, SPECS)
+    fill(first, PARTS)
+    path = tmp_path / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 200)  # the journal came to the disk, the end of the file did not
+    os.truncate(path, path.stat().st_size + 200)
+    second = new_store(tmp_path, SPECS)
+    assert 0 < fill(second, PARTS) < len(PARTS)
+    second.finish()
+    assert_stored(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["plan", "file", "size", "journal"])
+def test_another_plan_or_missing_files_begin_again(tmp_path: Path, change: str, new_store: NewStore) -> None:
+    fill(new_store(tmp_path, SPECS[:1] if change == "plan" else SPECS), PARTS[:3])
+    if change == "file":
+        (tmp_path / "model.safetensors").unlink()
+    if change == "size":
+        os.truncate(tmp_path / "model.safetensors", 10)
+    if change == "journal":
+        (tmp_path / ".model.journal").write_text("{}\n")
+    store = new_store(tmp_path, SPECS)
+    assert fill(store, PARTS) == len(PARTS)
+    store.finish()
+    assert_stored(tmp_path)
+
+
+def test_a_lying_disk_is_found_out(tmp_path: Path, new_store: NewStore) -> None:
+    store = new_store(tmp_path, SPECS)
+    fill(store, PARTS)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(b"\xaa")
+    with pytest.raises(CheckpointError, match="does not give back what was written"):
+        store.finish()
+
+
+def test_a_full_disk_names_the_path_and_the_way_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_store: NewStore
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = new_store(tmp_path, SPECS)
+    fill(store, PARTS[:4])
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(RunError, match=r"model\.safetensors: the disk is full; .* the same command again"):
+            fill(store, PARTS)
+        patched.setattr(os, "posix_fallocate", full)
+        (tmp_path / "other").mkdir()
+        with pytest.raises(RunError, match="the disk is full"):
+            new_store(tmp_path / "other", SPECS)
+    again = new_store(tmp_path, SPECS)
+    assert fill(again, PARTS) == len(PARTS) - 4
+    again.finish()
+    assert_stored(tmp_path)
+
+
+def slow_conversion(out: Path, counted: Path) -> None:
+    """A conversion that notes every part it writes; for a process that is killed."""
+    contents = whole_tensors()
+    with workspace(out, "the source", 1000) as folder, TensorStore(folder, SPECS, shard_bytes=400) as store:
+        for name, index in PARTS:
+            if store.facts(name, index) is None:
+                store.write(name, contents[name][index], index)
+                with counted.open("a") as file:
+                    file.write("x")
+                time.sleep(0.01)
+        store.finish()
+
+
+def test_killed_again_and_again_it_comes_to_the_same_end(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["finemoe.checkpoint.workspace"])
+    out, counted, kills = tmp_path / "out", tmp_path / "counted", 0
+    counted.touch()
+    for _ in range(20):
+        before = counted.stat().st_size
+        process = context.Process(target=slow_conversion, args=(out, counted))
+        process.start()
+        while process.is_alive() and counted.stat().st_size < before + 4:
+            time.sleep(0.001)
+        assert process.pid is not None
+        if not process.is_alive():
+            break
+        assert not out.exists()
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    process.join()
+    assert process.exitcode == 0
+    assert kills >= 3
+    assert_stored(out)
+    assert counted.stat().st_size <= len(PARTS) + kills  # at most one part a kill was lost
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), "model.safetensors.index.json"]
+    )
+    assert not (tmp_path / "out.partial").exists()
+
+
+def interrupted(out: Path, error: BaseException) -> None:
+    """Work that ends in the middle."""
+    with workspace(out, "s", 10) as folder:
+        (folder / "file").write_text("x")
+        raise error
+
+
+def test_a_workspace_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b" / "out"
+    with pytest.raises(CheckpointError, match="no good"):
+        interrupted(out, CheckpointError("no good"))
+    assert list(tmp_path.iterdir()) == []
+    for interruption in (KeyboardInterrupt, RunError):
+        with pytest.raises(interruption):
+            interrupted(out, interruption())
+        assert [path.name for path in out.parent.iterdir()] == ["out.partial"]
+    with pytest.raises(CheckpointError, match="interrupted conversion of another source"), workspace(out, "t", 10):
+        pass
+    with workspace(out, "s", 10) as folder:
+        assert (folder / "file").read_text() == "x"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (lambda out: out.write_text("x"), "exists already"),
+        (lambda out: (out.mkdir(), (out / "x").touch()), "exists already"),
+        (lambda out: (out.mkdir(), (out / "manifest.json").touch()), "is complete already"),
+        (lambda out: (Path(f"{out}.partial").mkdir(), Path(f"{out}.partial/x").touch()), "in the way"),
+        (lambda out: out.with_name("out.partial").touch(), "in the way"),
+    ],
+)
+def test_a_workspace_takes_nobodys_place(tmp_path: Path, prepare: Callable[[Path], Any], reason: str) -> None:
+    prepare(tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=reason), workspace(tmp_path / "out", "s", 10):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_is_a_place_to_write_to(tmp_path: Path) -> None:
+    with workspace(tmp_path, "s", 10) as folder:
+        (folder / "x").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_disk_too_small_is_known_before(tmp_path: Path) -> None:
+    message = r"not enough disk: [0-9.]+ GB are needed and [0-9.]+ GB are free"
+    with pytest.raises(CheckpointError, match=message), workspace(tmp_path / "out", "s", 1 << 60):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.data())
+def test_any_plan_written_in_any_order_reads_back(data: st.DataObject) -> None:
+    specs = [
+        TensorSpec(f"t{i}", data.draw(st.sampled_from(list(DTYPES.values()))), shape)
+        for i, shape in enumerate(data.draw(st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), max_size=6)))
+    ]
+    contents = {spec.name: drawn(spec.dtype, *spec.shape) for spec in specs}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with TensorStore(folder, specs, shard_bytes=data.draw(st.sampled_from([1, 40, None]))) as store:
+            for spec in data.draw(st.permutations(specs)):
+                store.write(spec.name, contents[spec.name])
+            store.finish()
+        if specs:
+            read = TensorFolder.open(folder)
+            assert all(same(read.read(name), tensor) for name, tensor in contents.items())
+
+
+def test_memory_stays_at_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    original = tensors._fill
+
+    def watched(raw: Tensor, *rest: Any) -> None:
+        nonlocal largest
+        largest = max(largest, raw.numel())
+        original(raw, *rest)
+
+    monkeypatch.setattr(tensors, "_fill", watched)
+    read = folder_of(tmp_path, {"x": torch.ones(1000, 100)})
+    for chunk in read.chunks("x", max_bytes=4000):
+        assert chunk.nbytes <= 4000
+    assert largest == 4000
+    assert store_module.SHARD_BYTES == 5_000_000_000

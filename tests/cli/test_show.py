@@ -1,0 +1,63 @@
+"""`finemoe show`: finished runs side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SUMMARY = {
+    "final_validation_loss": 3.25,
+    "bits_per_byte": 1.61,
+    "final_training_loss": 3.0,
+    "max_vio": 1.25,
+    "max_vio_per_layer": {"1": 1.0, "10": 1.5},
+    "dead_experts": 0.03125,
+    "steps": 10,
+    "tokens": 2_000_000,
+    "seconds": 61.0,
+    "tokens_per_second": 9000.0,
+    "total_parameters": 1_500_000,
+    "active_parameters": 500_000,
+    "cache_elements_per_token": 144,
+    "training_flops": 6e12,
+    "peak_memory_bytes": 300 << 20,
+}
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> list[Path]:
+    dense = {**SUMMARY, "final_validation_loss": 3.5, "max_vio": None, "max_vio_per_layer": {}, "dead_experts": None}
+    dense.pop("cache_elements_per_token")  # as runs of earlier versions
+    for name, summary in (("v3", SUMMARY), ("dense", dense)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+    return [tmp_path / "v3", tmp_path / "dense"]
+
+
+def test_table_has_a_column_for_each_run(finished: list[Path], command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished[0].parent)
+    output = command("show", "v3", "dense").stdout
+    rows = {line[:24].strip(): line[24:].split() for line in output.splitlines()}
+    assert rows["Validation loss, nats"] == ["3.2500", "3.5000"]
+    assert rows["Cache per token, bf16"] == ["288", "B", "-"]
+    assert rows["MaxVio, layer 10"][0] == "1.50"
+    assert rows["Dead experts"] == ["3.1", "%", "-"]
+    assert max(map(len, output.splitlines())) <= 80
+    names = list(rows)
+    assert names.index("MaxVio, layer 1") < names.index("MaxVio, layer 10") < names.index("Dead experts")
+
+
+def test_json_is_the_summaries(finished: list[Path], command: Any) -> None:
+    shown = json.loads(command("show", *finished, "--json").stdout)
+    assert [run["directory"] for run in shown] == [str(path) for path in finished]
+    assert shown[0]["max_vio_per_layer"] == SUMMARY["max_vio_per_layer"]
+
+
+def test_what_is_no_finished_run_is_said(tmp_path: Path, command: Any) -> None:
+    result = command("show", tmp_path)
+    assert (result.exit_code, "not a run directory" in result.stderr) == (2, True)
+    (tmp_path / "config.json").write_text("{}")
+    assert "finemoe resume" in command("show", tmp_path).stderr
