@@ -393,7 +393,7 @@ def slow_conversion(out: Path, counted: Path) -> None:
 
 def test_killed_again_and_again_it_comes_to_the_same_end(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finemoe.checkpoint.workspace"])
+    context.set_forkserver_preload(["finemoe.checkpoint.interchange", "torch._dynamo"])  # as other tests do
     out, counted, kills = tmp_path / "out", tmp_path / "counted", 0
     counted.touch()
     for _ in range(20):

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from finemoe.text.tokenizer import Tokenizer
+from finemoe.checkpoint.interchange import import_hf
+from finemoe.checkpoint.open import load_model
+from finemoe.cli.generate import _Opened
+from finemoe.generation import Engine, SamplingConfig
+from finemoe.text import ChatTemplate, Tokenizer, TokenizerSettings
 
 FEW = ("--max-new-tokens", "8", "--seed", "5")
 
@@ -102,4 +109,117 @@ def test_more_than_the_training_length_is_said(command: Any, run_directory: Path
 def test_no_run_there(command: Any, tmp_path: Path) -> None:
     result = command("generate", tmp_path, "-p", "x")
     assert result.exit_code == 2
-    assert "neither a run" in result.stderr
+    assert "neither a run" in " ".join(result.stderr.split())
+
+
+CHAT = (
+    "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+TALKER = {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>", "chat_template": CHAT}
+
+
+@pytest.fixture
+def talker(run_directory: Path, tmp_path: Path) -> Path:
+    """The run with a chat template and the generation settings of a published model."""
+    folder = tmp_path / "talker"
+    shutil.copytree(run_directory, folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(TALKER))
+    return folder
+
+
+def test_a_message_goes_through_the_template(command: Any, talker: Path) -> None:
+    arguments = ("generate", talker, "--chat", "def {{ 1 }}", "--system", "Be.", *FEW)
+    (record,) = records(command(*arguments, "--json"))
+    end = "<|end_of_text|>"
+    assert record["prompt"] == f"{end}system: Be.\n{end}user: def {{{{ 1 }}}}\na:"
+    tokenizer = Tokenizer.load(talker)
+    ids = tokenizer.encode_template(record["prompt"])
+    assert ids.count(tokenizer.end_of_text_id) == 2
+    assert command(*arguments).stdout == record["completion"] + "\n"
+    checkpoint = next((talker / "checkpoints").iterdir())
+    assert records(command("generate", checkpoint, *arguments[2:], "--json")) == [record]
+
+
+def test_generation_stops_at_every_id_of_the_configuration(command: Any, talker: Path) -> None:
+    arguments = ("generate", talker, "-p", "x", "-n", "12", "--temperature", "0", "--json")
+    (plain,) = records(command(*arguments))
+    tokens = plain["tokens"]
+    at = next(i for i, token in enumerate(tokens) if token not in tokens[:i] and i)
+    (talker / "generation_config.json").write_text(json.dumps({"eos_token_id": [299, tokens[at]]}))
+    (stopped,) = records(command(*arguments))
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["tokens"] == tokens[: at + 1]
+    assert stopped["completion"] == Tokenizer.load(talker).decode(tokens[:at])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--chat", "x"), "has no chat template"),
+        (("--chat", "x", "-p", "y"), "without --prompt and --file"),
+        (("--system", "x", "-p", "y"), 'add --chat "..."'),
+        ((), "--prompt"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    command: Any, run_directory: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    result = command("generate", run_directory, *arguments)
+    assert result.exit_code == 2
+    assert says in " ".join(result.stderr.split())
+
+
+def test_a_broken_template_is_refused_with_its_line(command: Any, talker: Path) -> None:
+    (talker / "chat_template.jinja").write_text("one\n{{ 1 / 0 }}")
+    result = command("generate", talker, "--chat", "x")
+    assert result.exit_code == 2
+    assert "line 2: division by zero" in " ".join(result.stderr.split())
+
+
+def test_only_models_from_elsewhere_begin_with_the_beginning_token(run_directory: Path) -> None:
+    content = (run_directory / "tokenizer.json").read_text()
+    settings = TokenizerSettings({"bos_token": "<|end_of_text|>"}, add_bos_token=True)
+    tokenizer = Tokenizer.parse(content, "test", settings)
+    plain, end = tokenizer.encode("def"), tokenizer.end_of_text_id
+    for own, expected in ((True, plain), (False, [end, *plain])):
+        opened = _Opened(None, tokenizer, ChatTemplate.of("{{ messages[0].content }}"), Path(), own)  # type: ignore[arg-type]
+        assert opened.encode(["def"], None, None) == (["def"], [tuple(expected)])
+        assert opened.encode([], "def", None) == (["def"], [tuple(plain)])
+
+
+@pytest.fixture(scope="module")
+def published(run_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with random weights, whose texts begin with a token."""
+    folder = tmp_path_factory.mktemp("published") / "llama"
+    folder.mkdir()
+    width, inner, ids = 16, 24, 300
+    shapes = {"model.embed_tokens": (ids, width), "model.norm": (width,), "lm_head": (ids, width)}
+    layer = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
+    layer |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
+    layer |= {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
+    shapes |= {f"model.layers.0.{name}": shape for name, shape in layer.items()}
+    generator = torch.Generator().manual_seed(3)
+    weights = {f"{name}.weight": torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = {"model_type": "llama", "vocab_size": ids, "hidden_size": width, "intermediate_size": inner}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**TALKER, "add_bos_token": True}))
+    shutil.copy(run_directory / "tokenizer.json", folder)
+    return folder
+
+
+def test_a_published_model_and_its_import_write_the_same(command: Any, published: Path, tmp_path: Path) -> None:
+    import_hf(published, tmp_path / "imported", quiet=True)
+    tokenizer = Tokenizer.load(published)
+    prompt = (tokenizer.end_of_text_id, *tokenizer.encode("def "))  # its beginning token is the end's
+    engine = Engine(load_model(published), end_of_text_id=tokenizer.end_of_text_id, vocab_size=tokenizer.vocab_size)
+    (expected,) = engine.generate([prompt], SamplingConfig(temperature=0.0, max_new_tokens=8))
+    arguments = ("-p", "def ", "-n", "8", "--temperature", "0", "--json")
+    for folder in (published, tmp_path / "imported"):
+        (record,) = records(command("generate", folder, *arguments))
+        assert record["tokens"] == expected.completion
+        assert max(record["tokens"]) < tokenizer.vocab_size < 300  # rows without a token are never drawn
+        (answer,) = records(command("generate", folder, "--chat", "hi", "-n", "4", "--json"))
+        assert answer["prompt"] == "<|end_of_text|>user: hi\na:"

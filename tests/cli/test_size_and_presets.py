@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from finemoe.model.presets import PRESETS, resolve
+from finemoe.model.config import expand
+from finemoe.model.presets import GROUPS, PRESETS, resolve
 
 RECIPE = '[model]\npreset = "tiny-moe"\n[data]\nsequence_length = 128\n[training]\nsteps = 1\n'
 
@@ -46,6 +47,61 @@ def test_recipe_and_run_directory(command: Any, run_directory: Path, tmp_path: P
     assert json.loads(command("size", run_directory, "--seq-len", "9", "--json").stdout)["seq_len"] == 9
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--cache-bits", "16,6"], "-93.3 %"),
+        ([], "-82.2 %"),
+        (["--cache-bits", "8"], "-82.2 %"),
+    ],
+)
+def test_caches_are_compared_with_the_first(command: Any, arguments: list[str], shown: str) -> None:
+    names = ["deepseek-llm-67b", "deepseek-v2"]
+    assert shown in command("size", *names, *arguments).stdout
+    first, second = json.loads(command("size", *names, *arguments, "--json").stdout)
+    assert first["cache_against_first"] == 1
+    assert f"{100 * (second['cache_against_first'] - 1):.1f} %" == shown
+    assert second["cache_bytes_per_token"] == second["cache_elements_per_token"] * second["cache_bits"] / 8
+
+
+def test_one_model_at_two_widths(command: Any) -> None:
+    records = json.loads(command("size", "tiny-v2", "tiny-v2", "--cache-bits", "16,4.5", "--json").stdout)
+    assert [record["cache_bits"] for record in records] == [16, 4.5]
+    assert records[1]["cache_against_first"] == 4.5 / 16
+    assert "24.9 times" in command("size", "deepseek-v2", "deepseek-v2-mha").stdout
+
+
+@pytest.mark.parametrize("bits", ["6,16,4", "six", "", "0", "-1", "nan", "inf", "16,", "65"])
+def test_bits_that_fit_no_model_are_refused(command: Any, bits: str) -> None:
+    result = command("size", "tiny-v1", "tiny-v2", "--cache-bits", bits)
+    assert result.exit_code == 2
+    assert "--cache-bits" in result.stderr
+    assert result.stdout == ""
+
+
+def test_the_whole_family_stands_in_80_columns(command: Any) -> None:
+    text = command("size", "deepseek-v3", "deepseek-v2", "deepseek-v2-lite").stdout
+    assert max(map(len, text.splitlines())) <= 80
+    for figure in ("671B", "37.6B", "36.6B", "+11.6B", "2.45B", "34,560", "1,250 GiB"):
+        assert figure in text, figure
+
+
+def test_an_imported_folder(command: Any, tmp_path: Path) -> None:
+    config = expand(resolve({"preset": "tiny-v3", "max_positions": 900}, "here")).model_dump(mode="json")
+    source = {"family": "deepseek_v3", "format": "huggingface"}
+    (tmp_path / "config.json").write_text(json.dumps({"model": config, "source": source}))
+    figures = json.loads(command("size", tmp_path, "--json").stdout)
+    preset = json.loads(command("size", "tiny-v3", "--seq-len", "900", "--json").stdout)
+    assert figures == {**preset, "name": str(tmp_path)}
+    assert json.loads(command("size", tmp_path, "--seq-len", "9", "--json").stdout)["seq_len"] == 9
+    (tmp_path / "config.json").write_text(json.dumps({"model": {**config, "max_positions": None}, "source": source}))
+    assert json.loads(command("size", tmp_path, "--json").stdout)["seq_len"] == 4096
+    (tmp_path / "config.json").write_text(json.dumps({"model": 3, "source": source}))
+    result = command("size", tmp_path)
+    assert result.exit_code == 2
+    assert "config.json" in result.stderr
+
+
 def test_published_widths_count_only_for_the_published_model(command: Any, tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text('[model]\npreset = "deepseek-moe-16b"\nnum_layers = 2\n')
@@ -73,7 +129,7 @@ def test_a_bad_recipe_is_named(command: Any, tmp_path: Path, text: str, says: st
     assert says in result.stderr
 
 
-@pytest.mark.parametrize("content", [None, "not json", "[]", '{"model": {"blocks": []}}'])
+@pytest.mark.parametrize("content", [None, "not json", "[]", "[" * 99_999, '{"model": {"blocks": []}}'])
 def test_a_directory_that_is_no_run_is_named(command: Any, tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
@@ -83,14 +139,45 @@ def test_a_directory_that_is_no_run_is_named(command: Any, tmp_path: Path, conte
 
 
 def test_presets_fit_the_terminal(command: Any) -> None:
-    result = command("presets")
-    assert max(map(len, result.stdout.splitlines())) <= 80
-    assert "1+63 top 7" in result.stdout
+    lines = command("presets").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("1+63 top 7" in line for line in lines) == 4
+    # One line each, under its group: nothing wraps.
+    assert len(lines) == 1 + sum(2 + len(group) for group in GROUPS.values()) + 4
+    assert set(GROUPS) <= set(lines)
     assert [record["name"] for record in json.loads(command("presets", "--json").stdout)] == list(PRESETS)
+
+
+def test_the_list_narrows_to_names_and_groups(command: Any) -> None:
+    def names(text: str) -> list[str]:
+        return [record["name"] for record in json.loads(command("presets", "--only", text, "--json").stdout)]
+
+    assert names("TINY-V") == ["tiny-v1", "tiny-v2", "tiny-v3"]
+    assert names("v3 and r1") == list(GROUPS["DeepSeek-V3 and R1"])
+    shown = command("presets", "--only", "smol").stdout
+    assert "smollm2-135m" in shown
+    assert "tiny" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--only", "gpt"], "no preset and no group has it in its name"),
+        (["tiny-moe", "--only", "tiny"], "give one of them"),
+        (["tiny"], "unknown preset `tiny`"),
+    ],
+)
+def test_a_list_of_nothing_is_explained(command: Any, arguments: list[str], says: str) -> None:
+    result = command("presets", *arguments)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert result.stdout == ""
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_printed_preset_is_the_preset(command: Any, name: str) -> None:
     printed = tomllib.loads(command("presets", name).stdout)["model"]
     assert resolve(printed, name) == resolve({"preset": name}, name)
-    assert json.loads(command("presets", name, "--json").stdout)["seq_len"] == PRESETS[name].seq_len
+    record = json.loads(command("presets", name, "--json").stdout)
+    assert record["seq_len"] == PRESETS[name].seq_len
+    assert name in GROUPS[record["group"]]

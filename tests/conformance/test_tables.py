@@ -18,21 +18,55 @@ from finemoe.model.moe.balance import BALANCE_TERMS, BalanceConfig
 from finemoe.model.moe.experts import EXPERT_KERNELS
 from finemoe.model.moe.layer import MoELayer
 from finemoe.model.moe.routers import ROUTERS
+from finemoe.model.moe.routers.select import GroupsConfig
+from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedRouter
 from finemoe.model.presets import PRESETS, resolve
+from finemoe.model.rope import SCALINGS
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
-from oracles.models import VOCAB, build, moe_table, small_config
+from oracles.models import GROUPS, LATENT, VOCAB, YARN, build, moe_table, small_config, v3_config
 
-# The least that each attention needs said; a router needs nothing.
-ATTENTION_TABLES: dict[str, dict[str, Any]] = {"grouped_query": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}}
+GROUPED_QUERY = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+# The least that each attention and each scaling needs said; a router needs nothing.
+ATTENTION_TABLES: dict[str, dict[str, Any]] = {
+    "grouped_query": GROUPED_QUERY,
+    "latent": {key: value for key, value in LATENT.items() if key not in ("q_lora_rank", "rope")},
+}
+SCALING_TABLES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "ntk": {"factor": 4.0},
+    "llama3": {"factor": 4.0, "original_max_positions": 16},
+    "yarn": {key: value for key, value in YARN.items() if key != "kind"},
+}
 
 CONFIGS = {
     **{f"router {kind}": (kind, config, {}) for kind, (config, _) in ROUTERS.items()},
     **{f"attention {kind}": (kind, config, ATTENTION_TABLES[kind]) for kind, (config, _) in ATTENTIONS.items()},
+    **{f"scaling {kind}": (kind, config, SCALING_TABLES[kind]) for kind, config in SCALINGS.items()},
 }
 MODELS = {
     **{f"router {kind}": small_config(feed_forward=moe_table(kind)) for kind in ROUTERS},
+    **{
+        f"router {kind}, grouped": small_config(feed_forward=moe_table(router={"kind": kind, **GROUPS}))
+        for kind, (config, _) in ROUTERS.items()
+        if issubclass(config, GroupsConfig)
+    },
     **{f"attention {kind}": small_config(attention={"kind": kind, **ATTENTION_TABLES[kind]}) for kind in ATTENTIONS},
+    **{
+        f"scaling {kind}, {layout}": small_config(
+            attention={**GROUPED_QUERY, "rope": {"layout": layout, "scaling": {"kind": kind, **SCALING_TABLES[kind]}}}
+        )
+        for kind in SCALINGS
+        for layout in ("half_split", "interleaved")
+    },
+    "latent, everything on": small_config(attention=LATENT),
+    "biases": small_config(attention={**GROUPED_QUERY, "qkv_bias": True}),
+    "norm of each head": small_config(attention={**GROUPED_QUERY, "qk_norm": "head"}),
+    "norm of projections": small_config(attention={**GROUPED_QUERY, "qk_norm": "projection", "qkv_bias": True}),
+    "gated shared experts": small_config(feed_forward=moe_table(gate_shared_experts=True, num_shared_experts=2)),
+    "clamped": small_config(feed_forward=moe_table(swiglu_limit=10.0)),
+    "V3": v3_config(),
+    "V3, tied": v3_config(tie_embeddings=True, mtp_depth=1),
     "tied": small_config(tie_embeddings=True),
     "shared experts 0": small_config(feed_forward=moe_table(num_shared_experts=0)),
     "shared experts 2": small_config(feed_forward=moe_table(num_shared_experts=2)),
@@ -68,30 +102,35 @@ def test_model_survives_json_and_hashes(config: ModelConfig) -> None:
     assert hash(again) == hash(config)
 
 
+def count(module: nn.Module) -> int:
+    """Parameters, and the biases of routers: no gradient moves them, and checkpoints hold them with the weights."""
+    biases = [m.selection_bias for m in module.modules() if isinstance(m, SigmoidBiasedRouter)]
+    return sum(value.numel() for value in (*module.parameters(), *biases))
+
+
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 def test_counted_parameters_are_those_of_the_built_model(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = Transformer(config)
     size = measure(config, 16)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total, ahead = count(model) - count(model.mtp), count(model.mtp)
+    if ahead:
+        assert ahead == size.mtp_parameters
     idle = experts = 0
-    for module in model.modules():
-        if isinstance(module, MoELayer):
-            stacked = sum(p.numel() for p in module.experts.parameters())
-            each = stacked // module.config.num_routed_experts
-            idle += each * (module.config.num_routed_experts - module.config.experts_per_token)
-            experts += sum(p.numel() for name, p in module.named_parameters() if not name.startswith("router."))
-    experts += sum(
-        p.numel() for b in model.blocks for p in b.feed_forward.parameters() if not isinstance(b.feed_forward, MoELayer)
-    )
+    for layer in (block.feed_forward for block in model.blocks):
+        experts += count(layer)
+        if isinstance(layer, MoELayer):
+            experts -= count(layer.router) + (0 if layer.shared_gate is None else count(layer.shared_gate))
+            each = count(layer.experts) // layer.config.num_routed_experts
+            idle += each * (layer.config.num_routed_experts - layer.config.experts_per_token)
     assert size.total_parameters == total
     assert size.active_parameters == total - idle
     assert (size.expert_parameters, size.active_expert_parameters) == (experts, experts - idle)
 
 
-@pytest.mark.parametrize("kind", ATTENTIONS)
-def test_counted_cache_is_that_of_the_built_one(kind: str) -> None:
-    config = MODELS[f"attention {kind}"]
+@pytest.mark.parametrize("name", [*(f"attention {kind}" for kind in ATTENTIONS), "latent, everything on", "V3"])
+def test_counted_cache_is_that_of_the_built_one(name: str) -> None:
+    config = MODELS[name]
     cache = build(config).new_cache(1, 7)
     tensors = [value for layer in cache for value in vars(layer).values() if isinstance(value, torch.Tensor)]
     assert sum(value.numel() for value in tensors) == 7 * measure(config, 16).cache_elements_per_token
@@ -113,14 +152,15 @@ def test_balance_coefficients_are_the_terms_and_off_by_default() -> None:
 def test_gradient_reaches_every_parameter(name: str, experts: str, attention: str) -> None:
     model = build(MODELS[name], experts=experts, attention=attention)
     tokens = torch.arange(2 * VOCAB).remainder(VOCAB).view(2, VOCAB)  # every token id, so every row of the embedding
-    output = model(tokens)
-    model.logits(output.hidden).logsumexp(-1).square().sum().backward()
+    output = model(tokens, mtp=True)
+    sum(model.logits(h).logsumexp(-1).square().sum() for h in (output.hidden, *output.mtp_hidden)).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
         assert parameter.grad.any(), key
         if parameter.dim() == 3:  # stacked experts: each that saw a token learns
-            layer = int(key.split(".")[1])
+            part, index = key.split(".")[:2]
+            layer = int(index) + (len(model.blocks) if part == "mtp" else 0)
             assert torch.equal(parameter.grad.flatten(1).any(1), output.routing[layer].load > 0), key
 
 
@@ -130,11 +170,31 @@ def test_a_router_learns_if_it_says_so(kind: str) -> None:
     built: nn.Module = build(MODELS[f"router {kind}"]).blocks[1].feed_forward.router
     assert isinstance(built, router)
     assert any(True for _ in built.parameters()) == config.learned  # type: ignore[attr-defined]
-    assert sum(p.numel() for p in built.parameters()) == config().num_parameters(16, 6)  # type: ignore[attr-defined]
+    assert count(built) == config().num_parameters(16, 6)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("kind", [kind for kind, (config, _) in ROUTERS.items() if config.learned])  # type: ignore[attr-defined]
-@pytest.mark.parametrize("term", BALANCE_TERMS)
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_scores_sum_to_one_if_the_router_says_so(kind: str) -> None:
+    config, _ = ROUTERS[kind]
+    record = build(MODELS[f"router {kind}"])(torch.randint(VOCAB, (2, 6)), record=True).routing[1]
+    sums = record.decision.scores.sum(-1)
+    assert torch.allclose(sums, torch.ones_like(sums)) == config.scores_sum_to_one  # type: ignore[attr-defined]
+    assert (record.decision.scores >= 0).all()
+    assert (record.decision.logits is None) == (not config.learned)  # type: ignore[attr-defined]
+
+
+SUMMING = {"expert", "device", "communication"}  # losses over scores that sum to 1
+
+
+@pytest.mark.parametrize(
+    ("term", "kind"),
+    [
+        (term, kind)
+        for term in BALANCE_TERMS
+        for kind, (config, _) in ROUTERS.items()
+        if config.learned and (config.scores_sum_to_one or term not in SUMMING)  # type: ignore[attr-defined]
+    ],
+)
 def test_balance_loss_teaches_the_router_and_not_the_experts(term: str, kind: str) -> None:
     balance = {term: 1.0, "num_devices": 2}
     model = build(small_config(feed_forward=moe_table(kind, balance=balance)))
@@ -159,22 +219,17 @@ def test_preset_says_what_it_is(name: str) -> None:
         assert abs(built / published - 1) < 0.04
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].summary[0].isdigit()])
-def test_size_in_the_summary_is_the_counted_one(name: str) -> None:
-    total = measure(MODELS[name], 16).total_parameters / 1e6
-    printed = PRESETS[name].summary.split("M")[0]
-    assert printed == (f"{total:.1f}" if total < 9.9 else f"{total:.0f}")
-
-
 @pytest.mark.parametrize("name", SMALL_PRESETS)
 def test_small_presets_run(name: str) -> None:
     model = build(MODELS[name])
     with torch.no_grad():
-        output = model(torch.randint(model.config.vocab_size, (2, 16)))
+        output = model(torch.randint(model.config.vocab_size, (2, 16)), mtp=True)
         logits = model.logits(output.hidden)
     assert logits.shape == (2, 16, model.config.vocab_size)
     assert logits.isfinite().all()
-    assert all(record.load.sum() == 32 * record.load.new_tensor(7) for record in output.routing.values())
+    assert all(state.isfinite().all() for state in output.mtp_hidden)
+    for layer in model.config.moe_layers:
+        assert output.routing[layer].load.sum() == 32 * model.config.blocks[layer].feed_forward.experts_per_token
 
 
 def test_some_presets_are_small_enough_to_run() -> None:

@@ -9,24 +9,62 @@ from typing import Any
 import pytest
 import torch
 
+from finemoe.core.config import merge
 from finemoe.core.errors import TrainingError
 from finemoe.training import run as run_module
 from finemoe.training.report import StepReport
 from finemoe.training.run import resume, train
 from finemoe.training.trainer import Trainer
+from training import tiny_runs
 from training.tiny_runs import (
     FEED_FORWARDS,
     LENGTH,
+    WIDTH,
     assert_same_run,
     checkpoints,
     newest_state,
-    recipe,
     records,
     steps,
     write_corpus,
 )
 
-ROUTED = ["hash", "gshard", "deepseek-moe"]
+V3: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "num_layers": 2,
+    "attention": {
+        "kind": "latent",
+        "num_heads": 2,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+    },
+    "leading": {"count": 1, "feed_forward": {"kind": "dense", "ffn_hidden_size": WIDTH}},
+    "feed_forward": {
+        "kind": "moe",
+        "num_shared_experts": 1,
+        "num_routed_experts": 8,
+        "experts_per_token": 3,
+        "expert_hidden_size": WIDTH // 4,
+        "router": {"kind": "sigmoid_biased", "num_groups": 4, "groups_per_token": 2, "route_scale": 2.5},
+        "balance": {"sequence": 0.01},
+    },
+    "mtp_depth": 2,
+    "init_std": 0.05,
+}
+"""Latent attention, biased gates whose biases move after every step, two prediction modules."""
+
+ARMS = [*FEED_FORWARDS, "v3"]
+ROUTED = ["hash", "gshard", "deepseek-moe", "v3"]
+
+
+def recipe(corpus: Path, arm: str = "deepseek-moe", **tables: Any) -> dict[str, Any]:
+    """As `tiny_runs.recipe`, which knows no V3."""
+    if arm != "v3":
+        return tiny_runs.recipe(corpus, arm, **tables)
+    return merge({**tiny_runs.recipe(corpus), "model": V3, "balancing": {"rate": 0.05}}, tables)
 
 
 class StopAfter:
@@ -70,7 +108,7 @@ def assert_close_runs(left: Path, right: Path, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(tensor, others[name], rtol=1e-2, atol=3e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("arm", FEED_FORWARDS)
+@pytest.mark.parametrize("arm", ARMS)
 def test_accumulating_single_sequences_is_one_large_batch(corpus: Path, tmp_path: Path, arm: str) -> None:
     size = {"tokens_per_step": 8 * LENGTH}
     whole = trained(corpus, tmp_path / "1x8", arm, training=size)
@@ -94,12 +132,25 @@ def test_expert_kernels_agree(corpus: Path, tmp_path: Path, arm: str) -> None:
     assert_close_runs(sliced, loop)
 
 
+@pytest.mark.parametrize("arm", ["gshard", "v3"])
 @pytest.mark.parametrize("packing", ["concatenate", "isolate"])
-def test_attention_kernels_agree(corpus: Path, tmp_path: Path, packing: str) -> None:
+def test_attention_kernels_agree(corpus: Path, tmp_path: Path, packing: str, arm: str) -> None:
     data = {"packing": packing}
-    fused = trained(corpus, tmp_path / "sdpa", "gshard", data=data, kernels={"attention": "sdpa"})
-    reference = trained(corpus, tmp_path / "reference", "gshard", data=data, kernels={"attention": "reference"})
+    fused = trained(corpus, tmp_path / "sdpa", arm, data=data, kernels={"attention": "sdpa"})
+    reference = trained(corpus, tmp_path / "reference", arm, data=data, kernels={"attention": "reference"})
     assert_close_runs(fused, reference)
+
+
+def test_the_v3_arm_moves_its_biases_and_learns_to_look_ahead(corpus: Path, tmp_path: Path) -> None:
+    # What the comparisons above would miss if it silently stood still on both sides.
+    run = trained(corpus, tmp_path / "v3", "v3")
+    tensors, _ = newest_state(run)
+    biases = {name: tensor for name, tensor in tensors.items() if name.endswith("selection_bias")}
+    assert len(biases) == 3  # one routed layer, two modules
+    assert all(bias.any() for bias in biases.values())
+    for name in ("mtp_1", "mtp_2"):
+        losses = [step["terms"][name] for step in steps(run)]
+        assert losses[-1] < losses[0]
 
 
 def test_isolating_documents_changes_nothing_where_a_row_has_only_one(tmp_path: Path) -> None:

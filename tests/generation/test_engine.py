@@ -94,6 +94,20 @@ def test_stop_ends_the_sequence_and_frees_its_slot(model: Transformer) -> None:
     assert engine.generate([(7,)], going_on)[0].completion == plain
 
 
+def test_any_of_several_tokens_stops(model: Transformer) -> None:
+    plain = Engine(model).generate([(7,)], GREEDY)[0].completion
+    first, second = [at for at, token in enumerate(plain) if token not in plain[:at]][1:3]
+    engine = Engine(model, end_of_text_id=plain[second], stop_ids=[plain[first], 10**6])
+    stopped = engine.generate([(7,)], GREEDY)[0]
+    assert (stopped.finish_reason, stopped.text_ids) == ("stop", plain[:first])
+    other = Engine(model, end_of_text_id=plain[second], stop_ids=[10**6]).generate([(7,)], GREEDY)[0]
+    assert other.text_ids == plain[:second]
+    alone = Engine(model, stop_ids=[plain[first]])
+    assert alone.generate([(7,)], GREEDY)[0].text_ids == plain[:first]
+    with pytest.raises(DataError, match="needs an end-of-text token"):
+        alone.generate([()], GREEDY)
+
+
 def test_requests_with_different_parameters_share_a_batch_and_arrive_while_it_runs(
     model: Transformer,
 ) -> None:

@@ -8,12 +8,14 @@ import torch
 from finemoe.model.config import ModelConfig
 from finemoe.model.initialize import initialize
 from finemoe.model.norm import RMSNorm
-from oracles.models import build, moe_table, small_config
+from oracles.models import build, moe_table, small_config, v3_config
 
 ARMS = {
     "dense": small_config(num_layers=3, feed_forward={"kind": "dense", "ffn_hidden_size": 24}),
     "softmax": small_config(num_layers=3),
     "hash": small_config(num_layers=3, feed_forward=moe_table("hash_layer")),
+    "groups": small_config(num_layers=3, feed_forward=moe_table("group_limited")),
+    "V3": v3_config(num_layers=3, attention={"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "qk_norm": "head"}),
     "more experts": small_config(num_layers=3, feed_forward=moe_table(num_routed_experts=12)),
 }
 
@@ -33,7 +35,7 @@ def test_same_seed_same_weights_other_seed_other_weights(config: ModelConfig) ->
         first.state_dict().items(), again.state_dict().values(), other.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), name
-        assert torch.equal(a, c) == ("norm" in name), name
+        assert torch.equal(a, c) == ("norm" in name or "bias" in name), name
 
 
 def test_the_state_of_the_global_generator_does_not_matter() -> None:
@@ -64,6 +66,11 @@ def test_no_two_tensors_of_one_shape_start_equal() -> None:
             assert value.shape != compared.shape or not torch.equal(value, compared), (name, other)
 
 
+def test_selection_biases_start_at_zero() -> None:
+    router = build(ARMS["V3"]).blocks[1].feed_forward.router
+    assert torch.equal(router.selection_bias, torch.zeros(6))
+
+
 @pytest.mark.parametrize("table", ["random", "balanced"])
 def test_hash_tables_differ_by_layer_and_by_seed(table: str) -> None:
     config = small_config(num_layers=4, feed_forward=moe_table(router={"kind": "hash_layer", "table": table}))
@@ -71,8 +78,9 @@ def test_hash_tables_differ_by_layer_and_by_seed(table: str) -> None:
     assert not any(torch.equal(a, b) for i, a in enumerate(tables) for b in tables[:i])
 
 
-def test_whatever_was_there_before_is_overwritten() -> None:
-    model = build(ARMS["hash"], 3)
+@pytest.mark.parametrize("arm", ["hash", "V3"])
+def test_whatever_was_there_before_is_overwritten(arm: str) -> None:
+    model = build(ARMS[arm], 3)
     expected = {name: value.clone() for name, value in model.state_dict().items()}
     for value in model.state_dict().values():
         value.fill_(1_000_000)

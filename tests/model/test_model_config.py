@@ -9,8 +9,9 @@ import pytest
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError
 from finemoe.model.config import ModelConfig, ModelRecipe
+from finemoe.model.feed_forward import DenseConfig
 from finemoe.model.presets import find_preset, resolve
-from oracles.models import moe_table, small_config
+from oracles.models import LATENT, moe_table, small_config, v3_config
 
 SMALL: dict[str, Any] = {
     "vocab_size": 8,
@@ -33,6 +34,27 @@ REFUSED = {
         {"feed_forward": moe_table("hash_layer", balance={"expert": 0.1})},
         "learns nothing",
     ),
+    "sharper than the scores are": (
+        {"feed_forward": moe_table("sigmoid_biased", balance={"expert": 0.1})},
+        "balance.expert needs scores that sum to 1",
+    ),
+    "a gate over nothing": (
+        {"feed_forward": moe_table(num_shared_experts=0, gate_shared_experts=True)},
+        "num_shared_experts is 0: there is nothing to gate",
+    ),
+    "more than every sequence exempt": (
+        {"feed_forward": moe_table(capacity_factor=1.0, capacity_exempt=1.1)},
+        "capacity_exempt",
+    ),
+    "a clamp at 0": ({"feed_forward": moe_table(swiglu_limit=0)}, "swiglu_limit"),
+    "odd rotary part": ({"attention": {**LATENT, "qk_rope_head_dim": 3}}, "qk_rope_head_dim 3 is odd"),
+    "unknown attention": ({"attention": {"kind": "latents"}}, "did you mean `latent`"),
+    "unknown scaling": (
+        {"attention": {**LATENT, "rope": {"scaling": {"kind": "yarm", "factor": 2}}}},
+        "did you mean `yarn`",
+    ),
+    "a theta of 1": ({"attention": {**LATENT, "rope": {"theta": 1}}}, "attention.rope.theta"),
+    "negative depth": ({"mtp_depth": -1}, "mtp_depth"),
     "capacity of 0": ({"feed_forward": moe_table(capacity_factor=0)}, "capacity_factor"),
     "uneven key heads": (
         {"attention": {"num_heads": 4, "num_kv_heads": 3, "head_dim": 2}},
@@ -67,6 +89,13 @@ def test_leading_layers_differ_where_they_say_so() -> None:
     assert config.moe_layers == (2, 3)
 
 
+def test_prediction_modules_have_the_block_of_the_last_layer() -> None:
+    config = v3_config(num_layers=3, mtp_depth=2)
+    assert config.mtp == (config.blocks[-1],) * 2
+    assert config.moe_layers == (1, 2)
+    assert small_config().mtp == ()
+
+
 def test_leading_layers_may_have_their_own_attention() -> None:
     config = small_config(leading={"count": 1, "attention": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 4}})
     assert [block.attention.num_heads for block in config.blocks] == [1, 4]
@@ -81,7 +110,7 @@ def test_resolve_lays_a_recipe_over_its_preset() -> None:
 
 def test_resolve_replaces_a_layer_of_another_kind() -> None:
     recipe = resolve({"preset": "tiny-moe", "feed_forward": {"kind": "dense", "ffn_hidden_size": 9}}, "here")
-    assert recipe.feed_forward.model_dump() == {"kind": "dense", "ffn_hidden_size": 9}
+    assert recipe.feed_forward == DenseConfig(ffn_hidden_size=9)
 
 
 def test_resolve_takes_a_model_without_preset() -> None:

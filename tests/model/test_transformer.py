@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from finemoe.model.attention.kernels import ATTENTION_KERNELS
+from finemoe.model.config import ModelConfig
 from finemoe.model.moe.decision import RoutingConstraint
 from finemoe.model.moe.experts import EXPERT_KERNELS
 from finemoe.model.transformer import Transformer
-from oracles.models import VOCAB, build, moe_table, small_config
+from oracles.models import GROUPS, LATENT, VOCAB, build, moe_table, small_config, v3_config
+
+CONFIGS = {"DeepSeekMoE": small_config(), "V3": v3_config(mtp_depth=0)}
 
 
 def tokens(*shape: int) -> Tensor:
@@ -56,14 +59,16 @@ def test_untied_head_is_its_own_matrix() -> None:
     assert not torch.equal(model.head.weight, model.embedding.weight)
 
 
-def test_documents_and_cache_exclude_each_other() -> None:
-    model = build(small_config())
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_documents_and_cache_exclude_each_other(config: ModelConfig) -> None:
+    model = build(config)
     with pytest.raises(ValueError, match="exclude each other"):
         model(tokens(1, 3), documents=torch.zeros(1, 3), cache=model.new_cache(1, 3))
 
 
-def test_no_token_sees_the_future() -> None:
-    model, ids = build(small_config()), tokens(2, 6)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_no_token_sees_the_future(config: ModelConfig) -> None:
+    model, ids = build(config), tokens(2, 6)
     changed = ids.clone()
     changed[:, 4] = (changed[:, 4] + 1) % VOCAB
     before, after = model(ids).hidden, model(changed).hidden
@@ -92,10 +97,30 @@ def test_replaying_a_recorded_decision_repeats_the_output() -> None:
     assert torch.equal(model(ids, constraint=replay).hidden, first.hidden)
 
 
-@pytest.mark.parametrize("changes", [{}, {"capacity_factor": 0.5}, {"balance": {"expert": 0.1, "z": 0.1}}])
+RECOMPUTED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "capacity": {"capacity_factor": 0.5},
+    "balance": {"balance": {"expert": 0.1, "z": 0.1}},
+    "V2": {
+        "router": {"kind": "group_limited", **GROUPS},
+        "balance": {"communication": 0.1, "num_devices": 3},
+        "capacity_factor": 0.5,
+        "capacity_level": "device",
+        "capacity_exempt": 0.5,
+    },
+    "V4": {
+        "router": {"kind": "sigmoid_biased", "score_function": "sqrtsoftplus"},
+        "balance": {"sequence": 0.1},
+        "swiglu_limit": 0.5,
+        "gate_shared_experts": True,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", RECOMPUTED.values(), ids=RECOMPUTED)
 @pytest.mark.parametrize("experts", EXPERT_KERNELS)
 def test_recomputation_changes_no_bit(changes: dict[str, Any], experts: str) -> None:
-    config, ids = small_config(feed_forward=moe_table(**changes)), tokens(2, 6)
+    config, ids = small_config(attention=LATENT, feed_forward=moe_table(**changes)), tokens(4, 6)
     loss, plain = loss_and_gradients(build(config, experts=experts), ids)
     again, recomputed = loss_and_gradients(build(config, experts=experts, recompute=True), ids)
     assert torch.equal(loss, again)
@@ -103,10 +128,11 @@ def test_recomputation_changes_no_bit(changes: dict[str, Any], experts: str) -> 
         assert torch.equal(recomputed[name], gradient), name
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("attention", ATTENTION_KERNELS)
 @pytest.mark.parametrize("experts", EXPERT_KERNELS)
-def test_every_pair_of_kernels_computes_the_same(attention: str, experts: str) -> None:
-    config, ids = small_config(), tokens(2, 6)
+def test_every_pair_of_kernels_computes_the_same(attention: str, experts: str, config: ModelConfig) -> None:
+    ids = tokens(2, 6)
     loss, expected = loss_and_gradients(build(config, attention="reference", experts="loop"), ids)
     other, found = loss_and_gradients(build(config, attention=attention, experts=experts), ids)
     torch.testing.assert_close(other, loss, rtol=1e-5, atol=0)
@@ -114,10 +140,11 @@ def test_every_pair_of_kernels_computes_the_same(attention: str, experts: str) -
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("cached", [False, True])
-def test_bfloat16_autocast_tracks_float32(cached: bool) -> None:
+def test_bfloat16_autocast_tracks_float32(cached: bool, config: ModelConfig) -> None:
     # Routing is held to the float32 choice: a near tie may rightly fall the other way here.
-    model, ids = build(small_config()), tokens(2, 6)
+    model, ids = build(config), tokens(2, 6)
     with torch.no_grad():
         exact = model(ids, record=True)
         replay = {layer: RoutingConstraint(replay=r.decision.expert_ids) for layer, r in exact.routing.items()}
@@ -125,3 +152,48 @@ def test_bfloat16_autocast_tracks_float32(cached: bool) -> None:
             cache = model.new_cache(2, 6) if cached else None
             rounded = model(ids, constraint=replay, cache=cache)
     assert (rounded.hidden - exact.hidden).norm() < 0.03 * exact.hidden.norm()
+
+
+# DeepSeek-V4's first step: the bottom layers route by hash, the others by biased sqrtsoftplus; clamped throughout.
+V4 = small_config(
+    num_layers=4,
+    attention=LATENT,
+    leading={"count": 2, "feed_forward": moe_table("hash_layer", swiglu_limit=0.5)},
+    feed_forward=moe_table(
+        router={"kind": "sigmoid_biased", "score_function": "sqrtsoftplus", "route_scale": 1.5},
+        balance={"sequence": 0.1},
+        swiglu_limit=0.5,
+    ),
+)
+
+
+def test_first_layers_may_route_by_hash_and_the_others_by_score() -> None:
+    model, ids = build(V4), tokens(3, 7)
+    loss, gradients = loss_and_gradients(model, ids)
+    output = model(ids, record=True)
+    assert loss.isfinite()
+    assert set(output.routing) == {0, 1, 2, 3}
+    for layer in (0, 1):
+        table = model.blocks[layer].feed_forward.router.expert_of_token
+        assert torch.equal(output.routing[layer].decision.expert_ids, table[ids.flatten()])
+        assert not output.routing[layer].balance
+    for layer in (2, 3):
+        decision = output.routing[layer].decision
+        torch.testing.assert_close(decision.scores, torch.log(1 + torch.exp(decision.logits)).sqrt())
+        torch.testing.assert_close(decision.gate_weights.sum(1), torch.full((21,), 1.5))
+        assert set(output.routing[layer].balance) == {"sequence"}
+        assert gradients[f"blocks.{layer}.feed_forward.router.weight"].any()
+    assert not [name for name in gradients if name.startswith(("blocks.0", "blocks.1")) and "router" in name]
+
+
+def test_clamp_reaches_every_expert_and_the_shared_one() -> None:
+    model, ids = build(V4), tokens(3, 7)
+    limits = [b.feed_forward.experts.limit for b in model.blocks]
+    limits += [b.feed_forward.shared_experts.limit for b in model.blocks]
+    assert set(limits) == {0.5}
+    table = V4.model_dump()
+    for block in table["blocks"]:
+        block["feed_forward"]["swiglu_limit"] = None
+    free = build(ModelConfig.model_validate(table))
+    free.load_state_dict(model.state_dict())
+    assert not torch.allclose(free(ids).hidden, model(ids).hidden)

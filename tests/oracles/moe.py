@@ -99,14 +99,14 @@ def kept_on_devices(
 ) -> Tensor:
     """V2 section 2.2.4: while a device is over its budget, the least of its assignments that may be dropped goes."""
     tokens, k = expert_ids.shape
-    keep = torch.ones(tokens, k, dtype=torch.bool)
+    keep, listed = torch.ones(tokens, k, dtype=torch.bool), gates.tolist()
     budget = capacity(tokens, k, num_devices, factor)
     for device in range(num_devices):
         held = [
             (t, c) for t in range(tokens) for c in range(k) if expert_ids[t, c] * num_devices // num_experts == device
         ]
         while len(held) > budget and any(not exempt[t] for t, _ in held):
-            least = min(((t, c) for t, c in held if not exempt[t]), key=lambda place: float(gates[place]))
+            least = min(((t, c) for t, c in held if not exempt[t]), key=lambda place: listed[place[0]][place[1]])
             held.remove(least)
             keep[least] = False
     return keep

@@ -10,20 +10,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from finemoe.model.attention.latent import LatentAttention
 from finemoe.model.moe.decision import RoutingConstraint, RoutingDecision
 from finemoe.model.moe.dispatch import combine, dispatch
 from finemoe.model.moe.routers import ROUTERS
 from finemoe.model.moe.routers.hash_layer import HashLayerConfig, HashLayerRouter
-from finemoe.model.moe.routers.select import select
+from finemoe.model.moe.routers.select import GroupsConfig, select
+from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedRouter
 from finemoe.model.transformer import Transformer
-from oracles.models import VOCAB, build, moe_layer, moe_table, small_config
+from oracles.models import LATENT, VOCAB, build, moe_layer, moe_table, small_config, v3_config
 
 SEEDS = st.integers(0, 2**32 - 1)
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}  # float32, the same sums in another order
 MODELS = {
-    kind: build(small_config(num_layers=3, feed_forward=moe_table(kind, experts_per_token=2))).eval()
-    for kind in ROUTERS
+    **{kind: build(small_config(num_layers=3, feed_forward=moe_table(kind))).eval() for kind in ROUTERS},
+    "V3": build(v3_config(num_layers=3)).eval(),
+    "V2-Lite": build(
+        small_config(num_layers=3, attention={**LATENT, "q_lora_rank": None}, feed_forward=moe_table("group_limited"))
+    ).eval(),
 }
+FORMS = ["auto", "expanded", "absorbed"]
 
 
 def random(seed: int) -> torch.Generator:
@@ -34,14 +40,47 @@ def distinct(expert_ids: Tensor) -> bool:
     return all(len(set(row)) == len(row) for row in expert_ids.tolist())
 
 
+def merit(router: Any, decision: RoutingDecision) -> Tensor:
+    """What a router ranks experts by."""
+    biased = isinstance(router, SigmoidBiasedRouter)
+    if not biased and decision.logits is None:
+        return torch.zeros_like(decision.scores)  # a table ranks nothing
+    return decision.scores + router.selection_bias if biased else decision.scores
+
+
+def reach(router: Any, experts: int) -> int:
+    """How many experts a token may choose among."""
+    config = router.config
+    return experts // config.num_groups * config.groups_per_token if isinstance(config, GroupsConfig) else experts
+
+
+def expected_gates(router: Any, decision: RoutingDecision) -> Tensor:
+    """Unbiased scores of the chosen, over their sum where normalised."""
+    gates = decision.scores.gather(1, decision.expert_ids)
+    # 1e-20: where every score underflows the gates fade to 0, in DeepSeek's code too
+    return gates / (gates.sum(1, keepdim=True) + 1e-20) if isinstance(router, SigmoidBiasedRouter) else gates
+
+
 @st.composite
 def routed(draw: st.DrawFn) -> tuple[Any, Tensor, Tensor, int, int]:
     """A drawn router of any kind, hidden states and token ids, the number of experts and of choices."""
     kind = draw(st.sampled_from(sorted(ROUTERS)))
     experts = draw(st.integers(1, 9))
-    k = draw(st.integers(1, experts))
+    router: dict[str, Any] = {"kind": kind}
+    reach = experts
+    if issubclass(ROUTERS[kind][0], GroupsConfig):
+        num_groups = draw(st.sampled_from([n for n in range(1, experts + 1) if experts % n == 0]))
+        per_token = draw(st.integers(1, num_groups))
+        router |= {"num_groups": num_groups, "groups_per_token": per_token}
+        reach = experts // num_groups * per_token
+    if kind == "sigmoid_biased":
+        router["score_function"] = draw(st.sampled_from(["sigmoid", "sqrtsoftplus"]))
+    k = draw(st.integers(1, reach))
     seed = draw(SEEDS)
-    layer = moe_layer(moe_table(kind, num_routed_experts=experts, experts_per_token=k), seed)
+    layer = moe_layer(moe_table(router=router, num_routed_experts=experts, experts_per_token=k), seed)
+    if kind == "sigmoid_biased":
+        offset = draw(st.sampled_from([-100.0, 0.0, 100.0]))  # negative throughout, mixed, positive throughout
+        layer.router.selection_bias.normal_(offset, 1.0, generator=random(seed))
     count = draw(st.integers(1, 12))
     hidden = torch.randn(count, 16, generator=random(seed)) * draw(st.sampled_from([0.1, 1.0, 30.0]))
     return layer.router, hidden, torch.randint(VOCAB, (count,), generator=random(seed)), experts, k
@@ -80,9 +119,56 @@ def test_every_router_honours_the_number_of_active_experts(
     decision = router(hidden, tokens, RoutingConstraint(num_active=num_active))
     assert decision.expert_ids.shape == decision.gate_weights.shape == (len(hidden), num_active)
     assert distinct(decision.expert_ids)
+    if num_active > reach(router, experts):
+        return  # more than the best groups hold: the choice begins anew, among all experts
     shared = min(k, num_active)
-    unconstrained = router(hidden, tokens, None).expert_ids
-    assert torch.equal(decision.expert_ids[:, :shared], unconstrained[:, :shared])
+    unconstrained = router(hidden, tokens, None)
+    # Of equal merit, not the same: scores saturate, and among equals any will do.
+    merits = [merit(router, d).gather(1, d.expert_ids)[:, :shared] for d in (decision, unconstrained)]
+    assert torch.equal(*merits)
+
+
+@given(routed())
+def test_no_router_goes_beyond_its_groups(drawn: tuple[Any, Tensor, Tensor, int, int]) -> None:
+    router, hidden, tokens, experts, _ = drawn
+    if not isinstance(router.config, GroupsConfig):
+        return
+    groups = router(hidden, tokens, None).expert_ids // (experts // router.config.num_groups)
+    assert max(len(set(row)) for row in groups.tolist()) <= router.config.groups_per_token
+
+
+@given(routed())
+def test_choices_come_best_first(drawn: tuple[Any, Tensor, Tensor, int, int]) -> None:
+    router, hidden, tokens, _, _ = drawn
+    decision = router(hidden, tokens, None)
+    assert (merit(router, decision).gather(1, decision.expert_ids).diff(dim=1) <= 0).all()
+
+
+@given(routed(), SEEDS)
+def test_gates_follow_from_scores_and_never_from_the_bias(
+    drawn: tuple[Any, Tensor, Tensor, int, int], seed: int
+) -> None:
+    router, hidden, tokens, _, _ = drawn
+    decision = router(hidden, tokens, None)
+    torch.testing.assert_close(decision.gate_weights, expected_gates(router, decision))
+    if not isinstance(router, SigmoidBiasedRouter):
+        return
+    held = RoutingConstraint(replay=decision.expert_ids)
+    router.selection_bias.normal_(0, 10, generator=random(seed))
+    again = router(hidden, tokens, held)
+    assert torch.equal(again.gate_weights, decision.gate_weights)
+    assert torch.equal(again.scores, decision.scores)
+
+
+@given(routed(), st.sampled_from([-1000.0, 1000.0]))
+def test_a_large_bias_empties_or_fills_an_expert(drawn: tuple[Any, Tensor, Tensor, int, int], push: float) -> None:
+    router, hidden, tokens, experts, k = drawn
+    if not isinstance(router, SigmoidBiasedRouter) or k == reach(router, experts):
+        return
+    router.selection_bias.zero_()
+    router.selection_bias[0] = push
+    chosen = (router(hidden, tokens, None).expert_ids == 0).any(1)
+    assert chosen.all() if push > 0 else not chosen.any()
 
 
 @given(routed(), st.data())
@@ -106,7 +192,7 @@ def test_every_router_replays_with_gates_of_the_current_scores(
     replay = torch.rand(len(hidden), experts, generator=random(seed)).topk(k).indices
     decision = router(hidden, tokens, RoutingConstraint(replay=replay))
     assert torch.equal(decision.expert_ids, replay)
-    torch.testing.assert_close(decision.gate_weights, decision.scores.gather(1, replay))
+    torch.testing.assert_close(decision.gate_weights, expected_gates(router, decision))
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 10), SEEDS, st.data())
@@ -132,7 +218,7 @@ def test_combine_after_dispatch_is_the_identity(tokens: int, k: int, spare: int,
     torch.testing.assert_close(combine(rows, ticket, gates), hidden, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("kind", MODELS)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=SEEDS, data=st.data())
 def test_cached_forward_of_ragged_rows_is_the_uncached_one(
     kind: str, lengths: list[int], seed: int, data: st.DataObject
@@ -140,6 +226,9 @@ def test_cached_forward_of_ragged_rows_is_the_uncached_one(
     # Each call feeds a rectangle. A row may use any leading part of it; the rest is padding that later calls
     # overwrite. So rows drift apart: chunked prefill and decoding in one batch.
     model = MODELS[kind]
+    for block in model.blocks:
+        if isinstance(block.attention, LatentAttention):
+            block.attention.form = data.draw(st.sampled_from(FORMS), "form")
     rows = [torch.randint(VOCAB, (length,), generator=random(seed + i)) for i, length in enumerate(lengths)]
     done, found = [0] * len(rows), [[] for _ in rows]
     with torch.no_grad():
@@ -160,7 +249,7 @@ def test_cached_forward_of_ragged_rows_is_the_uncached_one(
             torch.testing.assert_close(torch.cat(parts), model(row[None]).hidden[0], **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("kind", MODELS)
 @given(lengths=st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3), seed=SEEDS)
 def test_packed_documents_are_as_if_alone(kind: str, lengths: list[list[int]], seed: int) -> None:
     model, seq = MODELS[kind], max(sum(row) for row in lengths)
@@ -175,7 +264,7 @@ def test_packed_documents_are_as_if_alone(kind: str, lengths: list[list[int]], s
             torch.testing.assert_close(packed[i], torch.cat(alone), **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("kind", MODELS)
 @given(batch=st.integers(1, 4), seq=st.integers(1, 8), seed=SEEDS)
 def test_load_sums_to_tokens_times_k(kind: str, batch: int, seq: int, seed: int) -> None:
     tokens = torch.randint(VOCAB, (batch, seq), generator=random(seed))
@@ -186,7 +275,7 @@ def test_load_sums_to_tokens_times_k(kind: str, batch: int, seq: int, seed: int)
         assert torch.equal(record.load, record.decision.expert_ids.flatten().bincount(minlength=6))
 
 
-@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("kind", MODELS)
 @given(order=st.permutations(range(4)), seq=st.integers(1, 6), seed=SEEDS)
 def test_permuting_sequences_permutes_outputs(kind: str, order: list[int], seq: int, seed: int) -> None:
     model, tokens = MODELS[kind], torch.randint(VOCAB, (4, seq), generator=random(seed))
@@ -196,7 +285,7 @@ def test_permuting_sequences_permutes_outputs(kind: str, order: list[int], seq: 
 
 @given(seq=st.integers(1, 6), seed=SEEDS, kind=st.sampled_from(sorted(ROUTERS)))
 def test_recomputation_changes_no_bit(seq: int, seed: int, kind: str) -> None:
-    config = small_config(feed_forward=moe_table(kind))
+    config = small_config(feed_forward=moe_table(kind), attention=LATENT)
     tokens = torch.randint(VOCAB, (2, seq), generator=random(seed))
 
     def run(model: Transformer) -> tuple[Tensor, list[Tensor | None]]:

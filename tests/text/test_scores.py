@@ -72,3 +72,25 @@ def test_equal_scores_are_refused_where_they_decide() -> None:
     make({"a": 0.0, "b": 0.0, "ab": -1.0})
     with pytest.raises(DataError, match="'ab' and 'ba' share the score -1"):
         make({"a": 0.0, "b": 0.0, "ab": -1.0, "ba": -1.0})
+
+
+@pytest.mark.parametrize("space_first", [True, False])
+def test_sentencepiece_vocabularies_come_back_and_fall_back_to_bytes(space_first: bool) -> None:
+    scores = {"▁": -9.0, "a": -8.0, "b": -7.0, "ab": -1.0, "▁a": -2.0, "▁ab": -3.0}
+    tokenizer = make(scores, space_first)
+    assert tokenizer.decode(tokenizer.encode("ab é\n ab")) == "ab é\n ab"
+    assert not tokenizer.byte_level
+    assert (tokenizer.adds_bos, tokenizer.bos_id, tokenizer.end_of_text_id) == (True, 1, 2)
+    vocabulary = vocabulary_of(tokenizer)
+    assert (vocabulary.model, vocabulary.add_space_prefix, vocabulary.add_bos) == ("llama", space_first, True)
+    assert list(vocabulary.tokens) == [name for name, _ in HEAD] + list(scores)
+    assert list(vocabulary.token_types) == [kind for _, kind in HEAD] + [NORMAL] * len(scores)
+    again = make(dict(zip(vocabulary.tokens[len(HEAD) :], vocabulary.scores[len(HEAD) :], strict=True)), space_first)
+    assert again.fingerprint() == tokenizer.fingerprint()
+
+
+def test_merges_that_no_scores_can_say_are_refused() -> None:
+    with pytest.raises(DataError, match="the merges that make 'aba' lie apart"):
+        scores_from_merges(["a", "b", "ab", "ba", "aba"], [("ab", "a"), ("a", "b"), ("b", "a"), ("a", "ba")])
+    with pytest.raises(DataError, match="'aba' can be made in ways that are not"):
+        scores_from_merges(["a", "b", "ab", "ba", "aba"], [("a", "b"), ("b", "a"), ("ab", "a")])

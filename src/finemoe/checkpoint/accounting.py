@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from finemoe.checkpoint import hf_keys
 from finemoe.checkpoint.fp8 import scale_shape
 from finemoe.checkpoint.keys import Placement
 from finemoe.checkpoint.store import TensorSpec
@@ -29,8 +30,8 @@ class Account:
 
     loaded: Mapping[str, Placement]
     """Fill a part of ours."""
-    copies: Mapping[str, Placement]
-    """Hold, to the bit, what a loaded one holds, and share its place."""
+    copies: Mapping[str, str]
+    """Hold to the bit what a loaded one holds, and our model has once -> that one."""
     carried: Mapping[str, str]
     """Kept verbatim -> why."""
     scales: Mapping[str, str]
@@ -38,62 +39,63 @@ class Account:
     notes: tuple[str, ...]
 
 
-def take_account(tensors: TensorFolder, placements: Sequence[Placement], spare: Callable[[str], str | None]) -> Account:
-    """Decide what becomes of each tensor.
-
-    Args:
-        tensors: of the source.
-        placements: of the model that its config.json describes. Where two fill the same part, the second is a copy,
-            which may be missing.
-        spare: why a key that no placement names may be carried unused; None: it may not.
+def take_account(tensors: TensorFolder, config: ModelConfig, family: str) -> Account:
+    """Decide what becomes of each tensor of a `family` checkpoint of `config`.
 
     Raises:
         CheckpointError: tensors missing, mis-shaped, of an unfit dtype, or unknown; the first few are named.
     """
-    first: dict[tuple[str, str], Placement] = {}
-    loaded: dict[str, Placement] = {}
-    twins: dict[str, Placement] = {}
-    for placement in placements:
-        place = (placement.ours, str(placement.index))
-        if place not in first:
-            first[place] = loaded[placement.theirs] = placement
-        elif placement.theirs in tensors.tensors:
-            twins[placement.theirs] = placement
-    _check_missing(tensors, loaded)
-    wanted = {**loaded, **twins}
-    _refuse("have another shape than config.json gives them", _misshaped(tensors, wanted))
+    loaded, again, originals = split_copies(hf_keys.placements(config, family))
+    present = {name: placement for name, placement in again.items() if name in tensors.tensors}
+    wanted = {**loaded, **present}
+    _refuse("missing", [f"{n} {list(p.shape)}" for n, p in loaded.items() if n not in tensors.tensors])
+    _refuse("of another shape than config.json gives", _misshaped(tensors, wanted))
     scales = {name: name + SCALE_SUFFIX for name in wanted if tensors.info(name).dtype == FP8}
-    _refuse("have an element type that is not read", _unfit(tensors, wanted, scales))
-    copies, notes = {}, []
+    _refuse("of an element type that is not read", _unfit(tensors, wanted, scales))
     carried = {scale: f"FP8 factors of {name}" for name, scale in scales.items()}
-    for name, placement in twins.items():
-        original = first[(placement.ours, str(placement.index))].theirs
+    copies, notes, unknown = {}, [], []
+    for name in present:
+        original = originals[name]
         if _same(tensors, name, original):
-            copies[name] = placement
+            copies[name] = original
         else:
-            carried[name] = f"is shared with {original} in our model, but differs from it"
-            notes.append(f"{name}: differs from {original}, which takes its place; kept, but not used")
-    unknown = []
+            carried[name] = f"should equal {original}, but does not"
+            notes.append(f"{name} should equal {original}, which our model uses for both, but does not; kept, not used")
     for name in tensors.tensors:
         if name not in wanted and name not in carried:
-            reason = spare(name)
+            reason = hf_keys.ignorable(name, family)
             if reason is None:
                 unknown.append(f"{name} {_facts(tensors, name)}")
             else:
                 carried[name] = reason
-    _refuse("belong to nothing in this model", unknown)
+    _refuse("known to no part of the model", unknown)
     return Account(loaded, copies, carried, scales, tuple(notes))
+
+
+def split_copies(
+    placements: Sequence[Placement],
+) -> tuple[dict[str, Placement], dict[str, Placement], dict[str, str]]:
+    """By their key: placements; those that fill a part again, and may be missing; and which key fills it first."""
+    first: dict[tuple[str, str], str] = {}
+    loaded: dict[str, Placement] = {}
+    again: dict[str, Placement] = {}
+    originals: dict[str, str] = {}
+    for placement in placements:
+        place = (placement.ours, str(placement.index))
+        if place in first:
+            again[placement.theirs] = placement
+            originals[placement.theirs] = first[place]
+        else:
+            first[place] = placement.theirs
+            loaded[placement.theirs] = placement
+    return loaded, again, originals
 
 
 def _refuse(what: str, names: Sequence[str]) -> None:
     if names:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        raise CheckpointError(f"{len(names)} tensors {what}: {', '.join(names[:_SHOWN])}{more}")
-
-
-def _check_missing(tensors: TensorFolder, loaded: Mapping[str, Placement]) -> None:
-    missing = [f"{name} {list(p.shape)}" for name, p in loaded.items() if name not in tensors.tensors]
-    _refuse("are missing from the weights", missing)
+        count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+        raise CheckpointError(f"{count} {what}: {', '.join(names[:_SHOWN])}{more}")
 
 
 def _facts(tensors: TensorFolder, name: str) -> str:
@@ -169,7 +171,7 @@ def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _check_filled(ours: str, shape: tuple[int, ...], placements: Sequence[Placement]) -> None:
     """Every element exactly once."""
     at = 0
-    for start, count, part in sorted(span(shape, placement.index) for placement in placements):
+    for start, count, _ in sorted(span(shape, placement.index) for placement in placements):
         if start != at:
             break
         at += count

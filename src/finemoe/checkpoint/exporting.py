@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from finemoe.checkpoint import hf_keys
-from finemoe.checkpoint.accounting import FP8, SCALE_SUFFIX
+from finemoe.checkpoint.accounting import FP8, SCALE_SUFFIX, split_copies
 from finemoe.checkpoint.exportable import Exportable, open_exportable
 from finemoe.checkpoint.fp8 import BLOCK, quantize, scale_shape
-from finemoe.checkpoint.hf_config import FAMILIES
+from finemoe.checkpoint.hf_config import FAMILIES, representable_as
 from finemoe.checkpoint.keys import Placement
+from finemoe.checkpoint.native import SOURCE
 from finemoe.checkpoint.store import TensorSpec, TensorStore, write_file
 from finemoe.checkpoint.tensors import DTYPES
-from finemoe.checkpoint.transfer import check_finite, fingerprint, mebibytes
+from finemoe.checkpoint.transfer import check_finite, fingerprint, mebibytes, named
 from finemoe.checkpoint.workspace import check_free, workspace
 from finemoe.core.config import did_you_mean
 from finemoe.core.errors import CheckpointError
-from finemoe.model.config import ModelConfig
 
 _TORCH_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXPORT_DTYPES = tuple(_TORCH_NAMES)
@@ -130,11 +130,9 @@ def export_hf(
 
 def _plan(opened: Exportable, family: str | None, dtype: torch.dtype | None, fp8: bool) -> _Plan:
     name = _choose_family(opened, family)
-    placements = hf_keys.placements(opened.config, name)
     account = opened.account if name == opened.family else {}
-    verbatim = bool(account) and FAMILIES[name].to_config(opened.raw) == opened.config
-    raw = dict(opened.raw) if verbatim else FAMILIES[name].from_config(opened.config)
-    ours = _keys(placements, account)
+    raw, verbatim = _config_json(opened, name, account)
+    ours = _keys(opened, name, account)
     came_as_fp8 = {key for key in ours if account.get(key, {}).get("dtype") == "F8_E4M3"}
     quantized: set[str] = set()
     if fp8 or (came_as_fp8 and dtype is None):
@@ -157,6 +155,11 @@ def _plan(opened: Exportable, family: str | None, dtype: torch.dtype | None, fp8
     settings = _settle(raw, quantized, came_as_fp8, ours, dtype, specs.values(), verbatim)
     lost = [key for key in opened.carried.tensors if key not in specs and key not in factors]
     notes = [f"{len(lost)} carried tensors are not of family {name} and are left out: {lost[0]} ..."] if lost else []
+    notes += [
+        f"not in config.json: {text}, which concerns training alone" for text in FAMILIES[name].lost(opened.config)
+    ]
+    if not FAMILIES[name].native:
+        notes.append(f"transformers has no class of its own for {name}; it needs the code of the published repository")
     if came_as_fp8 and not quantized:
         notes.append(f"{len(came_as_fp8)} tensors came as FP8 and are written out in full")
     return _Plan(
@@ -177,29 +180,37 @@ def _choose_family(opened: Exportable, family: str | None) -> str:
         if family not in FAMILIES:
             raise CheckpointError(f"family {family!r} is not supported{did_you_mean(family, sorted(FAMILIES))}")
         return family
-    if opened.family in FAMILIES:
+    if opened.family is not None and opened.family in FAMILIES:
         return opened.family
-    refusals = []
-    for name in FAMILIES:
-        try:
-            FAMILIES[name].from_config(opened.config)
-        except CheckpointError as error:
-            refusals.append(f"{name}: {error}")
-        else:
-            return name
-    raise CheckpointError(f"{opened.path}: no family represents this model exactly. " + "; ".join(refusals))
+    refusals = representable_as(opened.config)
+    fit = [name for name, refusal in refusals.items() if refusal is None]
+    if fit:
+        return fit[0]
+    raise CheckpointError(f"{opened.path}: no family computes this model: {'; '.join(map(str, refusals.values()))}")
 
 
-def _keys(placements: list[Placement], account: Mapping[str, Any]) -> dict[str, Placement]:
-    """Their keys; of the copies, those that the import found, or all of them in a new checkpoint."""
-    ours: dict[str, Placement] = {}
-    places = set()
-    for placement in placements:
-        place = (placement.ours, str(placement.index))
-        if place not in places or not account or account.get(placement.theirs, {}).get("status") == "loaded":
-            ours[placement.theirs] = placement
-        places.add(place)
-    return ours
+def _config_json(opened: Exportable, name: str, account: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The imported config.json while it still says what the model is, else a new one; and which it was."""
+    if account:
+        with named(opened.path / SOURCE):
+            understood = FAMILIES[name].read(opened.raw).config
+            if hf_keys.without_absent_mtp(understood, account.keys())[0] == opened.config:
+                return dict(opened.raw), True
+    with named(opened.path):
+        raw = FAMILIES[name].from_config(opened.config, max_positions=opened.max_positions, **opened.token_ids)
+    return raw, False
+
+
+def _keys(opened: Exportable, name: str, account: Mapping[str, Any]) -> dict[str, Placement]:
+    """Where we have each of their keys.
+
+    Of the copies those that the import found; in a new checkpoint those of prediction modules, which others open with
+    the module, and not the head of tied embeddings.
+    """
+    ours, again, _ = split_copies(hf_keys.placements(opened.config, name))
+    found = {key for key, entry in account.items() if entry["status"] == "loaded"}
+    copies = found if account else {key for key in again if key != "lm_head.weight"}
+    return ours | {key: placement for key, placement in again.items() if key in copies}
 
 
 def _ordered(keys: tuple[str, ...], account: Mapping[str, Any]) -> list[str]:
@@ -266,8 +277,7 @@ def _convert(opened: Exportable, plan: _Plan, store: TensorStore, quiet: bool) -
     """Write what is still to be written: FP8 blocks with kept and new factors, tensors that were done already."""
     kept = new = resumed = 0
     dtypes = store.dtypes
-    with contextlib.ExitStack() as shown:
-        advance = None if quiet else shown.enter_context(mebibytes(f"exporting {opened.path.name}", opened.tensors))
+    with mebibytes(f"exporting {opened.path.name}", opened.tensors.nbytes, quiet) as advance:
         for key, placement in plan.ours.items():
             where = f"{opened.path}: {placement.ours}"
             facts = store.facts(key)
@@ -282,8 +292,7 @@ def _convert(opened: Exportable, plan: _Plan, store: TensorStore, quiet: bool) -
                         converted = chunk.to(dtypes[key])
                         check_finite(converted, f"{where} as {dtypes[key]}")
                         part.append(converted)
-            if advance is not None:
-                advance(_nbytes(opened, placement))
+            advance(math.prod(placement.shape) * opened.tensors.info(placement.ours).dtype.itemsize)
         for key in plan.carried:
             if store.facts(key) is None:
                 with store.part(key) as part:
@@ -292,20 +301,10 @@ def _convert(opened: Exportable, plan: _Plan, store: TensorStore, quiet: bool) -
     return kept, new, resumed
 
 
-def _nbytes(opened: Exportable, placement: Placement) -> int:
-    size = opened.tensors.info(placement.ours).dtype.itemsize
-    for length in placement.shape:
-        size *= length
-    return size
-
-
-def _write_fp8(
-    opened: Exportable, plan: _Plan, store: TensorStore, key: str, placement: Placement
-) -> dict[str, int]:
+def _write_fp8(opened: Exportable, plan: _Plan, store: TensorStore, key: str, placement: Placement) -> dict[str, int]:
     """One matrix and its factors; how many of these are as they came."""
     came = key + SCALE_SUFFIX
     old = opened.carried.read(came) if came in opened.carried.tensors else None
-    facts = store.facts(key)
     factors = torch.empty(scale_shape(placement.shape))
     with store.part(key) as part:
         for first, chunk in _bands(opened, placement):

@@ -22,7 +22,9 @@ PLAIN: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF
 """Types whose elements PyTorch holds as they are; all others become F32."""
 FILE_TYPES: dict[str, int] = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}
 """Types that a file is written in, with the number that `general.file_type` has for them."""
-F16_MAX = 65504.0
+
+_F16_MAX = 65504.0
+_PIECE = 1 << 22  # elements that are dequantised at once
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,13 @@ def decode(data: bytearray, kind: ElementType, columns: int) -> Tensor:
         return raw.view(PLAIN[kind.name]).view(-1, columns)
     gguf = _package()
     rows = raw.numpy().reshape(-1, kind.row_bytes(columns))
+    values = np.empty((len(rows), columns), np.float32)
+    step = max(1, _PIECE // columns)  # the package makes several copies of what it is given
     with np.errstate(all="ignore"):  # a damaged scale may be NaN; whoever asked looks at the values
-        values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(kind.number))
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(-1, columns)
+        for at in range(0, len(rows), step):
+            piece = gguf.quants.dequantize(rows[at : at + step], gguf.GGMLQuantizationType(kind.number))
+            values[at : at + step] = piece
+    return torch.from_numpy(values)
 
 
 def encode(values: Tensor, kind: str, name: str) -> memoryview:
@@ -96,7 +102,7 @@ def encode(values: Tensor, kind: str, name: str) -> memoryview:
         CheckpointError: a value that `kind` cannot hold; names the tensor `name`.
     """
     largest = values.abs().max().item() if values.numel() else 0.0
-    limit = {"F16": F16_MAX, "Q8_0": 127 * F16_MAX, "Q4_0": 8 * F16_MAX}.get(kind, math.inf)
+    limit = {"F16": _F16_MAX, "Q8_0": 127 * _F16_MAX, "Q4_0": 8 * _F16_MAX}.get(kind, math.inf)
     if not largest <= limit or math.isinf(largest):
         raise CheckpointError(f"tensor {name!r} has a value of size {largest:g}, which {kind} cannot hold")
     if kind in PLAIN:

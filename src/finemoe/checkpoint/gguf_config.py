@@ -124,7 +124,7 @@ class Facts:
         """In what form the file holds what can be held in several."""
         ends = {name.split(".", 2)[-1] for name in self.names if name.startswith("blk.")}
         fused = "ffn_gate_up_exps.weight" in ends
-        return Variants("attn_k_b.weight" in ends or "attn_v_b.weight" in ends, fused, "exp_probs_b.bias" in ends)
+        return Variants("attn_kv_b.weight" not in ends, fused, "exp_probs_b.bias" in ends)
 
 
 def model_config(metadata: Mapping[str, Any], facts: Facts, where: str) -> ModelConfig:
@@ -138,9 +138,7 @@ def model_config(metadata: Mapping[str, Any], facts: Facts, where: str) -> Model
         raise CheckpointError(f"{where}: general.type is {kind!r}, but only whole models are read")
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{where}: general.architecture is {architecture!r}; {', '.join(ARCHITECTURES)} are read"
-        )
+        raise CheckpointError(f"{where}: general.architecture is {architecture!r}; {', '.join(ARCHITECTURES)} are read")
     keys = _Keys(metadata, architecture, where)
     num_layers = keys.count("block_count")
     if num_layers > len(facts.names):
@@ -182,15 +180,15 @@ def _grouped_query(keys: _Keys, facts: Facts) -> dict[str, Any]:
 
 
 def _latent(keys: _Keys, facts: Facts) -> dict[str, Any]:
-    split = facts.variants().split_latent
+    absorbed = keys.has("attention.key_length_mla")  # the form that llama.cpp computes; older files have the other
     rotary = keys.count("rope.dimension_count")
     rank = keys.count("attention.kv_lora_rank")
-    key = keys.count("attention.key_length_mla" if split else "attention.key_length")
-    value = keys.count("attention.value_length_mla" if split else "attention.value_length")
+    key = keys.count("attention.key_length_mla" if absorbed else "attention.key_length")
+    value = keys.count("attention.value_length_mla" if absorbed else "attention.value_length")
     heads = keys.count("attention.head_count")
     # The absorbed form is one head that all queries share; the other has a head for each.
-    stated = {"attention.head_count_kv": 1} if split else {"attention.head_count_kv": heads}
-    if split:
+    stated = {"attention.head_count_kv": 1 if absorbed else heads}
+    if absorbed:
         stated |= {"attention.key_length": rank + rotary, "attention.value_length": rank}
     for name, expected in stated.items():
         if keys.count(name, expected) != expected:
@@ -227,6 +225,8 @@ def _rope(keys: _Keys, dim: int, factors: Tensor | None, *, latent: bool) -> dic
         return {"theta": theta, "scaling": llama3_scaling(factors, theta, keys.where)}
     if kind == "none" or factor in (0.0, 1.0):
         return {"theta": theta}
+    if kind == "linear" and latent:
+        raise keys.refuse("rope.scaling.type", "llama.cpp also sharpens attention then, which nothing here does")
     if kind == "linear":
         return {"theta": theta, "scaling": {"kind": "linear", "factor": factor}}
     if kind != "yarn":

@@ -57,13 +57,12 @@ class StoredTensor:
         """Size in the file."""
         return self.rows * self.kind.row_bytes(self.shape[-1])
 
-    def read(self, first: int = 0, rows: int | None = None) -> Tensor:
-        """Rows of the tensor seen as `[rows, last dimension]`, in `kind.dtype`; a copy of its own.
+    def raw(self, first: int, rows: int) -> bytearray:
+        """Rows of the tensor seen as `[rows, last dimension]`, as they are in the file.
 
         Raises:
             CheckpointError: the file cannot be read to the tensor's end.
         """
-        rows = self.rows - first if rows is None else rows
         width = self.kind.row_bytes(self.shape[-1])
         data = bytearray(rows * width)
         try:
@@ -72,7 +71,15 @@ class StoredTensor:
                 _fill(file, data, f"{self.path}: ends within tensor {self.name!r}; it was cut short")
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from error
-        return decode(data, self.kind, self.shape[-1])
+        return data
+
+    def read(self) -> Tensor:
+        """All its elements, in `kind.dtype`.
+
+        Raises:
+            CheckpointError: as `raw`.
+        """
+        return decode(self.raw(0, self.rows), self.kind, self.shape[-1]).view(self.shape)
 
 
 def _fill(file: BinaryIO, data: bytearray, torn: str) -> None:
@@ -112,7 +119,9 @@ def read_header(path: Path) -> GGUFFile:
         return first
     match = _SHARD.fullmatch(path.name)
     if match is None or int(match[2]) != number + 1 or int(match[3]) != count:
-        raise CheckpointError(f"{path}: is shard {number + 1} of {count}, so its name must end so; keep the name it had")
+        raise CheckpointError(
+            f"{path}: is shard {number + 1} of {count}, so its name must end so; keep the name it had"
+        )
     if number:
         raise CheckpointError(f"{path}: is shard {number + 1} of {count}; give the first, {match[1]}-00001-of-...")
     tensors, files = dict(first.tensors), [path]
@@ -213,6 +222,8 @@ class _Header:
 
     def _values(self, kind: int, data: bytes, key: str) -> list[Any]:
         values = np.frombuffer(data, np.dtype(_SCALARS[kind]))
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{self._path}: {key} holds a number that is not finite")
         if kind == _BOOL:
             if (values > 1).any():
                 raise CheckpointError(f"{self._path}: {key} holds a truth value that is neither 0 nor 1")

@@ -66,12 +66,14 @@ def describe(config: ModelConfig, context: int | None = None) -> Description:
     if latent:
         values |= _latent(attention, config)
     else:
-        values |= _grouped_query(attention)
+        values |= _grouped_query(attention, architecture, config.hidden_size)
     values |= _rope(attention.rope, attention, notes)
+    if architecture == "llama" and moe is not None and leading:
+        raise _refuse("with normalised softmax gates llama.cpp has no dense layers before the MoE layers")
     if architecture != "llama":
         values["leading_dense_block_count"] = leading
     if moe is not None:
-        values |= _experts(moe, architecture, notes)
+        values |= _experts(moe, architecture)
     elif latent:  # llama.cpp asks a deepseek2 file for these even where no layer routes
         values |= {"expert_feed_forward_length": width, "expert_shared_count": 0}
     return Description(
@@ -127,9 +129,14 @@ def _grouped_architecture(moe: MoEConfig | None) -> Architecture:
     return "deepseek"
 
 
-def _grouped_query(attention: GroupedQueryConfig) -> dict[str, Any]:
+def _grouped_query(attention: GroupedQueryConfig, architecture: Architecture, hidden: int) -> dict[str, Any]:
     if attention.qk_norm != "none":
         raise _refuse(f"llama.cpp has no qk_norm {attention.qk_norm!r} in this architecture")
+    if architecture == "deepseek":
+        if attention.num_heads * attention.head_dim != hidden:
+            raise _refuse(f"in deepseek llama.cpp wants heads that together are as wide as hidden_size, {hidden}")
+        if isinstance(attention.rope.scaling, Llama3Scaling):
+            raise _refuse("llama.cpp has no llama3 rope scaling in deepseek")
     return {
         "attention.head_count": attention.num_heads,
         "attention.head_count_kv": attention.num_kv_heads,
@@ -167,6 +174,8 @@ def _rope(rope: RopeConfig, attention: GroupedQueryConfig | LatentConfig, notes:
     dim = attention.qk_rope_head_dim if isinstance(attention, LatentConfig) else attention.head_dim
     theta, scaling = float(rope.theta), rope.scaling
     values: dict[str, Any] = {"rope.dimension_count": dim}
+    if isinstance(scaling, LinearScaling | Llama3Scaling) and latent:
+        raise _refuse(f"llama.cpp computes {scaling.kind} rope scaling otherwise with latent attention")
     if isinstance(scaling, LinearScaling):
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
     elif isinstance(scaling, YarnScaling):
@@ -174,8 +183,6 @@ def _rope(rope: RopeConfig, attention: GroupedQueryConfig | LatentConfig, notes:
     elif isinstance(scaling, NTKScaling):
         theta = scaling.scaled_theta(theta, dim)
         notes.append(f"NTK scaling is written as the rotary base {theta:.8g}, which is the same")
-    elif isinstance(scaling, Llama3Scaling) and latent:
-        raise _refuse("llama.cpp has no llama3 rope scaling with latent attention")
     return {**values, "rope.freq_base": theta}
 
 
@@ -205,7 +212,7 @@ def _llama3_factors(attention: GroupedQueryConfig | LatentConfig) -> Tensor | No
     return (plain / scaling.inverse_frequencies(plain, theta)).float()
 
 
-def _experts(moe: MoEConfig, architecture: Architecture, notes: list[str]) -> dict[str, Any]:
+def _experts(moe: MoEConfig, architecture: Architecture) -> dict[str, Any]:
     if moe.gate_shared_experts:
         raise _refuse("llama.cpp has no gate on the shared experts here")
     if moe.num_routed_experts > _MAX_EXPERTS:
@@ -226,10 +233,10 @@ def _experts(moe: MoEConfig, architecture: Architecture, notes: list[str]) -> di
         "expert_shared_count": moe.num_shared_experts,
         "expert_weights_scale": float(router.route_scale),
     }
-    return values if architecture == "deepseek" else {**values, **_gating(moe, notes)}
+    return values if architecture == "deepseek" else {**values, **_gating(moe)}
 
 
-def _gating(moe: MoEConfig, notes: list[str]) -> dict[str, Any]:
+def _gating(moe: MoEConfig) -> dict[str, Any]:
     router: Any = moe.router
     if isinstance(router, SigmoidBiasedConfig):
         if router.score_function != "sigmoid":
@@ -246,9 +253,9 @@ def _gating(moe: MoEConfig, notes: list[str]) -> dict[str, Any]:
     if moe.num_routed_experts == router.num_groups:
         raise _refuse("llama.cpp wants more than one expert in a group")
     if isinstance(router, GroupLimitedConfig):
-        notes.append(
-            "llama.cpp ranks groups of experts by their two best scores and this router by the best one, so that "
-            "some tokens go to other experts there"
+        raise _refuse(
+            "llama.cpp ranks groups of experts by their two best scores, and group_limited routing (DeepSeek-V2) by "
+            "the best one, so some tokens would go to other experts"
         )
     return {
         **values,

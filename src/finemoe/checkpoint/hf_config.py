@@ -135,32 +135,6 @@ _DEEPSEEK: Mapping[str, Any] = {
 }
 
 _ALL = (
-    Family("deepseek", "DeepseekForCausalLM", read_deepseek, write_grouped, False, _DEEPSEEK),
-    Family(
-        "deepseek_v2",
-        "DeepseekV2ForCausalLM",
-        read_deepseek_v2,
-        write_latent,
-        True,
-        {**_DEEPSEEK, "q_lora_rank": 1536, "topk_method": "greedy"},
-    ),
-    Family(
-        "deepseek_v3",
-        "DeepseekV3ForCausalLM",
-        read_deepseek_v3,
-        write_latent,
-        True,
-        {
-            "first_k_dense_replace": 3,
-            "max_position_embeddings": 4096,
-            "n_group": 8,
-            "norm_topk_prob": True,
-            "num_nextn_predict_layers": 1,
-            "q_lora_rank": 1536,
-            "routed_scaling_factor": 2.5,
-            "topk_group": 4,
-        },
-    ),
     Family("llama", "LlamaForCausalLM", read_llama, write_grouped),
     Family(
         "mixtral",
@@ -218,9 +192,36 @@ _ALL = (
         True,
         {**_QWEN_MOE, "num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4},
     ),
+    Family(
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        read_deepseek_v2,
+        write_latent,
+        True,
+        {**_DEEPSEEK, "q_lora_rank": 1536, "topk_method": "greedy"},
+    ),
+    Family(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        read_deepseek_v3,
+        write_latent,
+        True,
+        {
+            "first_k_dense_replace": 3,
+            "max_position_embeddings": 4096,
+            "n_group": 8,
+            "norm_topk_prob": True,
+            "num_nextn_predict_layers": 1,
+            "q_lora_rank": 1536,
+            "rope_interleave": True,
+            "routed_scaling_factor": 2.5,
+            "topk_group": 4,
+        },
+    ),
+    Family("deepseek", "DeepseekForCausalLM", read_deepseek, write_grouped, False, _DEEPSEEK),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
-"""By `model_type`."""
+"""By `model_type`; the most widely read come first."""
 
 
 def family_of(raw: Mapping[str, Any]) -> Family:

@@ -236,7 +236,7 @@ def _write_attention(config: ModelConfig, attention: GroupedQueryConfig, family:
     if family in ("olmoe", "deepseek"):
         if attention.head_dim * attention.num_heads != config.hidden_size:
             raise CheckpointError(f"head_dim {attention.head_dim} is not hidden_size / heads, which the family takes")
-        return {"attention_bias": False}
+        return {"attention_bias": False} | ({"pretraining_tp": 1} if family == "deepseek" else {})
     values: dict[str, Any] = {"head_dim": attention.head_dim}
     if family == "llama":
         return {**values, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}

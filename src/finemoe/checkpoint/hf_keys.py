@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from finemoe.checkpoint.keys import Placement
 from finemoe.core.errors import CheckpointError
@@ -19,8 +18,6 @@ from finemoe.model.feed_forward import DenseConfig
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.moe.routers.hash_layer import HashLayerConfig
 from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedConfig
-
-Status = Literal["carried", "dropped"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,10 @@ _INV_FREQ = re.compile(r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_fre
 
 
 def placements(config: ModelConfig, family: str) -> list[Placement]:
-    """Where each tensor of a `family` file lies in `Transformer(config).state_dict()`; every entry exactly once.
+    """Where each tensor of a `family` file lies in `Transformer(config).state_dict()`.
+
+    Every part of every entry occurs once; at the end, parts occur again under keys that a file may have as copies: the
+    head of tied embeddings, and the embedding and head that DeepSeek-V3's prediction modules share.
 
     Raises:
         CheckpointError: the model has a hash table, for which no family has a name.
@@ -59,7 +59,7 @@ def placements(config: ModelConfig, family: str) -> list[Placement]:
         found += _block(f"model.layers.{index}", f"blocks.{index}", block, config.hidden_size, family)
     for depth, block in enumerate(config.mtp):
         found += _mtp(f"model.layers.{len(config.blocks) + depth}", f"mtp.{depth}", block, config.hidden_size, family)
-    return found
+    return found + list(_copies(config))
 
 
 def _mtp(theirs: str, ours: str, block: BlockConfig, hidden: int, family: str) -> Iterator[Placement]:
@@ -141,32 +141,27 @@ def _moe(theirs: str, ours: str, config: MoEConfig, hidden: int, names: _Names) 
         yield Placement(f"{theirs}.{names.shared}_gate.weight", f"{ours}.shared_gate.weight", (1, hidden))
 
 
-def ignorable(key: str, config: ModelConfig, family: str) -> tuple[Status, str] | None:
-    """What becomes of a tensor that has no placement, and why; None where nothing is known of it."""
-    if _INV_FREQ.fullmatch(key):
-        return "dropped", "rotary frequencies, computed from the configuration"
-    original = copy_of(key, config, family)
-    if original is not None:
-        return "carried", f"a copy of {original}"
-    return None
-
-
-def copy_of(key: str, config: ModelConfig, family: str) -> str | None:
-    """The tensor that `key` must equal, bit for bit, where the format keeps it twice; None where it is no copy."""
-    head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
-    if key == "lm_head.weight" and config.tie_embeddings:
-        return head
+def _copies(config: ModelConfig) -> Iterator[Placement]:
+    """Keys that hold a second time what a placement before them holds, and may be missing."""
+    vocabulary = (config.vocab_size, config.hidden_size)
+    head = "embedding.weight" if config.tie_embeddings else "head.weight"
+    if config.tie_embeddings:
+        yield Placement("lm_head.weight", head, vocabulary)
     for depth in range(len(config.mtp)):
         layer = f"model.layers.{len(config.blocks) + depth}"
-        if key == f"{layer}.embed_tokens.weight":
-            return "model.embed_tokens.weight"
-        if key == f"{layer}.shared_head.head.weight":
-            return head
+        yield Placement(f"{layer}.embed_tokens.weight", "embedding.weight", vocabulary)
+        yield Placement(f"{layer}.shared_head.head.weight", head, vocabulary)
+
+
+def ignorable(key: str, family: str) -> str | None:
+    """Why a tensor that has no placement in `family` may be left unused; None where nothing is known of it."""
+    if _INV_FREQ.fullmatch(key):
+        return "rotary frequencies, which follow from config.json"
     return None
 
 
-def without_absent_mtp(config: ModelConfig, family: str, names: Collection[str]) -> tuple[ModelConfig, tuple[str, ...]]:
-    """`config` without the last prediction modules of which a file that holds `names` has no tensor; notes.
+def without_absent_mtp(config: ModelConfig, names: Collection[str]) -> tuple[ModelConfig, tuple[str, ...]]:
+    """`config` without the last prediction modules of which a file that holds `names` has no tensor; and a note.
 
     transformers writes DeepSeek-V3's `num_nextn_predict_layers` as it read it, but never the modules themselves.
     """

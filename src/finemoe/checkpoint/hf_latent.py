@@ -108,7 +108,7 @@ def read_deepseek_v3(fields: Fields) -> ModelConfig:
     fields.only("scoring_func", "sigmoid", why="this family's routers score by sigmoid")
     fields.only("topk_method", "noaux_tc", why="this family chooses by noaux_tc")
     normalize = fields.flag("norm_topk_prob")
-    if normalize and fields.value("num_experts_per_tok") == 1:
+    if normalize and fields.has("num_experts_per_tok") and fields.value("num_experts_per_tok") == 1:
         fields.refuse("num_experts_per_tok", 1, "DeepSeek's code leaves a single gate as it is, transformers does not")
     mtp = _renamed(fields, "num_nextn_predict_layers", "num_mtp_layers")
     router = {

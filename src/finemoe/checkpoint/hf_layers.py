@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finemoe.checkpoint.fp8 import BLOCK
-from finemoe.checkpoint.hf_fields import MAX_EXPERTS, MAX_LAYERS, Fields
+from finemoe.checkpoint.hf_fields import MAX_EXPERTS, MAX_LAYERS, Fields, shown
 from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError, ConfigError
 from finemoe.model.attention.grouped_query import GroupedQueryConfig
@@ -77,11 +77,17 @@ def read_general(fields: Fields) -> None:
 
 def _read_quantization(fields: Fields) -> None:
     table = fields.value("quantization_config")
-    known = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
-    if not isinstance(table, dict) or any(table.get(key, value) != value for key, value in known.items()):
-        fields.refuse("quantization_config", table, f"only FP8 E4M3 in blocks of {BLOCK} x {BLOCK} is read")
-    if table.get("quant_method") is None or table.get("weight_block_size") is None:
-        fields.refuse("quantization_config", table, "it must say quant_method and weight_block_size")
+    needed = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+    if not isinstance(table, dict) or any(table.get(key) != value for key, value in needed.items()):
+        fields.refuse("quantization_config", table, f"only FP8 with a weight_block_size of [{BLOCK}, {BLOCK}] is read")
+    usual = {"activation_scheme": ("dynamic",), "fmt": ("e4m3",), "scale_fmt": ("ue8m0", "float")}
+    for key in sorted(table.keys() - needed.keys()):
+        if key in ("ignored_layers", "modules_to_not_convert"):
+            continue  # every tensor says its own type
+        if key in usual and table[key] not in (None, *usual[key]):
+            fields.refuse(f"quantization_config.{key}", table[key], f"only {' or '.join(usual[key])} is read")
+        if key not in usual:
+            fields.note(f"`quantization_config.{key}` {shown(table[key])} is unknown and not used")
     fields.note("weights in FP8 blocks: computed with as bf16 or fp32, and activations are not rounded to FP8")
 
 

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,31 +19,20 @@ from torch import Tensor
 from finemoe.checkpoint import hf_keys
 from finemoe.checkpoint.accounting import Account, native_specs, take_account
 from finemoe.checkpoint.exporting import ExportReport, export_hf
-from finemoe.checkpoint.foreign import CONFIG_BYTES, TOKENIZER_BYTES, folder_file, parse_json, read_bytes
+from finemoe.checkpoint.foreign import TOKENIZER_BYTES, folder_file, parse_json, read_bytes, read_json
 from finemoe.checkpoint.fp8 import BLOCK, dequantize
-from finemoe.checkpoint.hf_config import FAMILIES
+from finemoe.checkpoint.hf_config import family_of
 from finemoe.checkpoint.keys import Placement
 from finemoe.checkpoint.native import CONFIG, NativeWriter
-from finemoe.checkpoint.store import TensorSpec
+from finemoe.checkpoint.store import TensorSpec, TensorStore
 from finemoe.checkpoint.tensors import DTYPE_NAMES, TensorFolder, raw_bytes
+from finemoe.checkpoint.transfer import COMPANIONS, check_finite, fingerprint, mebibytes, named
 from finemoe.checkpoint.workspace import check_free, workspace
-from finemoe.core.config import did_you_mean
 from finemoe.core.errors import CheckpointError
-from finemoe.core.logs import logger, progress
+from finemoe.core.logs import logger
 from finemoe.model.config import ModelConfig
 
-__all__ = ["ExportReport", "ImportReport", "Source", "export_hf", "import_hf", "open_source"]
-
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files that travel along, verbatim."""
+__all__ = ["ExportReport", "ImportReport", "Source", "check_finite", "export_hf", "import_hf", "open_source"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +46,8 @@ class Source:
     config: ModelConfig
     tensors: TensorFolder
     account: Account
+    notes: tuple[str, ...]
+    """What a careful reader wants to know."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +63,6 @@ class ImportReport:
     """Of these, FP8 ones."""
     carried: Mapping[str, str]
     """Source tensors kept verbatim -> why."""
-    dropped: Mapping[str, str]
-    """Source tensors left out -> why."""
     nbytes: int
     """Of the new folder."""
     resumed: int
@@ -91,29 +78,19 @@ def open_source(path: Path) -> Source:
     Raises:
         CheckpointError: whatever is wrong with it.
     """
-    raw = parse_json(read_bytes(folder_file(path, CONFIG), CONFIG_BYTES), str(path / CONFIG))
-    family = raw.get("model_type")
-    if not isinstance(family, str):
+    raw = read_json(folder_file(path, CONFIG))
+    if "model_type" not in raw:
         raise CheckpointError(f"{path / CONFIG}: no `model_type`, so this is no Hugging Face checkpoint")
-    if family not in FAMILIES:
-        raise CheckpointError(
-            f"{path / CONFIG}: model_type {family!r} is not supported{did_you_mean(family, sorted(FAMILIES))}"
-        )
     _check_quantization(raw.get("quantization_config"), path)
-    config = FAMILIES[family].to_config(raw)
+    with named(path):
+        family = family_of(raw)
+        understood = family.read(raw)
     tensors = TensorFolder.open(path)
     with named(path):
-        account = take_account(tensors, hf_keys.placements(config, family), lambda k: hf_keys.ignorable(k, family))
-    return Source(path, family, raw, config, tensors, account)
-
-
-@contextlib.contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Begin the messages of what knows no paths with this one."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        config, absent = hf_keys.without_absent_mtp(understood.config, tensors.tensors.keys())
+        account = take_account(tensors, config, family.name)
+    notes = (*understood.notes, *absent, *tensors.notes, *account.notes)
+    return Source(path, family.name, raw, config, tensors, account, notes)
 
 
 def _check_quantization(settings: Any, path: Path) -> None:
@@ -157,12 +134,12 @@ def import_hf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, qu
     carried = [_spec(opened.tensors, name) for name in opened.tensors.tensors if name in opened.account.carried]
     companions, ignored = _companions(opened)
     nbytes = sum(spec.nbytes for spec in (*specs, *carried)) + sum(len(data) for data in companions.values())
-    with workspace(place, fingerprint("import", opened.tensors, opened.raw), nbytes) as folder:
-        with NativeWriter(folder, specs, carried) as writer:
-            sums, resumed = _convert(opened, writer, quiet)
-            record = {"config": opened.raw, "tensors": _record(opened, sums)}
-            about = {"family": opened.family, "format": "huggingface"}
-            files = writer.finish(opened.config, about, record, companions, quiet=quiet)
+    mark = fingerprint("import", opened.tensors, opened.raw)
+    with workspace(place, mark, nbytes) as folder, NativeWriter(folder, specs, carried) as writer:
+        sums, resumed = _convert(opened, writer, quiet)
+        record = {"config": opened.raw, "tensors": _record(opened, sums)}
+        about = {"family": opened.family, "format": "huggingface"}
+        files = writer.finish(opened.config, about, record, companions, quiet=quiet)
     return ImportReport(
         path=place,
         family=opened.family,
@@ -170,24 +147,16 @@ def import_hf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, qu
         loaded=len(opened.account.loaded) + len(opened.account.copies),
         dequantized=len(opened.account.scales),
         carried=opened.account.carried,
-        dropped={},
         nbytes=sum(file.nbytes for file in files),
         resumed=resumed,
         seconds=time.monotonic() - started,
-        notes=(*opened.tensors.notes, *opened.account.notes, *notes, *ignored),
+        notes=(*opened.notes, *notes, *ignored),
     )
 
 
 def _spec(tensors: TensorFolder, name: str) -> TensorSpec:
     info = tensors.info(name)
     return TensorSpec(name, info.dtype, info.shape)
-
-
-def fingerprint(verb: str, tensors: TensorFolder, raw: Any) -> str:
-    """Tells whether an interrupted conversion was one of the same files, with the same settings `raw`."""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in tensors.files]
-    headers = [(info.name, str(info.dtype), info.shape, info.offset) for info in tensors.tensors.values()]
-    return verb + " " + hashlib.sha256(json.dumps([stats, headers, raw]).encode()).hexdigest()
 
 
 def _companions(source: Source) -> tuple[dict[str, bytes], list[str]]:
@@ -207,10 +176,14 @@ def _companions(source: Source) -> tuple[dict[str, bytes], list[str]]:
 
 def _record(source: Source, sums: Mapping[str, str]) -> dict[str, Any]:
     """Status, dtype, shape and checksum of every source tensor."""
+    account = source.account
     table: dict[str, Any] = {}
     for name, info in source.tensors.tensors.items():
-        reason = source.account.carried.get(name)
-        status = {"status": "loaded"} if reason is None else {"status": "carried", "reason": reason}
+        status = {"status": "loaded"}
+        if name in account.copies:
+            status["copy_of"] = account.copies[name]
+        elif name in account.carried:
+            status = {"status": "carried", "reason": account.carried[name]}
         facts = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "sha256": sums[name]}
         table[name] = {**status, **facts}
     return table
@@ -219,47 +192,29 @@ def _record(source: Source, sums: Mapping[str, str]) -> dict[str, Any]:
 def _convert(source: Source, writer: NativeWriter, quiet: bool) -> tuple[dict[str, str], int]:
     """Write what is still to be written; the checksum of each source tensor, and how many were done already."""
     sums, resumed = {}, 0
-    dtypes = writer.weights.dtypes
-    with contextlib.ExitStack() as shown:
-        advance = None if quiet else shown.enter_context(mebibytes(f"importing {source.path.name}", source.tensors))
+    account, dtypes = source.account, writer.weights.dtypes
+    with mebibytes(f"importing {source.path.name}", source.tensors.nbytes, quiet) as advance:
         for name, info in source.tensors.tensors.items():
-            placement = source.account.loaded.get(name)
-            if name in source.account.copies:
-                sums[name] = source.tensors.sha256(name)
-            elif placement is None:
-                assert writer.carried is not None
-                facts = writer.carried.facts(name) or _carry(source, writer, name)
-                sums[name] = facts["sha256"]
-            else:
+            placement = account.loaded.get(name)
+            if placement is not None:
                 facts = writer.weights.facts(placement.ours, placement.index)
                 resumed += facts is not None
-                facts = facts or _load(source, writer, placement, dtypes[placement.ours])
+                facts = facts or _load(source, writer.weights, placement, dtypes[placement.ours])
                 sums[name] = facts["sha256"]
-            if advance is not None:
-                advance(info.nbytes)
+            elif name in account.carried and writer.carried is not None:
+                facts = writer.carried.facts(name) or _carry(source, writer.carried, name)
+                sums[name] = facts["sha256"]
+            else:
+                sums[name] = source.tensors.sha256(name)
+            advance(info.nbytes)
     if resumed:
         logger.info("%d tensors were there from an interrupted import", resumed)
     return sums, resumed
 
 
-@contextlib.contextmanager
-def mebibytes(description: str, tensors: TensorFolder) -> Iterator[Callable[[int], None]]:
-    """Progress over the bytes of some tensors; yields `advance(bytes)`."""
-    done = 0
-    with progress(description, tensors.nbytes >> 20, "MiB") as advance:
-
-        def count(nbytes: int) -> None:
-            nonlocal done
-            advance((done + nbytes >> 20) - (done >> 20))
-            done += nbytes
-
-        yield count
-
-
-def _carry(source: Source, writer: NativeWriter, name: str) -> dict[str, Any]:
-    assert writer.carried is not None
+def _carry(source: Source, store: TensorStore, name: str) -> dict[str, Any]:
     digest = hashlib.sha256()
-    with writer.carried.part(name) as part:
+    with store.part(name) as part:
         for chunk in source.tensors.chunks(name):
             digest.update(raw_bytes(chunk))
             part.append(chunk)
@@ -267,18 +222,18 @@ def _carry(source: Source, writer: NativeWriter, name: str) -> dict[str, Any]:
     return part.facts
 
 
-def _load(source: Source, writer: NativeWriter, placement: Placement, dtype: torch.dtype) -> dict[str, Any]:
+def _load(source: Source, store: TensorStore, placement: Placement, dtype: torch.dtype) -> dict[str, Any]:
     """Copy one tensor to its place, looking at every element on the way."""
     name = placement.theirs
     digest = hashlib.sha256()
     scale_name = source.account.scales.get(name)
     scale = None if scale_name is None else source.tensors.read(scale_name)
     row = 0
-    with writer.weights.part(placement.ours, placement.index) as part:
+    with store.part(placement.ours, placement.index) as part:
         for chunk in source.tensors.chunks(name, multiple=BLOCK if scale is not None else 1):
             digest.update(raw_bytes(chunk))
             if scale is not None:
-                with named(Path(f"{source.path}: {name}")):
+                with named(f"{source.path}: {name}"):
                     chunk = _dequantized(chunk, scale, row)
                 row += len(chunk)
             check_finite(chunk, f"{source.path}: {name}")
@@ -290,14 +245,3 @@ def _load(source: Source, writer: NativeWriter, placement: Placement, dtype: tor
 def _dequantized(chunk: Tensor, scale: Tensor, row: int) -> Tensor:
     first = row // BLOCK
     return dequantize(chunk, scale[first : first - (-len(chunk) // BLOCK)])
-
-
-def check_finite(tensor: Tensor, where: str) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        CheckpointError: there is one.
-    """
-    if tensor.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):  # NaN is passed on
-        count = int((~torch.isfinite(tensor)).sum())
-        raise CheckpointError(f"{where}: {count} elements are NaN or infinite; the checkpoint is damaged")

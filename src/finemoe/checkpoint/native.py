@@ -52,8 +52,9 @@ class Native:
         tensors = record.get("tensors")
         if not isinstance(record.get("config"), dict) or not isinstance(tensors, dict):
             raise CheckpointError(f"{self.path / SOURCE}: must hold `config` and `tensors`; import again")
-        if not all(isinstance(entry, dict) and isinstance(entry.get("status"), str) for entry in tensors.values()):
-            raise CheckpointError(f"{self.path / SOURCE}: an entry of `tensors` has no status; import again")
+        for name, entry in tensors.items():
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("status", "dtype")):
+                raise CheckpointError(f"{self.path / SOURCE}: says too little of tensor {name!r}; import again")
         return record
 
 

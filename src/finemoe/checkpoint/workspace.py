@@ -74,9 +74,7 @@ def _appear(partial: Path, out: Path) -> None:
     sync(partial)
     partial.rename(out)
     sync(out.parent)
-    for scaffold in out.glob(
-        ".*"
-    ):  # mark, lock, journals: a kill just before leaves them, and nobody minds
+    for scaffold in out.glob(".*"):  # mark, lock, journals: a kill just before leaves them, and nobody minds
         scaffold.unlink()
 
 

@@ -62,7 +62,7 @@ def generate(
     texts = _read_prompts(prompts or [], file, chat, system)
     opened = _open(source)
     texts, ids = opened.encode(texts, chat, system)
-    _say_what_is_odd(ids, sampling, source)
+    _say_what_is_odd(ids, sampling, opened)
     started = time.monotonic()
     if len(ids) == 1 and not as_json:
         sequences = [_stream(opened, texts[0], ids[0], sampling, chat is not None)]
@@ -175,12 +175,12 @@ def _open(source: Path) -> _Opened:
     """
     import torch
 
-    from finemoe.checkpoint.open import kind_of, load_model
+    from finemoe.checkpoint.open import kind_of, load_chat_template, load_model, load_tokenizer
     from finemoe.core.errors import RunError
     from finemoe.generation import Engine
 
     model = load_model(source).to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, template = _read_language(source)
+    tokenizer, template = load_tokenizer(source), load_chat_template(source)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise RunError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} ids and the model only "
@@ -195,34 +195,27 @@ def _open(source: Path) -> _Opened:
     return _Opened(engine, tokenizer, template, source, own=kind_of(source) == "run")
 
 
-def _read_language(source: Path) -> tuple[Tokenizer, ChatTemplate | None]:
-    from finemoe.text import ChatTemplate, Tokenizer
-    from finemoe.text.tokenizer import FILE_NAME
-
-    file = _beside(source, FILE_NAME)
-    return Tokenizer.load(file), ChatTemplate.load(file.parent)
-
-
-def _beside(directory: Path, name: str) -> Path:
-    """The file `name` of a run; `directory` may be a checkpoint, two folders below it."""
-    candidates = [directory / name, *(parent / name for parent in directory.resolve().parents[:2])]
-    return next((path for path in candidates if path.exists()), candidates[0])
+def _trained_length(run: Path) -> int | None:
+    """Tokens of a sequence in training; None where the run does not say."""
+    # A checkpoint lies two folders below its run.
+    candidates = [folder / "config.json" for folder in (run, *run.resolve().parents[:2])]
+    config = next((path for path in candidates if path.exists()), candidates[0])
+    try:
+        return int(json.loads(config.read_text(encoding="utf-8"))["data"]["sequence_length"])
+    except (OSError, ValueError, KeyError, TypeError):  # only a hint hangs on it
+        return None
 
 
-def _say_what_is_odd(ids: list[tuple[int, ...]], sampling: SamplingConfig, directory: Path) -> None:
+def _say_what_is_odd(ids: list[tuple[int, ...]], sampling: SamplingConfig, opened: _Opened) -> None:
     """Empty prompts, and sequences longer than any seen in training. Nothing is ever truncated."""
     from finemoe.core.logs import logger
 
     for number, prompt in enumerate(ids, 1):
         if not prompt:
             logger.warning("prompt %d is empty: the model begins a text of its own", number)
-    try:
-        config = json.loads(_beside(directory, "config.json").read_text(encoding="utf-8"))
-        trained = int(config["data"]["sequence_length"])
-    except (OSError, ValueError, KeyError, TypeError):  # only a hint hangs on it
-        return
+    trained = _trained_length(opened.source) if opened.own else None
     longest = max(len(prompt) for prompt in ids) + sampling.max_new_tokens
-    if longest > trained:
+    if trained is not None and longest > trained:
         logger.warning(
             "prompt and completion may reach %d tokens; the model was trained on %d and gets worse beyond. "
             "Nothing is cut off",

@@ -1,6 +1,7 @@
 """The `finemoe` command: its verbs, and what happens when one fails.
 
-Exit status: 0 done, 1 output closed early, 2 a mistake the user can mend, 130 interrupted.
+Exit status: 0 done, 1 output closed early, or `doctor` or --verify found a problem, 2 a mistake the user can mend,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import typer
 from typer.core import TyperGroup
 
 from finemoe.cli.compare import compare
+from finemoe.cli.doctor import doctor
+from finemoe.cli.export import export
 from finemoe.cli.generate import generate
+from finemoe.cli.import_ import import_
 from finemoe.cli.presets import presets
 from finemoe.cli.resume import resume
 from finemoe.cli.show import show
@@ -71,8 +75,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
 )
-for verb in (train, resume, show, generate, compare, size, presets):
-    app.command()(verb)
+for verb in (train, resume, show, generate, compare, size, presets, import_, export, doctor):
+    app.command(verb.__name__.rstrip("_"))(verb)  # `import` is a word of the language
 
 
 def _print_version(wanted: bool) -> None:
@@ -100,6 +104,7 @@ def finemoe(
       finemoe train recipes/tiny.toml --out runs/tiny
       finemoe generate runs/tiny --prompt "def main("
       finemoe compare --out runs/comparison    dense, hash, Switch, GShard, DeepSeekMoE
+      finemoe import MODEL imported/model      from Hugging Face or GGUF; `export` goes back
 
     Results go to stdout, everything else to stderr. `finemoe VERB --help` explains a verb.
     """

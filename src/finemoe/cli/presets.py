@@ -114,8 +114,8 @@ def _table(rows: list[tuple[str, ...]], widths: list[int]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
-    for width, justify in zip(widths, ("left", "right", "right", "left"), strict=True):
-        table.add_column(width=width, justify=justify, no_wrap=True)
+    for column, width in enumerate(widths):
+        table.add_column(width=width, justify="right" if column in (1, 2) else "left", no_wrap=True)
     table.add_column()
     for row in rows:
         table.add_row(*row)

@@ -46,8 +46,8 @@ def size(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME|RECIPE|DIR...",
-            help="Preset, .toml recipe, run directory or imported folder.",
+            metavar="NAME|RECIPE|PATH...",
+            help="Preset, .toml recipe, run, imported or Hugging Face folder, GGUF file.",
             show_default=False,
         ),
     ],
@@ -125,31 +125,24 @@ def _measure(name: str, seq_len: int | None) -> ModelSize:
     path = Path(name)
     if name in PRESETS:
         return _measure_table({"preset": name}, name, seq_len or PRESETS[name].seq_len)
-    if path.is_dir():
+    if path.is_dir() or path.suffix == ".gguf":
         return _measure_folder(path, seq_len)
     if path.suffix == ".toml" or path.exists():
         return _measure_recipe(path, seq_len)
     raise ConfigError(
-        f"{name}: neither a recipe, nor a run directory, nor a preset{did_you_mean(name, sorted(PRESETS))}"
+        f"{name}: neither a recipe, nor a run, nor a checkpoint, nor a preset{did_you_mean(name, sorted(PRESETS))}"
     )
 
 
-def _measure_folder(directory: Path, seq_len: int | None) -> ModelSize:
-    """A run, or a model that was imported."""
+def _measure_folder(path: Path, seq_len: int | None) -> ModelSize:
+    """A run, at the length of its sequences; or a checkpoint from elsewhere."""
     from finemoe.checkpoint.foreign import read_json
-    from finemoe.core.config import parse
-    from finemoe.core.errors import RunError
-    from finemoe.model.config import ModelConfig
+    from finemoe.checkpoint.open import kind_of, read_model_config
     from finemoe.model.size import measure
 
-    path = directory / "config.json"
-    if not path.exists():
-        raise RunError(f"{directory}: not a run directory (no config.json)")
-    record = read_json(path)
-    if "source" not in record:
-        return _measure_file(record, path, seq_len)
-    model = record.get("model")
-    config = parse(ModelConfig, model if isinstance(model, dict) else {}, f"{path}: model")
+    if kind_of(path) == "run":
+        return _measure_file(read_json(path / "config.json"), path / "config.json", seq_len)
+    config = read_model_config(path)
     return measure(config, seq_len or min(config.max_positions or _ELSEWHERE, _ELSEWHERE))
 
 

@@ -30,7 +30,7 @@ def union_of(configs: Iterable[type[Config]], default: str | None = None) -> Any
     members = tuple(configs)
     if len(members) == 1:
         return members[0]
-    union = Annotated[typing.Union[members], Field(discriminator="kind")]  # noqa: UP007 - built from a table
+    union: Any = Annotated[typing.Union[members], Field(discriminator="kind")]  # noqa: UP007 - built from a table
     if default is None:
         return union
     return Annotated[union, BeforeValidator(lambda value: _with_kind(value, default))]

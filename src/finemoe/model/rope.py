@@ -136,7 +136,7 @@ RopeScaling: Any = union_of(SCALINGS.values())
 class RopeConfig(Config):
     """Rotary positions of one attention layer."""
 
-    theta: PositiveFloat = Field(default=10_000.0, gt=1)
+    theta: float = Field(default=10_000.0, gt=1)
     layout: RopeLayout = "half_split"
     scaling: RopeScaling | None = None
 

@@ -88,5 +88,10 @@ def _notes(tokenizer: Tokenizer) -> Iterator[str]:
     yield f"{len(tokenizer.encode(chinese))} tokens for {len(chinese)} Chinese characters"
     yield f"{len(tokenizer.encode('x' + ' ' * 16 + 'x')) - 2} tokens for 16 spaces"
     yield "texts begin with a token of their own" if tokenizer.adds_bos else "nothing is put before a text"
+    if tokenizer.adds_bos != (tokenizer.bos_id in tokenizer.prefix):
+        yield (
+            "add_bos_token of tokenizer_config.json and tokenizer.json disagree on what begins a text: finemoe, "
+            "llama.cpp and transformers 4 go by the first, transformers 5 by the second"
+        )
     if not tokenizer.byte_level:
         yield "not byte-level: a space at the beginning of a text may be lost, so no corpus is trained on it"

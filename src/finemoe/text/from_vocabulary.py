@@ -211,7 +211,7 @@ def _listed(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> tuple[tuple[
     tokens = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
     types = [UNUSED] * tokenizer.vocab_size
     for token, token_id in vocabulary.items():
-        tokens[token_id], types[token_id] = token, NORMAL
+        tokens[token_id], types[token_id] = token, UNUSED if token == f"[PAD{token_id}]" else NORMAL
     for token_id, (name, special) in tokenizer.added_tokens.items():
         tokens[token_id], types[token_id] = name, CONTROL if special else USER_DEFINED
     return tuple(tokens), tuple(types)

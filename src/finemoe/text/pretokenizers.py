@@ -19,8 +19,8 @@ class Splitting:
     patterns: tuple[str, ...]
     whole_words: bool = False
     """A piece that is a token as a whole is taken without merging (`ignore_merges`)."""
-    composes: bool = False
-    """The published tokenizer.json composes characters first (NFC); a GGUF file cannot say so."""
+    composed: str | None = None
+    """Its name where the published tokenizer.json composes characters first (NFC), which GGUF's readers leave out."""
     begins: bool = False
     """A text begins with the beginning token where the file does not say."""
 
@@ -59,8 +59,7 @@ def _chars(ranges: str) -> str:
 
 
 SPLITTINGS: dict[str, Splitting] = {
-    "gpt-2": Splitting((_GPT2,)),
-    "olmo": Splitting((_GPT2,), composes=True),
+    "gpt-2": Splitting((_GPT2,), composed="olmo"),
     "smollm": Splitting((r"\p{N}", _GPT2)),
     "deepseek-llm": Splitting(
         (
@@ -75,13 +74,20 @@ SPLITTINGS: dict[str, Splitting] = {
     "deepseek-coder": Splitting((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", f"[{_chars(_EAST_ASIAN)}]+", r"\p{N}")),
     "deepseek-v3": Splitting((r"\p{N}{1,3}", f"[{_chars(_JAPANESE)}]+", _V3)),
     "llama-bpe": Splitting((_WORDS.format(digits=r"\p{N}{1,3}"),), whole_words=True, begins=True),
-    "qwen2": Splitting((_WORDS.format(digits=r"\p{N}"),), composes=True),
-    "deepseek-r1-qwen": Splitting((_WORDS.format(digits=r"\p{N}"),)),
+    "qwen2": Splitting((_WORDS.format(digits=r"\p{N}"),), composed="qwen2"),
     "default": Splitting((r"[\p{P}\$\+<=>\^\~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 }
 """By the value of `tokenizer.ggml.pre`."""
 
-_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "gpt2": "gpt-2", "starcoder": "smollm", "refact": "smollm"}
+_ALIASES = {
+    "gpt2": "gpt-2",
+    "olmo": "gpt-2",
+    "starcoder": "smollm",
+    "refact": "smollm",
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2",
+}
 
 
 def splitting_of(pre: str) -> Splitting:
@@ -116,18 +122,15 @@ def name_of(pre_tokenizer: Mapping[str, Any] | None, whole_words: bool, composes
         DataError: none of the known splittings is this one.
     """
     patterns = tuple(_patterns(pre_tokenizer))
-    fitting = [
-        name
-        for name, known in SPLITTINGS.items()
-        if (known.patterns, known.whole_words) == (patterns, whole_words) and (known.composes or not composes)
-    ]
-    exact = [name for name in fitting if SPLITTINGS[name].composes == composes]
-    if not fitting:
-        raise DataError(
-            f"the tokenizer splits text in a way that no GGUF pre-tokenizer of {', '.join(SPLITTINGS)} does "
-            f"({' then '.join(patterns)[:200]}): it can only be exported to the Hugging Face layout"
-        )
-    return (exact or fitting)[0]
+    for name, known in SPLITTINGS.items():
+        wanted = known.composed if composes else name
+        if (known.patterns, known.whole_words) == (patterns, whole_words) and wanted is not None:
+            return wanted
+    composing = "composes characters and " if composes else ""
+    raise DataError(
+        f"the tokenizer {composing}splits text in a way that no GGUF pre-tokenizer of {', '.join(SPLITTINGS)} does "
+        f"({' then '.join(patterns)[:200]}): it can only be exported to the Hugging Face layout"
+    )
 
 
 def _patterns(step: Mapping[str, Any] | None) -> Iterator[str]:

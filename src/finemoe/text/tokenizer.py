@@ -171,7 +171,15 @@ class Tokenizer:
             return False
         if self.settings.add_bos_token is not None:
             return self.settings.add_bos_token
-        return self._prefix() == [self.bos_id]
+        return self.prefix == [self.bos_id]
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """What tokenizer.json itself has put before a text that is encoded with special tokens."""
+        bare, full = (self._inner.encode("a", add_special_tokens=added).ids for added in (False, True))
+        at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        found: list[int] = full[:at]
+        return found
 
     def id_of(self, token: str | None) -> int | None:
         """The id of `token` as the vocabulary spells it; None: it has none."""
@@ -243,19 +251,11 @@ class Tokenizer:
         inner.no_padding()
         return inner
 
-    def _prefix(self) -> list[int]:
-        """What the tokenizer's own post-processor puts before a text."""
-        text = "a"
-        bare, full = (self._inner.encode(text, add_special_tokens=added).ids for added in (False, True))
-        at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-        prefix: list[int] = full[:at]
-        return prefix
-
     def _find_bos(self) -> int | None:
         named = self.id_of(self.settings.special_tokens.get("bos_token"))
         if named is not None:
             return named
-        prefix = self._prefix()
+        prefix = self.prefix
         if len(prefix) == 1:
             return prefix[0]
         added = {name: token_id for token_id, (name, _) in self.added_tokens.items()}

@@ -79,7 +79,7 @@ _V3: Table = {
     ),
 }
 
-_LITE_ACTIVE = "the paper's 2.4B active leave the input embedding out"
+_LITE_ACTIVE = "the paper's 2.4B active leave the input embedding out: 2.45B here"
 _MSCALE = (
     "rope.scaling.mscale is 0.707, as in the paper (0.0707 ln s + 1); DeepSeek's own inference settings for the 236B "
     "model leave it at 1"

@@ -1,0 +1,199 @@
+"""Is what was written what was read? Tensor by tensor, from the files of both sides, whatever the writer remembers.
+
+Both sides are read again from the disk. What was only moved must be the same bytes; what was converted, the same bytes
+as a conversion made now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finemoe.checkpoint import gguf
+from finemoe.checkpoint.accounting import SCALE_SUFFIX, native_dtype
+from finemoe.checkpoint.exportable import Exportable, open_exportable
+from finemoe.checkpoint.fp8 import BLOCK, dequantize, quantize
+from finemoe.checkpoint.gguf_codec import decode, encode
+from finemoe.checkpoint.gguf_keys import Part
+from finemoe.checkpoint.interchange import Source, open_source
+from finemoe.checkpoint.native import Native, read_native
+from finemoe.checkpoint.tensors import TensorFolder, raw_bytes
+from finemoe.checkpoint.transfer import mebibytes
+from finemoe.core.errors import CheckpointError
+
+_Check = tuple[str, int, Callable[[], bool]]
+"""Name of a tensor, its bytes, and whether both sides agree on it."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison of all tensors found."""
+
+    tensors: int
+    different: tuple[str, ...]
+    """Names on the foreign side."""
+
+    @property
+    def sound(self) -> bool:
+        """All agree."""
+        return not self.different
+
+
+def compare_import(source: str | os.PathLike[str], out: str | os.PathLike[str], *, quiet: bool = True) -> Comparison:
+    """Compare an imported folder with the Hugging Face folder or GGUF file that it came from.
+
+    Args:
+        source: what was imported.
+        out: the imported folder; the checksums in its manifest are compared too.
+        quiet: no progress on stderr.
+
+    Raises:
+        CheckpointError: one of them cannot be read, or does not have its recorded checksums.
+    """
+    source, native = Path(source), read_native(Path(out), checksums=True)
+    checks = list(_gguf_imported(source, native) if source.is_file() else _hf_imported(open_source(source), native))
+    return _run(checks, f"comparing {source.name}", quiet)
+
+
+def compare_export(source: str | os.PathLike[str], out: str | os.PathLike[str], *, quiet: bool = True) -> Comparison:
+    """Compare a Hugging Face folder or GGUF file that was exported with what it came from.
+
+    Args:
+        source: imported folder, run or checkpoint.
+        out: what was written.
+        quiet: no progress on stderr.
+
+    Raises:
+        CheckpointError: one of them cannot be read, or lacks tensors.
+    """
+    opened, out = open_exportable(Path(source)), Path(out)
+    checks = list(_gguf_exported(opened, out) if out.is_file() else _hf_exported(opened, open_source(out)))
+    return _run(checks, f"comparing {out.name}", quiet)
+
+
+def _run(checks: list[_Check], description: str, quiet: bool) -> Comparison:
+    different = []
+    with mebibytes(description, sum(nbytes for _, nbytes, _ in checks), quiet) as advance:
+        for name, nbytes, agree in checks:
+            if not agree():
+                different.append(name)
+            advance(nbytes)
+    return Comparison(len(checks), tuple(different))
+
+
+def _digest(pieces: Iterable[Tensor | memoryview | bytearray]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(raw_bytes(piece) if isinstance(piece, Tensor) else piece)
+    return digest.hexdigest()
+
+
+def _hf_imported(source: Source, native: Native) -> Iterator[_Check]:
+    for name, placement in source.account.loaded.items():
+
+        def agree(
+            name: str = name, ours: str = placement.ours, index: tuple[int | slice, ...] = placement.index
+        ) -> bool:
+            dtype = native.tensors.info(ours).dtype
+            pieces = (piece.to(dtype) for piece in _read_out(source, name))
+            return _digest(pieces) == _digest(native.tensors.chunks(ours, index))
+
+        yield name, source.tensors.info(name).nbytes, agree
+    for name in source.account.carried:
+        yield name, source.tensors.info(name).nbytes, _same(source.tensors, native.carried, name)
+
+
+def _read_out(source: Source, name: str) -> Iterator[Tensor]:
+    """A source tensor in pieces, FP8 with its factors."""
+    scale_name = source.account.scales.get(name)
+    if scale_name is None:
+        yield from source.tensors.chunks(name)
+        return
+    scale, row = source.tensors.read(scale_name), 0
+    for chunk in source.tensors.chunks(name, multiple=BLOCK):
+        yield dequantize(chunk, scale[row // BLOCK : row // BLOCK - (-len(chunk) // BLOCK)], native_dtype(chunk.dtype))
+        row += len(chunk)
+
+
+def _same(one: TensorFolder, other: TensorFolder, name: str) -> Callable[[], bool]:
+    """Bytes, type and shape of a tensor that both hold."""
+
+    def agree() -> bool:
+        a, b = one.info(name), other.info(name)
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and one.sha256(name) == other.sha256(name)
+
+    return agree
+
+
+def _gguf_imported(path: Path, native: Native) -> Iterator[_Check]:
+    source = gguf.open_gguf(path)
+    for name, stored in source.account.items():
+
+        def agree(name: str = name, parts: tuple[Part, ...] = tuple(stored.parts())) -> bool:
+            tensor, row = source.tensors[name], 0
+            for part in parts:
+                values = decode(tensor.raw(row, part.rows), tensor.kind, tensor.shape[-1])
+                mine = native.tensors.read(part.ours, part.index)
+                if not torch.equal(part.to_ours(values).to(mine.dtype), mine):
+                    return False
+                row += part.rows
+            return True
+
+        yield name, source.tensors[name].nbytes, agree
+
+
+def _hf_exported(opened: Exportable, written: Source) -> Iterator[_Check]:
+    if opened.config != written.config:
+        raise CheckpointError(f"{written.path}: read again, its config.json describes another model")
+    for name, placement in written.account.loaded.items():
+
+        def agree(
+            name: str = name, ours: str = placement.ours, index: tuple[int | slice, ...] = placement.index
+        ) -> bool:
+            if name in written.account.scales:
+                return _same_fp8(opened, written, name, ours, index)
+            dtype = written.tensors.info(name).dtype
+            pieces = (piece.to(dtype) for piece in opened.tensors.chunks(ours, index))
+            return _digest(pieces) == _digest(written.tensors.chunks(name))
+
+        yield name, written.tensors.info(name).nbytes, agree
+    factors = set(written.account.scales.values())
+    for name in written.account.carried:
+        if name not in factors and name in opened.carried.tensors:
+            yield name, written.tensors.info(name).nbytes, _same(opened.carried, written.tensors, name)
+
+
+def _same_fp8(opened: Exportable, written: Source, name: str, ours: str, index: tuple[int | slice, ...]) -> bool:
+    """Whether quantising again, with the factors that were written, gives what was written."""
+    factors, row = written.tensors.read(name + SCALE_SUFFIX), 0
+    settings = written.raw.get("quantization_config") or {}
+    for chunk in opened.tensors.chunks(ours, index, multiple=BLOCK):
+        blocks = factors[row // BLOCK : row // BLOCK - (-len(chunk) // BLOCK)]
+        weight, again = quantize(chunk, blocks, power_of_two=settings.get("scale_fmt") == "ue8m0")
+        there = written.tensors.read(name, (slice(row, row + len(chunk)),))
+        if not torch.equal(again, blocks) or not torch.equal(weight.view(torch.uint8), there.view(torch.uint8)):
+            return False
+        row += len(chunk)
+    return True
+
+
+def _gguf_exported(opened: Exportable, path: Path) -> Iterator[_Check]:
+    written = gguf.open_gguf(path)
+    for name, stored in written.account.items():
+
+        def agree(name: str = name, parts: tuple[Part, ...] = tuple(stored.parts())) -> bool:
+            tensor, row = written.tensors[name], 0
+            for part in parts:
+                values = part.to_theirs(opened.tensors.read(part.ours, part.index)).to(torch.float32)
+                if encode(values, tensor.kind.name, name) != tensor.raw(row, part.rows):
+                    return False
+                row += part.rows
+            return True
+
+        yield name, written.tensors[name].nbytes, agree

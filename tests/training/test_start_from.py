@@ -1,0 +1,68 @@
+"""A run that begins with the weights of another folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import recipe
+
+from finemoe.checkpoint.open import load_model
+from finemoe.core.errors import CheckpointError, ConfigError, RunError
+from finemoe.training.run import Run, resume, train
+
+
+@pytest.fixture(scope="module")
+def first(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(recipe(corpus), out=tmp_path_factory.mktemp("first") / "run", quiet=True)
+
+
+def further(corpus: Path, first: Run, **tables: object) -> dict[str, object]:
+    """The recipe of a run that goes on from `first`: no model, no tokenizer of its own."""
+    table = recipe(corpus, **tables)
+    table.pop("model")
+    table["data"].pop("vocab_size")  # type: ignore[attr-defined]
+    return {**table, "start_from": str(first.directory)}
+
+
+def test_the_first_loss_is_where_the_other_run_ended(corpus: Path, first: Run, tmp_path: Path) -> None:
+    table = further(corpus, first, optimizer={"learning_rate": 1e-12})
+    ran = train(table, out=tmp_path / "run", quiet=True)
+    assert ran.summary["final_validation_loss"] == pytest.approx(first.summary["final_validation_loss"], abs=1e-4)
+    for name, weight in load_model(first.directory).state_dict().items():
+        torch.testing.assert_close(load_model(ran.directory).state_dict()[name], weight, rtol=0, atol=1e-6)
+    assert (ran.directory / "tokenizer.json").read_bytes() == (first.directory / "tokenizer.json").read_bytes()
+
+
+def test_the_resolved_configuration_is_complete_and_resumes(corpus: Path, first: Run, tmp_path: Path) -> None:
+    ran = train(further(corpus, first), out=tmp_path / "run", quiet=True)
+    config = json.loads((ran.directory / "config.json").read_text())
+    assert config["model"] == json.loads((first.directory / "config.json").read_text())["model"]
+    (ran.directory / "summary.json").unlink()
+    newest = max((ran.directory / "checkpoints").iterdir())
+    for file in newest.iterdir():
+        file.unlink()
+    assert resume(ran.directory, quiet=True).summary["final_validation_loss"] == ran.summary["final_validation_loss"]
+
+
+def test_a_model_table_beside_it_is_refused(corpus: Path, first: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="leave \\[model\\] out"):
+        train({**recipe(corpus), "start_from": str(first.directory)}, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_model_is_refused(corpus: Path, first: Run, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing here"):
+        train({**further(corpus, first), "start_from": str(tmp_path / "none")}, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_whose_model_was_replaced_is_refused(corpus: Path, first: Run, tmp_path: Path) -> None:
+    from finemoe.training.config import read_recipe, resolve_run
+
+    config = resolve_run(*read_recipe(further(corpus, first)))
+    other = config.model_copy(update={"model": config.model.model_copy(update={"norm_eps": 1e-3})})
+    with pytest.raises(RunError, match="does not hold the model"):
+        train(other, out=tmp_path / "run", quiet=True)
