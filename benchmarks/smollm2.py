@@ -102,7 +102,10 @@ def with_llama_cpp(path: Path) -> Any:
     """logits_of for a GGUF file; the cache in float32, so that only the weights are rounded."""
     import llama_cpp
 
-    model = llama_cpp.Llama(str(path), n_ctx=WINDOW, logits_all=True, verbose=False, type_k=0, type_v=0)
+    threads = {"n_threads": 1, "n_threads_batch": 1}  # its threads wait by spinning, which a busy machine punishes
+    model = llama_cpp.Llama(
+        str(path), n_ctx=WINDOW, n_batch=WINDOW, logits_all=True, verbose=False, type_k=0, type_v=0, **threads
+    )
 
     def logits_of(ids: list[int]) -> Any:
         model.reset()

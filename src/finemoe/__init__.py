@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from finemoe.checkpoint.run_state import load_model
+    from finemoe.checkpoint.open import load_model, load_tokenizer
     from finemoe.core.errors import FinemoeError
     from finemoe.model.config import ModelConfig
     from finemoe.model.transformer import Transformer
@@ -27,7 +27,8 @@ _HOME = {
     "Tokenizer": "finemoe.text",
     "Transformer": "finemoe.model.transformer",
     "compare": "finemoe.studies.compare",
-    "load_model": "finemoe.checkpoint.run_state",
+    "load_model": "finemoe.checkpoint.open",
+    "load_tokenizer": "finemoe.checkpoint.open",
     "resume": "finemoe.training.run",
     "train": "finemoe.training.run",
 }
@@ -45,17 +46,6 @@ __all__ = [
     "resume",
     "train",
 ]
-
-
-def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a run directory, or a `tokenizer.json`.
-
-    Raises:
-        DataError: there is none, or it is not byte-level.
-    """
-    from finemoe.text import Tokenizer
-
-    return Tokenizer.load(path)
 
 
 def __getattr__(name: str) -> Any:

@@ -104,9 +104,9 @@ def test_imports_are_absolute() -> None:
     assert not relative
 
 
-def test_transformers_is_never_imported() -> None:
-    found = [n for n, tree in TREES.items() for module, _ in imports(tree) if module.split(".")[0] == "transformers"]
-    assert not found
+def test_transformers_is_imported_by_the_witness_alone() -> None:
+    found = {n for n, tree in TREES.items() for module, _ in imports(tree) if module.split(".")[0] == "transformers"}
+    assert found == {"checkpoint/witness.py"}  # a script, run in a process of its own (decision 0008)
 
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS))

@@ -90,14 +90,17 @@ def test_reading_and_writing_are_inverse(data: st.DataObject) -> None:
     family = data.draw(st.sampled_from(sorted(FAMILIES)))
     config = tiny(family, data.draw)
     places, _ = split(config, family)
-    file = {p.theirs: torch.arange(p_size(p), dtype=torch.float32).reshape(p.shape) + 1000 * i for i, p in enumerate(places)}
+    file = {
+        p.theirs: torch.arange(numbers_in(p), dtype=torch.float32).reshape(p.shape) + 1000 * i
+        for i, p in enumerate(places)
+    }
     state = {name: torch.empty_like(tensor) for name, tensor in Transformer(config).state_dict().items()}
     for placement in places:
         state[placement.ours][placement.index] = file[placement.theirs]
     assert all(torch.equal(state[p.ours][p.index], file[p.theirs]) for p in places)
 
 
-def p_size(placement: Placement) -> int:
+def numbers_in(placement: Placement) -> int:
     """Numbers in a placement."""
     return int(torch.Size(placement.shape).numel())
 
@@ -115,7 +118,10 @@ def test_names_of_a_prediction_module() -> None:
     names = {placement.theirs: placement for placement in placements(config, "deepseek_v3")}
     assert names["model.layers.4.eh_proj.weight"].ours == "mtp.0.projection.weight"
     assert names["model.layers.4.shared_head.norm.weight"].ours == "mtp.0.norm.weight"
-    assert names["model.layers.4.mlp.gate.e_score_correction_bias"].ours == "mtp.0.block.feed_forward.router.selection_bias"
+    assert (
+        names["model.layers.4.mlp.gate.e_score_correction_bias"].ours
+        == "mtp.0.block.feed_forward.router.selection_bias"
+    )
     assert names["model.layers.4.embed_tokens.weight"].ours == "embedding.weight"
     assert names["model.layers.4.shared_head.head.weight"].ours == "head.weight"
 

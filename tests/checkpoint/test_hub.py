@@ -192,7 +192,10 @@ def named(name: str, *bases: str) -> Exception:
         (named("RepositoryNotFoundError", "HfHubHTTPError"), "no such repository"),
         (named("RevisionNotFoundError", "HfHubHTTPError"), "no such revision"),
         (named("OfflineModeIsEnabled"), "HF_HUB_OFFLINE"),
-        (named("ConnectTimeout"), "cannot be fetched: 404 Client Error. (Request ID: Root=1)"),
+        (
+            named("ConnectTimeout"),
+            "no such folder, and from the hub it cannot be fetched: 404 Client Error. (Request ID: Root=1)",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (ConnectionError(), "cannot be fetched: ConnectionError"),
     ],

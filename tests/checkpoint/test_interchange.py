@@ -346,15 +346,15 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monk
 
 def work(source: Path, out: Path, counted: Path) -> None:
     """An import, or an export when `source` is an imported folder, slow enough to be killed in the middle."""
-    original = store.Part.hexdigest
+    original = store.Part.check_full
 
-    def slow(part: store.Part) -> str:
+    def slow(part: store.Part) -> None:
         with counted.open("a") as file:
             file.write("x")
         time.sleep(0.003)
-        return original(part)
+        original(part)
 
-    store.Part.hexdigest = slow  # type: ignore[method-assign]
+    store.Part.check_full = slow  # type: ignore[method-assign]
     (export_hf if is_native(source) else import_hf)(source, out, quiet=True)
 
 

@@ -194,8 +194,12 @@ def published(run_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("published") / "llama"
     folder.mkdir()
     width, inner, ids = 16, 24, 300
-    shapes = {"model.embed_tokens": (ids, width), "model.norm": (width,), "lm_head": (ids, width)}
-    layer = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens": (ids, width),
+        "model.norm": (width,),
+        "lm_head": (ids, width),
+    }
+    layer: dict[str, tuple[int, ...]] = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
     layer |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
     layer |= {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
     shapes |= {f"model.layers.0.{name}": shape for name, shape in layer.items()}

@@ -86,7 +86,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": ("Llama", {**_GROUPED, "rope_parameters": YARN}),
     "llama-yarn-untruncated": ("Llama", {**_GROUPED, "rope_parameters": {**YARN, "truncate": False}}),
     "llama-yarn-factor": ("Llama", {**_GROUPED, "rope_parameters": {**YARN, "attention_factor": 1.7}}),
-    "llama-dynamic": ("Llama", {**_GROUPED, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama-dynamic": (
+        "Llama",
+        {**_GROUPED, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    ),
     "llama-tied": ("Llama", {**_GROUPED, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2", _GROUPED),
     "qwen2-tied": ("Qwen2", {**_GROUPED, "tie_word_embeddings": True}),
@@ -119,7 +122,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", {**_GROUPED, **_EXPERTS, "moe_intermediate_size": 14, "norm_topk_prob": True}),
     "deepseek_v2-lite": (
         "DeepseekV2",
-        {**_LATENT, "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "rope_parameters": _SHARP},
+        {
+            **_LATENT,
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_parameters": _SHARP,
+        },
     ),
     "deepseek_v2": ("DeepseekV2", {**_LATENT, **_V2_GROUPS, "q_lora_rank": 9, "rope_parameters": _SHARP}),
     "deepseek_v2-plain": ("DeepseekV2", {**_LATENT, **_V2_GROUPS, "q_lora_rank": 9, "n_shared_experts": 1}),
@@ -134,6 +144,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3-no-query-rank": ("DeepseekV3", {**_V3, "q_lora_rank": None, "norm_topk_prob": False}),
     "deepseek_v3-half-split": ("DeepseekV3", {**_V3, "rope_interleave": False, "first_k_dense_replace": 0}),
     "deepseek_v3-one-group": ("DeepseekV3", {**_V3, "n_group": 1, "topk_group": 1, "rope_parameters": YARN}),
+    "deepseek_v3-tied-linear": (
+        "DeepseekV3",
+        {
+            **_V3,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        },
+    ),
     "deepseek_v3-dense": ("DeepseekV3", {**_V3, "first_k_dense_replace": 3}),
 }
 
@@ -153,7 +171,7 @@ def randomize(tensors: Mapping[str, Tensor], seed: int) -> None:
     """Large weights in place: norms about 1, biases of both signs, matrices that keep the size of their input."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in tensors.items():
-        if "inv_freq" in name:
+        if "inv_freq" in name or not tensor.numel():
             continue
         drawn = torch.randn(tensor.shape, generator=generator)
         if "norm" in name:
@@ -162,8 +180,11 @@ def randomize(tensors: Mapping[str, Tensor], seed: int) -> None:
             tensor.copy_(0.3 * drawn)
         elif "embed" in name:
             tensor.copy_(drawn)
+            tensor[::4] *= 1e-3  # as small as the eps of the first norm
         else:
             tensor.copy_(drawn * 1.5 * tensor.shape[-1] ** -0.5)
+            if "q_a_proj" in name or "kv_a_proj" in name:  # latents, not the rotary key
+                tensor[: 12 if "kv_a_proj" in name else None] *= 1e-3
 
 
 def reload(folder: Path) -> Any:

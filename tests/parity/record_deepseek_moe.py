@@ -1,4 +1,4 @@
-"""Record deepseek_moe.json again: `python tests/parity/record_deepseek_moe.py`. A deliberate act: review the difference.
+"""Record deepseek_moe.json again: `python tests/parity/record_deepseek_moe.py`. A deliberate act: review the change.
 
 Logits of tiny DeepSeekMoE models, computed by the oracle in float64 from seeded weights.
 """
@@ -54,7 +54,12 @@ _BASE: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     "as released": _BASE,
     "normalised, two key heads": {**_BASE, "norm_topk_prob": True, "num_key_value_heads": 2, "rms_norm_eps": 1e-3},
-    "every second layer, no shared experts": {**_BASE, "moe_layer_freq": 2, "n_shared_experts": None, "num_hidden_layers": 5},
+    "every second layer, no shared experts": {
+        **_BASE,
+        "moe_layer_freq": 2,
+        "n_shared_experts": None,
+        "num_hidden_layers": 5,
+    },
     "one expert, linear scaling": {
         **_BASE,
         "norm_topk_prob": True,
@@ -102,7 +107,7 @@ def _wave(shape: tuple[int, ...], seed: int) -> Tensor:
 
 def main() -> None:
     """Write deepseek_moe.json."""
-    import deepseek_moe_oracle
+    from parity import deepseek_moe_oracle
 
     table = {}
     for name, raw in CASES.items():
@@ -112,5 +117,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     main()

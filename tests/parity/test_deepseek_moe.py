@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import deepseek_moe_oracle
 from finemoe.checkpoint.hf_config import FAMILIES
-from foreign_models import ours, relative, take, write_folder
-from record_deepseek_moe import CASES, GOLDEN, IDS, weights
+from parity import deepseek_moe_oracle
+from parity.foreign_models import ours, relative, take, write_folder
+from parity.record_deepseek_moe import CASES, GOLDEN, IDS, weights
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,7 +12,7 @@ from transformers.modeling_layers import MtpModel
 
 from finemoe.checkpoint.hf_config import FAMILIES
 from finemoe.core.errors import CheckpointError
-from foreign_models import make, ours, randomize, read_folder, relative, reload, take, tokens, write_folder
+from parity.foreign_models import make, ours, randomize, read_folder, relative, reload, take, tokens, write_folder
 
 
 def _routing(model: Any, ids: torch.Tensor) -> dict[int, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from foreign_models import gradients_as_file, make, ours, relative, take, tokens
+from parity.foreign_models import gradients_as_file, make, ours, relative, take, tokens
 
 
 @pytest.mark.parametrize("case", ["llama", "llama-tied", "deepseek_v2", "deepseek_v3", "qwen2_moe", "olmoe", "qwen3"])

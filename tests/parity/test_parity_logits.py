@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from finemoe.checkpoint.hf_config import FAMILIES, family_of
-from foreign_models import CASES, fill, make, ours, read_folder, relative, reload, take, tokens, write_folder
+from finemoe.checkpoint.interchange import export_hf, import_hf
+from finemoe.checkpoint.open import load_model
+from parity.foreign_models import CASES, fill, make, read_folder, relative, reload, tokens, write_folder
 
 TOLERANCE = 1e-5
 
@@ -19,16 +22,21 @@ def test_logits_there_and_back(case: str, tmp_path: Path) -> None:
     theirs, ids = make(case), tokens()
     theirs.save_pretrained(tmp_path / "in")
     raw, weights = read_folder(tmp_path / "in")
-    model = ours(tmp_path / "in")
+    import_hf(tmp_path / "in", tmp_path / "imported", quiet=True)
+    model = load_model(tmp_path / "imported")
     with torch.no_grad():
-        expected = theirs(ids).logits
-        assert relative(model.logits(model(ids).hidden), expected) <= TOLERANCE
+        expected, found = theirs(ids).logits, model.logits(model(ids).hidden)
+        assert relative(found, expected) <= TOLERANCE
+        direct = load_model(tmp_path / "in")
+        assert torch.equal(direct.logits(direct(ids).hidden), found)
 
-    family = family_of(raw)
-    written = take(model, family.name, model.state_dict())
+    export_hf(tmp_path / "imported", tmp_path / "out", quiet=True)
+    same, written = read_folder(tmp_path / "out")
+    assert same == raw
     assert written.keys() == weights.keys()
     assert all(torch.equal(written[name], weights[name]) for name in weights)
-    write_folder(tmp_path / "out", family.from_config(model.config), written)
+    fresh = family_of(raw).from_config(model.config)  # the config of one that was never imported
+    (tmp_path / "out" / "config.json").write_text(json.dumps(fresh))
     again = reload(tmp_path / "out")
     state = again.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
@@ -36,6 +44,23 @@ def test_logits_there_and_back(case: str, tmp_path: Path) -> None:
         assert again.config.rope_parameters["rope_type"] == "default"
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("case", ["deepseek_v2", "deepseek_v3"])
+def test_no_shared_experts(case: str, tmp_path: Path) -> None:
+    """transformers makes shared experts of width 0 then; a file without them fills it."""
+    theirs, ids = make(case, n_shared_experts=0), tokens()
+    theirs.save_pretrained(tmp_path / "in")
+    raw, weights = read_folder(tmp_path / "in")
+    write_folder(tmp_path / "out", raw, {name: tensor for name, tensor in weights.items() if tensor.numel()})
+    model = load_model(tmp_path / "out")
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert relative(model.logits(model(ids).hidden), expected) <= TOLERANCE
+        fresh = family_of(raw).from_config(model.config)
+        (tmp_path / "out" / "config.json").write_text(json.dumps(fresh))
+        assert torch.equal(reload(tmp_path / "out")(ids).logits, expected)
 
 
 @pytest.mark.parametrize(

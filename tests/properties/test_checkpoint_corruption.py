@@ -24,7 +24,7 @@ from finemoe.checkpoint.tensors import TensorFolder
 from finemoe.core.errors import FinemoeError
 
 SECONDS = 20  # for one conversion that takes some milliseconds; the machine may be busy
-EXAMPLES = settings.default.max_examples * 2 if settings.default else 50
+EXAMPLES = settings().max_examples
 FAMILIES = {"llama": LLAMA, "mixtral": MIXTRAL, "v3_fp8": V3_FP8}
 
 

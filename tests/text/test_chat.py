@@ -101,7 +101,7 @@ def witness() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **TOKENS)
 
 
-CALLS = [
+CALLS: list[dict[str, Any]] = [
     {"role": "user", "content": "1+1"},
     {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"é": 1}}]},
 ]

@@ -98,7 +98,8 @@ def test_special_tokens_are_text_unless_asked_for() -> None:
 
 def test_what_lies_beside_decides_beginning_and_end(tmp_path: Path) -> None:
     plain = Tokenizer.load(write(tmp_path, deepseek()))
-    assert (plain.bos_id, plain.adds_bos, plain.end_of_text_id, plain.stop_ids) == (256, False, 257, {257})
+    assert (plain.bos_id, plain.adds_bos, plain.end_of_text_id) == (256, False, 257)
+    assert plain.stop_ids == {257}
     config = {
         "add_bos_token": True,
         "bos_token": {"__type": "AddedToken", "content": BOS, "normalized": True},
@@ -206,6 +207,34 @@ def test_unknown_families_are_refused() -> None:
     inner.decoder = decoders.WordPiece()
     with pytest.raises(DataError, match="decoder is 'WordPiece', but only byte-level"):
         Tokenizer(inner, "test")
+
+
+@pytest.mark.parametrize("token_id", [2**31, 2**32 - 1, -1])
+def test_ids_beyond_measure_are_refused_before_the_library_makes_a_table(token_id: int) -> None:
+    facts = json.loads(deepseek().to_str())
+    facts["model"]["vocab"]["!"] = token_id
+    with pytest.raises(DataError, match=f"the id {token_id} is outside"):
+        Tokenizer.parse(json.dumps(facts), "test")
+
+
+CONTENT = metaspace().to_str()
+
+
+@given(st.integers(0, len(CONTENT)), st.integers(0, 40), st.text('{}[]":,0a▁', max_size=8))
+def test_a_damaged_file_is_refused_or_read(start: int, length: int, instead: str) -> None:
+    damaged = CONTENT[:start] + instead + CONTENT[start + length :]
+    try:
+        tokenizer = Tokenizer.parse(damaged, "damaged")
+    except DataError:
+        return
+    fidelity(tokenizer)
+
+
+def test_a_contradiction_that_shows_only_at_work_is_refused() -> None:
+    facts = json.loads(metaspace().to_str())
+    facts["post_processor"]["special_tokens"] = {}
+    with pytest.raises(DataError, match=r"not a tokenizer\.json"):
+        Tokenizer.parse(json.dumps(facts), "test")
 
 
 def test_an_exported_configuration_names_the_class_that_reads_the_file_as_it_is() -> None:

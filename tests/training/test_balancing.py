@@ -27,7 +27,7 @@ def biased_model(**changes: object) -> Transformer:
 
 def balanced_trainer(model: Transformer, config: BalancingConfig, micro: int = SEQUENCES, steps: int = 5) -> Trainer:
     made = trainer(model, micro, steps)
-    made.plan = replace(made.plan, balancing=config)
+    made.plan = replace(made.plan, balancing=config.resolved(1000))
     made.method = replace(made.method, objective=NextToken(True, mtp_depth=len(model.config.mtp)))
     return made
 
@@ -47,7 +47,7 @@ def test_bias_moves_against_the_load(rule: str) -> None:
 def test_bias_rests_at_the_end_of_a_run() -> None:
     model = biased_model()
     load = torch.tensor([5, 0, 2, 2, 1, 2])
-    balancing.update(BalancingConfig(until=0.9), model, {1: load}, progress=0.9)
+    balancing.update(BalancingConfig(rate=0.01, until=0.9), model, {1: load}, progress=0.9)
     assert not balancing.selection_biases(model)[1].any()
 
 
@@ -81,6 +81,12 @@ def test_balancing_evens_out_a_router_that_prefers_one_expert() -> None:
         made.peak_learning_rate = 1e-9
         violation[rate] = sum(report.max_vio()[1] for report in run(made, 95)[-10:]) / 10
     assert violation[0.005] < 0.5 * violation[0.0]
+
+
+def test_a_short_run_moves_further_a_step_than_v3() -> None:
+    assert BalancingConfig().resolved(100).rate == pytest.approx(0.015)
+    assert BalancingConfig().resolved(1_000_000).rate == 0.001
+    assert BalancingConfig(rate=0.0).resolved(100).rate == 0.0
 
 
 def test_no_gradient_reaches_the_bias() -> None:

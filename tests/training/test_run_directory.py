@@ -53,6 +53,7 @@ def test_every_summary_field_is_there_with_its_type(finished: Run) -> None:
         "bits_per_byte": float,
         "final_training_loss": float,
         "max_vio": float,
+        "max_vio_per_layer": dict,
         "dead_experts": float,
         "steps": int,
         "tokens": int,
@@ -60,6 +61,7 @@ def test_every_summary_field_is_there_with_its_type(finished: Run) -> None:
         "tokens_per_second": float,
         "total_parameters": int,
         "active_parameters": int,
+        "cache_elements_per_token": int,
         "training_flops": int,
         "peak_memory_bytes": int,
     }

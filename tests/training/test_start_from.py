@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,19 @@ def test_the_resolved_configuration_is_complete_and_resumes(corpus: Path, first:
     for file in newest.iterdir():
         file.unlink()
     assert resume(ran.directory, quiet=True).summary["final_validation_loss"] == ran.summary["final_validation_loss"]
+
+
+def test_what_belongs_to_the_tokenizer_comes_along(corpus: Path, first: Run, tmp_path: Path) -> None:
+    opened = tmp_path / "opened"
+    shutil.copytree(first.directory, opened)
+    (opened / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    ran = train({**further(corpus, first), "start_from": str(opened)}, out=tmp_path / "run", quiet=True)
+    assert (ran.directory / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+
+
+def test_a_gguf_file_is_to_be_imported_first(corpus: Path, first: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="finemoe import"):
+        train({**further(corpus, first), "start_from": "some.gguf"}, out=tmp_path / "run")
 
 
 def test_a_model_table_beside_it_is_refused(corpus: Path, first: Run, tmp_path: Path) -> None:

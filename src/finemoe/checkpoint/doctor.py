@@ -35,7 +35,7 @@ class Diagnosis:
     """Problems first, then warnings, then notes."""
     facts: Mapping[str, Any]
     """JSON-able: size, layers, keys, dtypes, fp8, values, router, mtp, rope, training, tokenizer, template, exports;
-    what could not be found out is None."""
+    what could not be found out is None; empty where it is nothing that finemoe opens."""
 
     @property
     def problems(self) -> tuple[Finding, ...]:
@@ -68,6 +68,8 @@ def examine(path: str | os.PathLike[str], *, deep: bool = False, quiet: bool = T
     """
     found = Findings()
     subject = open_subject(Path(path), found, deep=deep, quiet=quiet)
+    if subject.kind == "unknown":
+        return Diagnosis(subject.path, subject.kind, None, found.sorted(), {})
     if subject.path.is_dir():
         with found.guard("files"):
             check_folder(subject.path, subject.raw, found)
@@ -83,7 +85,6 @@ def examine(path: str | os.PathLike[str], *, deep: bool = False, quiet: bool = T
     facts["router"] = check_routers(subject, found)
     facts["values"] = check_values(subject, found, deep=deep, quiet=quiet)
     facts["mtp"] = check_mtp(subject, found)
-    if subject.kind != "unknown":
-        facts.update(check_text(subject, found))
+    facts.update(check_text(subject, found))
     facts["exports"] = exports_of(subject)
     return Diagnosis(subject.path, subject.kind, subject.family, found.sorted(), facts)

@@ -6,8 +6,11 @@ from typing import Any
 
 from finemoe.checkpoint.doctor_findings import Findings, number
 from finemoe.checkpoint.doctor_subject import Subject
+from finemoe.checkpoint.foreign import TOKENIZER_BYTES, folder_file, read_bytes
 from finemoe.checkpoint.gguf_metadata import describe
+from finemoe.checkpoint.gguf_tokenizer import metadata_of
 from finemoe.checkpoint.hf_config import FAMILIES
+from finemoe.checkpoint.transfer import COMPANIONS
 from finemoe.core.errors import CheckpointError, FinemoeError
 from finemoe.model.attention.grouped_query import GroupedQueryConfig
 from finemoe.model.attention.latent import LatentConfig
@@ -163,7 +166,7 @@ def exports_of(subject: Subject) -> list[dict[str, Any]]:
     config = subject.config
     if config is None:
         return []
-    always = ["optimizer state"] if subject.kind in ("run", "checkpoint") else []
+    always = ["no optimizer state"] if subject.kind in ("run", "checkpoint") else []
     facts = []
     for name, family in FAMILIES.items():
         try:
@@ -172,17 +175,31 @@ def exports_of(subject: Subject) -> list[dict[str, Any]]:
             reason = str(error).partition(": ")[2] or str(error)
             facts.append(_export(name, "huggingface", reason=reason))
         else:
-            lost = [f"{text} (training)" for text in family.lost(config)]
+            lost = [f"no {text} (training)" for text in family.lost(config)]
             strange = subject.kind == "imported" and subject.family != name and bool(subject.carried)
-            carried = [number(len(subject.carried), "carried tensor")] if strange else []
+            carried = [f"none of the {number(len(subject.carried), 'carried tensor')}"] if strange else []
             facts.append(_export(name, "huggingface", lost=[*always, *carried, *lost]))
     try:
         described = describe(config, config.max_positions or _CONTEXT)
+        missing = [] if subject.kind == "gguf" else metadata_of(_companions(subject), config.vocab_size, "tokenizer")[1]
     except FinemoeError as error:
         facts.append(_export("gguf", "gguf", reason=str(error).partition(": ")[2] or str(error)))
     else:
-        facts.append(_export(described.architecture, "gguf", lost=[*always, *described.notes]))
+        facts.append(_export(described.architecture, "gguf", lost=[*always, *described.notes, *missing]))
     return facts
+
+
+def _companions(subject: Subject) -> dict[str, bytes]:
+    """Tokenizer and template, as an export takes them along."""
+    files = {}
+    for name in COMPANIONS:
+        if (subject.home / name).exists():
+            files[name] = read_bytes(folder_file(subject.home, name), TOKENIZER_BYTES)
+            try:
+                files[name].decode()
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{name}: not UTF-8") from error
+    return files
 
 
 def _export(name: str, form: str, lost: list[str] | None = None, reason: str | None = None) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from finemoe.core.errors import CheckpointError, FinemoeError
 from finemoe.model.config import ModelConfig
 
 Kind = Literal["run", "checkpoint", "imported", "huggingface", "gguf", "tensors", "unknown"]
+_JOURNAL = ".model.journal"  # of a conversion that was interrupted
 _STEP = re.compile(r"step-(\d+)")
 _OWN_JSON_BYTES = 256 << 20
 _ROWS_BYTES = 64 << 20
@@ -112,6 +113,8 @@ def _kind(path: Path) -> Kind:
     """By the names of files alone: their content may be damaged."""
     if path.is_file():
         return "gguf" if path.suffix == ".gguf" else "tensors" if path.suffix == ".safetensors" else "unknown"
+    if (path / _JOURNAL).exists():
+        return "unknown"
     if (path / SOURCE).exists():
         return "imported"
     if (path / "checkpoints").is_dir():
@@ -126,7 +129,7 @@ def _open_unknown(subject: Subject, found: Findings, deep: bool, quiet: bool) ->
     if path.is_file():
         found.problem("files", f"{path}: not opened: only .gguf and .safetensors files are")
         return
-    if path.name.endswith(".partial"):
+    if path.name.endswith(".partial") or (path / _JOURNAL).exists():
         out = path.with_suffix("")
         found.problem("files", f"an interrupted import or export; give its command again to finish {out}")
         return
@@ -172,7 +175,8 @@ def _tensors(path: Path, subject: Subject, found: Findings) -> TensorFolder:
         subject.whole = False
         tensors = _sound_files(path, found)
     for note in tensors.notes:
-        found.note("files", note)
+        if "pickle" not in note:  # `check_folder` names them, whatever else lies there
+            found.note("files", note)
     subject.held = held_of(tensors)
     return tensors
 

@@ -90,7 +90,7 @@ def _check_class(home: Path, tokenizer: Tokenizer | None, found: Findings) -> No
     config = read_json(folder_file(home, _CONFIG))
     trap = class_problem(config)
     if trap is not None and tokenizer.byte_level and "Llama" in str(config.get("tokenizer_class")):
-        found.warning("tokenizer", f"{trap}. finemoe reads it as it is, and writes that class when it exports")
+        found.warning("tokenizer", f"{trap}. finemoe does so too, and names that class when it exports")
     if config.get("auto_map"):
         found.note("tokenizer", f"{_CONFIG} names Python code (`auto_map`), which is never run")
 

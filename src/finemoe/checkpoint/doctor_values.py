@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finemoe.checkpoint.accounting import SCALE_SUFFIX
 from finemoe.checkpoint.doctor_findings import Findings, few, number
 from finemoe.checkpoint.doctor_subject import Held, Subject
 from finemoe.checkpoint.transfer import mebibytes
@@ -22,7 +23,8 @@ _ENOUGH = (*_PRECISE, "BF16", "F16")
 
 def check_values(subject: Subject, found: Findings, *, deep: bool, quiet: bool) -> dict[str, Any]:
     """Look for NaN and infinity in the small tensors, or in all; there for matrices of nothing but zeros too."""
-    tensors = [held for held in subject.held.values() if held.floating]
+    # FP8 factors have been looked at with their matrices.
+    tensors = [held for held in subject.held.values() if held.floating and not held.name.endswith(SCALE_SUFFIX)]
     chosen = tensors if deep else _small(tensors)
     broken: list[str] = []
     empty: list[str] = []

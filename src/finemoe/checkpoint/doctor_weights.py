@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from finemoe.checkpoint.accounting import SCALE_SUFFIX
-from finemoe.checkpoint.doctor_findings import Findings, few
+from finemoe.checkpoint.doctor_findings import Findings, few, number
 from finemoe.checkpoint.doctor_subject import Held, Subject
 from finemoe.checkpoint.fp8 import scale_shape
 
@@ -29,7 +29,8 @@ def account_for_keys(subject: Subject, found: Findings) -> dict[str, Any]:
         if name in held and held[name].shape != place.shape
     ]
     scales = {name + SCALE_SUFFIX for name in places if name in held and held[name].dtype == _FP8}
-    unexpected = [n for n in held if n not in places and n not in scales and n not in subject.spare]
+    known = {*places, *scales, *subject.spare}
+    unexpected = [name for name in held if name not in known and not name.endswith(SCALE_SUFFIX)]
     unread = [
         f"{name} ({held[name].dtype})"
         for name in places
@@ -91,16 +92,17 @@ def check_fp8(subject: Subject, found: Findings) -> dict[str, Any] | None:
     matrices = {entry.name for entry in quantized}
     idle = [f.name for f in factors if f.name in subject.held and f.name.removesuffix(SCALE_SUFFIX) not in matrices]
     bad, lost = _factor_values(factors, found)
-    for names, what in (
-        (alone, f"FP8 matrices without their factors ({SCALE_SUFFIX.removeprefix('_')})"),
-        (wrong, "of the factors do not fit their matrix: each must be F32, with a number for 128 x 128"),
-        (idle, "of the factors have no FP8 matrix"),
-        (bad, "of the factors hold NaN or infinity"),
+    for names, one, many in (
+        (alone if subject.whole else [], "FP8 matrix lacks its factors", "FP8 matrices lack their factors"),
+        (wrong, "matrix has factors that do not fit it", "matrices have factors that do not fit them"),
+        (idle if subject.whole else [], "tensor of factors has no FP8 matrix", "tensors of factors have no FP8 matrix"),
+        (bad, "tensor of factors holds NaN or infinity", "tensors of factors hold NaN or infinity"),
     ):
         if names:
-            found.problem("fp8", f"{len(names)} {what}: {few(names)}")
+            found.problem("fp8", f"{number(len(names), one, many)}: {few(names)}")
     if lost:
-        found.warning("fp8", f"{len(lost)} of the factors hold 0 or less, so that a whole block is lost: {few(lost)}")
+        what = number(len(lost), "tensor of factors holds", "tensors of factors hold")
+        found.warning("fp8", f"{what} 0 or less, so that a whole block of weights is lost: {few(lost)}")
     blocks = sum(math.prod(scale.shape) for scale in factors)
     return {"matrices": len(quantized), "factors": len(factors), "blocks": blocks}
 

@@ -7,10 +7,12 @@ as a conversion made now.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +25,15 @@ from finemoe.checkpoint.gguf_codec import decode, encode
 from finemoe.checkpoint.gguf_keys import Part
 from finemoe.checkpoint.interchange import Source, open_source
 from finemoe.checkpoint.native import Native, read_native
-from finemoe.checkpoint.tensors import TensorFolder, raw_bytes
+from finemoe.checkpoint.tensors import Index, TensorFolder, raw_bytes
 from finemoe.checkpoint.transfer import mebibytes
 from finemoe.core.errors import CheckpointError
+from finemoe.model.config import ModelConfig
+from finemoe.model.rope import NTKScaling
 
+_NO_FUNCTION = frozenset(
+    {"balance", "capacity_factor", "capacity_level", "capacity_exempt", "init_std", "max_positions"}
+)
 _Check = tuple[str, int, Callable[[], bool]]
 """Name of a tensor, its bytes, and whether both sides agree on it."""
 
@@ -36,6 +43,7 @@ class Comparison:
     """What a comparison of all tensors found."""
 
     tensors: int
+    """How many were compared; FP8 factors go with their matrix."""
     different: tuple[str, ...]
     """Names on the foreign side."""
 
@@ -57,8 +65,8 @@ def compare_import(source: str | os.PathLike[str], out: str | os.PathLike[str], 
         CheckpointError: one of them cannot be read, or does not have its recorded checksums.
     """
     source, native = Path(source), read_native(Path(out), checksums=True)
-    checks = list(_gguf_imported(source, native) if source.is_file() else _hf_imported(open_source(source), native))
-    return _run(checks, f"comparing {source.name}", quiet)
+    checks = _gguf_imported(source, native) if source.is_file() else _hf_imported(open_source(source), native)
+    return _run(list(checks), f"comparing {source.name}", quiet)
 
 
 def compare_export(source: str | os.PathLike[str], out: str | os.PathLike[str], *, quiet: bool = True) -> Comparison:
@@ -73,8 +81,8 @@ def compare_export(source: str | os.PathLike[str], out: str | os.PathLike[str], 
         CheckpointError: one of them cannot be read, or lacks tensors.
     """
     opened, out = open_exportable(Path(source)), Path(out)
-    checks = list(_gguf_exported(opened, out) if out.is_file() else _hf_exported(opened, open_source(out)))
-    return _run(checks, f"comparing {out.name}", quiet)
+    checks = _gguf_exported(opened, out) if out.is_file() else _hf_exported(opened, open_source(out))
+    return _run(list(checks), f"comparing {out.name}", quiet)
 
 
 def _run(checks: list[_Check], description: str, quiet: bool) -> Comparison:
@@ -87,24 +95,24 @@ def _run(checks: list[_Check], description: str, quiet: bool) -> Comparison:
     return Comparison(len(checks), tuple(different))
 
 
-def _digest(pieces: Iterable[Tensor | memoryview | bytearray]) -> str:
+def _digest(pieces: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for piece in pieces:
-        digest.update(raw_bytes(piece) if isinstance(piece, Tensor) else piece)
+        digest.update(raw_bytes(piece))
     return digest.hexdigest()
 
 
 def _hf_imported(source: Source, native: Native) -> Iterator[_Check]:
     for name, placement in source.account.loaded.items():
 
-        def agree(
-            name: str = name, ours: str = placement.ours, index: tuple[int | slice, ...] = placement.index
-        ) -> bool:
+        def agree(name: str = name, ours: str = placement.ours, index: Index = placement.index) -> bool:
             dtype = native.tensors.info(ours).dtype
             pieces = (piece.to(dtype) for piece in _read_out(source, name))
             return _digest(pieces) == _digest(native.tensors.chunks(ours, index))
 
         yield name, source.tensors.info(name).nbytes, agree
+    for name, original in source.account.copies.items():
+        yield name, source.tensors.info(name).nbytes, _equal(source.tensors, name, original)
     for name in source.account.carried:
         yield name, source.tensors.info(name).nbytes, _same(source.tensors, native.carried, name)
 
@@ -122,13 +130,19 @@ def _read_out(source: Source, name: str) -> Iterator[Tensor]:
 
 
 def _same(one: TensorFolder, other: TensorFolder, name: str) -> Callable[[], bool]:
-    """Bytes, type and shape of a tensor that both hold."""
+    """Bytes, type and shape of a tensor that both must hold."""
 
     def agree() -> bool:
+        if name not in other.tensors:
+            return False
         a, b = one.info(name), other.info(name)
         return (a.dtype, a.shape) == (b.dtype, b.shape) and one.sha256(name) == other.sha256(name)
 
     return agree
+
+
+def _equal(tensors: TensorFolder, one: str, other: str) -> Callable[[], bool]:
+    return lambda: tensors.sha256(one) == tensors.sha256(other)
 
 
 def _gguf_imported(path: Path, native: Native) -> Iterator[_Check]:
@@ -149,27 +163,43 @@ def _gguf_imported(path: Path, native: Native) -> Iterator[_Check]:
 
 
 def _hf_exported(opened: Exportable, written: Source) -> Iterator[_Check]:
-    if opened.config != written.config:
+    if not _same_function(opened.config, written.config):
         raise CheckpointError(f"{written.path}: read again, its config.json describes another model")
     for name, placement in written.account.loaded.items():
 
-        def agree(
-            name: str = name, ours: str = placement.ours, index: tuple[int | slice, ...] = placement.index
-        ) -> bool:
-            if name in written.account.scales:
+        def agree(name: str = name, ours: str = placement.ours, index: Index = placement.index) -> bool:
+            if name in written.account.scales:  # its factors are looked at with it
                 return _same_fp8(opened, written, name, ours, index)
             dtype = written.tensors.info(name).dtype
             pieces = (piece.to(dtype) for piece in opened.tensors.chunks(ours, index))
             return _digest(pieces) == _digest(written.tensors.chunks(name))
 
         yield name, written.tensors.info(name).nbytes, agree
+    for name, original in written.account.copies.items():
+        yield name, written.tensors.info(name).nbytes, _equal(written.tensors, name, original)
     factors = set(written.account.scales.values())
     for name in written.account.carried:
         if name not in factors and name in opened.carried.tensors:
             yield name, written.tensors.info(name).nbytes, _same(opened.carried, written.tensors, name)
 
 
-def _same_fp8(opened: Exportable, written: Source, name: str, ours: str, index: tuple[int | slice, ...]) -> bool:
+def _same_function(ours: ModelConfig, theirs: ModelConfig) -> bool:
+    """Whether both compute the same: training and rounded settings aside, and NTK scaling, which becomes a base."""
+    stretched = any(isinstance(block.attention.rope.scaling, NTKScaling) for block in ours.blocks)
+    return _agree(ours.model_dump(), theirs.model_dump(), _NO_FUNCTION | ({"rope"} if stretched else set()))
+
+
+def _agree(one: Any, other: Any, aside: Set[str]) -> bool:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_agree(one[key], other[key], aside) for key in one.keys() - aside)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(_agree(a, b, aside) for a, b in zip(one, other, strict=True))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-9)
+    return bool(one == other)
+
+
+def _same_fp8(opened: Exportable, written: Source, name: str, ours: str, index: Index) -> bool:
     """Whether quantising again, with the factors that were written, gives what was written."""
     factors, row = written.tensors.read(name + SCALE_SUFFIX), 0
     settings = written.raw.get("quantization_config") or {}

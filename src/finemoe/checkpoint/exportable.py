@@ -14,7 +14,7 @@ from finemoe.checkpoint.accounting import model_shapes
 from finemoe.checkpoint.foreign import TOKENIZER_BYTES, folder_file, parse_json, read_bytes, read_json
 from finemoe.checkpoint.native import is_native, read_native
 from finemoe.checkpoint.tensors import TensorFolder
-from finemoe.checkpoint.transfer import COMPANIONS
+from finemoe.checkpoint.transfer import COMPANIONS, named
 from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError
 from finemoe.core.logs import logger
@@ -55,7 +55,8 @@ def open_exportable(path: Path) -> Exportable:
         CheckpointError: none of these, or damaged.
     """
     opened = _open_native(path) if is_native(path) else _open_run(path)
-    shapes = model_shapes(opened.config)
+    with named(path):
+        shapes = model_shapes(opened.config)
     found = {name: info.shape for name, info in opened.tensors.tensors.items()}
     if shapes != found:
         name = min(name for name in {**shapes, **found} if shapes.get(name) != found.get(name))

@@ -81,6 +81,11 @@ class GGUFSource:
         return model_config(self.metadata, Facts(self.tensors.keys(), embedding.shape[0], rows), str(self.path))
 
     @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every tensor of ours, by name."""
+        return model_shapes(self.config)
+
+    @cached_property
     def account(self) -> Mapping[str, Stored]:
         """Every tensor that fills the model, by name, in the order of the file's bytes.
 
@@ -131,8 +136,9 @@ class GGUFSource:
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """What each of our tensors is stored as: the narrowest type that holds all its parts."""
-        found = {name: torch.float32 for name in model_shapes(self.config) if name.endswith(_BIAS)}
-        for name, stored in self.account.items():
+        account = self.account  # first: shapes that no file has would be too much even without memory
+        found = {name: torch.float32 for name in self.shapes if name.endswith(_BIAS)}
+        for name, stored in account.items():
             ours, dtype = stored.source.ours, self.tensors[name].kind.dtype
             found[ours] = torch.promote_types(found.get(ours, dtype), dtype)
         return found
@@ -155,7 +161,7 @@ class GGUFSource:
     def zeros(self) -> Iterator[Part]:
         """Selection biases that the file leaves out."""
         there = {stored.source.ours for stored in self.account.values()}
-        for name, shape in model_shapes(self.config).items():
+        for name, shape in self.shapes.items():
             if name.endswith(_BIAS) and name not in there:
                 yield name, (), torch.zeros(shape)
 
@@ -222,8 +228,8 @@ def import_gguf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, 
     started = time.monotonic()
     place = check_free(Path(out))
     opened = open_gguf(source)
-    dtypes, shapes = opened.dtypes(), model_shapes(opened.config)
-    specs = [TensorSpec(name, dtypes[name], shape) for name, shape in shapes.items()]
+    dtypes = opened.dtypes()
+    specs = [TensorSpec(name, dtypes[name], shape) for name, shape in opened.shapes.items()]
     companions = companions_of(opened.metadata, str(opened.path))
     nbytes = sum(spec.nbytes for spec in specs) + sum(len(data) for data in companions.values())
     with workspace(place, _fingerprint(opened), nbytes) as folder, NativeWriter(folder, specs, []) as writer:

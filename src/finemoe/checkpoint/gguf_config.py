@@ -223,14 +223,14 @@ def _rope(keys: _Keys, dim: int, factors: Tensor | None, *, latent: bool) -> dic
         if kind != "none" or latent:
             raise keys.refuse("rope.scaling.type", "rope_freqs.weight scales the frequencies already")
         return {"theta": theta, "scaling": llama3_scaling(factors, theta, keys.where)}
+    if kind not in ("none", "linear", "yarn"):
+        raise keys.refuse("rope.scaling.type", "none, linear and yarn are read")
     if kind == "none" or factor in (0.0, 1.0):
         return {"theta": theta}
     if kind == "linear" and latent:
         raise keys.refuse("rope.scaling.type", "llama.cpp also sharpens attention then, which nothing here does")
     if kind == "linear":
         return {"theta": theta, "scaling": {"kind": "linear", "factor": factor}}
-    if kind != "yarn":
-        raise keys.refuse("rope.scaling.type", "none, linear and yarn are read")
     scaling = {"kind": "yarn", "factor": factor, "original_max_positions": original}
     if not latent and multiplier:
         raise keys.refuse("rope.scaling.yarn_log_multiplier", "has a meaning in deepseek2 files only")

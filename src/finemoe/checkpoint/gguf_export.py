@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -89,22 +89,12 @@ def export_gguf(
     }
     with _appearing(place, sum(planned.nbytes() for planned in plan)) as partial:
         alignment = write_header(partial, description.architecture, values, plan)
-        kinds = {planned.name: planned.kind for planned in plan}
-        with partial.open("r+b") as file, mebibytes(f"writing {place.name}", opened.tensors.nbytes, quiet) as advance:
-            file.seek(0, os.SEEK_END)
-            _pad(file, alignment)
-            if description.rope_factors is not None:
-                file.write(encode(description.rope_factors[None], "F32", ROPE_FACTORS))
-                _pad(file, alignment)
-            for tensor in stored:
-                _write(file, opened, tensor, kinds[tensor.name])
-                _pad(file, alignment)
-                advance(_nbytes(opened, tensor))
-            nbytes = file.tell()
+        with mebibytes(f"writing {place.name}", opened.tensors.nbytes, quiet) as advance:
+            nbytes = _fill(partial, opened, stored, plan, description, alignment, advance)
     return GGUFReport(
         path=place,
         architecture=description.architecture,
-        kinds=Counter(kinds.values()),
+        kinds=Counter(planned.kind for planned in plan),
         nbytes=nbytes,
         seconds=time.monotonic() - started,
         notes=(
@@ -132,6 +122,30 @@ def _plan(stored: list[Stored], description: Description, dtype: str) -> tuple[l
     if not narrow:
         return plan, []
     return plan, [f"{len(narrow)} tensors have rows that are no multiple of {_BLOCK} and are F16: {narrow[0]} ..."]
+
+
+def _fill(
+    path: Path,
+    opened: Exportable,
+    stored: list[Stored],
+    plan: list[Planned],
+    description: Description,
+    alignment: int,
+    advance: Callable[[int], None],
+) -> int:
+    """Append the tensors to the header; the size of the file."""
+    kinds = {planned.name: planned.kind for planned in plan}
+    with path.open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        _pad(file, alignment)
+        if description.rope_factors is not None:
+            file.write(encode(description.rope_factors[None], "F32", ROPE_FACTORS))
+            _pad(file, alignment)
+        for tensor in stored:
+            _write(file, opened, tensor, kinds[tensor.name])
+            _pad(file, alignment)
+            advance(_nbytes(opened, tensor))
+        return file.tell()
 
 
 def _write(file: BinaryIO, opened: Exportable, tensor: Stored, kind: str) -> None:

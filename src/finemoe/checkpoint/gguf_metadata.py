@@ -222,6 +222,8 @@ def _experts(moe: MoEConfig, architecture: Architecture) -> dict[str, Any]:
         "expert_used_count": moe.experts_per_token,
     }
     router: Any = moe.router
+    if not router.learned:
+        raise _refuse(f"llama.cpp has no router like {router.kind}")
     if architecture == "llama":
         if moe.num_shared_experts or router.route_scale != 1:
             raise _refuse("with normalised softmax gates llama.cpp has neither shared experts nor a route_scale")
@@ -244,10 +246,8 @@ def _gating(moe: MoEConfig) -> dict[str, Any]:
         values: dict[str, Any] = {"expert_gating_func": SIGMOID, "expert_weights_norm": router.normalize_gates}
     elif isinstance(router, GroupLimitedConfig):
         values = {"expert_gating_func": SOFTMAX, "expert_weights_norm": False}
-    elif isinstance(router, SoftmaxTopKConfig):
-        values = {"expert_gating_func": SOFTMAX, "expert_weights_norm": router.normalize_gates}
     else:
-        raise _refuse(f"llama.cpp has no router like {router.kind}")
+        values = {"expert_gating_func": SOFTMAX, "expert_weights_norm": router.normalize_gates}
     if not isinstance(router, GroupsConfig) or router.groups_per_token == router.num_groups:
         return values
     if moe.num_routed_experts == router.num_groups:

@@ -86,6 +86,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "sliding_window": (),
     "sliding_window_pattern": (),
     "swiglu_limit": (),
+    "use_mrope": (False,),
     "use_qk_norm": (False,),
     "use_sliding_window": (False,),
 }

@@ -57,6 +57,10 @@ def read_rope(fields: Fields, dim: int, layout: RopeLayout, meaning: Meaning, ma
     for key in table:
         if key == "partial_rotary_factor" and table[key] in (None, 1):
             continue
+        if key == "attn_factor":
+            fields.refuse(
+                f"{name}.{key}", table[key], "transformers ignores it, others multiply by it; remove it to ignore it"
+            )
         if key not in _KEYS[kind] and key not in _EVERYWHERE:
             fields.refuse(f"{name}.{key}", table[key], f"not a setting of rope type {kind!r}; remove it if it is idle")
     theta = reader.number("rope_theta") if reader.has("rope_theta") else fields.number("rope_theta")
@@ -80,7 +84,7 @@ def read_rope(fields: Fields, dim: int, layout: RopeLayout, meaning: Meaning, ma
     elif kind == "yarn":
         if meaning == "deepseek":
             fields.refuse(f"{name}.rope_type", kind, "this family's code does not have it")
-        rope["scaling"] = _read_yarn(fields, reader, meaning, max_positions)
+        rope["scaling"] = _read_yarn(fields, reader, meaning, max_positions, dim, theta)
     elif kind == "dynamic":
         factor = reader.number("factor")
         fields.note(
@@ -141,7 +145,9 @@ class _Table:
         return self._table.get(key) is not None
 
 
-def _read_yarn(fields: Fields, table: _Table, meaning: Meaning, max_positions: int) -> dict[str, Any]:
+def _read_yarn(
+    fields: Fields, table: _Table, meaning: Meaning, max_positions: int, dim: int, theta: float
+) -> dict[str, Any]:
     # transformers takes the whole context for the original one where that is left out, DeepSeek's code 4096.
     default = max_positions if meaning == "transformers" else None
     original = table.integer("original_max_position_embeddings", default)
@@ -155,6 +161,15 @@ def _read_yarn(fields: Fields, table: _Table, meaning: Meaning, max_positions: i
         "beta_slow": table.number("beta_slow", 1.0),
         "truncate": table.flag("truncate", True),
     }
+    first, last = (
+        dim * math.log(original / (scaling[beta] * 2 * math.pi)) / (2 * math.log(theta))  # type: ignore[operator]
+        for beta in ("beta_fast", "beta_slow")
+    )
+    if math.ceil(last) < 0 or math.floor(first) > dim - 1:
+        raise CheckpointError(
+            f"config.json: YaRN with original_max_position_embeddings {original} has no component to blend; "
+            "implementations then differ"
+        )
     if meaning == "both":
         if table.has("attention_factor"):
             raise CheckpointError(

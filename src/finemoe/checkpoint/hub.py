@@ -116,7 +116,7 @@ def _plain_words(source: str) -> Iterator[None]:
             reason = "the disk is full; free some space and give the same command again"
         else:
             said = str(error).strip().split("\n")[0][:200] or type(error).__name__
-            reason = next(known, f"cannot be fetched: {said}")
+            reason = next(known, f"no such folder, and from the hub it cannot be fetched: {said}")
         raise CheckpointError(f"{source}: {reason}") from error
 
 

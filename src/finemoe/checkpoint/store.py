@@ -11,81 +11,30 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, final
+from typing import Any, BinaryIO, Self, final
 
 import torch
 from torch import Tensor
 
 from finemoe.checkpoint.files import sync
-from finemoe.checkpoint.tensors import CHUNK_BYTES, DTYPE_NAMES, Index, raw_bytes, span
+from finemoe.checkpoint.layout import Shard, TensorSpec, plan_shards
+from finemoe.checkpoint.tensors import Index, raw_bytes, span
 from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.logs import JsonLines, progress
+
+__all__ = ["SHARD_BYTES", "Part", "TensorSpec", "TensorStore", "WrittenFile", "write_file", "writing"]
 
 SHARD_BYTES = 5_000_000_000
 """Largest shard, unless one tensor alone is larger."""
 
+_READ_BYTES = 8 << 20
 _SYNC_BYTES = 512 << 20  # written between two syncs; checked again after a kill
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor to be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in a file."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """One file: its header, and where in the file each of its tensors begins."""
-
-    file: str
-    header: bytes
-    offsets: Mapping[str, int]
-    size: int
-
-
-def _plan(specs: Sequence[TensorSpec], base: str, shard_bytes: int | None) -> list[_Shard]:
-    groups: list[list[TensorSpec]] = []
-    filled = 0
-    for spec in specs:
-        if not groups or (shard_bytes is not None and filled + spec.nbytes > shard_bytes):
-            groups.append([])
-            filled = 0
-        groups[-1].append(spec)
-        filled += spec.nbytes
-    if len(groups) == 1:
-        return [_shard(f"{base}.safetensors", groups[0])]
-    return [_shard(f"{base}-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
-
-
-def _shard(file: str, specs: Sequence[TensorSpec]) -> _Shard:
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offsets, at = {}, 0
-    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):  # wide elements first, so that all are aligned
-        offsets[spec.name] = at
-        table[spec.name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [at, at + spec.nbytes],
-        }
-        at += spec.nbytes
-    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return _Shard(file, header, {name: len(header) + offset for name, offset in offsets.items()}, len(header) + at)
 
 
 @dataclass(frozen=True)
@@ -120,7 +69,7 @@ class TensorStore:
         if len(self._specs) < len(specs):
             raise ValueError("a tensor is planned twice")
         self._base = base
-        self._shards = _plan(specs, base, shard_bytes)
+        self._shards = plan_shards(specs, base, shard_bytes)
         self._shard_of = {name: shard for shard in self._shards for name in shard.offsets}
         self._journal_path = folder / f".{base}.journal"
         self._unsynced = 0
@@ -172,7 +121,7 @@ class TensorStore:
             finally:
                 os.close(file)
         part.check_full()
-        record = {"tensor": name, "start": start, "bytes": nbytes, "sha256": part.hexdigest(), "facts": part.facts}
+        record = {"tensor": name, "start": start, "bytes": nbytes, "crc32": part.crc32, "facts": part.facts}
         with writing(self._journal_path):
             self._journal.write(record)
             self._done[(name, start)] = record
@@ -265,7 +214,7 @@ class TensorStore:
         """Whether the bytes that the journal speaks of are in the file: a power cut may have kept only the journal."""
         with (self._folder / self._shard_of[record["tensor"]].file).open("rb") as file:
             file.seek(record["start"])
-            return _digest(file, record["bytes"], None) == record["sha256"]
+            return _crc32(file, record["bytes"], None) == record["crc32"]
 
     def _sync(self) -> None:
         for file in sorted(self._dirty):
@@ -275,18 +224,18 @@ class TensorStore:
         self._dirty.clear()
         self._unsynced = 0
 
-    def _read_back(self, shard: _Shard, done: Mapping[str, list[dict[str, Any]]]) -> str:
+    def _read_back(self, shard: Shard, done: Mapping[str, list[dict[str, Any]]]) -> str:
         """SHA-256 of a file whose every byte the journal accounts for."""
         path = self._folder / shard.file
         whole = hashlib.sha256()
         with writing(path), path.open("rb") as file:
-            sound = _digest(file, len(shard.header), whole) == hashlib.sha256(shard.header).hexdigest()
+            sound = _crc32(file, len(shard.header), whole) == zlib.crc32(shard.header)
             at = len(shard.header)
             for name in shard.offsets:  # in the order of their bytes
                 for record in sorted(done.get(name, ()), key=lambda record: record["start"]):
                     if record["start"] != at:
                         raise ValueError(f"{name} has a part missing, or written twice, at byte {at}")
-                    sound = _digest(file, record["bytes"], whole) == record["sha256"] and sound
+                    sound = _crc32(file, record["bytes"], whole) == record["crc32"] and sound
                     at += record["bytes"]
         if at != shard.size:
             raise ValueError(f"{shard.file} has {shard.size - at} bytes that nobody wrote")
@@ -309,7 +258,8 @@ class Part:
     def __init__(self, file: int, path: Path, spec: TensorSpec, start: int, nbytes: int) -> None:
         self._file, self._path, self._spec = file, path, spec
         self._at, self._end = start, start + nbytes
-        self._digest = hashlib.sha256()
+        self.crc32 = 0
+        """Of the bytes so far."""
         self.facts: dict[str, Any] = {}
         """JSON-able; kept in the journal with the part."""
 
@@ -324,7 +274,7 @@ class Part:
         data = raw_bytes(tensor)
         if self._at + len(data) > self._end:
             raise ValueError(f"{self._spec.name}: more elements than its part has")
-        self._digest.update(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
         while data:
             written = os.pwrite(self._file, data[: 1 << 30], self._at)
             self._at += written
@@ -339,26 +289,22 @@ class Part:
         if self._at != self._end:
             raise ValueError(f"{self._spec.name}: {self._end - self._at} bytes of a part are missing")
 
-    def hexdigest(self) -> str:
-        """SHA-256 of the bytes so far."""
-        return self._digest.hexdigest()
 
-
-def _digest(file: Any, nbytes: int, also: Any) -> str:
-    """SHA-256 of the next `nbytes`, which go into the digest `also` too."""
-    digest = hashlib.sha256()
+def _crc32(file: BinaryIO, nbytes: int, digest: Any) -> int | None:
+    """CRC-32 of the next bytes, which go into `digest` too; None when the file ends before."""
+    crc = 0
     while nbytes:
-        data = file.read(min(nbytes, CHUNK_BYTES >> 3))
+        data = file.read(min(nbytes, _READ_BYTES))
         if not data:
-            return ""
-        digest.update(data)
-        if also is not None:
-            also.update(data)
+            return None
+        crc = zlib.crc32(data, crc)
+        if digest is not None:
+            digest.update(data)
         nbytes -= len(data)
-    return digest.hexdigest()
+    return crc
 
 
-def _allocate(path: Path, shard: _Shard) -> None:
+def _allocate(path: Path, shard: Shard) -> None:
     """A file of its full size, so that a full disk shows now and not after hours."""
     with path.open("wb") as file:
         file.write(shard.header)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from finemoe.checkpoint import witness
 from finemoe.checkpoint.hf_config import Family, family_of
+from finemoe.checkpoint.hf_fields import IRRELEVANT
 from finemoe.checkpoint.hf_keys import placements
 from finemoe.checkpoint.open import load_model
 from finemoe.model.config import ModelConfig
@@ -92,10 +93,10 @@ def _could_not(reason: str) -> TwinResult:
 
 def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The twin's config.json: `raw` with small sizes and the same switches."""
-    small = {key: value for key, value in raw.items() if key not in ("auto_map", "quantization_config", "qk_head_dim")}
+    left = IRRELEVANT.keys() | {"quantization_config", "qk_head_dim"}
+    small = {key: value for key, value in raw.items() if key not in left or key == "model_type"}
     small |= {"vocab_size": _VOCAB, "hidden_size": 64, "intermediate_size": 48, "initializer_range": 0.02}
     small |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "torch_dtype": "float32"}
-    small.pop("dtype", None)
     config = family_of(raw).to_config(raw)
     small |= _positions(raw, config) | _layers(raw, config) | _attention(raw, config)
     first = next((config.blocks[i].feed_forward for i in config.moe_layers), None)

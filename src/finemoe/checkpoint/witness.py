@@ -1,7 +1,7 @@
 """The other side of `verify`: transformers computes the logits of a folder, in a process of its own.
 
-Run as a script, never imported: `python -P witness.py FOLDER`. Reads tokens.safetensors and writes logits.safetensors
-in the folder. Exit status 3: no transformers. It loads no remote code and reaches for no network.
+A script: `python -P witness.py FOLDER` reads tokens.safetensors and writes logits.safetensors in the folder. Exit
+status 3: no transformers. It runs no code from elsewhere, and reaches for no network.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ def main(folder: Path) -> int:
     transformers.logging.set_verbosity_error()
     config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config._attn_implementation = config._experts_implementation = "eager"
-    model: Any
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, config=config, trust_remote_code=False, output_loading_info=True
     )
-    odd = {kind: sorted(map(str, loading[kind]))[:5] for kind in ("missing_keys", "unexpected_keys") if loading[kind]}
+    model, loading = loaded
+    state = model.state_dict()
+    missing = [key for key in loading["missing_keys"] if key not in state or state[key].numel()]
+    found = {"missing_keys": missing, "unexpected_keys": loading["unexpected_keys"]}
+    odd = {kind: sorted(map(str, keys))[:5] for kind, keys in found.items() if keys}
     tokens = load_file(folder / "tokens.safetensors")["tokens"]
     with torch.no_grad():
         logits = model.float().eval()(tokens, use_cache=False).logits

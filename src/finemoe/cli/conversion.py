@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +50,37 @@ def check_tensors(compare: Callable[[], Comparison]) -> Check:
         return Check("tensors", True, f"all {found.tensors:,} are what they were, read again from the disk")
     said = f"{len(found.different):,} of {found.tensors:,} differ: {few(found.different)}"
     return Check("tensors", False, said)
+
+
+def check_twin(config: ModelConfig, raw: Mapping[str, Any] | None, quiet: bool) -> Check:
+    """A tiny random twin's logits, ours and transformers'.
+
+    Args:
+        config: of the model.
+        raw: its Hugging Face config.json; None: of the first family that can represent the model.
+        quiet: do not say that this takes a moment.
+    """
+    from finemoe.checkpoint.verify import verify_twin
+    from finemoe.core.errors import FinemoeError
+    from finemoe.core.logs import logger
+
+    raw = raw or _as_family(config)
+    if raw is None:
+        return Check("twin", None, "no Hugging Face family has this model, so transformers cannot compute it")
+    if not quiet:
+        logger.info("comparing a tiny twin's logits with those of transformers")
+    try:
+        found = verify_twin(raw)
+    except FinemoeError as error:
+        return Check("twin", False, str(error))
+    return Check("twin", {"verified": True, "differs": False}.get(found.status), found.reason)
+
+
+def _as_family(config: ModelConfig) -> dict[str, Any] | None:
+    from finemoe.checkpoint.hf_config import FAMILIES, representable_as
+
+    names = [name for name, refused in representable_as(config).items() if refused is None]
+    return FAMILIES[names[0]].from_config(config, max_positions=4096) if names else None
 
 
 def size_of(config: ModelConfig) -> dict[str, int]:

@@ -41,10 +41,10 @@ def doctor(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Examine a checkpoint: what it is, what is wrong with it, what each export would lose.
+    """Examine a checkpoint: what it is, and what is wrong with it.
 
-    Only headers and small tensors are read, so that the largest checkpoint takes seconds; --deep
-    reads everything. Nothing is executed, changed or repaired.
+    And what each export would lose. Only headers and small tensors are read, so that the largest
+    checkpoint takes seconds; --deep reads everything. Nothing is executed, changed or repaired.
 
     \b
     Examples:
@@ -178,7 +178,7 @@ def _keys(keys: Mapping[str, Any]) -> str:
         if keys.get(name):
             said.append(f"{len(keys[name]):,} {name}")
     source = ", ".join(f"{number:,} {status}" for status, number in keys.get("source", {}).items())
-    return ", ".join(said) + (f"; of the source's {source}" if source else "")
+    return ", ".join(said) + (f" (of the source: {source})" if source else "")
 
 
 def _dtypes(dtypes: list[Mapping[str, Any]]) -> str:
@@ -228,7 +228,7 @@ def _tokenizer(tokenizer: Mapping[str, Any]) -> str:
     unused = f", {rows - tokenizer['ids']:,} rows unused" if rows and rows > tokenizer["ids"] else ""
     faithful = "gives texts back" if tokenizer["faithful"] else "not faithful"
     stops = ", ".join(map(str, tokenizer["stop_ids"][:4]))
-    return f"{tokenizer['ids']:,} ids{unused}, {faithful}; {'; '.join(tokenizer['notes'])}; stops at {stops}"
+    return f"{tokenizer['ids']:,} ids{unused}, {faithful}; stops at {stops}"
 
 
 def _template(template: Mapping[str, Any]) -> str:
@@ -243,7 +243,7 @@ def _exports(exports: list[Mapping[str, Any]]) -> str:
     for entry in exports:
         if entry["possible"]:
             name = f"GGUF ({entry['family']})" if entry["format"] == "gguf" else entry["family"]
-            said.append(f"{name}: " + (f"without {', '.join(entry['lost'])}" if entry["lost"] else "nothing is lost"))
+            said.append(f"{name}: " + ("; ".join(entry["lost"]) or "nothing is lost"))
     if not any(entry["possible"] for entry in exports):
         said = [f"{entry['family']}: no, {entry['reason']}" for entry in exports]
     elif not exports[-1]["possible"]:

@@ -17,6 +17,7 @@ from finemoe.cli.conversion import (
     Check,
     Verify,
     check_tensors,
+    check_twin,
     fail_unless_sound,
     print_checks,
     print_lines,
@@ -69,7 +70,7 @@ def export(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write a model for other programs: a Hugging Face folder, or a GGUF file for llama.cpp.
+    """Write a model as a Hugging Face folder or a GGUF file.
 
     What was imported and not changed comes out bit for bit. What the format cannot hold is refused,
     or named where it does not change what the model computes. SOURCE is never changed.
@@ -94,7 +95,7 @@ def export(
         print_checks(checks)
     fail_unless_sound(checks)
     if not as_json:
-        _say_next(form, out)
+        _say_next(form, facts["family"], out)
 
 
 def _options(form: Format, out: Path, family: str | None, dtype: str | None, fp8: bool) -> dict[str, Any]:
@@ -126,6 +127,7 @@ def _exportable(source: Path, out: Path, quiet: bool) -> Iterator[Path]:
     """`source`, or a temporary import of it where it is in a foreign format."""
     from finemoe.checkpoint import gguf, interchange
     from finemoe.checkpoint.open import kind_of
+    from finemoe.core.errors import FinemoeError
 
     kind = kind_of(source)
     if kind in ("run", "imported"):
@@ -136,13 +138,15 @@ def _exportable(source: Path, out: Path, quiet: bool) -> Iterator[Path]:
         place = Path(folder) / source.stem
         convert = gguf.import_gguf if kind == "gguf" else interchange.import_hf
         convert(source, place, quiet=quiet)
-        yield place
+        try:
+            yield place
+        except FinemoeError as error:  # nobody knows the temporary folder
+            raise type(error)(str(error).replace(str(place), str(source))) from error
 
 
 def _write(form: Format, source: Path, out: Path, options: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
     """Write it; what the reports of both formats say, under the same names."""
     from finemoe.checkpoint import gguf, interchange
-    from finemoe.checkpoint.hf_config import FAMILIES
     from finemoe.checkpoint.hf_layers import training_only
     from finemoe.checkpoint.open import read_model_config
     from finemoe.checkpoint.tensors import DTYPE_NAMES, TensorFolder
@@ -154,7 +158,7 @@ def _write(form: Format, source: Path, out: Path, options: Mapping[str, Any], qu
         family, dtypes, lost, special = report.architecture, dict(report.kinds), training_only(config), {}
     else:
         report = interchange.export_hf(source, out, quiet=quiet, **options)
-        family, lost = report.family, FAMILIES[report.family].lost(config)
+        family, lost = report.family, ()  # its notes say what of training is left behind
         dtypes = dict(Counter(DTYPE_NAMES[info.dtype] for info in TensorFolder.open(report.path).tensors.values()))
         special = {name: asdict(report)[name] for name in ("verbatim_config", "fp8_kept", "fp8_new", "resumed")}
     return {
@@ -165,7 +169,7 @@ def _write(form: Format, source: Path, out: Path, options: Mapping[str, Any], qu
         **special,
         "bytes": report.nbytes,
         "seconds": report.seconds,
-        "lost": [*_training_state(source), *lost],
+        "lost": [*_training_state(source), *(f"{text} (training)" for text in lost)],
         "notes": list(report.notes),
     }
 
@@ -178,8 +182,14 @@ def _training_state(source: Path) -> list[str]:
 
 def _verify(source: Path, out: Path, quiet: bool) -> list[Check]:
     from finemoe.checkpoint.doctor_written import compare_export
+    from finemoe.checkpoint.foreign import read_json
+    from finemoe.checkpoint.open import read_model_config
 
-    return [check_tensors(lambda: compare_export(source, out, quiet=quiet))]
+    raw = None if out.is_file() else read_json(out / "config.json")
+    return [
+        check_tensors(lambda: compare_export(source, out, quiet=quiet)),
+        check_twin(read_model_config(source), raw, quiet),
+    ]
 
 
 def _lines(facts: Mapping[str, Any], out: Path) -> Iterator[tuple[str, str]]:
@@ -201,7 +211,12 @@ def _lines(facts: Mapping[str, Any], out: Path) -> Iterator[tuple[str, str]]:
         yield "Note", note
 
 
-def _say_next(form: Format, out: Path) -> None:
+def _say_next(form: Format, family: str, out: Path) -> None:
+    from finemoe.checkpoint.hf_config import FAMILIES
+
     name = shlex.quote(str(out))
-    other = f"llama-cli -m {name}" if form == "gguf" else f'transformers: AutoModelForCausalLM.from_pretrained("{out}")'
-    typer.echo(f"\nNext: finemoe doctor {name}\n      {other}")
+    typer.echo(f"\nNext: finemoe doctor {name}")
+    if form == "gguf":
+        typer.echo(f"      llama-cli -m {name}")
+    elif FAMILIES[family].native:
+        typer.echo(f'In transformers: AutoModelForCausalLM.from_pretrained("{out}")')

@@ -14,6 +14,7 @@ from finemoe.cli.conversion import (
     Check,
     Verify,
     check_tensors,
+    check_twin,
     fail_unless_sound,
     print_checks,
     print_lines,
@@ -40,7 +41,7 @@ def import_(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Import a checkpoint that was made elsewhere, every tensor accounted for.
+    """Import a Hugging Face folder or a GGUF file.
 
     Tensors are placed, or carried along verbatim, or named with the reason why not; a missing or
     misshaped one stops the import. Only safetensors and GGUF are read: no pickle, no remote code.
@@ -58,6 +59,7 @@ def import_(
     from finemoe.checkpoint.hub import resolve
 
     path = resolve(source, quiet=quiet)
+    _check_foreign(path)
     convert = gguf.import_gguf if path.is_file() else interchange.import_hf
     report = convert(path, out, quiet=quiet)
     checks = _verify(path, report, quiet) if verify else []
@@ -72,10 +74,35 @@ def import_(
         _say_next(out)
 
 
+def _check_foreign(path: Path) -> None:
+    """Refuse what needs no import, or is only a part of what does.
+
+    Raises:
+        CheckpointError: with what to do instead.
+    """
+    from finemoe.checkpoint.native import is_native
+    from finemoe.core.errors import CheckpointError
+
+    if path.is_file() and path.suffix != ".gguf":
+        raise CheckpointError(f"{path}: a file alone is imported only as .gguf; give the folder that it lies in")
+    if is_native(path):
+        raise CheckpointError(f"{path}: is imported already; use it as it is, or `finemoe export` it")
+    if (path / "checkpoints").is_dir() or (path / "state.json").exists():
+        raise CheckpointError(f"{path}: is a run of finemoe, which needs no import; use it as it is")
+    ggufs = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+    if ggufs:
+        raise CheckpointError(f"{path}: holds GGUF files; give the one you want, such as {ggufs[0]}")
+
+
 def _verify(source: Path, report: ImportReport, quiet: bool) -> list[Check]:
     from finemoe.checkpoint.doctor_written import compare_import
+    from finemoe.checkpoint.foreign import read_json
 
-    return [check_tensors(lambda: compare_import(source, report.path, quiet=quiet))]
+    raw = None if source.is_file() else read_json(source / "config.json")
+    return [
+        check_tensors(lambda: compare_import(source, report.path, quiet=quiet)),
+        check_twin(report.config, raw, quiet),
+    ]
 
 
 def _facts(report: ImportReport, source: Path) -> dict[str, Any]:
@@ -136,6 +163,6 @@ def _say_next(out: Path) -> None:
     lines = [f"\nNext: finemoe doctor {folder}"]
     if (out / "tokenizer.json").exists():
         lines.append(f'      finemoe generate {folder} --prompt "..."')
-    lines.append(f"      finemoe export {folder} OUT        (or OUT.gguf)")
-    lines.append(f'      finemoe train RECIPE               (with start_from = "{out}" in it, to train further)')
+    lines.append(f"      finemoe export {folder} OUT    (or OUT.gguf)")
+    lines.append(f'To train it further: a recipe with start_from = "{out}"')
     typer.echo("\n".join(lines))

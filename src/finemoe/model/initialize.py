@@ -35,6 +35,8 @@ def initialize(model: Transformer, seed: int, token_frequencies: Callable[[], Te
         for key, parameter in module.named_parameters(prefix=name, recurse=False):
             if isinstance(module, RMSNorm):
                 nn.init.ones_(parameter)
+            elif isinstance(module, nn.Linear) and parameter is module.bias:
+                nn.init.zeros_(parameter)
             else:
                 drawn = torch.empty(parameter.shape).normal_(
                     0.0, model.config.init_std, generator=generator(seed, "init", key)

@@ -140,6 +140,17 @@ class RopeConfig(Config):
     layout: RopeLayout = "half_split"
     scaling: RopeScaling | None = None
 
+    def check_dim(self, dim: int, name: str) -> None:
+        """Whether `dim` components can be turned in pairs.
+
+        Raises:
+            ValueError: they cannot; `name` is what the configuration calls them.
+        """
+        if dim % 2:
+            raise ValueError(f"{name} {dim} is odd: rotary embedding pairs components, make it even")
+        if isinstance(self.scaling, NTKScaling) and dim == 2:
+            raise ValueError(f"{name} 2 is a single pair, which ntk scaling cannot stretch: make it larger")
+
     @property
     def softmax_factor(self) -> float:
         """What stretching multiplies the softmax scale by; 1 for all but YaRN."""

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -22,7 +22,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from finemoe.core.errors import DataError
 from finemoe.text.decoding import Decoding, bytes_of_tokens, decoding_of
 from finemoe.text.fidelity import losses
-from finemoe.text.files import TOKENIZER_LIMIT, read_beside, read_bounded
+from finemoe.text.files import TOKENIZER_LIMIT, parse_object, read_beside, read_bounded
 from finemoe.text.settings import TokenizerSettings
 
 # The library warns, and then stops using its threads, when a process that used them forks. Say what is wanted
@@ -39,6 +39,9 @@ TRAINER_VERSION = 1  # raise it when a change below alters what training produce
 # How published tokenizers call the tokens that end and begin a document, in order of preference.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|endoftext|>", "<｜end▁of▁sentence｜>", "<|eos|>", "<eos>", "</s>")
 _BEGIN_OF_TEXT_NAMES = ("<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<bos>", "<s>")
+
+_PROBE = "A text, 12 números\n\t 床前 🙂"
+_MOST_IDS = 2**24  # the library keeps tables by id; published vocabularies have up to 2^18
 
 # The GPT-4 pattern with digits one by one (numbers stay comparable) and marks kept with their letters. Runs
 # of blanks stay whole up to the last one, so that an indentation can become a single token.
@@ -123,9 +126,13 @@ class Tokenizer:
         Raises:
             DataError: it is not one, or not of a known family.
         """
+        _check_ids(parse_object(text, f"{origin}: not a tokenizer.json"), origin)
         try:
             inner = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
+            inner.encode(_PROBE)  # some contradictions only show at work
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and a panic is not even that
             raise DataError(f"{origin}: not a tokenizer.json: {error}") from error
         return Tokenizer(inner, origin, settings)
 
@@ -279,6 +286,17 @@ class Tokenizer:
             return self.token_bytes[token_id]
         except KeyError:
             raise DataError(f"token id {token_id} is not in the vocabulary of {self.vocab_size}") from None
+
+
+def _check_ids(facts: Mapping[str, Any], origin: str) -> None:
+    """Refuse an id that would make the library, which then ends the process, run out of memory."""
+    model, added = facts.get("model"), facts.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, Mapping) else []
+    ids += [token.get("id") for token in added if isinstance(token, Mapping)] if isinstance(added, list) else []
+    odd = next((i for i in ids if isinstance(i, int) and not 0 <= i < _MOST_IDS), None)
+    if odd is not None:
+        raise DataError(f"{origin}: the id {odd} is outside of what any vocabulary has (0 to {_MOST_IDS - 1})")
 
 
 @final

@@ -21,14 +21,19 @@ from finemoe.model.transformer import Transformer
 
 
 class BalancingConfig(Config):
-    """How far the bias moves in one step. Rates are per step: a short run needs a larger one than V3's 0.001."""
+    """How far the bias moves in one step. Rates are per step, so a short run needs a larger one than V3's."""
 
     rule: Literal["sign", "proportional"] = "sign"
     """sign: every bias moves by `rate`; proportional: by `rate` times (mean load - load) / mean load."""
-    rate: NonNegativeFloat = 0.001
-    """V3's u."""
+    rate: NonNegativeFloat | None = None
+    """V3's gamma. None: V3's 0.001, or 1.5 / steps where that is larger: what a bias has to travel, about the width of
+    the scores, does not depend on the length of the run (measured on the tiny ladder, docs/log.md)."""
     until: Annotated[float, Field(ge=0, le=1)] = 0.966
     """Share of the run after which the biases stay as they are (V3: 14.3 of 14.8 trillion tokens)."""
+
+    def resolved(self, total_steps: int) -> BalancingConfig:
+        """With a rate, for a run of so many steps."""
+        return self if self.rate is not None else self.model_copy(update={"rate": max(0.001, 1.5 / total_steps)})
 
 
 def has_selection_bias(model: ModelConfig) -> bool:
@@ -57,7 +62,7 @@ def update(config: BalancingConfig, model: Transformer, load: Mapping[int, Tenso
         load: [experts] assignments of the whole step, by layer index.
         progress: share of the run done before this step.
     """
-    if progress >= config.until:
+    if progress >= config.until or not config.rate:
         return
     for number, bias in selection_biases(model).items():
         counts = load[number].to(bias.device, torch.float32)

@@ -157,7 +157,10 @@ def _resolve_model(raw: Mapping[str, Any], source: str) -> ModelConfig:
     if raw.get("start_from") is not None:
         if model is not None:
             raise ConfigError(f"{source}: `start_from` brings its own model: leave [model] out")
-        return read_model_config(Path(str(raw["start_from"])))
+        path = Path(str(raw["start_from"]))
+        if path.suffix == ".gguf":
+            raise ConfigError(f"{source}: start_from {path} is a GGUF file: `finemoe import {path} DIR`, then name DIR")
+        return read_model_config(path)
     if model is None:
         raise ConfigError(f'{source}: `model` is missing; start with [model] preset = "tiny-moe"')
     if "blocks" in model:

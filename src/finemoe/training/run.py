@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from finemoe.checkpoint.files import sole_writer, storage_error, write_text
 from finemoe.checkpoint.open import load_model
 from finemoe.checkpoint.run_state import RunState, load_latest, load_weights, save
+from finemoe.checkpoint.transfer import COMPANIONS
 from finemoe.core import memory
 from finemoe.core.config import parse, to_json
 from finemoe.core.environment import environment
@@ -27,10 +29,11 @@ from finemoe.core.logs import logger, read_json_lines
 from finemoe.core.seeds import derive
 from finemoe.data import PreparedData
 from finemoe.model.initialize import initialize
-from finemoe.model.moe.balance import max_violation
+from finemoe.model.moe.balance import BALANCE_TERMS, max_violation
+from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
-from finemoe.training.balancing import BalancingConfig
+from finemoe.training.balancing import BalancingConfig, has_selection_bias
 from finemoe.training.config import RunConfig, read_config, read_recipe, resolve_run
 from finemoe.training.gradients import Clip
 from finemoe.training.method import Method, everything
@@ -175,6 +178,10 @@ def _describe(directory: Path, config: RunConfig, data: PreparedData) -> None:
                 write_text(directory / name, text)
         if not (directory / "tokenizer.json").exists():
             data.tokenizer.save(directory / "tokenizer.json")
+        if config.start_from is not None:  # chat template and stop ids go with the tokenizer
+            for source in (Path(config.start_from) / name for name in COMPANIONS):
+                if source.exists() and not (directory / source.name).exists():
+                    shutil.copyfile(source, directory / source.name)
     except OSError as error:
         raise storage_error(directory, error) from error
 
@@ -193,7 +200,7 @@ def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: Run
         sequences_per_micro_batch=config.micro_batch_sequences,
         device=device,
         bf16=bf16,
-        balancing=config.balancing or BalancingConfig(),
+        balancing=(config.balancing or BalancingConfig()).resolved(config.training.total_steps),
     )
     method = pretraining(config, data)
     trainer = Trainer(model.to(device), method, config.optimizer, config.schedule, plan)
@@ -335,8 +342,28 @@ def _announce(config: RunConfig, trainer: Trainer, directory: Path) -> None:
         config.kernels.experts,
     )
     logger.info("%d steps of %d tokens", trainer.plan.total_steps, config.training.tokens_per_step)
+    live = _live(config, trainer.plan)
+    if live:
+        logger.info("balance and look-ahead: %s", ", ".join(live))
     if trainer.state.step:
         logger.info("resuming after step %d", trainer.state.step)
+
+
+def _live(config: RunConfig, plan: Plan) -> list[str]:
+    """What trains besides the next token: a loss that is silently off costs a run."""
+    blocks = (*config.model.blocks, *config.model.mtp)
+    layers = [block.feed_forward for block in blocks if isinstance(block.feed_forward, MoEConfig)]
+    terms = {f"{name} {getattr(layer.balance, name):g}" for layer in layers for name in BALANCE_TERMS}
+    found = sorted(term for term in terms if not term.endswith(" 0"))
+    if has_selection_bias(config.model):
+        rule = plan.balancing
+        found.append(f"selection bias by {rule.rule} at {rule.rate:.3g} up to {rule.until:.1%} of the run")
+    if config.model.mtp:
+        loss = config.mtp or MTPLossConfig()
+        found.append(
+            f"multi-token prediction of depth {len(config.model.mtp)} at {loss.weight}, then {loss.late_weight}"
+        )
+    return found
 
 
 def _summary(config: RunConfig, trainer: Trainer, last: Validation, metrics: Path) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Plan:
     bf16: bool
     """Matrix products in bfloat16 under autocast; weights stay float32."""
     balancing: BalancingConfig = field(default_factory=BalancingConfig)
-    """How selection biases move, where the model has any."""
+    """How selection biases move, where the model has any; resolved."""
 
 
 class Observer(Protocol):

@@ -35,8 +35,7 @@ class GroupedQueryConfig(Config):
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: "
                 "every key head must serve the same number of query heads"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding pairs components, make it even")
+        self.rope.check_dim(self.head_dim, "head_dim")
         return self
 
     def num_parameters(self, hidden_size: int) -> int:

@@ -43,8 +43,7 @@ class LatentConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim {self.qk_rope_head_dim} is odd: rotary embedding pairs components")
+        self.rope.check_dim(self.qk_rope_head_dim, "qk_rope_head_dim")
         return self
 
     @property

@@ -52,7 +52,8 @@ def kept_on_devices(
 def exempt_sequences(tokens: Tensor, share: float) -> Tensor:
     """`[batch, 1]` bool: about `share` of the sequences of `tokens [batch, seq]`, drawn by a hash of their tokens.
 
-    A pure function of the text: every layer, every cut into micro-batches and every resumed run exempts the same.
+    A pure function of the text: every layer, every cut into micro-batches and every resumed run exempts the same. (A
+    multi-token prediction module reads the text from a later token on, and draws anew.)
     """
     prime = 2_147_483_647
     place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)

@@ -62,6 +62,7 @@ class MoEConfig(Config):
                 f"balance.{min(wrong)} needs scores that sum to 1, and those of router {self.router.kind!r} do not: "
                 "use balance.sequence"
             )
+        self._check_devices()
         if self.gate_shared_experts and not self.num_shared_experts:
             raise ValueError("gate_shared_experts is set, and num_shared_experts is 0: there is nothing to gate")
         if self.num_routed_experts % balance.num_devices:
@@ -70,6 +71,21 @@ class MoEConfig(Config):
                 f"{self.num_routed_experts}: every device must hold the same number of experts"
             )
         return self
+
+    def _check_devices(self) -> None:
+        """Nothing is accepted that would have no effect."""
+        if self.capacity_factor is None and (self.capacity_exempt or self.capacity_level == "device"):
+            raise ValueError(
+                "capacity_level and capacity_exempt do nothing without a capacity_factor: set it, V2 has 1.0"
+            )
+        wanting = {
+            "balance.device": self.balance.device,
+            "balance.communication": self.balance.communication,
+            'capacity_level = "device"': self.capacity_level == "device",
+        }
+        active = [name for name, value in wanting.items() if value]
+        if active and self.balance.num_devices == 1:
+            raise ValueError(f"{active[0]} needs balance.num_devices above 1: a single device is always even")
 
     @property
     def layout(self) -> Layout:

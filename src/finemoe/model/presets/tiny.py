@@ -67,7 +67,8 @@ def _ladder(name: str, base: Table, width: int, rank: int, seq_len: int) -> dict
         "route_scale": 2.5,
     }
     v1 = {**common, "feed_forward": moe(1, 64, 7, width, balance=_EVEN)}
-    v2 = {**latent, "feed_forward": moe(1, 64, 7, width, v2_router, v2_balance)}
+    dropping: Table = {"capacity_factor": 1.0, "capacity_level": "device", "capacity_exempt": 0.1}
+    v2 = {**latent, "feed_forward": moe(1, 64, 7, width, v2_router, v2_balance, **dropping)}
     v3 = {**latent, "mtp_depth": 1, "feed_forward": moe(1, 64, 7, width, v3_router, {"sequence": 0.0001})}
     return {
         f"{name}-v1": Preset("MHA, softmax", v1, seq_len),
