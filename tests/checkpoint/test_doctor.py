@@ -275,6 +275,11 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda f: (f / "tokenizer.json").unlink() or (f / "tokenizer.json").symlink_to("/etc/hostname"),
         "leads out of ",
     ),
+    "link in a circle": (
+        "v3",
+        lambda f: (f / "tokenizer.json").unlink() or (f / "tokenizer.json").symlink_to("tokenizer.json"),
+        "tokenizer.json: ",
+    ),
     "import unfinished": ("imported", lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
     "import cut short": ("imported", lambda f: truncate(f / "model.safetensors"), "manifest.json says"),
     "import without a file": ("imported", lambda f: (f / "source.json").write_text("{"), "not valid JSON"),
@@ -430,6 +435,15 @@ def test_damage_that_only_checksums_show_needs_deep(copy: Callable[[str], Path])
     assert any("checksum" in text for text in said(examine(path, deep=True), "problem"))
 
 
+def test_copies_that_differ_show_where_all_is_read(copy: Callable[[str], Path]) -> None:
+    path = copy("v3")
+    drop(path, **{"model.layers.2.embed_tokens.weight": torch.ones(300, 136, dtype=torch.bfloat16)})
+    assert said(examine(path), "warning") == []
+    deep = examine(path, deep=True)
+    assert deep.problems == ()
+    assert "model.layers.2.embed_tokens.weight should equal" in said(deep, "warning")[0]
+
+
 def test_a_run_with_a_damaged_checkpoint_is_judged_by_the_one_before(copy: Callable[[str], Path]) -> None:
     path = copy("run")
     truncate(path / "checkpoints/step-00000002/model.safetensors")
@@ -459,7 +473,7 @@ def test_random_damage_never_raises(
     files = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
     for file in draw.sample(files, min(len(files), draw.randint(1, 2))):
         data = bytearray(file.read_bytes())
-        match draw.randrange(4):
+        match draw.randrange(5):
             case 0 if data:
                 for _ in range(draw.randint(1, 8)):  # headers and JSON are where it hurts
                     data[draw.randrange(min(len(data), 4096))] = draw.randrange(256)
@@ -468,6 +482,9 @@ def test_random_damage_never_raises(
                 file.write_bytes(data[: draw.randrange(len(data) + 1)])
             case 2:
                 file.write_bytes(b"")
+            case 3 if path.is_dir():
+                file.unlink()
+                file.symlink_to(draw.choice(["/etc/hostname", "/dev/zero", file.name]))
             case _:
                 file.unlink()
     if path.exists():

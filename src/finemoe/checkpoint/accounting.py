@@ -15,6 +15,7 @@ from finemoe.checkpoint.store import TensorSpec
 from finemoe.checkpoint.tensors import DTYPE_NAMES, TensorFolder, span
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import ModelConfig
+from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.transformer import Transformer
 
 SCALE_SUFFIX = "_scale_inv"
@@ -45,6 +46,7 @@ def take_account(tensors: TensorFolder, config: ModelConfig, family: str) -> Acc
     Raises:
         CheckpointError: tensors missing, mis-shaped, of an unfit dtype, or unknown; the first few are named.
     """
+    check_count(config, len(tensors.tensors))
     loaded, again, originals = split_copies(hf_keys.placements(config, family))
     present = {name: placement for name, placement in again.items() if name in tensors.tensors}
     wanted = {**loaded, **present}
@@ -70,6 +72,18 @@ def take_account(tensors: TensorFolder, config: ModelConfig, family: str) -> Acc
                 carried[name] = reason
     _refuse("known to no part of the model", unknown)
     return Account(loaded, copies, carried, scales, tuple(notes))
+
+
+def check_count(config: ModelConfig, count: int) -> None:
+    """Refuse, before their names are listed, a configuration of far more tensors than the `count` that there are.
+
+    Raises:
+        CheckpointError: it is so.
+    """
+    layers = [block.feed_forward for block in (*config.blocks, *config.mtp)]
+    needed = len(layers) + 3 * sum(layer.num_routed_experts for layer in layers if isinstance(layer, MoEConfig))
+    if needed > 4 * count + 10_000:
+        raise CheckpointError(f"config.json asks for more than {needed:,} tensors, and the weights hold {count:,}")
 
 
 def split_copies(

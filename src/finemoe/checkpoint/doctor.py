@@ -14,11 +14,12 @@ from typing import Any
 
 from finemoe.checkpoint.doctor_files import check_folder
 from finemoe.checkpoint.doctor_findings import Finding, Findings
-from finemoe.checkpoint.doctor_model import check_mtp, check_rope, exports_of, layers_of, size_of, training_of
+from finemoe.checkpoint.doctor_model import check_rope, count_mtp, exports_of, layers_of, size_of, training_of
 from finemoe.checkpoint.doctor_subject import Kind, open_subject
 from finemoe.checkpoint.doctor_text import check_text
 from finemoe.checkpoint.doctor_values import check_routers, check_values
 from finemoe.checkpoint.doctor_weights import account_for_keys, check_fp8, count_dtypes
+from finemoe.checkpoint.interchange import open_source
 
 __all__ = ["Diagnosis", "Finding", "examine"]
 
@@ -84,7 +85,11 @@ def examine(path: str | os.PathLike[str], *, deep: bool = False, quiet: bool = T
     facts["fp8"] = check_fp8(subject, found)
     facts["router"] = check_routers(subject, found)
     facts["values"] = check_values(subject, found, deep=deep, quiet=quiet)
-    facts["mtp"] = check_mtp(subject, found)
+    if deep and subject.kind == "huggingface" and not found.any_problem:
+        with found.guard("weights"):  # the import's own judgement, which compares copies too
+            for note in open_source(subject.path).account.notes:
+                found.warning("weights", note)
+    facts["mtp"] = count_mtp(subject)
     facts.update(check_text(subject, found))
     facts["exports"] = exports_of(subject)
     return Diagnosis(subject.path, subject.kind, subject.family, found.sorted(), facts)

@@ -61,6 +61,11 @@ class Findings:
         if found not in self._found:
             self._found.append(found)
 
+    @property
+    def any_problem(self) -> bool:
+        """Whether one was found so far."""
+        return any(finding.severity == "problem" for finding in self._found)
+
     def sorted(self) -> tuple[Finding, ...]:
         """Problems first; otherwise as they were found."""
         return tuple(sorted(self._found, key=lambda finding: SEVERITIES.index(finding.severity)))

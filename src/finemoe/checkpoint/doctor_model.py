@@ -78,7 +78,7 @@ def _router(layer: MoEConfig) -> str:
     return text if scale == 1 else f"{text}, gates times {scale:g}"
 
 
-def check_mtp(subject: Subject, found: Findings) -> dict[str, int]:
+def count_mtp(subject: Subject) -> dict[str, int]:
     """Prediction modules that the foreign configuration announces, and those whose weights are there."""
     config = subject.config
     announced = subject.raw.get("num_nextn_predict_layers", 0)

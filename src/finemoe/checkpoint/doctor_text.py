@@ -9,10 +9,12 @@ from typing import Any
 from finemoe.checkpoint.doctor_findings import Findings
 from finemoe.checkpoint.doctor_subject import Subject
 from finemoe.checkpoint.foreign import folder_file, read_json
+from finemoe.checkpoint.native import CONFIG
 from finemoe.checkpoint.open import load_chat_template, load_tokenizer
+from finemoe.checkpoint.transfer import COMPANIONS
 from finemoe.text import Tokenizer, class_problem, fidelity
 
-_TOKENIZER, _CONFIG, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+_TOKENIZER, _TOKENIZER_CONFIG, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _MESSAGES = ({"role": "user", "content": "Hello"},)
 _SENTENCEPIECE = "tokenizer.model"
 
@@ -31,6 +33,17 @@ def _has(home: Path, *names: str) -> bool:
     return any((home / name).exists() or (home / name).is_symlink() for name in names)
 
 
+def _check_links(home: Path) -> None:
+    """Refuse links that lead out, or nowhere, before anybody follows them.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    for name in (*COMPANIONS, CONFIG):
+        if (home / name).is_symlink():
+            folder_file(home, name)
+
+
 def _tokenizer(subject: Subject, found: Findings) -> Tokenizer | None:
     home = subject.home
     if home.is_dir() and not _has(home, _TOKENIZER):
@@ -40,6 +53,7 @@ def _tokenizer(subject: Subject, found: Findings) -> Tokenizer | None:
         found.warning("tokenizer", f"{only}: the model runs on token ids alone; get {_TOKENIZER} from its source")
         return None
     with found.guard("tokenizer"):
+        _check_links(home)
         return load_tokenizer(home)
     return None
 
@@ -85,21 +99,22 @@ def _check_ends(tokenizer: Tokenizer, raw: Mapping[str, Any], found: Findings) -
 
 def _check_class(home: Path, tokenizer: Tokenizer | None, found: Findings) -> None:
     """What others will do with tokenizer.json."""
-    if tokenizer is None or not _has(home, _CONFIG):
+    if tokenizer is None or not _has(home, _TOKENIZER_CONFIG):
         return
-    config = read_json(folder_file(home, _CONFIG))
+    config = read_json(folder_file(home, _TOKENIZER_CONFIG))
     trap = class_problem(config)
     if trap is not None and tokenizer.byte_level and "Llama" in str(config.get("tokenizer_class")):
         found.warning("tokenizer", f"{trap}. finemoe does so too, and names that class when it exports")
     if config.get("auto_map"):
-        found.note("tokenizer", f"{_CONFIG} names Python code (`auto_map`), which is never run")
+        found.note("tokenizer", f"{_TOKENIZER_CONFIG} names Python code (`auto_map`), which is never run")
 
 
 def _template(subject: Subject, tokenizer: Tokenizer | None, found: Findings) -> dict[str, Any] | None:
     home = subject.home
-    if home.is_dir() and not _has(home, _CONFIG, _TEMPLATE):
+    if home.is_dir() and not _has(home, _TOKENIZER_CONFIG, _TEMPLATE):
         return None
     with found.guard("template"):
+        _check_links(home)
         template = load_chat_template(home)
         if template is None:
             return None

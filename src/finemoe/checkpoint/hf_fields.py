@@ -93,7 +93,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Fields that change the function -> the values, beside null, at which they do not."""
 
 MAX_LAYERS: Final = 4096
-MAX_EXPERTS: Final = 1_000_000
+MAX_EXPERTS: Final = 100_000
 """In all layers together: a hostile file must not make us build lists without end."""
 _MAX_SIZE = 1 << 31
 _MISSING = object()

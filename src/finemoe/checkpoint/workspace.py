@@ -11,6 +11,7 @@ from pathlib import Path
 from finemoe.checkpoint.files import sole_writer, sync
 from finemoe.checkpoint.store import writing
 from finemoe.core.errors import CheckpointError, RunError
+from finemoe.core.logs import logger
 
 _MARK, _LOCK = ".source", ".lock"
 _SLACK_BYTES = 64 << 20  # for headers, tokenizer, journal and manifest
@@ -62,12 +63,21 @@ def workspace(out: Path, source: str, nbytes: int) -> Iterator[Path]:
             with writing(out):
                 _appear(partial, out)
         except Exception as error:
-            if type(error) is not RunError:  # a full disk can be mended; everything else is a refusal
+            if type(error) is RunError:  # a full disk can be mended; everything else is a refusal
+                _say_kept(partial)
+            else:
                 shutil.rmtree(partial, ignore_errors=True)
                 for parent in parents:
                     with contextlib.suppress(OSError):
                         parent.rmdir()
             raise
+        except BaseException:
+            _say_kept(partial)
+            raise
+
+
+def _say_kept(partial: Path) -> None:
+    logger.warning("what is done is kept in %s; give the same command again to go on, or remove it", partial)
 
 
 def _appear(partial: Path, out: Path) -> None:

@@ -104,7 +104,7 @@ def finemoe(
       finemoe train recipes/tiny.toml --out runs/tiny
       finemoe generate runs/tiny --prompt "def main("
       finemoe compare --out runs/comparison    dense, hash, Switch, GShard, DeepSeekMoE
-      finemoe import MODEL imported/model      from Hugging Face or GGUF; `export` goes back
+      finemoe import MODEL imported/model      from Hugging Face or GGUF
 
     Results go to stdout, everything else to stderr. `finemoe VERB --help` explains a verb.
     """

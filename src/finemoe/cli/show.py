@@ -17,7 +17,7 @@ def show(
     ],
     as_json: Json = False,
 ) -> None:
-    """Put finished runs side by side: loss, speed, memory, cache, balance of the experts.
+    """Put finished runs side by side: loss, speed, cache, balance.
 
     MaxVio is (largest load - mean load) / mean load of an MoE layer's experts over the validation
     text: 0 is even. `finemoe compare` is the verb for a fair comparison with intervals.

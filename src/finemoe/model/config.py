@@ -10,6 +10,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from finemoe.core.config import Config, union_of
 from finemoe.model.attention import AttentionConfig
 from finemoe.model.feed_forward import DenseConfig
+from finemoe.model.moe.balance import BalanceConfig
 from finemoe.model.moe.layer import MoEConfig
 
 FeedForwardConfig: Any = union_of((DenseConfig, MoEConfig))
@@ -47,6 +48,25 @@ class ModelConfig(Config):
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers that route."""
         return tuple(i for i, block in enumerate(self.blocks) if isinstance(block.feed_forward, MoEConfig))
+
+
+def with_balance(config: ModelConfig, balance: BalanceConfig) -> ModelConfig:
+    """The same model with these balance losses in every layer that routes: what a loss adds, not what is computed.
+
+    Raises:
+        ValidationError: a layer's router or experts do not go with them.
+    """
+
+    def changed(block: BlockConfig) -> dict[str, Any]:
+        table = block.model_dump()
+        if isinstance(block.feed_forward, MoEConfig):
+            table["feed_forward"]["balance"] = balance.model_dump()
+        return table
+
+    table = config.model_dump()
+    return ModelConfig.model_validate(
+        {**table, "blocks": [changed(b) for b in config.blocks], "mtp": [changed(b) for b in config.mtp]}
+    )
 
 
 class LeadingBlocks(Config):

@@ -48,8 +48,10 @@ def read_beside(folder: Path, name: str, limit: int, what: str) -> str | None:
 
 def _stays(folder: Path, file: Path) -> bool:
     """Whether a link stays in its folder, or in its own repository of a hub cache (snapshots/* -> blobs/*)."""
-    home = folder.resolve()
-    target = file.resolve()
+    try:
+        home, target = folder.resolve(), file.resolve()
+    except (OSError, RuntimeError):  # a link to itself; Python before 3.13 raises RuntimeError
+        return False
     if target.is_relative_to(home):
         return True
     repository = home.parent.parent

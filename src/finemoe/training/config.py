@@ -14,7 +14,8 @@ from finemoe.checkpoint.open import read_model_config
 from finemoe.core.config import Config, merge, parse, read_toml, with_overrides
 from finemoe.core.errors import ConfigError
 from finemoe.data import DataConfig
-from finemoe.model.config import Kernels, ModelConfig, expand
+from finemoe.model.config import Kernels, ModelConfig, expand, with_balance
+from finemoe.model.moe.balance import BalanceConfig
 from finemoe.model.presets import resolve
 from finemoe.training.balancing import BalancingConfig, has_selection_bias
 from finemoe.training.next_token import MTPLossConfig
@@ -148,7 +149,8 @@ def resolve_run(raw: Mapping[str, Any], source: str) -> RunConfig:
     if raw.get("start_from") is not None:  # its weights mean nothing without its tokenizer
         defaults["tokenizer"] = str(raw["start_from"])
     data = {**defaults, **raw.get("data", {})}
-    return parse(RunConfig, {**raw, "model": config.model_dump(), "data": data}, source)
+    tables = {key: value for key, value in raw.items() if key != "balance"}  # now part of the model
+    return parse(RunConfig, {**tables, "model": config.model_dump(), "data": data}, source)
 
 
 def _resolve_model(raw: Mapping[str, Any], source: str) -> ModelConfig:
@@ -160,12 +162,30 @@ def _resolve_model(raw: Mapping[str, Any], source: str) -> ModelConfig:
         path = Path(str(raw["start_from"]))
         if path.suffix == ".gguf":
             raise ConfigError(f"{source}: start_from {path} is a GGUF file: `finemoe import {path} DIR`, then name DIR")
-        return read_model_config(path)
+        return _rebalanced(read_model_config(path), raw.get("balance"), source)
+    if raw.get("balance") is not None:
+        raise ConfigError(f"{source}: [balance] is for `start_from`; write it as model.feed_forward.balance")
     if model is None:
         raise ConfigError(f'{source}: `model` is missing; start with [model] preset = "tiny-moe"')
     if "blocks" in model:
         return parse(ModelConfig, model, f"{source}: model")
     return expand(resolve(model, f"{source}: model"))
+
+
+def _rebalanced(config: ModelConfig, balance: Any, source: str) -> ModelConfig:
+    """`config` with the balance losses of a recipe's [balance] in every layer that routes."""
+    if balance is None:
+        return config
+    if not isinstance(balance, Mapping):
+        raise ConfigError(f"{source}: `balance` must be a table")
+    if not config.moe_layers:
+        raise ConfigError(f"{source}: [balance] is set, and no layer of the model routes: leave it out")
+    losses = parse(BalanceConfig, balance, f"{source}: balance")
+    try:
+        return with_balance(config, losses)
+    except ValidationError as error:
+        reasons = {detail["msg"].removeprefix("Value error, ") for detail in error.errors()}
+        raise ConfigError(f"{source}: balance: {'; '.join(sorted(reasons))}") from error
 
 
 def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
