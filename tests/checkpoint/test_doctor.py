@@ -157,7 +157,7 @@ def test_the_facts_of_a_v3_folder(originals: Path) -> None:
     possible = {entry["family"]: entry for entry in facts["exports"] if entry["possible"]}
     assert set(possible) == {"deepseek_v3", "deepseek2"}
     assert possible["deepseek_v3"]["lost"] == []
-    assert "MTP" in possible["deepseek2"]["lost"][0]
+    assert "multi-token prediction" in possible["deepseek2"]["lost"][0]
     assert all(entry["reason"] for entry in facts["exports"] if not entry["possible"])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from finemoe.checkpoint.accounting import model_shapes
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer
@@ -35,6 +36,7 @@ def build(
     Raises:
         CheckpointError: `stored` names other tensors than the model has.
     """
+    model_shapes(config)  # refuses sizes that no machine holds
     with torch.device("meta"):
         model = Transformer(config, kernels)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

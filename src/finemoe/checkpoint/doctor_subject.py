@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from finemoe.checkpoint import gguf, hf_keys, run_state
-from finemoe.checkpoint.accounting import model_shapes, split_copies
+from finemoe.checkpoint.accounting import check_count, model_shapes, split_copies
 from finemoe.checkpoint.doctor_files import check_manifest
 from finemoe.checkpoint.doctor_findings import Findings, few
 from finemoe.checkpoint.foreign import folder_file, read_json
@@ -159,6 +159,7 @@ def _open_huggingface(subject: Subject, found: Findings, deep: bool, quiet: bool
                 subject.config, absent = hf_keys.without_absent_mtp(subject.config, names)
                 for text in absent:
                     found.warning("mtp", f"{text}: opened without; speculative decoding and MTP training need them")
+                check_count(subject.config, len(names))
             loaded, again, _ = split_copies(hf_keys.placements(subject.config, subject.family))
             subject.places = {name: Place(p.ours, p.shape) for name, p in loaded.items()}
             subject.places |= {name: Place(p.ours, p.shape, True) for name, p in again.items()}

@@ -24,7 +24,7 @@ from finemoe.checkpoint.gguf_tokenizer import metadata_of
 from finemoe.checkpoint.store import writing
 from finemoe.checkpoint.transfer import mebibytes, named
 from finemoe.core.config import did_you_mean
-from finemoe.core.errors import CheckpointError, RunError
+from finemoe.core.errors import CheckpointError, DataError, RunError
 from finemoe.core.locks import exclusive_lock
 from finemoe.text.settings import TOKENIZER_CONFIG
 
@@ -48,7 +48,12 @@ class GGUFReport:
 
 
 def export_gguf(
-    source: str | os.PathLike[str], out: str | os.PathLike[str], *, dtype: str = "F16", quiet: bool = False
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str = "F16",
+    tokenizer: bool = True,
+    quiet: bool = False,
 ) -> GGUFReport:
     """Write an imported folder, or the newest checkpoint of a run, as one GGUF file.
 
@@ -59,6 +64,7 @@ def export_gguf(
         source: imported folder, run directory, or one checkpoint of a run.
         out: the file to make; absent.
         dtype: F32, F16, BF16, Q8_0 or Q4_0.
+        tokenizer: write it along; False: programs must be given token ids.
         quiet: no progress on stderr.
 
     Raises:
@@ -76,7 +82,7 @@ def export_gguf(
         raise CheckpointError(f"{out}: lies in the source, which is never written to; choose another place")
     with named(opened.path):
         description = describe(opened.config, opened.max_positions)
-    tokenizer, missing = metadata_of(opened.companions, opened.config.vocab_size, str(opened.path))
+    metadata, missing = _tokenizer(opened, tokenizer)
     stored = list(stored_tensors(opened.config))
     plan, fallbacks = _plan(stored, description, dtype)
     values: dict[str, Any] = {
@@ -85,7 +91,7 @@ def export_gguf(
         "general.file_type": FILE_TYPES[dtype],
         "general.quantization_version": _QUANTIZATION_VERSION,
         **description.values,
-        **tokenizer,
+        **metadata,
     }
     with _appearing(place, sum(planned.nbytes() for planned in plan)) as partial:
         alignment = write_header(partial, description.architecture, values, plan)
@@ -104,6 +110,16 @@ def export_gguf(
             *(n for n in opened.notes if not n.startswith(TOKENIZER_CONFIG)),
         ),
     )
+
+
+def _tokenizer(opened: Exportable, wanted: bool) -> tuple[dict[str, Any], list[str]]:
+    """The tokenizer as metadata, and notes."""
+    files = opened.companions if wanted else {}
+    try:
+        return metadata_of(files, opened.config.vocab_size, str(opened.path))
+    except DataError as error:
+        hint = "without the tokenizer (--no-tokenizer) the file can be written, and programs must be given token ids"
+        raise DataError(f"{error}; {hint}") from error
 
 
 def _plan(stored: list[Stored], description: Description, dtype: str) -> tuple[list[Planned], list[str]]:

@@ -53,7 +53,7 @@ def describe(config: ModelConfig, context: int | None = None) -> Description:
     attention = config.blocks[0].attention
     latent = isinstance(attention, LatentConfig)
     architecture: Architecture = "deepseek2" if latent else _grouped_architecture(moe)
-    notes = [] if not config.mtp else [f"{len(config.mtp)} MTP modules are left out: GGUF has no place for them"]
+    notes = [] if not config.mtp else ["the multi-token prediction modules are left out: GGUF has no place for them"]
     width = dense.ffn_hidden_size if dense is not None else 0
     values: dict[str, Any] = {
         "vocab_size": config.vocab_size,

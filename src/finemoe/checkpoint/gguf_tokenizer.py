@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from finemoe.core.errors import CheckpointError
+from finemoe.core.errors import CheckpointError, DataError
 from finemoe.text.chat import CHAT_TEMPLATE, DEFAULT, ChatTemplate
 from finemoe.text.files import parse_object
 from finemoe.text.from_vocabulary import (
@@ -161,13 +161,13 @@ def metadata_of(files: Mapping[str, bytes], vocab_size: int, where: str) -> tupl
         DataError: GGUF cannot express the tokenizer.
     """
     config, generation = (
-        parse_object(files[name].decode(), f"{where}: {name}") if name in files else {}
+        parse_object(_text(files, name, where), f"{where}: {name}") if name in files else {}
         for name in (TOKENIZER_CONFIG, GENERATION_CONFIG)
     )
     if FILE_NAME not in files:
         return {f"{_PREFIX}model": "none"}, ["there is no tokenizer to write: programs must be given token ids"]
     settings = TokenizerSettings.of(config, generation, where)
-    tokenizer = Tokenizer.parse(files[FILE_NAME].decode(), f"{where}: {FILE_NAME}", settings)
+    tokenizer = Tokenizer.parse(_text(files, FILE_NAME, where), f"{where}: {FILE_NAME}", settings)
     vocabulary = vocabulary_of(tokenizer)
     missing = vocab_size - len(vocabulary.tokens)
     if missing < 0:
@@ -180,8 +180,8 @@ def metadata_of(files: Mapping[str, bytes], vocab_size: int, where: str) -> tupl
     others = [stop for stop in settings.stop_ids if stop != vocabulary.eos_id and 0 <= stop < vocab_size]
     values |= {_PREFIX + key: stop for key, stop in zip(_STOPS, others, strict=False)}
     notes = [f"{missing} rows without a token get names like [PAD{vocab_size - 1}]"] if missing else []
-    jinja = files.get(CHAT_TEMPLATE)
-    template = ChatTemplate.from_config(config, where, None if jinja is None else jinja.decode())
+    jinja = _text(files, CHAT_TEMPLATE, where) if CHAT_TEMPLATE in files else None
+    template = ChatTemplate.from_config(config, where, jinja)
     if template is not None:
         named = {name: text for name, text in template.sources.items() if name != DEFAULT}
         values |= {f"{_TEMPLATE}.{name}": text for name, text in named.items()}
@@ -190,6 +190,13 @@ def metadata_of(files: Mapping[str, bytes], vocab_size: int, where: str) -> tupl
         if DEFAULT in template.sources:
             values[_TEMPLATE] = template.sources[DEFAULT]
     return values, notes
+
+
+def _text(files: Mapping[str, bytes], name: str, where: str) -> str:
+    try:
+        return files[name].decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: {name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def _vocabulary(vocabulary: Vocabulary, missing: int) -> dict[str, Any]:

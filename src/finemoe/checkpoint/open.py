@@ -47,10 +47,10 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
         if "model_type" in keys:
             return "huggingface"
         if "model" in keys:
-            return "run"
+            return "imported" if "source" in keys else "run"
     partial = Path(f"{path}.partial")
     hint = f"; an interrupted import lies in {partial}: import again to finish it" if partial.exists() else ""
-    what = "neither a run, nor an imported folder, nor a Hugging Face folder, nor a .gguf file"
+    what = "neither a run, nor an imported or Hugging Face folder (no config.json that says so), nor a .gguf file"
     raise CheckpointError(f"{path}: {what if path.exists() else 'there is nothing here'}{hint}")
 
 

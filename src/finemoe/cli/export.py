@@ -66,6 +66,9 @@ def export(
         typer.Option(metavar="TYPE", help="bf16, fp16 or fp32; GGUF also q8_0, q4_0. Default: as stored; GGUF f16."),
     ] = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="Hugging Face: matrices as block-scaled FP8, as in V3.")] = False,
+    no_tokenizer: Annotated[
+        bool, typer.Option("--no-tokenizer", help="GGUF: leave it out; programs must be given token ids.")
+    ] = False,
     verify: Verify = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -84,7 +87,7 @@ def export(
     Exit status: 0 done, 1 written but not verified, 2 nothing was written.
     """
     form = form or ("gguf" if out.suffix == ".gguf" else "hf")
-    options = _options(form, out, family, dtype, fp8)
+    options = _options(form, out, family, dtype, fp8, no_tokenizer)
     with _exportable(source, out, quiet) as ready:
         facts = {"source": str(source), "format": form, **_write(form, ready, out, options, quiet)}
         checks = _verify(ready, out, quiet) if verify else []
@@ -98,7 +101,9 @@ def export(
         _say_next(form, facts["family"], out)
 
 
-def _options(form: Format, out: Path, family: str | None, dtype: str | None, fp8: bool) -> dict[str, Any]:
+def _options(
+    form: Format, out: Path, family: str | None, dtype: str | None, fp8: bool, no_tokenizer: bool
+) -> dict[str, Any]:
     """What the writer of that format takes.
 
     Raises:
@@ -116,7 +121,9 @@ def _options(form: Format, out: Path, family: str | None, dtype: str | None, fp8
         given = "--family" if family is not None else "--fp8" if fp8 else None
         if given is not None:
             raise ConfigError(f"{given} is for Hugging Face folders; {out} becomes a GGUF file")
-        return {} if gguf is None else {"dtype": gguf}
+        return {"tokenizer": not no_tokenizer, **({} if gguf is None else {"dtype": gguf})}
+    if no_tokenizer:
+        raise ConfigError("--no-tokenizer is for GGUF files; give OUT a name that ends in .gguf")
     if dtype is not None and hf is None:
         raise ConfigError(f"--dtype {dtype} is for GGUF files; give OUT a name that ends in .gguf, or use --fp8")
     return {"family": family, "dtype": hf, "fp8": fp8}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finemoe.core.config import Config
+from finemoe.model.projection import Projection
 
 
 class DenseConfig(Config):
@@ -42,9 +43,9 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden_size: int, ffn_hidden_size: int, limit: float | None = None) -> None:
         super().__init__()
         self.limit = limit
-        self.gate_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
-        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+        self.gate_proj = Projection(hidden_size, ffn_hidden_size)
+        self.up_proj = Projection(hidden_size, ffn_hidden_size)
+        self.down_proj = Projection(ffn_hidden_size, hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` to `[..., hidden]`."""

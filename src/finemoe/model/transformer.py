@@ -19,6 +19,7 @@ from finemoe.model.moe.decision import RoutingConstraint, RoutingRecord
 from finemoe.model.moe.experts import EXPERT_KERNELS
 from finemoe.model.moe.layer import MoELayer
 from finemoe.model.norm import RMSNorm
+from finemoe.model.projection import Projection, TokenEmbedding
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class MTPModule(nn.Module):
         super().__init__()
         self.embedding_norm = RMSNorm(model.hidden_size, model.norm_eps)
         self.hidden_norm = RMSNorm(model.hidden_size, model.norm_eps)
-        self.projection = nn.Linear(2 * model.hidden_size, model.hidden_size, bias=False)
+        self.projection = Projection(2 * model.hidden_size, model.hidden_size)
         self.block = Block(config, model, kernels)
         self.norm = RMSNorm(model.hidden_size, model.norm_eps)
 
@@ -99,11 +100,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = kernels or Kernels()
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(block, config, self.kernels) for block in config.blocks)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mtp = nn.ModuleList(MTPModule(block, config, self.kernels) for block in config.mtp)
-        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Projection(config.hidden_size, config.vocab_size)
 
     @property
     def head_weight(self) -> Tensor:

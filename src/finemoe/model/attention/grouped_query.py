@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from finemoe.core.config import Config
 from finemoe.model.attention.kernels import Attend
 from finemoe.model.norm import RMSNorm
+from finemoe.model.projection import Projection
 from finemoe.model.rope import RopeConfig, rotate, rotation
 
 
@@ -99,10 +100,10 @@ class GroupedQueryAttention(nn.Module):
         self.attend = attend
         self.scale = config.rope.softmax_factor / math.sqrt(config.head_dim)
         query_size, key_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden_size, query_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, key_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, key_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query_size, hidden_size, bias=False)
+        self.q_proj = Projection(hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = Projection(hidden_size, key_size, bias=config.qkv_bias)
+        self.v_proj = Projection(hidden_size, key_size, bias=config.qkv_bias)
+        self.o_proj = Projection(query_size, hidden_size)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if config.qk_norm != "none":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from finemoe.core.config import Config
 from finemoe.model.attention.kernels import Attend
 from finemoe.model.norm import RMSNorm
+from finemoe.model.projection import Projection
 from finemoe.model.rope import RopeConfig, rotate, rotation
 
 LatentForm = Literal["auto", "expanded", "absorbed"]
@@ -119,16 +120,16 @@ class LatentAttention(nn.Module):
         self.q_down_proj: nn.Linear | None = None
         self.q_norm: RMSNorm | None = None
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden_size, queries, bias=False)
+            self.q_proj = Projection(hidden_size, queries)
         else:
-            self.q_down_proj = nn.Linear(hidden_size, config.q_lora_rank, bias=False)
+            self.q_down_proj = Projection(hidden_size, config.q_lora_rank)
             self.q_norm = RMSNorm(config.q_lora_rank, config.latent_norm_eps)
-            self.q_proj = nn.Linear(config.q_lora_rank, queries, bias=False)
-        self.kv_down_proj = nn.Linear(hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
+            self.q_proj = Projection(config.q_lora_rank, queries)
+        self.kv_down_proj = Projection(hidden_size, config.kv_lora_rank + config.qk_rope_head_dim)
         self.kv_norm = RMSNorm(config.kv_lora_rank, config.latent_norm_eps)
         width = config.num_heads * (config.qk_nope_head_dim + config.v_head_dim)
-        self.kv_up_proj = nn.Linear(config.kv_lora_rank, width, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * config.v_head_dim, hidden_size, bias=False)
+        self.kv_up_proj = Projection(config.kv_lora_rank, width)
+        self.o_proj = Projection(config.num_heads * config.v_head_dim, hidden_size)
 
     def new_cache(self, batch: int, capacity: int) -> LatentCache:
         """An empty cache in the weights' dtype and device."""

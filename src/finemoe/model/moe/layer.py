@@ -18,6 +18,7 @@ from finemoe.model.moe.dispatch import combine, dispatch
 from finemoe.model.moe.experts import ExpertKernel, GroupedExperts
 from finemoe.model.moe.routers import ROUTERS, RouterConfig
 from finemoe.model.moe.routers.select import GroupsConfig
+from finemoe.model.projection import Projection
 
 
 class MoEConfig(Config):
@@ -123,7 +124,7 @@ class MoELayer(nn.Module):
         self.experts = GroupedExperts(num_experts, hidden_size, width, kernel, limit)
         shared = config.num_shared_experts
         self.shared_experts = SwiGLU(hidden_size, shared * width, limit) if shared else None
-        self.shared_gate = nn.Linear(hidden_size, 1, bias=False) if config.gate_shared_experts else None
+        self.shared_gate = Projection(hidden_size, 1) if config.gate_shared_experts else None
 
     def forward(
         self, hidden: Tensor, tokens: Tensor, *, constraint: RoutingConstraint | None, record: bool

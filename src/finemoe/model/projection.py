@@ -1,0 +1,29 @@
+"""torch's Linear and Embedding without their own first weights: `initialize` draws all, a checkpoint fills all.
+
+Drawing twice costs seconds on a large model, and on the meta device it loads half of torch's decompositions.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import nn
+
+
+@final
+class Projection(nn.Linear):
+    """x Wᵀ + b with uninitialised weights; no bias unless asked for."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
+
+    def reset_parameters(self) -> None:
+        """Nothing: see above."""
+
+
+@final
+class TokenEmbedding(nn.Embedding):
+    """A look-up table with uninitialised weights."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: see above."""
