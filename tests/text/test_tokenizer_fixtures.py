@@ -15,7 +15,7 @@ SHARED = Path(os.environ.get("FINEMOE_SHARED_DATA") or Path(__file__).parents[3]
 FOLDER = SHARED / "tokenizers"
 SEPARATOR = "\n__ggml_vocab_test__\n"
 
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no tokenizers in {FOLDER}")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no tokenizers in {FOLDER}")]
 
 
 def cases(name: str) -> list[tuple[str, list[int]]]:

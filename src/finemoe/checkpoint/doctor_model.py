@@ -11,7 +11,7 @@ from finemoe.checkpoint.gguf_metadata import describe
 from finemoe.checkpoint.gguf_tokenizer import metadata_of
 from finemoe.checkpoint.hf_config import FAMILIES
 from finemoe.checkpoint.transfer import COMPANIONS
-from finemoe.core.errors import CheckpointError, FinemoeError
+from finemoe.core.errors import CheckpointError, DataError, FinemoeError
 from finemoe.model.attention.grouped_query import GroupedQueryConfig
 from finemoe.model.attention.latent import LatentConfig
 from finemoe.model.config import BlockConfig, ModelConfig
@@ -179,14 +179,24 @@ def exports_of(subject: Subject) -> list[dict[str, Any]]:
             strange = subject.kind == "imported" and subject.family != name and bool(subject.carried)
             carried = [f"none of the {number(len(subject.carried), 'carried tensor')}"] if strange else []
             facts.append(_export(name, "huggingface", lost=[*always, *carried, *lost]))
+    return [*facts, _gguf_export(subject, config, always)]
+
+
+def _gguf_export(subject: Subject, config: ModelConfig, always: list[str]) -> dict[str, Any]:
+    """The same for GGUF; a tokenizer that it has no name for is left out on request."""
     try:
         described = describe(config, config.max_positions or _CONTEXT)
-        missing = [] if subject.kind == "gguf" else metadata_of(_companions(subject), config.vocab_size, "tokenizer")[1]
     except FinemoeError as error:
-        facts.append(_export("gguf", "gguf", reason=str(error).partition(": ")[2] or str(error)))
-    else:
-        facts.append(_export(described.architecture, "gguf", lost=[*always, *described.notes, *missing]))
-    return facts
+        return _export("gguf", "gguf", reason=str(error).partition(": ")[2] or str(error))
+    missing: list[str] = []
+    if subject.kind != "gguf":
+        try:
+            missing = metadata_of(_companions(subject), config.vocab_size, "tokenizer")[1]
+        except DataError:
+            missing = ["no tokenizer: GGUF has no name for its splitting, so --no-tokenizer must be given"]
+        except FinemoeError as error:
+            return _export("gguf", "gguf", reason=str(error).partition(": ")[2] or str(error))
+    return _export(described.architecture, "gguf", lost=[*always, *described.notes, *missing])
 
 
 def _companions(subject: Subject) -> dict[str, bytes]:

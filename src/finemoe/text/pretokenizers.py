@@ -129,7 +129,7 @@ def name_of(pre_tokenizer: Mapping[str, Any] | None, whole_words: bool, composes
     composing = "composes characters and " if composes else ""
     raise DataError(
         f"the tokenizer {composing}splits text in a way that no GGUF pre-tokenizer of {', '.join(SPLITTINGS)} does "
-        f"({' then '.join(patterns)[:200]}): it can only be exported to the Hugging Face layout"
+        f"({' then '.join(patterns)[:200]})"
     )
 
 
