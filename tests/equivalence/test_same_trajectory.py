@@ -9,62 +9,25 @@ from typing import Any
 import pytest
 import torch
 
-from finemoe.core.config import merge
 from finemoe.core.errors import TrainingError
 from finemoe.training import run as run_module
 from finemoe.training.report import StepReport
 from finemoe.training.run import resume, train
 from finemoe.training.trainer import Trainer
-from training import tiny_runs
 from training.tiny_runs import (
     FEED_FORWARDS,
     LENGTH,
-    WIDTH,
     assert_same_run,
     checkpoints,
     newest_state,
+    recipe,
     records,
     steps,
     write_corpus,
 )
 
-V3: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "num_layers": 2,
-    "attention": {
-        "kind": "latent",
-        "num_heads": 2,
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_nope_head_dim": 6,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 6,
-    },
-    "leading": {"count": 1, "feed_forward": {"kind": "dense", "ffn_hidden_size": WIDTH}},
-    "feed_forward": {
-        "kind": "moe",
-        "num_shared_experts": 1,
-        "num_routed_experts": 8,
-        "experts_per_token": 3,
-        "expert_hidden_size": WIDTH // 4,
-        "router": {"kind": "sigmoid_biased", "num_groups": 4, "groups_per_token": 2, "route_scale": 2.5},
-        "balance": {"sequence": 0.01},
-    },
-    "mtp_depth": 2,
-    "init_std": 0.05,
-}
-"""Latent attention, biased gates whose biases move after every step, two prediction modules."""
-
 ARMS = [*FEED_FORWARDS, "v3"]
 ROUTED = ["hash", "gshard", "deepseek-moe", "v3"]
-
-
-def recipe(corpus: Path, arm: str = "deepseek-moe", **tables: Any) -> dict[str, Any]:
-    """As `tiny_runs.recipe`, which knows no V3."""
-    if arm != "v3":
-        return tiny_runs.recipe(corpus, arm, **tables)
-    return merge({**tiny_runs.recipe(corpus), "model": V3, "balancing": {"rate": 0.05}}, tables)
 
 
 class StopAfter:

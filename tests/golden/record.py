@@ -1,6 +1,6 @@
 """Record the golden trajectories again: `python tests/golden/record.py`. A deliberate act: review the difference.
 
-Losses and gradient norms of 12 steps of five tiny models on a generated text. They change when something between a
+Losses and gradient norms of 12 steps of seven tiny models on a generated text. They change when something between a
 recipe and the optimizer changes what it computes, which no test against an oracle of one part would show.
 """
 
@@ -35,12 +35,12 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import torch
 
-    from training.tiny_runs import FEED_FORWARDS, write_corpus
+    from training.tiny_runs import FEED_FORWARDS, LADDER, write_corpus
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         corpus = write_corpus(Path(folder) / "corpus")
-        recorded = {arm: trajectory(corpus, arm, Path(folder) / arm) for arm in FEED_FORWARDS}
+        recorded = {arm: trajectory(corpus, arm, Path(folder) / arm) for arm in (*FEED_FORWARDS, *LADDER)}
     rounded = {
         arm: {name: [float(f"{value:.7g}") for value in values] for name, values in figures.items()}
         for arm, figures in recorded.items()

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from golden.record import GOLDEN, trajectory
-from training.tiny_runs import FEED_FORWARDS
+from training.tiny_runs import FEED_FORWARDS, LADDER
 
 RELATIVE = 2e-4  # another CPU adds in another order; a changed formula moves far more
 
 
-@pytest.mark.parametrize("arm", FEED_FORWARDS)
+@pytest.mark.parametrize("arm", [*FEED_FORWARDS, *LADDER])
 def test_trajectory_is_the_recorded_one(arm: str, corpus: Path, tmp_path: Path) -> None:
     recorded = json.loads(GOLDEN.read_text())[arm]
     found = trajectory(corpus, arm, tmp_path / arm)
@@ -24,5 +24,5 @@ def test_trajectory_is_the_recorded_one(arm: str, corpus: Path, tmp_path: Path) 
 
 def test_recording_covers_every_arm_and_nothing_else() -> None:
     recorded = json.loads(GOLDEN.read_text())
-    assert list(recorded) == list(FEED_FORWARDS)
+    assert list(recorded) == [*FEED_FORWARDS, *LADDER]
     assert all(len(figures["loss"]) == 12 for figures in recorded.values())

@@ -74,6 +74,15 @@ def test_balance_losses_may_be_set_anew(corpus: Path, first: Run, tmp_path: Path
         torch.testing.assert_close(load_model(ran.directory).state_dict()[name], weight, rtol=0, atol=1e-6)
 
 
+def test_a_model_with_a_capacity_on_devices_is_opened(corpus: Path, tmp_path: Path) -> None:
+    dropping = {"capacity_factor": 1.0, "capacity_level": "device", "balance": {"num_devices": 2, "device": 0.05}}
+    table = recipe(corpus, training={"steps": 1})
+    table["model"]["feed_forward"] |= dropping
+    source = train(table, out=tmp_path / "source", quiet=True)
+    ran = train(further(corpus, source, training={"steps": 1}), out=tmp_path / "run", quiet=True)
+    assert ran.summary["steps"] == 1
+
+
 @pytest.mark.parametrize(
     ("balance", "words"),
     [({"expret": 0.1}, "did you mean `expert`"), ({"device": 0.1}, "num_devices"), ("none", "must be a table")],

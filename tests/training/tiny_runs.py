@@ -32,6 +32,43 @@ FEED_FORWARDS: dict[str, dict[str, Any]] = {
 }
 """The five arms of the paper in miniature: 4 standard layers in all, 1 or 2 of them active."""
 
+_LATENT = {
+    "kind": "latent",
+    "num_heads": 2,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
+_GROUPED = {
+    "kind": "moe",
+    "num_shared_experts": 1,
+    "num_routed_experts": 8,
+    "experts_per_token": 3,
+    "expert_hidden_size": WIDTH // 4,
+}
+_FIRST_DENSE = {"count": 1, "feed_forward": {"kind": "dense", "ffn_hidden_size": WIDTH}}
+_V2 = {
+    "router": {"kind": "group_limited", "num_groups": 4, "groups_per_token": 2},
+    "balance": {"expert": 0.003, "device": 0.05, "communication": 0.02, "num_devices": 4},
+}
+_V3 = {
+    "router": {"kind": "sigmoid_biased", "num_groups": 4, "groups_per_token": 2, "route_scale": 2.5},
+    "balance": {"sequence": 0.01},
+}
+
+LADDER: dict[str, dict[str, Any]] = {
+    "v2": {
+        "model": {"attention": _LATENT, "leading": _FIRST_DENSE, "feed_forward": {**_GROUPED, **_V2}},
+    },
+    "v3": {
+        "model": {"attention": _LATENT, "leading": _FIRST_DENSE, "feed_forward": {**_GROUPED, **_V3}, "mtp_depth": 2},
+        "balancing": {"rate": 0.05},
+    },
+}
+"""DeepSeek-V2 and V3: latent attention, groups of experts; biases that move and two prediction modules in V3."""
+
 _WORDS = "a be cat dog ear fox gnu hen ink jay kit low map nut owl pig rat sun tea urn van wax yak zoo".split()  # noqa: SIM905
 
 
@@ -61,19 +98,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(corpus: Path, arm: str = "deepseek-moe", **tables: Any) -> dict[str, Any]:
     """A recipe of 6 steps of 4 sequences; `tables` are laid on top."""
+    own = dict(LADDER.get(arm, {}))
+    attention = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    model = own.pop("model", None) or {"attention": attention, "feed_forward": FEED_FORWARDS[arm]}
     return merge(
         {
             "model": {
                 "vocab_size": 300,
                 "hidden_size": 16,
                 "num_layers": 2,
-                "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
-                "feed_forward": FEED_FORWARDS[arm],
                 "init_std": 0.05,
+                **model,
             },
             "data": data_table(corpus),
             "training": {"steps": 6, "tokens_per_step": 4 * LENGTH, "checkpoint_every": 2, "threads": 1},
             "optimizer": {"learning_rate": 0.01},
+            **own,
         },
         tables,
     )

@@ -69,6 +69,18 @@ def with_balance(config: ModelConfig, balance: BalanceConfig) -> ModelConfig:
     )
 
 
+def equal_but_for_balance(first: ModelConfig, second: ModelConfig) -> bool:
+    """Whether two models differ in balance losses at most, so that the weights of one are those of the other."""
+    return _without_balance(first) == _without_balance(second)
+
+
+def _without_balance(config: ModelConfig) -> dict[str, Any]:
+    table = config.model_dump()
+    for block in (*table["blocks"], *table["mtp"]):
+        block["feed_forward"].pop("balance", None)  # switching it off could contradict a capacity on devices
+    return table
+
+
 class LeadingBlocks(Config):
     """The first `count` layers, where they differ from the rest; what is left out is as in the rest."""
 

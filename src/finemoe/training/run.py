@@ -28,9 +28,9 @@ from finemoe.core.errors import RunError, TrainingError
 from finemoe.core.logs import logger, read_json_lines
 from finemoe.core.seeds import derive
 from finemoe.data import PreparedData
-from finemoe.model.config import with_balance
+from finemoe.model.config import equal_but_for_balance
 from finemoe.model.initialize import initialize
-from finemoe.model.moe.balance import BALANCE_TERMS, BalanceConfig, max_violation
+from finemoe.model.moe.balance import BALANCE_TERMS, max_violation
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
@@ -248,7 +248,7 @@ def _first_model(config: RunConfig, data: PreparedData, resuming: bool) -> Trans
     """
     if config.start_from is not None and not resuming:
         opened = load_model(config.start_from)
-        if with_balance(opened.config, BalanceConfig()) != with_balance(config.model, BalanceConfig()):
+        if not equal_but_for_balance(opened.config, config.model):
             raise RunError(f"{config.start_from} does not hold the model of this run's config.json any more")
         with torch.device("meta"):
             model = Transformer(config.model, config.kernels)

@@ -17,7 +17,8 @@ from finemoe.training.trackers import require_tracker
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """What a run holds on disk at most: checkpoints kept and one being written, weights and two moments each."""
-    parameters = measure(config.model, config.data.sequence_length).total_parameters
+    size = measure(config.model, config.data.sequence_length)
+    parameters = size.total_parameters + size.mtp_parameters
     return 12 * parameters * (config.training.keep_checkpoints + 1) + (16 << 20)
 
 
