@@ -70,7 +70,7 @@ def test_the_depth_check_takes_linear_time(filler: bytes) -> None:
 
 
 def test_many_empty_lists_are_refused_before_they_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreign, "_MAX_BRACKETS", 1000)
+    monkeypatch.setattr(foreign, "MOST_BRACKETS", 1000)
     with pytest.raises(CheckpointError, match="more than 1000 lists"):
         parse_json(b'{"a": [' + b"[]," * 1000 + b"[]]}", "x")
 
@@ -203,6 +203,8 @@ def test_what_is_ignored_is_noted(tmp_path: Path) -> None:
         (["pytorch_model.bin"], None, "only pickle weights"),
         (["model.ckpt", "config.json"], None, "only pickle weights"),
         ([A, B], None, "shards but no model.safetensors.index.json"),
+        (["model-00001-of-000163.safetensors"], None, "shards but no model.safetensors.index.json"),
+        ([A, "model-00002-of-000163.safetensors"], {"x": A}, "unclear which weights count"),
         (["weights.safetensors"], None, "weights are called model.safetensors"),
         ([A], {"x": A, "y": B}, "names model-00002-of-00002.safetensors, not in the folder"),
         ([], {"x": A, "y": B}, "and 1 more, not in the folder"),

@@ -236,7 +236,7 @@ def test_load_model_takes_a_run_or_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_load_model_refuses_other_folders_and_damage(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="neither a run directory nor a checkpoint"):
+    with pytest.raises(CheckpointError, match="nor a run with a checkpoint"):
         load_model(tmp_path)
     flip(save(tmp_path / "checkpoints", 1, state(1), keep=1) / "model.safetensors")
     with pytest.raises(CheckpointError, match="every checkpoint is damaged"):

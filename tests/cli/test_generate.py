@@ -227,3 +227,9 @@ def test_a_published_model_and_its_import_write_the_same(command: Any, published
         assert max(record["tokens"]) < tokenizer.vocab_size < 300  # rows without a token are never drawn
         (answer,) = records(command("generate", folder, "--chat", "hi", "-n", "4", "--json"))
         assert answer["prompt"] == "<|end_of_text|>user: hi\na:"
+
+
+def test_more_than_a_published_model_is_made_for_is_said(command: Any, published: Path) -> None:
+    said = " ".join(command("generate", published, "-p", "x", "-n", "80").stderr.split())
+    assert "made for 64" in said
+    assert "made for" not in command("generate", published, "-p", "x", "-n", "8").stderr

@@ -61,3 +61,12 @@ def test_what_is_no_finished_run_is_said(tmp_path: Path, command: Any) -> None:
     assert (result.exit_code, "not a run directory" in result.stderr) == (2, True)
     (tmp_path / "config.json").write_text("{}")
     assert "finemoe resume" in command("show", tmp_path).stderr
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"final_validation_loss": "low"}'])
+def test_a_summary_that_is_none_is_named(content: str, finished: list[Path], command: Any) -> None:
+    (finished[1] / "summary.json").write_text(content)
+    result = command("show", *finished)
+    assert result.exit_code == 2
+    assert f"{finished[1]}/summary.json" in result.stderr.replace("\n", "")
+    assert "Traceback" not in result.stderr

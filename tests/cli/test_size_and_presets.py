@@ -45,6 +45,8 @@ def test_recipe_and_run_directory(command: Any, run_directory: Path, tmp_path: P
     assert run["seq_len"] == 64
     assert run["total_parameters"] < preset["total_parameters"]
     assert json.loads(command("size", run_directory, "--seq-len", "9", "--json").stdout)["seq_len"] == 9
+    recipe.write_text(f'start_from = "{run_directory}"\n[data]\nsequence_length = 64\n')
+    assert json.loads(command("size", recipe, "--json").stdout) == {**run, "name": str(recipe)}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from finemoe.core.errors import DataError
-from finemoe.text import END_OF_TEXT, Tokenizer
+from finemoe.text import END_OF_TEXT, Tokenizer, files
 
 TEXTS = ["def f(x):\n    if x:\n        return x + 12345\n" * 20, "naïve café 床前明月光 " * 20]
 TOKENIZER = Tokenizer.train(TEXTS, 300)
@@ -165,3 +165,10 @@ def test_a_forked_process_can_encode() -> None:
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_file_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MOST_BRACKETS", 1000)
+    (tmp_path / "tokenizer.json").write_text('{"model": [' + "[]," * 1000 + "[]]}")
+    with pytest.raises(DataError, match="1000 lists and objects"):
+        Tokenizer.load(tmp_path)

@@ -15,6 +15,7 @@ from finemoe.checkpoint.run_state import load_model
 from finemoe.core.errors import ConfigError, DataError, FinemoeError, RunError
 from finemoe.core.logs import read_json_lines
 from finemoe.data import prepare
+from finemoe.model.transformer import Transformer
 from finemoe.text import Tokenizer
 from finemoe.training import run as run_module
 from finemoe.training import start as start_module
@@ -191,6 +192,14 @@ def test_too_little_room_is_refused(corpus: Path, tmp_path: Path, monkeypatch: p
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(start_module.shutil, "disk_usage", lambda path: usage)
     assert "0.00 GiB are free" in str(refused(recipe(corpus), tmp_path / "out", monkeypatch))
+
+
+def test_room_for_prediction_modules_is_reckoned_with(corpus: Path) -> None:
+    config = resolve_run(recipe(corpus, "v3"), "here")
+    with torch.device("meta"):
+        elements = sum(tensor.numel() for tensor in Transformer(config.model).state_dict().values())
+    copies = config.training.keep_checkpoints + 1
+    assert start_module.checkpoint_bytes(config) == 12 * elements * copies + (16 << 20)
 
 
 def test_an_empty_folder_is_fine(corpus: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import recipe, steps
+from tiny_runs import FEED_FORWARDS, recipe, steps
 
 from finemoe.checkpoint.open import load_model
 from finemoe.core.errors import CheckpointError, ConfigError, RunError
@@ -57,6 +57,12 @@ def test_what_belongs_to_the_tokenizer_comes_along(corpus: Path, first: Run, tmp
     assert (ran.directory / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
 
 
+def test_one_checkpoint_of_a_run_brings_the_tokenizer_of_the_run(corpus: Path, first: Run, tmp_path: Path) -> None:
+    checkpoint = max((first.directory / "checkpoints").iterdir())
+    ran = train({**further(corpus, first), "start_from": str(checkpoint)}, out=tmp_path / "run", quiet=True)
+    assert (ran.directory / "tokenizer.json").read_bytes() == (first.directory / "tokenizer.json").read_bytes()
+
+
 def test_a_gguf_file_is_to_be_imported_first(corpus: Path, first: Run, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="finemoe import"):
         train({**further(corpus, first), "start_from": "some.gguf"}, out=tmp_path / "run")
@@ -75,12 +81,23 @@ def test_balance_losses_may_be_set_anew(corpus: Path, first: Run, tmp_path: Path
 
 
 def test_a_model_with_a_capacity_on_devices_is_opened(corpus: Path, tmp_path: Path) -> None:
-    dropping = {"capacity_factor": 1.0, "capacity_level": "device", "balance": {"num_devices": 2, "device": 0.05}}
+    dropping = {"capacity_factor": 1.0, "capacity_level": "device", "balance": {"num_devices": 3, "device": 0.05}}
     table = recipe(corpus, training={"steps": 1})
-    table["model"]["feed_forward"] |= dropping
+    table["model"]["feed_forward"] = {**table["model"]["feed_forward"], **dropping}
     source = train(table, out=tmp_path / "source", quiet=True)
     ran = train(further(corpus, source, training={"steps": 1}), out=tmp_path / "run", quiet=True)
     assert ran.summary["steps"] == 1
+
+
+def test_layers_that_learn_no_routing_take_no_balance(corpus: Path, tmp_path: Path) -> None:
+    table = recipe(corpus, training={"steps": 1})
+    table["model"]["leading"] = {"count": 1, "feed_forward": FEED_FORWARDS["hash"]}
+    source = train(table, out=tmp_path / "source", quiet=True)
+    config = resolve_run(*read_recipe({**further(corpus, source), "balance": {"expert": 0.5}}))
+    assert [block.feed_forward.balance.expert for block in config.model.blocks] == [0.0, 0.5]
+    hashed = train(recipe(corpus, "hash", training={"steps": 1}), out=tmp_path / "hash", quiet=True)
+    with pytest.raises(ConfigError, match="no layer of the model learns to route"):
+        resolve_run(*read_recipe({**further(corpus, hashed), "balance": {"expert": 0.5}}))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ Everything that fails on the way becomes a finding, and the rest of the examinat
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,6 @@ from finemoe.model.config import ModelConfig
 
 Kind = Literal["run", "checkpoint", "imported", "huggingface", "gguf", "tensors", "unknown"]
 _JOURNAL = ".model.journal"  # of a conversion that was interrupted
-_STEP = re.compile(r"step-(\d+)")
 _OWN_JSON_BYTES = 256 << 20
 _ROWS_BYTES = 64 << 20
 
@@ -257,8 +255,7 @@ def _expect_own(subject: Subject, found: Findings) -> None:
 
 def _open_run(subject: Subject, found: Findings, deep: bool, quiet: bool) -> None:
     """The newest checkpoint that seems whole; the damaged ones are named."""
-    steps = {int(m[1]): p for p in (subject.path / "checkpoints").iterdir() if (m := _STEP.fullmatch(p.name))}
-    folders = [steps[step] for step in sorted(steps, reverse=True)]
+    folders = run_state.checkpoint_folders(subject.path / "checkpoints")
     subject.checkpoints = tuple(folder.name for folder in folders)
     damaged: list[str] = []
     for folder in folders:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +16,9 @@ from finemoe.checkpoint.tensors import TensorFolder
 from finemoe.checkpoint.transfer import COMPANIONS, named
 from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError
-from finemoe.core.logs import logger
 from finemoe.model.config import ModelConfig
 from finemoe.text import Tokenizer, exported_tokenizer_config
 
-_STEP = re.compile(r"step-(\d+)")
 _TOKENIZER, _TOKENIZER_CONFIG, _GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 
 
@@ -112,7 +109,7 @@ def _mend_tokenizer_config(companions: dict[str, bytes], path: Path) -> tuple[st
 
 
 def _open_run(path: Path) -> Exportable:
-    folder = _newest(path)
+    folder = run_state.newest_checkpoint(path)
     raw = read_json(folder_file(folder, run_state.CONFIG))
     if not isinstance(raw.get("model"), dict):
         raise CheckpointError(f"{folder / run_state.CONFIG}: holds no `model`, so this is no checkpoint of a run")
@@ -124,26 +121,6 @@ def _open_run(path: Path) -> Exportable:
     companions, ids = _tokenizer_of_run(homes[0]) if homes else ({}, {})
     notes = () if homes else (f"{path}: no {_TOKENIZER} beside the run, so none is written",)
     return Exportable(path, config, tensors, companions, notes, max_positions=length, token_ids=ids)
-
-
-def _newest(path: Path) -> Path:
-    """The newest undamaged checkpoint of a run, or `path` itself when it is one.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (path / run_state.STATE).exists():
-        folders = [path]
-    else:
-        found = {int(match[1]): p for p in (path / "checkpoints").glob("step-*") if (match := _STEP.fullmatch(p.name))}
-        folders = [found[step] for step in sorted(found, reverse=True)]
-    for folder in folders:
-        damage = run_state.find_damage(folder)
-        if damage is None:
-            return folder
-        logger.warning("%s is damaged (%s)", folder, damage)
-    found_none = "every checkpoint is damaged" if folders else "neither an imported folder nor a run with a checkpoint"
-    raise CheckpointError(f"{path}: {found_none}")
 
 
 def _tokenizer_of_run(home: Path) -> tuple[dict[str, bytes], dict[str, Any]]:

@@ -17,23 +17,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from finemoe.core.errors import CheckpointError
+from finemoe.text.files import CONFIG_LIMIT, MOST_BRACKETS, TOKENIZER_LIMIT
 
-CONFIG_BYTES = 16 << 20
+CONFIG_BYTES = CONFIG_LIMIT
 """Largest config.json, index or other small JSON file that is read."""
-TOKENIZER_BYTES = 64 << 20
+TOKENIZER_BYTES = TOKENIZER_LIMIT
 """Largest tokenizer.json that is read."""
 MAX_DEPTH = 64
 """Deepest nesting of brackets; real files have fewer than ten levels."""
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 """Suffixes of files that would run code when opened. They never are."""
 
-_MAX_BRACKETS = 4_000_000  # bounds the memory: three bytes of `[],` become more than sixty
 # A string, whole or cut off, or one bracket. Possessive, so that no input makes it backtrack.
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+\\?+"?+|[\[\]{}]', re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _PLAIN_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")  # V3 is published in model-00001-of-000163
 _HUB_CACHE = re.compile(r"models--[^/]+")
 
 
@@ -76,8 +76,8 @@ def _check_brackets(data: bytes, where: str) -> None:
             count += 1
             if depth > MAX_DEPTH:
                 raise CheckpointError(f"{where}: nested more than {MAX_DEPTH} levels deep, which no real file is")
-            if count > _MAX_BRACKETS:
-                raise CheckpointError(f"{where}: more than {_MAX_BRACKETS} lists and objects, which no real file has")
+            if count > MOST_BRACKETS:
+                raise CheckpointError(f"{where}: more than {MOST_BRACKETS} lists and objects, which no real file has")
         elif first in b"]}":
             depth -= 1
 

@@ -97,18 +97,14 @@ def export_gguf(
         alignment = write_header(partial, description.architecture, values, plan)
         with mebibytes(f"writing {place.name}", opened.tensors.nbytes, quiet) as advance:
             nbytes = _fill(partial, opened, stored, plan, description, alignment, advance)
+    others = (note for note in opened.notes if not note.startswith(TOKENIZER_CONFIG))
     return GGUFReport(
         path=place,
         architecture=description.architecture,
         kinds=Counter(planned.kind for planned in plan),
         nbytes=nbytes,
         seconds=time.monotonic() - started,
-        notes=(
-            *description.notes,
-            *fallbacks,
-            *missing,
-            *(n for n in opened.notes if not n.startswith(TOKENIZER_CONFIG)),
-        ),
+        notes=(*description.notes, *fallbacks, *missing, *others),
     )
 
 

@@ -112,11 +112,7 @@ def _as_computed(block: BlockConfig) -> BlockConfig:
     """Without what only training uses, which may differ between layers."""
     if not isinstance(block.feed_forward, MoEConfig):
         return block
-    plain = {"capacity_factor": None, "capacity_level": "expert", "capacity_exempt": 0.0}
-    balance = type(block.feed_forward.balance)()
-    return block.model_copy(
-        update={"feed_forward": block.feed_forward.model_copy(update={**plain, "balance": balance})}
-    )
+    return block.model_copy(update={"feed_forward": block.feed_forward.without_training()})
 
 
 def _grouped_architecture(moe: MoEConfig | None) -> Architecture:

@@ -14,7 +14,6 @@ from finemoe.model.attention.grouped_query import GroupedQueryConfig
 from finemoe.model.attention.latent import LatentConfig
 from finemoe.model.config import BlockConfig, ModelConfig
 from finemoe.model.feed_forward import DenseConfig
-from finemoe.model.moe.balance import BalanceConfig
 from finemoe.model.moe.layer import MoEConfig
 
 
@@ -149,13 +148,7 @@ def the_moe(blocks: Sequence[BlockConfig]) -> MoEConfig | None:
         CheckpointError: two that differ, or a clamp.
     """
     found = [block.feed_forward for block in blocks if isinstance(block.feed_forward, MoEConfig)]
-    return _only([_function_of(layer) for layer in found], "MoE layers")
-
-
-def _function_of(layer: MoEConfig) -> MoEConfig:
-    """`layer` without what concerns training alone."""
-    idle = {"balance": BalanceConfig(), "capacity_factor": None, "capacity_level": "expert", "capacity_exempt": 0.0}
-    return layer.model_copy(update=idle)
+    return _only([layer.without_training() for layer in found], "MoE layers")
 
 
 def _only(layers: Sequence[Any], what: str) -> Any:

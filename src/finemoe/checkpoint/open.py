@@ -127,7 +127,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
         return gguf.open_gguf(path).tokenizer()
-    return Tokenizer.load(_home(path))
+    return Tokenizer.load(text_home(path))
 
 
 def load_chat_template(path: str | os.PathLike[str]) -> ChatTemplate | None:
@@ -139,11 +139,11 @@ def load_chat_template(path: str | os.PathLike[str]) -> ChatTemplate | None:
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
         return gguf.open_gguf(path).chat_template()
-    return ChatTemplate.load(_home(path))
+    return ChatTemplate.load(text_home(path))
 
 
-def _home(path: Path) -> Path:
-    """The folder that holds the tokenizer: a checkpoint of a run lies two below it."""
+def text_home(path: Path) -> Path:
+    """The folder that holds tokenizer and chat template: a checkpoint of a run lies two below it."""
     if (path / run_state.STATE).exists() and not (path / "tokenizer.json").exists():
         return path.resolve().parent.parent
     return path

@@ -71,7 +71,7 @@ def save(checkpoints: Path, step: int, run: RunState, keep: int) -> Path:
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         raise storage_error(final, error if isinstance(error, OSError) else _system_error(error)) from error
-    folders = _folders(checkpoints)
+    folders = checkpoint_folders(checkpoints)
     here = folders.index(final)
     for old in (*folders[:here], *folders[here + keep :]):  # later steps are damaged: the run began before them
         shutil.rmtree(old)
@@ -106,7 +106,7 @@ def load_latest(checkpoints: Path) -> RunState:
     Raises:
         CheckpointError: there is none.
     """
-    folders = _folders(checkpoints)
+    folders = checkpoint_folders(checkpoints)
     for folder in folders:
         damage = find_damage(folder)
         if damage is None:
@@ -138,12 +138,30 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def _folders(checkpoints: Path) -> list[Path]:
+def checkpoint_folders(checkpoints: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     if not checkpoints.is_dir():
         return []
     found = {int(match[1]): path for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))}
     return [found[step] for step in sorted(found, reverse=True)]
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The newest undamaged checkpoint of a run directory, or `path` itself when it is one; the log names damaged ones.
+
+    Raises:
+        CheckpointError: not a run, or nothing undamaged.
+    """
+    own = (path / MANIFEST).exists() or (path / STATE).exists()
+    folders = [path] if own else checkpoint_folders(path / "checkpoints")
+    if not folders:
+        raise CheckpointError(f"{path}: neither an imported folder nor a run with a checkpoint (no checkpoints/step-*)")
+    for folder in folders:
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        logger.warning("%s is damaged (%s)", folder, damage)
+    raise CheckpointError(f"{path}: every checkpoint is damaged")
 
 
 def load_model(path: str | os.PathLike[str], kernels: Kernels | None = None) -> Transformer:
@@ -152,19 +170,7 @@ def load_model(path: str | os.PathLike[str], kernels: Kernels | None = None) -> 
     Raises:
         CheckpointError: not a run, nothing undamaged, or weights that do not fit the configuration.
     """
-    path = Path(path)
-    folders = [path] if (path / MANIFEST).exists() else _folders(path / "checkpoints")
-    if not folders:
-        raise CheckpointError(f"{path}: neither a run directory nor a checkpoint (no checkpoints/step-* in it)")
-    for folder in folders:
-        damage = find_damage(folder)
-        if damage is None:
-            return _open(folder, kernels)
-        logger.warning("%s is damaged (%s)", folder, damage)
-    raise CheckpointError(f"{path}: every checkpoint is damaged")
-
-
-def _open(folder: Path, kernels: Kernels | None) -> Transformer:
+    folder = newest_checkpoint(Path(path))
     raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     model = Transformer(parse(ModelConfig, raw["model"], str(folder / CONFIG)), kernels)
     load_weights(model, load_file(folder / MODEL), str(folder))

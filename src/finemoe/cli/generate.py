@@ -147,6 +147,8 @@ class _Opened:
     source: Path
     own: bool
     """It was trained here, on documents without a beginning token."""
+    reach: int | None = None
+    """Longest sequence that it was trained on, or is made for, where that is known."""
 
     def encode(self, texts: list[str], chat: str | None, system: str | None) -> tuple[list[str], list[tuple[int, ...]]]:
         """What the model continues, as text and as ids: `texts`, or the message in its template.
@@ -192,7 +194,9 @@ def _open(source: Path) -> _Opened:
         stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size,
     )
-    return _Opened(engine, tokenizer, template, source, own=kind_of(source) == "run")
+    own = kind_of(source) == "run"
+    reach = _trained_length(source) if own else model.config.max_positions
+    return _Opened(engine, tokenizer, template, source, own, reach)
 
 
 def _trained_length(run: Path) -> int | None:
@@ -207,20 +211,19 @@ def _trained_length(run: Path) -> int | None:
 
 
 def _say_what_is_odd(ids: list[tuple[int, ...]], sampling: SamplingConfig, opened: _Opened) -> None:
-    """Empty prompts, and sequences longer than any seen in training. Nothing is ever truncated."""
+    """Empty prompts, and sequences longer than the model is made for. Nothing is ever truncated."""
     from finemoe.core.logs import logger
 
     for number, prompt in enumerate(ids, 1):
         if not prompt:
             logger.warning("prompt %d is empty: the model begins a text of its own", number)
-    trained = _trained_length(opened.source) if opened.own else None
     longest = max(len(prompt) for prompt in ids) + sampling.max_new_tokens
-    if trained is not None and longest > trained:
+    if opened.reach is not None and longest > opened.reach:
         logger.warning(
-            "prompt and completion may reach %d tokens; the model was trained on %d and gets worse beyond. "
-            "Nothing is cut off",
+            "prompt and completion may reach %d tokens; the model was %s %d and gets worse beyond. Nothing is cut off",
             longest,
-            trained,
+            "trained on" if opened.own else "made for",
+            opened.reach,
         )
 
 

@@ -80,8 +80,22 @@ def _print_table(runs: dict[str, dict[str, Any]]) -> None:
     for name in runs:
         table.add_column(Text(name), justify="right", overflow="fold")
     for title, cell in rows:
-        table.add_row(title, *(cell(summary) for summary in runs.values()))
+        table.add_row(title, *(_shown(name, summary, cell) for name, summary in runs.items()))
     print_rich(table)
+
+
+def _shown(name: str, summary: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> str:
+    """One cell.
+
+    Raises:
+        RunError: a figure that every run records is missing, or is none.
+    """
+    from finemoe.core.errors import RunError
+
+    try:
+        return cell(summary)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{name}/summary.json: damaged, or not of a run ({error}); leave that run out") from error
 
 
 def _max_vio_of(layer: str) -> Callable[[dict[str, Any]], str]:

@@ -173,6 +173,10 @@ def _measure_file(recipe: dict[str, Any], path: Path, seq_len: int | None) -> Mo
     from finemoe.core.errors import ConfigError
 
     model, data = recipe.get("model"), recipe.get("data", {})
+    if model is None and isinstance(recipe.get("start_from"), str):
+        from finemoe.checkpoint.open import read_model_config
+
+        model = read_model_config(recipe["start_from"]).model_dump(mode="json")
     if not isinstance(model, dict) or not isinstance(data, dict):
         raise ConfigError(f'{path}: no [model] table; the smallest is [model] with preset = "tiny-moe"')
     length = seq_len or data.get("sequence_length")

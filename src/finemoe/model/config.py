@@ -51,7 +51,7 @@ class ModelConfig(Config):
 
 
 def with_balance(config: ModelConfig, balance: BalanceConfig) -> ModelConfig:
-    """The same model with these balance losses in every layer that routes: what a loss adds, not what is computed.
+    """The same model with these balance losses in every layer whose router learns; what is computed stays the same.
 
     Raises:
         ValidationError: a layer's router or experts do not go with them.
@@ -59,7 +59,7 @@ def with_balance(config: ModelConfig, balance: BalanceConfig) -> ModelConfig:
 
     def changed(block: BlockConfig) -> dict[str, Any]:
         table = block.model_dump()
-        if isinstance(block.feed_forward, MoEConfig):
+        if isinstance(block.feed_forward, MoEConfig) and block.feed_forward.router.learned:
             table["feed_forward"]["balance"] = balance.model_dump()
         return table
 

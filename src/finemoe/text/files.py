@@ -11,6 +11,8 @@ from finemoe.core.errors import DataError
 MEGABYTE = 2**20
 TOKENIZER_LIMIT = 64 * MEGABYTE
 CONFIG_LIMIT = 16 * MEGABYTE
+MOST_BRACKETS = 4_000_000
+"""Of lists and objects in a JSON file: three bytes of `[],` become more than sixty in memory."""
 
 
 def read_bounded(file: Path, limit: int, what: str) -> str:
@@ -63,8 +65,10 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
     """`text` as a JSON object.
 
     Raises:
-        DataError: it is not JSON, is nested too deeply, or is not an object.
+        DataError: it is not JSON, is nested too deeply, has too many lists, or is not an object.
     """
+    if text.count("[") + text.count("{") > MOST_BRACKETS:  # those in strings too: no real file comes near
+        raise DataError(f"{what}: more than {MOST_BRACKETS} lists and objects, which no real file has")
     try:
         value = json.loads(text)
     except RecursionError as error:

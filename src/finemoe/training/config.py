@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from finemoe.checkpoint.open import read_model_config
+from finemoe.checkpoint.open import read_model_config, text_home
 from finemoe.core.config import Config, merge, parse, read_toml, with_overrides
 from finemoe.core.errors import ConfigError
 from finemoe.data import DataConfig
@@ -78,7 +78,8 @@ class RunConfig(Config):
     mtp: MTPLossConfig | None = None
     """How much multi-token prediction counts; None: as by default, where the model has modules for it."""
     start_from: str | None = None
-    """A run, an imported folder or a Hugging Face folder whose weights, model and tokenizer this run begins with."""
+    """A run or one checkpoint of it, an imported or a Hugging Face folder: this run begins with its model, weights and
+    tokenizer."""
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
@@ -147,7 +148,7 @@ def resolve_run(raw: Mapping[str, Any], source: str) -> RunConfig:
     config = _resolve_model(raw, source)
     defaults: dict[str, Any] = {"vocab_size": config.vocab_size}
     if raw.get("start_from") is not None:  # its weights mean nothing without its tokenizer
-        defaults["tokenizer"] = str(raw["start_from"])
+        defaults["tokenizer"] = str(text_home(Path(str(raw["start_from"]))))
     data = {**defaults, **raw.get("data", {})}
     tables = {key: value for key, value in raw.items() if key != "balance"}  # now part of the model
     return parse(RunConfig, {**tables, "model": config.model_dump(), "data": data}, source)
@@ -173,14 +174,14 @@ def _resolve_model(raw: Mapping[str, Any], source: str) -> ModelConfig:
 
 
 def _rebalanced(config: ModelConfig, balance: Any, source: str) -> ModelConfig:
-    """`config` with the balance losses of a recipe's [balance] in every layer that routes."""
+    """`config` with the balance losses of a recipe's [balance] in every layer whose router learns."""
     if balance is None:
         return config
     if not isinstance(balance, Mapping):
         raise ConfigError(f"{source}: `balance` must be a table")
-    if not config.moe_layers:
-        raise ConfigError(f"{source}: [balance] is set, and no layer of the model routes: leave it out")
     losses = parse(BalanceConfig, balance, f"{source}: balance")
+    if not any(config.blocks[layer].feed_forward.router.learned for layer in config.moe_layers):
+        raise ConfigError(f"{source}: [balance] is set, and no layer of the model learns to route: leave it out")
     try:
         return with_balance(config, losses)
     except ValidationError as error:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from finemoe.checkpoint.files import sole_writer, storage_error, write_text
-from finemoe.checkpoint.open import load_model
+from finemoe.checkpoint.open import load_model, text_home
 from finemoe.checkpoint.run_state import RunState, load_latest, load_weights, save
 from finemoe.checkpoint.transfer import COMPANIONS
 from finemoe.core import memory
@@ -144,11 +144,13 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: unreadable: {error}") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: must hold a JSON object, not {type(found).__name__}")
     return found
 
 
@@ -180,7 +182,7 @@ def _describe(directory: Path, config: RunConfig, data: PreparedData) -> None:
         if not (directory / "tokenizer.json").exists():
             data.tokenizer.save(directory / "tokenizer.json")
         if config.start_from is not None:  # chat template and stop ids go with the tokenizer
-            for source in (Path(config.start_from) / name for name in COMPANIONS):
+            for source in (text_home(Path(config.start_from)) / name for name in COMPANIONS):
                 if source.exists() and not (directory / source.name).exists():
                     shutil.copyfile(source, directory / source.name)
     except OSError as error:

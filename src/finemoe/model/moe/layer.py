@@ -88,6 +88,11 @@ class MoEConfig(Config):
         if active and self.balance.num_devices == 1:
             raise ValueError(f"{active[0]} needs balance.num_devices above 1: a single device is always even")
 
+    def without_training(self) -> Self:
+        """As it computes in use: balance losses and capacities concern training alone."""
+        idle = {"balance": BalanceConfig(), "capacity_factor": None, "capacity_level": "expert", "capacity_exempt": 0.0}
+        return self.model_copy(update=idle)
+
     @property
     def layout(self) -> Layout:
         """How the experts lie on devices; a router's groups are devices."""
