@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from finemoe.checkpoint.open import load_model, load_tokenizer
+    from finemoe.checkpoint.open import load_chat_template, load_model, load_tokenizer
     from finemoe.core.errors import FinemoeError
     from finemoe.model.config import ModelConfig
     from finemoe.model.transformer import Transformer
@@ -27,6 +27,7 @@ _HOME = {
     "Tokenizer": "finemoe.text",
     "Transformer": "finemoe.model.transformer",
     "compare": "finemoe.studies.compare",
+    "load_chat_template": "finemoe.checkpoint.open",
     "load_model": "finemoe.checkpoint.open",
     "load_tokenizer": "finemoe.checkpoint.open",
     "resume": "finemoe.training.run",
@@ -41,6 +42,7 @@ __all__ = [
     "Tokenizer",
     "Transformer",
     "compare",
+    "load_chat_template",
     "load_model",
     "load_tokenizer",
     "resume",

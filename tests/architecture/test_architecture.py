@@ -262,6 +262,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "Tokenizer",
         "Transformer",
         "compare",
+        "load_chat_template",
         "load_model",
         "load_tokenizer",
         "resume",

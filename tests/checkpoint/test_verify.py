@@ -114,7 +114,6 @@ def fake_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) 
     ("code", "reason"),
     [
         ("raise ImportError('none here')", "not installed"),
-        ("raise RuntimeError('broken inside')", "broken inside"),
         ("import time; time.sleep(60)", "within 1 seconds"),
     ],
 )
@@ -124,6 +123,13 @@ def test_could_not(code: str, reason: str, tmp_path: Path, monkeypatch: pytest.M
     result = verify_twin(RELEASED["smollm2-135m"])
     assert (result.status, result.difference) == ("could not", None)
     assert reason in result.reason
+
+
+def test_a_witness_that_fails_is_no_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_transformers(tmp_path, monkeypatch, "raise RuntimeError('broken inside')")
+    result = verify_twin(RELEASED["smollm2-135m"])
+    assert (result.status, result.difference) == ("differs", None)
+    assert "broken inside" in result.reason
 
 
 def test_no_class_no_witness() -> None:

@@ -110,7 +110,7 @@ def open_subject(path: Path, found: Findings, *, deep: bool, quiet: bool) -> Sub
 def _kind(path: Path) -> Kind:
     """By the names of files alone: their content may be damaged."""
     if path.is_file():
-        return "gguf" if path.suffix == ".gguf" else "tensors" if path.suffix == ".safetensors" else "unknown"
+        return "gguf" if path.suffix.lower() == ".gguf" else "tensors" if path.suffix == ".safetensors" else "unknown"
     if (path / _JOURNAL).exists():
         return "unknown"
     if (path / SOURCE).exists():

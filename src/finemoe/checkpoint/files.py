@@ -56,7 +56,8 @@ def sole_writer(directory: Path) -> Iterator[None]:
 def storage_error(path: Path, error: OSError) -> RunError:
     """The plain words for an OSError on writing."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"{path}: the disk is full; free some space and go on with `finemoe resume`")
+        how = "a run with `finemoe resume`, anything else with the same command"
+        return RunError(f"{path}: the disk is full; free some space and go on: {how}")
     return RunError(f"{path}: cannot be written: {error.strerror or error}")
 
 

@@ -7,6 +7,7 @@ asks here and need not know which.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -36,11 +37,11 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
         CheckpointError: nothing that finemoe opens.
     """
     path = Path(path)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return "gguf"
     if is_native(path):
         return "imported"
-    if (path / run_state.STATE).exists() or (path / "checkpoints").is_dir():
+    if (path / run_state.STATE).exists():
         return "run"
     if (path / "config.json").is_file():
         keys = read_json(folder_file(path, "config.json"))
@@ -48,8 +49,13 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
             return "huggingface"
         if "model" in keys:
             return "imported" if "source" in keys else "run"
-    partial = Path(f"{path}.partial")
-    hint = f"; an interrupted import lies in {partial}: import again to finish it" if partial.exists() else ""
+    if (path / "checkpoints").is_dir():
+        return "run"
+    partial, hint = Path(f"{path}.partial"), ""
+    if partial.exists():
+        hint = f"; an interrupted import lies in {partial}: import again to finish it"
+    elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        hint = f"; if it is a name on the hub, `finemoe import {path} DIR` fetches it"
     what = "neither a run, nor an imported or Hugging Face folder (no config.json that says so), nor a .gguf file"
     raise CheckpointError(f"{path}: {what if path.exists() else 'there is nothing here'}{hint}")
 
@@ -125,7 +131,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         DataError: there is none, or it is not readable.
     """
     path = Path(path)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return gguf.open_gguf(path).tokenizer()
     return Tokenizer.load(text_home(path))
 
@@ -137,7 +143,7 @@ def load_chat_template(path: str | os.PathLike[str]) -> ChatTemplate | None:
         DataError: it is damaged.
     """
     path = Path(path)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return gguf.open_gguf(path).chat_template()
     return ChatTemplate.load(text_home(path))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from finemoe.checkpoint.foreign import parse_json, weight_files
-from finemoe.core.errors import CheckpointError
+from finemoe.core.errors import CheckpointError, RunError
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -277,8 +277,11 @@ def _fill(raw: Tensor, info: TensorInfo, skip: int) -> None:
                 if not got:
                     raise CheckpointError(f"{info.path}: ends within tensor {info.name!r}; it was cut short")
                 view = view[got:]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{info.path}: has gone since it was opened") from error
     except OSError as error:
-        raise CheckpointError(f"{info.path}: cannot be read: {error.strerror or error}") from error
+        # Not a refusal of the checkpoint: a disk or network that fails now may work later, and what is done is kept.
+        raise RunError(f"{info.path}: cannot be read now: {error.strerror or error}; try again") from error
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -39,7 +39,7 @@ class TwinResult:
 
     status: Literal["verified", "differs", "could not"]
     difference: float | None
-    """max |ours - theirs| / max |theirs| over all logits; None where nothing was compared."""
+    """max |ours - theirs| / max |theirs| over all logits; None where transformers gave none."""
     tolerance: float
     reason: str
     """A sentence for the user, whatever the status."""
@@ -224,5 +224,5 @@ def _run_witness(folder: Path) -> TwinResult | None:
         return _could_not("transformers is not installed; `pip install transformers`, and verify again")
     if done.returncode:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"status {done.returncode}"]
-        return _could_not(f"transformers failed: {lines[-1][:300]}")
+        return TwinResult("differs", None, TOLERANCE, f"transformers cannot open the twin: {lines[-1][:300]}", None)
     return None

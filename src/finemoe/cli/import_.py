@@ -83,7 +83,7 @@ def _check_foreign(path: Path) -> None:
     from finemoe.checkpoint.native import is_native
     from finemoe.core.errors import CheckpointError
 
-    if path.is_file() and path.suffix != ".gguf":
+    if path.is_file() and path.suffix.lower() != ".gguf":
         raise CheckpointError(f"{path}: a file alone is imported only as .gguf; give the folder that it lies in")
     if is_native(path):
         raise CheckpointError(f"{path}: is imported already; use it as it is, or `finemoe export` it")

@@ -125,7 +125,7 @@ def _measure(name: str, seq_len: int | None) -> ModelSize:
     path = Path(name)
     if name in PRESETS:
         return _measure_table({"preset": name}, name, seq_len or PRESETS[name].seq_len)
-    if path.is_dir() or path.suffix == ".gguf":
+    if path.is_dir() or path.suffix.lower() == ".gguf":
         return _measure_folder(path, seq_len)
     if path.suffix == ".toml" or path.exists():
         return _measure_recipe(path, seq_len)

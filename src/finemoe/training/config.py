@@ -161,7 +161,7 @@ def _resolve_model(raw: Mapping[str, Any], source: str) -> ModelConfig:
         if model is not None:
             raise ConfigError(f"{source}: `start_from` brings its own model: leave [model] out")
         path = Path(str(raw["start_from"]))
-        if path.suffix == ".gguf":
+        if path.suffix.lower() == ".gguf":
             raise ConfigError(f"{source}: start_from {path} is a GGUF file: `finemoe import {path} DIR`, then name DIR")
         return _rebalanced(read_model_config(path), raw.get("balance"), source)
     if raw.get("balance") is not None:

@@ -179,7 +179,8 @@ class Trainer:
         for batch in batches:
             with self.autocast():
                 result = self.method.objective.terms(self.model, batch)
-            parts = {name: value / counts[name] for name, value in result.sums.items()}
+            # A term may have nothing to count, as a look-ahead beyond every document; the cross-entropy always has.
+            parts = {name: v / counts[name] for name, v in result.sums.items() if counts[name] or name == CROSS_ENTROPY}
             loss = torch.stack([part.float() * weights.get(name, 1.0) for name, part in parts.items()]).sum()
             loss.backward()
             for name, part in parts.items():
