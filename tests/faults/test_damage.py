@@ -129,6 +129,8 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int)
         nonlocal uses
         uses += 1
         if uses >= call:
+            if name == "close":  # a close that fails has closed all the same
+                original(*arguments, **named)
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(*arguments, **named)
 
@@ -143,7 +145,6 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int)
         (run_state, "sync", 8, "step-00000004"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_names_the_path_and_the_run_goes_on_later(
     corpus: Path,
     unbroken: Path,
