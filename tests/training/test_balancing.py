@@ -27,7 +27,7 @@ def biased_model(**changes: object) -> Transformer:
 
 def balanced_trainer(model: Transformer, config: BalancingConfig, micro: int = SEQUENCES, steps: int = 5) -> Trainer:
     made = trainer(model, micro, steps)
-    made.plan = replace(made.plan, balancing=config.resolved(1000))
+    made.plan = replace(made.plan, balancing=config.resolved(1000, opened=False))
     made.method = replace(made.method, objective=NextToken(True, mtp_depth=len(model.config.mtp)))
     return made
 
@@ -84,9 +84,14 @@ def test_balancing_evens_out_a_router_that_prefers_one_expert() -> None:
 
 
 def test_a_short_run_moves_further_a_step_than_v3() -> None:
-    assert BalancingConfig().resolved(100).rate == pytest.approx(0.015)
-    assert BalancingConfig().resolved(1_000_000).rate == 0.001
-    assert BalancingConfig(rate=0.0).resolved(100).rate == 0.0
+    assert BalancingConfig().resolved(100, opened=False).rate == pytest.approx(0.015)
+    assert BalancingConfig().resolved(1_000_000, opened=False).rate == 0.001
+    assert BalancingConfig(rate=0.0).resolved(100, opened=False).rate == 0.0
+
+
+def test_biases_that_were_opened_move_at_the_published_rate() -> None:
+    assert BalancingConfig().resolved(100, opened=True).rate == 0.001
+    assert BalancingConfig(rate=0.1).resolved(100, opened=True).rate == 0.1
 
 
 def test_no_gradient_reaches_the_bias() -> None:

@@ -25,7 +25,8 @@ def check_free(out: Path) -> Path:
     """
     out = Path(os.path.realpath(out))
     if out.is_dir() and (out / "manifest.json").exists():
-        raise CheckpointError(f"{out}: is complete already; choose another folder, or remove it")
+        what = "is complete already (`finemoe doctor --deep` checks it)"
+        raise CheckpointError(f"{out}: {what}; choose another folder, or remove it")
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise CheckpointError(f"{out}: exists already; choose another folder, or remove it")
     return out

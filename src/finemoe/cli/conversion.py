@@ -37,8 +37,8 @@ class Check:
         return {"name": self.name, "sound": self.sound, "said": self.said}
 
 
-def check_tensors(compare: Callable[[], Comparison]) -> Check:
-    """Every tensor of both sides, read again; what cannot be read is a failure."""
+def check_tensors(compare: Callable[[], Comparison], rounded: str = "") -> Check:
+    """Every tensor of both sides, read again; what cannot be read is a failure. `rounded` ends the good message."""
     from finemoe.checkpoint.doctor_findings import few
     from finemoe.core.errors import FinemoeError
 
@@ -47,7 +47,7 @@ def check_tensors(compare: Callable[[], Comparison]) -> Check:
     except FinemoeError as error:
         return Check("tensors", False, str(error))
     if found.sound:
-        return Check("tensors", True, f"all {found.tensors:,} are what they were, read again from the disk")
+        return Check("tensors", True, f"all {found.tensors:,}, read again from the disk, are their originals{rounded}")
     said = f"{len(found.different):,} of {found.tensors:,} differ: {few(found.different)}"
     return Check("tensors", False, said)
 

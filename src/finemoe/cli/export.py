@@ -194,7 +194,7 @@ def _verify(source: Path, out: Path, quiet: bool) -> list[Check]:
 
     raw = None if out.is_file() else read_json(out / "config.json")
     return [
-        check_tensors(lambda: compare_export(source, out, quiet=quiet)),
+        check_tensors(lambda: compare_export(source, out, quiet=quiet), ", in the element types above"),
         check_twin(read_model_config(source), raw, quiet),
     ]
 

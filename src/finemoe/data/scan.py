@@ -86,7 +86,7 @@ def scan_corpus(corpus: CorpusConfig, validation_share: float, max_skipped_share
         if not scan.totals[side].documents:
             raise DataError(
                 f"none of the {scan.skips.kept} documents is on the {side} side of the split: name files of "
-                f"their own for validation (`validation_paths`), change `validation_share` from "
+                f"their own for validation (`validation_paths`), change `data.validation_share` from "
                 f"{validation_share}, or add text"
             )
     return scan

@@ -128,8 +128,7 @@ def name_of(pre_tokenizer: Mapping[str, Any] | None, whole_words: bool, composes
             return wanted
     composing = "composes characters and " if composes else ""
     raise DataError(
-        f"the tokenizer {composing}splits text in a way that no GGUF pre-tokenizer of {', '.join(SPLITTINGS)} does "
-        f"({' then '.join(patterns)[:200]})"
+        f"the tokenizer {composing}splits text in a way that GGUF has no name for (it knows {', '.join(SPLITTINGS)})"
     )
 
 

@@ -197,13 +197,14 @@ def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: Run
     model = _first_model(config, data, resumed is not None)
     torch.manual_seed(derive(config.seed, "torch"))  # for whatever draws from the default generator during training
     length = config.data.sequence_length
+    balancing = config.balancing or BalancingConfig()
     plan = Plan(
         total_steps=config.training.total_steps,
         sequences_per_step=config.training.tokens_per_step // length,
         sequences_per_micro_batch=config.micro_batch_sequences,
         device=device,
         bf16=bf16,
-        balancing=(config.balancing or BalancingConfig()).resolved(config.training.total_steps),
+        balancing=balancing.resolved(config.training.total_steps, opened=config.start_from is not None),
     )
     method = pretraining(config, data)
     trainer = Trainer(model.to(device), method, config.optimizer, config.schedule, plan)
