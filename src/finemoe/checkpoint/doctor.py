@@ -92,4 +92,6 @@ def examine(path: str | os.PathLike[str], *, deep: bool = False, quiet: bool = T
     facts["mtp"] = count_mtp(subject)
     facts.update(check_text(subject, found))
     facts["exports"] = exports_of(subject)
+    if not subject.held:  # what cannot be read at all has no figures
+        facts.update(dict.fromkeys(("keys", "dtypes", "values", "mtp", "training", "exports")))
     return Diagnosis(subject.path, subject.kind, subject.family, found.sorted(), facts)

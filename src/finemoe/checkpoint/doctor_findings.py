@@ -58,7 +58,7 @@ class Findings:
 
     def _add(self, severity: Severity, about: str, text: str) -> None:
         found = Finding(severity, about, text if len(text) <= _LONGEST else text[:_LONGEST] + " ...")
-        if found not in self._found:
+        if all((one.severity, one.text) != (severity, found.text) for one in self._found):  # a cause is told once
             self._found.append(found)
 
     @property
