@@ -63,6 +63,7 @@ CASES = {
     ),
     "clamped": Case({"swiglu_limit": 0.1, "num_shared_experts": 2}),
     "gated shared expert": Case({"gate_shared_experts": True}),
+    "gated shared experts": Case({"gate_shared_experts": True}),
     "gated shared experts, clamped": Case({"gate_shared_experts": True, "num_shared_experts": 2, "swiglu_limit": 0.1}),
 }
 
@@ -151,11 +152,12 @@ def test_output_and_gradients_are_those_of_every_expert_on_every_token(case: Cas
 @pytest.mark.parametrize("kernel", EXPERT_KERNELS)
 @pytest.mark.parametrize(
     "name",
-    ["plain", "empty experts", "capacity drops some", "two shared experts", "biased", "gated shared experts, clamped"],
+    ["plain", "empty experts", "capacity drops some", "two shared experts", "biased", "gated shared experts"],
 )
 def test_bfloat16_autocast_stays_within_two_percent_of_the_oracle(name: str, kernel: str) -> None:
     # bfloat16 rounds to 2^-9 = 0.2 %; a handful of roundings make well under 2 % of the norm,
-    # where a wrong choice of expert or a lost one moves tens of per cent.
+    # where a wrong choice of expert or a lost one moves tens of per cent. No clamp here: its gradient has a step, which
+    # rounding may cross.
     case = CASES[name]
     layer, hidden, tokens = make(case, kernel, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
