@@ -10,6 +10,7 @@ from finemoe.checkpoint.foreign import TOKENIZER_BYTES, folder_file, read_bytes
 from finemoe.checkpoint.gguf_metadata import describe
 from finemoe.checkpoint.gguf_tokenizer import metadata_of
 from finemoe.checkpoint.hf_config import FAMILIES
+from finemoe.checkpoint.hf_layers import training_only
 from finemoe.checkpoint.transfer import COMPANIONS
 from finemoe.core.errors import CheckpointError, DataError, FinemoeError
 from finemoe.model.attention.grouped_query import GroupedQueryConfig
@@ -196,7 +197,8 @@ def _gguf_export(subject: Subject, config: ModelConfig, always: list[str]) -> di
             missing = ["no tokenizer: GGUF has no name for its splitting, so --no-tokenizer must be given"]
         except FinemoeError as error:
             return _export("gguf", "gguf", reason=str(error).partition(": ")[2] or str(error))
-    return _export(described.architecture, "gguf", lost=[*always, *described.notes, *missing])
+    training = [f"no {text} (training)" for text in training_only(config)]
+    return _export(described.architecture, "gguf", lost=[*always, *training, *described.notes, *missing])
 
 
 def _companions(subject: Subject) -> dict[str, bytes]:

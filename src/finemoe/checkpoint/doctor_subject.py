@@ -99,7 +99,9 @@ def open_subject(path: Path, found: Findings, *, deep: bool, quiet: bool) -> Sub
         CheckpointError: there is nothing at `path`.
     """
     if not path.exists() and not path.is_symlink():
-        raise CheckpointError(f"{path}: no such file or folder")
+        partial = Path(f"{path}.partial")
+        hint = f"; an interrupted import lies in {partial}: import again to finish it" if partial.exists() else ""
+        raise CheckpointError(f"{path}: no such file or folder{hint}")
     subject = Subject(path, _kind(path), path)
     opener = _OPENERS[subject.kind]
     with found.guard("files"):

@@ -78,6 +78,8 @@ def open_source(path: Path) -> Source:
     Raises:
         CheckpointError: whatever is wrong with it.
     """
+    if path.is_dir() and not os.path.lexists(path / CONFIG):
+        raise CheckpointError(f"{path}: no {CONFIG} in it, so this is no Hugging Face checkpoint")
     raw = read_json(folder_file(path, CONFIG))
     if "model_type" not in raw:
         raise CheckpointError(f"{path / CONFIG}: no `model_type`, so this is no Hugging Face checkpoint")
