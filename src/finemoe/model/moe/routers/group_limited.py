@@ -9,7 +9,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from finemoe.model.moe.decision import RoutingConstraint, RoutingDecision
-from finemoe.model.moe.routers.select import GroupsConfig, select_in_groups
+from finemoe.model.moe.routers.select import GroupsConfig, float32_logits, select_in_groups
 
 
 class GroupLimitedConfig(GroupsConfig):
@@ -44,9 +44,7 @@ class GroupLimitedRouter(nn.Module):
 
     def forward(self, hidden: Tensor, tokens: Tensor, constraint: RoutingConstraint | None) -> RoutingDecision:
         """`hidden [tokens, hidden]`; `tokens [tokens]` ids, unused here."""
-        # fp32 whatever the model's precision: rounded logits change which experts win.
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = hidden.float() @ self.weight.float().t()
+        logits = float32_logits(hidden, self.weight)
         scores = logits.softmax(dim=-1)
         expert_ids = select_in_groups(scores.detach(), self.experts_per_token, constraint, self.config, best=1)
         gates = scores.gather(-1, expert_ids) * self.config.route_scale

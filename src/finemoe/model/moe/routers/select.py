@@ -22,6 +22,15 @@ SCORE_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def float32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """`[tokens, experts]` from `hidden [tokens, hidden]` and centroids `weight [experts, hidden]`, never narrower.
+
+    Whatever the model's precision: rounded logits change which experts win.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return hidden.float() @ weight.float().t()
+
+
 class GroupsConfig(Config, ABC):
     """Device- or node-limited routing: experts lie in consecutive groups, and a token uses only some of the groups."""
 

@@ -9,7 +9,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from finemoe.model.moe.decision import RoutingConstraint, RoutingDecision
-from finemoe.model.moe.routers.select import SCORE_FUNCTIONS, GroupsConfig, select_in_groups
+from finemoe.model.moe.routers.select import SCORE_FUNCTIONS, GroupsConfig, float32_logits, select_in_groups
 
 
 class SigmoidBiasedConfig(GroupsConfig):
@@ -55,9 +55,7 @@ class SigmoidBiasedRouter(nn.Module):
 
     def forward(self, hidden: Tensor, tokens: Tensor, constraint: RoutingConstraint | None) -> RoutingDecision:
         """`hidden [tokens, hidden]`; `tokens [tokens]` ids, unused here."""
-        # fp32 whatever the model's precision: rounded logits change which experts win.
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = hidden.float() @ self.weight.float().t()
+        logits = float32_logits(hidden, self.weight)
         scores = SCORE_FUNCTIONS[self.config.score_function](logits)
         biased = scores.detach() + self.selection_bias.float()
         expert_ids = select_in_groups(biased, self.experts_per_token, constraint, self.config, best=2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finemoe.core.config import Config
 from finemoe.model.moe.decision import RoutingConstraint, RoutingDecision
-from finemoe.model.moe.routers.select import select
+from finemoe.model.moe.routers.select import float32_logits, select
 
 
 class SoftmaxTopKConfig(Config):
@@ -50,9 +50,7 @@ class SoftmaxTopKRouter(nn.Module):
 
     def forward(self, hidden: Tensor, tokens: Tensor, constraint: RoutingConstraint | None) -> RoutingDecision:
         """`hidden [tokens, hidden]`; `tokens [tokens]` ids, unused here."""
-        # fp32 whatever the model's precision: rounded logits change which experts win.
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = hidden.float() @ self.weight.float().t()
+        logits = float32_logits(hidden, self.weight)
         scores = logits.softmax(dim=-1)
         expert_ids = select(scores.detach(), self.experts_per_token, constraint)
         if self.config.normalize_gates:
