@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +94,40 @@ def test_the_router_of_the_howto_routes():
     assert decision.expert_ids.shape == (10, 2)
     assert decision.expert_ids.max() < 3
     assert sum(p.numel() for p in router.parameters()) == names["SignConfig"]().num_parameters(8, 6)
+
+
+def test_the_router_of_the_how_to_works_in_a_recipe(tmp_path):
+    """The file and the line that the page asks for, put into a copy of the package."""
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    routers = tmp_path / "src/finemoe/model/moe/routers"
+    (routers / "sign.py").write_text(blocks(ROOT / "docs/howto/add-a-router.md", "python")[0])
+    table = (routers / "__init__.py").read_text()
+    table = table.replace(
+        "ROUTERS: ", "from finemoe.model.moe.routers.sign import SignConfig, SignRouter\n\nROUTERS: ", 1
+    )
+    (routers / "__init__.py").write_text(table.replace("] = {\n", '] = {\n    "sign": (SignConfig, SignRouter),\n', 1))
+    code = """
+import torch
+from finemoe.model.config import expand
+from finemoe.model.initialize import initialize
+from finemoe.model.presets import resolve
+from finemoe.model.transformer import Transformer
+
+def model(**balance):
+    layer = {"router": {"kind": "sign"}, "balance": {"expert": 0.0, **balance}}
+    return Transformer(expand(resolve({"preset": "tiny-moe", "feed_forward": layer}, "recipe")))
+
+made = model(sequence=0.1)
+initialize(made, seed=0)
+made(torch.zeros(1, 4, dtype=torch.int64)).routing[0].balance["sequence"].backward()
+assert made.blocks[0].feed_forward.router.weight.grad.any()
+try:
+    model(expert=0.1)
+except Exception as error:
+    assert "balance.expert needs scores that sum to 1" in str(error), error
+else:
+    raise SystemExit("accepted")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -52,7 +52,8 @@ class MoEConfig(Config):
                 f"experts_per_token {self.experts_per_token} is above num_routed_experts {self.num_routed_experts}: "
                 "a token cannot choose more experts than there are"
             )
-        self.router.check_experts(self.num_routed_experts, self.experts_per_token)
+        if isinstance(self.router, GroupsConfig):
+            self.router.check_experts(self.num_routed_experts, self.experts_per_token)
         balance = self.balance
         active = [name for name in BALANCE_TERMS if getattr(balance, name)]
         if not self.router.learned and active:

@@ -2,7 +2,7 @@
 
 Every router is built as `Router(config, hidden_size, num_experts, experts_per_token, vocab_size)` and called as
 `router(hidden [tokens, hidden], tokens [tokens], constraint) -> RoutingDecision`. Its config says `learned`,
-`scores_sum_to_one`, `num_parameters(hidden_size, num_experts)` and `check_experts(num_experts, experts_per_token)`.
+`scores_sum_to_one` and `num_parameters(hidden_size, num_experts)`; one that limits groups is a `GroupsConfig`.
 """
 
 from __future__ import annotations

@@ -20,9 +20,6 @@ class HashLayerConfig(Config):
     scores_sum_to_one: ClassVar[bool] = True
     table: Literal["random", "balanced"] = "random"
 
-    def check_experts(self, num_experts: int, experts_per_token: int) -> None:
-        """Any number will do."""
-
     def num_parameters(self, hidden_size: int, num_experts: int) -> int:
         """Nothing is learned."""
         return 0

@@ -24,9 +24,6 @@ class SoftmaxTopKConfig(Config):
     route_scale: PositiveFloat = 1.0
     """Multiply the gates, after any normalisation."""
 
-    def check_experts(self, num_experts: int, experts_per_token: int) -> None:
-        """Any number will do."""
-
     def num_parameters(self, hidden_size: int, num_experts: int) -> int:
         """One centroid per expert."""
         return hidden_size * num_experts
