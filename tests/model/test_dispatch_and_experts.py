@@ -77,7 +77,7 @@ def test_gradcheck_of_spread_and_return() -> None:
     assert isinstance(ticket, Ticket)
     hidden = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x: _Spread.apply(x, ticket, None), (hidden,))
+    assert gradcheck(lambda x: _Spread.apply(x, ticket), (hidden,))
     assert gradcheck(lambda x: _Return.apply(x, ticket), (rows,))
 
 
@@ -126,7 +126,7 @@ def test_experts_follow_autocast_and_keep_float32_gradients(kernel: str) -> None
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     with torch.autocast("cpu", torch.bfloat16):
-        output = experts(torch.randn(5, 3), torch.tensor([2, 3]))
+        output = experts.on_rows(torch.randn(5, 3), torch.tensor([2, 3]))
     output.float().sum().backward()
     assert output.dtype == torch.bfloat16
     assert all(parameter.grad.dtype == torch.float32 for parameter in experts.parameters())

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from finemoe.model import native
 from finemoe.training import cross_entropy
 from finemoe.training.cross_entropy import cross_entropy_sum
 
@@ -28,6 +29,14 @@ def oracle(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Te
     return (weights * F.cross_entropy(hidden @ head.t(), targets, reduction="none")).sum()
 
 
+@pytest.fixture(params=[False, True], ids=["torch", "native"])
+def path(request: pytest.FixtureRequest) -> bool:
+    """Both ways, where there is a compiler."""
+    if request.param and not native.available():
+        pytest.skip("no C++ compiler: plain torch runs")
+    return bool(request.param)
+
+
 def gradients(loss: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss * 0.7, tensors)  # a factor, as the trainer's division
 
@@ -36,16 +45,16 @@ def gradients(loss: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 def test_value_and_gradients_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", {"cpu": elements})
     hidden, head, targets, weights = inputs()
-    ours = cross_entropy_sum(hidden, head, targets, weights)
+    ours = cross_entropy_sum(hidden, head, targets, weights, native=False)
     theirs = oracle(hidden, head, targets, weights)
     torch.testing.assert_close(ours, theirs)
     for mine, expected in zip(gradients(ours, hidden, head), gradients(theirs, hidden, head), strict=True):
         torch.testing.assert_close(mine, expected)
 
 
-def test_gradients_by_finite_differences() -> None:
+def test_gradients_by_finite_differences(path: bool) -> None:
     hidden, head, targets, weights = inputs()
-    loss = cross_entropy_sum(hidden, head, targets, weights)
+    loss = cross_entropy_sum(hidden, head, targets, weights, native=path)
     (gradient,) = torch.autograd.grad(loss, hidden)
     direction = torch.randn_like(hidden)
     with torch.no_grad():
@@ -55,18 +64,18 @@ def test_gradients_by_finite_differences() -> None:
     )
 
 
-def test_tokens_of_weight_zero_do_not_matter() -> None:
+def test_tokens_of_weight_zero_do_not_matter(path: bool) -> None:
     hidden, head, targets, weights = inputs()
-    (gradient,) = torch.autograd.grad(cross_entropy_sum(hidden, head, targets, weights), hidden)
+    (gradient,) = torch.autograd.grad(cross_entropy_sum(hidden, head, targets, weights, native=path), hidden)
     assert not gradient[weights == 0].any()
     changed = torch.where((weights == 0)[:, None], hidden + 5, hidden)
-    before = cross_entropy_sum(hidden, head, targets, weights)
-    assert torch.equal(cross_entropy_sum(changed, head, targets, weights), before)
+    before = cross_entropy_sum(hidden, head, targets, weights, native=path)
+    assert torch.equal(cross_entropy_sum(changed, head, targets, weights, native=path), before)
 
 
-def test_large_logits_do_not_overflow() -> None:
+def test_large_logits_do_not_overflow(path: bool) -> None:
     hidden, head, targets, weights = inputs()
-    loss = cross_entropy_sum(hidden * 1000, head, targets, weights)
+    loss = cross_entropy_sum(hidden * 1000, head, targets, weights, native=path)
     torch.testing.assert_close(loss, oracle(hidden * 1000, head, targets, weights))
 
 
@@ -82,21 +91,22 @@ def test_bf16_autocast_is_near_and_accumulates_in_float32() -> None:
         torch.testing.assert_close(mine, expected, rtol=5e-2, atol=2e-2)
 
 
-def test_without_gradients_the_same_value_and_no_gradient_work() -> None:
+def test_without_gradients_the_same_value_and_no_gradient_work(path: bool) -> None:
     hidden, head, targets, weights = inputs()
     with torch.no_grad(), LargestTensor() as seen:
-        loss = cross_entropy_sum(hidden, head, targets, weights)
+        loss = cross_entropy_sum(hidden, head, targets, weights, native=path)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, oracle(hidden, head, targets, weights))
     assert not {"aten.addmm_.default", "aten.scatter_add_.default"} & seen.operations
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_one_side_may_be_frozen(frozen: int) -> None:
+def test_one_side_may_be_frozen(frozen: int, path: bool) -> None:
     tensors = list(inputs())
     tensors[frozen] = tensors[frozen].detach()
     trained = tensors[1 - frozen]
-    torch.testing.assert_close(gradients(cross_entropy_sum(*tensors), trained), gradients(oracle(*tensors), trained))
+    ours = cross_entropy_sum(*tensors, native=path)
+    torch.testing.assert_close(gradients(ours, trained), gradients(oracle(*tensors), trained))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -123,8 +133,34 @@ def test_logits_are_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -> No
     head = torch.randn(vocab, 4, requires_grad=True)
     targets, weights = torch.randint(vocab, (tokens,)), torch.ones(tokens)
     with LargestTensor() as seen:
-        cross_entropy_sum(hidden, head, targets, weights).backward()
+        cross_entropy_sum(hidden, head, targets, weights, native=False).backward()
     assert seen.elements == chunk * vocab
     with LargestTensor() as whole:
         oracle(hidden, head, targets, weights)
     assert whole.elements == tokens * vocab  # the measure sees what it should
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler: plain torch runs")
+@pytest.mark.parametrize(("tokens", "vocab"), [(0, 10), (1, 1), (3, 15), (130, 140_001)])
+def test_native_chunks(tokens: int, vocab: int) -> None:
+    hidden = torch.randn(tokens, 4, requires_grad=True)
+    head = torch.randn(vocab, 4, requires_grad=True)
+    targets, weights = torch.randint(vocab, (tokens,)), torch.rand(tokens)
+    ours, theirs = cross_entropy_sum(hidden, head, targets, weights), oracle(hidden, head, targets, weights)
+    exact_hidden, exact_head = (x.detach().double().requires_grad_() for x in (hidden, head))
+    exact = oracle(exact_hidden, exact_head, targets, weights.double())
+    found = (ours, *gradients(ours, hidden, head))
+    plain = (theirs, *gradients(theirs, hidden, head))
+    for mine, torchs, truth in zip(found, plain, (exact, *gradients(exact, exact_hidden, exact_head)), strict=True):
+        scale = truth.abs().max().item() if truth.numel() else 0.0
+        error, allowed = ((x.double() - truth).abs().sum().item() for x in (mine, torchs))
+        assert error <= 2 * allowed + 1e-6 * scale * max(1, truth.numel())
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler: plain torch runs")
+@pytest.mark.parametrize("wrong", [-1, VOCAB])
+def test_a_target_outside_the_vocabulary_is_an_error(wrong: int) -> None:
+    hidden, head, targets, weights = inputs()
+    targets[5] = wrong
+    with pytest.raises(RuntimeError, match=f"target {wrong} is outside the vocabulary of {VOCAB}"):
+        cross_entropy_sum(hidden, head, targets, weights)

@@ -1,4 +1,4 @@
-"""What a result was made with: versions, machine, git revision."""
+"""What a result was made with: versions, machine, git revision; and where what can be made again is kept."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "git_revision": _git_revision(),
     }
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $FINEMOE_CACHE, or ~/.cache/finemoe."""
+    return Path(os.environ.get("FINEMOE_CACHE") or "~/.cache/finemoe").expanduser()
 
 
 def _version(package: str) -> str | None:
@@ -32,7 +37,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The model of the processor, as the system names it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -131,6 +131,9 @@ class Kernels(Config):
     """How the model is computed; never what it computes."""
 
     attention: Literal["reference", "sdpa"] = "sdpa"
-    experts: Literal["loop", "sorted_slices"] = "sorted_slices"
+    experts: Literal["auto", "loop", "sorted_slices", "grouped_mm", "native"] = "auto"
+    """auto: grouped_mm for bf16 on CUDA, else native where it can run; `finemoe train` measures instead."""
+    products: Literal["auto", "torch", "native"] = "auto"
+    """Of linear layers, dense SwiGLUs, norms and the loss. native (and auto): the C++ kernels where they can run."""
     recompute: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finemoe.core.config import Config
+from finemoe.model.native import Native, usable
+from finemoe.model.native.experts import swiglu as native_swiglu
 from finemoe.model.projection import Projection
 
 
@@ -37,7 +39,7 @@ def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
     return F.silu(gate) * up
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Native, nn.Module):
     """down(silu(gate(x)) · up(x)), no biases."""
 
     def __init__(self, hidden_size: int, ffn_hidden_size: int, limit: float | None = None) -> None:
@@ -49,5 +51,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` to `[..., hidden]`."""
+        if self.native and usable(hidden, self.gate_proj.weight):
+            weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+            return native_swiglu(hidden, *weights, self.limit)
         output: Tensor = self.down_proj(swiglu(self.gate_proj(hidden), self.up_proj(hidden), self.limit))
         return output

@@ -18,6 +18,8 @@ from finemoe.model.feed_forward import DenseConfig, SwiGLU
 from finemoe.model.moe.decision import RoutingConstraint, RoutingRecord
 from finemoe.model.moe.experts import EXPERT_KERNELS
 from finemoe.model.moe.layer import MoELayer
+from finemoe.model.native import Native, usable
+from finemoe.model.native.linear import linear
 from finemoe.model.norm import RMSNorm
 from finemoe.model.projection import Projection, TokenEmbedding
 
@@ -93,7 +95,7 @@ class MTPModule(nn.Module):
         return output
 
 
-class Transformer(nn.Module):
+class Transformer(Native, nn.Module):
     """A decoder-only language model. Weights are uninitialised: `initialize` draws them, a checkpoint fills them."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels | None = None) -> None:
@@ -105,6 +107,13 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mtp = nn.ModuleList(MTPModule(block, config, self.kernels) for block in config.mtp)
         self.head = None if config.tie_embeddings else Projection(config.hidden_size, config.vocab_size)
+        self.use_native(self.kernels.products != "torch")
+
+    def use_native(self, wanted: bool) -> None:
+        """Whether modules that have a native path take it where they can."""
+        for module in self.modules():
+            if isinstance(module, Native):
+                module.native = wanted
 
     @property
     def head_weight(self) -> Tensor:
@@ -202,6 +211,8 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` to `[..., vocab]`."""
+        if self.native and usable(hidden, self.head_weight):
+            return linear(hidden, self.head_weight)
         return F.linear(hidden, self.head_weight)
 
 

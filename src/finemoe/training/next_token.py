@@ -59,11 +59,11 @@ class NextToken:
         )
         head = model.head_weight
         hidden = output.hidden.flatten(0, 1)
-        sums: dict[str, Tensor] = {
-            CROSS_ENTROPY: cross_entropy_sum(hidden, head, batch.targets.flatten(), batch.weights.flatten())
-        }
+        targets, weights, native = batch.targets.flatten(), batch.weights.flatten(), model.native
+        sums: dict[str, Tensor] = {CROSS_ENTROPY: cross_entropy_sum(hidden, head, targets, weights, native=native)}
         for (name, targets, weights), ahead in zip(self._ahead(batch), output.mtp_hidden, strict=True):
-            sums[name] = cross_entropy_sum(ahead.flatten(0, 1), head, targets.flatten(), weights.flatten())
+            states = ahead.flatten(0, 1)
+            sums[name] = cross_entropy_sum(states, head, targets.flatten(), weights.flatten(), native=native)
         for record in output.routing.values():
             for name, value in record.balance.items():
                 sums[name] = sums[name] + value if name in sums else value

@@ -13,17 +13,42 @@ import torch
 from torch import Tensor
 
 from finemoe.model.moe.decision import RoutingDecision
+from finemoe.model.native import available
+from finemoe.model.native.experts import sort_by_expert
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """How to find the way back. An assignment is a (token, choice) pair, numbered token · k + choice."""
+    """The way there and back. An assignment is a (token, choice) pair, numbered token · k + choice."""
 
     order: Tensor
     """[kept] the kept assignments, sorted by expert, then by token."""
     slots: Tensor
-    """[tokens · k] where each assignment went in that order; a dropped one points at any row (its gate is 0)."""
+    """[tokens · k] where each assignment went in that order; -1 where it was dropped."""
+    counts: Tensor
+    """[experts] kept assignments of each expert."""
     experts_per_token: int
+    complete: bool
+    """Nothing was dropped."""
+
+
+def arrange(expert_ids: Tensor, num_experts: int, keep: Tensor | None) -> Ticket:
+    """Sort the assignments `expert_ids [tokens, k]` by expert; `keep` as in `dispatch`."""
+    flat = expert_ids.reshape(-1)
+    k = expert_ids.shape[1]
+    if keep is None and expert_ids.device.type == "cpu" and available():
+        return Ticket(*sort_by_expert(flat, num_experts), k, complete=True)
+    if keep is None:
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=num_experts)
+    else:
+        kept = keep.reshape(-1)
+        # Dropped assignments sort behind the last expert and are cut off.
+        order = torch.where(kept, flat, num_experts).argsort(stable=True)[: int(kept.sum())]
+        counts = torch.bincount(flat[kept], minlength=num_experts)
+    slots = torch.full_like(flat, -1)
+    slots[order] = torch.arange(len(order), device=flat.device)
+    return Ticket(order, slots, counts, k, complete=keep is None)
 
 
 def dispatch(hidden: Tensor, decision: RoutingDecision, keep: Tensor | None) -> tuple[Tensor, Tensor, Ticket]:
@@ -37,21 +62,14 @@ def dispatch(hidden: Tensor, decision: RoutingDecision, keep: Tensor | None) -> 
     Returns:
         rows [kept, hidden] sorted by expert; counts [experts] of rows per expert; the ticket for `combine`.
     """
-    k = decision.expert_ids.shape[1]
-    num_experts = decision.scores.shape[1]
-    flat = decision.expert_ids.reshape(-1)
-    if keep is None:
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=num_experts)
-    else:
-        kept = keep.reshape(-1)
-        # Dropped assignments sort behind the last expert and are cut off.
-        order = torch.where(kept, flat, num_experts).argsort(stable=True)[: int(kept.sum())]
-        counts = torch.bincount(flat[kept], minlength=num_experts)
-    slots = torch.zeros_like(flat)
-    slots[order] = torch.arange(len(order), device=flat.device)
-    ticket = Ticket(order, slots, k)
-    return _Spread.apply(hidden, ticket, keep), counts, ticket
+    ticket = arrange(decision.expert_ids, decision.scores.shape[1], keep)
+    return spread(hidden, ticket), ticket.counts, ticket
+
+
+def spread(hidden: Tensor, ticket: Ticket) -> Tensor:
+    """`hidden [tokens, hidden]` to rows [kept, hidden] sorted by expert."""
+    rows: Tensor = _Spread.apply(hidden, ticket)
+    return rows
 
 
 def combine(rows: Tensor, ticket: Ticket, gate_weights: Tensor) -> Tensor:
@@ -75,19 +93,19 @@ class _Spread(torch.autograd.Function):
     """hidden -> rows; the gradient gathers each token's k rows and adds them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, ticket: Ticket, keep: Tensor | None) -> Tensor:
-        ctx.ticket, ctx.keep = ticket, keep
+    def forward(ctx: Any, hidden: Tensor, ticket: Ticket) -> Tensor:
+        ctx.ticket = ticket
         return hidden.index_select(0, ticket.order // ticket.experts_per_token)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         ticket: Ticket = ctx.ticket
         if not len(grad):
-            return grad.new_zeros(len(ticket.slots) // ticket.experts_per_token, grad.shape[1]), None, None
-        copies = grad.index_select(0, ticket.slots).view(-1, ticket.experts_per_token, grad.shape[1])
-        if ctx.keep is not None:
-            copies = copies * ctx.keep[:, :, None]
-        return copies.sum(1), None, None
+            return grad.new_zeros(len(ticket.slots) // ticket.experts_per_token, grad.shape[1]), None
+        copies = _by_assignment(grad, ticket)
+        if not ticket.complete:
+            copies = copies * (ticket.slots >= 0)[:, None]
+        return copies.view(-1, ticket.experts_per_token, grad.shape[1]).sum(1), None
 
 
 class _Return(torch.autograd.Function):
@@ -96,8 +114,13 @@ class _Return(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, ticket: Ticket) -> Tensor:
         ctx.ticket = ticket
-        return rows.index_select(0, ticket.slots)
+        return _by_assignment(rows, ticket)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad.index_select(0, ctx.ticket.order), None
+
+
+def _by_assignment(rows: Tensor, ticket: Ticket) -> Tensor:
+    """[tokens · k, hidden]: the row of each assignment, any row for a dropped one."""
+    return rows.index_select(0, ticket.slots if ticket.complete else ticket.slots.clamp(min=0))

@@ -1,6 +1,7 @@
 """The routed experts of one layer: stacked SwiGLU weights, and the kernels that run them over sorted rows.
 
-Every kernel computes, for the rows of expert e, down_e(swiglu(gate_e x, up_e x)). `loop` is the oracle.
+Every kernel computes, for the rows of expert e, down_e(swiglu(gate_e x, up_e x)). `loop` is the oracle. A kernel may
+also have a whole form, which reads the token states where they are, and weighs and adds what the experts return.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finemoe.model.feed_forward import swiglu
+from finemoe.model.moe.dispatch import Ticket, combine, spread
+from finemoe.model.native import usable
+from finemoe.model.native.experts import experts as native_experts
 
 ExpertKernel = Callable[[Tensor, Tensor, Tensor, Tensor, float | None], Tensor]
 """(rows [rows, hidden] sorted by expert, counts [experts], gate_up_proj, down_proj, SwiGLU limit) -> [rows, hidden]."""
@@ -92,7 +96,53 @@ class _SortedSlices(torch.autograd.Function):
         return grad_rows, grad_gate_up_proj, grad_down, None, None
 
 
-EXPERT_KERNELS: dict[str, ExpertKernel] = {"loop": loop, "sorted_slices": sorted_slices}
+def grouped_mm(
+    rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, limit: float | None = None
+) -> Tensor:
+    """PyTorch's grouped products: one launch for all experts, made for bf16 on CUDA; `loop` for what they refuse."""
+    if not _grouped_mm_takes(rows, gate_up_proj, down_proj):
+        return loop(rows, counts, gate_up_proj, down_proj, limit)
+    offsets = counts.cumsum(0).to(torch.int32)
+    gate_up = F.grouped_mm(rows, gate_up_proj.transpose(1, 2), offs=offsets)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.grouped_mm(swiglu(gate, up, limit), down_proj.transpose(1, 2), offs=offsets)
+
+
+def _grouped_mm_takes(rows: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> bool:
+    """Whether this PyTorch has grouped products, and for these: no float64, rows of whole 16 bytes, at least one."""
+    sizes = (gate_up_proj.shape[2], down_proj.shape[2])
+    return (
+        "grouped_mm" in vars(F)
+        and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and len(rows) > 0
+        and not any(size * rows.element_size() % 16 for size in sizes)
+    )
+
+
+def native(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, limit: float | None = None) -> Tensor:
+    """The C++ products, on a CPU in float32; `sorted_slices` for anything else."""
+    if not usable(rows, gate_up_proj, down_proj):
+        return sorted_slices(rows, counts, gate_up_proj, down_proj, limit)
+    return native_experts(rows, None, None, counts, None, gate_up_proj, down_proj, limit)
+
+
+def automatic(
+    rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, limit: float | None = None
+) -> Tensor:
+    """`grouped_mm` for bf16 on CUDA; elsewhere `native`, which falls back by itself."""
+    kernel = grouped_mm if rows.device.type == "cuda" and rows.dtype == torch.bfloat16 else native
+    return kernel(rows, counts, gate_up_proj, down_proj, limit)
+
+
+EXPERT_KERNELS: dict[str, ExpertKernel] = {
+    "auto": automatic,
+    "loop": loop,
+    "sorted_slices": sorted_slices,
+    "grouped_mm": grouped_mm,
+    "native": native,
+}
+_WHOLE = (automatic, native)
+"""Kernels that have a whole form where the native one is usable."""
 
 
 class GroupedExperts(nn.Module):
@@ -116,8 +166,21 @@ class GroupedExperts(nn.Module):
         self.kernel = kernel
         self.limit = limit
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """`rows [rows, hidden]` sorted by expert, `counts [experts]`; `[rows, hidden]` out."""
+    def forward(self, hidden: Tensor, ticket: Ticket, gate_weights: Tensor) -> Tensor:
+        """Each token's experts, weighed and added.
+
+        Args:
+            hidden: [tokens, hidden].
+            ticket: which rows go where, from `dispatch.arrange`.
+            gate_weights: [tokens, k]; 0 where dropped.
+        """
+        if self.kernel in _WHOLE and len(ticket.order) and usable(hidden, gate_weights, self.gate_up_proj):
+            index = (ticket.order, ticket.slots, ticket.counts)
+            return native_experts(hidden, *index, gate_weights, self.gate_up_proj, self.down_proj, self.limit)
+        return combine(self.on_rows(spread(hidden, ticket), ticket.counts), ticket, gate_weights)
+
+    def on_rows(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """`rows [rows, hidden]` sorted by expert, `counts [experts]`; `[rows, hidden]` out, not weighed."""
         gate_up: Tensor = self.gate_up_proj
         down: Tensor = self.down_proj
         device = rows.device.type

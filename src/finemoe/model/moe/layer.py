@@ -14,7 +14,7 @@ from finemoe.model.feed_forward import SwiGLU
 from finemoe.model.moe.balance import BALANCE_TERMS, BalanceConfig, Layout, balance_terms
 from finemoe.model.moe.capacity import exempt_sequences, kept_assignments, kept_on_devices
 from finemoe.model.moe.decision import RoutingConstraint, RoutingDecision, RoutingRecord
-from finemoe.model.moe.dispatch import combine, dispatch
+from finemoe.model.moe.dispatch import arrange
 from finemoe.model.moe.experts import ExpertKernel, GroupedExperts
 from finemoe.model.moe.routers import ROUTERS, RouterConfig
 from finemoe.model.moe.routers.select import GroupsConfig
@@ -147,8 +147,8 @@ class MoELayer(nn.Module):
         keep = self._kept(decision, tokens)
         if keep is not None:
             gates, dropped = gates * keep, (~keep).sum()
-        rows, counts, ticket = dispatch(flat, decision, keep)
-        output = combine(self.experts(rows, counts), ticket, gates).view_as(hidden)
+        ticket = arrange(decision.expert_ids, self.config.num_routed_experts, keep)
+        output = self.experts(flat, ticket, gates).view_as(hidden)
         if self.shared_experts is not None:
             shared = self.shared_experts(hidden)
             output = output + (shared if self.shared_gate is None else F.sigmoid(self.shared_gate(hidden)) * shared)

@@ -1,0 +1,48 @@
+"""C++ kernels for float32 on a CPU, compiled at first use. Everything here has a path in plain torch that always works.
+
+`experts.cpp` whole MoE layers and SwiGLUs, `linear.cpp` linear layers, `cross_entropy.cpp` the loss, on the products of
+`gemm.h`; `norm.cpp`, `rope.cpp`, `attention.cpp` what lies between.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from finemoe.core import extension
+from finemoe.core.logs import logger
+
+
+class Native:
+    """Marks a module that takes its native path where `usable` allows it."""
+
+    native: bool = True
+    """False: always plain torch. `Transformer` sets it from its kernels."""
+
+
+@cache
+def available() -> bool:
+    """Whether the kernels can be used on this machine; compiles them if that has not been done.
+
+    The environment variable FINEMOE_NATIVE=0 switches them off.
+    """
+    if os.environ.get("FINEMOE_NATIVE") == "0":
+        return False
+    reason = extension.load("finemoe_native", Path(__file__).parent)
+    if reason is not None:
+        logger.warning("the CPU kernels cannot be used, plain torch runs instead, more slowly: %s", reason)
+    return reason is None
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels can take these tensors: plain float32 on the CPU, outside autocast."""
+    for tensor in tensors:
+        if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+            return False
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:  # such as distributed tensors
+            return False
+    return not torch.is_autocast_enabled("cpu") and available()

@@ -1,0 +1,158 @@
+// torch.ops.finemoe.*: checks shapes and hands pointers on. Results go to tensors that the caller made.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <utility>
+
+#include "experts.h"
+#include "linear.h"
+
+namespace {
+
+using at::Tensor;
+using finemoe::Experts;
+
+const float* numbers(const Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_cpu() && tensor.is_contiguous(), name,
+              " must be a contiguous float32 tensor on the CPU");
+  return tensor.const_data_ptr<float>();
+}
+
+float* writable(const Tensor& tensor, const char* name) { return const_cast<float*>(numbers(tensor, name)); }
+
+float* wanted(const std::optional<Tensor>& tensor, const char* name) {
+  return tensor ? writable(*tensor, name) : nullptr;
+}
+
+const int64_t* ids(const Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.scalar_type() == at::kLong && tensor.is_cpu() && tensor.is_contiguous(), name,
+              " must be a contiguous int64 tensor on the CPU");
+  return tensor.const_data_ptr<int64_t>();
+}
+
+// Gate and up weights of all experts: matrices [width, hidden] that may lie between others.
+const float* stacked(const Tensor& weight, const char* name) {
+  TORCH_CHECK(weight.scalar_type() == at::kFloat && weight.is_cpu() && weight.dim() == 3 && weight.stride(2) == 1 &&
+                  weight.stride(1) == weight.size(2),
+              name, " must be float32 [experts, width, hidden] on the CPU, each matrix contiguous");
+  return weight.const_data_ptr<float>();
+}
+
+Experts describe(const Tensor& states, const std::optional<Tensor>& order, const std::optional<Tensor>& slots,
+                 const std::optional<Tensor>& counts, const std::optional<Tensor>& gates, const Tensor& gate,
+                 const Tensor& up, const Tensor& down, double limit) {
+  Experts x{};
+  x.states = numbers(states, "states");
+  x.tokens = states.size(0), x.hidden = states.size(1);
+  x.gate_weight = stacked(gate, "gate_weight");
+  x.up_weight = stacked(up, "up_weight");
+  x.down_weight = numbers(down, "down_weight");
+  x.count = down.size(0), x.width = down.size(2);
+  x.up_stride = gate.stride(0);
+  TORCH_CHECK(gate.sizes() == up.sizes() && up.stride(0) == gate.stride(0) && gate.size(0) == x.count &&
+                  gate.size(1) == x.width && gate.size(2) == x.hidden && down.size(1) == x.hidden,
+              "the shapes of gate_weight, up_weight, down_weight and states do not go together");
+  x.limit = static_cast<float>(limit);
+  x.k = 1;
+  x.begin.assign(1, 0);
+  if (counts) {
+    TORCH_CHECK(counts->numel() == x.count, "counts needs one number for each expert");
+    const int64_t* count = ids(*counts, "counts");
+    for (int64_t e = 0; e < x.count; ++e) x.begin.push_back(x.begin.back() + count[e]);
+  } else {
+    TORCH_CHECK(x.count == 1, "several experts need counts");
+    x.begin.push_back(x.tokens);
+  }
+  TORCH_CHECK(x.rows() == (order ? order->numel() : x.tokens), "counts do not add up to the rows");
+  if (!order) return x;
+  TORCH_CHECK(slots && gates && slots->numel() == gates->numel() && x.tokens > 0 && slots->numel() % x.tokens == 0,
+              "order, slots and gates do not go together");
+  x.order = ids(*order, "order");
+  x.slots = ids(*slots, "slots");
+  x.gates = numbers(*gates, "gates");
+  x.k = slots->numel() / x.tokens;
+  return x;
+}
+
+void experts_forward(const Tensor& states, const std::optional<Tensor>& order, const std::optional<Tensor>& slots,
+                     const std::optional<Tensor>& counts, const std::optional<Tensor>& gates, const Tensor& gate,
+                     const Tensor& up, const Tensor& down, double limit, Tensor gate_up, Tensor output) {
+  finemoe::experts_forward(describe(states, order, slots, counts, gates, gate, up, down, limit),
+                           writable(gate_up, "gate_up"), writable(output, "output"));
+}
+
+void experts_backward(const Tensor& grad, const Tensor& gate_up, const Tensor& states,
+                      const std::optional<Tensor>& order, const std::optional<Tensor>& slots,
+                      const std::optional<Tensor>& counts, const std::optional<Tensor>& gates, const Tensor& gate,
+                      const Tensor& up, const Tensor& down, double limit, const std::optional<Tensor>& grad_states,
+                      const std::optional<Tensor>& grad_gates, Tensor grad_gate, Tensor grad_up, Tensor grad_down) {
+  const finemoe::ExpertGradients gradients{
+      wanted(grad_states, "grad_states"), wanted(grad_gates, "grad_gates"),
+      const_cast<float*>(stacked(grad_gate, "grad_gate")), const_cast<float*>(stacked(grad_up, "grad_up")),
+      writable(grad_down, "grad_down")};
+  finemoe::experts_backward(describe(states, order, slots, counts, gates, gate, up, down, limit),
+                            numbers(gate_up, "gate_up"), numbers(grad, "grad"), gradients);
+}
+
+// Assignments sorted by expert, without comparing: where each expert's rows begin follows from the counts.
+void sort_by_expert(const Tensor& expert_ids, Tensor order, Tensor slots, Tensor counts) {
+  const int64_t* expert = ids(expert_ids, "expert_ids");
+  int64_t *row = const_cast<int64_t*>(ids(order, "order")), *slot = const_cast<int64_t*>(ids(slots, "slots"));
+  int64_t* count = const_cast<int64_t*>(ids(counts, "counts"));
+  const int64_t n = expert_ids.numel(), experts = counts.numel();
+  TORCH_CHECK(order.numel() == n && slots.numel() == n, "order and slots need one place for each assignment");
+  std::fill_n(count, experts, 0);
+  for (int64_t a = 0; a < n; ++a) {
+    TORCH_CHECK(expert[a] >= 0 && expert[a] < experts, "expert id ", expert[a], " is not below ", experts);
+    ++count[expert[a]];
+  }
+  std::vector<int64_t> next(experts, 0);
+  for (int64_t e = 1; e < experts; ++e) next[e] = next[e - 1] + count[e - 1];
+  for (int64_t a = 0; a < n; ++a) {
+    slot[a] = next[expert[a]]++;
+    row[slot[a]] = a;
+  }
+}
+
+void check_linear(const Tensor& x, const Tensor& weight, const Tensor& out) {
+  TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && out.dim() == 2, "x, weight and their product must be matrices");
+  TORCH_CHECK(x.size(1) == weight.size(1) && x.size(0) == out.size(0) && weight.size(0) == out.size(1),
+              "shapes of x, weight and their product do not go together");
+}
+
+void linear_forward(const Tensor& x, const Tensor& weight, Tensor out) {
+  check_linear(x, weight, out);
+  finemoe::linear_forward(x.size(0), weight.size(0), x.size(1), numbers(x, "x"), numbers(weight, "weight"),
+                          writable(out, "out"));
+}
+
+void linear_grad_input(const Tensor& grad, const Tensor& weight, Tensor out) {
+  check_linear(out, weight, grad);
+  finemoe::linear_grad_input(out.size(0), weight.size(0), weight.size(1), numbers(grad, "grad"),
+                             numbers(weight, "weight"), writable(out, "out"));
+}
+
+void linear_grad_weight(const Tensor& grad, const Tensor& x, Tensor out) {
+  check_linear(x, out, grad);
+  finemoe::linear_grad_weight(x.size(0), out.size(0), x.size(1), numbers(grad, "grad"), numbers(x, "x"),
+                              writable(out, "out"));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(finemoe, library) {
+  library.def(
+      "experts_forward(Tensor states, Tensor? order, Tensor? slots, Tensor? counts, Tensor? gates, Tensor gate_weight, "
+      "Tensor up_weight, Tensor down_weight, float limit, Tensor(a!) gate_up, Tensor(b!) output) -> ()",
+      experts_forward);
+  library.def(
+      "experts_backward(Tensor grad, Tensor gate_up, Tensor states, Tensor? order, Tensor? slots, Tensor? counts, "
+      "Tensor? gates, Tensor gate_weight, Tensor up_weight, Tensor down_weight, float limit, Tensor(a!)? grad_states, "
+      "Tensor(b!)? grad_gates, Tensor(c!) grad_gate, Tensor(d!) grad_up, Tensor(e!) grad_down) -> ()",
+      experts_backward);
+  library.def("sort_by_expert(Tensor expert_ids, Tensor(a!) order, Tensor(b!) slots, Tensor(c!) counts) -> ()",
+              sort_by_expert);
+  library.def("linear_forward(Tensor x, Tensor weight, Tensor(a!) out) -> ()", linear_forward);
+  library.def("linear_grad_input(Tensor grad, Tensor weight, Tensor(a!) out) -> ()", linear_grad_input);
+  library.def("linear_grad_weight(Tensor grad, Tensor x, Tensor(a!) out) -> ()", linear_grad_weight);
+}

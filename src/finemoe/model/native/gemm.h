@@ -1,0 +1,282 @@
+// Single-threaded float32 matrix products C = A B, built from a register-tiled micro-kernel.
+//
+// A and B are described by how they are packed, so that a gather, a transposition or a scale costs no pass of its own.
+// The sizes follow the width of the machine's vectors: the accumulators fill the registers, a packed slice of A stays
+// in the first cache and a packed block of B in the second (Goto and van de Geijn, 2008).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <utility>
+
+namespace finemoe {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kVectors = 2, kRows = 14;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kVectors = 2, kRows = 6;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kVectors = 4, kRows = 6;
+#else
+constexpr int kLanes = 4, kVectors = 2, kRows = 5;
+#endif
+constexpr int kColumns = kLanes * kVectors;  // of the tile that the registers hold
+constexpr int64_t kDepth = 384;              // most of the shared dimension that is packed at once
+constexpr int64_t kBlock = 512;              // columns of B that are packed at once; a multiple of kColumns
+constexpr int64_t kPanelStride = kDepth + 16;  // not a power of two: rows of A must not share one cache set
+
+typedef float Vector __attribute__((vector_size(kLanes * 4)));
+typedef float Unaligned __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef int32_t IntVector __attribute__((vector_size(kLanes * 4)));
+
+inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+inline Vector splat(float x) { return Vector{} + x; }
+
+// Row r of a matrix whose rows are looked up: `rows[r] / divisor` when there is a list, r itself when not.
+struct Rows {
+  const float* base;
+  int64_t stride;
+  const int64_t* index = nullptr;
+  int64_t divisor = 1;
+  const float* operator[](int64_t r) const { return base + (index ? index[r] / divisor : r) * stride; }
+};
+
+// ---- packing A: at most kRows rows of the result, `depth` deep ------------------------------------------------------
+
+// A[i][k] = rows[i][k]; the panel keeps rows.
+struct PackRows {
+  static constexpr bool kDepthMajor = false;
+  Rows rows;
+  void operator()(int64_t i0, int64_t count, int64_t k0, int64_t depth, float* panel) const {
+    for (int64_t i = 0; i < count; ++i)
+      std::memcpy(panel + i * kPanelStride, rows[i0 + i] + k0, depth * sizeof(float));
+  }
+};
+
+// A[i][k] = scale[k] rows[k][i] with rows of `width` numbers; the panel keeps columns. `scales` is read through the same
+// index as the rows.
+struct PackColumns {
+  static constexpr bool kDepthMajor = true;
+  Rows rows;
+  int64_t width;
+  const float* scales = nullptr;
+  void operator()(int64_t i0, int64_t count, int64_t k0, int64_t depth, float* panel) const {
+    constexpr int kWhole = (kRows + kLanes - 1) / kLanes;  // vectors: the excess is overwritten by the next column
+    const bool whole = i0 + kWhole * kLanes <= width;
+    for (int64_t k = 0; k < depth; ++k) {
+      const float* source = rows[k0 + k] + i0;
+      float* target = panel + k * kRows;
+      const float scale = scales ? scales[rows.index ? rows.index[k0 + k] : k0 + k] : 1.0f;
+      if (whole)
+        for (int v = 0; v < kWhole; ++v) store(target + v * kLanes, scale * load(source + v * kLanes));
+      else
+        for (int64_t i = 0; i < count; ++i) target[i] = scale * source[i];
+    }
+  }
+};
+
+// ---- packing B: `depth` rows, kColumns columns, columns beyond `count` filled with zeros ---------------------------
+
+// B[k][j] = rows[k][j].
+struct PackStraight {
+  Rows rows;
+  void operator()(int64_t k0, int64_t depth, int64_t j0, int64_t count, float* panel) const {
+    if (count == kColumns) {
+      for (int64_t k = 0; k < depth; ++k) {
+        const float* source = rows[k0 + k] + j0;
+        for (int v = 0; v < kVectors; ++v) store(panel + k * kColumns + v * kLanes, load(source + v * kLanes));
+      }
+      return;
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      std::memcpy(panel + k * kColumns, rows[k0 + k] + j0, count * sizeof(float));
+      std::memset(panel + k * kColumns + count, 0, (kColumns - count) * sizeof(float));
+    }
+  }
+};
+
+template <int kStep, int... lane>
+inline void swap_lanes(Vector& low, Vector& high, std::integer_sequence<int, lane...>) {
+  const Vector a = low, b = high;
+  low = __builtin_shufflevector(a, b, ((lane & kStep) ? kLanes + lane - kStep : lane)...);
+  high = __builtin_shufflevector(a, b, ((lane & kStep) ? kLanes + lane : lane + kStep)...);
+}
+
+template <int kStep>
+inline void transpose_stage(Vector* square) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & kStep))
+      swap_lanes<kStep>(square[i], square[i + kStep], std::make_integer_sequence<int, kLanes>{});
+}
+
+// kLanes x kLanes, in registers.
+inline void transpose(Vector* square) {
+  transpose_stage<1>(square);
+  transpose_stage<2>(square);
+  if constexpr (kLanes > 4) transpose_stage<4>(square);
+  if constexpr (kLanes > 8) transpose_stage<8>(square);
+}
+
+// B[k][j] = weight[j][k]: a linear layer's weight, `[out, in]`.
+struct PackTransposed {
+  const float* weight;
+  int64_t stride;
+  void operator()(int64_t k0, int64_t depth, int64_t j0, int64_t count, float* panel) const {
+    const float* corner = weight + j0 * stride + k0;
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t filled = std::clamp<int64_t>(count - v * kLanes, 0, kLanes);
+      const float* source = corner + v * kLanes * stride;
+      int64_t k = 0;
+      for (; filled == kLanes && k + kLanes <= depth; k += kLanes) {
+        Vector square[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) square[i] = load(source + i * stride + k);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(panel + (k + i) * kColumns + v * kLanes, square[i]);
+      }
+      for (; k < depth; ++k)
+        for (int64_t i = 0; i < kLanes; ++i)
+          panel[k * kColumns + v * kLanes + i] = i < filled ? source[i * stride + k] : 0.0f;
+    }
+  }
+};
+
+// ---- the product --------------------------------------------------------------------------------------------------
+
+template <int kTile, bool kDepthMajor>
+void micro_kernel(int64_t depth, const float* __restrict a, const float* __restrict b, float* __restrict c,
+                  int64_t stride, bool add) {
+  Vector sum[kTile][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector row[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * kColumns + v * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTile; ++i) {
+      const float x = kDepthMajor ? a[k * kRows + i] : a[i * kPanelStride + k];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += x * row[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      float* p = c + i * stride + v * kLanes;
+      store(p, add ? load(p) + sum[i][v] : sum[i][v]);
+    }
+}
+
+using MicroKernel = void (*)(int64_t, const float*, const float*, float*, int64_t, bool);
+
+template <bool kDepthMajor, int... tile>
+MicroKernel pick_micro_kernel(int64_t rows, std::integer_sequence<int, tile...>) {
+  static constexpr MicroKernel kernels[] = {micro_kernel<tile + 1, kDepthMajor>...};
+  return kernels[rows - 1];
+}
+
+// Buffers of one thread, reused by every product it computes.
+struct Scratch {
+  alignas(64) float a[kPanelStride * kRows];
+  alignas(64) float b[kDepth * kBlock];
+  alignas(64) float tile[kRows * kColumns];
+};
+
+inline Scratch& scratch() {
+  static thread_local std::unique_ptr<Scratch> mine = std::make_unique<Scratch>();
+  return *mine;
+}
+
+// c[m][n], rows `stride` apart, becomes (or, with `add`, grows by) A B over `shared` terms.
+template <typename A, typename B>
+void gemm(int64_t m, int64_t n, int64_t shared, const A& pack_a, const B& pack_b, float* c, int64_t stride, bool add) {
+  Scratch& buffers = scratch();
+  if (shared == 0 && !add)
+    for (int64_t i = 0; i < m; ++i) std::memset(c + i * stride, 0, n * sizeof(float));
+  const int64_t pieces = (shared + kDepth - 1) / kDepth;
+  const int64_t step = pieces ? (shared + pieces - 1) / pieces : 0;  // even pieces, none of them thin
+  const MicroKernel full = micro_kernel<kRows, A::kDepthMajor>;
+  for (int64_t j = 0; j < n; j += kBlock) {
+    const int64_t width = std::min(kBlock, n - j);
+    for (int64_t k = 0; k < shared; k += step) {  // inside: the columns of C that it revisits are still near
+      const int64_t depth = std::min(step, shared - k);
+      const bool more = add || k > 0;
+      for (int64_t p = 0; p < width; p += kColumns)
+        pack_b(k, depth, j + p, std::min<int64_t>(kColumns, width - p), buffers.b + p * depth);
+      for (int64_t i = 0; i < m; i += kRows) {
+        const int64_t rows = std::min<int64_t>(kRows, m - i);
+        const MicroKernel kernel =
+            rows == kRows ? full
+                          : pick_micro_kernel<A::kDepthMajor>(rows, std::make_integer_sequence<int, kRows>{});
+        pack_a(i, rows, k, depth, buffers.a);
+        for (int64_t p = 0; p < width; p += kColumns) {
+          const int64_t columns = std::min<int64_t>(kColumns, width - p);
+          float* corner = c + i * stride + j + p;
+          if (columns == kColumns) {
+            kernel(depth, buffers.a, buffers.b + p * depth, corner, stride, more);
+            continue;
+          }
+          kernel(depth, buffers.a, buffers.b + p * depth, buffers.tile, kColumns, false);
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t q = 0; q < columns; ++q)
+              corner[r * stride + q] = (more ? corner[r * stride + q] : 0.0f) + buffers.tile[r * kColumns + q];
+        }
+      }
+    }
+  }
+}
+
+// ---- few rows: the weights are read once, straight from memory ------------------------------------------------------
+
+constexpr int64_t kFewRows = 8;  // below this, packing the weights would cost more than it saves
+
+template <int kCount>
+void dot_rows(const float* const* x, const float* weight, int64_t n, int64_t shared, float* const* out) {
+  constexpr int kTogether = 4;  // rows of the weight
+  int64_t j = 0;
+  for (; j < n; j += kTogether) {
+    const int64_t count = std::min<int64_t>(kTogether, n - j);
+    const float* w[kTogether];
+    for (int r = 0; r < kTogether; ++r) w[r] = weight + (j + std::min<int64_t>(r, count - 1)) * shared;
+    Vector sum[kTogether][kCount] = {};
+    int64_t k = 0;
+    for (; k + kLanes <= shared; k += kLanes)
+#pragma GCC unroll 4
+      for (int r = 0; r < kTogether; ++r) {
+        __builtin_prefetch(w[r] + kTogether * shared + k);
+        const Vector row = load(w[r] + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) sum[r][i] += row * load(x[i] + k);
+      }
+    for (int64_t r = 0; r < count; ++r)
+      for (int i = 0; i < kCount; ++i) {
+        float total = 0;
+        for (int lane = 0; lane < kLanes; ++lane) total += sum[r][i][lane];
+        for (int64_t rest = k; rest < shared; ++rest) total += w[r][rest] * x[i][rest];
+        out[i][j + r] = total;
+      }
+  }
+}
+
+// out[i] = weight[n][shared] · x[i] for up to kFewRows rows.
+inline void few_rows(const float* const* x, int64_t rows, const float* weight, int64_t n, int64_t shared,
+                     float* const* out) {
+  for (int64_t i = 0; i < rows; i += 4) switch (std::min<int64_t>(4, rows - i)) {
+      case 1: dot_rows<1>(x + i, weight, n, shared, out + i); break;
+      case 2: dot_rows<2>(x + i, weight, n, shared, out + i); break;
+      case 3: dot_rows<3>(x + i, weight, n, shared, out + i); break;
+      default: dot_rows<4>(x + i, weight, n, shared, out + i);
+    }
+}
+
+}  // namespace finemoe

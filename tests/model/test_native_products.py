@@ -1,0 +1,203 @@
+"""The C++ products against plain torch in float64: values and gradients, at sizes that cut every tile somewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from finemoe.model import native
+from finemoe.model.config import Kernels
+from finemoe.model.feed_forward import SwiGLU, swiglu
+from finemoe.model.moe.dispatch import Ticket, arrange, combine, spread
+from finemoe.model.moe.experts import GroupedExperts, automatic, grouped_mm, loop, sorted_slices
+from finemoe.model.moe.experts import native as native_kernel
+from finemoe.model.native.experts import sort_by_expert
+from finemoe.model.native.experts import swiglu as native_swiglu
+from finemoe.model.native.linear import linear
+from finemoe.model.projection import Projection
+from finemoe.model.transformer import Transformer
+from oracles.models import small_config
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler: plain torch runs")
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+def assert_equal_to_float64(
+    found: Callable[..., Tensor], expected: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> None:
+    """`found(*inputs)` in float32 and its gradients are those of `expected` in float64, as near as torch comes."""
+    output = found(*inputs)
+    direction = torch.randn_like(output)
+
+    def with_gradients(function: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+        result = function(*leaves)
+        return result, *torch.autograd.grad((result * direction.to(dtype)).sum(), leaves)
+
+    ours, plain = with_gradients(found, torch.float32), with_gradients(expected, torch.float32)
+    for mine, torchs, exact in zip(ours, plain, with_gradients(expected, torch.float64), strict=True):
+        scale = max(1e-30, exact.abs().max().item())
+        error, allowed = (((x.double() - exact).abs().max().item() / scale) for x in (mine, torchs))
+        assert error < max(1e-6, 2 * allowed)
+    with torch.no_grad():  # the path without a graph is another one
+        torch.testing.assert_close(found(*inputs), output, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "shared"),
+    [(1, 1, 1), (1, 33, 17), (7, 5, 3), (8, 16, 16), (9, 64, 31), (14, 32, 384), (15, 33, 385), (29, 70, 800),
+     (31, 1030, 40), (130, 97, 129), (3, 200, 1000), (1000, 18, 20)],
+)  # fmt: skip
+def test_linear(rows: int, columns: int, shared: int) -> None:
+    assert_equal_to_float64(linear, F.linear, (drawn(rows, shared), drawn(columns, shared)))
+
+
+def test_linear_takes_any_leading_dimensions_and_strides() -> None:
+    weight = drawn(6, 5)
+    assert_equal_to_float64(linear, F.linear, (drawn(2, 3, 4, 5), weight))
+    states = drawn(5, 20).t()
+    torch.testing.assert_close(linear(states, weight), F.linear(states, weight))
+    assert linear(torch.zeros(0, 5), weight).shape == (0, 6)
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "width"), [(1, 3, 1), (5, 17, 18), (8, 16, 16), (40, 33, 47), (300, 400, 20)]
+)
+def test_swiglu(tokens: int, hidden: int, width: int, limit: float | None) -> None:
+    def plain(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(swiglu(F.linear(x, gate), F.linear(x, up), limit), down)
+
+    inputs = (drawn(tokens, hidden), drawn(width, hidden), drawn(width, hidden), drawn(hidden, width))
+    assert_equal_to_float64(lambda *x: native_swiglu(*x, limit), plain, inputs)
+
+
+def test_activation_at_the_ends_of_float32() -> None:
+    gate = torch.tensor([[-1e30, -200.0, -88.0, -1e-30, 0.0, 1e-30, 20.0, 88.0, 200.0, 1e30, math.nan]]).t()
+    identity = torch.ones(1, 1)
+    found = native_swiglu(gate.contiguous(), identity, identity, identity, None)
+    torch.testing.assert_close(found, F.silu(gate) * gate, equal_nan=True, rtol=1e-6, atol=1e-34)
+
+
+IDS = {
+    "one token": [[2, 0]],
+    "one expert of many": [[3]] * 20,
+    "all tokens on one expert, and on another": [[1, 4]] * 50,
+    "few rows for all": [[0, 1], [1, 2], [2, 3], [3, 4]],
+    "uneven": [[token % 5, 5 + token * token % 3] for token in range(400)],
+}
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+@pytest.mark.parametrize("dropping", [False, True], ids=["dropless", "dropping"])
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+@pytest.mark.parametrize(("hidden", "width"), [(5, 3), (33, 17), (64, 40)])
+def test_whole_layer(ids: list[list[int]], hidden: int, width: int, dropping: bool, limit: float | None) -> None:
+    expert_ids = torch.tensor(ids)
+    tokens, k = expert_ids.shape
+    keep = torch.rand(tokens, k) < 0.6 if dropping else None
+    if keep is not None:
+        keep[0, 0] = True
+    ticket = arrange(expert_ids, 8, keep)
+
+    def on(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(states: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+            experts = GroupedExperts(8, hidden, width, kernel, limit)
+            del experts.gate_up_proj, experts.down_proj  # tensors with a graph take the parameters' place
+            experts.gate_up_proj, experts.down_proj = gate_up, down  # type: ignore[assignment]
+            return experts(states, ticket, gates if keep is None else gates * keep)
+
+        return run
+
+    inputs = (drawn(tokens, hidden), drawn(tokens, k), drawn(8, 2 * width, hidden), drawn(8, hidden, width))
+    assert_equal_to_float64(on(native_kernel), on(loop), inputs)
+    torch.testing.assert_close(on(automatic)(*inputs), on(native_kernel)(*inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 1, 0], [40, 0, 200, 9]])
+def test_kernel_on_rows(counts: list[int]) -> None:
+    inputs = (drawn(sum(counts), 20), drawn(4, 26, 20), drawn(4, 20, 13))
+    given = torch.tensor(counts)
+    assert_equal_to_float64(lambda x, *w: native_kernel(x, given, *w), lambda x, *w: loop(x, given, *w), inputs)
+
+
+def test_result_does_not_depend_on_the_number_of_threads() -> None:
+    expert_ids = torch.randint(0, 4, (700, 1))
+    ticket = arrange(expert_ids, 4, None)
+    experts = GroupedExperts(4, 48, 32, native_kernel)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    states, gates = drawn(700, 48), drawn(700, 1)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        output = experts(states, ticket, gates)
+        found.append((output, *torch.autograd.grad(output.sum(), (states, gates, *experts.parameters()))))
+    torch.set_num_threads(1)
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+def test_sorting_is_a_stable_argsort() -> None:
+    expert_ids = torch.randint(0, 9, (50, 3))
+    order, slots, counts = sort_by_expert(expert_ids, 9)
+    assert torch.equal(order, expert_ids.flatten().argsort(stable=True))
+    assert torch.equal(slots[order], torch.arange(150))
+    assert torch.equal(counts, torch.bincount(expert_ids.flatten(), minlength=9))
+
+
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_an_expert_that_does_not_exist_is_an_error(wrong: int) -> None:
+    with pytest.raises(RuntimeError, match=f"expert id {wrong} is not below 4"):
+        sort_by_expert(torch.tensor([[0], [wrong]]), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_take_the_torch_path(dtype: torch.dtype) -> None:
+    ticket: Ticket = arrange(torch.tensor([[0, 1], [1, 2], [1, 0]]), 3, None)
+    states, gates = torch.randn(3, 8, dtype=dtype), torch.rand(3, 2, dtype=dtype)
+    experts = {kernel: GroupedExperts(3, 8, 4, kernel).to(dtype) for kernel in (native_kernel, sorted_slices)}
+    for parameter in experts[native_kernel].parameters():
+        torch.nn.init.normal_(parameter)
+    experts[sorted_slices].load_state_dict(experts[native_kernel].state_dict())
+    found, expected = (layer(states, ticket, gates) for layer in experts.values())
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
+def test_grouped_mm_in_bf16_is_the_loop_to_bf16_rounding() -> None:
+    counts = torch.tensor([5, 0, 11, 4])
+    rows, gate_up, down = (torch.randn(*shape, dtype=torch.bfloat16) for shape in ((20, 16), (4, 32, 16), (4, 16, 16)))
+    found, expected = grouped_mm(rows, counts, gate_up, down), loop(rows, counts, gate_up, down)
+    torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-1)
+
+
+def test_products_torch_switches_every_module_off() -> None:
+    config = small_config()
+    plain, quick = Transformer(config, Kernels(products="torch")), Transformer(config, Kernels(products="native"))
+    for model, wanted in ((plain, False), (quick, True)):
+        flags = [module.native for module in model.modules() if isinstance(module, native.Native)]
+        assert len(flags) > 3
+        assert all(flag is wanted for flag in flags)
+
+
+def test_modules_under_autocast_give_its_dtype() -> None:
+    for module in (Projection(4, 3), SwiGLU(4, 5)):
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module(torch.randn(2, 4)).dtype == torch.bfloat16
+
+
+def test_spread_and_combine_are_what_the_whole_form_replaces() -> None:
+    ticket = arrange(torch.tensor([[0, 1], [1, 0], [2, 1]]), 3, None)
+    states, gates = torch.randn(3, 4), torch.rand(3, 2)
+    torch.testing.assert_close(combine(spread(states, ticket), ticket, gates), gates.sum(1, keepdim=True) * states)
