@@ -25,6 +25,9 @@ class Clip:
     max_norm: float
 
     def __call__(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
-        """`gradient_norm` is the norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), self.max_norm)
+        """`gradient_norm` is the norm before clipping. Gradients below the bound are read once and not written."""
+        gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not norm <= self.max_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.max_norm, norm)
         return {"gradient_norm": norm.item()}

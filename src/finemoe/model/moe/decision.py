@@ -43,6 +43,6 @@ class RoutingRecord:
     dropped: Tensor
     """Scalar int64: assignments beyond capacity; 0 when dropless."""
     balance: Mapping[str, Tensor]
-    """Differentiable scalars by name: coefficient times loss, summed over the sequences of the batch."""
+    """Differentiable scalars by name: coefficient times loss, summed over the sequences of the batch; in training."""
     decision: RoutingDecision | None
     """The whole decision, only when asked for."""

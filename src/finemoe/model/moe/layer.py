@@ -141,18 +141,22 @@ class MoELayer(nn.Module):
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
         decision = self.router(flat, tokens.reshape(-1), constraint)
-        gates = decision.gate_weights
-        load = torch.bincount(decision.expert_ids.reshape(-1), minlength=self.config.num_routed_experts)
+        gates, num_experts = decision.gate_weights, self.config.num_routed_experts
         dropped = torch.zeros((), dtype=torch.int64, device=flat.device)
         keep = self._kept(decision, tokens)
         if keep is not None:
             gates, dropped = gates * keep, (~keep).sum()
-        ticket = arrange(decision.expert_ids, self.config.num_routed_experts, keep)
+        ticket = arrange(decision.expert_ids, num_experts, keep)
         output = self.experts(flat, ticket, gates).view_as(hidden)
         if self.shared_experts is not None:
             shared = self.shared_experts(hidden)
             output = output + (shared if self.shared_gate is None else F.sigmoid(self.shared_gate(hidden)) * shared)
-        balance = balance_terms(self.config.balance, decision, hidden.shape[0], self.config.layout)
+        load = ticket.counts
+        if keep is not None:  # what was wanted, not what was served
+            load = torch.bincount(decision.expert_ids.reshape(-1), minlength=num_experts)
+        balance = {}
+        if self.training:
+            balance = balance_terms(self.config.balance, decision, hidden.shape[0], self.config.layout)
         return output, RoutingRecord(load, dropped, balance, decision if record else None)
 
     def _kept(self, decision: RoutingDecision, tokens: Tensor) -> Tensor | None:

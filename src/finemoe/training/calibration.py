@@ -1,0 +1,204 @@
+"""Which kernels a run uses: measured once for a machine and a shape, then remembered.
+
+The same layer may be fastest one way on this processor and another way on the next, and at another width: a rule would
+be a guess. The measurement takes a second or two and is kept in `kernels.json` of the cache folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finemoe.core.environment import cache_folder, processor
+from finemoe.core.logs import logger
+from finemoe.model import native
+from finemoe.model.config import Kernels, ModelConfig
+from finemoe.model.feed_forward import DenseConfig, SwiGLU
+from finemoe.model.moe.dispatch import arrange
+from finemoe.model.moe.experts import EXPERT_KERNELS, GroupedExperts
+from finemoe.model.moe.layer import MoEConfig
+
+_ROUNDS, _SECONDS = 7, 1.5  # of measuring; whichever ends first, after two rounds
+_MOST_TOKENS, _MOST_WEIGHTS = 4096, 1 << 26  # of what is measured; experts are left out of layers that are larger
+
+Candidates = Mapping[str, Callable[[], object]]
+Timer = Callable[[Candidates, torch.device], Mapping[str, float]]
+"""Seconds of each candidate."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Kernels without any "auto", and why."""
+
+    kernels: Kernels
+    reason: str
+    """For people: what was measured, or nothing where all was given."""
+
+
+def seconds_of(candidates: Candidates, device: torch.device) -> dict[str, float]:
+    """Median seconds of each candidate, measured in turns, so that a busy moment meets all of them."""
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    began = time.perf_counter()
+    for turn in range(_ROUNDS + 1):
+        for name, run in candidates.items():
+            _wait(device)
+            started = time.perf_counter()
+            run()
+            _wait(device)
+            if turn:  # the first one warms up
+                taken[name].append(time.perf_counter() - started)
+        if turn >= 2 and time.perf_counter() - began > _SECONDS:
+            break
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def choose(
+    config: ModelConfig, kernels: Kernels, *, tokens: int, device: torch.device, bf16: bool, timer: Timer = seconds_of
+) -> Chosen:
+    """`kernels` with every "auto" replaced by what is fastest, forward and backward, for `tokens` at once.
+
+    Args:
+        timer: measures; tests give their own.
+    """
+    reasons = []
+    layers = [block.feed_forward for block in config.blocks]
+    moe = next((layer for layer in reversed(layers) if isinstance(layer, MoEConfig)), None)
+    changes: dict[str, Any] = {}
+    setting = _Setting(config.hidden_size, min(tokens, _MOST_TOKENS), device, bf16, timer)
+    if kernels.products == "auto":
+        width = moe.expert_hidden_size * max(1, moe.num_shared_experts) if moe else 0
+        dense = next((layer for layer in layers if isinstance(layer, DenseConfig)), None)
+        changes["products"], reason = setting.products(dense.ffn_hidden_size if dense else width)
+        reasons.append(reason)
+    if kernels.experts == "auto" and moe is not None:
+        changes["experts"], reason = setting.experts(moe)
+        reasons.append(reason)
+    return Chosen(kernels.model_copy(update=changes), "; ".join(reason for reason in reasons if reason))
+
+
+@dataclass(frozen=True)
+class _Setting:
+    hidden_size: int
+    tokens: int
+    device: torch.device
+    bf16: bool
+    timer: Timer
+
+    def products(self, width: int) -> tuple[str, str]:
+        """torch or native, for a SwiGLU of this width; nothing to choose where native cannot run."""
+        if self.device.type != "cpu" or self.bf16 or not native.available():
+            return "torch", ""
+
+        def candidates() -> Candidates:
+            made = {}
+            for name in ("native", "torch"):
+                module = self._drawn(SwiGLU(self.hidden_size, width))
+                module.native = name == "native"  # type: ignore[assignment]
+                made[name] = self._step(module, self._states(self.tokens))
+            return made
+
+        return self._remembered("products", f"swiglu {width}", candidates)
+
+    def experts(self, moe: MoEConfig) -> tuple[str, str]:
+        """The fastest of EXPERT_KERNELS, every expert taking its even share of the tokens."""
+        per_expert = 3 * self.hidden_size * moe.expert_hidden_size
+        count = max(1, min(moe.num_routed_experts, _MOST_WEIGHTS // per_expert))
+        k = min(moe.experts_per_token, count)
+        share = self.tokens * moe.experts_per_token / moe.num_routed_experts
+        tokens = max(1, round(share * count / k))
+
+        def candidates() -> Candidates:
+            scores = torch.rand(tokens, count, generator=torch.Generator().manual_seed(0))
+            ticket = arrange(scores.topk(k).indices.to(self.device), count, None)
+            gates = torch.full((tokens, k), 1 / k, device=self.device)
+            made = {}
+            for name in self._names():
+                layer = self._drawn(
+                    GroupedExperts(count, self.hidden_size, moe.expert_hidden_size, EXPERT_KERNELS[name])
+                )
+                made[name] = self._step(layer, self._states(tokens), ticket, gates)
+            return made
+
+        what = f"{count} experts of {moe.expert_hidden_size}, {k} a token"
+        return self._remembered("experts", what, candidates)
+
+    def _names(self) -> list[str]:
+        """Kernels that differ here: `native` falls back to another one where it cannot run."""
+        usable = self.device.type == "cpu" and not self.bf16 and native.available()
+        return [name for name in EXPERT_KERNELS if name != "auto" and (name != "native" or usable)]
+
+    def _states(self, tokens: int) -> Tensor:
+        states = torch.randn(tokens, self.hidden_size, generator=torch.Generator().manual_seed(1))
+        return states.to(self.device).requires_grad_()
+
+    def _drawn(self, module: nn.Module) -> Any:
+        """With weights of their usual size, since subnormal numbers would be slow; the run's own draws stay as they are."""
+        generator = torch.Generator().manual_seed(2)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        return module.to(self.device)
+
+    def _step(self, module: nn.Module, states: Tensor, *others: Any) -> Callable[[], object]:
+        def run() -> None:
+            module.zero_grad()
+            states.grad = None
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                output = module(states, *others)
+            output.backward(torch.ones_like(output))
+
+        return run
+
+    def _remembered(self, kind: str, what: str, candidates: Callable[[], Candidates]) -> tuple[str, str]:
+        """The fastest candidate and its reason, from the cache if it was measured before."""
+        path = cache_folder() / "kernels.json"
+        machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor()
+        parts = (machine, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", what)
+        shape = (f"{self.tokens} tokens of {self.hidden_size}", "bf16" if self.bf16 else "fp32")
+        key = ", ".join((kind, *parts, *shape, "native" if native.available() else "no native"))
+        known = _read(path)
+        if key not in known:
+            logger.debug("measuring %s", key)
+            known[key] = {name: round(value, 6) for name, value in self.timer(candidates(), self.device).items()}
+            _write(path, {**_read(path), key: known[key]})
+        seconds = known[key]
+        best = min(seconds, key=lambda name: seconds[name])
+        times = ", ".join(f"{name} {seconds[name] * 1e3:.3g} ms" for name in sorted(seconds, key=lambda n: seconds[n]))
+        return best, f"{kind}: {times}"
+
+
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    """What was measured before; a file that is missing or damaged only costs measuring again."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            key: {name: float(value) for name, value in seconds.items()} for key, seconds in found.items() if seconds
+        }
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _write(path: Path, measured: Mapping[str, Mapping[str, float]]) -> None:
+    """In one rename; where the cache cannot be written, the next run measures again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".kernels-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(measured, file, indent=1)
+        Path(name).replace(path)
+    except OSError as error:
+        logger.debug("%s cannot be written: %s", path, error)
