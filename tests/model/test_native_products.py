@@ -16,7 +16,7 @@ from finemoe.model.feed_forward import SwiGLU, swiglu
 from finemoe.model.moe.dispatch import Ticket, arrange, combine, spread
 from finemoe.model.moe.experts import GroupedExperts, automatic, grouped_mm, loop, sorted_slices
 from finemoe.model.moe.experts import native as native_kernel
-from finemoe.model.native.experts import sort_by_expert
+from finemoe.model.native.experts import sort_by_expert, top_k
 from finemoe.model.native.experts import swiglu as native_swiglu
 from finemoe.model.native.linear import linear
 from finemoe.model.projection import Projection
@@ -201,3 +201,17 @@ def test_spread_and_combine_are_what_the_whole_form_replaces() -> None:
     ticket = arrange(torch.tensor([[0, 1], [1, 0], [2, 1]]), 3, None)
     states, gates = torch.randn(3, 4), torch.rand(3, 2)
     torch.testing.assert_close(combine(spread(states, ticket), ticket, gates), gates.sum(1, keepdim=True) * states)
+
+
+@pytest.mark.parametrize(("rows", "columns", "k"), [(1, 1, 1), (5, 3, 3), (200, 64, 7), (70, 256, 8), (0, 4, 2)])
+def test_top_k_is_torchs(rows: int, columns: int, k: int) -> None:
+    scores = torch.randn(rows, columns)
+    assert torch.equal(top_k(scores, k), scores.topk(k, dim=-1).indices)
+
+
+def test_top_k_of_equal_infinite_and_missing_scores() -> None:
+    nan, inf = math.nan, math.inf
+    scores = torch.tensor([[1.0, 1, 1, 1], [-inf, -inf, 0, -inf], [nan, 2, nan, 1], [nan, nan, nan, nan]])
+    assert top_k(scores, 3).tolist() == [[0, 1, 2], [2, 0, 1], [1, 3, 0], [0, 1, 2]]
+    with pytest.raises(RuntimeError, match="k must be from 1 to the 4 columns of scores, not 5"):
+        top_k(scores, 5)

@@ -14,7 +14,12 @@
 namespace finemoe {
 namespace {
 
-constexpr int64_t kChunkNumbers = int64_t{1} << 23;  // scores at once: 32 MiB, few enough passes over grad_weight
+// Scores at once. A weight that stays in the second cache is cheap to pass over: 1 MiB of scores then stays there too. One
+// that does not is passed over rarely: 32 MiB.
+int64_t chunk_rows(int64_t vocab, int64_t shared) {
+  const int64_t scores = vocab * shared <= (1 << 18) ? 1 << 18 : 1 << 23;
+  return std::max<int64_t>(64, scores / vocab);
+}
 
 // Scores of one token become weight * (softmax - onehot); returns weight * -log softmax[target].
 double softmax_gradient(float* scores, int64_t n, int64_t target, float weight, bool gradient) {
@@ -63,7 +68,7 @@ double cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const a
   const float *x = numbers(hidden, "hidden"), *w = numbers(weight, "weight"), *token_weight = numbers(weights, "weights");
   float* out = grad_hidden ? const_cast<float*>(numbers(*grad_hidden, "grad_hidden")) : nullptr;
   float* out_weight = grad_weight ? const_cast<float*>(numbers(*grad_weight, "grad_weight")) : nullptr;
-  const int64_t chunk = std::min(tokens, std::max<int64_t>(64, kChunkNumbers / vocab));
+  const int64_t chunk = std::min(tokens, chunk_rows(vocab, shared));
   const std::unique_ptr<float[]> scores(new float[std::max<int64_t>(chunk * vocab, 1)]);
   std::vector<double> losses(tokens);
   if (out_weight && tokens == 0) std::memset(out_weight, 0, vocab * shared * sizeof(float));

@@ -21,6 +21,13 @@ def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     return order, slots, counts
 
 
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """The ids `[tokens, k]` of the largest of `scores [tokens, experts]`, largest first, of equals the first."""
+    chosen = torch.empty(len(scores), k, dtype=torch.int64)
+    torch.ops.finemoe.top_k(scores.contiguous(), chosen)
+    return chosen
+
+
 def experts(
     states: Tensor,
     order: Tensor | None,

@@ -149,29 +149,30 @@ struct PackTransposed {
 
 // ---- the product --------------------------------------------------------------------------------------------------
 
-template <int kTile, bool kDepthMajor>
+// kTile rows and kWide vectors of columns, in registers.
+template <int kTile, int kWide, bool kDepthMajor>
 void micro_kernel(int64_t depth, const float* __restrict a, const float* __restrict b, float* __restrict c,
                   int64_t stride, bool add) {
-  Vector sum[kTile][kVectors];
+  Vector sum[kTile][kWide];
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector{};
+    for (int v = 0; v < kWide; ++v) sum[i][v] = Vector{};
   for (int64_t k = 0; k < depth; ++k) {
-    Vector row[kVectors];
+    Vector row[kWide];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * kColumns + v * kLanes);
+    for (int v = 0; v < kWide; ++v) row[v] = load(b + k * kColumns + v * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kTile; ++i) {
       const float x = kDepthMajor ? a[k * kRows + i] : a[i * kPanelStride + k];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += x * row[v];
+      for (int v = 0; v < kWide; ++v) sum[i][v] += x * row[v];
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kWide; ++v) {
       float* p = c + i * stride + v * kLanes;
       store(p, add ? load(p) + sum[i][v] : sum[i][v]);
     }
@@ -179,10 +180,19 @@ void micro_kernel(int64_t depth, const float* __restrict a, const float* __restr
 
 using MicroKernel = void (*)(int64_t, const float*, const float*, float*, int64_t, bool);
 
-template <bool kDepthMajor, int... tile>
-MicroKernel pick_micro_kernel(int64_t rows, std::integer_sequence<int, tile...>) {
-  static constexpr MicroKernel kernels[] = {micro_kernel<tile + 1, kDepthMajor>...};
+template <int kWide, bool kDepthMajor, int... tile>
+MicroKernel pick_rows(int64_t rows, std::integer_sequence<int, tile...>) {
+  static constexpr MicroKernel kernels[] = {micro_kernel<tile + 1, kWide, kDepthMajor>...};
   return kernels[rows - 1];
+}
+
+// For the edges of C: as many rows as are left, and half the columns where those are enough.
+template <bool kDepthMajor>
+MicroKernel pick_micro_kernel(int64_t rows, int64_t columns) {
+  constexpr auto tiles = std::make_integer_sequence<int, kRows>{};
+  constexpr int kHalf = kVectors / 2;
+  return columns <= kHalf * kLanes ? pick_rows<kHalf, kDepthMajor>(rows, tiles)
+                                   : pick_rows<kVectors, kDepthMajor>(rows, tiles);
 }
 
 // Buffers of one thread, reused by every product it computes.
@@ -197,6 +207,13 @@ inline Scratch& scratch() {
   return *mine;
 }
 
+inline void put(const float* from, int64_t count, float* to, bool add) {
+  if (add)
+    for (int64_t q = 0; q < count; ++q) to[q] += from[q];
+  else
+    std::memcpy(to, from, count * sizeof(float));
+}
+
 // c[m][n], rows `stride` apart, becomes (or, with `add`, grows by) A B over `shared` terms.
 template <typename A, typename B>
 void gemm(int64_t m, int64_t n, int64_t shared, const A& pack_a, const B& pack_b, float* c, int64_t stride, bool add) {
@@ -205,7 +222,6 @@ void gemm(int64_t m, int64_t n, int64_t shared, const A& pack_a, const B& pack_b
     for (int64_t i = 0; i < m; ++i) std::memset(c + i * stride, 0, n * sizeof(float));
   const int64_t pieces = (shared + kDepth - 1) / kDepth;
   const int64_t step = pieces ? (shared + pieces - 1) / pieces : 0;  // even pieces, none of them thin
-  const MicroKernel full = micro_kernel<kRows, A::kDepthMajor>;
   for (int64_t j = 0; j < n; j += kBlock) {
     const int64_t width = std::min(kBlock, n - j);
     for (int64_t k = 0; k < shared; k += step) {  // inside: the columns of C that it revisits are still near
@@ -215,9 +231,7 @@ void gemm(int64_t m, int64_t n, int64_t shared, const A& pack_a, const B& pack_b
         pack_b(k, depth, j + p, std::min<int64_t>(kColumns, width - p), buffers.b + p * depth);
       for (int64_t i = 0; i < m; i += kRows) {
         const int64_t rows = std::min<int64_t>(kRows, m - i);
-        const MicroKernel kernel =
-            rows == kRows ? full
-                          : pick_micro_kernel<A::kDepthMajor>(rows, std::make_integer_sequence<int, kRows>{});
+        const MicroKernel kernel = pick_micro_kernel<A::kDepthMajor>(rows, kColumns);
         pack_a(i, rows, k, depth, buffers.a);
         for (int64_t p = 0; p < width; p += kColumns) {
           const int64_t columns = std::min<int64_t>(kColumns, width - p);
@@ -226,10 +240,9 @@ void gemm(int64_t m, int64_t n, int64_t shared, const A& pack_a, const B& pack_b
             kernel(depth, buffers.a, buffers.b + p * depth, corner, stride, more);
             continue;
           }
-          kernel(depth, buffers.a, buffers.b + p * depth, buffers.tile, kColumns, false);
-          for (int64_t r = 0; r < rows; ++r)
-            for (int64_t q = 0; q < columns; ++q)
-              corner[r * stride + q] = (more ? corner[r * stride + q] : 0.0f) + buffers.tile[r * kColumns + q];
+          pick_micro_kernel<A::kDepthMajor>(rows, columns)(depth, buffers.a, buffers.b + p * depth, buffers.tile,
+                                                           kColumns, false);
+          for (int64_t r = 0; r < rows; ++r) put(buffers.tile + r * kColumns, columns, corner + r * stride, more);
         }
       }
     }

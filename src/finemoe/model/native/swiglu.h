@@ -62,7 +62,7 @@ inline Vector swiglu_gradient(Vector& gate, Vector& up, Vector flow, float limit
   return activated;
 }
 
-// Runs `body(p, full)` over `n` numbers: whole vectors in place, the rest through padded copies made by the caller.
+// Runs `body(j)` for whole vectors of `n` numbers, and `rest(j, count)` for what is left.
 template <typename Body, typename Rest>
 inline void over(int64_t n, const Body& body, const Rest& rest) {
   int64_t j = 0;
@@ -88,37 +88,52 @@ inline float total(Vector v) {
   return sum;
 }
 
+// Calls `body(j)` for whole vectors that cover `n` numbers: the last one overlaps the one before, and `body` gets how many
+// of its first numbers were done. With fewer numbers than a vector holds, `few(n)` instead.
+template <typename Body, typename Few>
+inline void cover(int64_t n, const Body& body, const Few& few) {
+  if (n < kLanes) return few(n);
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) body(j, 0);
+  if (j < n) body(n - kLanes, j - (n - kLanes));
+}
+
+// 0 in the first `done` lanes, 1 in the others.
+inline Vector fresh_lanes(int64_t done) {
+  Vector lanes;
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane < done ? 0.0f : 1.0f;
+  return lanes;
+}
+
 inline void swiglu_row(const float* gate, const float* up, int64_t width, float limit, float* out) {
-  over(
-      width, [&](int64_t j) { store(out + j, swiglu(load(gate + j), load(up + j), limit)); },
-      [&](int64_t j, int64_t n) {
-        store_some(out + j, swiglu(load_some(gate + j, n), load_some(up + j, n), limit), n);
-      });
+  cover(
+      width, [&](int64_t j, int64_t) { store(out + j, swiglu(load(gate + j), load(up + j), limit)); },
+      [&](int64_t n) { store_some(out, swiglu(load_some(gate, n), load_some(up, n), limit), n); });
 }
 
 // `flow` is by the unweighted output; it is multiplied by `weight` on its way back. Returns the sum of flow * activated,
-// which is the gradient by that weight. Writes weight-free activations and the gradients by gate and up.
+// which is the gradient by that weight. Writes weight-free activations and the gradients by gate and up, none of them
+// over an input.
 inline float swiglu_row_gradient(const float* gate, const float* up, const float* flow, float weight, int64_t width,
                                  float limit, float* activated, float* grad_gate, float* grad_up) {
   Vector sum{};
-  const auto one = [&](Vector& g, Vector& u, Vector f) {
-    const Vector a = swiglu_gradient(g, u, f * weight, limit);
-    sum += f * a;
-    return a;
-  };
-  over(
+  cover(
       width,
-      [&](int64_t j) {
-        Vector g = load(gate + j), u = load(up + j);
-        store(activated + j, one(g, u, load(flow + j)));
+      [&](int64_t j, int64_t done) {
+        Vector g = load(gate + j), u = load(up + j), f = load(flow + j);
+        const Vector a = swiglu_gradient(g, u, f * weight, limit);
+        sum += done ? f * a * fresh_lanes(done) : f * a;
+        store(activated + j, a);
         store(grad_gate + j, g);
         store(grad_up + j, u);
       },
-      [&](int64_t j, int64_t n) {
-        Vector g = load_some(gate + j, n), u = load_some(up + j, n);
-        store_some(activated + j, one(g, u, load_some(flow + j, n)), n);
-        store_some(grad_gate + j, g, n);
-        store_some(grad_up + j, u, n);
+      [&](int64_t n) {
+        Vector g = load_some(gate, n), u = load_some(up, n), f = load_some(flow, n);
+        const Vector a = swiglu_gradient(g, u, f * weight, limit);
+        sum += f * a;
+        store_some(activated, a, n);
+        store_some(grad_gate, g, n);
+        store_some(grad_up, u, n);
       });
   return total(sum);
 }

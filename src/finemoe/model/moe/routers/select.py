@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from finemoe.core.config import Config
 from finemoe.model.moe.decision import RoutingConstraint
+from finemoe.model.native import usable
+from finemoe.model.native.experts import top_k
 
 SCORE_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(dim=-1),
@@ -74,14 +76,19 @@ def select(scores: Tensor, k: int, constraint: RoutingConstraint | None) -> Tens
     Disallowed experts stand at minus infinity, never at 0: a score may itself be negative.
     """
     if constraint is None:
-        return scores.topk(k, dim=-1).indices
+        return _best(scores, k)
     if constraint.replay is not None:
         return constraint.replay
     if constraint.num_active is not None:
         k = constraint.num_active
     if constraint.allowed is not None:
         scores = scores.masked_fill(~constraint.allowed, -torch.inf)
-    return scores.topk(k, dim=-1).indices
+    return _best(scores, k)
+
+
+def _best(scores: Tensor, k: int) -> Tensor:
+    """Ids of the k highest scores, best first."""
+    return top_k(scores, k) if usable(scores) else scores.topk(k, dim=-1).indices
 
 
 def select_in_groups(
@@ -107,4 +114,4 @@ def select_in_groups(
         k = constraint.num_active or k
         starved = limited.isfinite().sum(dim=-1, keepdim=True) < k
         limited = torch.where(starved, scores, limited)
-    return limited.topk(k, dim=-1).indices
+    return _best(limited, k)

@@ -1,0 +1,37 @@
+"""RMSNorm on the native kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`states [..., size]` divided by the root of their mean square, times `weight [size]`."""
+    flat = states.reshape(-1, len(weight))
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    if torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad):
+        output: Tensor = _RMSNorm.apply(flat, weight, eps)
+    else:
+        output = flat.new_empty(flat.shape)
+        torch.ops.finemoe.rms_norm_forward(flat, weight, eps, output, None)
+    return output.view(states.shape)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
+        output, inverse = states.new_empty(states.shape), states.new_empty(len(states))
+        torch.ops.finemoe.rms_norm_forward(states, weight, eps, output, inverse)
+        ctx.save_for_backward(states, weight, inverse)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        states, weight, inverse = ctx.saved_tensors
+        grad = grad if grad.stride(1) == 1 else grad.contiguous()
+        grad_states, grad_weight = states.new_empty(states.shape), torch.empty_like(weight)
+        torch.ops.finemoe.rms_norm_backward(grad, states, weight, inverse, grad_states, grad_weight)
+        return grad_states, grad_weight, None

@@ -1,0 +1,38 @@
+"""Rotation of queries and keys on the native kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rotate(states: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
+    """The last components of `states [batch, seq, heads, dim]` turned by angles `[batch, seq, pairs]`, others copied."""
+    if torch.is_grad_enabled() and states.requires_grad:
+        turned: Tensor = _Rotate.apply(states, cosine, sine, interleaved)
+        return turned
+    return _turned(states, cosine, sine, interleaved, False)
+
+
+def _turned(states: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, back: bool) -> Tensor:
+    output = states.new_empty(states.shape)
+    states = states if states.stride(-1) == 1 else states.contiguous()
+    torch.ops.finemoe.rotate(states, cosine, sine, interleaved, back, output)
+    return output
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient turns by the negative angles."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        ctx.interleaved = interleaved
+        return _turned(states, cosine, sine, interleaved, False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        cosine, sine = ctx.saved_tensors
+        return _turned(grad, cosine, sine, ctx.interleaved, True), None, None, None
