@@ -44,7 +44,7 @@ EXCEPTIONS: dict[str, str] = {}
 """File, or file:function, over its budget -> why that is better than cutting it."""
 
 EXTRAS = {"datasets", "huggingface_hub", "lm_eval", "fastapi", "uvicorn", "tensorboard", "trackio", "wandb"}
-BASES = {"Config", "FinemoeError", "RunError"}  # the classes of ours that others derive from
+BASES = {"Config", "FinemoeError", "Native", "RunError"}  # the classes of ours that others derive from
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,6 +26,19 @@ from finemoe.core.logs import logger
 
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _PATIENCE = 300.0  # seconds to wait for another process that compiles
+
+
+def switched_off() -> bool:
+    """Whether the environment says FINEMOE_NATIVE=0."""
+    return os.environ.get("FINEMOE_NATIVE") == "0"
+
+
+def load_from(package: str, name: str) -> str | None:
+    """`load` the C++ files that lie in a Python package, under `name`."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        return f"there is no package {package}"
+    return load(name, Path(spec.origin).parent)
 
 
 def load(name: str, folder: Path, flags: Sequence[str] = FLAGS) -> str | None:

@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +28,9 @@ def available() -> bool:
 
     The environment variable FINEMOE_NATIVE=0 switches them off.
     """
-    if os.environ.get("FINEMOE_NATIVE") == "0":
+    if extension.switched_off():
         return False
-    reason = extension.load("finemoe_native", Path(__file__).parent)
+    reason = extension.load_from(__name__, "finemoe_native")
     if reason is not None:
         logger.warning("the CPU kernels cannot be used, plain torch runs instead, more slowly: %s", reason)
     return reason is None

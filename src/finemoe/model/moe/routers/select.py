@@ -70,25 +70,25 @@ class GroupsConfig(Config, ABC):
             )
 
 
+def best_experts(scores: Tensor, k: int) -> Tensor:
+    """The ids `[tokens, k]` of the k highest of `scores [tokens, experts]`, best first."""
+    return top_k(scores, k) if usable(scores) else scores.topk(k, dim=-1).indices
+
+
 def select(scores: Tensor, k: int, constraint: RoutingConstraint | None) -> Tensor:
     """The ids `[tokens, k]` of the best-scored experts of `scores [tokens, experts]`, best first.
 
     Disallowed experts stand at minus infinity, never at 0: a score may itself be negative.
     """
     if constraint is None:
-        return _best(scores, k)
+        return best_experts(scores, k)
     if constraint.replay is not None:
         return constraint.replay
     if constraint.num_active is not None:
         k = constraint.num_active
     if constraint.allowed is not None:
         scores = scores.masked_fill(~constraint.allowed, -torch.inf)
-    return _best(scores, k)
-
-
-def _best(scores: Tensor, k: int) -> Tensor:
-    """Ids of the k highest scores, best first."""
-    return top_k(scores, k) if usable(scores) else scores.topk(k, dim=-1).indices
+    return best_experts(scores, k)
 
 
 def select_in_groups(
@@ -114,4 +114,4 @@ def select_in_groups(
         k = constraint.num_active or k
         starved = limited.isfinite().sum(dim=-1, keepdim=True) < k
         limited = torch.where(starved, scores, limited)
-    return _best(limited, k)
+    return best_experts(limited, k)

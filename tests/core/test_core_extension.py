@@ -1,0 +1,105 @@
+"""Building and loading a C++ extension: once, from any number of processes, and never at the cost of a run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from finemoe.core import extension
+from finemoe.model import native
+
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+LOADED = native.available()  # before the cache moves
+FLAGS = ("-O1", "-std=c++20", "-fopenmp")
+SOURCE = """
+#include <torch/library.h>
+TORCH_LIBRARY_FRAGMENT(finemoe_test, library) { library.def("NAME(int x) -> int", [](int64_t x) { return x + 1; }); }
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FINEMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    return tmp_path / "cache" / "extensions"
+
+
+def sources(folder: Path, text: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "one.cpp").write_text(text)
+    return folder
+
+
+@NEEDS_COMPILER
+def test_the_kernels_load_where_there_is_a_compiler() -> None:
+    assert LOADED
+
+
+@NEEDS_COMPILER
+def test_compiled_once_and_again_when_a_source_changes(tmp_path: Path, cache: Path) -> None:
+    folder = sources(tmp_path / "src", SOURCE.replace("NAME", "once"))
+    assert extension.load("sample", folder, FLAGS) is None
+    assert torch.ops.finemoe_test.once(4) == 5
+    (built,) = cache.glob("sample-*/sample.so")
+    changed = built.stat().st_mtime_ns
+    code = f"""
+from pathlib import Path
+from finemoe.core import extension
+import torch
+assert extension.load("sample", Path({str(folder)!r}), {FLAGS!r}) is None
+assert torch.ops.finemoe_test.once(4) == 5
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert built.stat().st_mtime_ns == changed
+    sources(folder, SOURCE.replace("NAME", "another"))
+    assert extension.load("sample", folder, FLAGS) is None
+    assert len(list(cache.glob("sample-*/sample.so"))) == 2
+    assert not list(cache.rglob("*.o"))
+
+
+@NEEDS_COMPILER
+def test_a_source_that_does_not_compile_is_a_reason_and_is_not_tried_again(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sources(tmp_path / "src", "int f( {")
+    reason = extension.load("broken", folder, FLAGS)
+    (failure,) = cache.glob("broken-*/failure.txt")
+    assert reason == f"they do not compile here; {failure} says why (delete it to try again)"
+    assert "one.cpp:1" in failure.read_text()
+    monkeypatch.setattr(extension, "_compile", None)
+    assert extension.load("broken", folder, FLAGS) == reason
+
+
+def test_no_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert extension.load("sample", tmp_path) == "no C++ compiler was found (install g++ or clang)"
+
+
+@NEEDS_COMPILER
+def test_an_unwritable_cache_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FINEMOE_CACHE", str(tmp_path / "file"))
+    reason = extension.load("sample", sources(tmp_path / "src", SOURCE), FLAGS)
+    assert reason is not None
+    assert "Not a directory" in reason or "File exists" in reason
+
+
+def test_switched_off_nothing_is_loaded_and_results_are_torchs() -> None:
+    code = """
+import torch
+from finemoe.model import native
+from finemoe.model.projection import Projection
+assert not native.available()
+layer = Projection(4, 3)
+torch.nn.init.normal_(layer.weight)
+states = torch.randn(2, 4)
+assert torch.equal(layer(states), states @ layer.weight.t())
+assert not hasattr(torch.ops.finemoe, "linear_forward")
+"""
+    environment = {"FINEMOE_NATIVE": "0", "PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
