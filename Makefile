@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup check golden build clean
+.PHONY: demo test setup check golden bench build clean
 
 demo: setup  ## train five architectures at matched compute and open the report (under ten minutes on two cores)
 	$(BIN)/finemoe compare recipes/demo.toml --out runs/demo
@@ -28,6 +28,9 @@ check: setup  ## formatting, lint, types, floors and budgets
 golden: setup  ## re-record the golden trajectories; review the difference before committing it
 	$(BIN)/python tests/golden/record.py
 	git diff --stat -- tests/golden
+
+bench: setup  ## speed beside transformers and llama.cpp, 15 to 20 minutes; PEER=python that has them, ARGS=--quick
+	$(BIN)/python -m benchmarks.speed $(if $(PEER),--peer $(PEER)) $(ARGS)
 
 build: setup  ## the wheel, in dist/
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -1,0 +1,63 @@
+"""A training step of ours, as `finemoe train` does it: the trainer, its objective, clip and optimizer."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from finemoe.data.batch import TokenBatch
+from finemoe.model.config import Kernels, ModelConfig
+from finemoe.model.transformer import Transformer
+from finemoe.training.calibration import choose
+from finemoe.training.gradients import Clip
+from finemoe.training.method import Method, everything
+from finemoe.training.next_token import CROSS_ENTROPY, NextToken
+from finemoe.training.optimizer import OptimizerConfig
+from finemoe.training.schedule import MultiStepConfig
+from finemoe.training.trainer import Plan, Trainer
+
+OBJECTIVE = NextToken(isolate_documents=False)
+LEARNING_RATE = 1e-5  # small, so that the steps that are timed do not change what is timed
+
+
+def batch_of(tokens: list[list[int]]) -> TokenBatch:
+    """A batch of whole sequences. Nothing follows the last token of each, so it carries no weight."""
+    ids = torch.tensor(tokens)
+    weights = torch.ones(ids.shape)
+    weights[:, -1] = 0
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    return TokenBatch(ids, ids.roll(-1, 1), weights, positions, torch.zeros_like(ids))
+
+
+def chosen_kernels(config: ModelConfig, batch: TokenBatch) -> Kernels:
+    """What `finemoe train` chooses by measuring."""
+    return choose(config, Kernels(), tokens=batch.tokens.numel(), device=torch.device("cpu"), bf16=False).kernels
+
+
+def make_trainer(model: Transformer, batch: TokenBatch) -> Trainer:
+    """A trainer whose every step is on `batch`."""
+    plan = Plan(
+        total_steps=1_000_000,
+        sequences_per_step=batch.num_sequences,
+        sequences_per_micro_batch=batch.num_sequences,
+        device=torch.device("cpu"),
+        bf16=False,
+    )
+    method = Method(lambda position, count: batch, OBJECTIVE, everything, (Clip(1.0),))
+    schedule = MultiStepConfig(warmup_share=0.0, milestones=())
+    return Trainer(model.train(), method, OptimizerConfig(learning_rate=LEARNING_RATE), schedule, plan)
+
+
+@torch.no_grad()
+def loss_of(model: Transformer, batch: TokenBatch) -> float:
+    """Mean cross-entropy."""
+    terms = OBJECTIVE.terms(model, batch)
+    return float(terms.sums[CROSS_ENTROPY] / batch.weights.sum())
+
+
+def step(trainer: Trainer, batch: TokenBatch) -> float:
+    """Seconds of one step."""
+    started = time.perf_counter()
+    trainer.step([batch])
+    return time.perf_counter() - started
