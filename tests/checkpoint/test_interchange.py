@@ -34,7 +34,8 @@ from finemoe.checkpoint.exportable import open_exportable
 from finemoe.checkpoint.fp8 import dequantize
 from finemoe.checkpoint.hf_config import FAMILIES
 from finemoe.checkpoint.interchange import export_hf, import_hf
-from finemoe.checkpoint.native import is_native, read_native
+from finemoe.checkpoint.kinds import is_native
+from finemoe.checkpoint.native import read_native
 from finemoe.checkpoint.tensors import TensorFolder, raw_bytes
 from finemoe.core.config import to_json
 from finemoe.core.errors import CheckpointError, RunError

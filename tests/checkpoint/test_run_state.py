@@ -7,15 +7,16 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
-from finemoe.checkpoint import files, run_state
+from finemoe.checkpoint import files, run_state, streaming
 from finemoe.checkpoint.run_state import RunState, find_damage, load_latest, load_model, load_weights, save
+from finemoe.checkpoint.streaming import AbandonedError
 from finemoe.core.config import to_json
 from finemoe.core.errors import CheckpointError, RunError
 from oracles.models import build, small_config
@@ -155,7 +156,8 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> No
     [
         ("_write", OSError(errno.ENOSPC, "No space left on device")),
         ("sync", OSError(errno.EDQUOT, "Disk quota exceeded")),
-        ("save_file", SafetensorError("Error while serializing: I/O error: No space left (os error 28)")),
+        ("write_tensors", OSError(errno.ENOSPC, "No space left on device")),
+        ("write_bytes", OSError(errno.ENOSPC, "No space left on device")),
     ],
 )
 def test_a_full_disk_is_an_error_with_the_path_and_spares_what_is_there(
@@ -171,6 +173,47 @@ def test_a_full_disk_is_an_error_with_the_path_and_spares_what_is_there(
         with pytest.raises(RunError, match=r"step-00000002: the disk is full; free some space.*finemoe resume"):
             save(tmp_path, 2, state(2), keep=2)
     assert load_latest(tmp_path).state == {"step": 1}
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_it_gets_its_name_after_everything_else(tmp_path: Path) -> None:
+    seen = []
+
+    def look() -> None:
+        [unnamed] = tmp_path.iterdir()
+        assert unnamed.name.startswith(".writing-")
+        seen.append(find_damage(unnamed))
+
+    save(tmp_path, 1, state(1), keep=1, before_naming=look)
+    assert seen == [None]  # all files were there, and as the manifest says
+
+
+def test_what_fails_before_the_name_is_given_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise RunError("metrics.jsonl: the disk is full")
+
+    save(tmp_path, 1, state(1), keep=2)
+    with pytest.raises(RunError, match=r"metrics\.jsonl"):
+        save(tmp_path, 2, state(2), keep=2, before_naming=fail)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_writing_that_is_told_to_stop_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, pieces = threading.Event(), 0
+
+    class Watched(threading.Event):
+        """Asked before each piece; set after the third."""
+
+        def is_set(self) -> bool:
+            nonlocal pieces
+            pieces += 1
+            return pieces > 3
+
+    monkeypatch.setattr(streaming, "_PIECE_BYTES", 8)
+    save(tmp_path, 1, state(1), keep=2, stop=stop)
+    with pytest.raises(AbandonedError):
+        save(tmp_path, 2, state(2), keep=2, stop=Watched())
+    assert pieces == 4
     assert names(tmp_path) == ["step-00000001"]
 
 
@@ -206,7 +249,8 @@ def test_a_kill_between_any_two_system_calls_leaves_a_good_checkpoint(
             for module, name in ((os, "mkdir"), (os, "rename"), (os, "rmdir"), (os, "unlink")):
                 patched.setattr(module, name, mortal(getattr(module, name)))
             patched.setattr(os, "fsync", mortal(os.fsync))
-            patched.setattr(run_state, "save_file", mortal(run_state.save_file))
+            for name in ("write_tensors", "write_bytes"):
+                patched.setattr(run_state, name, mortal(getattr(run_state, name)))
             try:
                 save(folder, 2, state(2), keep=1)
                 survived = moment

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from finemoe.core.errors import TrainingError
+from finemoe.model.config import Kernels
 from finemoe.training import run as run_module
+from finemoe.training.calibration import Chosen
 from finemoe.training.report import StepReport
 from finemoe.training.run import resume, train
 from finemoe.training.trainer import Trainer
@@ -88,11 +90,19 @@ def test_recomputing_changes_no_bit(corpus: Path, tmp_path: Path, arm: str) -> N
     assert_same_run(kept, recomputed)
 
 
+@pytest.mark.parametrize("kernel", ["sorted_slices", "grouped_mm", "native"])
 @pytest.mark.parametrize("arm", ROUTED)
-def test_expert_kernels_agree(corpus: Path, tmp_path: Path, arm: str) -> None:
-    sliced = trained(corpus, tmp_path / "sorted_slices", arm, kernels={"experts": "sorted_slices"})
-    loop = trained(corpus, tmp_path / "loop", arm, kernels={"experts": "loop"})
-    assert_close_runs(sliced, loop)
+def test_expert_kernels_agree(corpus: Path, tmp_path: Path, arm: str, kernel: str) -> None:
+    loop = trained(corpus, tmp_path / "loop", arm, kernels={"experts": "loop", "products": "torch"})
+    other = trained(corpus, tmp_path / kernel, arm, kernels={"experts": kernel, "products": "torch"})
+    assert_close_runs(loop, other)
+
+
+@pytest.mark.parametrize("arm", ["dense", "gshard", "v3"])
+def test_native_products_agree_with_torchs(corpus: Path, tmp_path: Path, arm: str) -> None:
+    torchs = trained(corpus, tmp_path / "torch", arm, kernels={"experts": "loop", "products": "torch"})
+    natives = trained(corpus, tmp_path / "native", arm, kernels={"experts": "loop", "products": "native"})
+    assert_close_runs(torchs, natives)
 
 
 @pytest.mark.parametrize("arm", ["gshard", "v3"])
@@ -150,7 +160,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_unbroken_one(
     assert not resume(first.directory, quiet=True).interrupted
     assert_same_run(unbroken, first.directory)
     summaries = [json.loads((path / "summary.json").read_text()) for path in (unbroken, first.directory)]
-    timed = ("seconds", "tokens_per_second", "peak_memory_bytes")
+    timed = ("seconds", "tokens_per_second", "peak_memory_bytes", "checkpoint_stall_seconds")
     same = [{key: value for key, value in summary.items() if key not in timed} for summary in summaries]
     assert same[0] == same[1]
 
@@ -184,3 +194,23 @@ def test_resuming_before_the_first_checkpoint_starts_over(
     resume(tmp_path / "broken", quiet=True)
     assert_same_run(unbroken, tmp_path / "broken")
     assert records(tmp_path / "broken")
+
+
+def test_a_resumed_run_keeps_its_kernels_though_another_would_be_chosen_now(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choosing(name: str) -> None:
+        def choose(config: Any, kernels: Kernels, **where: Any) -> Chosen:
+            return Chosen(kernels.model_copy(update={"experts": name, "products": "torch"}), "")
+
+        monkeypatch.setattr(run_module, "choose", choose)
+
+    choosing("loop")
+    straight = trained(corpus, tmp_path / "straight", "deepseek-moe")
+    stop_after(monkeypatch, 3)
+    broken = trained(corpus, tmp_path / "broken", "deepseek-moe")
+    choosing("sorted_slices")
+    resume(broken, quiet=True)
+    assert_same_run(straight, broken)
+    _, state = newest_state(broken)
+    assert state["kernels"] == {"experts": "loop", "products": "torch"}

@@ -27,16 +27,33 @@ def write_config(raw: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def _work(config: Path, directory: Path, file_size_limit: int | None) -> None:
+def _slow_down(seconds: float) -> None:
+    """A disk that takes its time, for what is saved."""
+    fsync = os.fsync
+
+    def slow(file: int) -> None:
+        time.sleep(seconds)
+        fsync(file)
+
+    os.fsync = slow
+
+
+def _work(config: Path, directory: Path, file_size_limit: int | None, sync_seconds: float) -> None:
     os.dup2(os.open(f"{directory}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    if sync_seconds:
+        _slow_down(sync_seconds)
     if file_size_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     sys.exit(worker.run(config, directory))
 
 
-def start(config: Path, directory: Path, file_size_limit: int | None = None) -> BaseProcess:
-    """A process that starts the run in `directory`, or goes on with it; its exit code is the worker's."""
-    process = _CONTEXT.Process(target=_work, args=(config, directory, file_size_limit), daemon=True)
+def start(config: Path, directory: Path, file_size_limit: int | None = None, sync_seconds: float = 0.0) -> BaseProcess:
+    """A process that starts the run in `directory`, or goes on with it; its exit code is the worker's.
+
+    `sync_seconds`: what each sync takes longer, so that a checkpoint is being written for about seven times that.
+    """
+    arguments = (config, directory, file_size_limit, sync_seconds)
+    process = _CONTEXT.Process(target=_work, args=arguments, daemon=True)
     process.start()
     return process
 

@@ -142,7 +142,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int)
     [
         (JsonLines, "write", 5, "metrics.jsonl"),
         (JsonLines, "close", 1, "metrics.jsonl"),
-        (run_state, "sync", 8, "step-00000004"),
+        (run_state, "sync", 3, "step-00000004"),  # two for each checkpoint
     ],
 )
 def test_a_full_disk_names_the_path_and_the_run_goes_on_later(

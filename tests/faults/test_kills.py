@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from faults.runs import finish, send, start, wait_for, write_config
+from finemoe.checkpoint.run_state import find_damage
 from finemoe.core.logs import read_json_lines
 from finemoe.studies.worker import FINISHED, INTERRUPTED
 from training.tiny_runs import assert_same_run, checkpoints, recipe
@@ -67,3 +68,28 @@ def test_a_polite_signal_saves_and_the_run_goes_on(
     assert not (broken / "summary.json").exists()
     assert finish(config, broken) == FINISHED
     assert_same_run(unbroken, broken)
+
+
+def being_written(directory: Path) -> bool:
+    """Whether there is a checkpoint that has no name yet."""
+    return any((directory / "checkpoints").glob(".writing-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_checkpoint_is_written_behind_the_run(
+    corpus: Path, unbroken: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    config = write_config(recipe(corpus, training={**TRAINING, "checkpoint_every": 6}), tmp_path / "config.json")
+    broken = tmp_path / "run"
+    process = start(config, broken, sync_seconds=0.1)
+    wait_for(lambda: being_written(broken) and steps_logged(broken) >= 8)
+    code = send(process, number)
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else INTERRUPTED)
+    assert being_written(broken) == (number == signal.SIGKILL)
+    assert all(find_damage(path) is None for path in checkpoints(broken))
+    if number != signal.SIGKILL:  # the one that was being written, and the one that the signal asked for
+        logged = [record["step"] for record in read_json_lines(broken / "metrics.jsonl") if record["kind"] == "step"]
+        assert [path.name for path in checkpoints(broken)] == ["step-00000006", f"step-{logged[-1]:08d}"]
+    assert finish(config, broken) == FINISHED
+    assert_same_run(unbroken, broken)
+    assert not being_written(broken)

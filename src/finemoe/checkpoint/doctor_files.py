@@ -10,7 +10,7 @@ from typing import Any
 
 from finemoe.checkpoint.doctor_findings import Findings, few, number
 from finemoe.checkpoint.foreign import PICKLES, folder_file, read_json
-from finemoe.checkpoint.native import CONFIG, MANIFEST
+from finemoe.checkpoint.kinds import CONFIG, MANIFEST
 from finemoe.checkpoint.transfer import mebibytes
 from finemoe.core.errors import CheckpointError
 

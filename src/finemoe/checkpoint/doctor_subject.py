@@ -21,7 +21,8 @@ from finemoe.checkpoint.gguf_codec import decode
 from finemoe.checkpoint.gguf_config import Facts
 from finemoe.checkpoint.gguf_keys import stored_tensors
 from finemoe.checkpoint.hf_config import family_of
-from finemoe.checkpoint.native import CARRIED, CONFIG, MANIFEST, SOURCE
+from finemoe.checkpoint.kinds import CONFIG, MANIFEST, SOURCE, STATE, require_there
+from finemoe.checkpoint.native import CARRIED
 from finemoe.checkpoint.tensors import DTYPE_NAMES, TensorFolder
 from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError, FinemoeError
@@ -98,10 +99,7 @@ def open_subject(path: Path, found: Findings, *, deep: bool, quiet: bool) -> Sub
     Raises:
         CheckpointError: there is nothing at `path`.
     """
-    if not path.exists() and not path.is_symlink():
-        partial = Path(f"{path}.partial")
-        hint = f"; an interrupted import lies in {partial}: import again to finish it" if partial.exists() else ""
-        raise CheckpointError(f"{path}: no such file or folder{hint}")
+    require_there(path)
     subject = Subject(path, _kind(path), path)
     opener = _OPENERS[subject.kind]
     with found.guard("files"):
@@ -119,7 +117,7 @@ def _kind(path: Path) -> Kind:
         return "imported"
     if (path / "checkpoints").is_dir():
         return "run"
-    if (path / run_state.STATE).exists():
+    if (path / STATE).exists():
         return "checkpoint"
     return "huggingface" if (path / CONFIG).exists() or any(path.glob("*.safetensors")) else "unknown"
 

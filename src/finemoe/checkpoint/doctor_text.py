@@ -9,7 +9,7 @@ from typing import Any
 from finemoe.checkpoint.doctor_findings import Findings
 from finemoe.checkpoint.doctor_subject import Subject
 from finemoe.checkpoint.foreign import folder_file, read_json
-from finemoe.checkpoint.native import CONFIG
+from finemoe.checkpoint.kinds import CONFIG
 from finemoe.checkpoint.open import load_chat_template, load_tokenizer
 from finemoe.checkpoint.transfer import COMPANIONS
 from finemoe.text import Tokenizer, class_problem, fidelity

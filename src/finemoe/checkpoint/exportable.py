@@ -11,7 +11,8 @@ from typing import Any
 from finemoe.checkpoint import run_state
 from finemoe.checkpoint.accounting import model_shapes
 from finemoe.checkpoint.foreign import TOKENIZER_BYTES, folder_file, parse_json, read_bytes, read_json
-from finemoe.checkpoint.native import is_native, read_native
+from finemoe.checkpoint.kinds import CONFIG, is_native
+from finemoe.checkpoint.native import read_native
 from finemoe.checkpoint.tensors import TensorFolder
 from finemoe.checkpoint.transfer import COMPANIONS, named
 from finemoe.core.config import parse
@@ -110,10 +111,10 @@ def _mend_tokenizer_config(companions: dict[str, bytes], path: Path) -> tuple[st
 
 def _open_run(path: Path) -> Exportable:
     folder = run_state.newest_checkpoint(path)
-    raw = read_json(folder_file(folder, run_state.CONFIG))
+    raw = read_json(folder_file(folder, CONFIG))
     if not isinstance(raw.get("model"), dict):
-        raise CheckpointError(f"{folder / run_state.CONFIG}: holds no `model`, so this is no checkpoint of a run")
-    config = parse(ModelConfig, raw["model"], str(folder / run_state.CONFIG))
+        raise CheckpointError(f"{folder / CONFIG}: holds no `model`, so this is no checkpoint of a run")
+    config = parse(ModelConfig, raw["model"], str(folder / CONFIG))
     tensors = TensorFolder.of_files([folder_file(folder, run_state.MODEL)])
     data = raw.get("data")
     length = data.get("sequence_length") if isinstance(data, dict) else None

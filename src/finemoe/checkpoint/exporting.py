@@ -20,7 +20,7 @@ from finemoe.checkpoint.exportable import Exportable, open_exportable
 from finemoe.checkpoint.fp8 import BLOCK, quantize, scale_shape
 from finemoe.checkpoint.hf_config import FAMILIES, representable_as
 from finemoe.checkpoint.keys import Placement
-from finemoe.checkpoint.native import SOURCE
+from finemoe.checkpoint.kinds import SOURCE
 from finemoe.checkpoint.store import TensorSpec, TensorStore, write_file
 from finemoe.checkpoint.tensors import DTYPES
 from finemoe.checkpoint.transfer import check_finite, fingerprint, mebibytes, named

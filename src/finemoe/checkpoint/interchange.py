@@ -23,7 +23,8 @@ from finemoe.checkpoint.foreign import TOKENIZER_BYTES, folder_file, parse_json,
 from finemoe.checkpoint.fp8 import BLOCK, dequantize
 from finemoe.checkpoint.hf_config import family_of
 from finemoe.checkpoint.keys import Placement
-from finemoe.checkpoint.native import CONFIG, NativeWriter
+from finemoe.checkpoint.kinds import CONFIG
+from finemoe.checkpoint.native import NativeWriter
 from finemoe.checkpoint.store import TensorSpec, TensorStore
 from finemoe.checkpoint.tensors import DTYPE_NAMES, TensorFolder, raw_bytes
 from finemoe.checkpoint.transfer import COMPANIONS, check_finite, fingerprint, mebibytes, named

@@ -52,11 +52,12 @@ def plan_shards(specs: Sequence[TensorSpec], base: str, shard_bytes: int | None)
         groups[-1].append(spec)
         filled += spec.nbytes
     if len(groups) == 1:
-        return [_shard(f"{base}.safetensors", groups[0])]
-    return [_shard(f"{base}-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
+        return [lay_out(f"{base}.safetensors", groups[0])]
+    return [lay_out(f"{base}-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
 
 
-def _shard(file: str, specs: Sequence[TensorSpec]) -> Shard:
+def lay_out(file: str, specs: Sequence[TensorSpec]) -> Shard:
+    """All of `specs` in one file."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, at = {}, 0
     for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):  # wide elements first, so that all are aligned

@@ -15,13 +15,14 @@ from typing import Any, Self, final
 
 from finemoe.checkpoint.files import sha256
 from finemoe.checkpoint.foreign import folder_file, read_json
+from finemoe.checkpoint.kinds import CONFIG, MANIFEST, SOURCE
 from finemoe.checkpoint.store import TensorSpec, TensorStore, WrittenFile, write_file
 from finemoe.checkpoint.tensors import TensorFolder
 from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import ModelConfig
 
-CONFIG, SOURCE, MANIFEST, CARRIED = "config.json", "source.json", "manifest.json", "carried"
+CARRIED = "carried"
 _FORMAT = 1
 _OWN_JSON_BYTES = 256 << 20  # source.json has a line for each source tensor, manifest.json one for each file
 
@@ -56,11 +57,6 @@ class Native:
             if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("status", "dtype")):
                 raise CheckpointError(f"{self.path / SOURCE}: says too little of tensor {name!r}; import again")
         return record
-
-
-def is_native(path: Path) -> bool:
-    """Whether `path` is a folder that an import made; a run's checkpoint has no source.json."""
-    return (path / MANIFEST).is_file() and (path / SOURCE).is_file()
 
 
 def read_native(path: Path, *, checksums: bool = False) -> Native:

@@ -7,10 +7,8 @@ asks here and need not know which.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -19,45 +17,13 @@ from finemoe.checkpoint.accounting import native_dtype
 from finemoe.checkpoint.build import Part, build, cast
 from finemoe.checkpoint.foreign import folder_file, read_json
 from finemoe.checkpoint.fp8 import dequantize
-from finemoe.checkpoint.native import Native, is_native, read_native
+from finemoe.checkpoint.kinds import STATE, kind_of
+from finemoe.checkpoint.native import Native, read_native
 from finemoe.core.config import parse
-from finemoe.core.errors import CheckpointError
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer
 from finemoe.text.chat import ChatTemplate
 from finemoe.text.tokenizer import Tokenizer
-
-Kind = Literal["run", "imported", "huggingface", "gguf"]
-
-
-def kind_of(path: str | os.PathLike[str]) -> Kind:
-    """What lies at `path`, told by its files' names and the keys of its config.json; nothing else is read.
-
-    Raises:
-        CheckpointError: nothing that finemoe opens.
-    """
-    path = Path(path)
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        return "gguf"
-    if is_native(path):
-        return "imported"
-    if (path / run_state.STATE).exists():
-        return "run"
-    if (path / "config.json").is_file():
-        keys = read_json(folder_file(path, "config.json"))
-        if "model_type" in keys:
-            return "huggingface"
-        if "model" in keys:
-            return "imported" if "source" in keys else "run"
-    if (path / "checkpoints").is_dir():
-        return "run"
-    partial, hint = Path(f"{path}.partial"), ""
-    if partial.exists():
-        hint = f"; an interrupted import lies in {partial}: import again to finish it"
-    elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        hint = f"; if it is a name on the hub, `finemoe import {path} DIR` fetches it"
-    what = "neither a run, nor an imported or Hugging Face folder (no config.json that says so), nor a .gguf file"
-    raise CheckpointError(f"{path}: {what if path.exists() else 'there is nothing here'}{hint}")
 
 
 def load_model(
@@ -150,6 +116,6 @@ def load_chat_template(path: str | os.PathLike[str]) -> ChatTemplate | None:
 
 def text_home(path: Path) -> Path:
     """The folder that holds tokenizer and chat template: a checkpoint of a run lies two below it."""
-    if (path / run_state.STATE).exists() and not (path / "tokenizer.json").exists():
+    if (path / STATE).exists() and not (path / "tokenizer.json").exists():
         return path.resolve().parent.parent
     return path

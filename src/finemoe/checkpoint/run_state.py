@@ -3,6 +3,7 @@
 A checkpoint is a folder `checkpoints/step-00000100` with `model.safetensors`, `optimizer.safetensors`, `state.json`,
 `config.json`, and `manifest.json` with the size and SHA-256 of the others. It is written under another name, synced,
 and renamed: under its own name it is always complete. The last few are kept, and a damaged one is passed over.
+`save` may run in a thread of its own, on a copy of the state (`snapshot.py`), while training goes on.
 """
 
 from __future__ import annotations
@@ -11,29 +12,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from finemoe.checkpoint.files import sha256, storage_error, sync
+from finemoe.checkpoint.kinds import CONFIG, MANIFEST, STATE
+from finemoe.checkpoint.streaming import AbandonedError, Recorded, write_bytes, write_tensors
 from finemoe.core.config import parse
-from finemoe.core.errors import CheckpointError
+from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.logs import logger
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer
 
-MODEL, OPTIMIZER, STATE, CONFIG, MANIFEST = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "config.json",
-    "manifest.json",
-)
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -49,28 +46,49 @@ class RunState:
     """The run's resolved config.json."""
 
 
-def save(checkpoints: Path, step: int, run: RunState, keep: int) -> Path:
+def save(
+    checkpoints: Path,
+    step: int,
+    run: RunState,
+    keep: int,
+    *,
+    before_naming: Callable[[], object] | None = None,
+    stop: threading.Event | None = None,
+) -> Path:
     """Write the checkpoint of `step` unless it is there, then remove all but the last `keep` up to it.
+
+    Args:
+        checkpoints: their folder.
+        step: of the run.
+        run: must not change meanwhile.
+        keep: how many to keep.
+        before_naming: called when all is on the disk, before the checkpoint gets its name.
+        stop: set by another thread to give up and leave nothing behind.
 
     Raises:
         RunError: the disk is full or unwritable; earlier checkpoints are untouched.
+        AbandonedError: `stop` was set.
     """
     final = checkpoints / f"step-{step:08d}"
     fresh = checkpoints / f".writing-{os.getpid()}"
     if final.exists() and find_damage(final) is None:
-        return final  # saved a moment ago; taking it away first would leave a moment with nothing
+        return final  # of an earlier process; taking it away first would leave a moment with nothing
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
-        _write(fresh, run)
+        _write(fresh, run, stop)
+        if before_naming is not None:
+            before_naming()
         if final.exists():  # damaged: this run went on from the one before
             shutil.rmtree(final)
         fresh.rename(final)
         sync(checkpoints)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, RunError, AbandonedError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise storage_error(final, error if isinstance(error, OSError) else _system_error(error)) from error
+        if isinstance(error, OSError):
+            raise storage_error(final, error) from error
+        raise
     folders = checkpoint_folders(checkpoints)
     here = folders.index(final)
     for old in (*folders[:here], *folders[here + keep :]):  # later steps are damaged: the run began before them
@@ -80,24 +98,20 @@ def save(checkpoints: Path, step: int, run: RunState, keep: int) -> Path:
     return final
 
 
-def _system_error(error: safetensors.SafetensorError) -> OSError:
-    """What the system said, which safetensors gives as text only: "... (os error 28)"."""
-    code = re.search(r"os error (\d+)", str(error))
-    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))
-
-
-def _write(folder: Path, run: RunState) -> None:
-    for name, tensors in ((MODEL, run.model), (OPTIMIZER, run.optimizer)):
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, folder / name)
-    (folder / STATE).write_text(json.dumps(run.state), encoding="utf-8")
-    (folder / CONFIG).write_text(run.config, encoding="utf-8")
-    files = {name: folder / name for name in (MODEL, OPTIMIZER, STATE, CONFIG)}
-    for path in files.values():
-        sync(path)
-    entries = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
-    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": entries}, indent=2), encoding="utf-8")
-    sync(folder / MANIFEST)
+def _write(folder: Path, run: RunState, stop: threading.Event | None) -> None:
+    files = {
+        MODEL: write_tensors(folder / MODEL, run.model, stop),
+        OPTIMIZER: write_tensors(folder / OPTIMIZER, run.optimizer, stop),
+        STATE: write_bytes(folder / STATE, json.dumps(run.state).encode()),
+        CONFIG: write_bytes(folder / CONFIG, run.config.encode()),
+    }
+    write_bytes(folder / MANIFEST, _manifest(files))
     sync(folder)
+
+
+def _manifest(files: Mapping[str, Recorded]) -> bytes:
+    entries = {name: {"bytes": file.nbytes, "sha256": file.sha256} for name, file in files.items()}
+    return json.dumps({"format": 1, "files": entries}, indent=2).encode()
 
 
 def load_latest(checkpoints: Path) -> RunState:

@@ -41,11 +41,12 @@ def load_from(package: str, name: str) -> str | None:
     return load(name, Path(spec.origin).parent)
 
 
-def load(name: str, folder: Path, flags: Sequence[str] = FLAGS) -> str | None:
+def load(name: str, folder: Path, flags: Sequence[str] | None = None) -> str | None:
     """Load the library made of all `*.cpp` in `folder`, compiled first where that has not been done.
 
     Returns why it cannot be used, in words; None when it is loaded and its operators are in `torch.ops`.
     """
+    flags = FLAGS if flags is None else flags
     sources = sorted((*folder.glob("*.cpp"), *folder.glob("*.h")))
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:

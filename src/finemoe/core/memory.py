@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -30,3 +32,42 @@ def peak_bytes() -> int:
     """Largest resident size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes() -> int | None:
+    """Memory that this process can still have without swapping, in bytes; None where the system does not say.
+
+    On Linux: what the kernel estimates, and no more than any control group around the process leaves.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        whole = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except (OSError, StopIteration):
+        return None
+    return min([whole, *_left_in_groups(groups)])
+
+
+# By version of the kernel's interface: root, file of the limit, file of what is used, and what of it can be dropped.
+_GROUPS = {
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+}
+
+
+def _left_in_groups(memberships: list[str]) -> Iterator[int]:
+    """What each control group, from the process's own up to the root, leaves; a group without a limit says nothing."""
+    for line in memberships:  # "4:memory:/path", or "0::/path"
+        _, controllers, path = line.split(":", 2)
+        if controllers not in _GROUPS:
+            continue
+        root, limit, used, droppable = _GROUPS[controllers]
+        own = Path(root) / path.lstrip("/")
+        for group in (own, *own.parents):
+            if not group.is_relative_to(root):
+                break
+            try:
+                stat = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+                yield int((group / limit).read_text()) - int((group / used).read_text()) + int(stat[droppable])
+            except (OSError, ValueError, KeyError):  # "max", or a folder of the host that is not here
+                continue

@@ -28,7 +28,7 @@ from finemoe.studies.config import CompareConfig, resolve_comparison
 from finemoe.studies.fleet import Job, Outcome, run_fleet
 from finemoe.studies.results import build_results, write_results
 from finemoe.training.config import RunConfig, read_recipe
-from finemoe.training.run import read_summary
+from finemoe.training.directory import read_summary
 from finemoe.training.start import check_start, checkpoint_bytes, prepare_for
 
 _CALIBRATION_STEPS = 10

@@ -19,7 +19,7 @@ from finemoe.core.logs import console, logger
 from finemoe.model.size import measure
 from finemoe.studies.worker import FAILED, FINISHED, INTERRUPTED
 from finemoe.training.config import RunConfig
-from finemoe.training.run import read_summary
+from finemoe.training.directory import read_summary
 
 _POLL_SECONDS = 0.5
 _PLAIN_SECONDS = 30.0

@@ -25,8 +25,8 @@ from finemoe.studies.config import CompareConfig
 from finemoe.studies.statistics import CONFIDENCE, interval, paired
 from finemoe.studies.tables import comparison_csv
 from finemoe.text import Tokenizer
+from finemoe.training.directory import read_summary
 from finemoe.training.report import recent_loss
-from finemoe.training.run import read_summary
 from finemoe.training.start import resolve_device
 
 _SAMPLE_TOKENS = 96

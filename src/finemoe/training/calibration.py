@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from finemoe.core.environment import cache_folder, processor
+from finemoe.core.locks import exclusive_lock
 from finemoe.core.logs import logger
 from finemoe.model import native
 from finemoe.model.config import Kernels, ModelConfig
@@ -30,6 +32,8 @@ from finemoe.model.moe.layer import MoEConfig
 
 _ROUNDS, _SECONDS = 7, 1.5  # of measuring; whichever ends first, after two rounds
 _MOST_TOKENS, _MOST_WEIGHTS = 4096, 1 << 26  # of what is measured; experts are left out of layers that are larger
+
+_PATIENCE = 60.0  # seconds to wait for another process that measures
 
 Candidates = Mapping[str, Callable[[], object]]
 Timer = Callable[[Candidates, torch.device], Mapping[str, float]]
@@ -147,7 +151,7 @@ class _Setting:
         return states.to(self.device).requires_grad_()
 
     def _drawn(self, module: nn.Module) -> Any:
-        """With weights of their usual size, since subnormal numbers would be slow; the run's own draws stay as they are."""
+        """With weights of their usual size: subnormal numbers would be slow. The run's own draws stay as they are."""
         generator = torch.Generator().manual_seed(2)
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.02, generator=generator)
@@ -170,15 +174,25 @@ class _Setting:
         parts = (machine, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", what)
         shape = (f"{self.tokens} tokens of {self.hidden_size}", "bf16" if self.bf16 else "fp32")
         key = ", ".join((kind, *parts, *shape, "native" if native.available() else "no native"))
-        known = _read(path)
-        if key not in known:
-            logger.debug("measuring %s", key)
-            known[key] = {name: round(value, 6) for name, value in self.timer(candidates(), self.device).items()}
-            _write(path, {**_read(path), key: known[key]})
-        seconds = known[key]
+        seconds = _read(path).get(key) or self._measured(path, key, candidates)
         best = min(seconds, key=lambda name: seconds[name])
         times = ", ".join(f"{name} {seconds[name] * 1e3:.3g} ms" for name in sorted(seconds, key=lambda n: seconds[n]))
         return best, f"{kind}: {times}"
+
+    def _measured(self, path: Path, key: str, candidates: Callable[[], Candidates]) -> Mapping[str, float]:
+        """Measured by one process at a time, so that they agree and do not disturb each other."""
+        with ExitStack() as stack:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive_lock(path.with_suffix(".lock"), patience=_PATIENCE))
+            except (OSError, TimeoutError) as error:
+                logger.debug("%s cannot be locked: %s", path, error)
+            found = _read(path).get(key)  # by another process, meanwhile
+            if found is None:
+                logger.debug("measuring %s", key)
+                found = {name: round(value, 6) for name, value in self.timer(candidates(), self.device).items()}
+                _write(path, {**_read(path), key: found})
+            return found
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
@@ -195,7 +209,6 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
 def _write(path: Path, measured: Mapping[str, Mapping[str, float]]) -> None:
     """In one rename; where the cache cannot be written, the next run measures again."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".kernels-")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(measured, file, indent=1)

@@ -1,4 +1,4 @@
-"""Observers: what happens around steps. In list order: validate, log, show, save."""
+"""Observers: what happens around steps. In list order: validate, log, show; then `saving.Save`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from finemoe.checkpoint.files import storage_error
+from finemoe.checkpoint.files import storage_error, sync
 from finemoe.core.logs import JsonLines, console, logger
 from finemoe.training.report import StepReport
 from finemoe.training.trackers import Tracker
@@ -43,7 +43,7 @@ class Evaluate:
 
 
 class Log:
-    """metrics.jsonl, always; and the trackers that were asked for."""
+    """metrics.jsonl, always; and the trackers that were asked for. A context manager around the run."""
 
     def __init__(self, path: Path, trackers: Sequence[Tracker]) -> None:
         self._path = path
@@ -58,16 +58,27 @@ class Log:
         for tracker in self._trackers:
             tracker.write(record)
 
-    def sync(self) -> None:
-        """Make what was written survive a power cut."""
+    def keep(self, record: Record) -> None:
+        """Write one record to the file alone: it may be of an earlier step, and trackers take steps in order only."""
         with self._storage():
-            self._file.sync()
+            self._file.write(record)
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut; from any thread."""
+        with self._storage():
+            sync(self._path)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Write the step."""
         self.emit(report.to_record())
 
     def close(self) -> None:
+        """Nothing yet: the last checkpoint has its record to write."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Close the file and the trackers."""
         for tracker in self._trackers:
             tracker.close()
@@ -138,19 +149,3 @@ def _long(report: StepReport, validation: Validation | None) -> str:
 def _vio(report: StepReport) -> str:
     violations = report.max_vio().values()
     return f" MaxVio {sum(violations) / len(violations):.2f}" if violations else ""
-
-
-@dataclass
-class Save:
-    """A checkpoint every `every` steps and after the last one."""
-
-    every: int
-    save: Callable[[Trainer], object]
-
-    def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Save when it is time."""
-        if report.step % self.every == 0 or report.step == trainer.plan.total_steps:
-            self.save(trainer)
-
-    def close(self) -> None:
-        """Nothing to release."""

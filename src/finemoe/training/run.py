@@ -19,7 +19,7 @@ import torch
 
 from finemoe.checkpoint.files import sole_writer, storage_error, write_text
 from finemoe.checkpoint.open import load_model, text_home
-from finemoe.checkpoint.run_state import RunState, load_latest, load_weights, save
+from finemoe.checkpoint.run_state import RunState, load_latest
 from finemoe.checkpoint.transfer import COMPANIONS
 from finemoe.core import memory
 from finemoe.core.config import parse, to_json
@@ -28,23 +28,26 @@ from finemoe.core.errors import RunError, TrainingError
 from finemoe.core.logs import logger, read_json_lines
 from finemoe.core.seeds import derive
 from finemoe.data import PreparedData
-from finemoe.model.config import equal_but_for_balance
+from finemoe.model import native
+from finemoe.model.config import Kernels, equal_but_for_balance
 from finemoe.model.initialize import initialize
 from finemoe.model.moe.balance import BALANCE_TERMS, max_violation
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
 from finemoe.training.balancing import BalancingConfig, has_selection_bias
+from finemoe.training.calibration import Chosen, choose
 from finemoe.training.config import RunConfig, read_config, read_recipe, resolve_run
+from finemoe.training.directory import read_object, read_summary, require_run
 from finemoe.training.gradients import Clip
 from finemoe.training.method import Method, everything
 from finemoe.training.next_token import MTPLossConfig, NextToken
-from finemoe.training.observers import Evaluate, Log, Save, Show
-from finemoe.training.optimizer import load_optimizer_tensors, optimizer_tensors
+from finemoe.training.observers import Evaluate, Log, Show
 from finemoe.training.report import recent_loss
+from finemoe.training.saving import Save, restore
 from finemoe.training.start import check_start, prepare_for, resolve_device
 from finemoe.training.trackers import open_tracker
-from finemoe.training.trainer import Observer, Plan, Trainer, TrainState
+from finemoe.training.trainer import Observer, Plan, Trainer
 from finemoe.training.validation import Validation, validate
 
 _VALIDATION_TOKENS = 16_384  # per forward pass
@@ -99,8 +102,7 @@ def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
         CheckpointError: every checkpoint is damaged.
     """
     directory = Path(directory)
-    if not (directory / "config.json").exists():
-        raise RunError(f"{directory}: not a run directory (no config.json); `finemoe train RECIPE` starts one")
+    require_run(directory)
     config = read_config(directory / "config.json")
     summary = read_summary(directory)
     if summary is not None:
@@ -112,7 +114,7 @@ def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
 
 def _resume(directory: Path, config: RunConfig, quiet: bool) -> Run:
     data = prepare_for(config)
-    before = _read_json(directory / "data.json")
+    before = read_object(directory / "data.json")
     changed = [key for key in ("corpus_sha256", "tokenizer_sha256") if before and before[key] != data.report[key]]
     if changed:
         raise RunError(
@@ -135,23 +137,6 @@ def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig
         raise RunError(f"{directory}/config.json: {', '.join(changed)} differ from the checkpoint's; put them back")
     if changed:
         logger.warning("%s differ from the checkpoint's: this is no longer the run that began here", ", ".join(changed))
-
-
-def read_summary(directory: Path) -> dict[str, Any] | None:
-    """summary.json of a finished run; None while it is not."""
-    return _read_json(directory / "summary.json")
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: unreadable: {error}") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path}: must hold a JSON object, not {type(found).__name__}")
-    return found
 
 
 def _require_free(directory: Path, config: RunConfig) -> None:
@@ -194,7 +179,8 @@ def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: Run
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     device, bf16 = resolve_device(config.training)
-    model = _first_model(config, data, resumed is not None)
+    chosen = _kernels(config, device, bf16, resumed)
+    model = _first_model(config, data, chosen.kernels, resumed is not None)
     torch.manual_seed(derive(config.seed, "torch"))  # for whatever draws from the default generator during training
     length = config.data.sequence_length
     balancing = config.balancing or BalancingConfig()
@@ -210,31 +196,17 @@ def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: Run
     trainer = Trainer(model.to(device), method, config.optimizer, config.schedule, plan)
     metrics = directory / "metrics.jsonl"
     if resumed is not None:
-        _restore(trainer, resumed, directory)
+        restore(trainer, resumed, directory)
     _cut_metrics(metrics, trainer.state.step)
     if not quiet:
-        _announce(config, trainer, directory)
+        _announce(config, trainer, directory, chosen.reason)
     trackers = [open_tracker(name, directory, config.model_dump(mode="json")) for name in config.training.trackers]
-    log = Log(metrics, trackers)
-    evaluate = Evaluate(_evaluate_every(config), lambda: _validate(config, data, model), log.emit)
-    keep = config.training.keep_checkpoints
-
-    def save_all(trainer: Trainer) -> None:
-        log.sync()  # a checkpoint must not outlive the metrics of its steps
-        _save(trainer, config, directory, keep)
-
-    saver = Save(config.training.checkpoint_every, save_all)
-    shown: list[Observer] = [] if quiet else [Show(evaluate, plan.total_steps)]
-    trainer.observers = (evaluate, log, *shown, saver)
-    try:
-        finished = trainer.run()
-    except TrainingError as error:
-        _save(trainer, config, directory, keep)
-        report = {"step": trainer.state.step + 1, "position": trainer.state.position, "message": str(error)}
-        write_text(directory / "failure.json", json.dumps(report, indent=2))
-        raise TrainingError(f"{error} The state before that step is in {directory}.") from error
-    if not finished and trainer.state.step < plan.total_steps:
-        _save(trainer, config, directory, keep)
+    with Log(metrics, trackers) as log, Save(config, directory, log) as save:
+        evaluate = Evaluate(_evaluate_every(config), lambda: _validate(config, data, model), log.emit)
+        shown: list[Observer] = [] if quiet else [Show(evaluate, plan.total_steps)]
+        trainer.observers = (evaluate, log, *shown, save)
+        finished = _train(trainer, save, directory)
+    if not finished:
         return Run(directory, {}, interrupted=True)
     if evaluate.latest is None:  # resumed after the last step: its record may be lost
         evaluate.latest = evaluate.validate()
@@ -243,7 +215,41 @@ def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: Run
     return Run(directory, summary, interrupted=False)
 
 
-def _first_model(config: RunConfig, data: PreparedData, resuming: bool) -> Transformer:
+def _train(trainer: Trainer, save: Save, directory: Path) -> bool:
+    """Whether the last step was done; if not, the state is saved.
+
+    Raises:
+        TrainingError: a loss was not finite; the state is saved and failure.json written.
+    """
+    try:
+        trainer.run()
+    except TrainingError as error:
+        save.save(trainer)
+        report = {"step": trainer.state.step + 1, "position": trainer.state.position, "message": str(error)}
+        write_text(directory / "failure.json", json.dumps(report, indent=2))
+        raise TrainingError(f"{error} The state before that step is in {directory}.") from error
+    finished = trainer.state.step >= trainer.plan.total_steps
+    if not finished:
+        save.save(trainer)
+    return finished
+
+
+def _kernels(config: RunConfig, device: torch.device, bf16: bool, resumed: RunState | None) -> Chosen:
+    """Those that the recipe names, and for "auto" what is fastest; a resumed run keeps what it had.
+
+    Other kernels round differently, and the rest of the run would not be bit for bit what it would have been.
+    """
+    if resumed is not None and "kernels" in resumed.state:
+        had = config.kernels.model_copy(update=resumed.state["kernels"])
+        if parse(RunConfig, json.loads(resumed.config), "checkpoint").kernels == config.kernels:
+            if "native" in (had.experts, had.products) and not native.available():
+                logger.warning("this run used the native kernels, which cannot be used here: it will round differently")
+            return Chosen(had, "")
+    tokens = config.micro_batch_sequences * config.data.sequence_length
+    return choose(config.model, config.kernels, tokens=tokens, device=device, bf16=bf16)
+
+
+def _first_model(config: RunConfig, data: PreparedData, kernels: Kernels, resuming: bool) -> Transformer:
     """The model a run begins with: drawn from the seed, or opened; weights that a checkpoint will replace are drawn.
 
     Raises:
@@ -254,10 +260,10 @@ def _first_model(config: RunConfig, data: PreparedData, resuming: bool) -> Trans
         if not equal_but_for_balance(opened.config, config.model):
             raise RunError(f"{config.start_from} does not hold the model of this run's config.json any more")
         with torch.device("meta"):
-            model = Transformer(config.model, config.kernels)
+            model = Transformer(config.model, kernels)
         model.load_state_dict(opened.state_dict(), assign=True)
         return model
-    model = Transformer(config.model, config.kernels)
+    model = Transformer(config.model, kernels)
 
     def frequencies() -> torch.Tensor:
         counts = torch.zeros(config.model.vocab_size, dtype=torch.int64)
@@ -296,38 +302,6 @@ def _validate(config: RunConfig, data: PreparedData, model: Transformer) -> Vali
     )
 
 
-def _save(trainer: Trainer, config: RunConfig, directory: Path, keep: int) -> None:
-    state = trainer.state
-    save(
-        directory / "checkpoints",
-        state.step,
-        RunState(
-            model=trainer.model.state_dict(),
-            optimizer=optimizer_tensors(trainer.optimizer, trainer.parameters),
-            state={
-                "step": state.step,
-                "tokens": state.tokens,
-                "position": state.position,
-                "seconds": state.seconds,
-                "rng": bytes(state.rng.tolist()).hex(),
-                "threads": torch.get_num_threads(),
-            },
-            config=to_json(config),
-        ),
-        keep,
-    )
-
-
-def _restore(trainer: Trainer, saved: RunState, source: Path) -> None:
-    load_weights(trainer.model, saved.model, str(source))
-    load_optimizer_tensors(trainer.optimizer, trainer.parameters, dict(saved.optimizer))
-    state = dict(saved.state)
-    rng = torch.tensor(list(bytes.fromhex(state.pop("rng"))), dtype=torch.uint8)
-    torch.set_rng_state(rng)
-    torch.set_num_threads(state.pop("threads"))  # sums are cut by thread: another number rounds differently
-    trainer.state = TrainState(**state, rng=rng)
-
-
 def _cut_metrics(path: Path, step: int) -> None:
     """Drop the records of steps that will be run again."""
     if path.exists():
@@ -335,19 +309,23 @@ def _cut_metrics(path: Path, step: int) -> None:
         write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def _announce(config: RunConfig, trainer: Trainer, directory: Path) -> None:
+def _announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str) -> None:
+    kernels = trainer.model.kernels
     size = measure(config.model, config.data.sequence_length)
     logger.info(
-        "%s: %.2fM parameters, %.2fM active; %s, %s, %d threads, attention %s, experts %s",
+        "%s: %.2fM parameters, %.2fM active; %s, %s, %d threads; kernels: attention %s, experts %s, products %s",
         directory,
         size.total_parameters / 1e6,
         size.active_parameters / 1e6,
         trainer.plan.device,
         "bf16" if trainer.plan.bf16 else "fp32",
         torch.get_num_threads(),
-        config.kernels.attention,
-        config.kernels.experts,
+        kernels.attention,
+        kernels.experts,
+        kernels.products,
     )
+    if reason:
+        logger.info("kernels chosen by measuring: %s", reason)
     logger.info("%d steps of %d tokens", trainer.plan.total_steps, config.training.tokens_per_step)
     live = _live(config, trainer.plan)
     if live:
@@ -374,7 +352,9 @@ def _live(config: RunConfig, plan: Plan) -> list[str]:
 
 
 def _summary(config: RunConfig, trainer: Trainer, last: Validation, metrics: Path) -> dict[str, Any]:
-    steps = [record for record in read_json_lines(metrics) if record["kind"] == "step"]
+    records = read_json_lines(metrics)
+    steps = [record for record in records if record["kind"] == "step"]
+    stalls = [record["stall_seconds"] for record in records if record["kind"] == "checkpoint"]
     size = measure(config.model, config.data.sequence_length)
     state = trainer.state
     final = last.to_record(state.step, state.tokens, state.seconds)
@@ -388,6 +368,7 @@ def _summary(config: RunConfig, trainer: Trainer, last: Validation, metrics: Pat
         "steps": state.step,
         "tokens": state.tokens,
         "seconds": round(state.seconds, 3),
+        "checkpoint_stall_seconds": round(sum(stalls), 3),
         "tokens_per_second": round(state.tokens / state.seconds, 1),
         "total_parameters": size.total_parameters,
         "active_parameters": size.active_parameters,

@@ -1,0 +1,68 @@
+"""What lies at a path, told by the names of files and the keys of one config.json.
+
+Nothing here needs torch: a path that leads nowhere is said at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from finemoe.checkpoint.foreign import folder_file, read_json
+from finemoe.core.errors import CheckpointError
+
+Kind = Literal["run", "imported", "huggingface", "gguf"]
+
+CONFIG, SOURCE, MANIFEST = "config.json", "source.json", "manifest.json"
+STATE = "state.json"
+"""Of a checkpoint of a run; an import has none."""
+
+
+def kind_of(path: str | os.PathLike[str]) -> Kind:
+    """What lies at `path`; nothing but config.json is read.
+
+    Raises:
+        CheckpointError: nothing that finemoe opens.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return "gguf"
+    if is_native(path):
+        return "imported"
+    if (path / STATE).exists():
+        return "run"
+    if (path / CONFIG).is_file():
+        keys = read_json(folder_file(path, CONFIG))
+        if "model_type" in keys:
+            return "huggingface"
+        if "model" in keys:
+            return "imported" if "source" in keys else "run"
+    if (path / "checkpoints").is_dir():
+        return "run"
+    hint = _unfinished(path)
+    if not hint and not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        hint = f"; if it is a name on the hub, `finemoe import {path} DIR` fetches it"
+    what = "neither a run, nor an imported or Hugging Face folder (no config.json that says so), nor a .gguf file"
+    raise CheckpointError(f"{path}: {what if path.exists() else 'there is nothing here'}{hint}")
+
+
+def is_native(path: Path) -> bool:
+    """Whether `path` is a folder that an import made; a run's checkpoint has no source.json."""
+    return (path / MANIFEST).is_file() and (path / SOURCE).is_file()
+
+
+def require_there(path: Path) -> None:
+    """Check that there is anything at `path`, be it a link that leads nowhere.
+
+    Raises:
+        CheckpointError: there is nothing.
+    """
+    if not path.exists() and not path.is_symlink():
+        raise CheckpointError(f"{path}: no such file or folder{_unfinished(path)}")
+
+
+def _unfinished(path: Path) -> str:
+    partial = Path(f"{path}.partial")
+    return f"; an interrupted import lies in {partial}: import again to finish it" if partial.exists() else ""

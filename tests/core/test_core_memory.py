@@ -1,0 +1,36 @@
+"""What memory a process can still have."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from finemoe.core import memory
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_available_memory_is_some_of_what_there_is() -> None:
+    available = memory.available_bytes()
+    assert available is not None
+    assert 0 < available <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def group(folder: Path, limit: str, used: int, droppable: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon {used - droppable}\ninactive_file {droppable}\n")
+
+
+def test_every_group_around_the_process_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_GROUPS", {"": (str(tmp_path), "memory.max", "memory.current", "inactive_file")})
+    group(tmp_path, "max", 0, 0)
+    group(tmp_path / "outer", "1000", 700, 200)
+    group(tmp_path / "outer" / "inner", "900", 100, 0)
+    memberships = ["4:cpu:/elsewhere", "0::/outer/inner"]
+    assert list(memory._left_in_groups(memberships)) == [800, 500]
+    assert list(memory._left_in_groups(["0::/of/the/host"])) == []
+    assert list(memory._left_in_groups(["7:cpu:/outer"])) == []
