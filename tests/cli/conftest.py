@@ -52,6 +52,16 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Command:
 
 
 @pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with an empty recipe `a.toml` and the beginning of a run `x`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.toml").touch()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").touch()
+    return tmp_path
+
+
+@pytest.fixture
 def process() -> Command:
     """Run a verb in a process of its own."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,7 @@ def run(summary: dict[str, Any], interrupted: bool = False) -> Spy:
     return Spy(SimpleNamespace(directory=Path("runs/[x]"), summary=summary, interrupted=interrupted))
 
 
+@pytest.mark.usefixtures("here")
 def test_train_hands_over_and_says_what_next(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = run(SUMMARY)
     monkeypatch.setattr("finemoe.training.run.train", spy)
@@ -49,14 +51,18 @@ def test_train_hands_over_and_says_what_next(command: Any, monkeypatch: pytest.M
     assert "finemoe generate 'runs/[x]'" in result.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "resume"])
-def test_json_is_the_summary_and_nothing_else(command: Any, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("verb", "path"), [("train", "a.toml"), ("resume", "x")])
+def test_json_is_the_summary_and_nothing_else(
+    command: Any, monkeypatch: pytest.MonkeyPatch, verb: str, path: str
+) -> None:
     monkeypatch.setattr(f"finemoe.training.run.{verb}", run({**SUMMARY, "max_vio": math.nan}))
-    result = command(verb, "x", "--json")
+    result = command(verb, path, "--json")
     expected = {"directory": "runs/[x]", "interrupted": False, **SUMMARY, "max_vio": None}
     assert json.loads(result.stdout) == expected
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_an_interrupted_run_says_how_to_go_on(
     command: Any, monkeypatch: pytest.MonkeyPatch, options: list[str]
@@ -111,8 +117,21 @@ def test_compare_json_is_the_results(command: Any, monkeypatch: pytest.MonkeyPat
     assert results["bad"] is None
 
 
+@pytest.mark.usefixtures("here")
 def test_an_interrupted_comparison_says_how_to_go_on(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finemoe.studies.compare.compare", compared(interrupted=True))
     result = command("compare", "a.toml", "--set", "seeds=[0, 1]")
     assert result.exit_code == 130
     assert "finemoe compare a.toml --out runs/c --set 'seeds=[0, 1]'" in result.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX pipes")
+@pytest.mark.parametrize(("verb", "target"), [("train", "training.run.train"), ("compare", "studies.compare.compare")])
+def test_a_recipe_that_is_a_pipe_is_left_for_the_one_who_reads_it(
+    command: Any, monkeypatch: pytest.MonkeyPatch, here: Path, verb: str, target: str
+) -> None:
+    os.mkfifo(here / "pipe")  # nobody writes: reading it would hang
+    spy = run(SUMMARY) if verb == "train" else compared(interrupted=True)
+    monkeypatch.setattr(f"finemoe.{target}", spy)
+    command(verb, "pipe")
+    assert spy.arguments == (Path("pipe"),)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finemoe.cli.output import Json, Out, Overrides, Quiet, print_json, print_rich, printable
+from finemoe.cli.output import Json, Out, Overrides, Quiet, check_recipe, print_json, print_rich, printable
 from finemoe.core.errors import TrainingError
 
 
@@ -35,6 +35,9 @@ def compare(
 
     The directory then holds report.html, results.json, results.csv and figures/.
     """
+    if recipe is not None:
+        check_recipe(recipe, overrides or ())
+
     from finemoe.core.logs import console
     from finemoe.studies.compare import compare as run_comparison
 

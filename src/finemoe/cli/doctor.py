@@ -54,6 +54,10 @@ def doctor(
 
     Exit status: 0 no problem, 1 problems were found, 2 there is nothing to examine.
     """
+    from finemoe.checkpoint.kinds import require_there
+
+    require_there(path)  # before a second of imports
+
     from finemoe.checkpoint.doctor import examine
 
     diagnosis = examine(path, deep=deep, quiet=quiet)

@@ -132,14 +132,16 @@ def _options(
 @contextmanager
 def _exportable(source: Path, out: Path, quiet: bool) -> Iterator[Path]:
     """`source`, or a temporary import of it where it is in a foreign format."""
-    from finemoe.checkpoint import gguf, interchange
-    from finemoe.checkpoint.open import kind_of
+    from finemoe.checkpoint.kinds import kind_of
     from finemoe.core.errors import FinemoeError
 
     kind = kind_of(source)
     if kind in ("run", "imported"):
         yield source
         return
+
+    from finemoe.checkpoint import gguf, interchange
+
     home = next(parent for parent in out.absolute().parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=home) as folder:
         place = Path(folder) / source.stem
@@ -182,7 +184,7 @@ def _write(form: Format, source: Path, out: Path, options: Mapping[str, Any], qu
 
 
 def _training_state(source: Path) -> list[str]:
-    from finemoe.checkpoint.native import is_native
+    from finemoe.checkpoint.kinds import is_native
 
     return [] if is_native(source) else ["optimizer state and position in the data"]
 

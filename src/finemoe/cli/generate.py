@@ -61,10 +61,13 @@ def generate(
       finemoe generate runs/tiny --file prompts.txt --json > completions.json
       finemoe generate SmolLM2-135M-Instruct --chat "Name three rivers." --temperature 0
     """
+    from finemoe.checkpoint.kinds import kind_of
+
     draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
-    sampling = _sampling(draw)
     texts = _read_prompts(prompts or [], file, chat, system)
-    opened = _open(source, dtype)
+    own = kind_of(source) == "run"  # asked before a second of imports
+    sampling = _sampling(draw)
+    opened = _open(source, own, dtype)
     texts, ids = opened.encode(texts, chat, system)
     _say_what_is_odd(ids, sampling, opened)
     started = time.monotonic()
@@ -173,7 +176,7 @@ class _Opened:
         return [text], [tuple(self.tokenizer.encode_template(text))]
 
 
-def _open(source: Path, dtype: str) -> _Opened:
+def _open(source: Path, own: bool, dtype: str) -> _Opened:
     """The model on the fastest device here, its tokenizer and its chat template.
 
     Raises:
@@ -181,7 +184,7 @@ def _open(source: Path, dtype: str) -> _Opened:
     """
     import torch
 
-    from finemoe.checkpoint.open import kind_of, load_chat_template, load_model, load_tokenizer
+    from finemoe.checkpoint.open import load_chat_template, load_model, load_tokenizer
     from finemoe.core.errors import RunError
     from finemoe.generation import Engine
 
@@ -199,7 +202,6 @@ def _open(source: Path, dtype: str) -> _Opened:
         stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size,
     )
-    own = kind_of(source) == "run"
     reach = _trained_length(source) if own else model.config.max_positions
     return _Opened(engine, tokenizer, template, source, own, reach)
 

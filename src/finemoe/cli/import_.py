@@ -55,11 +55,13 @@ def import_(
 
     Exit status: 0 done, 1 imported but not verified, 2 nothing was imported.
     """
-    from finemoe.checkpoint import gguf, interchange
     from finemoe.checkpoint.hub import resolve
 
     path = resolve(source, quiet=quiet)
     _check_foreign(path)
+
+    from finemoe.checkpoint import gguf, interchange
+
     convert = gguf.import_gguf if path.is_file() else interchange.import_hf
     report = convert(path, out, quiet=quiet)
     checks = _verify(path, report, quiet) if verify else []
@@ -80,7 +82,7 @@ def _check_foreign(path: Path) -> None:
     Raises:
         CheckpointError: with what to do instead.
     """
-    from finemoe.checkpoint.native import is_native
+    from finemoe.checkpoint.kinds import is_native
     from finemoe.core.errors import CheckpointError
 
     if path.is_file() and path.suffix.lower() != ".gguf":

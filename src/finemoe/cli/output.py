@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,18 @@ Out = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default: a new folder in runs/.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+
+def check_recipe(recipe: Path, overrides: Sequence[str]) -> None:
+    """Read a recipe before the imports that take a second; a pipe, which can be read only once, is left alone.
+
+    Raises:
+        ConfigError: no such recipe, no TOML, or an override that is none.
+    """
+    from finemoe.core.config import read_toml, with_overrides
+
+    if recipe.is_file() or not recipe.exists():
+        with_overrides(read_toml(recipe), overrides)
 
 
 def print_json(value: Any) -> None:

@@ -23,6 +23,10 @@ def resume(
     Example:
       finemoe resume runs/tiny-20250131-101500
     """
+    from finemoe.training.directory import require_run
+
+    require_run(directory)  # before a second of imports
+
     from finemoe.training import run
 
     report_run(run.resume(directory, quiet=quiet), as_json)

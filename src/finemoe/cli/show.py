@@ -41,7 +41,7 @@ def _summary(directory: Path) -> dict[str, Any]:
         RunError: not a run, or not finished.
     """
     from finemoe.core.errors import RunError
-    from finemoe.training.run import read_summary
+    from finemoe.training.directory import read_summary
 
     summary = read_summary(directory)
     if summary is None:

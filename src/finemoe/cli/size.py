@@ -118,16 +118,19 @@ def _measure(name: str, seq_len: int | None) -> ModelSize:
     Raises:
         ConfigError: none of these, or not a valid model.
     """
+    path = Path(name)
+    if path.suffix == ".toml":  # no preset is called so, and a missing recipe needs none of what follows
+        return _measure_recipe(path, seq_len)
+
     from finemoe.core.config import did_you_mean
     from finemoe.core.errors import ConfigError
     from finemoe.model.presets import PRESETS
 
-    path = Path(name)
     if name in PRESETS:
         return _measure_table({"preset": name}, name, seq_len or PRESETS[name].seq_len)
     if path.is_dir() or path.suffix.lower() == ".gguf":
         return _measure_folder(path, seq_len)
-    if path.suffix == ".toml" or path.exists():
+    if path.exists():
         return _measure_recipe(path, seq_len)
     raise ConfigError(
         f"{name}: neither a recipe, nor a run, nor a checkpoint, nor a preset{did_you_mean(name, sorted(PRESETS))}"
@@ -137,11 +140,14 @@ def _measure(name: str, seq_len: int | None) -> ModelSize:
 def _measure_folder(path: Path, seq_len: int | None) -> ModelSize:
     """A run, at the length of its sequences; or a checkpoint from elsewhere."""
     from finemoe.checkpoint.foreign import read_json
-    from finemoe.checkpoint.open import kind_of, read_model_config
-    from finemoe.model.size import measure
+    from finemoe.checkpoint.kinds import kind_of
 
     if kind_of(path) == "run":
         return _measure_file(read_json(path / "config.json"), path / "config.json", seq_len)
+
+    from finemoe.checkpoint.open import read_model_config
+    from finemoe.model.size import measure
+
     config = read_model_config(path)
     return measure(config, seq_len or min(config.max_positions or _ELSEWHERE, _ELSEWHERE))
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from finemoe.cli.output import Json, Out, Overrides, Quiet, report_run
+from finemoe.cli.output import Json, Out, Overrides, Quiet, check_recipe, report_run
 
 
 def train(
@@ -30,6 +30,8 @@ def train(
 
     The directory then holds config.json, metrics.jsonl, checkpoints/ and summary.json.
     """
+    check_recipe(recipe, overrides or ())
+
     from finemoe.training import run
 
     report_run(run.train(recipe, out=out, overrides=overrides or (), quiet=quiet), as_json)
