@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,3 +35,14 @@ def test_every_group_around_the_process_counts(tmp_path: Path, monkeypatch: pyte
     assert list(memory._left_in_groups(memberships)) == [800, 500]
     assert list(memory._left_in_groups(["0::/of/the/host"])) == []
     assert list(memory._left_in_groups(["7:cpu:/outer"])) == []
+
+
+def test_the_peak_is_the_process_own_and_not_its_parents() -> None:
+    parent = """
+import subprocess, sys
+block = bytearray(b"x" * 400_000_000)
+child = "from finemoe.core.memory import peak_bytes; print(peak_bytes())"
+print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout)
+"""
+    result = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True, timeout=60)
+    assert 1_000_000 < int(result.stdout) < 300_000_000
