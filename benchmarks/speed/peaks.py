@@ -7,15 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from benchmarks.speed.timing import Spread, calling
 from torch import Tensor
+from torch.nn import functional as F
+
+from finemoe.model import native
+from finemoe.model.native.linear import linear
 
 SIZES = (768, 1024, 1536, 2048, 3072)
 """Of the square matrices of torch.mm."""
 READ_BYTES = 400_000_000
+_COLUMNS = 4000
 REDUCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sum": torch.sum,
     "amax": torch.amax,
     "norm": torch.linalg.vector_norm,
     "dot": lambda tensor: torch.dot(*tensor.chunk(2)),
+    "torch product with one row": lambda tensor: F.linear(torch.ones(1, _COLUMNS), tensor.view(-1, _COLUMNS)),
 }
 _CALLS = 3  # of which the best counts
 
@@ -35,7 +41,10 @@ class Peaks:
         """Take a sample of each."""
         self._add("gemm", {f"{size}": _product_rate(size) for size in self._sizes})
         tensor = torch.ones(self._read_bytes // 4)
-        seconds = {name: _best_seconds(lambda f=f: f(tensor)) for name, f in REDUCTIONS.items()}  # type: ignore[misc]
+        readers = dict(REDUCTIONS)
+        if native.available():  # torch's reductions do not always reach what the memory gives
+            readers["native product with one row"] = _native_product
+        seconds = {name: _best_seconds(lambda f=f: f(tensor)) for name, f in readers.items()}  # type: ignore[misc]
         self._add("bandwidth", {name: tensor.nbytes / one for name, one in seconds.items()})
 
     def _add(self, name: str, rates: Mapping[str, float]) -> None:
@@ -45,6 +54,10 @@ class Peaks:
     def spreads(self) -> dict[str, Spread]:
         """Median and quartiles of what was measured so far."""
         return {name: Spread.of(samples) for name, samples in self.samples.items() if samples}
+
+
+def _native_product(tensor: Tensor) -> Tensor:
+    return linear(torch.ones(1, _COLUMNS), tensor.view(-1, _COLUMNS))
 
 
 def _product_rate(size: int) -> float:

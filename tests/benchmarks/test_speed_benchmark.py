@@ -47,7 +47,7 @@ def tiny_model() -> ModelConfig:
 
 
 def context(repeats: int = 1) -> Context:
-    peaks = Peaks(sizes=(8, 16), read_bytes=4096)
+    peaks = Peaks(sizes=(8, 16), read_bytes=16_000)
     return Context(repeats, quick=True, threads=1, python=sys.executable, peaks=peaks)
 
 

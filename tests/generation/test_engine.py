@@ -126,6 +126,32 @@ def test_requests_with_different_parameters_share_a_batch_and_arrive_while_it_ru
         assert drawn == uncached(model, request.prompt, request.sampling)
 
 
+@pytest.mark.parametrize("preset", ["tiny-moe", "tiny-v3"])
+def test_a_prompt_is_read_apart_from_those_that_decode(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(preset=preset)
+    shapes, forward = [], model.forward
+
+    def recorded(tokens: torch.Tensor, **others: Any) -> Any:
+        shapes.append(tuple(tokens.shape))
+        return forward(tokens, **others)
+
+    engine = Engine(model, num_slots=3)
+    lengths, prompts = [9, 3, 9, 9], [(5, 9), (7,), (8, 8, 8), tuple(range(100, 200))]
+    requests = [
+        Request(p, GREEDY.model_copy(update={"max_new_tokens": n})) for p, n in zip(prompts, lengths, strict=True)
+    ]
+    for request in requests:
+        engine.submit(request)
+    monkeypatch.setattr(model, "forward", recorded)
+    events = list(engine.events())
+    # Three short prompts padded together; the long one comes when the second is done, and is read by itself.
+    assert shapes[:6] == [(3, 3), (3, 1), (3, 1), (2, 1), (1, 100), (3, 1)]
+    monkeypatch.undo()
+    for number, request in enumerate(requests):
+        drawn = [event.token_id for event in events if event.sequence.id == number]
+        assert drawn == uncached(model, request.prompt, request.sampling)
+
+
 def test_expert_capacity_does_not_apply() -> None:
     tight = {"capacity_factor": 0.05}
     limited, free = make_model(feed_forward=tight), make_model()

@@ -49,6 +49,28 @@ def test_top_k_beyond_the_vocabulary_and_top_p_of_one_change_nothing() -> None:
     assert draws(100, top_k=50, top_p=1.0) == draws(100)
 
 
+def cut_in_full(scores: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
+    """Top-k and top-p by sorting the whole vocabulary of one row."""
+    order = scores.argsort(descending=True)
+    kept = order[: top_k or len(order)]
+    before = scores[kept].softmax(-1).cumsum(-1) - scores[kept].softmax(-1)
+    kept = kept[before < (top_p or 1.0)] if len(kept) > 1 else kept
+    return torch.full_like(scores, -torch.inf).index_copy(0, kept, scores[kept])
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0], ids=["flat", "middling", "peaked"])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(None, 0.9), (None, 0.999), (50, None), (50, 0.5), (200, 0.99), (None, None)]
+)
+def test_a_draw_is_the_best_of_what_is_kept_with_noise(spread: float, top_k: int | None, top_p: float | None) -> None:
+    logits, config = spread * torch.randn(3, 5000), SamplingConfig(temperature=0.8, top_k=top_k, top_p=top_p)
+    ids, _ = pick(logits, config, [seeds.generator(s, "x") for s in range(3)])
+    for row in range(3):
+        uniform = torch.rand(5000, generator=seeds.generator(row, "x"), dtype=torch.float64)
+        noisy = cut_in_full(logits[row].double() / 0.8, top_k, top_p) - (-uniform.log()).log()
+        assert ids[row] == noisy.argmax()
+
+
 def test_each_row_uses_its_own_stream() -> None:
     alone = [pick(LOGITS[None], SamplingConfig(), [seeds.generator(s, "x")])[0].item() for s in range(8)]
     together = pick(LOGITS.expand(8, -1), SamplingConfig(), [seeds.generator(s, "x") for s in range(8)])[0]

@@ -6,6 +6,7 @@ The package computes these in float32 whatever the input, so the tolerances are 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from finemoe.model.attention.grouped_query import GroupedQueryAttention, GroupedQueryCache, GroupedQueryConfig
-from finemoe.model.attention.kernels import ATTENTION_KERNELS
+from finemoe.model.attention.kernels import ATTENTION_KERNELS, Attend, Mask
+from finemoe.model.attention.places import Places, within_documents
 from finemoe.model.norm import RMSNorm
+from finemoe.model.rope import RopeConfig
 from oracles import attention as oracle
 from oracles import rope
 from oracles.models import YARN
@@ -28,14 +31,20 @@ def document_mask() -> Tensor:
     return same & oracle.causal(BATCH, 1, SEQ)
 
 
-@pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
-@pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
+KERNELS: dict[str, Attend] = {
+    **{name: partial(attend, native=False) for name, attend in ATTENTION_KERNELS.items()},
+    "native": partial(ATTENTION_KERNELS["sdpa"], native=True),
+}
+MASKS: dict[str, Mask] = {"causal": None, "documents": document_mask(), "spans": within_documents(DOCUMENTS)}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)], ids=["MHA", "GQA", "MQA"])
-def test_kernel_forward_and_gradients(kernel: str, masked: bool, heads: int, kv_heads: int) -> None:
+def test_kernel_forward_and_gradients(kernel: str, mask: Mask, heads: int, kv_heads: int) -> None:
     states = [torch.randn(BATCH, h, SEQ, DIM, requires_grad=True) for h in (heads, kv_heads, kv_heads)]
-    mask = document_mask() if masked else None
-    output = ATTENTION_KERNELS[kernel](*states, mask, 0.7)
-    full = oracle.causal(BATCH, heads, SEQ) if mask is None else mask.expand(BATCH, heads, SEQ, SEQ)
+    output = KERNELS[kernel](*states, mask, 0.7)
+    full = oracle.causal(BATCH, heads, SEQ) if mask is None else document_mask().expand(BATCH, heads, SEQ, SEQ)
     expected = oracle.attention(*(s.double() for s in states), full, 0.7)
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
     direction = torch.randn_like(output)
@@ -44,22 +53,22 @@ def test_kernel_forward_and_gradients(kernel: str, masked: bool, heads: int, kv_
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel_with_fewer_queries_than_keys(kernel: str) -> None:
     query, key, value = (torch.randn(BATCH, 4, n, DIM) for n in (2, SEQ, SEQ))
     mask = torch.rand(BATCH, 1, 2, SEQ) < 0.5
     mask[..., 0] = True
     expected = oracle.attention(query.double(), key.double(), value.double(), mask.expand(BATCH, 4, 2, SEQ))
-    found = ATTENTION_KERNELS[kernel](query, key, value, mask, 1 / math.sqrt(DIM)).double()
+    found = KERNELS[kernel](query, key, value, mask, 1 / math.sqrt(DIM)).double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel_with_values_narrower_than_keys(kernel: str) -> None:
     query, key = torch.randn(BATCH, 4, SEQ, DIM), torch.randn(BATCH, 2, SEQ, DIM)
     value = torch.randn(BATCH, 2, SEQ, 3)
     expected = oracle.attention(query.double(), key.double(), value.double(), oracle.causal(BATCH, 4, SEQ), 0.3)
-    found = ATTENTION_KERNELS[kernel](query, key, value, None, 0.3)
+    found = KERNELS[kernel](query, key, value, None, 0.3)
     assert found.shape == (BATCH, 4, SEQ, 3)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -108,7 +117,7 @@ def test_module_is_projections_rotation_loops_and_output(changes: dict[str, Any]
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     hidden = torch.randn(BATCH, SEQ, 12, requires_grad=True)
-    found, expected = module(hidden, positions=POSITIONS, mask=None, cache=None), expected_output(module, hidden)
+    found, expected = module(hidden, places=Places(POSITIONS), cache=None), expected_output(module, hidden)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
     direction = torch.randn_like(found)
     leaves = {"hidden": hidden, **dict(module.named_parameters())}
@@ -134,20 +143,53 @@ def test_norm_divides_by_the_root_mean_square(dtype: torch.dtype) -> None:
     torch.testing.assert_close(gradient.double(), wanted.double(), rtol=4 * tolerance, atol=4 * tolerance)
 
 
+def test_spans_of_documents_are_their_mask() -> None:
+    assert torch.equal(within_documents(DOCUMENTS).mask, document_mask())
+
+
+def test_places_share_a_rotation_by_value() -> None:
+    places = Places(POSITIONS)
+    first = places.rotation(DIM, RopeConfig(theta=500.0))
+    assert places.rotation(DIM, RopeConfig(theta=500.0)) is first
+    assert not torch.equal(places.rotation(DIM, RopeConfig(theta=501.0))[1], first[1])
+    assert places.rotation(DIM - 2, RopeConfig(theta=500.0))[0].shape == (BATCH, SEQ, DIM // 2 - 1)
+
+
+def test_places_cut_short_are_those_of_the_first_tokens() -> None:
+    cut = Places(POSITIONS, within_documents(DOCUMENTS)).cut(3)
+    assert torch.equal(cut.positions, POSITIONS[:, :3])
+    assert torch.equal(cut.mask.mask, document_mask()[:, :, :3, :3])
+    assert torch.equal(Places(POSITIONS, document_mask()).cut(3).mask, document_mask()[:, :, :3, :3])
+
+
+def empty_cache(batch: int, capacity: int) -> GroupedQueryCache:
+    return GroupedQueryCache(*torch.zeros(2, batch, 1, capacity, 2))
+
+
 def test_cache_refuses_a_position_beyond_its_capacity() -> None:
-    cache = GroupedQueryCache(torch.zeros(1, 1, 4, 2))
-    states = torch.zeros(1, 1, 1, 2)
-    cache.update(states, states, torch.tensor([[3]]))
+    cache, states = empty_cache(1, 4), torch.zeros(1, 1, 1, 2)
+    cache.update(states, states, Places(torch.tensor([[3]])))
     with pytest.raises(IndexError, match=r"position 4 .* capacity of 4"):
-        cache.update(states, states, torch.tensor([[4]]))
+        cache.update(states, states, Places(torch.tensor([[4]])))
 
 
-def test_cache_mask_shows_each_row_its_own_past() -> None:
-    cache = GroupedQueryCache(torch.zeros(2, 1, 8, 2))
-    states = torch.ones(2, 1, 2, 2)
-    keys, values, mask = cache.update(states, 2 * states, torch.tensor([[0, 1], [3, 4]]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["native", "torch"])
+def test_cache_shows_each_row_its_own_past(dtype: torch.dtype) -> None:
+    cache, states = empty_cache(2, 8), torch.ones(2, 1, 2, 2, dtype=dtype)
+    keys, values, seen = cache.update(states, 2 * states, Places(torch.tensor([[0, 1], [3, 4]])))
     assert keys.shape == values.shape == (2, 1, 5, 2)
-    assert mask[0, 0].tolist() == [[True, False, False, False, False], [True, True, False, False, False]]
-    assert mask[1, 0].tolist() == [[True, True, True, True, False], [True] * 5]
+    assert keys.dtype == values.dtype == dtype
+    assert seen.mask[0, 0].tolist() == [[True, False, False, False, False], [True, True, False, False, False]]
+    assert seen.mask[1, 0].tolist() == [[True, True, True, True, False], [True] * 5]
     assert keys[1, 0, :, 0].tolist() == [0, 0, 0, 1, 1]
     assert values[0, 0, :, 1].tolist() == [2, 2, 0, 0, 0]
+
+
+def test_rows_of_a_cache_are_its_memory_and_can_change_places() -> None:
+    cache, states = empty_cache(3, 2), torch.tensor([1.0, 2.0]).view(2, 1, 1, 1).expand(2, 1, 1, 2)
+    cache.rows(1, 3).update(states, 10 * states, Places(torch.tensor([[0], [1]])))
+    assert cache.keys[:, 0, :, 0].tolist() == [[0, 0], [1, 0], [0, 2]]
+    assert cache.values[:, 0, :, 1].tolist() == [[0, 0], [10, 0], [0, 20]]
+    cache.swap(0, 2)
+    assert cache.keys[:, 0, :, 0].tolist() == [[0, 2], [1, 0], [0, 0]]
+    assert cache.values[:, 0, :, 1].tolist() == [[0, 20], [10, 0], [0, 0]]

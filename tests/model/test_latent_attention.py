@@ -11,6 +11,7 @@ from torch import Tensor
 
 from finemoe.model.attention.kernels import ATTENTION_KERNELS
 from finemoe.model.attention.latent import LatentAttention, LatentCache, LatentConfig
+from finemoe.model.attention.places import Places
 from oracles import attention as oracle
 from oracles import rope
 from oracles.models import LATENT, YARN
@@ -74,7 +75,7 @@ def test_output_and_gradients_are_those_of_the_equations(
 ) -> None:
     module = drawn(changes, form)
     hidden = torch.randn(BATCH, SEQ, HIDDEN, requires_grad=True)
-    found = module(hidden, positions=POSITIONS, mask=None if mask is None else mask[:, None], cache=None)
+    found = module(hidden, places=Places(POSITIONS, None if mask is None else mask[:, None]), cache=None)
     expected = expected_output(module, hidden, mask)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     leaves, direction = {"hidden": hidden, **dict(module.named_parameters())}, torch.randn_like(found)
@@ -92,8 +93,8 @@ def test_both_forms_agree_in_double_precision(mask: Tensor | None, kernel: str) 
     for form in FORMS:
         module = drawn({}, form, kernel).double()
         masked = None if mask is None else mask[:, None]
-        outputs.append(module(hidden, positions=POSITIONS, mask=masked, cache=None))
-    tolerance = 1e-12 if kernel == "sdpa" else 1e-5  # the reference computes in float32
+        outputs.append(module(hidden, places=Places(POSITIONS, masked), cache=None))
+    tolerance = 1e-12 if kernel != "reference" else 1e-5  # the reference computes in float32
     torch.testing.assert_close(*outputs, rtol=tolerance, atol=tolerance)
 
 
@@ -104,11 +105,11 @@ def test_cached_is_uncached(widths: tuple[int, ...], kernel: str, form: str) -> 
     module, hidden = drawn({}, form, kernel), torch.randn(BATCH, SEQ, HIDDEN)
     positions = torch.arange(SEQ).expand(BATCH, SEQ)
     with torch.no_grad():
-        whole = module(hidden, positions=positions, mask=None, cache=None)
+        whole = module(hidden, places=Places(positions), cache=None)
         cache, found, done = module.new_cache(BATCH, 8), [], 0
         for width in widths:
             part = slice(done, done + width)
-            found.append(module(hidden[:, part], positions=positions[:, part], mask=None, cache=cache))
+            found.append(module(hidden[:, part], places=Places(positions[:, part]), cache=cache))
             done += width
     torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=1e-4, atol=1e-4)
 
@@ -121,54 +122,63 @@ def test_rows_of_different_lengths_share_a_cache(form: str) -> None:
     with torch.no_grad():
         cache = module.new_cache(BATCH, 8)
         start = torch.arange(4).expand(BATCH, 4)
-        first = module(hidden[:, :4], positions=start, mask=None, cache=cache)
+        first = module(hidden[:, :4], places=Places(start), cache=cache)
         found = [[first[b, : lengths[b]]] for b in range(BATCH)]
         for step in range(2):
             at = torch.tensor([[length + step] for length in lengths])
             fresh = torch.stack([hidden[b, at[b]] for b in range(BATCH)])
-            output = module(fresh, positions=at, mask=None, cache=cache)
+            output = module(fresh, places=Places(at), cache=cache)
             for b in range(BATCH):
                 found[b].append(output[b])
         for b, length in enumerate(lengths):
             alone = hidden[b : b + 1, : length + 2]
-            whole = module(alone, positions=torch.arange(length + 2)[None], mask=None, cache=None)
+            whole = module(alone, places=Places(torch.arange(length + 2)[None]), cache=None)
             torch.testing.assert_close(torch.cat(found[b]), whole[0], rtol=1e-4, atol=1e-4)
 
 
 def test_cache_holds_the_normed_latent_and_the_turned_key_and_nothing_else() -> None:
     module, hidden = drawn({}), torch.randn(BATCH, SEQ, HIDDEN)
     cache = module.new_cache(BATCH, 8)
-    module(hidden, positions=POSITIONS - POSITIONS[:, :1], mask=None, cache=cache)
+    module(hidden, places=Places(POSITIONS - POSITIONS[:, :1]), cache=cache)
     stored = [value for value in vars(cache).values() if isinstance(value, Tensor)]
     assert sum(value.numel() for value in stored) == BATCH * 8 * (7 + 4)
     assert module.config.cache_elements_per_token() == 7 + 4
     down = hidden.double() @ module.kv_down_proj.weight.T.double()
     latent = oracle.norm(down[..., :7], module.kv_norm.weight.double(), 1e-6)
-    torch.testing.assert_close(cache.latents[:, :SEQ].double(), latent, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cache.states[:, :SEQ, :7].double(), latent, rtol=1e-4, atol=1e-5)
     scaling = module.config.rope.scaling
     frequencies = rope.yarn(4, 1e4, scaling.factor, scaling.original_max_positions, scaling.beta_fast)
     positions = torch.arange(SEQ).expand(BATCH, SEQ)
     turned = rope.rotate(down[:, None, :, 7:], positions, frequencies, "interleaved")[:, 0]
-    torch.testing.assert_close(cache.rotary_keys[:, :SEQ].double(), turned, rtol=1e-4, atol=1e-4)
-    assert not cache.latents[:, SEQ:].any()
+    torch.testing.assert_close(cache.states[:, :SEQ, 7:].double(), turned, rtol=1e-4, atol=1e-4)
+    assert not cache.states[:, SEQ:].any()
 
 
 def test_cache_refuses_a_position_beyond_its_capacity() -> None:
-    cache = LatentCache(torch.zeros(1, 4, 3), torch.zeros(1, 4, 2))
+    cache = LatentCache(torch.zeros(1, 4, 5), 3)
     states = (torch.ones(1, 1, 3), torch.ones(1, 1, 2))
-    cache.update(*states, torch.tensor([[3]]))
+    cache.update(*states, Places(torch.tensor([[3]])))
     with pytest.raises(IndexError, match=r"position 4 .* capacity of 4"):
-        cache.update(*states, torch.tensor([[4]]))
+        cache.update(*states, Places(torch.tensor([[4]])))
 
 
 def test_cache_mask_shows_each_row_its_own_past() -> None:
-    cache = LatentCache(torch.zeros(2, 8, 3), torch.zeros(2, 8, 2))
-    latents, keys, mask = cache.update(torch.ones(2, 2, 3), torch.ones(2, 2, 2), torch.tensor([[0, 1], [3, 4]]))
-    assert latents.shape == (2, 5, 3)
-    assert keys.shape == (2, 5, 2)
+    cache = LatentCache(torch.zeros(2, 8, 5), 3)
+    places = Places(torch.tensor([[0, 1], [3, 4]]))
+    states, seen = cache.update(torch.ones(2, 2, 3), 2 * torch.ones(2, 2, 2), places)
+    assert states.shape == (2, 5, 5)
+    mask = seen.mask
     assert mask[0, 0].tolist() == [[True, False, False, False, False], [True, True, False, False, False]]
     assert mask[1, 0].tolist() == [[True, True, True, True, False], [True] * 5]
-    assert latents[1, :, 0].tolist() == [0, 0, 0, 1, 1]
+    assert states[1, :, 2].tolist() == [0, 0, 0, 1, 1]
+    assert states[1, :, 3].tolist() == [0, 0, 0, 2, 2]
+
+
+def test_rows_of_a_cache_are_its_memory_and_can_change_places() -> None:
+    cache = LatentCache(torch.zeros(3, 2, 5), 3)
+    cache.rows(2, 3).update(torch.ones(1, 1, 3), torch.ones(1, 1, 2), Places(torch.tensor([[1]])))
+    cache.swap(0, 2)
+    assert cache.states.sum(-1).tolist() == [[0, 5], [0, 0], [0, 0]]
 
 
 def products(config: LatentConfig, form: str, queries: int, keys: int) -> int:
@@ -194,16 +204,16 @@ def test_auto_expands_in_training_and_absorbs_in_decoding(monkeypatch: pytest.Mo
     for name in FORMS:
         original = getattr(module, f"_{name}")
 
-        def spied(*arguments: Tensor, name: str = name, original: Any = original) -> Tensor:
+        def spied(*arguments: Any, name: str = name, original: Any = original) -> Tensor:
             used.append(name)
             return original(*arguments)
 
         monkeypatch.setattr(module, f"_{name}", spied)
     hidden, positions = torch.randn(1, 20, HIDDEN), torch.arange(20)[None]
-    module(hidden, positions=positions, mask=None, cache=None)
+    module(hidden, places=Places(positions), cache=None)
     cache = module.new_cache(1, 21)
-    module(hidden, positions=positions, mask=None, cache=cache)
-    module(hidden[:, :1], positions=torch.tensor([[20]]), mask=None, cache=cache)
+    module(hidden, places=Places(positions), cache=cache)
+    module(hidden[:, :1], places=Places(torch.tensor([[20]])), cache=cache)
     assert used == ["expanded", "expanded", "absorbed"]
 
 
@@ -215,10 +225,10 @@ def test_bfloat16_autocast_tracks_float32(cached: bool, form: str) -> None:
     for parameter in module.parameters():
         parameter.data *= 0.6
     with torch.no_grad():
-        exact = module(hidden, positions=positions, mask=None, cache=None)
+        exact = module(hidden, places=Places(positions), cache=None)
         with torch.autocast("cpu", torch.bfloat16):
             cache = module.new_cache(BATCH, SEQ) if cached else None
-            rounded = module(hidden, positions=positions, mask=None, cache=cache)
+            rounded = module(hidden, places=Places(positions), cache=cache)
     assert rounded.dtype == torch.bfloat16
     assert (rounded - exact).norm() < 0.03 * exact.norm()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from finemoe.model.attention.places import Places
 from finemoe.model.config import ModelConfig
 from finemoe.model.moe.decision import RoutingConstraint
 from finemoe.model.transformer import MTPModule, Transformer
@@ -44,7 +45,7 @@ def transformed(module: MTPModule, states: Sequence[Tensor], following: Sequence
     """TRM_k at the last of `states`, which sees those before it."""
     rows, ids = torch.stack(list(states))[None], torch.stack(list(following))[None]
     positions = torch.arange(len(states))[None]
-    return module.block(rows, ids, positions, None, None, None, False)[0][0, -1]
+    return module.block(rows, ids, Places(positions), None, None, False)[0][0, -1]
 
 
 def expected_states(model: Transformer, ids: Tensor) -> list[Tensor]:

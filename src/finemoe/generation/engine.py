@@ -1,14 +1,17 @@
 """Engine: many prompts through one model at once, in a fixed number of slots.
 
-Every step is one forward pass over all slots. A slot feeds a chunk of its prompt, or the token it drew last;
-shorter rows are padded, and the padding is written to cache positions that its row cannot see. A finished
-slot takes the next sequence of the queue. Nothing is evicted: a cache has room for the longest that waits.
+In every step a sequence feeds a chunk of its prompt, or the token it drew last. Those that feed about as much share
+a forward pass: shorter rows are padded, and the padding is written to cache positions that its row cannot see. A
+finished sequence makes room for the next of the queue. Nothing is evicted: a cache has room for the longest that waits.
+
+Sequences that run are rows 0, 1, ... of the cache, in the order of how much they feed, so that every pass reads and
+writes a slice of it; rows change places where that order changes.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +22,9 @@ from finemoe.generation.sampling import SamplingConfig, pick
 from finemoe.generation.sequence import Sequence
 from finemoe.model.attention import AttentionCache
 from finemoe.model.transformer import Transformer
+
+_MOST_PADDING = 32
+"""Tokens of padding in one pass, all rows together. A pass of its own costs more than that: it reads every weight."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Engine:
         stop_ids: Iterable[int] = (),
         vocab_size: int | None = None,
         num_slots: int = 8,
-        prefill_chunk: int = 256,
+        prefill_chunk: int = 512,
     ) -> None:
         """Wrap `model`.
 
@@ -66,7 +72,7 @@ class Engine:
             end_of_text_id: stops completions and begins empty prompts; None: neither.
             stop_ids: stop completions too, such as the end of a turn.
             vocab_size: ids from here on are never drawn, for tokenizers smaller than the model's vocabulary.
-            num_slots: most sequences in one forward pass.
+            num_slots: most sequences that run at once.
             prefill_chunk: most tokens of one prompt in one forward pass.
 
         Raises:
@@ -81,8 +87,9 @@ class Engine:
         self._num_slots = num_slots
         self._prefill_chunk = prefill_chunk
         self._queue: deque[Sequence] = deque()
-        self._slots: list[Sequence | None] = []
+        self._running: list[Sequence] = []
         self._cache: list[AttentionCache] = []
+        self._rows = 0  # of the cache
         self._capacity = 0  # tokens of one sequence that the cache can hold
         self._chunk = 1  # widest forward pass that the cache has room for
         self._next_id = 0
@@ -124,59 +131,87 @@ class Engine:
 
     def events(self) -> Iterator[Event]:
         """`step` until nothing is left, token by token."""
-        while self._queue or any(self._slots):
+        while self._queue or self._running:
             yield from self.step()
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One forward pass: the tokens it drew. Empty while prompts are being read, or when all is done."""
+        """Every running sequence once: the tokens drawn. Empty while prompts are being read, or when all is done."""
         self._admit()
-        active = [(slot, sequence) for slot, sequence in enumerate(self._slots) if sequence is not None]
-        if not active:
-            return []
-        chunks = {slot: sequence.pending(self._chunk) for slot, sequence in active}
-        hidden = self._forward(chunks)
-        ready = []
-        for slot, sequence in active:
-            sequence.num_cached += len(chunks[slot])
-            if sequence.num_cached >= len(sequence.prompt):
-                ready.append((slot, sequence))
+        chunks = self._arrange()
+        hidden, ready = [], []
+        for first, last in _passes([len(chunk) for chunk in chunks]):
+            states = self._forward(chunks[first:last], first)
+            for row, sequence in enumerate(self._running[first:last], first):
+                sequence.num_cached += len(chunks[row])
+                if sequence.num_cached >= len(sequence.prompt):
+                    hidden.append(states[row - first, len(chunks[row]) - 1])
+                    ready.append(sequence)
         if not ready:
             return []
-        rows = [slot for slot, _ in ready]
-        last = hidden[rows, [len(chunks[slot]) - 1 for slot in rows]]
-        logits = self._model.logits(last)[:, : self._vocab_size]
-        events = [Event(sequence, *drawn) for (_, sequence), drawn in zip(ready, _draw(logits, ready), strict=True)]
-        for slot, event in zip(rows, events, strict=True):
+        logits = self._model.logits(torch.stack(hidden))[:, : self._vocab_size]
+        events = [Event(sequence, *drawn) for sequence, drawn in zip(ready, _draw(logits, ready), strict=True)]
+        for event in events:
             event.sequence.append(event.token_id, event.logprob, self._stop_ids)
-            if event.sequence.finish_reason is not None:
-                self._slots[slot] = None
-        return events
+        self._leave()
+        return sorted(events, key=lambda event: event.sequence.id)
 
-    def _forward(self, chunks: Mapping[int, list[int]]) -> Tensor:
-        """Hidden states [slots, width, hidden] of `chunks`, which start where their slots' caches end."""
-        width = max(len(chunk) for chunk in chunks.values())
-        tokens = torch.zeros(len(self._slots), width, dtype=torch.int64)
-        starts = torch.zeros(len(self._slots), 1, dtype=torch.int64)
-        for slot, sequence in enumerate(self._slots):
-            if sequence is not None:
-                tokens[slot, : len(chunks[slot])] = torch.tensor(chunks[slot])
-                starts[slot] = sequence.num_cached
+    def _arrange(self) -> list[list[int]]:
+        """What each running sequence feeds next; those that feed more are moved behind those that feed less."""
+        chunks = [sequence.pending(self._chunk) for sequence in self._running]
+        for row, chunk in enumerate(chunks):
+            least = min(reversed(range(row, len(chunks))), key=lambda other: len(chunks[other]))
+            if len(chunks[least]) < len(chunk):
+                self._swap(row, least)
+                chunks[row], chunks[least] = chunks[least], chunk
+        return chunks
+
+    def _forward(self, chunks: list[list[int]], row: int) -> Tensor:
+        """Hidden states [chunks, width, hidden] of the sequences from `row` on, each from where its cache ends."""
+        width = max(len(chunk) for chunk in chunks)
+        tokens = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks])
+        starts = torch.tensor([[self._running[row + i].num_cached] for i in range(len(chunks))])
         device = self._model.head_weight.device
         positions = (starts + torch.arange(width)).to(device)
-        return self._model(tokens.to(device), positions=positions, cache=self._cache).hidden
+        cache = self._cache
+        if len(chunks) < self._rows:
+            cache = [layer.rows(row, row + len(chunks)) for layer in cache]
+        return self._model(tokens.to(device), positions=positions, cache=cache).hidden
 
     def _admit(self) -> None:
         """Fill free slots from the queue, in order. What does not fit the cache waits until all are free."""
-        if self._queue and not any(self._slots):
+        if self._queue and not self._running:
             self._capacity = max(_tokens_cached(sequence) for sequence in self._queue)
             self._chunk = min(self._prefill_chunk, max(len(sequence.prompt) for sequence in self._queue))
-            self._slots = [None] * min(self._num_slots, len(self._queue))
-            # A row at the end of its capacity may be padded to the width of a chunk.
-            self._cache = self._model.new_cache(len(self._slots), self._capacity + self._chunk - 1)
-        for slot, occupant in enumerate(self._slots):
-            if occupant is None and self._queue and _tokens_cached(self._queue[0]) <= self._capacity:
-                self._slots[slot] = self._queue.popleft()
+            self._rows = min(self._num_slots, len(self._queue))
+            # A row at the end of its capacity may be padded.
+            room = self._capacity + min(self._chunk - 1, _MOST_PADDING)
+            self._cache = self._model.new_cache(self._rows, room)
+        while len(self._running) < self._rows and self._queue and _tokens_cached(self._queue[0]) <= self._capacity:
+            self._running.append(self._queue.popleft())
+
+    def _leave(self) -> None:
+        """Finished sequences go; the last takes the row of one that does."""
+        for row in reversed(range(len(self._running))):
+            if self._running[row].finish_reason is not None:
+                last = len(self._running) - 1
+                if row != last:
+                    self._swap(row, last)
+                self._running.pop()
+
+    def _swap(self, row: int, other: int) -> None:
+        self._running[row], self._running[other] = self._running[other], self._running[row]
+        for layer in self._cache:
+            layer.swap(row, other)
+
+
+def _passes(widths: list[int]) -> Iterator[tuple[int, int]]:
+    """Rows first ... last - 1 of each forward pass; `widths` ascend."""
+    first = 0
+    for row in range(1, len(widths) + 1):
+        if row == len(widths) or sum(widths[row] - width for width in widths[first:row]) > _MOST_PADDING:
+            yield first, row
+            first = row
 
 
 def _tokens_cached(sequence: Sequence) -> int:
@@ -184,13 +219,14 @@ def _tokens_cached(sequence: Sequence) -> int:
     return len(sequence.prompt) + sequence.sampling.max_new_tokens - 1
 
 
-def _draw(logits: Tensor, ready: list[tuple[int, Sequence]]) -> list[tuple[int, float]]:
+def _draw(logits: Tensor, ready: list[Sequence]) -> list[tuple[int, float]]:
     """Token and logprob for each row of `logits [rows, vocab]`, rows with equal parameters together."""
     groups: dict[SamplingConfig, list[int]] = {}
-    for row, (_, sequence) in enumerate(ready):
+    for row, sequence in enumerate(ready):
         groups.setdefault(sequence.sampling, []).append(row)
     drawn: dict[int, tuple[int, float]] = {}
     for sampling, rows in groups.items():
-        ids, logprobs = pick(logits[rows], sampling, [ready[row][1].generator for row in rows])
+        chosen = logits if len(rows) == len(ready) else logits[rows]
+        ids, logprobs = pick(chosen, sampling, [ready[row].generator for row in rows])
         drawn.update(zip(rows, zip(ids.tolist(), logprobs.tolist(), strict=True), strict=True))
     return [drawn[row] for row in range(len(ready))]

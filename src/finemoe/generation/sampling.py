@@ -11,6 +11,9 @@ from torch import Tensor
 from finemoe.core.config import Config
 from finemoe.core.errors import CheckpointError
 
+_FIRST_LOOK = 128
+"""Tokens among which the nucleus is looked for first."""
+
 
 class SamplingConfig(Config):
     """How tokens are drawn, and when to stop."""
@@ -46,31 +49,48 @@ def pick(logits: Tensor, config: SamplingConfig, generators: Sequence[torch.Gene
         CheckpointError: logits are not finite.
     """
     logits = logits.float().cpu()
-    if not logits.isfinite().all():
+    if not all(edge.isfinite().all() for edge in logits.aminmax(dim=-1)):
         raise CheckpointError("the model's logits are not finite: its weights are damaged or its training diverged")
     if config.temperature == 0.0:
         ids = logits.argmax(dim=-1)
     else:
-        scores = _cut(logits.double() / config.temperature, config)
-        noise = torch.stack([_gumbel(logits.shape[1], generator) for generator in generators])
-        ids = (scores + noise).argmax(dim=-1)
+        candidates, scores = _candidates(logits.double().div_(config.temperature), config)
+        noise = torch.stack([torch.rand(logits.shape[1], generator=g, dtype=torch.float64) for g in generators])
+        if candidates is not None:
+            noise = noise.gather(-1, candidates)
+        # Gumbel noise, in place. A uniform draw of exactly 0 becomes minus infinity: never chosen.
+        ids = noise.log_().neg_().log_().neg_().add_(scores).argmax(dim=-1)
+        if candidates is not None:
+            ids = candidates.gather(-1, ids[:, None]).squeeze(-1)
     return ids, logits.log_softmax(dim=-1).gather(-1, ids[:, None]).squeeze(-1)
 
 
-def _gumbel(size: int, generator: torch.Generator) -> Tensor:
-    """[size] float64. A uniform draw of exactly 0 becomes minus infinity: never chosen."""
-    return -(-torch.rand(size, generator=generator, dtype=torch.float64).log()).log()
+def _candidates(scores: Tensor, config: SamplingConfig) -> tuple[Tensor | None, Tensor]:
+    """What top-k and top-p leave of `scores [rows, vocab]`.
+
+    Returns ids [rows, candidates], best first, and their scores, minus infinity for those left out; ids None: all.
+    """
+    vocab = scores.shape[1]
+    top_p = 1.0 if config.top_p is None else config.top_p
+    if config.top_k is not None and config.top_k < vocab:
+        best, ids = scores.topk(config.top_k, dim=-1)
+        return ids, _nucleus(best, best.logsumexp(-1, keepdim=True), top_p)
+    if top_p == 1.0:
+        return None, scores
+    whole, count = scores.logsumexp(-1, keepdim=True), _FIRST_LOOK
+    while True:  # a nucleus is small as a rule: sorting the whole vocabulary would take longer than the model
+        best, ids = scores.topk(min(count, vocab), dim=-1)
+        kept = _nucleus(best, whole, top_p)
+        if count >= vocab or not kept[:, -1].isfinite().any():
+            return ids, kept
+        count *= 32
 
 
-def _cut(scores: Tensor, config: SamplingConfig) -> Tensor:
-    """`scores [rows, vocab]` with what top-k and top-p leave out at minus infinity."""
-    if config.top_k is not None and config.top_k < scores.shape[1]:
-        chosen = scores.topk(config.top_k, dim=-1).indices
-        scores = torch.full_like(scores, -torch.inf).scatter(-1, chosen, scores.gather(-1, chosen))
-    if config.top_p is not None and config.top_p < 1.0:
-        probabilities, order = scores.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        # The first always stays: what comes before it is 0, below any top_p.
-        left_out = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before >= config.top_p)
-        scores = scores.masked_fill(left_out, -torch.inf)
-    return scores
+def _nucleus(best: Tensor, whole: Tensor, top_p: float) -> Tensor:
+    """Descending scores `best [rows, count]` with those behind the fewest that reach `top_p` at minus infinity."""
+    if top_p == 1.0:
+        return best
+    probabilities = (best - whole).exp()
+    before = probabilities.cumsum(dim=-1) - probabilities
+    before[:, 0] = 0.0  # the first always stays
+    return best.masked_fill(before >= top_p, -torch.inf)

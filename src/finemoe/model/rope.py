@@ -14,6 +14,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from torch import Tensor
 
 from finemoe.core.config import Config, union_of
+from finemoe.model.native import usable
+from finemoe.model.native.rope import rotate as native_rotate
 
 RopeLayout = Literal["half_split", "interleaved"]
 
@@ -175,9 +177,22 @@ def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     return theta**-exponent
 
 
-def rotate(states: Tensor, cosine: Tensor, sine: Tensor, layout: RopeLayout) -> Tensor:
-    """Rotate `states [batch, heads, seq, dim]` by angles `[batch, seq, dim / 2]`."""
+def rotate(states: Tensor, cosine: Tensor, sine: Tensor, layout: RopeLayout, *, native: bool = True) -> Tensor:
+    """Rotate the last components of `states [batch, heads, seq, dim]` by angles `[batch, seq, pairs]`, keep the others.
+
+    `native` allows the C++ kernel where it can run.
+    """
+    if native and usable(states, cosine, sine):
+        return native_rotate(states.transpose(1, 2), cosine, sine, layout == "interleaved").transpose(1, 2)
     cosine, sine = cosine[:, None].to(states.dtype), sine[:, None].to(states.dtype)
+    turning = 2 * cosine.shape[-1]
+    if turning < states.shape[-1]:
+        plain, states = states.split((states.shape[-1] - turning, turning), dim=-1)
+        return torch.cat((plain, _turn(states, cosine, sine, layout)), dim=-1)
+    return _turn(states, cosine, sine, layout)
+
+
+def _turn(states: Tensor, cosine: Tensor, sine: Tensor, layout: RopeLayout) -> Tensor:
     if layout == "half_split":
         first, second = states.chunk(2, dim=-1)
         return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finemoe.model.attention import ATTENTIONS, AttentionCache
 from finemoe.model.attention.kernels import ATTENTION_KERNELS
+from finemoe.model.attention.places import Places, within_documents
 from finemoe.model.config import BlockConfig, Kernels, ModelConfig
 from finemoe.model.feed_forward import DenseConfig, SwiGLU
 from finemoe.model.moe.decision import RoutingConstraint, RoutingRecord
@@ -58,15 +59,14 @@ class Block(nn.Module):
         self,
         hidden: Tensor,
         tokens: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
+        places: Places,
         cache: AttentionCache | None,
         constraint: RoutingConstraint | None,
         record: bool,
     ) -> tuple[Tensor, RoutingRecord | None]:
         """`hidden [batch, seq, hidden]` in and out; the routing record of an MoE layer."""
         normed = self.attention_norm(hidden)
-        hidden = hidden + self.attention(normed, positions=positions, mask=mask, cache=cache)
+        hidden = hidden + self.attention(normed, places=places, cache=cache)
         normed = self.feed_forward_norm(hidden)
         if isinstance(self.feed_forward, SwiGLU):
             return hidden + self.feed_forward(normed), None
@@ -147,7 +147,8 @@ class Transformer(Native, nn.Module):
         Args:
             tokens: [batch, seq] int64 ids.
             positions: [batch, seq] int64; 0 ... seq-1 when None.
-            documents: [batch, seq] int64; a token attends only to its own document. None: plain causal attention.
+            documents: [batch, seq] int64; a token attends only to its own, a run of equal ids. None: plain causal
+                attention.
             cache: from `new_cache`; keys and values are written at `positions`. The one thing forward mutates.
             constraint: by layer index.
             record: keep the whole routing decision of each layer.
@@ -164,16 +165,16 @@ class Transformer(Native, nn.Module):
             raise ValueError(f"mtp of depth {len(self.mtp)} needs sequences of more than {tokens.shape[1]} tokens")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        mask = None if documents is None else _document_mask(documents)
+        places = Places(positions, None if documents is None else within_documents(documents))
         hidden = self.embedding(tokens)
         routing: dict[int, RoutingRecord] = {}
         for layer, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache[layer]
             layer_constraint = None if constraint is None else constraint.get(layer)
-            inputs = (hidden, tokens, positions, mask, layer_cache, layer_constraint, record)
+            inputs = (hidden, tokens, places, layer_cache, layer_constraint, record)
             hidden = self._block(block, layer, inputs, routing)
         output = self.norm(hidden)
-        ahead = self._ahead(output, tokens, positions, mask, constraint, record, routing) if mtp else ()
+        ahead = self._ahead(output, tokens, places, constraint, record, routing) if mtp else ()
         return ModelOutput(output, routing, tuple(ahead))
 
     def _block(self, block: nn.Module, layer: int, inputs: Sequence[Any], routing: dict[int, RoutingRecord]) -> Tensor:
@@ -191,8 +192,7 @@ class Transformer(Native, nn.Module):
         self,
         hidden: Tensor,
         tokens: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
+        places: Places,
         constraint: Mapping[int, RoutingConstraint] | None,
         record: bool,
         routing: dict[int, RoutingRecord],
@@ -203,9 +203,8 @@ class Transformer(Native, nn.Module):
             layer = len(self.blocks) + depth - 1
             following = tokens[:, depth:]  # the token that state i may read at this depth is i + depth
             joined = module(hidden[:, :length], self.embedding(following))
-            cut = None if mask is None else mask[:, :, :length, :length]
             layer_constraint = None if constraint is None else constraint.get(layer)
-            inputs = (joined, following, positions[:, :length], cut, None, layer_constraint, record)
+            inputs = (joined, following, places.cut(length), None, layer_constraint, record)
             hidden = self._block(module.block, layer, inputs, routing)  # type: ignore[arg-type, union-attr]
             yield module.norm(hidden)  # type: ignore[operator, union-attr]
 
@@ -214,9 +213,3 @@ class Transformer(Native, nn.Module):
         if self.native and usable(hidden, self.head_weight):
             return linear(hidden, self.head_weight)
         return F.linear(hidden, self.head_weight)
-
-
-def _document_mask(documents: Tensor) -> Tensor:
-    """[batch, 1, seq, seq] bool: same document, and not later."""
-    same = documents[:, :, None] == documents[:, None, :]
-    return same.tril()[:, None]

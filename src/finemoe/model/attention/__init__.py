@@ -1,7 +1,7 @@
 """Attention variants. A new one is a file with its config, module and cache, and a line in ATTENTIONS.
 
 Every module is built as `Attention(config, hidden_size, norm_eps, attend)` and called as
-`attention(hidden [batch, seq, hidden], positions=, mask=, cache=)`.
+`attention(hidden [batch, seq, hidden], places=, cache=)`.
 """
 
 from __future__ import annotations

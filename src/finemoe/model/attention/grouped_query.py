@@ -10,10 +10,13 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from finemoe.core.config import Config
-from finemoe.model.attention.kernels import Attend
+from finemoe.model.attention.kernels import Attend, Spans
+from finemoe.model.attention.places import Places, store
+from finemoe.model.native import Native
+from finemoe.model.native.decode import decodes
 from finemoe.model.norm import RMSNorm
 from finemoe.model.projection import Projection
-from finemoe.model.rope import RopeConfig, rotate, rotation
+from finemoe.model.rope import RopeConfig, rotate
 
 
 class GroupedQueryConfig(Config):
@@ -71,27 +74,32 @@ class GroupedQueryCache:
     different lengths share a batch: what padding wrote lies beyond the row's positions until it is overwritten.
     """
 
-    def __init__(self, keys: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys = keys
-        self.values = torch.zeros_like(keys)
+        self.values = values
 
-    def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store `[batch, kv_heads, seq, head_dim]` at `positions [batch, seq]`.
+    def update(self, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor, Spans]:
+        """Store `[batch, kv_heads, seq, head_dim]` at the places.
 
-        Returns all keys and values up to the largest position, and the mask `[batch, 1, seq, keys]`.
+        Returns all keys and values up to the largest position, and what each token sees of them.
         """
-        length = int(positions.max()) + 1
-        if length > self.keys.shape[2]:
-            raise IndexError(f"position {length - 1} is beyond the cache's capacity of {self.keys.shape[2]} tokens")
-        index = positions[:, None, :, None].expand_as(keys)
+        store(keys, places, self.keys)
+        store(values, places, self.values)
+        length = places.reach
         # Under autocast the states are narrower than the weights, and than the cache that took their dtype.
-        self.keys.scatter_(2, index, keys.to(self.keys.dtype))
-        self.values.scatter_(2, index, values.to(self.values.dtype))
-        mask = torch.arange(length, device=positions.device) <= positions[:, None, :, None]
-        return self.keys[:, :, :length].to(keys.dtype), self.values[:, :, :length].to(values.dtype), mask
+        return self.keys[:, :, :length].to(keys.dtype), self.values[:, :, :length].to(values.dtype), places.seen
+
+    def rows(self, first: int, last: int) -> GroupedQueryCache:
+        """Rows first ... last - 1 of the batch, in the same memory."""
+        return GroupedQueryCache(self.keys[first:last], self.values[first:last])
+
+    def swap(self, first: int, second: int) -> None:
+        """Exchange two rows of the batch."""
+        for states in (self.keys, self.values):
+            states[[first, second]] = states[[second, first]]
 
 
-class GroupedQueryAttention(nn.Module):
+class GroupedQueryAttention(Native, nn.Module):
     """Causal self-attention with rotary positions."""
 
     def __init__(self, config: GroupedQueryConfig, hidden_size: int, norm_eps: float, attend: Attend) -> None:
@@ -112,27 +120,43 @@ class GroupedQueryAttention(nn.Module):
     def new_cache(self, batch: int, capacity: int) -> GroupedQueryCache:
         """An empty cache in the weights' dtype and device."""
         shape = (batch, self.config.num_kv_heads, capacity, self.config.head_dim)
-        return GroupedQueryCache(self.k_proj.weight.new_zeros(shape))
+        weight = self.k_proj.weight
+        return GroupedQueryCache(weight.new_zeros(shape), weight.new_zeros(shape))
 
-    def forward(
-        self, hidden: Tensor, *, positions: Tensor, mask: Tensor | None, cache: GroupedQueryCache | None
-    ) -> Tensor:
-        """`hidden [batch, seq, hidden]`, `positions [batch, seq]`; mask as in `kernels.Attend`, unused with a cache."""
-        batch, seq, _ = hidden.shape
-        rope = self.config.rope
-        rotary = rotation(positions, self.config.head_dim, rope)
+    def forward(self, hidden: Tensor, *, places: Places, cache: GroupedQueryCache | None) -> Tensor:
+        """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
+        if cache is not None and self.native and decodes(hidden, cache.keys, self.q_proj.weight):
+            return self._decode(hidden, places, cache)
+        rope, mask = self.config.rope, places.mask
+        rotary = places.rotation(self.config.head_dim, rope)
         query, key = self._heads(self.q_proj(hidden), self.q_norm), self._heads(self.k_proj(hidden), self.k_norm)
         value = self._heads(self.v_proj(hidden), None)
-        query, key = rotate(query, *rotary, rope.layout), rotate(key, *rotary, rope.layout)
+        query, key = (rotate(states, *rotary, rope.layout, native=self.native) for states in (query, key))
         if cache is not None:
-            key, value, mask = cache.update(key, value, positions)
-        mixed = self.attend(query, key, value, mask, self.scale)
-        output: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, seq, -1))
+            key, value, mask = cache.update(key, value, places)
+        mixed = self.attend(query, key, value, mask, self.scale, native=self.native)
+        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return output
+
+    def _decode(self, hidden: Tensor, places: Places, cache: GroupedQueryCache) -> Tensor:
+        """The same in one call."""
+        q_norm, k_norm = self.q_norm, self.k_norm
+        output = torch.empty_like(hidden)
+        torch.ops.finemoe.decode_grouped_query(
+            *(hidden.contiguous(), self.q_proj.weight, self.k_proj.weight, self.v_proj.weight),
+            *(self.q_proj.bias, self.k_proj.bias, self.v_proj.bias),
+            *(None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight),
+            *(0.0 if q_norm is None else q_norm.eps, *places.rotation(self.config.head_dim, self.config.rope)),
+            *(self.config.rope.layout == "interleaved", places.positions, cache.keys, cache.values),
+            *(self.scale, self.o_proj.weight, output),
+        )
         return output
 
     def _heads(self, states: Tensor, norm: RMSNorm | None) -> Tensor:
         """`[batch, seq, heads · head_dim]` to `[batch, heads, seq, head_dim]`, normalised on the way."""
         if norm is not None and self.config.qk_norm == "projection":
             states = norm(states)
-        states = states.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-        return norm(states) if norm is not None and self.config.qk_norm == "head" else states
+        states = states.unflatten(-1, (-1, self.config.head_dim))
+        if norm is not None and self.config.qk_norm == "head":
+            states = norm(states)
+        return states.transpose(1, 2)

@@ -16,10 +16,13 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from finemoe.core.config import Config
-from finemoe.model.attention.kernels import Attend
+from finemoe.model.attention.kernels import Attend, Mask, Spans
+from finemoe.model.attention.places import Places, store
+from finemoe.model.native import Native
+from finemoe.model.native.decode import decodes
 from finemoe.model.norm import RMSNorm
 from finemoe.model.projection import Projection
-from finemoe.model.rope import RopeConfig, rotate, rotation
+from finemoe.model.rope import RopeConfig, rotate
 
 LatentForm = Literal["auto", "expanded", "absorbed"]
 
@@ -81,31 +84,35 @@ class LatentConfig(Config):
 
 
 class LatentCache:
-    """Latents `[batch, capacity, kv_lora_rank]` and rotary keys `[batch, capacity, qk_rope_head_dim]` of one layer.
+    """What is kept of one layer, `[batch, capacity, kv_lora_rank + qk_rope_head_dim]`: latent and rotary key.
 
     Rows are written at each token's position and a query sees positions up to its own, as in GroupedQueryCache.
     """
 
-    def __init__(self, latents: Tensor, rotary_keys: Tensor) -> None:
-        self.latents = latents
-        self.rotary_keys = rotary_keys
+    def __init__(self, states: Tensor, kv_lora_rank: int) -> None:
+        self.states = states
+        self.kv_lora_rank = kv_lora_rank
 
-    def update(self, latents: Tensor, rotary_keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store `[batch, seq, ...]` at `positions [batch, seq]`.
+    def update(self, latents: Tensor, rotary_keys: Tensor, places: Places) -> tuple[Tensor, Spans]:
+        """Store both, `[batch, seq, ...]`, at the places.
 
-        Returns all latents and rotary keys up to the largest position, and the mask `[batch, 1, seq, keys]`.
+        Returns all of the cache up to the largest position, and what each token sees of it.
         """
-        length = int(positions.max()) + 1
-        if length > self.latents.shape[1]:
-            raise IndexError(f"position {length - 1} is beyond the cache's capacity of {self.latents.shape[1]} tokens")
-        for store, fresh in ((self.latents, latents), (self.rotary_keys, rotary_keys)):
-            store.scatter_(1, positions[:, :, None].expand_as(fresh), fresh.to(store.dtype))
-        mask = torch.arange(length, device=positions.device) <= positions[:, None, :, None]
-        seen = slice(0, length)
-        return self.latents[:, seen].to(latents.dtype), self.rotary_keys[:, seen].to(latents.dtype), mask
+        heads = self.states[:, None]
+        store(latents[:, None], places, heads[..., : self.kv_lora_rank])
+        store(rotary_keys[:, None], places, heads[..., self.kv_lora_rank :])
+        return self.states[:, : places.reach].to(latents.dtype), places.seen
+
+    def rows(self, first: int, last: int) -> LatentCache:
+        """Rows first ... last - 1 of the batch, in the same memory."""
+        return LatentCache(self.states[first:last], self.kv_lora_rank)
+
+    def swap(self, first: int, second: int) -> None:
+        """Exchange two rows of the batch."""
+        self.states[[first, second]] = self.states[[second, first]]
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(Native, nn.Module):
     """Causal self-attention over latents. `form` says which of the two forms runs; "auto" takes the cheaper."""
 
     def __init__(
@@ -133,26 +140,44 @@ class LatentAttention(nn.Module):
 
     def new_cache(self, batch: int, capacity: int) -> LatentCache:
         """An empty cache in the weights' dtype and device."""
-        weight = self.kv_down_proj.weight
-        sizes = (self.config.kv_lora_rank, self.config.qk_rope_head_dim)
-        return LatentCache(*(weight.new_zeros(batch, capacity, size) for size in sizes))
+        size = self.config.cache_elements_per_token()
+        return LatentCache(self.kv_down_proj.weight.new_zeros(batch, capacity, size), self.config.kv_lora_rank)
 
-    def forward(self, hidden: Tensor, *, positions: Tensor, mask: Tensor | None, cache: LatentCache | None) -> Tensor:
-        """`hidden [batch, seq, hidden]`, `positions [batch, seq]`; mask as in `kernels.Attend`, unused with a cache."""
-        config, rope = self.config, self.config.rope
-        rotary = rotation(positions, config.qk_rope_head_dim, rope)
+    def forward(self, hidden: Tensor, *, places: Places, cache: LatentCache | None) -> Tensor:
+        """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
+        absorbs = self._absorbs(cache is not None, hidden.shape[1])
+        if cache is not None and absorbs and self.native and decodes(hidden, cache.states, self.q_proj.weight):
+            return self._decode(hidden, places, cache)
+        config, rope, mask = self.config, self.config.rope, places.mask
+        rotary = places.rotation(config.qk_rope_head_dim, rope)
         query = hidden if self.q_down_proj is None or self.q_norm is None else self.q_norm(self.q_down_proj(hidden))
         query = self.q_proj(query).unflatten(-1, (config.num_heads, config.qk_head_dim)).transpose(1, 2)
-        plain, turning = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
-        turning = rotate(turning, *rotary, rope.layout)
+        query = rotate(query, *rotary, rope.layout, native=self.native)
         latent, key = self.kv_down_proj(hidden).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         latent = self.kv_norm(latent)
-        key = rotate(key[:, None], *rotary, rope.layout)[:, 0]  # one head, shared by all
+        key = rotate(key[:, None], *rotary, rope.layout, native=self.native)[:, 0]  # one head, shared by all
+        states: Tensor | None = None
         if cache is not None:
-            latent, key, mask = cache.update(latent, key, positions)
-        form = self._absorbed if self._absorbs(cache is not None, hidden.shape[1]) else self._expanded
-        mixed = form(plain, turning, latent, key, mask)
+            states, mask = cache.update(latent, key, places)
+            latent, key = states.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        if absorbs:
+            mixed = self._absorbed(query, torch.cat((latent, key), dim=-1) if states is None else states, mask)
+        else:
+            mixed = self._expanded(query, latent, key, mask)
         output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return output
+
+    def _decode(self, hidden: Tensor, places: Places, cache: LatentCache) -> Tensor:
+        """The absorbed form in one call."""
+        config, down, norm = self.config, self.q_down_proj, self.q_norm
+        output = torch.empty_like(hidden)
+        torch.ops.finemoe.decode_latent(
+            *(hidden.contiguous(), None if down is None else down.weight, None if norm is None else norm.weight),
+            *(self.q_proj.weight, self.kv_down_proj.weight, self.kv_norm.weight, self.kv_up_proj.weight),
+            *(config.latent_norm_eps, config.num_heads, *places.rotation(config.qk_rope_head_dim, config.rope)),
+            *(config.rope.layout == "interleaved", places.positions, cache.states),
+            *(self.scale, self.o_proj.weight, output),
+        )
         return output
 
     def _absorbs(self, cached: bool, num_queries: int) -> bool:
@@ -160,26 +185,21 @@ class LatentAttention(nn.Module):
             return cached and self.config.prefers_absorbed(num_queries)
         return self.form == "absorbed"
 
-    def _expanded(self, plain: Tensor, turning: Tensor, latent: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    def _expanded(self, query: Tensor, latent: Tensor, key: Tensor, mask: Mask) -> Tensor:
         """Keys and values of every head from the latents; `[batch, heads, seq, v_head_dim]` out."""
         config = self.config
         heads = self.kv_up_proj(latent).unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
         plain_key, value = heads.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
         shared = key[:, None].expand(-1, config.num_heads, -1, -1)
-        keys = torch.cat((plain_key, shared), dim=-1)
-        return self.attend(torch.cat((plain, turning), dim=-1), keys, value, mask, self.scale)
+        return self.attend(query, torch.cat((plain_key, shared), dim=-1), value, mask, self.scale, native=self.native)
 
-    def _absorbed(self, plain: Tensor, turning: Tensor, latent: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-        """W_UK moves to the queries, W_UV to the outputs: score = (q W_UK) · c + q_R · k_R."""
+    def _absorbed(self, query: Tensor, states: Tensor, mask: Mask) -> Tensor:
+        """W_UK moves to the queries, W_UV to the outputs: score = (q W_UK) · c + q_R · k_R, one key for all heads."""
         config = self.config
-        batch, num_heads, seq, _ = plain.shape
-        up = self.kv_up_proj.weight.to(plain.dtype).unflatten(0, (num_heads, -1))
+        plain, turning = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
+        up = self.kv_up_proj.weight.to(query.dtype).unflatten(0, (config.num_heads, -1))
         up_key, up_value = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         query = torch.cat((plain @ up_key, turning), dim=-1)
-        if mask is None:
-            mask = torch.ones(seq, latent.shape[1], dtype=torch.bool, device=latent.device).tril()
-        # All heads share one key: they line up behind each other as if they were more queries of one head.
-        mask = mask.expand(batch, 1, seq, -1).repeat(1, 1, num_heads, 1)
-        keys = torch.cat((latent, key), dim=-1)[:, None]
-        mixed = self.attend(query.reshape(batch, 1, num_heads * seq, -1), keys, latent[:, None], mask, self.scale)
-        return mixed.view(batch, num_heads, seq, -1) @ up_value.transpose(1, 2)
+        keys = states[:, None]
+        mixed = self.attend(query, keys, keys[..., : config.kv_lora_rank], mask, self.scale, native=self.native)
+        return mixed @ up_value.transpose(1, 2)

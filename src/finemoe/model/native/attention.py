@@ -22,6 +22,7 @@ def attention(
     Returns [batch, heads, queries, value_width], laid out as [batch, queries, heads, value_width].
     """
     query, key, value = (_with_whole_rows(states) for states in (query, key, value))
+    first, last = (None if bound is None else bound.contiguous() for bound in (first, last))
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         mixed: Tensor = _Attention.apply(query, key, value, first, last, scale)
         return mixed
@@ -62,7 +63,5 @@ class _Attention(torch.autograd.Function):
         query, key, value, first, last, output, logsumexp = ctx.saved_tensors
         grads = [torch.empty_like(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value)]
         grad = _with_whole_rows(grad)
-        torch.ops.finemoe.attention_backward(
-            grad, query, key, value, first, last, ctx.scale, output, logsumexp, *grads
-        )
+        torch.ops.finemoe.attention_backward(grad, query, key, value, first, last, ctx.scale, output, logsumexp, *grads)
         return *grads, None, None, None

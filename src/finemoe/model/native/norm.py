@@ -10,14 +10,19 @@ from torch import Tensor
 
 def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`states [..., size]` divided by the root of their mean square, times `weight [size]`."""
-    flat = states.reshape(-1, len(weight))
-    flat = flat if flat.stride(1) == 1 else flat.contiguous()
     if torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad):
-        output: Tensor = _RMSNorm.apply(flat, weight, eps)
-    else:
-        output = flat.new_empty(flat.shape)
-        torch.ops.finemoe.rms_norm_forward(flat, weight, eps, output, None)
-    return output.view(states.shape)
+        flat: Tensor = _RMSNorm.apply(_rows(states), weight, eps)
+        return flat.view(states.shape)
+    output = states.new_empty(states.shape)
+    flat = states if states.is_contiguous() else _rows(states)
+    torch.ops.finemoe.rms_norm_forward(flat, weight, eps, output, None)
+    return output
+
+
+def _rows(states: Tensor) -> Tensor:
+    """[rows, size]; rows may lie apart, as those of a slice do."""
+    flat = states.reshape(-1, states.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -31,7 +36,6 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         states, weight, inverse = ctx.saved_tensors
-        grad = grad if grad.stride(1) == 1 else grad.contiguous()
         grad_states, grad_weight = states.new_empty(states.shape), torch.empty_like(weight)
-        torch.ops.finemoe.rms_norm_backward(grad, states, weight, inverse, grad_states, grad_weight)
+        torch.ops.finemoe.rms_norm_backward(_rows(grad), states, weight, inverse, grad_states, grad_weight)
         return grad_states, grad_weight, None

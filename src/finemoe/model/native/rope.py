@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def rotate(states: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
-    """The last components of `states [batch, seq, heads, dim]` turned by angles `[batch, seq, pairs]`, others copied."""
+    """The last components of `states [batch, seq, heads, dim]` turned by angles `[batch, seq, pairs]`, others kept."""
     if torch.is_grad_enabled() and states.requires_grad:
         turned: Tensor = _Rotate.apply(states, cosine, sine, interleaved)
         return turned

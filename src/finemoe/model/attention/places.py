@@ -1,0 +1,76 @@
+"""Places: where the tokens of one forward pass stand, and what its layers share because of it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from finemoe.model.attention.kernels import Mask, Spans
+from finemoe.model.native import usable
+from finemoe.model.native.attention import store as native_store
+from finemoe.model.rope import RopeConfig, rotation
+
+
+class Places:
+    """Made anew for every forward pass; what one layer computes here, the others find."""
+
+    def __init__(self, positions: Tensor, mask: Mask = None) -> None:
+        """`positions [batch, seq]` int64; `mask` as in `kernels.Mask`, of no effect on cached attention."""
+        self.positions = positions
+        self.mask = mask
+        self._rotations: dict[tuple[int, RopeConfig], tuple[Tensor, Tensor]] = {}
+
+    def rotation(self, dim: int, rope: RopeConfig) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each `[batch, seq, dim / 2]`."""
+        key = (dim, rope)
+        if key not in self._rotations:
+            self._rotations[key] = rotation(self.positions, dim, rope)
+        return self._rotations[key]
+
+    @cached_property
+    def reach(self) -> int:
+        """The largest position plus 1: how much of a cache is read."""
+        return int(self.positions.max()) + 1
+
+    @cached_property
+    def seen(self) -> Spans:
+        """What each token sees of a cache: everything up to its own position."""
+        return Spans(None, self.positions + 1, self.reach)
+
+    def cut(self, length: int) -> Places:
+        """The same for the first `length` tokens of each row, without a cache."""
+        mask = self.mask
+        if isinstance(mask, Spans):
+            first = None if mask.first is None else mask.first[:, :length]
+            mask = Spans(first, mask.last[:, :length], length)
+        elif mask is not None:
+            mask = mask[..., :length, :length]
+        return Places(self.positions[:, :length], mask)
+
+
+def within_documents(documents: Tensor) -> Spans:
+    """Causal attention that stops where a document begins: a run of equal ids in `documents [batch, seq]`."""
+    seq = documents.shape[1]
+    index = torch.arange(seq, device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    first = torch.where(begins, index, 0).cummax(dim=1).values
+    return Spans(first, index + 1, seq)
+
+
+def store(states: Tensor, places: Places, cache: Tensor) -> None:
+    """Write `states [batch, heads, seq, width]` into `cache [batch, heads, capacity, width]` at their positions.
+
+    Raises:
+        IndexError: a position is beyond the capacity.
+    """
+    capacity = cache.shape[2]
+    if places.reach > capacity:
+        raise IndexError(f"position {places.reach - 1} is beyond the cache's capacity of {capacity} tokens")
+    if usable(states, cache) and not states.requires_grad:
+        native_store(states, places.positions, cache)
+    else:
+        index = places.positions[:, None, :, None].expand_as(states)
+        cache.scatter_(2, index, states.to(cache.dtype))

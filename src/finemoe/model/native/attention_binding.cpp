@@ -1,0 +1,106 @@
+// torch.ops.finemoe.attention_*: checks shapes and hands pointers on. Results go to tensors that the caller made.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include "attention.h"
+
+namespace {
+
+using at::Tensor;
+using finemoe::Attention;
+using finemoe::Heads;
+
+Heads heads(const Tensor& states, const char* name, int64_t batch, int64_t count, int64_t rows, int64_t width) {
+  TORCH_CHECK(states.scalar_type() == at::kFloat && states.is_cpu() && states.dim() == 4 && states.size(0) == batch &&
+                  states.size(1) == count && states.size(2) == rows && states.size(3) == width &&
+                  (width < 2 || states.stride(3) == 1 || states.numel() == 0),
+              name, " must be float32 [", batch, ", ", count, ", ", rows, ", ", width,
+              "] on the CPU, its last dimension contiguous");
+  return {const_cast<float*>(states.const_data_ptr<float>()), states.stride(0), states.stride(1), states.stride(2)};
+}
+
+const int64_t* bounds(const std::optional<Tensor>& bound, int64_t batch, int64_t queries) {
+  if (!bound) return nullptr;
+  TORCH_CHECK(bound->scalar_type() == at::kLong && bound->is_cpu() && bound->is_contiguous() && bound->dim() == 2 &&
+                  bound->size(0) == batch && bound->size(1) == queries,
+              "bounds of what a query sees must be contiguous int64 [batch, queries] on the CPU");
+  return bound->const_data_ptr<int64_t>();
+}
+
+Attention describe(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& first,
+                   const std::optional<Tensor>& last, double scale, const Tensor& output,
+                   const std::optional<Tensor>& logsumexp) {
+  TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "query, key and value have four dimensions");
+  Attention x{};
+  x.batch = query.size(0), x.heads = query.size(1), x.queries = query.size(2), x.width = query.size(3);
+  x.kv_heads = key.size(1), x.keys = key.size(2), x.value_width = value.size(3);
+  TORCH_CHECK(x.kv_heads > 0 && x.heads % x.kv_heads == 0, "every key head must serve the same number of query heads");
+  TORCH_CHECK(last || x.queries == x.keys, "without bounds there are as many queries as keys");
+  TORCH_CHECK(x.keys < (int64_t{1} << 31), "too many keys");
+  x.query = heads(query, "query", x.batch, x.heads, x.queries, x.width);
+  x.key = heads(key, "key", x.batch, x.kv_heads, x.keys, x.width);
+  x.value = heads(value, "value", x.batch, x.kv_heads, x.keys, x.value_width);
+  x.output = heads(output, "output", x.batch, x.heads, x.queries, x.value_width);
+  x.first = bounds(first, x.batch, x.queries);
+  x.last = bounds(last, x.batch, x.queries);
+  x.scale = static_cast<float>(scale);
+  if (logsumexp) {
+    TORCH_CHECK(logsumexp->scalar_type() == at::kFloat && logsumexp->is_contiguous() &&
+                    logsumexp->numel() == x.batch * x.heads * x.queries,
+                "logsumexp must be contiguous float32 [batch, heads, queries]");
+    x.logsumexp = const_cast<float*>(logsumexp->const_data_ptr<float>());
+  }
+  return x;
+}
+
+void attention_forward(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& first,
+                       const std::optional<Tensor>& last, double scale, Tensor output,
+                       std::optional<Tensor> logsumexp) {
+  finemoe::attention_forward(describe(query, key, value, first, last, scale, output, logsumexp));
+}
+
+void attention_backward(const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value,
+                        const std::optional<Tensor>& first, const std::optional<Tensor>& last, double scale,
+                        const Tensor& output, const Tensor& logsumexp, Tensor grad_query, Tensor grad_key,
+                        Tensor grad_value) {
+  const Attention x = describe(query, key, value, first, last, scale, output, logsumexp);
+  finemoe::attention_backward(
+      x, {heads(grad, "grad", x.batch, x.heads, x.queries, x.value_width),
+          heads(grad_query, "grad_query", x.batch, x.heads, x.queries, x.width),
+          heads(grad_key, "grad_key", x.batch, x.kv_heads, x.keys, x.width),
+          heads(grad_value, "grad_value", x.batch, x.kv_heads, x.keys, x.value_width)});
+}
+
+// states [batch, heads, seq, width] go to the places `positions [batch, seq]` of cache [batch, heads, capacity, width].
+void attention_store(const Tensor& states, const Tensor& positions, Tensor cache) {
+  TORCH_CHECK(states.dim() == 4 && cache.dim() == 4, "states and cache have four dimensions");
+  const int64_t batch = states.size(0), count = states.size(1), seq = states.size(2), width = states.size(3);
+  const Heads from = heads(states, "states", batch, count, seq, width);
+  const Heads to = heads(cache, "cache", batch, count, cache.size(2), width);
+  TORCH_CHECK(positions.scalar_type() == at::kLong && positions.is_cpu() && positions.dim() == 2 &&
+                  positions.size(0) == batch && positions.size(1) == seq,
+              "positions must be int64 [batch, seq] on the CPU");
+  const int64_t* place = positions.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t i = 0; i < seq; ++i) {
+      const int64_t at = place[b * positions.stride(0) + i * positions.stride(1)];
+      TORCH_CHECK_INDEX(0 <= at && at < cache.size(2), "position ", at, " is beyond the cache's capacity of ", cache.size(2),
+                        " tokens");
+      for (int64_t h = 0; h < count; ++h) std::copy_n(from.at(b, h, i), width, to.at(b, h, at));
+    }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(finemoe, library) {
+  library.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? first, Tensor? last, float scale, "
+      "Tensor(a!) output, Tensor(b!)? logsumexp) -> ()",
+      attention_forward);
+  library.def(
+      "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? first, Tensor? last, "
+      "float scale, Tensor output, Tensor logsumexp, Tensor(a!) grad_query, Tensor(b!) grad_key, "
+      "Tensor(c!) grad_value) -> ()",
+      attention_backward);
+  library.def("attention_store(Tensor states, Tensor positions, Tensor(a!) cache) -> ()", attention_store);
+}

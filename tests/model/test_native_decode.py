@@ -1,0 +1,110 @@
+"""Whole attention layers in one call, a few tokens at a time, against the same layers step by step in torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finemoe.model import native
+from finemoe.model.attention.grouped_query import GroupedQueryAttention, GroupedQueryConfig
+from finemoe.model.attention.kernels import sdpa
+from finemoe.model.attention.latent import LatentAttention, LatentConfig
+from finemoe.model.attention.places import Places
+from oracles.models import LATENT, YARN
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+
+HIDDEN, CAPACITY = 24, 300
+GROUPED: dict[str, dict[str, Any]] = {
+    "GQA": {"num_kv_heads": 2},
+    "MHA": {"num_kv_heads": 4},
+    "MQA, interleaved": {"num_kv_heads": 1, "rope": {"layout": "interleaved", "scaling": YARN}},
+    "biases": {"num_kv_heads": 2, "qkv_bias": True},
+    "norm of each head": {"num_kv_heads": 2, "qk_norm": "head"},
+    "norm of the projection": {"num_kv_heads": 2, "qk_norm": "projection", "qkv_bias": True},
+}
+LATENTS: dict[str, dict[str, Any]] = {
+    "all on": {},
+    "plain queries": {"q_lora_rank": None},
+    "half-split": {"rope": {"layout": "half_split"}},
+    "wide latents": {"kv_lora_rank": 70, "num_heads": 5, "v_head_dim": 21},
+}
+
+
+def grouped(changes: dict[str, Any]) -> GroupedQueryAttention:
+    config = GroupedQueryConfig.model_validate({"num_heads": 4, "head_dim": 10, **changes})
+    return filled(GroupedQueryAttention(config, HIDDEN, 1e-3, sdpa))
+
+
+def latent(changes: dict[str, Any]) -> LatentAttention:
+    config = LatentConfig.model_validate({**LATENT, **changes})
+    return filled(LatentAttention(config, HIDDEN, 1e-3, sdpa, form="absorbed"))
+
+
+def filled(module: Any) -> Any:
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return module
+
+
+MODULES = {
+    **{f"{k}": (grouped, v) for k, v in GROUPED.items()},
+    **{f"latent, {k}": (latent, v) for k, v in LATENTS.items()},
+}
+EVERY = pytest.mark.parametrize(("make", "changes"), MODULES.values(), ids=MODULES)
+
+
+def run(module: Any, hidden: Tensor, starts: list[int], width: int, use_native: bool) -> tuple[Tensor, list[Tensor]]:
+    """A cache half full of noise, then `hidden` in pieces of `width` tokens from each row's start."""
+    module.native = use_native
+    for part in module.modules():
+        if isinstance(part, native.Native):
+            part.native = use_native
+    cache = module.new_cache(len(hidden) + 1, CAPACITY).rows(1, len(hidden) + 1)
+    kept = [value for value in vars(cache).values() if isinstance(value, Tensor)]
+    for value in kept:
+        value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(5)))
+    outputs = []
+    for at in range(0, hidden.shape[1], width):
+        part = hidden[:, at : at + width]
+        positions = torch.tensor(starts)[:, None] + torch.arange(at, at + part.shape[1])
+        outputs.append(module(part, places=Places(positions), cache=cache))
+    return torch.cat(outputs, dim=1), kept
+
+
+@EVERY
+@pytest.mark.parametrize(("batch", "width"), [(1, 1), (1, 3), (3, 1), (2, 4), (8, 1)], ids=str)
+def test_output_and_cache_are_torchs(make: Any, changes: dict[str, Any], batch: int, width: int) -> None:
+    module, starts = make(changes), [0, 280, 40, 7, 100, 1, 2, 250][:batch]
+    hidden = torch.randn(batch, 2 * width + 1, HIDDEN)
+    with torch.no_grad():
+        expected, stored = run(module, hidden, starts, width, use_native=False)
+        found, cached = run(module, hidden, starts, width, use_native=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cached, stored, rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_a_position_beyond_the_capacity_is_refused(make: Any, changes: dict[str, Any]) -> None:
+    module, hidden = make(changes), torch.randn(1, 1, HIDDEN)
+    with torch.no_grad(), pytest.raises(IndexError, match=r"position 4 .* capacity of 4"):
+        module(hidden, places=Places(torch.tensor([[4]])), cache=module.new_cache(1, 4))
+
+
+@EVERY
+def test_gradients_many_tokens_and_other_precisions_go_step_by_step(
+    make: Any, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make(changes)
+    monkeypatch.setattr(module, "_decode", None)
+    cache = module.new_cache(1, CAPACITY)
+    module(torch.randn(1, 1, HIDDEN), places=Places(torch.tensor([[0]])), cache=cache)
+    with torch.no_grad():
+        module(torch.randn(1, 9, HIDDEN), places=Places(torch.arange(9)[None]), cache=cache)
+        module.double()(
+            torch.randn(1, 1, HIDDEN).double(), places=Places(torch.tensor([[0]])), cache=module.new_cache(1, 2)
+        )
+    assert module.native
