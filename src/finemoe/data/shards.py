@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,14 +22,15 @@ from finemoe.text import Tokenizer
 
 FORMAT_VERSION = 1
 META = "meta.json"
-_BLOCK_CHARS = 1 << 20  # texts are tokenised in blocks of about this size: bounds the memory, fills the cores
-_BLOCK_TEXTS = 1024
+_BLOCK_CHARS = 1 << 20  # texts are tokenised in blocks of about this size, two at a time: bounds memory, fills cores
+_BLOCK_TEXTS = 4096
 
 
 class TokenWriter:
     """Writes documents as tokens, to one named stream each, into a folder.
 
     Every document is followed by the end-of-text id. Ids are uint16 where the vocabulary allows, else uint32.
+    One block is tokenised, by the library's own threads, while the one before is written and the next is collected.
     """
 
     def __init__(self, folder: Path, names: Iterable[str], tokenizer: Tokenizer) -> None:
@@ -44,6 +46,8 @@ class TokenWriter:
             self._files[name] = self._stack.enter_context((folder / _bin(name)).open("wb"))
         self._hashes = {name: hashlib.sha256() for name in self._files}
         self._counts = dict.fromkeys(self._files, 0)
+        self._encoder = self._stack.enter_context(ThreadPoolExecutor(1, "tokenise"))
+        self._encoding: tuple[list[tuple[str, bool]], Future[list[list[int]]]] | None = None
 
     def add(self, name: str, text: str) -> None:
         """Append a document to the stream `name`."""
@@ -53,10 +57,11 @@ class TokenWriter:
             self._places.append((name, index == len(pieces) - 1))
             self._block_chars += len(piece)
             if self._block_chars >= _BLOCK_CHARS or len(self._texts) >= _BLOCK_TEXTS:
-                self._write_block()
+                self._encode_block()
 
     def finish(self) -> None:
         """Write what is left, and `meta.json`."""
+        self._encode_block()
         self._write_block()
         for file in self._files.values():
             file.flush()
@@ -82,15 +87,30 @@ class TokenWriter:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def _encode_block(self) -> None:
+        """Send off the block that was collected, and write the one before meanwhile."""
+        encoding = self._places, self._encoder.submit(self._tokenizer.encode_batch, self._texts)
+        self._texts, self._places, self._block_chars = [], [], 0
+        self._write_block()
+        self._encoding = encoding
+
     def _write_block(self) -> None:
-        for (name, ends), ids in zip(self._places, self._tokenizer.encode_batch(self._texts), strict=True):
+        """Wait for the block that was sent off, and write it."""
+        if self._encoding is None:
+            return
+        places, encoded = self._encoding
+        self._encoding = None
+        block: dict[str, list[int]] = {}
+        for (name, ends), ids in zip(places, encoded.result(), strict=True):
+            stream = block.setdefault(name, [])
+            stream += ids
             if ends:
-                ids.append(self._tokenizer.end_of_text_id)
-            data = np.asarray(ids, dtype=self._dtype).tobytes()
+                stream.append(self._tokenizer.end_of_text_id)
+        for name, ids in block.items():
+            data = np.fromiter(ids, self._dtype, len(ids)).tobytes()
             self._files[name].write(data)
             self._hashes[name].update(data)
             self._counts[name] += len(ids)
-        self._texts, self._places, self._block_chars = [], [], 0
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -36,6 +36,17 @@ inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(
 inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 inline Vector splat(float x) { return Vector{} + x; }
 
+// The sum of all lanes, in halves: one after the other, each addition would wait for the one before.
+inline float total(Vector v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof lanes);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
 // Row r of a matrix whose rows are looked up: `rows[r] / divisor` when there is a list, r itself when not.
 struct Rows {
   const float* base;
@@ -255,29 +266,22 @@ constexpr int64_t kFewRows = 8;  // below this, packing the weights would cost m
 
 template <int kCount>
 void dot_rows(const float* const* x, const float* weight, int64_t n, int64_t shared, float* const* out) {
-  constexpr int kTogether = 4;  // rows of the weight
-  int64_t j = 0;
-  for (; j < n; j += kTogether) {
-    const int64_t count = std::min<int64_t>(kTogether, n - j);
-    const float* w[kTogether];
-    for (int r = 0; r < kTogether; ++r) w[r] = weight + (j + std::min<int64_t>(r, count - 1)) * shared;
-    Vector sum[kTogether][kCount] = {};
+  constexpr int64_t kAhead = 2048;  // numbers: one row after the other is one stream, fetched into the second cache
+  for (int64_t j = 0; j < n; ++j) {
+    const float* row = weight + j * shared;
+    Vector sum[kCount] = {};
     int64_t k = 0;
-    for (; k + kLanes <= shared; k += kLanes)
+    for (; k + kLanes <= shared; k += kLanes) {
+      __builtin_prefetch(row + k + kAhead, 0, 2);
+      const Vector w = load(row + k);
 #pragma GCC unroll 4
-      for (int r = 0; r < kTogether; ++r) {
-        __builtin_prefetch(w[r] + kTogether * shared + k);
-        const Vector row = load(w[r] + k);
-#pragma GCC unroll 4
-        for (int i = 0; i < kCount; ++i) sum[r][i] += row * load(x[i] + k);
-      }
-    for (int64_t r = 0; r < count; ++r)
-      for (int i = 0; i < kCount; ++i) {
-        float total = 0;
-        for (int lane = 0; lane < kLanes; ++lane) total += sum[r][i][lane];
-        for (int64_t rest = k; rest < shared; ++rest) total += w[r][rest] * x[i][rest];
-        out[i][j + r] = total;
-      }
+      for (int i = 0; i < kCount; ++i) sum[i] += w * load(x[i] + k);
+    }
+    for (int i = 0; i < kCount; ++i) {
+      float result = total(sum[i]);
+      for (int64_t rest = k; rest < shared; ++rest) result += row[rest] * x[i][rest];
+      out[i][j] = result;
+    }
   }
 }
 

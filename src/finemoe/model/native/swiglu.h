@@ -82,12 +82,6 @@ inline void store_some(float* p, Vector v, int64_t count) {
   std::memcpy(p, lanes, count * sizeof(float));
 }
 
-inline float total(Vector v) {
-  float sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
-  return sum;
-}
-
 // Calls `body(j)` for whole vectors that cover `n` numbers: the last one overlaps the one before, and `body` gets how many
 // of its first numbers were done. With fewer numbers than a vector holds, `few(n)` instead.
 template <typename Body, typename Few>
