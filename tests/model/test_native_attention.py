@@ -111,7 +111,7 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize(("heads", "seq"), [((8, 2), 400), ((2, 1), 700), ((4, 4), 90)])
+@pytest.mark.parametrize(("heads", "seq"), [((8, 2), 400), ((2, 1), 700), ((4, 4), 90), ((2, 2), 510)])
 def test_no_bit_depends_on_the_number_of_threads(heads: tuple[int, int], seq: int) -> None:
     states = [
         torch.randn(1, count, seq, width, requires_grad=True)

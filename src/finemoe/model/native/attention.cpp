@@ -6,7 +6,8 @@ namespace finemoe {
 namespace {
 
 constexpr int64_t kKeys = 256;  // of one block: packed, with their values, they stay in the second cache
-constexpr int64_t kDirect = 4;  // up to this many rows, packing would cost more than it saves
+constexpr int64_t kDirect = 16;  // up to this many rows, packing would cost more than it saves
+constexpr int64_t kMostRows = std::max<int64_t>(kRows, kDirect);
 static_assert(kKeys <= kDepth && kKeys % kColumns == 0);
 
 struct Task {
@@ -18,8 +19,8 @@ struct Task {
 struct Softmax {
   float top = -kNoLimit, sum = 0;
 
-  // Scores from ... to - 1 become weights, the others of `width`, which is whole vectors, 0. Returns what the weights of
-  // earlier keys shrink by.
+  // Scores from ... to - 1 become weights, the others of `width`, which is whole vectors, 0. Returns what the weights
+  // of earlier keys shrink by.
   float take(float* scores, int64_t from, int64_t to, int64_t width, float scale) {
     if (from >= to) {
       std::fill(scores, scores + width, 0.0f);
@@ -47,6 +48,45 @@ void scale_row(float* row, int64_t width, float factor) {
   for (int64_t j = 0; j < width; ++j) row[j] *= factor;
 }
 
+// sums[i] lane by lane, all at once: lane i of the result is the total of sums[i].
+template <int kStep = 1>
+Vector totals(Vector* sums) {
+  constexpr int kLeft = kLanes / kStep;  // vectors
+  for (int i = 0; i < kLeft; i += 2) {
+    Vector low = sums[i], high = sums[i + 1];
+    swap_lanes<kStep>(low, high, std::make_integer_sequence<int, kLanes>{});
+    sums[i / 2] = low + high;
+  }
+  if constexpr (kLeft > 2)
+    return totals<2 * kStep>(sums);
+  else
+    return sums[0];
+}
+
+// scores[i][key] = queries[i] · keys[key], read straight from memory; up to kLanes - 1 more scores are overwritten.
+void score_rows(const float* queries, int64_t query_stride, int64_t rows, const float* keys, int64_t key_stride,
+                int64_t count, int64_t width, float* scores) {
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const float* key[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) key[lane] = keys + std::min(first + lane, count - 1) * key_stride;
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* query = queries + i * query_stride;
+      Vector sums[kLanes] = {};
+      int64_t k = 0;
+      for (; k + kLanes <= width; k += kLanes) {
+        const Vector part = load(query + k);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes; ++lane) sums[lane] += part * load(key[lane] + k);
+      }
+      if (k < width) {
+        const Vector part = load_some(query + k, width - k);
+        for (int lane = 0; lane < kLanes; ++lane) sums[lane] += part * load_some(key[lane] + k, width - k);
+      }
+      store(scores + i * kPanelStride + first, totals(sums));
+    }
+  }
+}
+
 // One block of keys, met by tiles of queries.
 struct Block {
   const Attention& x;
@@ -71,12 +111,13 @@ struct Block {
   bool meet(int64_t head, int64_t from, int64_t rows, Softmax* state, bool begun) const {
     const Span seen = within(x.hull(task.batch, from, from + rows));
     if (seen.empty()) return begun;
-    alignas(64) float scores[kRows * kPanelStride];
+    alignas(64) float scores[kMostRows * kPanelStride];
     const int64_t left = seen.first / kColumns * kColumns, right = whole_panels(seen.last);
     const float* query = x.query.at(task.batch, head, from);
     float* out = x.output.at(task.batch, head, from);
     if (direct)
-      score_directly(query, rows, left, seen.last, scores);
+      score_rows(query, x.query.row_stride, rows, x.key.at(task.batch, task.kv_head, start + left), x.key.row_stride,
+                 seen.last - left, x.width, scores + left);
     else
       keys.multiply(query, x.query.row_stride, rows, left, right, scores);
     for (int64_t r = 0; r < rows; ++r) {
@@ -90,16 +131,6 @@ struct Block {
     else
       values.multiply<false>(scores + seen.first, rows, seen.first, seen.last, out, x.output.row_stride, begun);
     return true;
-  }
-
-  void score_directly(const float* query, int64_t rows, int64_t from, int64_t to, float* scores) const {
-    const float* in[kDirect];
-    float* out[kDirect];
-    for (int64_t r = 0; r < rows; ++r) {
-      in[r] = query + r * x.query.row_stride;
-      out[r] = scores + r * kPanelStride + from;
-    }
-    few_rows(in, rows, x.key.at(task.batch, task.kv_head, start + from), to - from, x.width, out);
   }
 
   void mix_directly(const float* weights, int64_t rows, Span seen, float* output, bool add) const {
@@ -122,20 +153,22 @@ void finish(const Attention& x, int64_t b, int64_t head, int64_t i, const Softma
 }
 
 void run(const Attention& x, const Task& task) {
-  const int64_t length = task.to - task.from, tiles = (length + kRows - 1) / kRows, group = x.group();
+  const int64_t length = task.to - task.from, group = x.group();
   const Span seen = x.hull(task.batch, task.from, task.to);
-  const bool direct = group * length <= kDirect && x.key.row_stride == x.width;
+  const bool direct = group * x.queries <= kDirect;  // not `length`: chunks depend on the number of threads
+  const int64_t height = direct ? kDirect : kRows, tiles = (length + height - 1) / height;
   float* space = direct ? nullptr : workspace<0>(Across::size(x.width, kKeys) + Along::size(kKeys, x.value_width));
   std::vector<Softmax> states(group * length);
   std::vector<char> begun(group * tiles);
-  const int64_t first = std::max(seen.first, task.keys.first) / kKeys * kKeys, last = std::min(seen.last, task.keys.last);
+  const int64_t first = std::max(seen.first, task.keys.first) / kKeys * kKeys;
+  const int64_t last = std::min(seen.last, task.keys.last);
   for (int64_t start = first; start < last; start += kKeys) {
     Block block{x, task, start, std::min(kKeys, last - start), direct, {space, x.width},
                 {space + Across::size(x.width, kKeys), x.value_width}};
     block.pack();
     for (int64_t member = 0; member < group; ++member)
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t from = tile * kRows, rows = std::min<int64_t>(kRows, length - from);
+        const int64_t from = tile * height, rows = std::min(height, length - from);
         char& old = begun[member * tiles + tile];
         old = block.meet(task.kv_head * group + member, task.from + from, rows, &states[member * length + from], old);
       }

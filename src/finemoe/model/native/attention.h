@@ -1,6 +1,7 @@
 // softmax(scale · q kᵀ) v over spans of keys, and its gradient, without ever holding all scores (Dao et al., 2022).
 #pragma once
 
+#include <bit>
 #include <vector>
 
 #include "gemm.h"
@@ -130,19 +131,17 @@ struct Along {
   }
 };
 
-// out[i] becomes (or grows by) the sum over k of weights[i][k] rows[k], rows read straight from memory; the
-// weights of two i lie `apart`.
-template <int kCount>
-void mix(const float* weights, int64_t apart, const float* rows, int64_t stride, int64_t count, int64_t width,
-         float* const* out, bool add) {
-  constexpr int kTogether = 4;  // vectors
-  int64_t j = 0;
+// out[i] becomes (or grows by) the sum over k of weights[i][k] rows[k], rows read straight from memory, kTogether
+// vectors of each at once; the weights of two i lie `apart`. Returns the column that is next.
+template <int kCount, int kTogether>
+int64_t mix_columns(int64_t j, const float* weights, int64_t apart, const float* rows, int64_t stride, int64_t count,
+                    int64_t width, float* const* out, bool add) {
   for (; j + kTogether * kLanes <= width; j += kTogether * kLanes) {
     Vector sum[kCount][kTogether];
     for (int i = 0; i < kCount; ++i)
       for (int v = 0; v < kTogether; ++v) sum[i][v] = add ? load(out[i] + j + v * kLanes) : Vector{};
     for (int64_t k = 0; k < count; ++k)
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int v = 0; v < kTogether; ++v) {
         const Vector part = load(rows + k * stride + j + v * kLanes);
 #pragma GCC unroll 4
@@ -151,6 +150,16 @@ void mix(const float* weights, int64_t apart, const float* rows, int64_t stride,
     for (int i = 0; i < kCount; ++i)
       for (int v = 0; v < kTogether; ++v) store(out[i] + j + v * kLanes, sum[i][v]);
   }
+  if constexpr (kTogether > 1)
+    return mix_columns<kCount, kTogether / 2>(j, weights, apart, rows, stride, count, width, out, add);
+  return j;
+}
+
+template <int kCount>
+void mix(const float* weights, int64_t apart, const float* rows, int64_t stride, int64_t count, int64_t width,
+         float* const* out, bool add) {
+  constexpr int kMost = std::bit_floor(static_cast<unsigned>(kRows * kVectors / kCount));  // sums fill the registers
+  const int64_t j = mix_columns<kCount, kMost>(0, weights, apart, rows, stride, count, width, out, add);
   if (j == width) return;
   for (int i = 0; i < kCount; ++i) {
     if (!add) std::fill(out[i] + j, out[i] + width, 0.0f);

@@ -112,14 +112,16 @@ struct Part {
   // Queries' block against keys start ... start + count - 1.
   void meet(int64_t start, int64_t count) {
     keys.pack(x.key.at(b, kv_head, start), x.key.row_stride, count);
-    for (int64_t k = 0; k < count; k += kRows) tile(start + k, std::min<int64_t>(kRows, count - k), flows + k * kPanelStride);
+    for (int64_t k = 0; k < count; k += kRows)
+      tile(start + k, std::min<int64_t>(kRows, count - k), flows + k * kPanelStride);
     for (int64_t i = 0; i < queries.count; i += kRows) {
       const int64_t rows = std::min<int64_t>(kRows, queries.count - i), from = queries.start + i;
       const Span hull = x.hull(b, from, from + rows);
       const Span seen{std::max(hull.first - start, int64_t{0}), std::min(hull.last - start, count)};
       if (seen.empty()) continue;
       float* a = scratch().a;
-      PackColumns{{flows + seen.first * kPanelStride, kPanelStride}, kPanelStride}(i, rows, 0, seen.last - seen.first, a);
+      const Rows flow{flows + seen.first * kPanelStride, kPanelStride};
+      PackColumns{flow, kPanelStride}(i, rows, 0, seen.last - seen.first, a);
       keys.multiply<true>(a, rows, seen.first, seen.last, grad.query.at(b, queries.head, from), grad.query.row_stride,
                           true);
     }
@@ -135,7 +137,8 @@ struct Part {
     }
     if (columns.empty()) return;
     queries.across.multiply(x.key.at(b, kv_head, key), x.key.row_stride, rows, columns.first, columns.last, scores);
-    queries.flow_across.multiply(x.value.at(b, kv_head, key), x.value.row_stride, rows, columns.first, columns.last, flow);
+    queries.flow_across.multiply(x.value.at(b, kv_head, key), x.value.row_stride, rows, columns.first, columns.last,
+                                 flow);
     for (int64_t r = 0; r < rows; ++r)
       queries.weigh(key + r, columns, scores + r * kPanelStride, flow + r * kPanelStride);
     const int64_t to = std::min(columns.last, queries.count);

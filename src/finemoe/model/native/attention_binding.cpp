@@ -84,8 +84,8 @@ void attention_store(const Tensor& states, const Tensor& positions, Tensor cache
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t i = 0; i < seq; ++i) {
       const int64_t at = place[b * positions.stride(0) + i * positions.stride(1)];
-      TORCH_CHECK_INDEX(0 <= at && at < cache.size(2), "position ", at, " is beyond the cache's capacity of ", cache.size(2),
-                        " tokens");
+      TORCH_CHECK_INDEX(0 <= at && at < cache.size(2), "position ", at, " is beyond the cache's capacity of ",
+                        cache.size(2), " tokens");
       for (int64_t h = 0; h < count; ++h) std::copy_n(from.at(b, h, i), width, to.at(b, h, at));
     }
 }

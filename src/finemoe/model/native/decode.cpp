@@ -247,9 +247,10 @@ void decode_latent(const Tensor& hidden, const Optional& q_down_proj, const Opti
 
 TORCH_LIBRARY_FRAGMENT(finemoe, library) {
   library.def(
-      "decode_grouped_query(Tensor hidden, Tensor q_proj, Tensor k_proj, Tensor v_proj, Tensor? q_bias, Tensor? k_bias, "
-      "Tensor? v_bias, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cosine, Tensor sine, bool interleaved, "
-      "Tensor positions, Tensor(a!) keys, Tensor(b!) values, float scale, Tensor o_proj, Tensor(c!) out) -> ()",
+      "decode_grouped_query(Tensor hidden, Tensor q_proj, Tensor k_proj, Tensor v_proj, Tensor? q_bias, "
+      "Tensor? k_bias, Tensor? v_bias, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cosine, Tensor sine, "
+      "bool interleaved, Tensor positions, Tensor(a!) keys, Tensor(b!) values, float scale, Tensor o_proj, "
+      "Tensor(c!) out) -> ()",
       decode_grouped_query);
   library.def(
       "decode_latent(Tensor hidden, Tensor? q_down_proj, Tensor? q_norm, Tensor q_proj, Tensor kv_down_proj, "

@@ -35,7 +35,8 @@ void check_same(const Matrix& a, const Matrix& b) {
 }
 
 const float* vector(const Tensor& tensor, const char* name, int64_t count) {
-  TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_cpu() && tensor.is_contiguous() && tensor.numel() == count,
+  TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_cpu() && tensor.is_contiguous() &&
+                  tensor.numel() == count,
               name, " must be ", count, " contiguous float32 numbers on the CPU");
   return tensor.const_data_ptr<float>();
 }
@@ -64,7 +65,7 @@ void rms_norm_backward(const Tensor& grad, const Tensor& states, const Tensor& w
   const int64_t rows = x.rows, width = x.width;
   const float *w = vector(weight, "weight", width), *factors = vector(inverse, "inverse", rows);
   float* gw = const_cast<float*>(vector(grad_weight, "grad_weight", width));
-  const int64_t height = std::max<int64_t>(std::max<int64_t>(32, kGrain / std::max<int64_t>(width, 1)), (rows + 63) / 64);
+  const int64_t height = std::max({int64_t{32}, kGrain / std::max<int64_t>(width, 1), (rows + 63) / 64});
   const int64_t parts = (rows + height - 1) / height;
   const std::unique_ptr<float[]> sums(new float[parts * width]());
   share_tasks(parts, [&](int64_t part) {

@@ -22,7 +22,8 @@ void rotate(const Tensor& states, const Tensor& cosine, const Tensor& sine, bool
   TORCH_CHECK(out.sizes() == states.sizes() && cosine.sizes() == sine.sizes() && cosine.strides() == sine.strides() &&
                   cosine.size(0) == states.size(0) && cosine.size(1) == seq && 2 * pairs <= width,
               "the shapes of states, angles and result do not go together");
-  const float *x = states.const_data_ptr<float>(), *c = cosine.const_data_ptr<float>(), *s = sine.const_data_ptr<float>();
+  const float* x = states.const_data_ptr<float>();
+  const float *c = cosine.const_data_ptr<float>(), *s = sine.const_data_ptr<float>();
   float* y = out.mutable_data_ptr<float>();
   const auto turn = interleaved ? turn_neighbours : turn_halves;
   const int64_t kept = width - 2 * pairs;
