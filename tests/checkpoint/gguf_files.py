@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tokenizers import pre_tokenizers
 
-from finemoe.checkpoint.native import NativeWriter
+from finemoe.checkpoint.imported import ImportedWriter
 from finemoe.checkpoint.store import TensorSpec
 from finemoe.core.config import parse
 from finemoe.model.config import ModelConfig, ModelRecipe, expand
@@ -124,7 +124,7 @@ def import_folder(folder: Path, model: Transformer, files: Mapping[str, bytes] |
     folder.mkdir(parents=True)
     state = model.state_dict()
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]
-    with NativeWriter(folder, specs, []) as writer:
+    with ImportedWriter(folder, specs, []) as writer:
         for name, tensor in state.items():
             writer.weights.write(name, tensor)
         record: dict[str, Any] = {"config": {}, "tensors": {}}

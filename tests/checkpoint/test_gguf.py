@@ -28,7 +28,7 @@ from checkpoint.gguf_files import (
 from finemoe.checkpoint import gguf_export, store
 from finemoe.checkpoint.gguf import export_gguf, import_gguf, load_gguf, open_gguf
 from finemoe.checkpoint.gguf_codec import element_types
-from finemoe.checkpoint.native import read_native
+from finemoe.checkpoint.imported import read_imported
 from finemoe.checkpoint.tensors import TensorFolder
 from finemoe.core.errors import CheckpointError, ConfigError, DataError
 from finemoe.model.transformer import Transformer
@@ -195,8 +195,8 @@ def test_fused_experts_and_left_out_biases_are_read(tmp_path: Path) -> None:
         expected = torch.zeros_like(tensor) if name.endswith("selection_bias") else tensor
         assert torch.equal(back[name], expected), name
     import_gguf(out, tmp_path / "imported", quiet=True)
-    native = read_native(tmp_path / "imported", checksums=True)
-    assert not native.tensors.read("blocks.1.feed_forward.router.selection_bias").any()
+    imported = read_imported(tmp_path / "imported", checksums=True)
+    assert not imported.tensors.read("blocks.1.feed_forward.router.selection_bias").any()
 
 
 def random_blocks(kind: Any, rows: int, blocks: int) -> np.ndarray:
@@ -248,10 +248,10 @@ def test_element_types_of_an_import_follow_one_rule(tmp_path: Path) -> None:
     for dtype, expected in {"F16": "F16", "BF16": "BF16", "Q8_0": "F32", "F32": "F32"}.items():
         out = tmp_path / f"imported-{dtype}"
         import_gguf(exported(tmp_path, model, dtype), out, quiet=True)
-        native = read_native(out, checksums=True)
+        imported = read_imported(out, checksums=True)
         names = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-        assert native.tensors.info("blocks.0.attention.q_proj.weight").dtype == names[expected]
-        assert native.tensors.info("blocks.0.attention_norm.weight").dtype == torch.float32
+        assert imported.tensors.info("blocks.0.attention.q_proj.weight").dtype == names[expected]
+        assert imported.tensors.info("blocks.0.attention_norm.weight").dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["llama-tied-bias", "deepseek2-v3"])
@@ -263,10 +263,10 @@ def test_a_file_comes_out_of_its_import_as_it_went_in(tmp_path: Path, name: str)
     export_gguf(report.path, again, dtype="F32", quiet=True)
     assert again.read_bytes() == first.read_bytes()
     assert hashlib.sha256(first.read_bytes()).hexdigest() == before
-    native = read_native(report.path, checksums=True)
-    assert (native.family, native.format) == (open_gguf(first).architecture, "gguf")
-    record = native.source()
-    assert record["config"]["general.architecture"] == native.family
+    imported = read_imported(report.path, checksums=True)
+    assert (imported.family, imported.format) == (open_gguf(first).architecture, "gguf")
+    record = imported.source()
+    assert record["config"]["general.architecture"] == imported.family
     assert {entry["status"] for entry in record["tensors"].values()} == {"loaded"}
     assert set(record["tensors"]) == set(open_gguf(first).tensors)
     norm = record["tensors"]["output_norm.weight"]

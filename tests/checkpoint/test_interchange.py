@@ -29,13 +29,13 @@ from checkpoint.published import (
     tensors_of,
     write_weights,
 )
-from finemoe.checkpoint import exporting, interchange, native, run_state, store
+from finemoe.checkpoint import exporting, imported, interchange, run_state, store
 from finemoe.checkpoint.exportable import open_exportable
 from finemoe.checkpoint.fp8 import dequantize
 from finemoe.checkpoint.hf_config import FAMILIES
+from finemoe.checkpoint.imported import read_imported
 from finemoe.checkpoint.interchange import export_hf, import_hf
-from finemoe.checkpoint.kinds import is_native
-from finemoe.checkpoint.native import read_native
+from finemoe.checkpoint.kinds import is_imported
 from finemoe.checkpoint.tensors import TensorFolder, raw_bytes
 from finemoe.core.config import to_json
 from finemoe.core.errors import CheckpointError, RunError
@@ -78,8 +78,8 @@ def test_a_round_trip_is_bit_exact(tmp_path: Path, name: str, shards: int) -> No
 def test_the_imported_folder_holds_our_model(tmp_path: Path, name: str) -> None:
     source = publish(tmp_path / "source", ALL[name], shards=2)
     report = import_hf(source, tmp_path / "imported", quiet=True)
-    opened = read_native(tmp_path / "imported", checksums=True)
-    assert is_native(tmp_path / "imported")
+    opened = read_imported(tmp_path / "imported", checksums=True)
+    assert is_imported(tmp_path / "imported")
     assert opened.config == report.config == FAMILIES[ALL[name]["model_type"]].to_config(ALL[name])
     assert (opened.family, opened.format) == (ALL[name]["model_type"], "huggingface")
     weights = load_file(tmp_path / "imported" / "model.safetensors")
@@ -110,7 +110,7 @@ def test_the_record_accounts_for_every_tensor(tmp_path: Path, name: str) -> None
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4)} if name == "llama" else {}
     source = publish(tmp_path / "source", raw, extra=extra)
     report = import_hf(source, tmp_path / "imported", quiet=True)
-    record = read_native(tmp_path / "imported").source()
+    record = read_imported(tmp_path / "imported").source()
     assert record["config"] == raw
     theirs = contents_of(source)
     assert record["tensors"].keys() == theirs.keys()
@@ -187,7 +187,7 @@ def test_a_run_is_exported_from_its_newest_checkpoint(tmp_path: Path, name: str)
     raw = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert (
         FAMILIES[name if name in FAMILIES else ALL[name]["model_type"]].to_config(raw)
-        == read_native(tmp_path / "imported").config
+        == read_imported(tmp_path / "imported").config
     )
     end = Tokenizer.load(run).end_of_text_id
     assert raw["torch_dtype"] == "float32"
@@ -317,7 +317,7 @@ def test_nothing_is_written_into_the_source_or_over_anything(tmp_path: Path) -> 
         import_hf(source, done, quiet=True)
     with pytest.raises(CheckpointError, match="lies in the source"):
         export_hf(done, done / "exported", quiet=True)
-    read_native(done, checksums=True)
+    read_imported(done, checksums=True)
 
 
 @pytest.mark.parametrize("part", ["source", "imported"])
@@ -357,7 +357,7 @@ def work(source: Path, out: Path, counted: Path) -> None:
         original(self)
 
     store.Part.check_full = slow  # type: ignore[method-assign]
-    (export_hf if is_native(source) else import_hf)(source, out, quiet=True)
+    (export_hf if is_imported(source) else import_hf)(source, out, quiet=True)
 
 
 def converted_through_kills(source: Path, out: Path, counted: Path) -> int:
@@ -384,7 +384,7 @@ def converted_through_kills(source: Path, out: Path, counted: Path) -> int:
 def test_killed_imports_and_exports_go_on(tmp_path: Path) -> None:
     source, counted = publish(tmp_path / "source", V3_FP8, shards=2), tmp_path / "counted"
     assert converted_through_kills(source, tmp_path / "imported", counted) >= 2
-    read_native(tmp_path / "imported", checksums=True)
+    read_imported(tmp_path / "imported", checksums=True)
     import_hf(source, tmp_path / "straight", quiet=True)
     assert listing(tmp_path / "imported") == listing(tmp_path / "straight")
     assert converted_through_kills(tmp_path / "imported", tmp_path / "exported", counted) >= 2
@@ -418,7 +418,7 @@ def test_an_interrupted_import_goes_on_only_with_the_same_source(
     with pytest.raises(CheckpointError, match="interrupted conversion of another source"):
         import_hf(publish(tmp_path / "other", LLAMA, seed=1), tmp_path / "imported", quiet=True)
     assert import_hf(source, tmp_path / "imported", quiet=True).resumed == 5
-    read_native(tmp_path / "imported", checksums=True)
+    read_imported(tmp_path / "imported", checksums=True)
 
 
 def test_progress_says_how_much_is_left(
@@ -446,15 +446,15 @@ def test_a_damaged_import_is_found_out(tmp_path: Path, change: str) -> None:
     if change == "link":
         path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        read_native(out, checksums=change == "content")
+        read_imported(out, checksums=change == "content")
 
 
 def test_what_is_no_finished_import_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no manifest\.json"):
-        read_native(tmp_path)
+        read_imported(tmp_path)
     with pytest.raises(CheckpointError, match="neither an imported folder nor a run"):
         export_hf(tmp_path, tmp_path / "out", quiet=True)
-    assert not is_native(tmp_path)
+    assert not is_imported(tmp_path)
 
 
 def test_memory_is_a_slice_whatever_the_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,5 +480,5 @@ def test_memory_is_a_slice_whatever_the_tensor(tmp_path: Path, monkeypatch: pyte
     export_hf(tmp_path / "imported", tmp_path / "exported", quiet=True)
     assert largest <= 4000
     assert contents_of(tmp_path / "exported") == contents_of(source)
-    assert native.MANIFEST == "manifest.json"
+    assert imported.MANIFEST == "manifest.json"
     assert len(raw_bytes(torch.ones(2))) == 8

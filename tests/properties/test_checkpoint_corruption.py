@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint.published import LLAMA, MIXTRAL, V3_FP8, publish
+from finemoe.checkpoint.imported import read_imported
 from finemoe.checkpoint.interchange import export_hf, import_hf
-from finemoe.checkpoint.native import read_native
 from finemoe.checkpoint.tensors import TensorFolder
 from finemoe.core.errors import FinemoeError
 
@@ -61,7 +61,7 @@ def convert(source: Path, *, native: bool) -> bool:
         return False
     TensorFolder.open(out)
     if not native:
-        read_native(out, checksums=True)
+        read_imported(out, checksums=True)
     return True
 
 

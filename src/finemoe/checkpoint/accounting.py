@@ -145,12 +145,12 @@ def _same(tensors: TensorFolder, a: str, b: str) -> bool:
     return tensors.info(a).dtype == tensors.info(b).dtype and tensors.sha256(a) == tensors.sha256(b)
 
 
-def native_dtype(dtype: torch.dtype) -> torch.dtype:
+def our_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that we keep a source tensor in: its own; FP8 with its factors is bf16."""
     return torch.bfloat16 if dtype == FP8 else dtype
 
 
-def native_specs(config: ModelConfig, tensors: TensorFolder, account: Account) -> tuple[list[TensorSpec], list[str]]:
+def our_specs(config: ModelConfig, tensors: TensorFolder, account: Account) -> tuple[list[TensorSpec], list[str]]:
     """Our tensors, and notes on those whose parts came in several types; they get the narrowest that holds all.
 
     Raises:
@@ -165,7 +165,7 @@ def native_specs(config: ModelConfig, tensors: TensorFolder, account: Account) -
     specs, notes = [], []
     for ours, placements in parts.items():
         _check_filled(ours, shapes[ours], placements)
-        dtypes = {native_dtype(tensors.info(placement.theirs).dtype) for placement in placements}
+        dtypes = {our_dtype(tensors.info(placement.theirs).dtype) for placement in placements}
         dtype = dtypes.pop()
         for other in dtypes:
             dtype = torch.promote_types(dtype, other)

@@ -21,8 +21,8 @@ from finemoe.checkpoint.gguf_codec import decode
 from finemoe.checkpoint.gguf_config import Facts
 from finemoe.checkpoint.gguf_keys import stored_tensors
 from finemoe.checkpoint.hf_config import family_of
+from finemoe.checkpoint.imported import CARRIED
 from finemoe.checkpoint.kinds import CONFIG, MANIFEST, SOURCE, STATE, require_there
-from finemoe.checkpoint.native import CARRIED
 from finemoe.checkpoint.tensors import DTYPE_NAMES, TensorFolder
 from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError, FinemoeError
@@ -214,7 +214,7 @@ def held_of(tensors: TensorFolder) -> dict[str, Held]:
     }
 
 
-def _open_native(subject: Subject, found: Findings, deep: bool, quiet: bool) -> None:
+def _open_imported(subject: Subject, found: Findings, deep: bool, quiet: bool) -> None:
     path = subject.path
     if not (path / MANIFEST).exists():
         found.problem("files", f"no {MANIFEST}, so the import was not finished, or a file is lost; import again")
@@ -325,7 +325,7 @@ def _open_gguf(subject: Subject, found: Findings, deep: bool, quiet: bool) -> No
 _OPENERS: Mapping[Kind, Callable[[Subject, Findings, bool, bool], None]] = {
     "run": _open_run,
     "checkpoint": _open_checkpoint,
-    "imported": _open_native,
+    "imported": _open_imported,
     "huggingface": _open_huggingface,
     "gguf": _open_gguf,
     "tensors": _open_tensors,

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from finemoe.checkpoint import gguf
-from finemoe.checkpoint.accounting import SCALE_SUFFIX, native_dtype
+from finemoe.checkpoint.accounting import SCALE_SUFFIX, our_dtype
 from finemoe.checkpoint.exportable import Exportable, open_exportable
 from finemoe.checkpoint.fp8 import BLOCK, dequantize, quantize
 from finemoe.checkpoint.gguf_codec import decode, encode
 from finemoe.checkpoint.gguf_keys import Part
+from finemoe.checkpoint.imported import Imported, read_imported
 from finemoe.checkpoint.interchange import Source, open_source
-from finemoe.checkpoint.native import Native, read_native
 from finemoe.checkpoint.tensors import Index, TensorFolder, raw_bytes
 from finemoe.checkpoint.transfer import mebibytes
 from finemoe.core.errors import CheckpointError
@@ -64,8 +64,8 @@ def compare_import(source: str | os.PathLike[str], out: str | os.PathLike[str], 
     Raises:
         CheckpointError: one of them cannot be read, or does not have its recorded checksums.
     """
-    source, native = Path(source), read_native(Path(out), checksums=True)
-    checks = _gguf_imported(source, native) if source.is_file() else _hf_imported(open_source(source), native)
+    source, imported = Path(source), read_imported(Path(out), checksums=True)
+    checks = _gguf_imported(source, imported) if source.is_file() else _hf_imported(open_source(source), imported)
     return _run(list(checks), f"comparing {source.name}", quiet)
 
 
@@ -102,19 +102,19 @@ def _digest(pieces: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _hf_imported(source: Source, native: Native) -> Iterator[_Check]:
+def _hf_imported(source: Source, imported: Imported) -> Iterator[_Check]:
     for name, placement in source.account.loaded.items():
 
         def agree(name: str = name, ours: str = placement.ours, index: Index = placement.index) -> bool:
-            dtype = native.tensors.info(ours).dtype
+            dtype = imported.tensors.info(ours).dtype
             pieces = (piece.to(dtype) for piece in _read_out(source, name))
-            return _digest(pieces) == _digest(native.tensors.chunks(ours, index))
+            return _digest(pieces) == _digest(imported.tensors.chunks(ours, index))
 
         yield name, source.tensors.info(name).nbytes, agree
     for name, original in source.account.copies.items():
         yield name, source.tensors.info(name).nbytes, _equal(source.tensors, name, original)
     for name in source.account.carried:
-        yield name, source.tensors.info(name).nbytes, _same(source.tensors, native.carried, name)
+        yield name, source.tensors.info(name).nbytes, _same(source.tensors, imported.carried, name)
 
 
 def _read_out(source: Source, name: str) -> Iterator[Tensor]:
@@ -125,7 +125,7 @@ def _read_out(source: Source, name: str) -> Iterator[Tensor]:
         return
     scale, row = source.tensors.read(scale_name), 0
     for chunk in source.tensors.chunks(name, multiple=BLOCK):
-        yield dequantize(chunk, scale[row // BLOCK : row // BLOCK - (-len(chunk) // BLOCK)], native_dtype(chunk.dtype))
+        yield dequantize(chunk, scale[row // BLOCK : row // BLOCK - (-len(chunk) // BLOCK)], our_dtype(chunk.dtype))
         row += len(chunk)
 
 
@@ -145,7 +145,7 @@ def _equal(tensors: TensorFolder, one: str, other: str) -> Callable[[], bool]:
     return lambda: tensors.sha256(one) == tensors.sha256(other)
 
 
-def _gguf_imported(path: Path, native: Native) -> Iterator[_Check]:
+def _gguf_imported(path: Path, imported: Imported) -> Iterator[_Check]:
     source = gguf.open_gguf(path)
     for name, stored in source.account.items():
 
@@ -153,7 +153,7 @@ def _gguf_imported(path: Path, native: Native) -> Iterator[_Check]:
             tensor, row = source.tensors[name], 0
             for part in parts:
                 values = decode(tensor.raw(row, part.rows), tensor.kind, tensor.shape[-1])
-                mine = native.tensors.read(part.ours, part.index)
+                mine = imported.tensors.read(part.ours, part.index)
                 if not torch.equal(part.to_ours(values).to(mine.dtype), mine):
                     return False
                 row += part.rows

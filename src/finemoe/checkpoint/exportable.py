@@ -11,8 +11,8 @@ from typing import Any
 from finemoe.checkpoint import run_state
 from finemoe.checkpoint.accounting import model_shapes
 from finemoe.checkpoint.foreign import TOKENIZER_BYTES, folder_file, parse_json, read_bytes, read_json
-from finemoe.checkpoint.kinds import CONFIG, is_native
-from finemoe.checkpoint.native import read_native
+from finemoe.checkpoint.imported import read_imported
+from finemoe.checkpoint.kinds import CONFIG, is_imported
 from finemoe.checkpoint.tensors import TensorFolder
 from finemoe.checkpoint.transfer import COMPANIONS, named
 from finemoe.core.config import parse
@@ -52,7 +52,7 @@ def open_exportable(path: Path) -> Exportable:
     Raises:
         CheckpointError: none of these, or damaged.
     """
-    opened = _open_native(path) if is_native(path) else _open_run(path)
+    opened = _open_imported(path) if is_imported(path) else _open_run(path)
     with named(path):
         shapes = model_shapes(opened.config)
     found = {name: info.shape for name, info in opened.tensors.tensors.items()}
@@ -69,10 +69,10 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def _open_native(path: Path) -> Exportable:
-    native = read_native(path)
-    source = native.source()
-    from_hub = native.format == "huggingface"
+def _open_imported(path: Path) -> Exportable:
+    imported = read_imported(path)
+    source = imported.source()
+    from_hub = imported.format == "huggingface"
     files = {
         name: folder_file(path, name) for name in COMPANIONS if (path / name).is_symlink() or (path / name).exists()
     }
@@ -84,14 +84,14 @@ def _open_native(path: Path) -> Exportable:
     }
     return Exportable(
         path=path,
-        config=native.config,
-        tensors=native.tensors,
+        config=imported.config,
+        tensors=imported.tensors,
         companions=companions,
         notes=notes,
-        family=native.family,
+        family=imported.family,
         raw=source["config"] if from_hub else {},
         account=source["tensors"] if from_hub else {},
-        carried=native.carried,
+        carried=imported.carried,
         token_ids={key: known[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in known},
     )
 

@@ -26,8 +26,8 @@ from finemoe.checkpoint.gguf_export import GGUFReport, export_gguf
 from finemoe.checkpoint.gguf_file import GGUFFile, StoredTensor, read_header
 from finemoe.checkpoint.gguf_keys import EMBEDDING, ROPE_FACTORS, Stored, stored_tensors
 from finemoe.checkpoint.gguf_tokenizer import LISTS, companions_of, has_tokenizer, template_of, tokenizer_of
+from finemoe.checkpoint.imported import ImportedWriter
 from finemoe.checkpoint.interchange import ImportReport
-from finemoe.checkpoint.native import NativeWriter
 from finemoe.checkpoint.store import TensorSpec
 from finemoe.checkpoint.transfer import check_finite, mebibytes
 from finemoe.checkpoint.workspace import check_free, workspace
@@ -232,7 +232,7 @@ def import_gguf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, 
     specs = [TensorSpec(name, dtypes[name], shape) for name, shape in opened.shapes.items()]
     companions = companions_of(opened.metadata, str(opened.path))
     nbytes = sum(spec.nbytes for spec in specs) + sum(len(data) for data in companions.values())
-    with workspace(place, _fingerprint(opened), nbytes) as folder, NativeWriter(folder, specs, []) as writer:
+    with workspace(place, _fingerprint(opened), nbytes) as folder, ImportedWriter(folder, specs, []) as writer:
         sums, resumed = _convert(opened, writer, quiet)
         about = {"family": opened.architecture, "format": "gguf"}
         files = writer.finish(opened.config, about, _record(opened, sums), companions, quiet=quiet)
@@ -257,7 +257,7 @@ def _fingerprint(opened: GGUFSource) -> str:
     return "import " + hashlib.sha256(json.dumps([stats, headers]).encode()).hexdigest()
 
 
-def _convert(opened: GGUFSource, writer: NativeWriter, quiet: bool) -> tuple[dict[str, str], int]:
+def _convert(opened: GGUFSource, writer: ImportedWriter, quiet: bool) -> tuple[dict[str, str], int]:
     """Write what is still to be written; the checksum of each source tensor, and how many were done already."""
     sums, resumed = {}, 0
     dtypes = writer.weights.dtypes

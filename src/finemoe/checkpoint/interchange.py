@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from finemoe.checkpoint import hf_keys
-from finemoe.checkpoint.accounting import Account, native_specs, take_account
+from finemoe.checkpoint.accounting import Account, our_specs, take_account
 from finemoe.checkpoint.exporting import ExportReport, export_hf
 from finemoe.checkpoint.foreign import TOKENIZER_BYTES, folder_file, parse_json, read_bytes, read_json
 from finemoe.checkpoint.fp8 import BLOCK, dequantize
 from finemoe.checkpoint.hf_config import family_of
+from finemoe.checkpoint.imported import ImportedWriter
 from finemoe.checkpoint.keys import Placement
 from finemoe.checkpoint.kinds import CONFIG
-from finemoe.checkpoint.native import NativeWriter
 from finemoe.checkpoint.store import TensorSpec, TensorStore
 from finemoe.checkpoint.tensors import DTYPE_NAMES, TensorFolder, raw_bytes
 from finemoe.checkpoint.transfer import COMPANIONS, check_finite, fingerprint, mebibytes, named
@@ -133,12 +133,12 @@ def import_hf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, qu
     if place.is_relative_to(os.path.realpath(source)):
         raise CheckpointError(f"{out}: lies in the source, which is never written to; choose another folder")
     with named(opened.path):
-        specs, notes = native_specs(opened.config, opened.tensors, opened.account)
+        specs, notes = our_specs(opened.config, opened.tensors, opened.account)
     carried = [_spec(opened.tensors, name) for name in opened.tensors.tensors if name in opened.account.carried]
     companions, ignored = _companions(opened)
     nbytes = sum(spec.nbytes for spec in (*specs, *carried)) + sum(len(data) for data in companions.values())
     mark = fingerprint("import", opened.tensors, opened.raw)
-    with workspace(place, mark, nbytes) as folder, NativeWriter(folder, specs, carried) as writer:
+    with workspace(place, mark, nbytes) as folder, ImportedWriter(folder, specs, carried) as writer:
         sums, resumed = _convert(opened, writer, quiet)
         record = {"config": opened.raw, "tensors": _record(opened, sums)}
         about = {"family": opened.family, "format": "huggingface"}
@@ -192,7 +192,7 @@ def _record(source: Source, sums: Mapping[str, str]) -> dict[str, Any]:
     return table
 
 
-def _convert(source: Source, writer: NativeWriter, quiet: bool) -> tuple[dict[str, str], int]:
+def _convert(source: Source, writer: ImportedWriter, quiet: bool) -> tuple[dict[str, str], int]:
     """Write what is still to be written; the checksum of each source tensor, and how many were done already."""
     sums, resumed = {}, 0
     account, dtypes = source.account, writer.weights.dtypes

@@ -29,7 +29,7 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
     path = Path(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return "gguf"
-    if is_native(path):
+    if is_imported(path):
         return "imported"
     if (path / STATE).exists():
         return "run"
@@ -48,7 +48,7 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
     raise CheckpointError(f"{path}: {what if path.exists() else 'there is nothing here'}{hint}")
 
 
-def is_native(path: Path) -> bool:
+def is_imported(path: Path) -> bool:
     """Whether `path` is a folder that an import made; a run's checkpoint has no source.json."""
     return (path / MANIFEST).is_file() and (path / SOURCE).is_file()
 

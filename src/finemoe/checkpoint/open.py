@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from finemoe.checkpoint import gguf, interchange, run_state
-from finemoe.checkpoint.accounting import native_dtype
+from finemoe.checkpoint.accounting import our_dtype
 from finemoe.checkpoint.build import Part, build, cast
 from finemoe.checkpoint.foreign import folder_file, read_json
 from finemoe.checkpoint.fp8 import dequantize
+from finemoe.checkpoint.imported import Imported, read_imported
 from finemoe.checkpoint.kinds import STATE, kind_of
-from finemoe.checkpoint.native import Native, read_native
 from finemoe.core.config import parse
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer
@@ -48,20 +48,20 @@ def load_model(
     if kind == "gguf":
         return gguf.load_gguf(path, kernels, dtype=dtype)
     if kind == "imported":
-        native = read_native(path)
-        stored = {name: info.dtype for name, info in native.tensors.tensors.items()}
-        return build(native.config, kernels, stored, _native_parts(native), dtype)
+        imported = read_imported(path)
+        stored = {name: info.dtype for name, info in imported.tensors.tensors.items()}
+        return build(imported.config, kernels, stored, _imported_parts(imported), dtype)
     source = interchange.open_source(path)
     stored = {}
     for name, placement in source.account.loaded.items():
-        found = native_dtype(source.tensors.info(name).dtype)
+        found = our_dtype(source.tensors.info(name).dtype)
         stored[placement.ours] = torch.promote_types(stored.get(placement.ours, found), found)
     return build(source.config, kernels, stored, _foreign_parts(source), dtype)
 
 
-def _native_parts(native: Native) -> Iterator[Part]:
-    for name in native.tensors.tensors:
-        yield name, (), native.tensors.read(name)
+def _imported_parts(imported: Imported) -> Iterator[Part]:
+    for name in imported.tensors.tensors:
+        yield name, (), imported.tensors.read(name)
 
 
 def _foreign_parts(source: interchange.Source) -> Iterator[Part]:

@@ -184,9 +184,9 @@ def _write(form: Format, source: Path, out: Path, options: Mapping[str, Any], qu
 
 
 def _training_state(source: Path) -> list[str]:
-    from finemoe.checkpoint.kinds import is_native
+    from finemoe.checkpoint.kinds import is_imported
 
-    return [] if is_native(source) else ["optimizer state and position in the data"]
+    return [] if is_imported(source) else ["optimizer state and position in the data"]
 
 
 def _verify(source: Path, out: Path, quiet: bool) -> list[Check]:

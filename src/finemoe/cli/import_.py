@@ -82,12 +82,12 @@ def _check_foreign(path: Path) -> None:
     Raises:
         CheckpointError: with what to do instead.
     """
-    from finemoe.checkpoint.kinds import is_native
+    from finemoe.checkpoint.kinds import is_imported
     from finemoe.core.errors import CheckpointError
 
     if path.is_file() and path.suffix.lower() != ".gguf":
         raise CheckpointError(f"{path}: a file alone is imported only as .gguf; give the folder that it lies in")
-    if is_native(path):
+    if is_imported(path):
         raise CheckpointError(f"{path}: is imported already; use it as it is, or `finemoe export` it")
     if (path / "checkpoints").is_dir() or (path / "state.json").exists():
         raise CheckpointError(f"{path}: is a run of finemoe, which needs no import; use it as it is")
@@ -108,9 +108,9 @@ def _verify(source: Path, report: ImportReport, quiet: bool) -> list[Check]:
 
 
 def _facts(report: ImportReport, source: Path) -> dict[str, Any]:
-    from finemoe.checkpoint.native import read_native
+    from finemoe.checkpoint.imported import read_imported
 
-    native = read_native(report.path)
+    native = read_imported(report.path)
     record = native.source()["tensors"].values()
     aside = Counter((entry["status"], entry.get("reason", "")) for entry in record if entry["status"] != "loaded")
     dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in native.tensors.tensors.values())

@@ -19,7 +19,7 @@ from finemoe.core.errors import ConfigError
 class Config(BaseModel):
     """Base of every configuration: frozen, complete, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

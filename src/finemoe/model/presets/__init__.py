@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finemoe.core.config import did_you_mean, merge, parse
 from finemoe.core.errors import ConfigError
-from finemoe.model.config import ModelRecipe
 from finemoe.model.presets.dense import DEEPSEEK_CODER, DEEPSEEK_LLM, R1_DISTILL, SMOLLM2
 from finemoe.model.presets.latent import DEEPSEEK_V2, DEEPSEEK_V3
 from finemoe.model.presets.moe import DEEPSEEK_MOE
 from finemoe.model.presets.preset import Preset
 from finemoe.model.presets.tiny import LADDERS, TINY
+
+if TYPE_CHECKING:
+    from finemoe.model.config import ModelRecipe
 
 __all__ = ["GROUPS", "PRESETS", "Preset", "find_preset", "group_of", "resolve"]
 
@@ -53,6 +55,8 @@ def resolve(model: Mapping[str, Any], source: str) -> ModelRecipe:
     Raises:
         ConfigError: unknown preset, unknown key, impossible combination.
     """
+    from finemoe.model.config import ModelRecipe  # brings torch along, which a name that does not exist needs not
+
     own = {key: value for key, value in model.items() if key != "preset"}
     base = find_preset(str(model["preset"])).model if "preset" in model else {}
     return parse(ModelRecipe, merge(base, own), source)

@@ -29,7 +29,7 @@ _OWN_JSON_BYTES = 256 << 20  # source.json has a line for each source tensor, ma
 
 @final
 @dataclass(frozen=True)
-class Native:
+class Imported:
     """An imported folder, opened by its headers."""
 
     path: Path
@@ -59,7 +59,7 @@ class Native:
         return record
 
 
-def read_native(path: Path, *, checksums: bool = False) -> Native:
+def read_imported(path: Path, *, checksums: bool = False) -> Imported:
     """Open an imported folder.
 
     Args:
@@ -81,7 +81,7 @@ def read_native(path: Path, *, checksums: bool = False) -> Native:
         raise CheckpointError(f"{path / CONFIG}: `source` must name `family` and `format`; import again")
     carried = f"{CARRIED}.safetensors"
     extra = TensorFolder.of_files([folder_file(path, carried)] if carried in names else [])
-    return Native(path, _model_config(model, path / CONFIG), family, kind, TensorFolder.open(path), extra)
+    return Imported(path, _model_config(model, path / CONFIG), family, kind, TensorFolder.open(path), extra)
 
 
 def _model_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
@@ -109,7 +109,7 @@ def _check_manifest(path: Path, checksums: bool) -> set[str]:
 
 
 @final
-class NativeWriter:
+class ImportedWriter:
     """An imported folder in the making: fill `weights` and `carried`, then `finish`. A context manager."""
 
     def __init__(self, folder: Path, weights: Sequence[TensorSpec], carried: Sequence[TensorSpec]) -> None:
@@ -148,7 +148,7 @@ class NativeWriter:
         Args:
             config: of the model.
             source: `family` and `format`.
-            record: what `Native.source` gives back.
+            record: what `Imported.source` gives back.
             files: tokenizer and the like, verbatim, by name.
             quiet: no progress.
 
