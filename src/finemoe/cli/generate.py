@@ -65,9 +65,9 @@ def generate(
 
     draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
     texts = _read_prompts(prompts or [], file, chat, system)
-    own = kind_of(source) == "run"  # asked before a second of imports
+    kind_of(source)  # a path that holds nothing is refused before a second of imports
     sampling = _sampling(draw)
-    opened = _open(source, own, dtype)
+    opened = _open(source, dtype)
     texts, ids = opened.encode(texts, chat, system)
     _say_what_is_odd(ids, sampling, opened)
     started = time.monotonic()
@@ -176,45 +176,25 @@ class _Opened:
         return [text], [tuple(self.tokenizer.encode_template(text))]
 
 
-def _open(source: Path, own: bool, dtype: str) -> _Opened:
+def _open(source: Path, dtype: Literal["fp32", "bf16", "stored"]) -> _Opened:
     """The model on the fastest device here, its tokenizer and its chat template.
 
     Raises:
         FinemoeError: nothing that can be opened, or one whose tokenizer is another's.
     """
-    import torch
-
-    from finemoe.checkpoint.open import load_chat_template, load_model, load_tokenizer
-    from finemoe.core.errors import RunError
+    from finemoe.checkpoint.language_model import open_language_model
+    from finemoe.checkpoint.open import load_chat_template
     from finemoe.generation import Engine
 
-    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16, "stored": None}[dtype]
-    model = load_model(source, dtype=wanted).to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, template = load_tokenizer(source), load_chat_template(source)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise RunError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} ids and the model only "
-            f"{model.config.vocab_size}: they do not belong together, put the model's own tokenizer.json back"
-        )
+    opened = open_language_model(source, dtype)
+    tokenizer, template = opened.tokenizer, load_chat_template(source)
     engine = Engine(
-        model,
+        opened.model,
         end_of_text_id=tokenizer.end_of_text_id,
         stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size,
     )
-    reach = _trained_length(source) if own else model.config.max_positions
-    return _Opened(engine, tokenizer, template, source, own, reach)
-
-
-def _trained_length(run: Path) -> int | None:
-    """Tokens of a sequence in training; None where the run does not say."""
-    # A checkpoint lies two folders below its run.
-    candidates = [folder / "config.json" for folder in (run, *run.resolve().parents[:2])]
-    config = next((path for path in candidates if path.exists()), candidates[0])
-    try:
-        return int(json.loads(config.read_text(encoding="utf-8"))["data"]["sequence_length"])
-    except (OSError, ValueError, KeyError, TypeError):  # only a hint hangs on it
-        return None
+    return _Opened(engine, tokenizer, template, source, opened.own, opened.reach)
 
 
 def _say_what_is_odd(ids: list[tuple[int, ...]], sampling: SamplingConfig, opened: _Opened) -> None:

@@ -35,6 +35,8 @@ class ModelOutput:
     """By layer index; dense layers are absent. The module of MTP depth k counts as layer num_layers + k - 1."""
     mtp_hidden: tuple[Tensor, ...] = ()
     """[batch, seq - k, hidden] of the module of each depth k, ready for `Transformer.logits`; when asked for."""
+    states: tuple[Tensor, ...] = ()
+    """[batch, seq, hidden] before each block that ran; when asked for."""
 
 
 class Block(nn.Module):
@@ -141,6 +143,8 @@ class Transformer(Native, nn.Module):
         constraint: Mapping[int, RoutingConstraint] | None = None,
         record: bool = False,
         mtp: bool = False,
+        states: bool = False,
+        start: tuple[int, Tensor] | None = None,
     ) -> ModelOutput:
         """Hidden states of every token.
 
@@ -153,6 +157,9 @@ class Transformer(Native, nn.Module):
             constraint: by layer index.
             record: keep the whole routing decision of each layer.
             mtp: run the multi-token prediction modules too; needs whole sequences, so no cache.
+            states: keep what every block was given.
+            start: a block and what it is given, from the `states` of an earlier pass: go on from there. What came
+                before is neither run nor recorded.
 
         Raises:
             ValueError: documents or mtp together with a cache; mtp of sequences too short for its depth.
@@ -166,16 +173,19 @@ class Transformer(Native, nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         places = Places(positions, None if documents is None else within_documents(documents))
-        hidden = self.embedding(tokens)
+        first, hidden = (0, self.embedding(tokens)) if start is None else start
         routing: dict[int, RoutingRecord] = {}
-        for layer, block in enumerate(self.blocks):
+        given: list[Tensor] = []
+        for layer, block in enumerate(list(self.blocks)[first:], first):
+            if states:
+                given.append(hidden)
             layer_cache = None if cache is None else cache[layer]
             layer_constraint = None if constraint is None else constraint.get(layer)
             inputs = (hidden, tokens, places, layer_cache, layer_constraint, record)
             hidden = self._block(block, layer, inputs, routing)
         output = self.norm(hidden)
         ahead = self._ahead(output, tokens, places, constraint, record, routing) if mtp else ()
-        return ModelOutput(output, routing, tuple(ahead))
+        return ModelOutput(output, routing, tuple(ahead), tuple(given))
 
     def _block(self, block: nn.Module, layer: int, inputs: Sequence[Any], routing: dict[int, RoutingRecord]) -> Tensor:
         """Run one block, recomputed in the backward pass where wanted; its routing record goes into `routing`."""

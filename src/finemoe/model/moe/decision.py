@@ -24,7 +24,7 @@ class RoutingDecision:
 
 @dataclass(frozen=True)
 class RoutingConstraint:
-    """One hook for replay, expert knock-out and fewer active experts. Each field left None does nothing."""
+    """One hook for replay, expert knock-out and fewer active experts. A field left at its default does nothing."""
 
     replay: Tensor | None = None
     """[tokens, k] int64: take these experts; weights still come from the current scores."""
@@ -32,6 +32,12 @@ class RoutingConstraint:
     """[experts] or [tokens, experts] bool: the others are never selected. At least k per token must stay allowed."""
     num_active: int | None = None
     """Experts per token instead of the configured number."""
+    num_masked: int = 0
+    """Leave out, for every token, this many of the experts it would choose first (DeepSeekMoE section 4.5)."""
+    routed: bool = True
+    """False: the routed experts add nothing to the layer's output; what they would have been chosen for is recorded."""
+    shared: bool = True
+    """False: the shared experts add nothing."""
 
 
 @dataclass(frozen=True)

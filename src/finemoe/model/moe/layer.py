@@ -147,8 +147,9 @@ class MoELayer(nn.Module):
         if keep is not None:
             gates, dropped = gates * keep, (~keep).sum()
         ticket = arrange(decision.expert_ids, num_experts, keep)
-        output = self.experts(flat, ticket, gates).view_as(hidden)
-        if self.shared_experts is not None:
+        constraint = constraint or RoutingConstraint()
+        output = self.experts(flat, ticket, gates).view_as(hidden) if constraint.routed else torch.zeros_like(hidden)
+        if self.shared_experts is not None and constraint.shared:
             shared = self.shared_experts(hidden)
             output = output + (shared if self.shared_gate is None else F.sigmoid(self.shared_gate(hidden)) * shared)
         load = ticket.counts

@@ -80,12 +80,16 @@ def _constrained(expert_ids: Tensor, num_experts: int, constraint: RoutingConstr
     if constraint.num_active is not None:
         missing = max(0, constraint.num_active - expert_ids.shape[1])
         expert_ids = expert_ids[:, : constraint.num_active]
-    if constraint.allowed is None and not missing:
+    if constraint.allowed is None and not constraint.num_masked and not missing:
         return expert_ids
     if constraint.allowed is None:
         allowed = torch.ones(expert_ids.shape[0], num_experts, dtype=torch.bool, device=expert_ids.device)
     else:
         allowed = constraint.allowed.expand(expert_ids.shape[0], num_experts).clone()
+    if constraint.num_masked:  # the order in which the table would choose: its own experts, then on round the circle
+        ahead = torch.arange(num_experts, device=expert_ids.device)
+        order = (expert_ids[:, :1] + ahead) % num_experts
+        allowed.scatter_(1, order[:, : constraint.num_masked], False)
     # More experts than the table holds: the next ones after its last choice.
     expert_ids = torch.cat((expert_ids, expert_ids[:, -1:].expand(-1, missing)), dim=1)
     columns = []

@@ -84,11 +84,16 @@ def select(scores: Tensor, k: int, constraint: RoutingConstraint | None) -> Tens
         return best_experts(scores, k)
     if constraint.replay is not None:
         return constraint.replay
-    if constraint.num_active is not None:
-        k = constraint.num_active
+    return best_experts(permitted(scores, constraint), constraint.num_active or k)
+
+
+def permitted(scores: Tensor, constraint: RoutingConstraint) -> Tensor:
+    """`scores [tokens, experts]` with minus infinity where the constraint leaves an expert out."""
     if constraint.allowed is not None:
         scores = scores.masked_fill(~constraint.allowed, -torch.inf)
-    return best_experts(scores, k)
+    if constraint.num_masked:
+        scores = scores.scatter(-1, best_experts(scores, constraint.num_masked), -torch.inf)
+    return scores
 
 
 def select_in_groups(
@@ -101,8 +106,8 @@ def select_in_groups(
     """
     if groups.num_groups == groups.groups_per_token or (constraint is not None and constraint.replay is not None):
         return select(scores, k, constraint)
-    if constraint is not None and constraint.allowed is not None:
-        scores = scores.masked_fill(~constraint.allowed, -torch.inf)
+    if constraint is not None:
+        scores = permitted(scores, constraint)
     grouped = scores.unflatten(-1, (groups.num_groups, -1))
     highest = grouped.topk(min(best, grouped.shape[-1]), dim=-1).values
     empty = highest[..., 0].isneginf()

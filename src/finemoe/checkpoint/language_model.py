@@ -1,0 +1,84 @@
+"""A model together with how it reads and writes text: what every verb that uses a trained model opens."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from finemoe.checkpoint.kinds import kind_of
+from finemoe.checkpoint.open import load_model, load_tokenizer
+from finemoe.core.errors import RunError
+from finemoe.model.config import Kernels
+from finemoe.model.transformer import Transformer
+from finemoe.text.tokenizer import Tokenizer
+
+Dtype = Literal["fp32", "bf16", "stored"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "stored": None}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model in eval mode and its tokenizer."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    source: Path
+    own: bool
+    """It was trained here: each document was followed by the end-of-text token, and none began with another."""
+    reach: int | None
+    """Longest sequence that it was trained on, or is made for, where that is known."""
+    isolated: bool = False
+    """It was trained here with every document apart from its neighbours (`data.packing = "isolate"`)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.model.embedding.weight.device
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt: with the beginning token where the model's own tokenizer puts one."""
+        return self.tokenizer.encode(text) if self.own else self.tokenizer.encode_prompt(text)
+
+    @property
+    def first_id(self) -> int:
+        """What stands before the first token of a document: its beginning token, or the end of the one before."""
+        bos = self.tokenizer.bos_id
+        return self.tokenizer.end_of_text_id if self.own or bos is None else bos
+
+
+def open_language_model(
+    source: str | os.PathLike[str], dtype: Dtype = "fp32", kernels: Kernels | None = None
+) -> LanguageModel:
+    """The model at `source` on the fastest device here; `source` as in `load_model`.
+
+    Raises:
+        FinemoeError: nothing that can be opened, or a tokenizer that is another model's.
+    """
+    path = Path(source)
+    own = kind_of(path) == "run"
+    model = load_model(path, kernels, dtype=_DTYPES[dtype]).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise RunError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids and the model only "
+            f"{model.config.vocab_size}: they do not belong together, put the model's own tokenizer.json back"
+        )
+    data = _training_data(path) if own else {}
+    reach = data.get("sequence_length") if own else model.config.max_positions
+    return LanguageModel(model, tokenizer, path, own, reach, data.get("packing") == "isolate")
+
+
+def _training_data(run: Path) -> dict[str, Any]:
+    """The data table of the run's configuration; empty where the run does not say: only hints hang on it."""
+    # A checkpoint lies two folders below its run.
+    candidates = [folder / "config.json" for folder in (run, *run.resolve().parents[:2])]
+    config = next((path for path in candidates if path.exists()), candidates[0])
+    try:
+        return dict(json.loads(config.read_text(encoding="utf-8"))["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
