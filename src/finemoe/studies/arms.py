@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from finemoe.model.config import ModelConfig, ModelRecipe, expand
 from finemoe.model.feed_forward import DenseConfig
 from finemoe.model.presets import PRESETS, resolve
 from finemoe.model.size import measure
+from finemoe.training.balancing import BalancingConfig
 
 
 class MatchingConfig(Config):
@@ -61,9 +62,19 @@ class Arm:
     halve_routed: bool = False
     """Activate half of the expert parameters (section 4.5)."""
     router: str = "softmax_topk"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of the router, where they are not the comparison's."""
+    balance: Mapping[str, float] | None = None
+    """Balance coefficients; None: the comparison's expert-level one for routers that learn."""
+    fixed_bias: bool = False
+    """Selection biases stay at 0, so that losses alone balance."""
+    mtp_depth: int = 0
     paper: tuple[str, float] | None = None
     """Name in the paper and its Pile loss (Tables 1, 2 and section 4.4)."""
 
+
+_V3: Mapping[str, Any] = {"segments": None, "shared": 1, "settings": {"normalize_gates": True}}
+"""What the arms of V3's balancing ablation share (V3 section 4.5.2): sigmoid scores, gates over their sum."""
 
 ARMS: Mapping[str, Arm] = {
     "dense": Arm("Dense", dense=1.0, paper=("Dense", 2.060)),
@@ -80,6 +91,14 @@ ARMS: Mapping[str, Arm] = {
     "deepseek-moe-2-shared": Arm("2 + 6/62", segments=None, shared=2, paper=("2 shared", 1.806)),
     "deepseek-moe-4-shared": Arm("4 + 4/60", segments=None, shared=4, paper=("4 shared", 1.811)),
     "deepseek-moe-half": Arm("1 + 3/63", segments=None, shared=1, halve_routed=True),
+    "deepseek-moe-mtp": Arm("DeepSeekMoE, MTP", segments=None, shared=1, mtp_depth=1),
+    "sigmoid-loss": Arm(
+        "Sigmoid, loss 1e-3", router="sigmoid_biased", balance={"sequence": 1e-3}, **_V3, fixed_bias=True
+    ),
+    "sigmoid-loss-strong": Arm(
+        "Sigmoid, loss 1e-2", router="sigmoid_biased", balance={"sequence": 1e-2}, **_V3, fixed_bias=True
+    ),
+    "sigmoid-bias": Arm("Sigmoid, bias", router="sigmoid_biased", balance={}, **_V3),
 }
 """The ablation ladder of Figure 3 is gshard (0 + 2/16), shared-isolation (1 + 1/15), segments-2 (1 + 3/31) and
 deepseek-moe (1 + 7/63)."""
@@ -96,6 +115,8 @@ class SizedArm:
     mismatch: Mapping[str, float | None]
     """Percent by which expert parameters (total, active) and FLOPs miss their targets; None without a target."""
     paper: tuple[str, float] | None
+    balancing: BalancingConfig | None = None
+    """How selection biases move, where that is not the default."""
 
     @property
     def folder(self) -> str:
@@ -125,9 +146,13 @@ def solve(name: str, base: ModelRecipe, matching: MatchingConfig, routing: Routi
         feed_forward, text = _mixture(name, arm, standard, matching, routing)
         active = (arm.active or matching.active_multiple) * arm.width
         targets = (matching.total_multiple * arm.width, active / 2 if arm.halve_routed else active)
-    model = expand(parse(ModelRecipe, {**base.model_dump(), "feed_forward": feed_forward}, f"arm `{name}`"))
+    tables = {**base.model_dump(), "feed_forward": feed_forward, "mtp_depth": base.mtp_depth or arm.mtp_depth}
+    model = expand(parse(ModelRecipe, tables, f"arm `{name}`"))
     mismatch = _mismatch(model, expand(base), targets, seq_len)
-    return SizedArm(name, arm.label, model, text, mismatch, arm.paper)
+    if arm.mtp_depth:  # it costs more, and is meant to: what it buys is the question
+        mismatch = {**mismatch, "flops_percent": None}
+    balancing = BalancingConfig(rate=0.0) if arm.fixed_bias else None
+    return SizedArm(name, arm.label, model, text, mismatch, arm.paper, balancing)
 
 
 def _mixture(
@@ -143,12 +168,13 @@ def _mixture(
             f"total slots less {arm.shared} shared leave {active} of {routed} routed experts; raise "
             "matching.active_multiple or matching.total_multiple"
         )
-    learned = arm.router == "softmax_topk"
+    learned = arm.router != "hash_layer"
     router = (
-        {"kind": arm.router, "normalize_gates": routing.normalize_gates, "route_scale": routing.route_scale}
+        {"normalize_gates": routing.normalize_gates, "route_scale": routing.route_scale}
         if learned
-        else {"kind": arm.router, "table": routing.hash_table}
+        else {"table": routing.hash_table}
     )
+    balance = {"expert": routing.balance if learned else 0.0} if arm.balance is None else arm.balance
     text = f"{arm.shared} + {active} of {routed}"
     return {
         "kind": "moe",
@@ -156,8 +182,8 @@ def _mixture(
         "num_routed_experts": routed,
         "experts_per_token": active,
         "expert_hidden_size": max(1, round(standard * arm.width / segments)),
-        "router": router,
-        "balance": {"expert": routing.balance if learned else 0.0},
+        "router": {"kind": arm.router, **router, **arm.settings},
+        "balance": balance,
         "capacity_factor": routing.capacity_factor,
     }, text
 

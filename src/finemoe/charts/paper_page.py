@@ -1,0 +1,174 @@
+"""The page of `finemoe paper`: each claim, the printed figure, ours, and the verdict; and the same as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from finemoe.charts import paper
+from finemoe.charts.comparison import final_losses
+from finemoe.charts.numbers import NOTHING, clean, count, decimals_for, duration, fixed, plus_minus, scientific
+from finemoe.charts.page import Bullets, Code, Figure, Section, Table, Text, render_page
+from finemoe.charts.words import Results, arm_names, by_loss, listed, stat
+
+_ORDER = ("contradicted", "reproduced", "undecided", "not run")
+
+
+def paper_page(results: Results) -> str:
+    """The whole report as one self-contained HTML document."""
+    results = clean(results)
+    sections = [_verdicts(results), _claims(results), *_figures(results), _arms(results), _how(results)]
+    waiting = sum(claim["verdict"] == "not run" for claim in paper.every_claim(results))
+    banner = f"{waiting} claims wait for runs that have not finished." if waiting else ""
+    seeds = len(results["seeds"])
+    subtitle = f"{results['date'][:10]} · scale {results['scale']} · {seeds} seeds · {_tokens(results)} tokens a run"
+    footer = f"Made by finemoe {results['finemoe_version']}. This file needs no network."
+    return render_page(results["title"], sections, subtitle=subtitle, banner=banner, footer=footer)
+
+
+def counted(results: Results) -> str:
+    """One sentence: how many claims came out how."""
+    claims = paper.every_claim(results)
+    counts = {verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in _ORDER}
+    found = [f"{number} {verdict}" for verdict, number in counts.items() if number]
+    return f"Of {len(claims)} claims {listed(found)} at this scale."
+
+
+def _tokens(results: Results) -> str:
+    return count(results["recipe"]["budget"]["value"])
+
+
+def _verdicts(results: Results) -> Section:
+    blocks: list[Any] = [Text([counted(results)])]
+    for verdict in ("contradicted", "reproduced"):
+        items = [f"{c['statement']}: {c['reason']}" for c in paper.every_claim(results) if c["verdict"] == verdict]
+        if items:
+            blocks += [Text([f"{verdict.capitalize()}:"]), Bullets(items)]
+    blocks.append(
+        Text([
+            f"A verdict is about this scale alone{_smaller(results)}. Each claim is tested on its own at 95 %, so of "
+            "twenty that are not so about one would still look decided by chance.",
+        ])
+    )  # fmt: skip
+    return Section("Verdicts", blocks)
+
+
+def _smaller(results: Results) -> str:
+    """How far it is from the paper's validation runs: 1.97 B parameters, 100 B tokens."""
+    ours = results["arms"].get("deepseek-moe")
+    if ours is None:
+        return ""
+    parameters, tokens = 1.97e9 / ours["total_parameters"], 1e11 / results["recipe"]["budget"]["value"]
+    return f": models {count(parameters)} times smaller than the paper's, trained on {count(tokens)} times less text"
+
+
+def _row(claim: Mapping[str, Any]) -> list[str]:
+    decimals = 2 if claim["unit"] == "MaxVio" else 3
+    ours = f"{plus_minus(claim['a'], decimals)} against {plus_minus(claim['b'], decimals)}"
+    found = claim.get("difference") or {}
+    span = NOTHING
+    if found.get("mean") is not None:
+        span = fixed(found["mean"], decimals)
+        if found.get("low") is not None:
+            span += f" ({fixed(found['low'], decimals)} to {fixed(found['high'], decimals)})"
+    seeds = str(len(claim["seeds"])) if claim["seeds"] else NOTHING
+    return [claim["statement"], claim["source"], claim["printed"], ours, span, seeds, claim["verdict"]]
+
+
+_COLUMNS = ("Claim", "Source", "Printed", "Ours", "Difference, 95 %", "Seeds", "Verdict")
+
+
+def _claims(results: Results) -> Section:
+    blocks: list[Any] = []
+    for one in results["experiments"].values():
+        rows = [_row(claim) for claim in one["claims"]]
+        strong = [number for number, claim in enumerate(one["claims"]) if claim["verdict"] == "contradicted"]
+        blocks.append(Table(one["title"], _COLUMNS, rows, numeric=(5,), note=one["note"], strong=strong))
+        blocks.append(Code(one["command"], f"Command for {one['title']}"))
+    return Section("Claim by claim", blocks)
+
+
+def _figures(results: Results) -> Iterator[Section]:
+    chart = paper.differences(results)
+    if chart is not None:
+        caption = (
+            "Markers: ours, with the 95 % interval over seeds; thick ticks: the printed difference. Left of 0 the "
+            "first of the two has the lower loss."
+        )
+        yield Section("Differences in loss", [Figure([chart], caption)])
+    masked, active = paper.masked_panels(results), paper.active_panels(results)
+    blocks: list[Any] = []
+    if masked:
+        blocks.append(
+            Figure(masked, "Figure 4: the experts each token would choose first are left out, without retraining.")
+        )
+    if active:
+        blocks.append(
+            Figure(active, "Figure 5: fewer routed experts a token than it was trained with, without retraining.")
+        )
+    if blocks:
+        yield Section("Experts left out", blocks)
+
+
+def _arms(results: Results) -> Section:
+    names, arms = arm_names(results), results["arms"]
+    digits = decimals_for(stat(arm, "validation_loss") for arm in arms.values())
+    rows = []
+    for arm in by_loss(results):
+        record = arms[arm]
+        rows.append([
+            names[arm], str(record["routing"]), plus_minus(stat(record, "validation_loss"), digits),
+            plus_minus(stat(record, "training_loss"), digits), plus_minus(stat(record, "max_vio"), 2),
+            count(record["total_parameters"]), count(record["active_parameters"]),
+            scientific(record["training_flops"]), duration(record["seconds"]),
+        ])  # fmt: skip
+    columns = (
+        "Arm",
+        "Experts",
+        "Held-out loss",
+        "Training loss",
+        "MaxVio",
+        "Parameters",
+        "Active",
+        "FLOPs",
+        "Time a run",
+    )
+    table = Table(
+        "Means over seeds ± half the 95 % interval; losses in nats per token", columns, rows, numeric=tuple(range(2, 9))
+    )
+    chart = final_losses(results)
+    figure = [Figure([chart], "Held-out loss of every arm; ticks are single seeds.")] if chart is not None else []
+    return Section("Arms", [table, *figure])
+
+
+def _how(results: Results) -> Section:
+    machine = results["machine"]
+    text = [
+        f"Scale {results['scale']}: {results['scale_about']}. {machine.get('processor')}, {machine.get('cores')} "
+        f"cores, torch {machine.get('torch')}, {machine.get('precision')}.",
+        "A claim sets two figures of runs with the same seed against each other; the interval is Student's t over "
+        f"seeds. Two losses count as equal within {results['margin']} nats per token. reproduced: the interval allows "
+        "nothing else; contradicted: it excludes the claim; undecided: it allows both.",
+        *results["notes"],
+    ]
+    return Section("How it was done", [Text(text), Code(results["command"], "Command for everything")])
+
+
+def summary_markdown(results: Results) -> str:
+    """The table of claims for a document."""
+    results = clean(results)
+    lines = [
+        counted(results),
+        "",
+        f"| {' | '.join(_COLUMNS[:5])} | {_COLUMNS[6]} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for claim in paper.every_claim(results):
+        row = _row(claim)
+        verdict = f"**{row[6]}**" if row[6] == "contradicted" else row[6]
+        lines.append(f"| {' | '.join(_escaped([*row[:5], verdict]))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(cells: Sequence[str]) -> list[str]:
+    return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]

@@ -1,0 +1,105 @@
+"""`finemoe paper`."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated, Any
+
+import typer
+
+from finemoe.cli.output import Json, Out, Overrides, Quiet, print_json, print_rich
+from finemoe.core.errors import TrainingError
+
+
+def paper(
+    scale: Annotated[str, typer.Option("--scale", metavar="SCALE", help="How large; see --list.")] = "tiny",
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="NAMES", help="Experiments, such as table1,figure4; see --list.")
+    ] = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    listing: Annotated[bool, typer.Option("--list", help="List scales and experiments, and run nothing.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Re-run the papers' experiments in miniature and say which claims hold.
+
+    DeepSeekMoE sections 4.2 to 4.5, V3's two ablations and Loss-Free Balancing's MaxVio, each
+    claim with the printed figure, ours, an interval over seeds and a verdict. Runs that are
+    finished are used again: add experiments one by one, interrupt and go on as you like.
+
+    \b
+    Examples:
+      finemoe paper --list
+      finemoe paper --scale tiny --only table1,figure4
+      finemoe paper --scale small --set "seeds=[0, 1, 2, 3, 4]" --out runs/five-seeds
+
+    --out is runs/paper-SCALE unless given. It then holds report.html, results.json, summary.md
+    and figures/, and every run as an ordinary run directory under arms/.
+    """
+    if listing:
+        _list()
+        return
+    from finemoe.core.logs import console
+    from finemoe.studies.paper import paper as run_paper
+
+    names = [name.strip() for name in (only or "").split(",") if name.strip()]
+    study = run_paper(scale, only=names, out=out, overrides=overrides or (), quiet=quiet)
+    if as_json:
+        print_json(study.results)
+    elif study.results:
+        print_rich(_table(study.results))
+    if study.interrupted:
+        again = ["finemoe", "paper", "--scale", scale, *(["--only", only] if only else [])]
+        again += [word for override in overrides or () for word in ("--set", override)]
+        again += ["--out", str(out)] if out else []
+        text = f"Interrupted; what is finished is kept. Go on with: {shlex.join(again)}"
+        console().print(text, markup=False, soft_wrap=True)
+        raise typer.Exit(130)
+    if not as_json:
+        from finemoe.charts.paper_page import counted
+
+        typer.echo(
+            f"\n{counted(study.results)}\n\nOpen  {study.directory / 'report.html'} in a browser; it works offline"
+        )
+        typer.echo(f"Data  {study.directory / 'results.json'}, {study.directory / 'summary.md'}")
+    if study.failures:
+        failed = "; ".join(f"{name}: {message}" for name, message in study.failures.items())
+        raise TrainingError(f"{len(study.failures)} of the runs failed: {failed}")
+
+
+def _list() -> None:
+    from finemoe.studies.claims import EXPERIMENTS
+    from finemoe.studies.scales import SCALES
+
+    typer.echo("Scales")
+    for name, scale in SCALES.items():
+        typer.echo(f"  {name:12} {scale.about}")
+    typer.echo("\nExperiments")
+    for name, experiment in EXPERIMENTS.items():
+        sources = ", ".join(dict.fromkeys(claim.source for claim in experiment.claims))
+        typer.echo(f"  {name:12} {experiment.title} ({sources}; {len(experiment.all_arms)} arms)")
+
+
+def _table(results: dict[str, Any]) -> Any:
+    """One line a claim, for 80 columns."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from finemoe.charts.numbers import fixed
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("Claim", max_width=45)
+    table.add_column("Difference (95 %)", justify="right", no_wrap=True)
+    table.add_column("Verdict", no_wrap=True)
+    for experiment in results["experiments"].values():
+        for claim in experiment["claims"]:
+            found = claim["difference"] or {}
+            if claim["verdict"] == "not run":
+                continue  # of experiments that nobody asked for; how many there are is said below
+            text = fixed(found.get("mean"))
+            if found.get("low") is not None:
+                text += f" ± {fixed((found['high'] - found['low']) / 2)}"
+            style = {"contradicted": "bold red", "reproduced": "green"}.get(claim["verdict"], "dim")
+            table.add_row(claim["statement"], text, claim["verdict"], style=style)
+    return table
