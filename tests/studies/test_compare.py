@@ -8,7 +8,6 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,15 @@ import torch
 
 from faults.runs import wait_for, write_config
 from finemoe.core.config import merge
-from finemoe.core.errors import ConfigError, FinemoeError, RunError
+from finemoe.core.errors import ConfigError, RunError
 from finemoe.data import prepare
 from finemoe.model.size import measure
 from finemoe.studies import compare as compare_module
 from finemoe.studies.compare import Comparison, compare
 from finemoe.studies.config import resolve_comparison
-from finemoe.studies.fleet import Job, Outcome
 from finemoe.training.config import read_config
-from finemoe.training.run import pretraining, resume, train
+from finemoe.training.run import pretraining
+from studies.in_process import run_here
 from training.tiny_runs import LENGTH, assert_same_run, data_table, records
 
 PER_STEP = 4 * LENGTH
@@ -57,25 +56,10 @@ def recipe(corpus: Path, **tables: Any) -> dict[str, Any]:
     )
 
 
-def run_here(jobs: Sequence[Job], parallel: int, *, description: str, quiet: bool) -> Outcome:
-    """In place of the fleet: one run after the other, in this process."""
-    outcome = Outcome()
-    for job in jobs:
-        if not job.finished:
-            try:
-                if (job.directory / "config.json").exists():
-                    resume(job.directory, quiet=True)
-                else:
-                    train(job.config, out=job.directory, quiet=True)
-            except FinemoeError as error:
-                outcome.failures[job.name] = str(error)
-    return outcome
-
-
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process, and no figures or samples, which take longer than the runs."""
-    monkeypatch.setattr(compare_module, "run_fleet", run_here)
+    monkeypatch.setattr("finemoe.studies.study.run_fleet", run_here)
     monkeypatch.setattr(compare_module, "write_results", lambda results, directory: None)
     monkeypatch.setattr("finemoe.studies.results._sample", lambda run, tokenizer, prompt: {})
 
@@ -203,7 +187,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(
     partial = json.loads((out / "results.json").read_text())
     assert partial["complete"] is False
     before = {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in done}
-    monkeypatch.setattr(compare_module, "run_fleet", run_here)
+    monkeypatch.setattr("finemoe.studies.study.run_fleet", run_here)
     monkeypatch.setattr("finemoe.studies.results.save_figures", lambda *arguments: None)
     resumed = compare(merge(raw, {"parallel_runs": 1}), out=out, quiet=True)
     assert before == {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in done}

@@ -64,7 +64,7 @@ def differences(results: Results) -> Any:
     pad = 0.05 * (max(reach) - min(reach)) or 0.05
     scale = alt.Scale(domain=[min(0, *reach) - pad, max(0, *reach) + pad], nice=False)
     x = alt.X("mean:Q", title=title, scale=scale, axis=_TICKS)
-    y = alt.Y("claim:N", title=None, axis=None, scale=alt.Scale(domain=[row["claim"] for row in rows]))
+    y = alt.Y("claim:N", title=None, axis=None, scale=alt.Scale(type="band", domain=[row["claim"] for row in rows]))
     marks = theme.base(rows)
     zero = marks.mark_tick(thickness=1.5, size=22, yOffset=8, opacity=0.6).encode(x=alt.datum(0), y=y)
     bar = marks.mark_rule(strokeWidth=2.4, yOffset=8).encode(

@@ -59,7 +59,8 @@ def _smaller(results: Results) -> str:
     if ours is None:
         return ""
     parameters, tokens = 1.97e9 / ours["total_parameters"], 1e11 / results["recipe"]["budget"]["value"]
-    return f": models {count(parameters)} times smaller than the paper's, trained on {count(tokens)} times less text"
+    fewer, less = (f"{float(f'{ratio:.2g}'):,.0f}" for ratio in (parameters, tokens))
+    return f": models {fewer} times smaller than the paper's, trained on {less} times less text"
 
 
 def _row(claim: Mapping[str, Any]) -> list[str]:
@@ -72,10 +73,10 @@ def _row(claim: Mapping[str, Any]) -> list[str]:
         if found.get("low") is not None:
             span += f" ({fixed(found['low'], decimals)} to {fixed(found['high'], decimals)})"
     seeds = str(len(claim["seeds"])) if claim["seeds"] else NOTHING
-    return [claim["statement"], claim["source"], claim["printed"], ours, span, seeds, claim["verdict"]]
+    return [claim["statement"], claim["verdict"], claim["printed"], ours, span, claim["source"], seeds]
 
 
-_COLUMNS = ("Claim", "Source", "Printed", "Ours", "Difference, 95 %", "Seeds", "Verdict")
+_COLUMNS = ("Claim", "Verdict", "Printed", "Ours", "Difference, 95 %", "Source", "Seeds")
 
 
 def _claims(results: Results) -> Section:
@@ -83,7 +84,7 @@ def _claims(results: Results) -> Section:
     for one in results["experiments"].values():
         rows = [_row(claim) for claim in one["claims"]]
         strong = [number for number, claim in enumerate(one["claims"]) if claim["verdict"] == "contradicted"]
-        blocks.append(Table(one["title"], _COLUMNS, rows, numeric=(5,), note=one["note"], strong=strong))
+        blocks.append(Table(one["title"], _COLUMNS, rows, numeric=(6,), note=one["note"], strong=strong, wrap=True))
         blocks.append(Code(one["command"], f"Command for {one['title']}"))
     return Section("Claim by claim", blocks)
 
@@ -160,13 +161,14 @@ def summary_markdown(results: Results) -> str:
     lines = [
         counted(results),
         "",
-        f"| {' | '.join(_COLUMNS[:5])} | {_COLUMNS[6]} |",
+        f"| {' | '.join(_COLUMNS[:6])} |",
         "|---|---|---|---|---|---|",
     ]
     for claim in paper.every_claim(results):
         row = _row(claim)
-        verdict = f"**{row[6]}**" if row[6] == "contradicted" else row[6]
-        lines.append(f"| {' | '.join(_escaped([*row[:5], verdict]))} |")
+        if row[1] == "contradicted":
+            row[1] = "**contradicted**"
+        lines.append(f"| {' | '.join(_escaped(row[:6]))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -15,15 +15,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from finemoe.cli.analyze import analyze
 from finemoe.cli.compare import compare
 from finemoe.cli.doctor import doctor
+from finemoe.cli.evaluate import evaluate
 from finemoe.cli.export import export
 from finemoe.cli.generate import generate
 from finemoe.cli.import_ import import_
+from finemoe.cli.paper import paper
 from finemoe.cli.presets import presets
 from finemoe.cli.resume import resume
 from finemoe.cli.show import show
 from finemoe.cli.size import size
+from finemoe.cli.trace import trace
 from finemoe.cli.train import train
 from finemoe.core.errors import FinemoeError
 
@@ -75,8 +79,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
 )
-for verb in (train, resume, show, generate, compare, size, presets, import_, export, doctor):
+_VERBS = (train, resume, show, generate, evaluate, compare, paper, trace, size, presets, import_, export, doctor)
+for verb in _VERBS:
     app.command(verb.__name__.rstrip("_"))(verb)  # `import` is a word of the language
+app.add_typer(analyze)
 
 
 def _print_version(wanted: bool) -> None:
@@ -105,6 +111,9 @@ def finemoe(
       finemoe generate runs/tiny --prompt "def main("
       finemoe compare --out runs/comparison    dense, hash, Switch, GShard, DeepSeekMoE
       finemoe import MODEL imported/model      from Hugging Face or GGUF
+      finemoe analyze experts runs/tiny --out experts
+      finemoe evaluate runs/tiny --tasks hellaswag --data DIR
+      finemoe paper --list                     the papers' experiments in miniature
 
     Results go to stdout, everything else to stderr. `finemoe VERB --help` explains a verb.
     """

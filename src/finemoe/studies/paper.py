@@ -226,8 +226,8 @@ def _side(quantity: Quantity, values: Mapping[int, float]) -> dict[str, Any]:
 def judge(claim: Claim, difference: Interval | None, seeds: int) -> tuple[str, str]:
     """Verdict and reason: what the 95 % interval of `a` - `b` over seeds says of the claim.
 
-    `lower` is reproduced by an interval below 0 and contradicted by one above; `no_higher` allows MARGIN; `equal` is
-    reproduced by an interval within ±MARGIN and contradicted by one wholly outside.
+    `lower` is reproduced by an interval below 0 and contradicted by one above, `higher` the other way; `no_higher`
+    allows MARGIN; `equal` is reproduced by an interval within ±MARGIN and contradicted by one wholly outside.
     """
     if difference is None:
         return "not run", "a run it needs has not finished"
@@ -241,6 +241,10 @@ def judge(claim: Claim, difference: Interval | None, seeds: int) -> tuple[str, s
         if low > MARGIN or high < -MARGIN:
             return "contradicted", f"{span} lies outside ±{MARGIN}"
         return "undecided", f"{span} reaches over ±{MARGIN}"
+    if claim.relation == "higher":
+        if low > 0:
+            return "reproduced", f"{span} lies above 0"
+        return ("contradicted", f"{span} lies below 0") if high < 0 else ("undecided", f"{span} contains 0")
     bound = MARGIN if claim.relation == "no_higher" and claim.a.kind != "max_vio" else 0.0
     shown = f"{bound:g}" if bound else "0"
     if high <= bound and (bound or high < 0):
