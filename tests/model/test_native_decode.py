@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finemoe.model import native
 from finemoe.model.attention.grouped_query import GroupedQueryAttention, GroupedQueryConfig
-from finemoe.model.attention.kernels import sdpa
+from finemoe.model.attention.kernels import reference, sdpa
 from finemoe.model.attention.latent import LatentAttention, LatentConfig
 from finemoe.model.attention.places import Places
 from oracles.models import LATENT, YARN
@@ -108,3 +108,14 @@ def test_gradients_many_tokens_and_other_precisions_go_step_by_step(
             torch.randn(1, 1, HIDDEN).double(), places=Places(torch.tensor([[0]])), cache=module.new_cache(1, 2)
         )
     assert module.native
+
+
+@EVERY
+def test_the_reference_kernel_is_used_where_it_was_asked_for(
+    make: Any, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make(changes)
+    monkeypatch.setattr(type(module), "_decode", lambda *_: pytest.fail("took the native call"))
+    module.attend = reference
+    with torch.no_grad():
+        run(module, torch.randn(1, 1, HIDDEN), [3], 1, use_native=True)

@@ -10,7 +10,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from finemoe.core.config import Config
-from finemoe.model.attention.kernels import Attend, Spans
+from finemoe.model.attention.kernels import Attend, Spans, sdpa
 from finemoe.model.attention.places import Places, store
 from finemoe.model.native import Native
 from finemoe.model.native.decode import decodes
@@ -125,7 +125,8 @@ class GroupedQueryAttention(Native, nn.Module):
 
     def forward(self, hidden: Tensor, *, places: Places, cache: GroupedQueryCache | None) -> Tensor:
         """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
-        if cache is not None and self.native and decodes(hidden, cache.keys, self.q_proj.weight):
+        fast = self.native and self.attend is sdpa  # `reference` was asked for to be used
+        if cache is not None and fast and decodes(hidden, cache.keys, self.q_proj.weight):
             return self._decode(hidden, places, cache)
         rope, mask = self.config.rope, places.mask
         rotary = places.rotation(self.config.head_dim, rope)

@@ -16,7 +16,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from finemoe.core.config import Config
-from finemoe.model.attention.kernels import Attend, Mask, Spans
+from finemoe.model.attention.kernels import Attend, Mask, Spans, sdpa
 from finemoe.model.attention.places import Places, store
 from finemoe.model.native import Native
 from finemoe.model.native.decode import decodes
@@ -146,7 +146,8 @@ class LatentAttention(Native, nn.Module):
     def forward(self, hidden: Tensor, *, places: Places, cache: LatentCache | None) -> Tensor:
         """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
         absorbs = self._absorbs(cache is not None, hidden.shape[1])
-        if cache is not None and absorbs and self.native and decodes(hidden, cache.states, self.q_proj.weight):
+        fast = self.native and self.attend is sdpa  # `reference` was asked for to be used
+        if cache is not None and absorbs and fast and decodes(hidden, cache.states, self.q_proj.weight):
             return self._decode(hidden, places, cache)
         config, rope, mask = self.config, self.config.rope, places.mask
         rotary = places.rotation(config.qk_rope_head_dim, rope)
