@@ -1,7 +1,7 @@
 """One HTML file that opens offline: text, tables and interactive charts, with the chart library inside.
 
 A page is a list of `Section`s made of the blocks below; `templates/` lays them out. Everything handed in is untrusted
-text: jinja2 escapes it, chart data travels as escaped JSON, and the page's content policy runs only the two scripts
+text: jinja2 escapes it, data for scripts travels as escaped JSON, and the page's content policy runs only the scripts
 whose hashes it names and forbids every connection.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -49,6 +49,8 @@ class Table:
     note: str = ""
     strong: Sequence[int] = ()
     """Indices of rows to stress."""
+    wrap: bool = False
+    """Cells are sentences: break them, the first column's too."""
     kind: ClassVar[str] = "table"
 
 
@@ -97,6 +99,22 @@ class Details:
 
 
 @dataclass(frozen=True)
+class Widget:
+    """Something to search or click through, made by a script of this package: `templates/NAME.js` and `NAME.css`.
+
+    The script is the body of a function of `root`, an empty element, and `data`; it runs once for each widget. It must
+    put text into the page as text (`textContent`), never as HTML. When it throws, the page says so in its place.
+    """
+
+    name: str
+    data: Any
+    """Values for JSON."""
+    label: str
+    """What it is, for those who cannot see it."""
+    kind: ClassVar[str] = "widget"
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading and what is under it."""
 
@@ -117,6 +135,9 @@ def render_page(
         footer: one line at the end.
     """
     charts: list[dict[str, Any]] = []
+    found = list(_every(block for section in sections for block in section.blocks))
+    widgets = [block for block in found if isinstance(block, Widget)]
+    names = tuple(dict.fromkeys(widget.name for widget in widgets))
 
     def place(chart: Any, caption: str) -> int:
         charts.append(_fluid(theme.spec(chart), caption))
@@ -126,7 +147,10 @@ def render_page(
         """Called at the end of the template, when every chart has been placed."""
         return clean({"charts": charts, "config": {"light": theme.config("light"), "dark": theme.config("dark")}})
 
-    boot = _template_text("page.js")
+    has_charts = any(isinstance(block, Figure) and block.charts for block in found)
+    scripts = [_bundle(), _template_text("page.js")] if has_charts else []
+    if names:
+        scripts.append(_widget_script(names))
     return (
         _environment()
         .get_template("page.html.j2")
@@ -137,20 +161,29 @@ def render_page(
             banner=banner,
             footer=footer,
             place=place,
+            place_widget=widgets.index,
             chart_data=after_body,
-            has_charts=any(map(_has_chart, (block for section in sections for block in section.blocks))),
-            style=Markup(_template_text("page.css")),
-            bundle=Markup(_bundle()),
-            boot=Markup(boot),
-            policy=Markup(_policy(_bundle(), boot)),
+            has_charts=has_charts,
+            widget_data=clean([widget.data for widget in widgets]),
+            style=Markup("\n".join(map(_template_text, ("page.css", *(f"{name}.css" for name in names))))),
+            scripts=[Markup(script) for script in scripts],
+            policy=Markup(_policy(scripts, compiles=has_charts)),
         )
     )
 
 
-def _has_chart(block: Any) -> bool:
-    if isinstance(block, Details):
-        return any(map(_has_chart, block.blocks))
-    return isinstance(block, Figure) and bool(block.charts)
+def _every(blocks: Iterable[Any]) -> Iterator[Any]:
+    """The blocks and those inside of others."""
+    for block in blocks:
+        yield block
+        if isinstance(block, Details):
+            yield from _every(block.blocks)
+
+
+def _widget_script(names: Sequence[str]) -> str:
+    """One script that makes every widget; what the makers declare stays inside of them."""
+    makers = ",\n".join(f'"{name}"(root, data) {{\n' + _template_text(f"{name}.js") + "\n}" for name in names)
+    return _template_text("widgets.js").replace("/* makers */", makers)
 
 
 def _fluid(spec: dict[str, Any], caption: str) -> dict[str, Any]:
@@ -161,12 +194,13 @@ def _fluid(spec: dict[str, Any], caption: str) -> dict[str, Any]:
     return spec
 
 
-def _policy(*scripts: str) -> str:
+def _policy(scripts: Sequence[str], *, compiles: bool) -> str:
     """Nothing may load, connect or be sent; only `scripts` run. Vega compiles its expressions, hence unsafe-eval."""
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    allowed = " ".join([*(f"'sha256-{digest}'" for digest in hashes), *(["'unsafe-eval'"] if compiles else [])])
+    allowed = allowed or "'none'"
     return (
-        f"default-src 'none'; script-src {allowed} 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
     )
 

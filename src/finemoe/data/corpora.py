@@ -16,6 +16,7 @@ from finemoe.core.config import Config, union_of
 from finemoe.core.errors import DataError
 from finemoe.data.documents import Document, SkipReport, falls_within, hash_order, unique
 from finemoe.data.formats import TextFile, read_file, record_document
+from finemoe.data.hub_rows import rows
 
 Side = Literal["train", "validation"]
 
@@ -159,19 +160,10 @@ class HuggingFaceCorpus(Config):
         return self._read(self.validation_split, report) if self.validation_split else None
 
     def _read(self, split: str, report: SkipReport) -> Iterator[Document]:
-        try:
-            import datasets
-        except ImportError as error:
-            raise DataError(
-                f"corpus {self.name}: reading the Hugging Face hub needs `pip install 'finemoe[hf]'`"
-            ) from error
-        try:
-            rows = datasets.load_dataset(self.name, self.config, split=split, revision=self.revision)
-        except Exception as error:  # the library raises whatever the network, hub or file format raised
-            raise DataError(f"corpus {self.name}, split {split}: cannot be loaded: {error}") from error
+        table = rows(self.name, self.config, split, self.revision)
         name = f"{self.name}/{split}"
         source = TextFile(Path(name), name, self.name, self.text_field, self.domain_field)
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(table, start=1):
             yield from record_document(row, source, number, f"{name}:{number}", report)
 
 

@@ -1,4 +1,4 @@
-"""Observers: what happens around steps. In list order: validate, log, show; then `saving.Save`."""
+"""Observers: what happens around steps. In list order: validate, log, warn, show; then `saving.Save`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from finemoe.checkpoint.files import storage_error, sync
 from finemoe.core.logs import JsonLines, console, logger
+from finemoe.training.alerts import RECOVERED_WORD, Watch
 from finemoe.training.report import StepReport
 from finemoe.training.trackers import Tracker
 from finemoe.training.trainer import Trainer
@@ -91,6 +92,31 @@ class Log:
             yield
         except OSError as error:
             raise storage_error(self._path, error) from error
+
+
+_SHOWN_ALERTS = 3  # of one step: a deep model may collapse in every layer at once
+
+
+@dataclass
+class Warn:
+    """Say when a router stops using its experts, in the log for people and as a record of its own."""
+
+    watch: Watch
+    emit: Callable[[Record], None]
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Look at the loads of the step."""
+        alerts = self.watch.after(report.step, {number: load.cpu().numpy() for number, load in report.load.items()})
+        for alert in alerts:
+            self.emit(alert.to_record())
+        for alert in alerts[:_SHOWN_ALERTS]:
+            say = logger.info if alert.level == RECOVERED_WORD else logger.warning
+            say("step %d: %s", report.step, alert.message)
+        if more := alerts[_SHOWN_ALERTS:]:
+            logger.warning("and %d more layers: see the records of kind alert in metrics.jsonl", len(more))
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 class Show:

@@ -35,6 +35,7 @@ from finemoe.model.moe.balance import BALANCE_TERMS, max_violation
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
+from finemoe.training.alerts import Knobs, Watch, routed_layers
 from finemoe.training.balancing import BalancingConfig, has_selection_bias
 from finemoe.training.calibration import Chosen, choose
 from finemoe.training.config import RunConfig, read_config, read_recipe, resolve_run
@@ -42,7 +43,7 @@ from finemoe.training.directory import read_object, read_summary, require_run
 from finemoe.training.gradients import Clip
 from finemoe.training.method import Method, everything
 from finemoe.training.next_token import MTPLossConfig, NextToken
-from finemoe.training.observers import Evaluate, Log, Show
+from finemoe.training.observers import Evaluate, Log, Show, Warn
 from finemoe.training.report import recent_loss
 from finemoe.training.saving import Save, restore
 from finemoe.training.start import check_start, prepare_for, resolve_device
@@ -204,7 +205,7 @@ def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: Run
     with Log(metrics, trackers) as log, Save(config, directory, log) as save:
         evaluate = Evaluate(_evaluate_every(config), lambda: _validate(config, data, model), log.emit)
         shown: list[Observer] = [] if quiet else [Show(evaluate, plan.total_steps)]
-        trainer.observers = (evaluate, log, *shown, save)
+        trainer.observers = (evaluate, log, Warn(_watch(config, plan, metrics), log.emit), *shown, save)
         finished = _train(trainer, save, directory)
     if not finished:
         return Run(directory, {}, interrupted=True)
@@ -300,6 +301,14 @@ def _validate(config: RunConfig, data: PreparedData, model: Transformer) -> Vali
         isolate_documents=config.data.packing == "isolate",
         bytes_per_token=data.validation_bytes_per_token,
     )
+
+
+def _watch(config: RunConfig, plan: Plan, metrics: Path) -> Watch:
+    """What watches the routers, in the state that the steps so far have brought it to."""
+    rate = plan.balancing.rate if has_selection_bias(config.model) else None
+    watch = Watch(routed_layers(config.model), plan.total_steps, Knobs(config.optimizer.learning_rate, rate))
+    watch.replay(read_json_lines(metrics))
+    return watch
 
 
 def _cut_metrics(path: Path, step: int) -> None:

@@ -34,7 +34,7 @@ class Ticket:
 
 def arrange(expert_ids: Tensor, num_experts: int, keep: Tensor | None) -> Ticket:
     """Sort the assignments `expert_ids [tokens, k]` by expert; `keep` as in `dispatch`."""
-    flat = expert_ids.reshape(-1)
+    flat = expert_ids.reshape(-1).contiguous()  # one column of a wider tensor stays a view
     k = expert_ids.shape[1]
     if keep is None and expert_ids.device.type == "cpu" and available():
         return Ticket(*sort_by_expert(flat, num_experts), k, complete=True)

@@ -76,30 +76,30 @@ def _constrained(expert_ids: Tensor, num_experts: int, constraint: RoutingConstr
     """The table's choice, or the next allowed expert after it, round the circle."""
     if constraint.replay is not None:
         return constraint.replay
-    missing = 0
-    if constraint.num_active is not None:
-        missing = max(0, constraint.num_active - expert_ids.shape[1])
-        expert_ids = expert_ids[:, : constraint.num_active]
-    if constraint.allowed is None and not constraint.num_masked and not missing:
-        return expert_ids
-    if constraint.allowed is None:
-        allowed = torch.ones(expert_ids.shape[0], num_experts, dtype=torch.bool, device=expert_ids.device)
-    else:
-        allowed = constraint.allowed.expand(expert_ids.shape[0], num_experts).clone()
-    if constraint.num_masked:  # the order in which the table would choose: its own experts, then on round the circle
-        ahead = torch.arange(num_experts, device=expert_ids.device)
-        order = (expert_ids[:, :1] + ahead) % num_experts
-        allowed.scatter_(1, order[:, : constraint.num_masked], False)
+    count = constraint.num_active or expert_ids.shape[1]
+    if constraint.allowed is None and not constraint.num_masked and count <= expert_ids.shape[1]:
+        return expert_ids[:, :count]
+    allowed = torch.ones(expert_ids.shape[0], num_experts, dtype=torch.bool, device=expert_ids.device)
+    if constraint.allowed is not None:
+        allowed = allowed & constraint.allowed
+    if constraint.num_masked:
+        allowed = allowed.scatter(1, _walk(expert_ids, constraint.num_masked, allowed), False)
+    return _walk(expert_ids, count, allowed)
+
+
+def _walk(expert_ids: Tensor, count: int, allowed: Tensor) -> Tensor:
+    """The first `count` allowed experts in the order of the table: its own, or the next after each, then on round."""
+    allowed, num_experts = allowed.clone(), allowed.shape[1]
+    missing = max(0, count - expert_ids.shape[1])
     # More experts than the table holds: the next ones after its last choice.
-    expert_ids = torch.cat((expert_ids, expert_ids[:, -1:].expand(-1, missing)), dim=1)
-    columns = []
-    for column in expert_ids.unbind(1):
+    columns = torch.cat((expert_ids, expert_ids[:, -1:].expand(-1, missing)), dim=1)[:, :count]
+    chosen = []
+    for column in columns.unbind(1):
         circle = (column[:, None] + torch.arange(num_experts, device=column.device)) % num_experts
         first = allowed.gather(1, circle).to(torch.int8).argmax(dim=1, keepdim=True)
-        chosen = circle.gather(1, first)
-        allowed.scatter_(1, chosen, False)
-        columns.append(chosen)
-    return torch.cat(columns, dim=1)
+        chosen.append(circle.gather(1, first))
+        allowed.scatter_(1, chosen[-1], False)
+    return torch.cat(chosen, dim=1)
 
 
 def _balanced_table(frequencies: Tensor, num_experts: int, k: int, generator: torch.Generator) -> Tensor:
