@@ -1,0 +1,115 @@
+"""How well text is predicted: bits per byte of any text, and the last word of LAMBADA's passages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from finemoe.core.errors import ConfigError, DataError
+from finemoe.data.corpora import FilesCorpus
+from finemoe.data.documents import SkipReport
+from finemoe.evaluation.records import Record, Unreadable, text_of
+from finemoe.evaluation.task import Answer, Item, Judged, LogLikelihood, Rolling, Scored
+from finemoe.evaluation.tasks.finding import TEST, DataForm, Hub
+from finemoe.evaluation.tasks.questions import Question, QuestionReader
+
+_NOT_FINITE = Judged({}, "error", note="a log probability is missing or not finite")
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """Bits per byte of the documents at a path: fewer are better. Independent of the tokenizer."""
+
+    name: str = "text"
+    title: str = "Text"
+    metric: str = "bits_per_byte"
+    shots: int = 0
+    chance: float | None = None
+
+    def items(self, source: Path | None, shots: int | None, limit: int | None) -> tuple[Sequence[Item], int]:
+        """A document an item, whole; its group is the domain (a folder's or file's name)."""
+        if source is None:
+            raise DataError(f"{self.name} needs a text: name a file or folder of text, JSON Lines or Parquet")
+        if shots:
+            raise ConfigError(f"{self.name}: shots is {shots}, but a text has no worked examples: leave it out")
+        report = SkipReport()
+        documents = FilesCorpus(paths=(str(source),)).documents(report)
+        written = (document for document in documents if document.text)
+        items = [
+            Item(document.name, (Rolling(document.text),), {"bytes": len(document.text.encode())}, document.domain)
+            for document in islice(written, limit)
+        ]
+        if not items:
+            raise DataError(f"{source}: no text there ({report.num_skipped} files and records were skipped)")
+        return items, report.num_skipped
+
+    def judge(self, item: Item, answers: Sequence[Answer]) -> Judged:
+        """Weighed by bytes, so that the mean over documents is that of their concatenation."""
+        scored = _scored(answers)
+        if scored is None:
+            return _NOT_FINITE
+        size = item.facts["bytes"]
+        scores = {"bits_per_byte": -scored.logprob / math.log(2) / size}
+        return Judged(scores, weight=float(size))
+
+
+@dataclass(frozen=True)
+class LastWordTask:
+    """LAMBADA: is the last word of the passage the most probable one?"""
+
+    name: str
+    title: str
+    reader: QuestionReader
+    metric: str = "accuracy"
+    shots: int = 0
+    chance: float | None = None
+
+    def items(self, source: Path | None, shots: int | None, limit: int | None) -> tuple[Sequence[Item], int]:
+        """A passage an item: its last word after the rest."""
+        if shots:
+            raise ConfigError(f"{self.name}: shots is {shots}, but a passage has no worked examples: leave it out")
+        found, skipped = self.reader.questions(self.name, source, 0, limit)
+        return [Item(q.id, (LogLikelihood(q.prompt, q.facts["word"]),)) for q, _ in found], skipped
+
+    def judge(self, item: Item, answers: Sequence[Answer]) -> Judged:
+        """`loss` is that of the word in nats; exp of its mean over the passages is the perplexity."""
+        scored = _scored(answers)
+        if scored is None:
+            return _NOT_FINITE
+        return Judged({"accuracy": float(scored.greedy), "loss": -scored.logprob})
+
+
+def _scored(answers: Sequence[Answer]) -> Scored | None:
+    """The one answer, if it is a finite one."""
+    answer = answers[0] if len(answers) == 1 else None
+    return answer if isinstance(answer, Scored) and math.isfinite(answer.logprob) else None
+
+
+def _last_word(record: Record) -> Question:
+    """What follows the last blank is the word; a blank leads it."""
+    if "continuation" in record.value:
+        context, word = text_of(record, "context"), " " + text_of(record, "continuation").removeprefix(" ")
+    else:
+        text = text_of(record, "text")
+        context, blank, last = text.rpartition(" ")
+        if not blank or not last:
+            raise Unreadable("a passage of one word, or one that ends in a blank")
+        word = " " + last
+    return Question(record.name, context, context + word, facts={"word": word})
+
+
+_LAMBADA = DataForm(
+    (r"lambada",),
+    (*TEST, "validation", "dev"),
+    (),
+    "JSON Lines {text}, {context, continuation}, rows of the hub",
+    Hub("EleutherAI/lambada_openai", "default", "test"),
+)
+
+LANGUAGE: tuple[TextTask | LastWordTask, ...] = (
+    TextTask(),
+    LastWordTask("lambada", "LAMBADA", QuestionReader(_LAMBADA, _last_word)),
+)

@@ -1,0 +1,48 @@
+"""LAMBADA and bits per byte: what is asked of each form of data, and how answers are judged."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from finemoe.core.errors import ConfigError, DataError
+from finemoe.evaluation.task import LogLikelihood, Rolling, Scored
+from finemoe.evaluation.tasks import TASKS
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "record", [{"text": "He said\n hello world"}, {"context": "He said\n hello", "continuation": "world"}]
+)
+def test_lambada(record: dict[str, str], tmp_path: Path) -> None:
+    task = TASKS["lambada"]
+    items, _ = task.items(write(tmp_path / "lambada.jsonl", json.dumps(record)), None, None)
+    assert items[0].requests == (LogLikelihood("He said\n hello", " world"),)
+    assert task.judge(items[0], [Scored(-1.5, 2, True)]).scores == {"accuracy": 1.0, "loss": 1.5}
+    assert task.judge(items[0], [Scored(-0.5, 2, False)]).scores == {"accuracy": 0.0, "loss": 0.5}
+    assert task.judge(items[0], [Scored(math.nan, 2, False)]).outcome == "error"
+    with pytest.raises(ConfigError, match="no worked examples"):
+        task.items(tmp_path, 3, None)
+
+
+def test_bits_per_byte_are_those_of_the_whole(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "abc")
+    write(tmp_path / "b.txt", "äöü!")
+    write(tmp_path / "c.txt", "")
+    (tmp_path / "d.txt").write_bytes(b"\xff")
+    items, skipped = TASKS["text"].items(tmp_path, None, None)
+    assert ([item.requests for item in items], skipped) == ([(Rolling("abc"),), (Rolling("äöü!"),)], 1)
+    nats = [2.0, 5.0]
+    found = [TASKS["text"].judge(item, [Scored(-value, 1, False)]) for item, value in zip(items, nats, strict=True)]
+    assert [one.weight for one in found] == [3.0, 7.0]
+    mean = sum(one.scores["bits_per_byte"] * one.weight for one in found) / 10
+    assert mean == pytest.approx(7.0 / math.log(2) / 10)
+    with pytest.raises(DataError, match="needs a text"):
+        TASKS["text"].items(None, None, None)
