@@ -26,7 +26,7 @@ Length = Annotated[
     int | None,
     typer.Option("--length", metavar="N", help="Tokens of a window; default: the model's own length, at most 512."),
 ]
-Rows = Annotated[int, typer.Option("--batch", metavar="N", help="Windows in one forward pass.")]
+Rows = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Windows in one forward pass.")]
 Report = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Folder for results.json, report.html and figures/.")
 ]

@@ -37,6 +37,7 @@ class Study:
 
     @property
     def threads(self) -> int:
+        """CPU threads of one run."""
         return self.config.training.threads or max(1, (os.cpu_count() or 1) // self.parallel)
 
     def check(self) -> None:
