@@ -104,7 +104,7 @@ def batches(opened: LanguageModel, passages: Iterable[Passages], rows: int = 8) 
             yield passage.domain, kept.to(opened.device)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run_batch(
     opened: LanguageModel,
     batch: TokenBatch,

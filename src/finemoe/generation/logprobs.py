@@ -11,7 +11,7 @@ _CHUNK_ELEMENTS = 1 << 21
 """Logits a chunk holds: 8 MiB in float32."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """How probable `targets` are after the states `hidden`.
 

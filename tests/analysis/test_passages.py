@@ -1,0 +1,149 @@
+"""Labelled text as windows: every token once, filling without weight, domains in order, nothing silent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finemoe.analysis.passages import MOST_DOMAINS, batches, observe, read_passages, require_experts, run_batch
+from finemoe.checkpoint.language_model import LanguageModel, open_language_model
+from finemoe.core.errors import ConfigError, DataError
+from finemoe.model.config import ModelConfig
+from finemoe.text.tokenizer import Tokenizer
+from oracles.models import build, small_config
+
+TOKENIZER = Tokenizer.train(["def main():\n    return 1\n"] * 5, vocab_size=290)
+
+
+def opened(config: ModelConfig | None = None, *, isolated: bool = False, reach: int | None = 8) -> LanguageModel:
+    model = build(config or small_config(vocab_size=300)).eval()
+    return LanguageModel(model, TOKENIZER, Path("somewhere"), True, reach, isolated)
+
+
+def corpus(folder: Path, **domains: list[str]) -> list[str]:
+    """A JSON Lines file for each domain, as --corpus names them."""
+    for name, texts in domains.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return [f"{name}={folder / name}.jsonl" for name in domains]
+
+
+@given(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=4), st.integers(1, 9), st.integers(1, 60))
+def test_every_token_is_a_target_once(texts: list[str], length: int, tokens: int) -> None:
+    (passage,) = read_passages(opened(), texts=texts, tokens=tokens, length=length)
+    end = TOKENIZER.end_of_text_id
+    expected = [i for text in texts for i in (*TOKENIZER.encode(text), end)][:tokens]
+    targets = passage.windows[:, 1:].reshape(-1)
+    assert targets[: passage.num_targets].tolist() == expected
+    assert passage.windows.shape == (-(-len(expected) // length), length + 1)
+    assert passage.windows[0, 0] == end, "a run's documents follow the end of the one before"
+    assert np.array_equal(passage.windows[1:, 0], passage.windows[:-1, -1]), "windows overlap by one"
+
+
+def test_filling_has_no_weight(tmp_path: Path) -> None:
+    model = opened()
+    passages = read_passages(model, texts=["abcdefghijk"], length=4)
+    total = sum(batch.weights.sum().item() for _, batch in batches(model, passages, rows=2))
+    assert total == passages[0].num_targets
+    assert total % 4, "the last window must be filled for this to say anything"
+
+
+def test_labels_and_folders_are_domains_largest_first(tmp_path: Path) -> None:
+    specs = corpus(tmp_path, small=["a"], large=["b" * 200])
+    assert [passage.domain for passage in read_passages(opened(), corpora=specs)] == ["large", "small"]
+    for name in ("x", "y"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        (tmp_path / "tree" / name / "file.txt").write_text(name * 9)
+    found = read_passages(opened(), corpora=[str(tmp_path / "tree")])
+    assert {passage.domain for passage in found} == {"x", "y"}
+
+
+def test_small_domains_beyond_the_most_are_one(tmp_path: Path) -> None:
+    names = {f"d{number:02}": [f"text {number:02} " * (40 - number)] for number in range(MOST_DOMAINS + 3)}
+    found = read_passages(opened(), corpora=corpus(tmp_path, **names), tokens=5000)
+    assert [passage.domain for passage in found] == [*list(names)[:MOST_DOMAINS], "other"]
+    wanted = sum(len(TOKENIZER.encode(names[name][0])) + 1 for name in list(names)[MOST_DOMAINS:])
+    assert found[-1].num_targets == wanted
+
+
+def test_a_text_that_occurs_twice_is_read_once(tmp_path: Path) -> None:
+    (passage,) = read_passages(opened(), corpora=corpus(tmp_path, twice=["same text", "same text"]))
+    assert passage.num_targets == len(TOKENIZER.encode("same text")) + 1
+
+
+def test_windows_do_not_see_each_other() -> None:
+    """Each window alone gives the losses it has in a batch, positions from 0 in each."""
+    model = opened()
+    passages = read_passages(model, texts=["def main(): return 1" * 3], length=6)
+    together = torch.cat([one.losses for one in observe(model, passages, rows=5, description=None)])
+    alone = torch.cat([one.losses for one in observe(model, passages, rows=1, description=None)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_isolated_documents_do_not_see_each_other_either() -> None:
+    """The second document's losses are the same whatever stands before it, for a model trained that way only."""
+    for isolated in (True, False):
+        model = opened(isolated=isolated, reach=64)
+        losses = []
+        for first in ("main", "1111"):
+            passages = read_passages(model, texts=[first, "return 1"], length=64)
+            (one,) = observe(model, passages, description=None)
+            start = len(TOKENIZER.encode(first)) + 1
+            losses.append(one.losses[0, start + 1 : start + 5])
+        if isolated:
+            torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+        else:
+            assert not torch.allclose(*losses, atol=1e-4)
+
+
+def test_losses_are_those_of_the_logits() -> None:
+    model = opened()
+    for _, batch in batches(model, read_passages(model, texts=["def main"], length=5)):
+        output, losses = run_batch(model, batch)
+        logits = model.model.logits(output.hidden).detach()
+        expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
+        torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"texts": [""]}, None, ""),
+        ({"texts": ["a"], "tokens": 0}, ConfigError, "tokens 0"),
+        ({"texts": ["a"], "length": -1}, ConfigError, "length -1"),
+        ({"corpora": ["x=/nowhere/at/all"]}, DataError, "no such file"),
+    ],
+)
+def test_what_cannot_be_read_is_said(arguments: dict[str, object], error: type[Exception] | None, message: str) -> None:
+    if error is None:
+        assert read_passages(opened(), **arguments)[0].num_targets == 1  # type: ignore[arg-type]
+        return
+    with pytest.raises(error, match=message):
+        read_passages(opened(), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_dense_model_has_no_experts() -> None:
+    dense = small_config(vocab_size=300, feed_forward={"kind": "dense", "ffn_hidden_size": 8})
+    with pytest.raises(ConfigError, match="dense"):
+        require_experts(opened(dense))
+    require_experts(opened())
+
+
+def test_a_run_says_how_it_was_trained(tmp_path: Path) -> None:
+    """Length and packing come from the run's configuration, its checkpoints' included."""
+    from finemoe.checkpoint.run_state import RunState, save
+
+    config = small_config(vocab_size=300)
+    text = json.dumps({"model": config.model_dump(mode="json"), "data": {"sequence_length": 24, "packing": "isolate"}})
+    (tmp_path / "config.json").write_text(text)
+    save(tmp_path / "checkpoints", 1, RunState(build(config).state_dict(), {}, {"step": 1}, text), keep=1)
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    for source in (tmp_path, tmp_path / "checkpoints" / "step-00000001"):
+        found = open_language_model(source)
+        assert (found.own, found.reach, found.isolated) == (True, 24, True)
+        assert found.first_id == TOKENIZER.end_of_text_id
