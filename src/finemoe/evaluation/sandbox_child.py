@@ -205,6 +205,8 @@ def verdict(facts: dict[str, Any], told: dict[str, Any], secret: str, limits: di
     """The verdict and its reason."""
     stopped, code, cpu = facts["stopped"], facts["code"], facts["cpu"]
     ended = signal.Signals(-code).name if code is not None and code < 0 else ""
+    if "refused" in told and "started" not in told:
+        return "refused", str(told["refused"])
     if "started" not in told:
         return "error", str(told.get("error", "the sandbox could not start the program"))
     if not facts["clean"]:
@@ -234,13 +236,13 @@ def verdict(facts: dict[str, Any], told: dict[str, Any], secret: str, limits: di
 
 
 def main() -> None:
-    """Answer one request: {"program", "stdin", "folder", "parent", "limits", "without"}."""
+    """Answer one request: {"program", "stdin", "folder", "parent", "limits", "without", "weak"}."""
     request = json.load(sys.stdin)
     limits = request["limits"]
     given = os.open(os.path.join(request["folder"], "stdin"), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     os.unlink(os.path.join(request["folder"], "stdin"))
     with os.fdopen(os.dup(given), "wb") as file:
-        file.write(request["stdin"].encode())
+        file.write(request["stdin"].encode(errors="surrogatepass"))
     os.lseek(given, 0, os.SEEK_SET)
     layers = enclose(request)
     (output, to_output), (report, to_report), (status, to_status) = os.pipe(), os.pipe(), os.pipe()

@@ -27,6 +27,10 @@ elif sys.platform == "linux":
 
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _NAME = "program.py"
+_REFUSAL = (
+    "generated code cannot be kept from the network here: the system gives neither namespaces nor seccomp to this "
+    "process. Run it in a virtual machine or a container that allows one of them"
+)
 _STOPPED = 77  # exit status after a violation
 _STARTS = {"os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.system", "subprocess.Popen", "pty.spawn"}
 _NETWORK = {
@@ -227,6 +231,10 @@ def work(request: dict[str, Any], layers: dict[str, str], pipes: dict[str, int])
             layers["audit"] = "active"
     except BaseException as error:
         report({"error": _describe(error)})
+        os._exit(1)
+    held = any(layers.get(name, "").startswith("active") for name in ("network", "seccomp"))
+    if sys.platform == "linux" and not held and not request["weak"]:
+        report({"refused": _REFUSAL})
         os._exit(1)
     report({"started": layers})
     run(request["program"], report, lambda: read(pipes["secret"], 64).decode())
