@@ -86,6 +86,24 @@ def test_cards_are_those_of_a_loop():
             assert each["lift"] == pytest.approx(sum(gates) / weight / share, abs=1e-5)
 
 
+def test_taken_together_is_over_chance_for_distinct_experts():
+    """A loop over pairs; 1 is what drawing 2 of 6 distinct experts blindly gives, not 6 times 6 draws."""
+    model = opened()
+    results, expected = expert_cards(model, passages(), rows=3), assignments(model)
+    seen = 0
+    for card in results["cards"]:
+        places: dict[int, set[int]] = {}
+        for row in expected[card["layer"]]:
+            places.setdefault(row["expert"], set()).add(row["place"])
+        mine = places[card["expert"]]
+        for near in card["nearest"]["coactivation"]:
+            other = places[near["expert"]]
+            both, blind = len(mine & other) / 143, (2 / 6 * 1 / 5) / (2 / 6) ** 2
+            assert near["value"] == pytest.approx(both / (len(mine) / 143 * len(other) / 143) / blind)
+            seen += 1
+    assert seen > 12
+
+
 def test_contexts_are_the_text_round_the_highest_gates():
     model = opened()
     results, expected = expert_cards(model, passages(), rows=2), assignments(model)

@@ -108,7 +108,7 @@ def test_load_changes_and_their_intervals_are_those_of_a_loop():
     assert len(results["experts"]) == 12
     for record in results["experts"]:
         layer, expert = record["layer"], record["expert"]
-        total, variance, freedom, tokens = 0.0, 0.0, 0, 0
+        total, parts, tokens = 0.0, [], 0
         for domain in ("words", "sums"):
             windows: dict[int, list[int]] = defaultdict(list)
             for row in expected[layer, domain]:
@@ -116,10 +116,11 @@ def test_load_changes_and_their_intervals_are_those_of_a_loop():
             ratio = sum(map(sum, windows.values())) / sum(map(len, windows.values()))
             assert record["domains"][domain] == pytest.approx(ratio)
             residual = sum((sum(changes) - ratio * len(changes)) ** 2 for changes in windows.values())
-            variance += residual * len(windows) / (len(windows) - 1)
-            freedom += len(windows) - 1
+            parts.append((residual * len(windows) / (len(windows) - 1), len(windows) - 1))
             total += sum(map(sum, windows.values()))
             tokens += sum(map(len, windows.values()))
+        variance = sum(part for part, _ in parts)
+        freedom = variance**2 / sum(part**2 / n for part, n in parts) if variance else 1
         half = stats.t.ppf(0.975, freedom) * math.sqrt(variance) / tokens
         assert record["change"] == pytest.approx(total / tokens)
         assert record["high"] - record["change"] == pytest.approx(half)
@@ -247,6 +248,39 @@ def test_the_interval_holds_as_often_as_it_says():
         truth = share[0] * 1.0 + share[1] * -2.0
         held += abs(rates.rate()[0] - truth) <= rates.half_interval()[0]
     assert 0.92 <= held / 400 <= 0.98
+
+
+def test_a_small_domain_that_scatters_most_is_not_trusted_as_if_it_were_large():
+    """Two windows that differ wildly, and many that do not: the interval is that of two windows."""
+    rates = PairedRates(2, (1,))
+    rates.add(0, np.tile([[0.0], [0.001]], (20, 1)), np.ones(40))
+    rates.add(1, np.array([[-1.0], [1.0]]), np.ones(2))
+    half = rates.half_interval()[0]
+    assert half == pytest.approx(stats.t.ppf(0.975, 1) * math.sqrt(2 * 2) / 42, rel=1e-3)
+
+
+def test_a_domain_of_one_window_is_a_stratum_with_the_others():
+    rates, whole = PairedRates(2, (1,)), PairedRates(1, (1,))
+    values = np.array([[1.0], [2.0], [5.0]])
+    rates.add(0, values[:2], np.ones(2))
+    rates.add(1, values[2:], np.ones(1))
+    whole.add(0, values, np.ones(3))
+    assert rates.half_interval() == pytest.approx(whole.half_interval())
+    assert rates.half_interval(1) is None
+
+
+def test_a_model_of_another_width_is_refused():
+    with pytest.raises(ConfigError, match="hidden sizes are 16 and 32"):
+        pair(opened(0), opened(1, "wide", hidden_size=32))
+
+
+def test_both_read_documents_as_the_first_does():
+    """A model that keeps documents apart, and the same one as if imported, which says nothing of how it was trained."""
+    apart = replace(opened(0, "apart"), own=True, isolated=True)
+    text = read_passages(apart, texts=["one two three four", "five six seven one two"], length=8)
+    results = routing_difference(apart, replace(apart, isolated=False), text)
+    assert results["domains"][0]["difference"]["mean"] == 0
+    assert all(record["domains"]["all"]["flip_rate"]["mean"] == 0 for record in results["layers"])
 
 
 def test_a_single_window_has_no_interval():

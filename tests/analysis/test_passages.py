@@ -116,6 +116,7 @@ def test_losses_are_those_of_the_logits() -> None:
         ({"texts": [""]}, None, ""),
         ({"texts": ["a"], "tokens": 0}, ConfigError, "tokens 0"),
         ({"texts": ["a"], "length": -1}, ConfigError, "length -1"),
+        ({"texts": ["a"], "length": 0}, ConfigError, "length 0"),
         ({"corpora": ["x=/nowhere/at/all"]}, DataError, "no such file"),
     ],
 )
@@ -125,6 +126,23 @@ def test_what_cannot_be_read_is_said(arguments: dict[str, object], error: type[E
         return
     with pytest.raises(error, match=message):
         read_passages(opened(), **arguments)  # type: ignore[arg-type]
+
+
+def test_documents_that_stand_alone_need_a_token_to_go_on_from() -> None:
+    """Under `isolate` nothing predicts a document's first token, so a domain of nothing else has no loss at all."""
+    alone = opened(isolated=True)
+    for arguments in ({"texts": [""]}, {"texts": ["def main"], "tokens": 1}):
+        with pytest.raises(DataError, match="reads them apart"):
+            read_passages(alone, **arguments)  # type: ignore[arg-type]
+    (passage,) = read_passages(alone, texts=["def main"], tokens=2)
+    assert sum(batch.weights.sum().item() for _, batch in batches(alone, [passage])) == 1
+
+
+def test_windows_beyond_the_models_length_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    read_passages(opened(reach=8), texts=["def main"], length=8)
+    assert not caplog.records
+    read_passages(opened(reach=8), texts=["def main"], length=9)
+    assert "longer than the 8" in caplog.text
 
 
 def test_a_dense_model_has_no_experts() -> None:

@@ -16,7 +16,6 @@ from finemoe.analysis.specialization import (
     HighestGates,
     LayerTally,
     PairSums,
-    coactivation_lift,
     domain_shares,
     mutual_information,
     overlap,
@@ -208,20 +207,6 @@ def test_chance_is_what_unrelated_choices_show():
         pairs = numbers.integers(0, 4, 500) * 6 + numbers.integers(0, 6, 500)
         shown.append(mutual_information(np.bincount(pairs, minlength=24).reshape(4, 6)))
     assert np.mean([bits for bits, _ in shown]) == pytest.approx(shown[0][1], rel=0.1)
-
-
-def test_coactivation_lift_is_that_of_a_loop():
-    chosen = [(0, 1), (0, 1), (0, 2), (1, 2), (0, 1)]
-    joint = np.zeros((4, 4), dtype=np.int64)
-    for pair in chosen:
-        for a in pair:
-            for b in pair:
-                joint[a, b] += 1
-    lift = coactivation_lift(joint, 5)
-    assert lift[0, 1] == pytest.approx((3 / 5) / ((4 / 5) * (4 / 5)))
-    assert lift[2, 0] == pytest.approx((1 / 5) / ((2 / 5) * (4 / 5)))
-    assert np.isnan(np.diag(lift)).all()
-    assert np.isnan(lift[3]).all()  # idle
 
 
 @given(st.integers(0, 2**16), st.integers(1, 20))

@@ -63,6 +63,14 @@ def test_the_summary_says_what_changed():
     assert lines[4] == "A note."
 
 
+def test_an_expert_that_nothing_used_can_be_removed():
+    """What pruning takes first."""
+    found = results()
+    idle = {"rate_a": 0.0, "rate_b": 0.0, "load_a": 0.0, "load_b": 0.0, "change": 0.0, "low": 0.0, "high": 0.0}
+    found["experts"][3] |= {**idle, "domains": {"law": 0.0, "code": 0.0}}
+    assert "Removed (1)" in difference_page(found)
+
+
 def test_the_page_holds_every_figure_and_list():
     page = difference_page(results())
     text = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)

@@ -175,7 +175,7 @@ def test_a_model_whose_tokens_have_one_expert_has_no_pairs():
 
 
 def test_every_figure_is_written(tmp_path: Path):
-    paths = load.save_figures(fake(), tmp_path)
+    paths = theme.save(load.figures(fake()), tmp_path)
     names = {"load", "load_over_training", "evenness", "domains", "together"}
     assert {path.name for path in paths} == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
     assert all(path.stat().st_size > 1000 for path in paths)

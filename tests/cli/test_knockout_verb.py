@@ -71,7 +71,7 @@ def test_report_has_a_page_the_results_and_figures(few: list[Any], tmp_path: Pat
     assert result.exit_code == 0, result.output
     found = json.loads((out / "results.json").read_text())
     assert found["complete"]
-    assert found["schema_version"] == 1
+    assert found["schema"] == 1
     assert found["machine"]["cores"]
     assert "Fewer active experts" in (out / "report.html").read_text()
     assert {path.suffix for path in (out / "figures").iterdir()} == {".svg", ".png"}

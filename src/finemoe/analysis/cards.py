@@ -18,12 +18,12 @@ from finemoe.analysis.specialization import (
     LEAST_SHARE,
     DomainShares,
     LayerTally,
-    coactivation_lift,
     domain_shares,
     mutual_information,
     overlap,
     token_lifts,
 )
+from finemoe.analysis.usage import lift
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.checkpoint.open import load_model
 from finemoe.checkpoint.run_state import checkpoint_folders, find_damage
@@ -78,9 +78,10 @@ def expert_cards(
     for layer, tally in reading.tallies.items():
         shares = domain_shares(tally.counts, reading.tokens)
         known, chance = mutual_information(tally.counts)
+        config = opened.model.moe_layers[layer].config
         layers.append({
-            "layer": layer, "experts": len(tally.gates), "experts_per_token": _active(tally, reading),
-            "shared_experts": opened.model.moe_layers[layer].config.num_shared_experts,
+            "layer": layer, "experts": len(tally.gates), "experts_per_token": config.experts_per_token,
+            "shared_experts": config.num_shared_experts,
             "specialization": shares.score, "mutual_information_bits": known, "chance_bits": chance,
             "stability": [{"step": step, "overlap": _mean(found[layer])} for step, found in history.items()],
         })  # fmt: skip
@@ -103,10 +104,6 @@ def visible(token: bytes, blank: str = "␣") -> str:
     text = token.decode("utf-8", errors="backslashreplace")
     shown = (_VISIBLE.get(char) or (char if char.isprintable() else f"\\u{ord(char):04x}") for char in text)
     return re.sub("␣{4,}", lambda run: f"␣×{len(run[0])}", "".join(shown).replace(" ", blank))
-
-
-def _active(tally: LayerTally, reading: _Reading) -> int:
-    return round(int(tally.counts.sum()) / int(reading.tokens.sum()))
 
 
 def _mean(values: NDArray[np.float64]) -> float:
@@ -205,9 +202,9 @@ def _cards_of(
     """The cards of one layer, in the order of its experts."""
     tally, moe = reading.tallies[layer], opened.model.moe_layers[layer]
     load = tally.counts.sum(axis=0)
-    lift = coactivation_lift(tally.joint, int(reading.tokens.sum()))
-    lift[tally.joint < _LEAST_TOGETHER] = np.nan
-    near = {"router": centroid_likeness(moe), "weights": weight_likeness(moe), "coactivation": lift}
+    together = lift(tally.joint, int(reading.tokens.sum()), moe.config.experts_per_token)
+    together[tally.joint < _LEAST_TOGETHER] = np.nan
+    near = {"router": centroid_likeness(moe), "weights": weight_likeness(moe), "coactivation": together}
     spelling = opened.tokenizer.token_bytes
     for expert, taken in enumerate(load.tolist()):
         lifts = token_lifts(tally, expert, reading.base, TOKENS)

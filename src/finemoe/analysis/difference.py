@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -49,6 +49,12 @@ def pair(first: LanguageModel, second: LanguageModel) -> Pairing:
         require_experts(opened)
     names = f"{first.source} and {second.source}"
     _check_tokens(first, second, names)
+    widths = [opened.model.config.hidden_size for opened in (first, second)]
+    if widths[0] != widths[1]:
+        raise ConfigError(
+            f"{names}: their hidden sizes are {widths[0]} and {widths[1]}, so that neither router can read the other's "
+            "states; compare two checkpoints of one model"
+        )
     ours, theirs = (_routing_layers(opened) for opened in (first, second))
     if list(ours) != list(theirs):
         raise ConfigError(
@@ -115,7 +121,7 @@ def routing_difference(
 
     Args:
         first: before.
-        second: after; it reads the very tokens that the first reads.
+        second: after; it reads the very tokens that the first reads, documents joined or apart as there.
         passages: windows of `first`.
         rows: windows in one forward pass.
 
@@ -123,6 +129,7 @@ def routing_difference(
         ConfigError: as `pair`.
     """
     pairing = pair(first, second)
+    second = replace(second, isolated=first.isolated)  # positions are the first's
     domains = [passage.domain for passage in passages]
     tallies = {
         layer: _LayerTally(len(domains), first.model.moe_layers[layer].config.num_routed_experts)

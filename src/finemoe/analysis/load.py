@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from finemoe.analysis.passages import Observed, Passages, observe, read_passages, require_experts
 from finemoe.analysis.usage import Counts, lift, load_figures, max_vio, mean, pair_counts, strongest_pairs
+from finemoe.checkpoint.files import storage_error
 from finemoe.checkpoint.kinds import kind_of
 from finemoe.checkpoint.language_model import LanguageModel, open_language_model
 from finemoe.checkpoint.run_state import checkpoint_folders, find_damage
@@ -72,9 +73,12 @@ class Tally:
         return np.sum(list(self.load[number].values()), axis=0)
 
     def mean_batch_max_vio(self, number: int) -> float:
-        """MaxVio_batch: over the batches of full size, as a smaller one is more uneven by chance alone."""
-        full = max(count for count, _ in self.batch_max_vio[number])
-        return float(np.mean([value for count, value in self.batch_max_vio[number] if count == full]))
+        """MaxVio_batch: over the batches of full size, as a smaller one is more uneven by chance alone.
+
+        Within a tenth, as the ends of documents that stand alone are not counted.
+        """
+        full = 0.9 * max(count for count, _ in self.batch_max_vio[number])
+        return float(np.mean([value for count, value in self.batch_max_vio[number] if count >= full]))
 
 
 def tally(
@@ -119,15 +123,17 @@ def stages(models: Sequence[Path], *, last: bool = False) -> list[Stage]:
                 logger.warning("%s is damaged (%s): left out", folder, damage)
             else:
                 sound.append(folder)
-        prefix = f"{path.name} " if len(models) > 1 else ""
+        name = path.resolve().name
+        prefix = f"{name} " if len(models) > 1 else ""
         found += [_stage(folder, prefix) for folder in reversed(sound)]
         if not sound:
-            found.append(_stage(path, prefix) if path.name.startswith("step-") else Stage(path.name, path, None))
+            one = path.resolve() in checkpoint_folders(path.resolve().parent)
+            found.append(_stage(path, prefix) if one else Stage(name, path, None))
     return found
 
 
 def _stage(folder: Path, prefix: str) -> Stage:
-    step = int(folder.name.partition("-")[2])
+    step = int(folder.resolve().name.partition("-")[2])
     return Stage(f"{prefix}step {step}", folder, step)
 
 
@@ -181,7 +187,7 @@ def study_load(
         "starved_below": STARVED,
         "series": series,
         "lift": _lifts(final),
-        **history(run),
+        **history(run, found[-1].step),
     }
     return LoadStudy(results, final)
 
@@ -264,9 +270,10 @@ def _run_of(path: Path) -> Path | None:
     return next((folder for folder in candidates if (folder / "metrics.jsonl").is_file()), None)
 
 
-def history(run: Path | None) -> dict[str, Any]:
-    """What metrics.jsonl of a run already knows: the load at each validation, and the alerts of the time."""
-    records = read_json_lines(run / "metrics.jsonl") if run is not None else []
+def history(run: Path | None, until: int | None = None) -> dict[str, Any]:
+    """What metrics.jsonl of a run knows of its steps up to `until`: the load at each validation, and the alerts."""
+    known = read_json_lines(run / "metrics.jsonl") if run is not None else []
+    records = [one for one in known if until is None or one.get("step", 0) <= until]
     loads = [_point(record) for record in records if record["kind"] == "validation" and "load" in record]
     said = [record for record in records if record["kind"] == "alert"]
     keys = ("step", "layer", "level", "message")
@@ -285,6 +292,13 @@ def _point(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_pairs(path: Path, counted: Tally) -> None:
-    """`layer_N [experts, experts]`: tokens that chose both, and `tokens`, as a NumPy archive."""
-    arrays: Iterable[tuple[str, Any]] = ((f"layer_{number}", pairs) for number, pairs in counted.together.items())
-    np.savez_compressed(path, tokens=np.int64(sum(counted.tokens.values())), **dict(arrays))
+    """`layer_N [experts, experts]`: tokens that chose both, and `tokens`, as a NumPy archive.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    arrays: dict[str, Any] = {f"layer_{number}": pairs for number, pairs in counted.together.items()}
+    try:
+        np.savez_compressed(path, tokens=np.int64(sum(counted.tokens.values())), **arrays)
+    except OSError as error:
+        raise storage_error(path, error) from error

@@ -45,22 +45,37 @@ class PairedRates:
         return ratio
 
     def half_interval(self, domain: int | None = None, confidence: float = CONFIDENCE) -> Floats | None:
-        """Half the width of the interval; None where no domain has two windows."""
+        """Half the width of the interval in one domain, or in all the text; None with fewer than two windows.
+
+        Domains are strata, each with a scatter of its own, hence degrees of freedom after Welch and Satterthwaite. A
+        domain of a single window has no scatter, so that all windows are then one stratum.
+        """
         part = self._part(domain)
-        freedom = (self._windows[part] - 1).sum()
+        strata = [slice(number, number + 1) for number in np.arange(len(self._windows))[part]]
         if (self._windows[part] < 2).any():
+            strata = [part]
+        windows = np.array([self._windows[stratum].sum() for stratum in strata])
+        if (windows < 2).any():
             return None
-        variance = sum(self._variance(number) for number in np.arange(len(self._windows))[part])
-        factor = float(student.ppf((1 + confidence) / 2, freedom))
-        half: Floats = factor * np.sqrt(np.maximum(variance, 0)) / self._tokens[part].sum()
+        variances = np.stack([self._variance(stratum) for stratum in strata])
+        variance = variances.sum(axis=0)
+        weights = (windows - 1).reshape(-1, *[1] * (variances.ndim - 1))
+        scatter = np.where(variance > 0, (variances**2 / weights).sum(axis=0), 1.0)
+        freedom = np.where(variance > 0, variance, 1.0) ** 2 / scatter
+        half: Floats = student.ppf((1 + confidence) / 2, freedom) * np.sqrt(variance) / self._tokens[part].sum()
         return half
 
-    def _variance(self, domain: int) -> Floats:
-        """Of the domain's total: W / (W - 1) · sum of (value - ratio · tokens)²."""
-        ratio = self._values[domain] / self._tokens[domain]
-        residual = self._squares[domain] - 2 * ratio * self._products[domain] + ratio**2 * self._squared_tokens[domain]
-        windows = self._windows[domain]
-        variance: Floats = windows / (windows - 1) * residual
+    def _variance(self, stratum: slice) -> Floats:
+        """Of the stratum's total: W / (W - 1) · sum of (value - ratio · tokens)²."""
+        values, squares, products, windows, tokens, squared_tokens = (
+            moment[stratum].sum(axis=0)
+            for moment in (
+                self._values, self._squares, self._products, self._windows, self._tokens, self._squared_tokens
+            )
+        )  # fmt: skip
+        ratio = values / tokens
+        residual = squares - 2 * ratio * products + ratio**2 * squared_tokens
+        variance: Floats = windows / (windows - 1) * np.maximum(residual, 0)
         return variance
 
     def _part(self, domain: int | None) -> slice:

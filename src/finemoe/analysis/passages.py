@@ -77,16 +77,23 @@ def read_passages(
 
     Raises:
         ConfigError: a length or number of tokens that cannot work.
-        DataError: nothing to read.
+        DataError: nothing to read, or nothing that counts.
     """
-    length = length or min(opened.reach or _DEFAULT_LENGTH, _DEFAULT_LENGTH)
+    if length is None:
+        length = min(opened.reach or _DEFAULT_LENGTH, _DEFAULT_LENGTH)
     if length < 1 or tokens < 1:
         raise ConfigError(f"tokens {tokens} and length {length} must both be at least 1")
+    if opened.reach is not None and length > opened.reach:
+        logger.warning(
+            "windows of %d tokens are longer than the %d that this model knows: losses rise towards their end",
+            length, opened.reach,
+        )  # fmt: skip
     documents = _documents(opened, texts, corpora)
     domains = _by_domain(documents, opened, tokens)
-    passages = [_cut(name, ids, length, opened.first_id) for name, ids in domains.items()]
+    passages = [_cut(name, ids, length, opened.first_id) for name, ids in domains.items() if _counts(opened, ids)]
     if not passages:
-        raise DataError("there is no text to read: give --text or --corpus something that has some")
+        alone = ", and of each document more than a token, as this model reads them apart" if opened.isolated else ""
+        raise DataError(f"there is no text to read: give --text or --corpus something that has some{alone}")
     return passages
 
 
@@ -212,6 +219,11 @@ def _by_domain(documents: Iterable[Document], opened: LanguageModel, tokens: int
         joined = [i for name in others for i in found[name][1:]]
         kept["other"] = [opened.first_id, *kept.pop("other", [0])[1:], *joined]
     return {name: ids[: tokens + 1] for name, ids in kept.items()}
+
+
+def _counts(opened: LanguageModel, ids: list[int]) -> bool:
+    """Whether any target counts: where documents stand alone, the first token of each is not predicted."""
+    return not opened.isolated or any(token != opened.tokenizer.end_of_text_id for token in ids[:-1])
 
 
 def _cut(domain: str, ids: list[int], length: int, filling: int) -> Passages:

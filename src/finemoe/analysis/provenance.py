@@ -19,22 +19,29 @@ from finemoe.core.environment import environment
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure
 
-SCHEMA_VERSION = 1
+SCHEMA = 1
 
 
-def provenance(kind: str, opened: LanguageModel, passages: Sequence[Passages]) -> dict[str, Any]:
-    """The head of results: what they are, of which model and text, made when, where and by which command."""
+def made_by() -> dict[str, Any]:
+    """Version, command, date and machine of a result."""
     machine = environment()
-    config = opened.model.config
-    size = measure(config, 1)
-    layers = {n: b.feed_forward for n, b in enumerate(config.blocks) if isinstance(b.feed_forward, MoEConfig)}
     return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": kind,
         "finemoe_version": machine["packages"]["finemoe"],
         "command": shlex.join(["finemoe", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine,
+    }
+
+
+def provenance(kind: str, opened: LanguageModel, passages: Sequence[Passages]) -> dict[str, Any]:
+    """The head of results: what they are, of which model and text, made when, where and by which command."""
+    config = opened.model.config
+    size = measure(config, 1)
+    layers = {n: b.feed_forward for n, b in enumerate(config.blocks) if isinstance(b.feed_forward, MoEConfig)}
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        **made_by(),
         "model": {
             "source": str(opened.source),
             "total_parameters": size.total_parameters,

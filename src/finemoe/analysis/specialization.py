@@ -11,6 +11,8 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from finemoe.analysis.usage import pair_counts
+
 LEAST_COUNT = 5
 """Times an expert must have taken a token for its lift to mean anything."""
 LEAST_SHARE = 0.002
@@ -116,8 +118,7 @@ class LayerTally:
         weights = gates.reshape(-1)
         self.counts[domain] += np.bincount(flat, minlength=num_experts)
         self.gates += np.bincount(flat, weights=weights, minlength=num_experts)
-        chosen = membership(experts, num_experts).astype(np.float32)
-        self.joint += np.rint(chosen.T @ chosen).astype(np.int64)
+        self.joint += pair_counts(experts, num_experts)
         self.pairs.add(flat, np.repeat(tokens, k), weights)
         self.highest.add(flat, weights, np.repeat(places, k))
 
@@ -227,19 +228,6 @@ def mutual_information(counts: Ints) -> tuple[float, float]:
     used = (counts.sum(axis=0) > 0).sum() - 1
     domains = (counts.sum(axis=1) > 0).sum() - 1
     return float(terms.sum()), float(used * domains / (2 * total * np.log(2)))
-
-
-def coactivation_lift(joint: Ints, tokens: int) -> Floats:
-    """[experts, experts]: P(both) / (P(one) P(other)) over `tokens`; NaN on the diagonal and where either is idle.
-
-    A token's k experts are distinct, so even random routing lies a little below 1.
-    """
-    load = np.diag(joint).astype(np.float64)
-    expected = np.outer(load, load) / max(tokens, 1)
-    lift = np.full(joint.shape, np.nan)
-    np.divide(joint, expected, out=lift, where=expected > 0)
-    np.fill_diagonal(lift, np.nan)
-    return lift
 
 
 def overlap(first: Ints, second: Ints, num_experts: int) -> Floats:

@@ -7,7 +7,6 @@ nothing changes in them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
@@ -16,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import t as student
 from torch import Tensor
 
+from finemoe.analysis.paired import PairedRates
 from finemoe.analysis.passages import Passages, batches, run_batch
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.logs import progress
@@ -27,7 +26,6 @@ from finemoe.model.moe.decision import RoutingConstraint, RoutingRecord
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.moe.routers.select import GroupsConfig
 
-CONFIDENCE = 0.95
 Estimate = dict[str, float | None]
 """mean, low, high: nats per token with the 95 % interval; the ends are None with too few windows."""
 
@@ -179,35 +177,19 @@ def without_experts(opened: LanguageModel, layer: int, experts: Sequence[int]) -
 
 
 def estimate(sums: NDArray[np.float64], weights: NDArray[np.float64], domains: NDArray[np.str_]) -> Estimate:
-    """Mean per token of windows that sum to `sums [windows]`, with the 95 % t interval over windows.
-
-    Domains are strata: each has its own mean, and only how its windows scatter around that counts (a ratio estimator
-    for windows of unequal weight; degrees of freedom after Welch and Satterthwaite). A domain of a single window has no
-    scatter of its own, so that all windows are then one stratum.
-    """
-    total = float(weights.sum())
-    if not total:  # nothing but beginnings of documents that stand alone, which count nothing
-        return {"mean": None, "low": None, "high": None}
-    mean = float(sums.sum()) / total
+    """Mean per token of windows that sum to `sums [windows]`, with the 95 % t interval of `PairedRates` over windows."""
     real = weights > 0
-    sums, weights, domains = sums[real], weights[real], domains[real]
-    strata = [domains == name for name in np.unique(domains)]
-    if min(int(stratum.sum()) for stratum in strata) < 2:
-        strata = [np.ones(len(sums), dtype=bool)]
-    variances, degrees = [], []
-    for stratum in strata:
-        part, weight = sums[stratum], weights[stratum]
-        if len(part) < 2:
-            return {"mean": mean, "low": None, "high": None}
-        scatter = part - part.sum() / weight.sum() * weight
-        variances.append(len(part) / (len(part) - 1) * float((scatter**2).sum()))
-        degrees.append(len(part) - 1)
-    variance = sum(variances)
-    if not variance:
-        return {"mean": mean, "low": mean, "high": mean}
-    freedom = variance**2 / sum(each**2 / n for each, n in zip(variances, degrees, strict=True))
-    half = float(student.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance) / total
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    if not real.any():  # nothing but beginnings of documents that stand alone, which count nothing
+        return {"mean": None, "low": None, "high": None}
+    names = np.unique(domains[real])
+    rates = PairedRates(len(names), ())
+    for number, name in enumerate(names):
+        inside = real & (domains == name)
+        rates.add(number, sums[inside], weights[inside])
+    mean, half = float(rates.rate()), rates.half_interval()
+    if half is None:
+        return {"mean": mean, "low": None, "high": None}
+    return {"mean": mean, "low": mean - float(half), "high": mean + float(half)}
 
 
 def record(found: Sweep, number: int) -> dict[str, Any]:

@@ -28,7 +28,8 @@ _READING = (
     "checkpoint and takes now.",
     "Nearest by router: cosine of the router's centroids less their mean. By weights: cosine of the experts' flattened "
     "weights less their mean; hidden units stand in any order, so only experts of common origin are far from 0. Taken "
-    "together: P(both) ÷ (P(one) · P(other)) over tokens.",
+    "together: how often two experts share a token, over how often they would if each token drew its experts without "
+    "regard to each other; 1 is chance.",
 )
 
 

@@ -22,7 +22,8 @@ _READING = (
     "is left of the old weights.",
     "Where flips come from: the second's router reads what the first's reads (only the router changed), and the "
     "first's router reads what the second's does (only the states changed). The two do not add up to the whole.",
-    "Intervals are 95 % t intervals over windows of text, paired, domain by domain. An expert has gained or lost when "
+    "Intervals are 95 % t intervals over windows of text, paired, domain by domain (Welch); windows of one document are "
+    "not independent, so that they are somewhat too narrow for few documents. An expert has gained or lost when "
     "an interval that holds for all experts at once (Bonferroni) leaves out 0.",
 )
 
@@ -143,7 +144,8 @@ def _loads(results: Results) -> Section:
 def _experts(caption: str, found: list[Mapping[str, Any]]) -> Table:
     rows = []
     for each in found:
-        scale = each["load_a"] / each["rate_a"] if each["rate_a"] else each["load_b"] / each["rate_b"]
+        rate, load = (each["rate_a"], each["load_a"]) if each["rate_a"] else (each["rate_b"], each["load_b"])
+        scale = load / rate if rate else 0.0  # an expert that nothing used, and that is gone now
         span = NOTHING
         if each["low"] is not None:
             span = f"{fixed(scale * each['low'], 2)} to {fixed(scale * each['high'], 2)}"

@@ -185,7 +185,7 @@ def _scores(results: Results) -> Section:
     blocks: list[Any] = []
     for metric, share, chart in _charts(results):
         caption = "Marker: score; bar: 95 % interval"
-        caption += "; upright tick: what guessing scores" if share else f"; {metric_name(metric)}, fewer are better"
+        caption += "; upright tick: what guessing scores" if share else f"; {metric_name(metric)}, lower is better"
         blocks.append(Figure([chart], caption + "."))
     rows = []
     for task, about in results["tasks"].items():
@@ -193,7 +193,15 @@ def _scores(results: Results) -> Section:
             for metric, estimate in scores.get(task, {}).get("metrics", {}).items():
                 headline = about["title"] if metric == about["metric"] else f"{about['title']}, also"
                 cells = [score_text(estimate, metric), interval_text(estimate, metric), str(estimate["n"])]
-                rows.append([headline, model, metric_name(metric), *cells, chance_text(about["chance"], metric)])
+                rows.append(
+                    [
+                        headline,
+                        model,
+                        metric_name(metric),
+                        *cells,
+                        chance_text(about["chance"] if is_share(metric) else None, metric),
+                    ]
+                )
     columns = ["Task", "Model", "Metric", "Score ± standard error", "95 % interval", "n", "Guessing"]
     note = (
         "Of what is right or wrong: binomial error and Wilson's interval. Of all else: bootstrap over items, from a "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import altair as alt
@@ -41,11 +40,6 @@ def figures(results: Results) -> dict[str, Any]:
     if lifts:
         made["together"] = alt.hconcat(*(c.properties(width=300) for c in lifts[:3]), spacing=30)
     return made
-
-
-def save_figures(results: Results, folder: Path) -> list[Path]:
-    """Write every figure as SVG and PNG on white into `folder`; return the paths."""
-    return theme.save(figures(results), folder)
 
 
 def frames_of(results: Results) -> list[dict[str, Any]]:

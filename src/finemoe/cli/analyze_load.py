@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,13 +39,17 @@ def load(
       finemoe analyze load runs/tiny --last --json
     """
     from finemoe.analysis.load import save_pairs, study_load
+    from finemoe.analysis.provenance import made_by, write_report
 
     study = study_load(
         models, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length, rows=rows, last=last
     )
     results = {**study.results, **made_by()}
     if out is not None:
-        _write(results, out)
+        from finemoe.charts.load import figures
+        from finemoe.charts.load_page import load_page
+
+        write_report(out, results, load_page, figures)
         save_pairs(out / "together.npz", study.last)
     if as_json:
         print_json(results)
@@ -55,43 +57,6 @@ def load(
     _print_tables(results)
     if out is not None:
         typer.echo(f"\nOpen  {out / 'report.html'} in a browser; it works offline\nData  {out / 'results.json'}")
-
-
-def made_by() -> dict[str, Any]:
-    """Version, command, date and machine of a result."""
-    import datetime
-
-    from finemoe.core.environment import environment
-
-    machine = environment()
-    return {
-        "finemoe_version": machine["packages"]["finemoe"],
-        "command": shlex.join(["finemoe", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine,
-    }
-
-
-def _write(results: dict[str, Any], out: Path) -> None:
-    """results.json, report.html and figures/.
-
-    Raises:
-        RunError: the folder cannot be written.
-    """
-    import json
-
-    from finemoe.charts.load import save_figures
-    from finemoe.charts.load_page import load_page
-    from finemoe.charts.numbers import clean
-    from finemoe.checkpoint.files import storage_error, write_text
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "results.json", json.dumps(clean(results), indent=1, ensure_ascii=False) + "\n")
-        write_text(out / "report.html", load_page(results))
-        save_figures(results, out / "figures")
-    except OSError as error:
-        raise storage_error(out, error) from error
 
 
 def _print_tables(results: dict[str, Any]) -> None:

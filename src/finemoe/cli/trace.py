@@ -43,9 +43,9 @@ def trace(
 
     from finemoe.analysis.load import Tally, figures
     from finemoe.analysis.passages import observe, read_passages, require_experts
+    from finemoe.analysis.provenance import made_by
     from finemoe.analysis.trace import trace_info, write_trace
     from finemoe.checkpoint.language_model import open_language_model
-    from finemoe.cli.analyze_load import made_by
     from finemoe.training.alerts import routed_layers
 
     opened = open_language_model(model)

@@ -1,0 +1,268 @@
+"""`finemoe evaluate`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from finemoe.cli.analysis_options import MODEL, Report
+from finemoe.cli.output import Json, Quiet, print_json, print_rich, printable
+from finemoe.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from finemoe.evaluation.results import Evaluated
+    from finemoe.evaluation.runner import Settings
+    from finemoe.evaluation.task import Task
+
+_SHOWN = 1  # item whose prompt --show prints
+_Models = Annotated[list[Path] | None, typer.Argument(metavar="MODEL...", help=MODEL + " Several are compared.")]
+_Dtype = Literal["fp32", "bf16", "stored"]
+_DtypeOption = Annotated[_Dtype, typer.Option(help="Weights in memory.")]
+_Batch = Annotated[
+    int,
+    typer.Option(
+        metavar="N", help="Rows in a pass. In float32 on a CPU it changes no result, elsewhere the last bits."
+    ),
+]
+_Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="[TASK=]PATH",
+        help="File or folder of one task, or a folder in which every task finds its own; repeatable. "
+        "Default: the hub, through finemoe[hf].",
+    ),
+]
+
+
+def evaluate(
+    models: _Models = None,
+    tasks: Annotated[str | None, typer.Option(metavar="NAME,...", help="What to ask; --list names all.")] = None,
+    data: _Data = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N items of each task.")] = None,
+    shots: Annotated[int | None, typer.Option(metavar="N", help="Worked examples; default: as in the papers.")] = None,
+    samples: Annotated[int | None, typer.Option(metavar="N", help="Code: completions of each problem.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="Code: of those samples; 0.8 if unset.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of samples and of the bootstrap.")] = 0,
+    batch: _Batch = 16,
+    dtype: _DtypeOption = "fp32",
+    out: Report = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the exact prompt of the first item; no model.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Name the tasks, with what is scored and by chance.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Ask one or more models the papers' benchmarks; every score has its error and what was left out.
+
+    Prompts and worked examples are pinned: --show prints them to the character. With --out,
+    answers are kept as they come; the same command goes on where it was interrupted, and
+    uses none whose model, prompt or data have changed. Several models answer the same items,
+    so differences are paired: far smaller ones can be told than the single errors suggest.
+
+    \b
+    Examples:
+      finemoe evaluate --list
+      finemoe evaluate --show --tasks mmlu --data sets/
+      finemoe evaluate runs/tiny --tasks hellaswag,lambada --data sets/ --limit 200
+      finemoe evaluate runs/a runs/b --tasks text --data text=held-out.jsonl --out eval
+      finemoe evaluate coder.gguf --tasks humaneval --data sets/ --samples 20
+
+    The folder of --out then holds report.html, results.json, figures/, items/ and answers/.
+    """
+    if list_:
+        _print_list(as_json)
+        return
+    chosen = _tasks(tasks, samples, temperature)
+    sources = _sources(data or [], [task.name for task in chosen])
+    if show:
+        for task in chosen:
+            _show(task, sources[task.name], shots)
+        return
+    _check(models, batch)
+
+    from finemoe.evaluation.runner import Settings
+
+    settings = Settings(batch, limit, shots, seed)
+    sampling = {"samples": samples, "temperature": temperature} if samples is not None else {}
+    found = _run(models or [], chosen, sources, settings, sampling, dtype, out, quiet)
+    if as_json:
+        print_json(found)
+    else:
+        _print_results(found, out)
+
+
+def _check(models: list[Path] | None, batch: int) -> None:
+    if not models:
+        raise ConfigError("no model given: name one, as in `finemoe evaluate runs/tiny --tasks hellaswag --data sets/`")
+    if batch < 1:
+        raise ConfigError(f"--batch is {batch}: at least 1 row")
+
+
+def _tasks(names: str | None, samples: int | None, temperature: float | None) -> list[Task]:
+    """The tasks of `--tasks`, with `--samples` where it is given.
+
+    Raises:
+        ConfigError: none, an unknown one, or sampling that has no effect.
+    """
+    from finemoe.evaluation.tasks import find_task, sampled
+
+    wanted = list(dict.fromkeys(name.strip() for name in (names or "").split(",") if name.strip()))
+    if not wanted:
+        raise ConfigError("no task given: add --tasks hellaswag,lambada or others; --list names all")
+    if temperature is not None and samples is None:
+        raise ConfigError(f"--temperature {temperature:g} does nothing without --samples N, for code")
+    found = [find_task(name) for name in wanted]
+    if samples is None:
+        return found
+    heat = temperature if temperature is not None else 0.8 if samples > 1 else 0.0
+    return [sampled(task, samples, heat) for task in found]
+
+
+def _sources(given: list[str], names: list[str]) -> dict[str, Path | None]:
+    """Where each task's data is; None: on the hub.
+
+    Raises:
+        ConfigError: data for a task that is not asked, or two places for all.
+    """
+    named: dict[str, Path] = {}
+    common: Path | None = None
+    for text in given:
+        task, separator, path = text.partition("=")
+        if separator and not Path(text).exists():
+            if task not in names:
+                raise ConfigError(f"--data {text}: {task!r} is not among the tasks asked: {', '.join(names)}")
+            named[task] = Path(path)
+        elif common is not None:
+            raise ConfigError(f"--data {common} and {text}: only one place may be for all tasks; write TASK=PATH")
+        else:
+            common = Path(text)
+    return {name: named.get(name, common) for name in names}
+
+
+def _run(
+    models: list[Path],
+    tasks: list[Task],
+    sources: dict[str, Path | None],
+    settings: Settings,
+    sampling: dict[str, Any],
+    dtype: _Dtype,
+    out: Path | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Ask every model everything; the results, written to `out` where there is one."""
+    from contextlib import nullcontext
+
+    from finemoe.checkpoint.files import sole_writer
+    from finemoe.checkpoint.kinds import kind_of
+    from finemoe.evaluation.output import write
+    from finemoe.evaluation.results import results
+
+    for model in models:
+        kind_of(model)  # a path that holds nothing is refused before the first model is read
+    names = _names(models)
+    with nullcontext() if out is None else sole_writer(out):
+        done = []
+        for name, path in zip(names, models, strict=True):
+            done.append(_ask_one(name, path, tasks, sources, settings, dtype, out, quiet))
+            command = shlex.join(["finemoe", *sys.argv[1:]])
+            found = results(done, settings, command=command, sandbox=_layers(tasks), sampling=sampling)
+            if out is not None:  # after each model: an interruption loses nothing that was told
+                write(out, found, done)
+    return found
+
+
+def _ask_one(
+    name: str,
+    path: Path,
+    tasks: list[Task],
+    sources: dict[str, Path | None],
+    settings: Settings,
+    dtype: _Dtype,
+    out: Path | None,
+    quiet: bool,
+) -> Evaluated:
+    from finemoe.checkpoint.language_model import open_language_model
+    from finemoe.evaluation.results import Evaluated
+    from finemoe.evaluation.runner import Answers, ask, describe_model, fingerprint
+
+    opened = open_language_model(path, dtype)
+    key = fingerprint(opened)
+    asked = {}
+    for task in tasks:
+        answers = Answers(None if out is None else out / "answers" / f"{task.name}.jsonl")
+        try:
+            asked[task.name] = ask(opened, task, sources[task.name], settings, answers, model_key=key, quiet=quiet)
+        finally:
+            answers.close()
+    return Evaluated(name, describe_model(opened, key), asked)
+
+
+def _names(models: list[Path]) -> list[str]:
+    """What to call each model: the last part of its path, or as much as tells it from the others."""
+    parts = [path.resolve().parts for path in models]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-count:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    repeated = next(str(path) for path in models if models.count(path) > 1)
+    raise ConfigError(f"{repeated} is named twice: name each model once")
+
+
+def _layers(tasks: list[Task]) -> dict[str, str] | None:
+    """The layers of the sandbox and which are active, where a task runs code."""
+    if not any(task.metric.startswith("pass@") for task in tasks):
+        return None
+    from finemoe.evaluation.sandbox import layers
+
+    return dict(layers())
+
+
+def _show(task: Task, source: Path | None, shots: int | None) -> None:
+    from finemoe.evaluation.tasks import describe
+
+    items, _ = task.items(source, shots, _SHOWN)
+    text = describe(task, items[0])
+    typer.echo(printable(text) if sys.stdout.isatty() else text)
+
+
+def _print_list(as_json: bool) -> None:
+    from finemoe.evaluation.tasks import TASKS
+
+    rows: list[dict[str, Any]] = [
+        {"task": t.name, "title": t.title, "metric": t.metric, "shots": t.shots, "chance": t.chance}
+        for t in TASKS.values()
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("Task", "Benchmark", "Metric"):
+        table.add_column(heading)
+    for heading in ("Shots", "By chance"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        chance = "–" if row["chance"] is None else f"{100 * row['chance']:.0f} %"
+        table.add_row(row["task"], row["title"], row["metric"], str(row["shots"]), chance)
+    print_rich(table)
+
+
+def _print_results(found: dict[str, Any], out: Path | None) -> None:
+    from rich.text import Text
+
+    from finemoe.evaluation.tables import difference_table, notes, score_table
+
+    print_rich(score_table(found))
+    if found["differences"]:
+        print_rich(difference_table(found))
+    print_rich(*(Text(note) for note in notes(found)))
+    if out is not None:
+        typer.echo(f"\nOpen  {out / 'report.html'} in a browser; it works offline\nData  {out / 'results.json'}")

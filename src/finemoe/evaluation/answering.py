@@ -1,0 +1,108 @@
+"""Completions for the requests of a task: prompts to ids, strings that stop, and what was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from finemoe.checkpoint.language_model import LanguageModel
+from finemoe.evaluation.task import Generate, Generated
+from finemoe.generation import SamplingConfig, Sequence
+from finemoe.generation.scoring import middle_ids, reach_of
+from finemoe.generation.steady import complete
+from finemoe.text.tokenizer import StreamDecoder
+
+
+@dataclass
+class _Writing:
+    """A completion as it is written."""
+
+    decoder: StreamDecoder
+    stops: tuple[str, ...]
+    text: str = ""
+    ended: bool = False
+    """One of `stops` was written; the text ends before it."""
+
+    def take(self, piece: str) -> bool:
+        """Add what a token completes; whether that ends the text."""
+        longest = max(map(len, self.stops), default=0)
+        start = max(0, len(self.text) - longest + 1)  # a stop may begin in what was there
+        self.text += piece
+        places = [at for stop in self.stops if (at := self.text.find(stop, start)) >= 0]
+        if places:
+            self.text, self.ended = self.text[: min(places)], True
+        return self.ended
+
+
+@dataclass
+class _Request:
+    """A request and its completions so far."""
+
+    request: Generate
+    prompt: tuple[int, ...]
+    truncated: bool
+    room: int
+    """Most tokens to write."""
+    texts: dict[int, str] = field(default_factory=dict)
+    tokens: int = 0
+    unfinished: int = 0
+
+
+def generate(
+    opened: LanguageModel, requests: Mapping[str, Generate], seed: int
+) -> Iterator[tuple[str, Generated, int]]:
+    """Key, answer and tokens read and written of each request, as they come out.
+
+    Raises:
+        ConfigError: a gap to fill, and a tokenizer without the tokens for it.
+    """
+    asked = {key: _prepare(opened, request) for key, request in requests.items()}
+    owner: dict[int, tuple[str, int]] = {}
+    sequences = []
+    for key, own in asked.items():
+        for sample in range(own.request.samples):
+            sampling = SamplingConfig(temperature=own.request.temperature, seed=seed, max_new_tokens=own.room)
+            sequences.append(Sequence.start(len(owner), own.prompt, sampling, sample))
+            owner[sequences[-1].id] = (key, sample)
+    sequences.sort(key=lambda s: (-len(s.prompt) - s.sampling.max_new_tokens, s.id))
+    writing = {
+        number: _Writing(opened.tokenizer.decoder(continues=True), asked[key].request.stops)
+        for number, (key, _) in owner.items()
+    }
+
+    def finished(sequence: Sequence) -> bool:
+        own = writing[sequence.id]
+        return own.take(own.decoder.push(sequence.completion[-1]))
+
+    tokenizer = opened.tokenizer
+    vocab = min(tokenizer.vocab_size, opened.model.config.vocab_size)
+    for sequence in complete(opened.model, sequences, finished, stop_ids=tokenizer.stop_ids, vocab_size=vocab):
+        key, sample = owner[sequence.id]
+        own, written = asked[key], writing.pop(sequence.id)
+        if sequence.finish_reason == "length":
+            written.take(written.decoder.push(sequence.completion[-1]))
+        if not written.ended:
+            written.take(written.decoder.finish())
+        own.texts[sample] = written.text
+        own.tokens += len(sequence.completion)
+        own.unfinished += sequence.finish_reason == "length" and not written.ended
+        if len(own.texts) == own.request.samples:
+            texts = tuple(own.texts[i] for i in range(own.request.samples))
+            read = len(own.prompt) * own.request.samples + own.tokens
+            yield key, Generated(texts, own.tokens, own.truncated, own.unfinished), read
+
+
+def _prepare(opened: LanguageModel, request: Generate) -> _Request:
+    """The prompt in ids. It loses tokens from the left where it and the answer are longer than the model.
+
+    Of a model too short for both, the answer gets at least half.
+    """
+    reach = reach_of(opened)
+    if request.suffix is not None:
+        room = max(1, min(request.max_new_tokens, reach // 2))
+        filled, cut = middle_ids(opened, request.prompt, request.suffix, max(1, reach - room))
+        return _Request(request, tuple(filled), cut, room)
+    ids = opened.encode(request.prompt)
+    room = max(1, min(request.max_new_tokens, max(reach // 2, reach - len(ids))))
+    kept = max(1, reach - room)
+    return _Request(request, tuple(ids[-kept:]) or (opened.first_id,), len(ids) > kept, room)

@@ -1,0 +1,156 @@
+"""Completions that depend on their request alone, to the last bit, whatever runs beside them.
+
+`Engine` packs a pass as full as it can, so that the shape of a matrix product, and with it the rounding of its sums,
+depends on the neighbours: enough to turn a near tie around. Here every prompt is read by itself and every step
+decodes the same number of rows, idle ones among them. A pass of so few rows is bounded by reading the weights, so that
+idle rows cost little.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from finemoe.generation.sampling import pick
+from finemoe.generation.sequence import Sequence
+from finemoe.model.attention import AttentionCache
+from finemoe.model.moe.layer import MoELayer
+from finemoe.model.native import usable
+from finemoe.model.transformer import Transformer
+
+FEW_ROWS = 8
+"""The C++ products take another way, which rounds differently, for fewer rows than these."""
+LEAST_WIDTH = 32
+"""So does attention, for no more queries than 16 or 28."""
+_LANES = 64
+"""PyTorch's sigmoid rounds the last numbers of its tensor, fewer than these, in another way than the rest,"""
+_GRAIN = 1 << 15
+"""and gives each thread a tensor of its own, where there are more numbers than these for each."""
+_SLOTS = 32
+"""Rows of a decoding step where the C++ products do not run."""
+
+
+def steady(model: Transformer) -> bool:
+    """Whether what the model makes of a row depends on that row alone, in passes of at least `least_tokens` tokens.
+
+    True of the C++ kernels; the libraries behind PyTorch choose how to add up by the shape of the whole pass.
+    """
+    kernels = model.kernels
+    chosen = kernels.products != "torch" and kernels.attention == "sdpa" and kernels.experts in ("auto", "native")
+    return chosen and usable(
+        model.embedding.weight, *(p for layer in model.moe_layers.values() for p in _experts(layer))
+    )
+
+
+def _experts(layer: MoELayer) -> Iterable[Tensor]:
+    return (layer.experts.gate_up_proj, layer.experts.down_proj)
+
+
+def least_tokens(model: Transformer) -> int:
+    """Tokens of a pass with which some expert of every layer has `FEW_ROWS` rows, so that all go the usual way."""
+    layers = (layer.config for layer in model.moe_layers.values())
+    least = ((FEW_ROWS - 1) * c.num_routed_experts // c.experts_per_token + 1 for c in layers)
+    return max(FEW_ROWS, *least, LEAST_WIDTH)
+
+
+def width_for(model: Transformer, rows: int, width: int) -> int:
+    """The width, at least `width`, of a pass of `rows` rows in which no row is treated in a way of its own."""
+    width = max(width, LEAST_WIDTH, -(-least_tokens(model) // rows))
+    wide = _sigmoid_widths(model)
+    while any(_is_uneven(rows * width * size) for size in wide):
+        width += 1
+    return width
+
+
+def _is_uneven(numbers: int) -> bool:
+    threads = min(torch.get_num_threads(), -(-numbers // _GRAIN))
+    return numbers % (threads * _LANES) != 0
+
+
+def _sigmoid_widths(model: Transformer) -> set[int]:
+    """How many numbers of a token go through PyTorch's sigmoid at once."""
+    configs = [layer.config for layer in model.moe_layers.values()]
+    routers = {c.num_routed_experts for c in configs if c.router.kind == "sigmoid_biased"}
+    return routers | ({1} if any(c.gate_shared_experts for c in configs) else set())
+
+
+def _slots(model: Transformer) -> int:
+    """Rows of every decoding step."""
+    if not steady(model):
+        return _SLOTS
+    wide = _sigmoid_widths(model)
+    return next((n for n in range(FEW_ROWS - 1, 0, -1) if not any(n * size % _LANES for size in wide)), 1)
+
+
+@torch.inference_mode()
+def complete(
+    model: Transformer,
+    sequences: Iterable[Sequence],
+    finished: Callable[[Sequence], bool],
+    *,
+    stop_ids: frozenset[int],
+    vocab_size: int,
+) -> Iterator[Sequence]:
+    """Run every sequence to its end, and yield it then; longest first keeps the slots full.
+
+    Args:
+        model: in eval mode.
+        sequences: fresh ones, from `Sequence.start`.
+        finished: asked after each token; True ends the sequence, as a string that stops does.
+        stop_ids: tokens that end a sequence.
+        vocab_size: ids from here on are never drawn.
+    """
+    queue = deque(sequences)
+    if not queue:
+        return
+    slots = _slots(model)
+    least = least_tokens(model)
+    room = max(max(len(s.prompt), least) + s.sampling.max_new_tokens for s in queue)
+    cache = model.new_cache(slots, room)
+    running: dict[int, Sequence] = {}
+
+    def ends(sequence: Sequence, logits: Tensor) -> bool:
+        ids, logprobs = pick(logits[None, :vocab_size], sequence.sampling, [sequence.generator])
+        sequence.append(int(ids[0]), float(logprobs[0]), stop_ids)
+        return sequence.finish_reason is not None or finished(sequence)
+
+    while queue or running:
+        for row in range(slots):
+            while row not in running and queue:
+                sequence = queue.popleft()
+                if ends(sequence, _read(model, sequence, [layer.rows(row, row + 1) for layer in cache], least)):
+                    yield sequence
+                else:
+                    running[row] = sequence
+        if running:
+            logits = _decode(model, running, slots, cache)
+            for row, sequence in list(running.items()):
+                if ends(sequence, logits[row]):
+                    del running[row]
+                    yield sequence
+
+
+def _read(model: Transformer, sequence: Sequence, cache: list[AttentionCache], least: int) -> Tensor:
+    """The prompt alone, filled up to `least` tokens; the logits `[vocab]` of what follows it.
+
+    What the filling leaves in the cache lies beyond the sequence, and is overwritten before it can be seen.
+    """
+    prompt = sequence.prompt
+    sequence.num_cached = len(prompt)
+    device = model.head_weight.device
+    tokens = torch.tensor([[*prompt, *[0] * (least - len(prompt))]], device=device)
+    hidden = model(tokens, positions=torch.arange(tokens.shape[1], device=device)[None], cache=cache).hidden
+    return model.logits(hidden[:, len(prompt) - 1])[0]
+
+
+def _decode(model: Transformer, running: dict[int, Sequence], slots: int, cache: list[AttentionCache]) -> Tensor:
+    """One token of every slot; the logits `[slots, vocab]`. An idle one reads token 0 at place 0, for nobody."""
+    device = model.head_weight.device
+    tokens, positions = torch.zeros(2, slots, 1, dtype=torch.int64)
+    for row, sequence in running.items():
+        tokens[row, 0], positions[row, 0] = sequence.completion[-1], sequence.num_cached
+        sequence.num_cached += 1
+    return model.logits(model(tokens.to(device), positions=positions.to(device), cache=cache).hidden[:, 0])
