@@ -269,6 +269,12 @@ def test_a_domain_of_one_window_is_a_stratum_with_the_others():
     assert rates.half_interval(1) is None
 
 
+def test_no_domain_can_be_taken_for_all_of_them():
+    mine = [Passages("all", passages()[0].windows, 42), passages()[1]]
+    with pytest.raises(ConfigError, match="cannot be called `all`"):
+        routing_difference(opened(0), opened(1), mine)
+
+
 def test_a_model_of_another_width_is_refused():
     with pytest.raises(ConfigError, match="hidden sizes are 16 and 32"):
         pair(opened(0), opened(1, "wide", hidden_size=32))

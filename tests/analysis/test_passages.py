@@ -63,6 +63,20 @@ def test_labels_and_folders_are_domains_largest_first(tmp_path: Path) -> None:
     assert {passage.domain for passage in found} == {"x", "y"}
 
 
+def test_a_path_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    (tmp_path / "lang=en").mkdir()
+    (tmp_path / "lang=en" / "file.txt").write_text("def main")
+    (passage,) = read_passages(opened(), corpora=[str(tmp_path / "lang=en" / "file.txt")])
+    assert passage.num_targets > 1
+    (passage,) = read_passages(opened(), corpora=[f"words={tmp_path / 'lang=en'}"])
+    assert passage.domain == "words"
+    for spec in ("=somewhere", "label="):
+        with pytest.raises(ConfigError, match="LABEL=PATH"):
+            read_passages(opened(), corpora=[spec])
+    with pytest.raises(DataError):
+        read_passages(opened(), corpora=["a" * 5000])
+
+
 def test_small_domains_beyond_the_most_are_one(tmp_path: Path) -> None:
     names = {f"d{number:02}": [f"text {number:02} " * (40 - number)] for number in range(MOST_DOMAINS + 3)}
     found = read_passages(opened(), corpora=corpus(tmp_path, **names), tokens=5000)

@@ -43,7 +43,17 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 EXCEPTIONS: dict[str, str] = {}
 """File, or file:function, over its budget -> why that is better than cutting it."""
 
-EXTRAS = {"datasets", "huggingface_hub", "lm_eval", "math_verify", "fastapi", "uvicorn", "tensorboard", "trackio", "wandb"}
+EXTRAS = {
+    "datasets",
+    "fastapi",
+    "huggingface_hub",
+    "lm_eval",
+    "math_verify",
+    "tensorboard",
+    "trackio",
+    "uvicorn",
+    "wandb",
+}
 BASES = {"Config", "FinemoeError", "Native", "RunError"}  # the classes of ours that others derive from
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef

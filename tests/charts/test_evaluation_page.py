@@ -33,7 +33,7 @@ def scores(metric: str, value: float, groups: int = 0, **more: Any) -> dict[str,
 
 
 def fake() -> dict[str, Any]:
-    about = {"chance": 0.25, "lower_is_better": False, "shots": 5, "prompts": "abc", "items": 101}
+    about = {"chance": 0.25, "lower_is_better": False, "shots": 5, "shots_wanted": 5, "prompts": "abc", "items": 101}
     model = {
         "path": "runs/x", "fingerprint": "f00", "parameters": 1000, "dtype": "float32", "device": "cpu", "reach": 64,
         "first_token": 0, "batch_invariant": True,
@@ -69,6 +69,15 @@ def test_every_part_is_there() -> None:
         "network: off",
     ):
         assert said in page, said
+
+
+def test_what_falls_short_is_said() -> None:
+    results = fake()
+    results["tasks"]["mmlu"] |= {"shots": 1, "shots_wanted": 5}
+    results["scores"]["one"]["mmlu"]["outcomes"]["undecided"] = 7
+    page = evaluation_page(results)
+    assert "MMLU: at least 1 of 5 wanted worked examples" in page
+    assert "lower bound, as 7 answers could not be compared" in page
 
 
 def test_shares_and_other_metrics_have_axes_of_their_own() -> None:
@@ -122,6 +131,9 @@ def test_hostile_text_stays_text(place: str) -> None:
 def test_numbers_for_people() -> None:
     assert score_text(estimate(0.345, 0.034), "accuracy") == "34.5 ± 3.4 %"
     assert score_text(estimate(1.0, 0.1), "bits_per_byte") == "1.000 ± 0.100"
+    none_right = {**estimate(0.0, 0.0), "low": 0.0, "high": 0.658}
+    assert score_text(none_right, "accuracy") == "0.0 (≤ 65.8) %"
+    assert score_text({**estimate(1.0, 0.0), "low": 0.342, "high": 1.0}, "accuracy") == "100.0 (≥ 34.2) %"
     assert interval_text(estimate(0.3, 0.05), "accuracy") == "20.0 to 40.0 %"
     assert difference_text({"value": -0.025, "standard_error": 0.01}, "accuracy") == "−2.5 ± 1.0 points"
     assert difference_text({"value": 0.5, "standard_error": None}, "loss") == "+0.500"

@@ -199,6 +199,17 @@ def test_colours_of_maps_are_even_on_both_sides_of_zero(results: dict[str, Any])
     assert scale["domainMid"] == 0
 
 
+def test_maps_of_domains_share_a_scale_that_reaches_what_domains_have(results: dict[str, Any]) -> None:
+    """A rise of one domain is a part of it in all of them: the overall map's colours would end too soon."""
+    for number, one in enumerate(results["experiments"]["experts"]["records"]):
+        for each in one["by_domain"].values():
+            each["difference"]["mean"] = 2.0 + 0.1 * number
+    maps = charts.expert_maps_by_domain(results)
+    ends = {theme.spec(chart)["encoding"]["color"]["scale"]["domain"][1] for chart in maps}
+    assert len(ends) == 1
+    assert ends.pop() >= 2.0
+
+
 def test_matrix_of_pairs_is_symmetric_and_marks_what_is_sure(results: dict[str, Any]) -> None:
     rows = {(row["a"], row["b"]): row for row in values(charts.pair_maps(results)[0])}
     assert len(rows) == 6

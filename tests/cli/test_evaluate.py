@@ -49,6 +49,15 @@ def test_a_table_of_80_columns_and_the_same_as_json(command: Any, run_directory:
         assert metric["low"] <= metric["value"] <= metric["high"]
 
 
+def test_no_certainty_is_claimed_where_nothing_was_right(command: Any, run_directory: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"def number_{n} zebra{n}"} for n in range(2)]
+    (tmp_path / "lambada.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    shown = command("evaluate", run_directory, "--tasks", "lambada", "--data", tmp_path, "--quiet").stdout
+    assert "0.0 (≤ 65.8) %" in shown
+    assert "± 0.0" not in shown
+    assert "the end of the 95 %" in shown
+
+
 def test_a_folder_keeps_answers_and_the_report(command: Any, run_directory: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "eval"
     first = command("evaluate", run_directory, *options(data), "--out", out)
@@ -106,6 +115,9 @@ def test_the_list_names_every_task(command: Any) -> None:
         (("MODEL", "--tasks", "hellaswag", "--data", "DATA", "--samples", "4"), "code"),
         (("MODEL", "--tasks", "hellaswag", "--data", "DATA", "--temperature", "1"), "--samples"),
         (("MODEL", "--tasks", "hellaswag", "--data", "DATA", "--batch", "0"), "--batch"),
+        (("MODEL", "--tasks", "text", "--data", "DATA", "--limit", "-1"), "--limit is -1"),
+        (("MODEL", "--tasks", "hellaswag", "--data", "DATA", "--shots", "-1"), "--shots is -1"),
+        (("MODEL", "--tasks", "text", "--data", "text=gone", "--data", "text=away"), "only one place for a task"),
         (("MODEL", "MODEL", "--tasks", "hellaswag", "--data", "DATA"), "named twice"),
         (("gone", "--tasks", "hellaswag", "--data", "DATA"), "gone"),
     ],
@@ -119,3 +131,31 @@ def test_mistakes_are_answered_plainly(
     message = result.stderr + capsys.readouterr().err
     assert said in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("missing", ["lambada", "infilling"])
+def test_what_a_later_task_lacks_is_said_before_any_work(
+    command: Any, run_directory: Path, data: Path, tmp_path: Path, missing: str, capsys: Any
+) -> None:
+    (data / "held.py").write_text("def main():\n    return number_of_things\n", encoding="utf-8")
+    out = tmp_path / "eval"
+    result = command(
+        "evaluate", run_directory, "--tasks", f"hellaswag,{missing}", "--data", data, "--out", out, "--quiet"
+    )
+    assert result.exit_code == 2
+    said = {"lambada": "no file whose name is this set's", "infilling": "infilling: the model's tokenizer has no fill"}
+    assert said[missing] in result.stderr + capsys.readouterr().err
+    assert not (out / "answers").exists()
+
+
+def test_where_no_code_can_be_run_that_is_said_before_any_work(
+    command: Any, run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from finemoe.evaluation import sandbox
+
+    monkeypatch.setattr(sandbox, "supported", lambda: "the sandbox needs another system")
+    problem = {"task_id": "a/0", "prompt": "def f():\n", "test": "def check(f): pass", "entry_point": "f"}
+    (tmp_path / "humaneval.jsonl").write_text(json.dumps(problem) + "\n", encoding="utf-8")
+    result = command("evaluate", run_directory, "--tasks", "humaneval", "--data", tmp_path, "--quiet")
+    assert result.exit_code == 2
+    assert "humaneval: the sandbox needs another system" in result.stderr + capsys.readouterr().err

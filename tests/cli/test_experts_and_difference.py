@@ -50,6 +50,7 @@ def test_experts_prints_a_table_of_80_columns(command, tuned, tmp_path):
     assert result.exit_code == 0
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert "most specialised" in result.stdout
+    assert "Spec." in result.stdout, "the table must not be squeezed until its headings break off"
     assert "\x1b" not in result.stdout
 
 

@@ -102,7 +102,7 @@ def test_ctrl_c_writes_what_is_finished(few: list[Any], tmp_path: Path, monkeypa
         (["--layer", 7], "layer 7 has no routed experts; the MoE layers of this model are 0, 1, 2"),
         (["--expert", 63], "expert 63 does not exist: they are numbered 0 to 62"),
         (["--pairs", 1], "at least 2 experts make a pair"),
-        (["--batch", 0], "a batch of 0 windows"),
+        (["--batch", 0], "Invalid value for '--batch'"),
     ],
 )
 def test_mistakes_are_named(few: list[Any], arguments: list[Any], message: str) -> None:

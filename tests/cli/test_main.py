@@ -30,6 +30,10 @@ def test_help_teaches_within_80_columns(command: Any, arguments: list[str]) -> N
         assert "Example" in result.stdout
 
 
+def test_no_analysis_is_cut_short_in_the_list_of_them(command: Any) -> None:
+    assert "..." not in command("analyze", "--help").stdout.partition("Commands:")[2]
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
@@ -52,13 +56,14 @@ def test_version(process: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["traim"], "Did you mean 'train'?"),
+        (["traim"], "Did you mean 'train'"),
         (["train", "x.toml", "--oot", "y"], "--out"),
         (["train"], "Missing argument"),
         (["presets", "tiny-mo"], "did you mean `tiny-moe`?"),
         (["size", "deepsek-moe-16b"], "did you mean `deepseek-moe-16b`?"),
         (["size", "absent.toml"], "absent.toml: no such recipe"),
         (["generate", "."], "nothing to continue"),
+        (["paper", "--only", ","], "--only names no experiment"),
     ],
 )
 def test_a_mistake_is_one_message_and_status_2(command: Any, arguments: list[str], says: str) -> None:

@@ -45,17 +45,17 @@ def drawn(case: str) -> Any:
 
 
 def expected(case: str, router: Any, hidden: Tensor, masked: int, k: int, allowed: Tensor) -> list[list[int]]:
-    """Take the `masked` best of those allowed away, one at a time, then choose as the paper does."""
+    """Take away the `masked` best of the groups that count, then of the others; then choose as the paper does."""
     table, _, function, best = CASES[case]
     bias = dict(router.named_buffers()).get("selection_bias", torch.zeros(EXPERTS)).tolist()
     chosen = []
     for row, there in zip((hidden.double() @ router.weight.double().T).tolist(), allowed.tolist(), strict=True):
         merits = [s + b for s, b in zip(oracle.SCORES[function](row), bias, strict=True)]
-        left = list(there)
-        for _ in range(masked):
-            left[max((e for e in range(EXPERTS) if left[e]), key=merits.__getitem__)] = False
-        groups, per_token = table.get("num_groups", 1), table.get("groups_per_token", 1)
-        chosen.append(oracle.choose(merits, k, num_groups=groups, per_token=per_token, best=best, allowed=left))
+        limits = {"num_groups": table.get("num_groups", 1), "per_token": table.get("groups_per_token", 1), "best": best}
+        inside = oracle.reachable(merits, **limits, allowed=there)
+        first = sorted((e for e in range(EXPERTS) if there[e]), key=lambda e: (e not in inside, -merits[e]))[:masked]
+        left = [there[e] and e not in first for e in range(EXPERTS)]
+        chosen.append(oracle.choose(merits, k, **limits, allowed=left))
     return chosen
 
 
@@ -71,6 +71,17 @@ def test_masking_leaves_out_the_best_of_each_token(case: str, masked: int, activ
     if router.config.model_dump().get("normalize_gates"):
         gates = gates / gates.sum(dim=1, keepdim=True)
     torch.testing.assert_close(decision.gate_weights, gates * router.config.route_scale)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masked_experts_are_those_the_token_would_have_chosen(case: str) -> None:
+    """Of limited groups too: the best experts of the others were never a choice."""
+    router, hidden, tokens = drawn(case), torch.randn(300, HIDDEN), torch.zeros(300, dtype=torch.int64)
+    plain = router(hidden, tokens, None).expert_ids
+    for masked in (1, 2, 3):
+        left = router(hidden, tokens, RoutingConstraint(num_masked=masked, num_active=3)).expert_ids
+        first = plain[:, :masked]
+        assert not (left[:, :, None] == first[:, None, :]).any()
 
 
 @pytest.mark.parametrize("per_token", [False, True])

@@ -35,15 +35,23 @@ def choose(
     Disallowed experts are not there; if those groups hold fewer than k, every allowed expert may be chosen.
     """
     there = [e for e in range(len(merits)) if allowed is None or allowed[e]]
+    inside = reachable(merits, num_groups=num_groups, per_token=per_token, best=best, allowed=allowed)
+    candidates = inside if len(inside) >= k else there
+    return sorted(candidates, key=lambda e: -merits[e])[:k]
+
+
+def reachable(
+    merits: Sequence[float], *, num_groups: int, per_token: int, best: int, allowed: Sequence[bool] | None
+) -> list[int]:
+    """The allowed experts of the `per_token` best groups."""
+    there = [e for e in range(len(merits)) if allowed is None or allowed[e]]
     scored = []
     for group in groups_of(len(merits), num_groups):
         members = sorted((merits[e] for e in group if e in there), reverse=True)
         if members:
             scored.append((sum(members[:best]), group))
     kept = [group for _, group in sorted(scored, key=lambda pair: -pair[0])[:per_token]]
-    inside = [e for e in there if any(e in group for group in kept)]
-    candidates = inside if len(inside) >= k else there
-    return sorted(candidates, key=lambda e: -merits[e])[:k]
+    return [e for e in there if any(e in group for group in kept)]
 
 
 def gates_of(scores: Tensor, ids: Sequence[Sequence[int]], *, normalize: bool, scale: float) -> Tensor:

@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 
+from finemoe.analysis.knockout import PAPER
 from finemoe.analysis.passages import observe, read_passages
-from finemoe.charts.paper import every_claim
+from finemoe.charts.paper import PRINTED_ACTIVE, PRINTED_MASKED, every_claim
 from finemoe.charts.paper_page import counted, paper_page, summary_markdown
 from finemoe.checkpoint.language_model import open_language_model
+from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.model.moe.decision import RoutingConstraint
 from finemoe.studies import knockouts
-from finemoe.studies.arms import ARMS
+from finemoe.studies.arms import ARMS, solve
 from finemoe.studies.claims import EXPERIMENTS, MARGIN, Claim, Quantity
-from finemoe.studies.config import resolve_comparison
+from finemoe.studies.config import CompareConfig, resolve_comparison
 from finemoe.studies.paper import Paper, judge, paper
+from finemoe.studies.paper import _write as write_results
 from finemoe.studies.scales import SCALES
 from finemoe.studies.statistics import Interval, interval
 from studies.in_process import run_here
@@ -64,6 +67,16 @@ def test_printed_losses_agree_with_the_arms_own(claim: Claim) -> None:
         (_, a), (_, b) = papers  # type: ignore[misc]
         assert claim.printed_difference == pytest.approx(a - b, abs=1e-9)
         assert claim.printed == f"{a:.3f} against {b:.3f}"
+
+
+def test_figures_4_and_5_are_printed_alike_everywhere() -> None:
+    """They stand in the charts of this study, in the claims, and where knock-outs of any model show the paper's."""
+    masked = {name.replace(" x1.5", "×1.5"): points for name, points in PRINTED_MASKED.items()}
+    assert {n: {str(round(16 * x)): y for x, y in p.items()} for n, p in masked.items()} == PAPER["masked"]
+    assert {str(round(7 * x)): y for x, y in PRINTED_ACTIVE["DeepSeekMoE"].items()} == PAPER["active"]
+    for number in (1, 2, 3, 4):
+        ours, theirs = (points[number / 16] - points[0] for points in PRINTED_MASKED.values())
+        assert CLAIMS[f"masked-{number}"].printed == f"rise of {ours:.3f} against {theirs:.3f}"
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -141,11 +154,38 @@ def test_what_was_not_asked_for_is_not_run(study: Paper) -> None:
     assert found(study, "ours-gshard")["verdict"] != "not run", "its runs are there, so it is judged too"
 
 
+def test_knock_outs_are_those_of_what_was_asked_for(study: Paper, tmp_path: Path) -> None:
+    config = parse(CompareConfig, study.results["recipe"], "test")
+    arms = {name: solve(name, config.base, config.matching, config.routing, 32) for name in config.arms}
+    (tmp_path / "arms").symlink_to(study.directory / "arms")
+    for measure, files in (((), 0), (["gshard-x1.5"], 0), (["deepseek-moe"], 2)):
+        figures = knockouts.gather(tmp_path, arms, config, EXPERIMENTS.values(), quiet=True, measure=measure)
+        assert len(list(tmp_path.glob("knockouts/*/*.json"))) == files
+        assert len(figures[Quantity("deepseek-moe", "active", 4 / 7)]) == files
+
+
+def test_a_loss_that_is_no_number_leaves_results_that_any_reader_takes(study: Paper, tmp_path: Path) -> None:
+    results = json.loads(json.dumps(study.results))
+    results["experiments"]["figure5"]["claims"][0]["a"]["mean"] = float("nan")
+    write_results(results, tmp_path)
+    json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+
+
 def test_differences_are_paired_by_seed(study: Paper) -> None:
     ours, theirs = summaries(study, "deepseek-moe"), summaries(study, "gshard")
     differences = [ours[seed]["final_validation_loss"] - theirs[seed]["final_validation_loss"] for seed in (0, 1)]
     expected, got = interval(differences), found(study, "ours-gshard")["difference"]
     assert (got["mean"], got["low"], got["high"]) == pytest.approx((expected.mean, expected.low, expected.high))
+
+
+def test_training_text_is_judged_beside_held_out_text(study: Paper) -> None:
+    ours, theirs = summaries(study, "deepseek-moe"), summaries(study, "gshard")
+    expected = interval([ours[seed]["final_training_loss"] - theirs[seed]["final_training_loss"] for seed in (0, 1)])
+    got = found(study, "ours-gshard")["on_training_text"]
+    assert got["difference"]["mean"] == pytest.approx(expected.mean)
+    assert got["verdict"] == judge(CLAIMS["ours-gshard"], expected, 2)[0]
+    assert found(study, "four-active")["on_training_text"] is None
+    assert 0 < study.results["passes"] < 1
 
 
 def test_fewer_experts_agree_with_a_plain_pass(study: Paper) -> None:

@@ -27,6 +27,8 @@ Floats = NDArray[np.float64]
 FLIPS = ("flip_rate", "any_change", "top1_flip_rate", "gate_shift", "flip_rate_router", "flip_rate_states")
 """Sums over tokens of each, in this order; the last two: only the router is B's, only what it reads is B's."""
 _GATES = ("gate_a", "gate_b")
+_ALL = "all"
+"""Stands in results for the domains together."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,13 @@ def routing_difference(
         rows: windows in one forward pass.
 
     Raises:
-        ConfigError: as `pair`.
+        ConfigError: as `pair`; or a domain is called `all`.
     """
     pairing = pair(first, second)
     second = replace(second, isolated=first.isolated)  # positions are the first's
     domains = [passage.domain for passage in passages]
+    if _ALL in domains:
+        raise ConfigError(f"a domain cannot be called `{_ALL}`, which stands for all the text: label it otherwise")
     tallies = {
         layer: _LayerTally(len(domains), first.model.moe_layers[layer].config.num_routed_experts)
         for layer in pairing.experts
@@ -287,7 +291,7 @@ def _results(
     tallies: Mapping[int, _LayerTally],
     pairing: Pairing,
 ) -> dict[str, Any]:
-    every: list[tuple[str, int | None]] = [("all", None), *((name, number) for number, name in enumerate(domains))]
+    every: list[tuple[str, int | None]] = [(_ALL, None), *((name, number) for number, name in enumerate(domains))]
     experts = sum(len(tally.loads.rate()[0]) for tally in tallies.values())
     return {
         "confidence": CONFIDENCE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -174,12 +175,21 @@ def _documents(opened: LanguageModel, texts: Sequence[str], corpora: Sequence[st
         yield Document(f"text {number}", "text", text)
     seen: set[bytes] = set()
     for spec in corpora:
-        label, separator, path = spec.partition("=")
-        corpus = StdlibCorpus() if spec == "stdlib" else FilesCorpus(paths=(path if separator else spec,))
+        label, path = _label_and_path(spec)
+        corpus = StdlibCorpus() if path == "stdlib" else FilesCorpus(paths=(path,))
         for document in unique(corpus.documents(report), seen, report):
-            domain = label if separator else "stdlib" if spec == "stdlib" else document.domain
-            yield Document(document.name, domain, document.text)
+            yield Document(document.name, label or document.domain, document.text)
     report.check(0.01)
+
+
+def _label_and_path(spec: str) -> tuple[str, str]:
+    """The two parts of LABEL=PATH; no label where there is none, and where the whole is the name of something."""
+    label, separator, path = spec.partition("=")
+    if not separator or os.path.exists(spec):
+        return "stdlib" if spec == "stdlib" else "", spec
+    if not label or not path:
+        raise ConfigError(f"--corpus {spec}: it takes LABEL=PATH, or a path alone")
+    return label, path
 
 
 def _own_documents(opened: LanguageModel, report: SkipReport) -> Iterator[Document]:

@@ -19,7 +19,6 @@ Scores = Mapping[int, NDArray[np.float64]]
 """By layer, [experts]."""
 SAMPLE_LENGTH = 4096
 """Tokens of a sample in the paper, which takes 32 of them."""
-DEFAULT_TOKENS = 131_072
 DEFAULT_P: Mapping[Score, float] = {"gate": 0.1, "token": 0.2}
 _SLACK = 1e-12
 

@@ -177,7 +177,7 @@ def without_experts(opened: LanguageModel, layer: int, experts: Sequence[int]) -
 
 
 def estimate(sums: NDArray[np.float64], weights: NDArray[np.float64], domains: NDArray[np.str_]) -> Estimate:
-    """Mean per token of windows that sum to `sums [windows]`, with the 95 % t interval of `PairedRates` over windows."""
+    """Mean per token of windows that sum to `sums [windows]`, with the 95 % interval of `PairedRates` over windows."""
     real = weights > 0
     if not real.any():  # nothing but beginnings of documents that stand alone, which count nothing
         return {"mean": None, "low": None, "high": None}

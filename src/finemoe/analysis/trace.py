@@ -1,19 +1,19 @@
 """Traces: where every token went in every layer, streamed to one Parquet file that pandas, DuckDB and Polars read.
 
-One row for each token and MoE layer, none for filling. A row group holds one layer of some consecutive tokens, so a
-reader that filters by layer skips the others. Columns (none is ever null):
+One row for each token and MoE layer, none for filling, nor for the end of a document that stands alone. A row group
+holds one layer of some consecutive tokens, so a reader that filters by layer skips the others. Columns (none is null):
 
     domain        dictionary<string>  label of the text
     document      int32    number within the domain, counted at end-of-text tokens; such a token opens the next one
     window        int32    number within the domain; windows do not overlap and do not see each other
-    position      int32    place within the window: the tokens that the model could look back on
+    position      int32    place within the window; no token looks back beyond its start
     token_id      int32    the token that was read
     token         dictionary<string>  its text; bytes that are no UTF-8 as \\xNN
     layer         int16    index of the block, dense blocks counted
     expert_ids    list<uint16>   the routed experts chosen, best first
     gate_weights  list<float32>  what multiplied their outputs, in that order
     loss          float32  nats of the token that follows, given this one and those before it
-    entropy       float32  nats, of the router's scores over all experts, scaled to sum to 1; 0 for a hash router
+    entropy       float32  nats, of the router's scores over all experts, scaled to sum to 1; ln k for a hash router
 
 The key `finemoe.trace` of the file's metadata holds JSON: version, model, config, tokenizer (fingerprint), domains
 (tokens of each), length, command, date, environment. A file has its name only once it is whole.

@@ -22,9 +22,9 @@ _READING = (
     "is left of the old weights.",
     "Where flips come from: the second's router reads what the first's reads (only the router changed), and the "
     "first's router reads what the second's does (only the states changed). The two do not add up to the whole.",
-    "Intervals are 95 % t intervals over windows of text, paired, domain by domain (Welch); windows of one document are "
-    "not independent, so that they are somewhat too narrow for few documents. An expert has gained or lost when "
-    "an interval that holds for all experts at once (Bonferroni) leaves out 0.",
+    "Intervals are 95 % t intervals over windows of text, paired, domain by domain (Welch). Windows of one document "
+    "are not independent, so that intervals over few documents are somewhat too narrow. An expert has gained or lost "
+    "when an interval that holds for all experts at once (Bonferroni) leaves out 0.",
 )
 
 

@@ -178,6 +178,8 @@ def _sentence(own: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     if chance is not None and low is not None and high is not None:
         where = "above" if low > chance else "below" if high < chance else "not told from"
         said += f"; {where} guessing ({chance_text(chance, about['metric'])})"
+    if undecided := own["outcomes"].get("undecided"):
+        said += f"; a lower bound, as {undecided} answers could not be compared with the right one and score as wrong"
     return said + "."
 
 
@@ -268,7 +270,8 @@ def _left_out(results: Results) -> Section:
     ]  # fmt: skip
     note = (
         "Skipped: could not be read. Contexts cut: from the left, to fit the model. Cut off: neither a stop nor the "
-        "model ended them. Kept: from an earlier run; time and speed are of the rest."
+        "model ended them. Undecided: answered, but it could not be told whether rightly; scores as wrong. Error: "
+        "judging failed; no score. Kept: from an earlier run; speed is of the others, while the model works."
     )
     table = Table("What became of the items", columns, rows, (2, 3, 4, 5, 7, 8, 9), note)
     return Section(
@@ -281,7 +284,8 @@ def _set_up(results: Results) -> Section:
     settings = results["settings"]
     lines = []
     for about in results["tasks"].values():
-        shots = settings["shots"] if settings["shots"] is not None else about["shots"]
+        fewer = about["shots"] < about["shots_wanted"]
+        shots = f"at least {about['shots']} of {about['shots_wanted']} wanted" if fewer else str(about["shots"])
         lines.append(f"{about['title']}: {shots} worked examples, {about['items']} items, prompts {about['prompts']}.")
     for name, model in results["models"].items():
         exact = (

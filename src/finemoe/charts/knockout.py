@@ -202,7 +202,8 @@ def expert_map(results: Results, domain: str | None = None) -> Any | None:
     found = records(results, "experts")
     if not found:
         return None
-    top, clamped = _reach([one["difference"]["mean"] for one in found])
+    whole = found if domain is None else [each for one in found for each in one["by_domain"].values()]
+    top, clamped = _reach([one["difference"]["mean"] for one in whole])
     rows = []
     for one in found:
         each = one if domain is None else one["by_domain"][domain]

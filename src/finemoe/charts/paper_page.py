@@ -29,9 +29,14 @@ def paper_page(results: Results) -> str:
 def counted(results: Results) -> str:
     """One sentence: how many claims came out how."""
     claims = paper.every_claim(results)
-    counts = {verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in _ORDER}
-    found = [f"{number} {verdict}" for verdict, number in counts.items() if number]
-    return f"Of {len(claims)} claims {listed(found)} at this scale."
+    twins = [claim["on_training_text"] for claim in claims if claim["on_training_text"]]
+    first = f"Of {len(claims)} claims {_tally(claims)} at this scale, by held-out text."
+    return f"{first} Of {len(twins)} that compare two arms' losses {_tally(twins)} by the text they train on."
+
+
+def _tally(outcomes: Sequence[Mapping[str, Any]]) -> str:
+    counts = {verdict: sum(outcome["verdict"] == verdict for outcome in outcomes) for verdict in _ORDER}
+    return listed([f"{number} {verdict}" for verdict, number in counts.items() if number])
 
 
 def _tokens(results: Results) -> str:
@@ -42,6 +47,8 @@ def _verdicts(results: Results) -> Section:
     blocks: list[Any] = [Text([counted(results)])]
     for verdict in ("contradicted", "reproduced"):
         items = [f"{c['statement']}: {c['reason']}" for c in paper.every_claim(results) if c["verdict"] == verdict]
+        twins = [(c["statement"], c["on_training_text"]) for c in paper.every_claim(results) if c["on_training_text"]]
+        items += [f"{said}, on training text: {t['reason']}" for said, t in twins if t["verdict"] == verdict]
         if items:
             blocks += [Text([f"{verdict.capitalize()}:"]), Bullets(items)]
     blocks.append(
@@ -66,17 +73,24 @@ def _smaller(results: Results) -> str:
 def _row(claim: Mapping[str, Any]) -> list[str]:
     decimals = 2 if claim["unit"] == "MaxVio" else 3
     ours = f"{plus_minus(claim['a'], decimals)} against {plus_minus(claim['b'], decimals)}"
-    found = claim.get("difference") or {}
-    span = NOTHING
-    if found.get("mean") is not None:
-        span = fixed(found["mean"], decimals)
-        if found.get("low") is not None:
-            span += f" ({fixed(found['low'], decimals)} to {fixed(found['high'], decimals)})"
+    span = _span(claim, decimals)
+    twin = claim.get("on_training_text")
+    training = f"{_span(twin, decimals)}: {twin['verdict']}" if twin else NOTHING
     seeds = str(len(claim["seeds"])) if claim["seeds"] else NOTHING
-    return [claim["statement"], claim["verdict"], claim["printed"], ours, span, claim["source"], seeds]
+    return [claim["statement"], claim["verdict"], claim["printed"], ours, span, training, claim["source"], seeds]
 
 
-_COLUMNS = ("Claim", "Verdict", "Printed", "Ours", "Difference, 95 %", "Source", "Seeds")
+_COLUMNS = ("Claim", "Verdict", "Printed", "Ours", "Difference, 95 %", "On training text", "Source", "Seeds")
+
+
+def _span(outcome: Mapping[str, Any], decimals: int) -> str:
+    """`-0.059 (-0.071 to -0.047)`, as far as there is one."""
+    found = outcome.get("difference") or {}
+    if found.get("mean") is None:
+        return NOTHING
+    if found.get("low") is None:
+        return fixed(found["mean"], decimals)
+    return f"{fixed(found['mean'], decimals)} ({fixed(found['low'], decimals)} to {fixed(found['high'], decimals)})"
 
 
 def _claims(results: Results) -> Section:
@@ -84,7 +98,7 @@ def _claims(results: Results) -> Section:
     for one in results["experiments"].values():
         rows = [_row(claim) for claim in one["claims"]]
         strong = [number for number, claim in enumerate(one["claims"]) if claim["verdict"] == "contradicted"]
-        blocks.append(Table(one["title"], _COLUMNS, rows, numeric=(6,), note=one["note"], strong=strong, wrap=True))
+        blocks.append(Table(one["title"], _COLUMNS, rows, numeric=(7,), note=one["note"], strong=strong, wrap=True))
         blocks.append(Code(one["command"], f"Command for {one['title']}"))
     return Section("Claim by claim", blocks)
 
@@ -150,6 +164,8 @@ def _how(results: Results) -> Section:
         "A claim sets two figures of runs with the same seed against each other; the interval is Student's t over "
         f"seeds. Two losses count as equal within {results['margin']} nats per token. reproduced: the interval allows "
         "nothing else; contradicted: it excludes the claim; undecided: it allows both.",
+        "On training text: the same of the mean loss over the last fifth of the steps, at most 100, after "
+        f"{results['passes']:.2f} passes over the text; below one pass every token is met for the first time.",
         *results["notes"],
     ]
     return Section("How it was done", [Text(text), Code(results["command"], "Command for everything")])
@@ -161,14 +177,14 @@ def summary_markdown(results: Results) -> str:
     lines = [
         counted(results),
         "",
-        f"| {' | '.join(_COLUMNS[:6])} |",
-        "|---|---|---|---|---|---|",
+        f"| {' | '.join(_COLUMNS[:7])} |",
+        "|---|---|---|---|---|---|---|",
     ]
     for claim in paper.every_claim(results):
         row = _row(claim)
         if row[1] == "contradicted":
             row[1] = "**contradicted**"
-        lines.append(f"| {' | '.join(_escaped(row[:6]))} |")
+        lines.append(f"| {' | '.join(_escaped(row[:7]))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -10,7 +10,7 @@ from finemoe.charts.numbers import NOTHING, duration, finite, fixed
 _NO_SHARES = frozenset({"bits_per_byte", "loss", "nats_per_word"})
 _NAMES = {
     "bits_per_byte": "bits per byte",
-    "accuracy_norm": "accuracy (length-normalised)",
+    "accuracy_norm": "accuracy (per character)",
     "accuracy_token": "accuracy (per token)",
     "accuracy_uncond": "accuracy (unconditional)",
     "exact_match": "exact match",
@@ -53,10 +53,17 @@ def value_text(value: Any, metric: str) -> str:
 
 
 def score_text(estimate: Mapping[str, Any] | None, metric: str) -> str:
-    """`34.5 ± 3.4 %`: a standard error, not an interval."""
+    """`34.5 ± 3.4 %`: a standard error, not an interval.
+
+    Where all items were right or all wrong that error is 0 and says nothing: then the end of the 95 % interval,
+    `0.0 (≤ 3.7) %`.
+    """
     value, error = finite((estimate or {}).get("value")), finite((estimate or {}).get("standard_error"))
     if value is None or error is None:
         return value_text(value, metric)
+    low, high = finite((estimate or {}).get("low")), finite((estimate or {}).get("high"))
+    if error == 0 and is_share(metric) and low is not None and high is not None and high > low:
+        return f"0.0 (≤ {100 * high:.1f}) %" if value == 0 else f"{100 * value:.1f} (≥ {100 * low:.1f}) %"
     return f"{100 * value:.1f} ± {100 * error:.1f} %" if is_share(metric) else f"{value:.3f} ± {error:.3f}"
 
 

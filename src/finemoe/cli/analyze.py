@@ -22,7 +22,7 @@ for verb in (load, knockout, experts, difference, relevance):
 
 @analyze.callback()
 def about() -> None:
-    """Look inside a model: which experts take what, and what happens without them.
+    """Look inside a model: what its experts take and do.
 
     \b
     Each reads labelled text and writes a table, JSON, a page and figures:

@@ -23,12 +23,13 @@ def difference(
     out: Report = None,
     as_json: Json = False,
 ) -> None:
-    """Compare the routing of two checkpoints on the same tokens: before and after.
+    """Compare the routing of two checkpoints.
 
-    Before and after fine-tuning, reinforcement learning or pruning, or two moments of one run. It
-    says, layer by layer and domain by domain, which choices of experts changed, whether the router
-    or what it reads changed them, which experts gained or lost load, and what became of the loss.
-    Experts are matched by number; where B has fewer, by their weights.
+    On the same tokens, before and after fine-tuning, reinforcement learning or pruning, or two
+    moments of one run. It says, layer by layer and domain by domain, which choices of experts
+    changed, whether the router or what it reads changed them, which experts gained or lost
+    load, and what became of the loss. Experts are matched by number; where B has fewer, by
+    their weights.
 
     \b
     Examples:

@@ -27,7 +27,7 @@ def experts(
     out: Report = None,
     as_json: Json = False,
 ) -> None:
-    """Make a card for every routed expert: what it takes, where, and who is near it.
+    """Make a card for every routed expert.
 
     A card says the expert's load, the tokens and contexts it takes most (by gate weight, against
     how common they are), its share of each domain, how specialised that is (0: takes of every
@@ -87,7 +87,7 @@ def _print(results: Mapping[str, Any]) -> None:
     cards = [card for card in results["cards"] if card["relative_load"] >= _FEWEST]
     cards.sort(key=lambda card: -(card["specialization"] if several else card["relative_load"]))
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for title, width in (("Expert", 7), ("Load", 5), ("Spec.", 5), ("Domain", 11), ("Tokens, by lift", 47)):
+    for title, width in (("Expert", 7), ("Load", 5), ("Spec.", 5), ("Domain", 11), ("Tokens, by lift", 42)):
         side: Any = "right" if title in ("Load", "Spec.") else "left"
         table.add_column(title, width=width, justify=side, no_wrap=True, overflow="ellipsis")
     for card in cards[:_MOST_ROWS]:
@@ -98,7 +98,8 @@ def _print(results: Mapping[str, Any]) -> None:
         table.add_row(
             name, fixed(card["relative_load"], 2), fixed(card["specialization"], 2), Text(domain), Text(words)
         )
-    text = f"{len(results['cards'])} experts, {count(results['tokens'])} tokens of {len(results['domains'])} domains."
+    read = f"{len(results['domains'])} domain{'s' if several else ''}"
+    text = f"{len(results['cards'])} experts, {count(results['tokens'])} tokens of {read}."
     by = "most specialised" if several else "most used"
     also = f" with a load of at least {_FEWEST:g} times uniform" if several else ""
     lead_in = f"The {min(_MOST_ROWS, len(cards))} {by}{also}:"

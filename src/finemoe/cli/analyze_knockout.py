@@ -45,7 +45,9 @@ def knockout(
     out: Report = None,
     as_json: Json = False,
 ) -> None:
-    """Take experts away and see what the model loses, in nats per token, with 95 % intervals.
+    """Take experts away and see what the model loses.
+
+    In nats per token, with 95 % intervals:
 
     \b
     masked   for every token the best 1/16 ... 4/16 of the experts are left out (the

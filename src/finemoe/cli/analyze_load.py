@@ -22,11 +22,11 @@ def load(
     out: Report = None,
     as_json: Json = False,
 ) -> None:
-    """How evenly the experts are used: by layer, by domain, together, over training.
+    """Say how evenly the experts are used.
 
-    A run directory stands for all its kept checkpoints, oldest first; several models are a series
-    in the order given. Every model reads the same text. What the run's validations recorded is
-    shown beside them.
+    By layer, by domain, together, over training. A run directory stands for all its kept
+    checkpoints, oldest first; several models are a series in the order given. Every model reads
+    the same text. What the run's validations recorded is shown beside them.
 
     MaxVio is (largest load - mean load) / mean load: 0 is even. Starved experts get less than a
     tenth of an even share, dead ones nothing. When a layer has stopped using its experts, this

@@ -40,12 +40,12 @@ def relevance(
     report: _Report = None,
     as_json: Json = False,
 ) -> None:
-    """Find the experts that a task needs, and write them down for expert tuning (ESFT).
+    """Find the experts that a task needs (ESFT).
 
-    Every expert of every layer gets the mean of its gate weights over the task's tokens, and the
-    share of tokens that choose it; both are means over samples of the model's length. Selected
-    are the fewest experts of each layer whose scores reach P of the layer's sum. All texts given
-    count as one task.
+    They are written down for expert tuning. Every expert of every layer gets the mean of its gate
+    weights over the task's tokens, and the share of tokens that choose it; both are means over
+    samples of the model's length. Selected are the fewest experts of each layer whose scores
+    reach P of the layer's sum. All texts given count as one task.
 
     \b
     Examples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +17,9 @@ from finemoe.core.errors import ConfigError
 if TYPE_CHECKING:
     from finemoe.evaluation.results import Evaluated
     from finemoe.evaluation.runner import Settings
-    from finemoe.evaluation.task import Task
+    from finemoe.evaluation.task import Item, Task
+
+    Loaded = dict[str, tuple[Sequence[Item], int]]
 
 _SHOWN = 1  # item whose prompt --show prints
 _Models = Annotated[list[Path] | None, typer.Argument(metavar="MODEL...", help=MODEL + " Several are compared.")]
@@ -43,7 +46,9 @@ def evaluate(
     models: _Models = None,
     tasks: Annotated[str | None, typer.Option(metavar="NAME,...", help="What to ask; --list names all.")] = None,
     data: _Data = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N items of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Only N items of each task: the first, evenly over its subjects.")
+    ] = None,
     shots: Annotated[int | None, typer.Option(metavar="N", help="Worked examples; default: as in the papers.")] = None,
     samples: Annotated[int | None, typer.Option(metavar="N", help="Code: completions of each problem.")] = None,
     temperature: Annotated[
@@ -84,7 +89,7 @@ def evaluate(
         for task in chosen:
             _show(task, sources[task.name], shots)
         return
-    _check(models, batch)
+    _check(models, batch, limit, shots)
 
     from finemoe.evaluation.runner import Settings
 
@@ -97,11 +102,15 @@ def evaluate(
         _print_results(found, out)
 
 
-def _check(models: list[Path] | None, batch: int) -> None:
+def _check(models: list[Path] | None, batch: int, limit: int | None, shots: int | None) -> None:
     if not models:
         raise ConfigError("no model given: name one, as in `finemoe evaluate runs/tiny --tasks hellaswag --data sets/`")
     if batch < 1:
         raise ConfigError(f"--batch is {batch}: at least 1 row")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit is {limit}: at least 1 item, or none for all")
+    if shots is not None and shots < 0:
+        raise ConfigError(f"--shots is {shots}: 0 or more worked examples")
 
 
 def _tasks(names: str | None, samples: int | None, temperature: float | None) -> list[Task]:
@@ -137,6 +146,8 @@ def _sources(given: list[str], names: list[str]) -> dict[str, Path | None]:
         if separator and not Path(text).exists():
             if task not in names:
                 raise ConfigError(f"--data {text}: {task!r} is not among the tasks asked: {', '.join(names)}")
+            if task in named:
+                raise ConfigError(f"--data {task}={named[task]} and {text}: only one place for a task")
             named[task] = Path(path)
         elif common is not None:
             raise ConfigError(f"--data {common} and {text}: only one place may be for all tasks; write TASK=PATH")
@@ -166,12 +177,15 @@ def _run(
     for model in models:
         kind_of(model)  # a path that holds nothing is refused before the first model is read
     names = _names(models)
+    # A set that is missing, or a system that runs no code, is told before a model has worked for hours.
+    loaded = {task.name: task.items(sources[task.name], settings.shots, settings.limit) for task in tasks}
+    sandbox = _layers(tasks, loaded)
     with nullcontext() if out is None else sole_writer(out):
         done = []
         for name, path in zip(names, models, strict=True):
-            done.append(_ask_one(name, path, tasks, sources, settings, dtype, out, quiet))
+            done.append(_ask_one(name, path, tasks, loaded, settings, dtype, out, quiet))
             command = shlex.join(["finemoe", *sys.argv[1:]])
-            found = results(done, settings, command=command, sandbox=_layers(tasks), sampling=sampling)
+            found = results(done, settings, command=command, sandbox=sandbox, sampling=sampling)
             if out is not None:  # after each model: an interruption loses nothing that was told
                 write(out, found, done)
     return found
@@ -181,7 +195,7 @@ def _ask_one(
     name: str,
     path: Path,
     tasks: list[Task],
-    sources: dict[str, Path | None],
+    loaded: Loaded,
     settings: Settings,
     dtype: _Dtype,
     out: Path | None,
@@ -189,15 +203,19 @@ def _ask_one(
 ) -> Evaluated:
     from finemoe.checkpoint.language_model import open_language_model
     from finemoe.evaluation.results import Evaluated
-    from finemoe.evaluation.runner import Answers, ask, describe_model, fingerprint
+    from finemoe.evaluation.runner import Answers, ask, describe_model, fingerprint, require_middle
 
     opened = open_language_model(path, dtype)
+    for task in tasks:
+        require_middle(opened, task.name, loaded[task.name][0])
     key = fingerprint(opened)
     asked = {}
     for task in tasks:
         answers = Answers(None if out is None else out / "answers" / f"{task.name}.jsonl")
         try:
-            asked[task.name] = ask(opened, task, sources[task.name], settings, answers, model_key=key, quiet=quiet)
+            asked[task.name] = ask(
+                opened, task, None, settings, answers, model_key=key, quiet=quiet, loaded=loaded[task.name]
+            )
         finally:
             answers.close()
     return Evaluated(name, describe_model(opened, key), asked)
@@ -214,12 +232,20 @@ def _names(models: list[Path]) -> list[str]:
     raise ConfigError(f"{repeated} is named twice: name each model once")
 
 
-def _layers(tasks: list[Task]) -> dict[str, str] | None:
-    """The layers of the sandbox and which are active, where a task runs code."""
-    if not any(task.metric.startswith("pass@") for task in tasks):
-        return None
-    from finemoe.evaluation.sandbox import layers
+def _layers(tasks: list[Task], loaded: Loaded) -> dict[str, str] | None:
+    """The layers of the sandbox and which are active, where a task runs code.
 
+    Raises:
+        ConfigError: code would be run, and cannot be run here.
+    """
+    from finemoe.evaluation.sandbox import layers, supported
+    from finemoe.evaluation.tasks import runs_code
+
+    running = [task.name for task in tasks if runs_code(task, loaded[task.name][0])]
+    if not running:
+        return None
+    if (why := supported()) is not None:
+        raise ConfigError(f"{', '.join(running)}: {why}")
     return dict(layers())
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.output import Json, Out, Overrides, Quiet, print_json, print_rich
-from finemoe.core.errors import TrainingError
+from finemoe.core.errors import ConfigError, TrainingError
 
 
 def paper(
@@ -22,11 +22,12 @@ def paper(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Re-run the papers' experiments in miniature and say which claims hold.
+    """Re-run the papers' experiments in miniature.
 
-    DeepSeekMoE sections 4.2 to 4.5, V3's two ablations and Loss-Free Balancing's MaxVio, each
-    claim with the printed figure, ours, an interval over seeds and a verdict. Runs that are
-    finished are used again: add experiments one by one, interrupt and go on as you like.
+    It says which claims hold: DeepSeekMoE sections 4.2 to 4.5, V3's two ablations and Loss-Free
+    Balancing's MaxVio, each claim with the printed figure, ours, an interval over seeds and a
+    verdict. Runs that are finished are used again: add experiments one by one, interrupt and go
+    on as you like.
 
     \b
     Examples:
@@ -44,6 +45,8 @@ def paper(
     from finemoe.studies.paper import paper as run_paper
 
     names = [name.strip() for name in (only or "").split(",") if name.strip()]
+    if only is not None and not names:
+        raise ConfigError("--only names no experiment; see --list")
     study = run_paper(scale, only=names, out=out, overrides=overrides or (), quiet=quiet)
     if as_json:
         print_json(study.results)
@@ -89,9 +92,10 @@ def _table(results: dict[str, Any]) -> Any:
     from finemoe.charts.numbers import fixed
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("Claim", max_width=45)
+    table.add_column("Claim", max_width=33)
     table.add_column("Difference (95 %)", justify="right", no_wrap=True)
-    table.add_column("Verdict", no_wrap=True)
+    table.add_column("Held out", no_wrap=True)
+    table.add_column("Training", no_wrap=True)
     for experiment in results["experiments"].values():
         for claim in experiment["claims"]:
             found = claim["difference"] or {}
@@ -101,5 +105,6 @@ def _table(results: dict[str, Any]) -> Any:
             if found.get("low") is not None:
                 text += f" ± {fixed((found['high'] - found['low']) / 2)}"
             style = {"contradicted": "bold red", "reproduced": "green"}.get(claim["verdict"], "dim")
-            table.add_row(claim["statement"], text, claim["verdict"], style=style)
+            twin = claim["on_training_text"]
+            table.add_row(claim["statement"], text, claim["verdict"], twin["verdict"] if twin else "", style=style)
     return table

@@ -25,11 +25,12 @@ def trace(
     summary: Annotated[bool, typer.Option("--summary/--no-summary", help="Count loads too, and print them.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Write down where every token goes: one row for each token and MoE layer.
+    """Write down where every token goes in every layer.
 
-    A row holds domain, document, window, position, token_id, token, layer, expert_ids (best
-    first), gate_weights, loss (nats of the next token) and entropy (nats of the router's
-    scores). The file is streamed, so its length costs no memory, and appears once it is whole.
+    One row for each token and MoE layer: domain, document, window, position, token_id, token,
+    layer, expert_ids (best first), gate_weights, loss (nats of the next token) and entropy (nats
+    of the router's scores). The file is streamed, so its length costs no memory, and appears once
+    it is whole.
 
     \b
     Examples:

@@ -114,7 +114,8 @@ def _find(pattern: str) -> Iterator[tuple[Path, str]]:
     """Files behind one pattern, each with a name that does not say where the data lies on this machine."""
     try:
         path = Path(pattern).expanduser()
-    except RuntimeError as error:
+        path.exists()  # raises for a name too long to be one
+    except (RuntimeError, OSError) as error:
         raise DataError(f"corpus path {pattern}: {error}") from error
     if path.is_dir():
         for file in path.rglob("*"):

@@ -7,12 +7,13 @@ A claim sets one quantity against another, seed by seed, so that a seed's luck f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-Kind = Literal["loss", "max_vio", "masked", "masked_rise", "active", "without_shared"]
-"""Of an arm: its held-out loss, its MaxVio on held-out text, its loss with the best experts of every token masked (and
-how much that is above its own), with fewer active experts, without its shared experts but with as many routed more."""
+Kind = Literal["loss", "training", "max_vio", "masked", "masked_rise", "active", "without_shared"]
+"""Of an arm: its held-out loss, its loss over the last steps of training, its MaxVio on held-out text, its loss with
+the best experts of every token masked (and how much that is above its own), with fewer active experts, without its
+shared experts but with as many routed more."""
 Relation = Literal["lower", "higher", "no_higher", "equal"]
 
 
@@ -28,7 +29,7 @@ class Quantity:
     @property
     def needs_knockout(self) -> bool:
         """Whether it takes more than the run's summary."""
-        return self.kind not in ("loss", "max_vio")
+        return self.kind not in ("loss", "training", "max_vio")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,17 @@ class Claim:
     printed_difference: float | None = None
     """`a` - `b` where the paper gives both in the unit of ours."""
 
+    @property
+    def on_training_text(self) -> Claim | None:
+        """The same of the loss over the last steps; None for claims about something else than two arms' losses.
+
+        Text that is trained on for the first time is as unseen as held-out text until its step is over, two runs of one
+        seed meet it in the same order, and there is more of it: it decides what held-out files leave open.
+        """
+        if not self.a.kind == self.b.kind == "loss":
+            return None
+        return replace(self, a=replace(self.a, kind="training"), b=replace(self.b, kind="training"))
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -63,6 +75,8 @@ class Experiment:
         """Everything its claims compare."""
         for claim in self.claims:
             yield from (claim.a, claim.b)
+            if (twin := claim.on_training_text) is not None:
+                yield from (twin.a, twin.b)
 
     @property
     def all_arms(self) -> tuple[str, ...]:

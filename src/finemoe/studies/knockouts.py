@@ -6,11 +6,11 @@ Losses under knock-outs are kept in knockouts/ARM/seed-N.json of the study's dir
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from finemoe.analysis.knockout import active_losses, masked_losses, without_shared
+from finemoe.analysis.knockout import FRACTIONS, active_losses, masked_losses, without_shared
 from finemoe.analysis.passages import read_passages
 from finemoe.checkpoint.files import write_text
 from finemoe.checkpoint.language_model import LanguageModel, open_language_model
@@ -22,10 +22,9 @@ from finemoe.training.directory import read_summary
 
 Figures = dict[Quantity, dict[int, float]]
 """By quantity and seed; a seed whose run has not finished is absent."""
+_SUMMARY = {"loss": "final_validation_loss", "training": "final_training_loss", "max_vio": "max_vio"}
 TOKENS = 65_536
 """Held-out tokens that a knock-out is measured on, at most of each domain."""
-SHARES = (1 / 16, 2 / 16, 3 / 16, 4 / 16)
-"""Of the routed experts, masked: the points of Figure 4 beside the intact model."""
 
 
 def gather(
@@ -35,11 +34,11 @@ def gather(
     experiments: Iterable[Experiment],
     *,
     quiet: bool,
-    measure: bool,
+    measure: Collection[str],
 ) -> Figures:
     """Every quantity of the claims of `experiments`, and the curves of Figures 4 and 5.
 
-    `measure`: run the knock-outs that are not there yet; else leave them out.
+    `measure`: arms whose knock-outs are run where they are not there yet; those of others are left out.
     """
     wanted = dict.fromkeys(quantity for experiment in experiments for quantity in experiment.quantities())
     figures: Figures = {quantity: {} for quantity in wanted}
@@ -52,7 +51,7 @@ def gather(
     }
     for quantity in wanted:
         if not quantity.needs_knockout:
-            key = "final_validation_loss" if quantity.kind == "loss" else "max_vio"
+            key = _SUMMARY[quantity.kind]
             for (name, seed), summary in finished.items():
                 if name == quantity.arm and summary[key] is not None:
                     figures[quantity][seed] = summary[key]
@@ -69,11 +68,11 @@ def seeds_of(a: Mapping[int, float], b: Mapping[int, float]) -> list[int]:
 
 
 def _records(
-    directory: Path, arms: Mapping[str, SizedArm], todo: list[tuple[str, int]], *, quiet: bool, measure: bool
+    directory: Path, arms: Mapping[str, SizedArm], todo: list[tuple[str, int]], *, quiet: bool, measure: Collection[str]
 ) -> Iterable[tuple[str, int, dict[str, Any]]]:
     paths = {(name, seed): directory / "knockouts" / arms[name].folder / f"seed-{seed}.json" for name, seed in todo}
-    missing = [key for key in todo if not paths[key].exists()]
-    if measure and missing:
+    missing = [key for key in todo if key[0] in measure and not paths[key].exists()]
+    if missing:
         with progress("knock-outs", len(missing), "runs") as advance:
             for name, seed in missing:
                 opened = open_language_model(directory / "arms" / arms[name].folder / f"seed-{seed}")
@@ -92,9 +91,9 @@ def _measured(opened: LanguageModel) -> dict[str, Any]:
     passages = read_passages(opened, tokens=TOKENS)
     half = max(1, (config.experts_per_token - 1) // 2)
     counts = list(range(half, config.experts_per_token + 1))
-    masked, active = masked_losses(opened, passages, SHARES), active_losses(opened, passages, counts)
+    masked, active = masked_losses(opened, passages, FRACTIONS), active_losses(opened, passages, counts)
     shared = without_shared(opened, passages) if config.num_shared_experts else None
-    losses = {f"{share:g}": record["loss"]["mean"] for share, record in zip(SHARES, masked, strict=True)}
+    losses = {f"{share:g}": record["loss"]["mean"] for share, record in zip(FRACTIONS, masked, strict=True)}
     return {
         "experts_per_token": config.experts_per_token,
         "masked": {"0": masked[0]["intact"]["mean"], **losses},

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import finemoe
+from finemoe.charts.numbers import clean
 from finemoe.charts.paper import save_figures
 from finemoe.charts.paper_page import paper_page, summary_markdown
 from finemoe.checkpoint.files import sole_writer, write_text
@@ -98,12 +99,15 @@ def paper(
             if interrupted:
                 return Paper(directory, {}, True, failures)
             raise RunError(f"{directory}: no run finished; first failure: {next(iter(failures.values()), 'none')}")
+        asked = [quantity for experiment in wanted.values() for quantity in experiment.quantities()]
+        knocked = {quantity.arm for quantity in asked if quantity.needs_knockout and not interrupted}
         try:
-            figures = gather(directory, arms, config, EXPERIMENTS.values(), quiet=quiet, measure=not interrupted)
+            figures = gather(directory, arms, config, EXPERIMENTS.values(), quiet=quiet, measure=knocked)
         except KeyboardInterrupt:
             interrupted = True
-            figures = gather(directory, arms, config, EXPERIMENTS.values(), quiet=True, measure=False)
-        results = _results(scale, config, arms, comparison, figures, failures, (command, overrides, out))
+            figures = gather(directory, arms, config, EXPERIMENTS.values(), quiet=True, measure=())
+        passes = config.budget.value / data.train.num_tokens
+        results = _results(scale, config, arms, comparison, figures, failures, passes, (command, overrides, out))
         _write(results, directory)
     return Paper(directory, results, interrupted, failures)
 
@@ -145,6 +149,7 @@ def _results(
     comparison: Mapping[str, Any],
     figures: Figures,
     failures: Mapping[str, str],
+    passes: float,
     asked: tuple[str, Sequence[str], str | os.PathLike[str] | None],
 ) -> dict[str, Any]:
     command, overrides, out = asked
@@ -171,6 +176,7 @@ def _results(
             }
             for name, experiment in EXPERIMENTS.items()
         },
+        "passes": passes,
         "arms": {name: {key: record[key] for key in _KEPT} for name, record in comparison["arms"].items()},
         "curves": {name: _points(arms, figures, name) for name in ("masked", "active")},
     }
@@ -189,9 +195,7 @@ def _points(arms: Mapping[str, SizedArm], figures: Figures, kind: str) -> list[d
 def _judged(claim: Claim, figures: Figures) -> dict[str, Any]:
     """The claim with our figures and the verdict on it."""
     a, b = figures.get(claim.a, {}), figures.get(claim.b, {})
-    shared = seeds_of(a, b)
-    difference = interval([a[seed] - b[seed] for seed in shared]) if shared else None
-    verdict, reason = judge(claim, difference, len(shared))
+    twin = claim.on_training_text
     return {
         "id": claim.id,
         "statement": claim.statement,
@@ -202,17 +206,25 @@ def _judged(claim: Claim, figures: Figures) -> dict[str, Any]:
         "unit": "MaxVio" if claim.a.kind == "max_vio" else "nats per token",
         "a": _side(claim.a, a),
         "b": _side(claim.b, b),
-        "seeds": shared,
-        "difference": None if difference is None else asdict(difference),
-        "verdict": verdict,
-        "reason": reason,
+        **_outcome(claim, a, b),
+        "on_training_text": twin and _outcome(twin, figures.get(twin.a, {}), figures.get(twin.b, {})),
     }
+
+
+def _outcome(claim: Claim, a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, Any]:
+    """Seeds, difference with its interval, verdict and reason."""
+    seeds = seeds_of(a, b)
+    difference = interval([a[seed] - b[seed] for seed in seeds]) if seeds else None
+    verdict, reason = judge(claim, difference, len(seeds))
+    found = None if difference is None else asdict(difference)
+    return {"seeds": seeds, "difference": found, "verdict": verdict, "reason": reason}
 
 
 def _side(quantity: Quantity, values: Mapping[int, float]) -> dict[str, Any]:
     label = ARMS[quantity.arm].label
     words = {
         "loss": label,
+        "training": label,
         "max_vio": f"{label}: MaxVio",
         "masked": f"{label}, {quantity.setting:.3g} masked",
         "masked_rise": f"{label}: rise",
@@ -255,7 +267,7 @@ def judge(claim: Claim, difference: Interval | None, seeds: int) -> tuple[str, s
 
 
 def _write(results: dict[str, Any], directory: Path) -> None:
-    write_text(directory / "results.json", json.dumps(results, indent=1, ensure_ascii=False))
+    write_text(directory / "results.json", json.dumps(clean(results), indent=1, ensure_ascii=False))
     write_text(directory / "summary.md", summary_markdown(results))
     write_text(directory / "report.html", paper_page(results))
     save_figures(results, directory / "figures")

@@ -89,11 +89,14 @@ def select(scores: Tensor, k: int, constraint: RoutingConstraint | None) -> Tens
 
 def permitted(scores: Tensor, constraint: RoutingConstraint) -> Tensor:
     """`scores [tokens, experts]` with minus infinity where the constraint leaves an expert out."""
-    if constraint.allowed is not None:
-        scores = scores.masked_fill(~constraint.allowed, -torch.inf)
+    scores = _allowed(scores, constraint)
     if constraint.num_masked:
         scores = scores.scatter(-1, best_experts(scores, constraint.num_masked), -torch.inf)
     return scores
+
+
+def _allowed(scores: Tensor, constraint: RoutingConstraint) -> Tensor:
+    return scores if constraint.allowed is None else scores.masked_fill(~constraint.allowed, -torch.inf)
 
 
 def select_in_groups(
@@ -102,21 +105,32 @@ def select_in_groups(
     """`select` within the best groups of each token; a group counts as the sum of its `best` highest scores.
 
     Disallowed experts count nothing: a group with fewer than `best` left is the sum of those. A constraint may leave
-    too few experts in the best groups; such a token chooses among all that are allowed.
+    too few experts in the best groups; such a token chooses among all that are allowed. Masked are first the best
+    experts of the best groups, which the token would choose, then those of the others.
     """
     if groups.num_groups == groups.groups_per_token or (constraint is not None and constraint.replay is not None):
         return select(scores, k, constraint)
     if constraint is not None:
-        scores = permitted(scores, constraint)
+        scores = _allowed(scores, constraint)
+        if constraint.num_masked:
+            falling = scores.argsort(dim=-1, descending=True, stable=True)
+            outside = _within_groups(scores, groups, best).isneginf().gather(1, falling)
+            ranked = falling.gather(1, outside.to(torch.int8).argsort(dim=-1, stable=True))
+            scores = scores.scatter(-1, ranked[:, : constraint.num_masked], -torch.inf)
+    limited = _within_groups(scores, groups, best)
+    if constraint is not None:
+        k = constraint.num_active or k
+        starved = limited.isfinite().sum(dim=-1, keepdim=True) < k
+        limited = torch.where(starved, scores, limited)
+    return best_experts(limited, k)
+
+
+def _within_groups(scores: Tensor, groups: GroupsConfig, best: int) -> Tensor:
+    """`scores [tokens, experts]` with minus infinity outside of each token's best groups."""
     grouped = scores.unflatten(-1, (groups.num_groups, -1))
     highest = grouped.topk(min(best, grouped.shape[-1]), dim=-1).values
     empty = highest[..., 0].isneginf()
     group_scores = highest.masked_fill(highest.isneginf(), 0.0).sum(dim=-1).masked_fill(empty, -torch.inf)
     chosen = group_scores.topk(groups.groups_per_token, dim=-1).indices
     outside = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, chosen, False)
-    limited = grouped.masked_fill(outside[:, :, None], -torch.inf).flatten(1)
-    if constraint is not None:
-        k = constraint.num_active or k
-        starved = limited.isfinite().sum(dim=-1, keepdim=True) < k
-        limited = torch.where(starved, scores, limited)
-    return best_experts(limited, k)
+    return grouped.masked_fill(outside[:, :, None], -torch.inf).flatten(1)
