@@ -33,7 +33,15 @@ def scores(metric: str, value: float, groups: int = 0, **more: Any) -> dict[str,
 
 
 def fake() -> dict[str, Any]:
-    about = {"chance": 0.25, "lower_is_better": False, "shots": 5, "shots_wanted": 5, "prompts": "abc", "items": 101}
+    about = {
+        "chance": 0.25,
+        "lower_is_better": False,
+        "shots": 5,
+        "shots_most": 5,
+        "shots_wanted": 5,
+        "prompts": "abc",
+        "items": 101,
+    }
     model = {
         "path": "runs/x", "fingerprint": "f00", "parameters": 1000, "dtype": "float32", "device": "cpu", "reach": 64,
         "first_token": 0, "batch_invariant": True,
@@ -73,10 +81,11 @@ def test_every_part_is_there() -> None:
 
 def test_what_falls_short_is_said() -> None:
     results = fake()
-    results["tasks"]["mmlu"] |= {"shots": 1, "shots_wanted": 5}
+    results["tasks"]["mmlu"] |= {"shots": 1, "shots_most": 3}
     results["scores"]["one"]["mmlu"]["outcomes"]["undecided"] = 7
     page = evaluation_page(results)
-    assert "MMLU: at least 1 of 5 wanted worked examples" in page
+    assert "MMLU: 1 to 3 of 5 wanted worked examples" in page
+    assert "7 of 101 contexts were cut to fit the model" in page
     assert "lower bound, as 7 answers could not be compared" in page
 
 

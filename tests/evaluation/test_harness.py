@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_models import MadeUp, opened
 
-from finemoe.core.errors import ConfigError
+from finemoe.core.errors import ConfigError, RunError
 from finemoe.evaluation import harness
 from finemoe.evaluation.harness import generation_request, harness_model
 from finemoe.evaluation.runner import Settings, ask
@@ -101,6 +101,31 @@ def test_the_harness_says_how_to_get_it() -> None:
         patch.setitem(sys.modules, "lm_eval", None)
         with pytest.raises(ConfigError, match=r"finemoe\[eval\]"):
             harness_model("anywhere")
+        with pytest.raises(SystemExit, match=r"error: .*finemoe\[eval\]"):  # from the shell: no traceback
+            harness.main()
+
+
+@pytest.mark.parametrize(
+    ("given", "rows"),
+    [
+        ({}, 16),
+        ({"batch_size": 1}, 16),
+        ({"batch_size": "8"}, 8),
+        ({"batch": 4, "batch_size": 1}, 4),
+        ({"batch": 1}, 1),
+    ],
+)
+def test_the_harnesss_default_of_one_row_does_not_undo_ours(model: Any, given: dict[str, Any], rows: int) -> None:
+    assert type(model)(path="anywhere", **given).answerer._settings.batch == rows
+
+
+@pytest.mark.parametrize("content", ["a letter", '{"key": 1}\n', '{"other": 1}\n', "[1]\n", '{"key": "k"}\nno json\n'])
+def test_a_file_that_holds_no_answers_is_refused_and_left_as_it_is(model: Any, content: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(RunError, match=r"mine.txt is no file of kept answers"):
+        harness_model("anywhere", answers=path)
+    assert path.read_text(encoding="utf-8") == content
 
 
 def test_options_of_a_generation() -> None:
@@ -111,7 +136,8 @@ def test_options_of_a_generation() -> None:
     with pytest.raises(ConfigError, match="num_beams"):
         generation_request("a", {"num_beams": 3})
     with pytest.raises(ConfigError, match="top_p"):
-        generation_request("a", {"top_p": 0.9})
+        generation_request("a", {"top_p": 0.9, "temperature": 0.5})
+    assert generation_request("a", {"top_p": 0.95, "top_k": 50, "temperature": 0.0}).temperature == 0.0  # greedy
 
 
 @pytest.mark.slow
@@ -131,7 +157,6 @@ def test_windows_and_borders_are_the_harnesss_own() -> None:
     for context, continuation in (
         ("the cat", " sat"),
         ("the cat  ", "sat"),
-        ("the c", "at on the mat"),
         ("a\n", "b"),
         ("q", "!"),
     ):
@@ -139,6 +164,12 @@ def test_windows_and_borders_are_the_harnesss_own() -> None:
         window = continuation_windows(model, context, continuation).windows[0]
         assert list(window.tokens) == [*before, *after]
         assert window.num_targets == len(after)
+    # Where a token straddles the border, the harness reads the context's own tokens: "the c" + " on the mat".
+    # Ours reads the text as it stands, and asks for the same targets.
+    before, after = TemplateLM._encode_pair(split, "the c", "at on the mat")
+    window = continuation_windows(model, "the c", "at on the mat").windows[0]
+    assert list(window.tokens) == model.tokenizer.encode("the cat on the mat") != [*before, *after]
+    assert list(window.tokens[-window.num_targets :]) == after
 
 
 @pytest.mark.slow

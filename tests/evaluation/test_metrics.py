@@ -79,7 +79,21 @@ def test_the_macro_mean_counts_every_group_the_same() -> None:
     made = macro([small, large])
     assert made.value == pytest.approx((0.5 + 0.9) / 2)
     assert made.n == 12
-    assert made.standard_error == pytest.approx(math.sqrt(0.25 / 2 + 0.09 / 10) / 2)
+    assert made.standard_error == pytest.approx(math.sqrt(0.25 / 1 + 0.09 / 9) / 2)
+
+
+def test_the_macro_error_is_right_for_small_groups_and_none_where_nothing_tells_it() -> None:
+    generator = np.random.default_rng(0)
+    made = []
+    for _ in range(3000):
+        drawn = generator.random((8, 2)) < 0.5  # eight groups of two items
+        made.append(macro([estimate(list(map(float, group)), ones(2), "g") for group in drawn]))
+    real = np.var([one.value for one in made])
+    assert np.mean([(one.standard_error or 0.0) ** 2 for one in made]) == pytest.approx(real, rel=0.1)
+    alone = [estimate([value], ones(1), "g") for value in (1.0, 0.0)]
+    all_wrong = [estimate([0.0, 0.0], ones(2), "g")] * 2
+    for groups in ([*alone, *all_wrong], alone, all_wrong):
+        assert (macro(groups).standard_error, macro(groups).low) == (None, None)
 
 
 def test_a_paired_difference_by_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import ConfigError
 from finemoe.evaluation.results import Evaluated, results, scores_of
 from finemoe.evaluation.runner import Answers, Asked, Settings, ask, describe_model, fingerprint
+from finemoe.evaluation.tables import notes
 from finemoe.evaluation.task import Generate, Generated, Item, Judged, Rolling, Scored
 from finemoe.model.native import available
 
@@ -43,7 +45,7 @@ def test_batch_1_and_64_give_equal_results(model: LanguageModel, task: MadeUp) -
         for batch in (1, 64)
     )
     for scores in (one["scores"], many["scores"]):
-        for name in ("seconds", "tokens_per_second"):
+        for name in ("seconds", "answering_seconds", "tokens_per_second"):
             scores["m"]["madeup"].pop(name)
     assert one["scores"] == many["scores"]
     assert one["models"]["m"]["batch_invariant"]
@@ -172,6 +174,55 @@ def test_the_items_that_a_judge_fails_at_are_no_wrong_answers() -> None:
     assert own["outcomes"] == {"error": 1, "timeout": 1, "answered": own["asked"] - 2}
     assert own["skipped"] == 2
     assert any("it broke" in note for note in own["notes"])
+
+
+def test_what_cannot_be_compared_is_counted_beside_the_score() -> None:
+    made = asked(opened())
+    odd = Judged({"accuracy": 0.0}, "undecided", note="'x' cannot be compared with 'y'")
+    slow = [Judged({"accuracy": 0.0}, "timeout", note="10 s")] * 2
+    spoilt = replace(made, judged=(odd, odd, *slow, *made.judged[4:]))
+    found = results([Evaluated("m", describe_model(opened(), "k"), {"madeup": spoilt})], Settings())
+    own = found["scores"]["m"]["madeup"]
+    assert (own["n"], own["outcomes"]["undecided"]) == (own["asked"], 2)
+    assert [note.split(": ")[1] for note in own["notes"]] == ["undecided", "timeout"]  # the first of each
+    said = " ".join(notes(found))
+    assert "2 timeout and 2 undecided of 8 items" in said
+    assert "lower bound" in said
+
+
+def test_speed_is_that_of_the_model_alone(model: LanguageModel) -> None:
+    class Slow(MadeUp):
+        def items(self, source, shots, limit):
+            time.sleep(0.3)
+            return MadeUp.items(self, source, shots, limit)
+
+        def judge(self, item, answers):
+            time.sleep(0.1)
+            return MadeUp.judge(self, item, answers)
+
+    kept = Answers()
+    first = asked(model, Slow(kinds=("options",)), answers=kept)
+    assert first.seconds - first.answering > 1.0
+    four_options = sum(len(model.tokenizer.encode(r.requests[0].context + " cat")) for r in first.items)
+    assert first.tokens < 2 * four_options  # what the options share is read once, not four times
+    again = results(
+        [Evaluated("m", describe_model(model, "k"), {"madeup": asked(model, Slow(), answers=kept)})], Settings()
+    )
+    everything = asked(model, Slow(), answers=kept)
+    assert everything.tokens == 0
+    told_again = results([Evaluated("m", describe_model(model, "k"), {"madeup": everything})], Settings())
+    assert told_again["scores"]["m"]["madeup"]["tokens_per_second"] is None
+    own = again["scores"]["m"]["madeup"]
+    assert own["tokens_per_second"] == pytest.approx(own["tokens"] / own["answering_seconds"], rel=0.05)
+
+
+def test_results_say_how_many_worked_examples_there_really_were() -> None:
+    made = asked(opened())
+    items = tuple(replace(item, facts={**item.facts, "shots": 2 + n}) for n, item in enumerate(made.items))
+    found = results(
+        [Evaluated("m", describe_model(opened(), "k"), {"t": replace(made, items=items, shots=5)})], Settings()
+    )
+    assert [found["tasks"]["t"][key] for key in ("shots", "shots_most", "shots_wanted")] == [2, 9, 5]
 
 
 def test_results_have_groups_their_mean_and_paired_differences() -> None:

@@ -125,6 +125,30 @@ def test_a_limit_takes_the_first_and_ids_are_unique(tmp_path: Path) -> None:
     assert [item.id for item in TASKS["arc_easy"].items(path, None, 2)[0]] == ["same", "same#2"]
 
 
+def test_a_limit_is_spread_evenly_over_the_groups(tmp_path: Path) -> None:
+    exam = {"question": "Who?", "choices": list("wxyz"), "answer": "A"}
+    counts = {"algebra": 6, "law": 1, "art": 4}
+    rows = [
+        {**exam, "subject": name, "question": f"{name} {n}?"} for name, count in counts.items() for n in range(count)
+    ]
+    path = write(tmp_path / "mmlu_test.jsonl", rows)
+    taken = {n: [item.id for item in TASKS["mmlu"].items(path, 0, n)[0]] for n in range(1, 13)}
+    places = {n: [int(id.split(":")[1]) for id in ids] for n, ids in taken.items()}
+    assert places[3] == [1, 7, 8]  # the first of each
+    assert places[7] == [1, 2, 3, 7, 8, 9, 10]  # law has no more than one
+    assert places[12] == list(range(1, 12))
+    for n in range(1, 12):
+        assert set(taken[n]) <= set(taken[n + 1])
+        assert len(taken[n]) == n
+
+
+def test_an_id_does_not_depend_on_the_limit(tmp_path: Path) -> None:
+    rows = [{"problem": f"{n}?", "answer": "1", "unique_id": "u", "type": kind} for n, kind in enumerate("aab")]
+    path = write(tmp_path / "math_test.jsonl", rows)
+    assert [item.id for item in TASKS["math"].items(path, 0, None)[0]] == ["u", "u#2", "u#3"]
+    assert [item.id for item in TASKS["math"].items(path, 0, 2)[0]] == ["u", "u#3"]
+
+
 def test_without_a_source_the_hub_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -208,7 +208,7 @@ def test_math_forms(tmp_path: Path) -> None:
     [
         ("equal", "answered", {"accuracy": 1.0}),
         ("different", "answered", {"accuracy": 0.0}),
-        ("unreadable", "answered", {"accuracy": 0.0}),
+        ("unreadable", "undecided", {"accuracy": 0.0}),
         ("error", "error", {}),
     ],
 )
@@ -240,3 +240,10 @@ def test_nothing_generated_and_nothing_readable(name: str, tmp_path: Path) -> No
 
 def test_the_first_line_counts() -> None:
     assert closed_book.first_line("\n  one \ntwo") == "one"
+
+
+def test_an_empty_answer_is_never_right() -> None:
+    for name, golds in (("triviaqa", ["A", "The The"]), ("natural_questions", ["the"]), ("drop", [["a"]])):
+        judged = worth(name, Item("i", (), {"golds": golds}), " \n")
+        assert judged.outcome == "no_answer"
+        assert judged.scores == {"exact_match": 0.0, "f1": 0.0}

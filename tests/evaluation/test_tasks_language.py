@@ -46,3 +46,16 @@ def test_bits_per_byte_are_those_of_the_whole(tmp_path: Path) -> None:
     assert mean == pytest.approx(7.0 / math.log(2) / 10)
     with pytest.raises(DataError, match="needs a text"):
         TASKS["text"].items(None, None, None)
+
+
+def test_a_limit_gives_every_domain_its_share(tmp_path: Path) -> None:
+    for domain in ("books", "code"):
+        (tmp_path / domain).mkdir()
+        write(tmp_path / domain / "part.jsonl", "".join(json.dumps({"text": f"{domain} {n}"}) + "\n" for n in range(5)))
+    items, _ = TASKS["text"].items(tmp_path, None, 4)
+    assert [item.requests[0].text for item in items] == ["books 0", "books 1", "code 0", "code 1"]
+    alone, _ = TASKS["text"].items(tmp_path / "books" / "part.jsonl", None, 2)
+    assert [item.requests[0].text for item in alone] == ["books 0", "books 1"]
+    for limit in (0, -1):
+        with pytest.raises(ConfigError, match=f"limit is {limit}"):
+            TASKS["text"].items(tmp_path, None, limit)

@@ -79,7 +79,7 @@ def plain(model: Transformer, window: Window) -> tuple[float, bool]:
 
 
 def scored(model: Transformer, windows: list[Window], rows: int, most_tokens: int = 8192) -> list:
-    found = {i: s for batch in score(model, windows, rows, most_tokens) for i, s in batch}
+    found = {i: s for batch, _ in score(model, windows, rows, most_tokens) for i, s in batch}
     return [found[i] for i in range(len(windows))]
 
 
@@ -128,6 +128,7 @@ def test_rows_that_are_read_once_serve_all_who_begin_with_them(model: Transforme
     finally:
         del model.forward
     assert rows == [1]
+    assert [read for _, read in score(model, options, 64)] == [3]  # what all four share was read once
     for option, got in zip(options, together, strict=False):
         assert got.logprob == pytest.approx(scored(model, [option], 1)[0].logprob, abs=1e-4)
 

@@ -178,6 +178,8 @@ def _sentence(own: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     if chance is not None and low is not None and high is not None:
         where = "above" if low > chance else "below" if high < chance else "not told from"
         said += f"; {where} guessing ({chance_text(chance, about['metric'])})"
+    if own["truncated"]:
+        said += f"; {own['truncated']} of {own['asked']} contexts were cut to fit the model"
     if undecided := own["outcomes"].get("undecided"):
         said += f"; a lower bound, as {undecided} answers could not be compared with the right one and score as wrong"
     return said + "."
@@ -284,8 +286,9 @@ def _set_up(results: Results) -> Section:
     settings = results["settings"]
     lines = []
     for about in results["tasks"].values():
-        fewer = about["shots"] < about["shots_wanted"]
-        shots = f"at least {about['shots']} of {about['shots_wanted']} wanted" if fewer else str(about["shots"])
+        least, most, wanted = about["shots"], about["shots_most"], about["shots_wanted"]
+        shots = str(least) if least == most else f"{least} to {most}"
+        shots += f" of {wanted} wanted" if least < wanted else ""
         lines.append(f"{about['title']}: {shots} worked examples, {about['items']} items, prompts {about['prompts']}.")
     for name, model in results["models"].items():
         exact = (

@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model
-from finemoe.core.errors import ConfigError
+from finemoe.core.errors import ConfigError, FinemoeError
 from finemoe.core.logs import progress
 from finemoe.evaluation.runner import Answers, Settings, answer_all, fingerprint, request_key
 from finemoe.evaluation.task import Answer, Generate, Generated, LogLikelihood, Request, Rolling, Scored
 
+_ROWS = 16
+"""Of a pass, where nobody says; what comes out does not depend on it."""
 _MOST_NEW_TOKENS = 256
 """What the harness writes where a task does not say."""
 
 
 def harness_model(
-    path: str | Path, *, batch: int = 16, dtype: Dtype = "fp32", answers: str | Path | None = None
+    path: str | Path, *, batch: int = _ROWS, dtype: Dtype = "fp32", answers: str | Path | None = None
 ) -> Any:
     """The model at `path` as an `lm_eval.api.model.LM`.
 
@@ -57,8 +59,8 @@ class Answerer:
         keys = [request_key(self._key, request, self._settings.seed) for request in requests]
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
         with progress("answering", len(missing), "requests") as advance:
-            for settled in answer_all(self._opened, missing, self._settings):
-                for key, answer, _ in settled:
+            for settled, _ in answer_all(self._opened, missing, self._settings):
+                for key, answer in settled:
                     self._answers.keep(key, answer, task="harness", item=key[:16])
                 advance(len(settled))
         return [known[key] for key in keys]
@@ -80,12 +82,12 @@ def generation_request(prompt: str, options: Mapping[str, Any]) -> Request:
         raise ConfigError(
             f"generation_kwargs: {', '.join(unknown)} is not known here; known are {', '.join(sorted(known))}"
         )
-    if options.get("top_k") or options.get("top_p") not in (None, 1, 1.0):
-        raise ConfigError("generation_kwargs: top_k and top_p are not taken here: draw at a temperature alone")
     until = options.get("until") or ()
     stops = (until,) if isinstance(until, str) else tuple(str(stop) for stop in until if stop)
     temperature = float(options.get("temperature") or 0.0)
     drawn = bool(options.get("do_sample", temperature > 0)) and temperature > 0
+    if drawn and (options.get("top_k") or options.get("top_p") not in (None, 1, 1.0)):
+        raise ConfigError("generation_kwargs: top_k and top_p are not taken here: draw at a temperature alone")
     most = int(options.get("max_gen_toks") or options.get("max_new_tokens") or _MOST_NEW_TOKENS)
     return Generate(prompt, stops, most, temperature=temperature if drawn else 0.0)
 
@@ -103,16 +105,20 @@ def _model_class() -> Any:
         def __init__(
             self,
             path: str,
-            batch: int = 16,
+            batch: int | None = None,
             dtype: Dtype = "fp32",
             answers: str | Path | None = None,
             batch_size: Any = None,
             max_batch_size: Any = None,
             device: Any = None,
         ) -> None:
-            """The last three are the harness's own options: a number as batch_size takes the place of `batch`."""
+            """The last three are the harness's own options. Its batch_size counts without `batch`, if it is not 1.
+
+            1 is what the harness says for somebody who said nothing; whoever means it gives batch=1.
+            """
             super().__init__()
-            rows = int(batch_size) if str(batch_size).isdecimal() else int(batch)
+            said = int(batch_size) if str(batch_size).isdecimal() else 1
+            rows = int(batch) if batch is not None else said if said > 1 else _ROWS
             kept = None if answers is None else Answers(Path(answers))
             self.answerer = Answerer(open_language_model(path, dtype), rows, kept)
 
@@ -149,13 +155,20 @@ def _model_class() -> Any:
 
 
 def main() -> None:
-    """The harness's own command line, which then knows `--model finemoe`."""
-    cls = _model_class()
-    from lm_eval.__main__ import cli_evaluate
-    from lm_eval.api.registry import register_model
+    """The harness's own command line, which then knows `--model finemoe`.
 
-    register_model("finemoe")(cls)
-    cli_evaluate()
+    Raises:
+        SystemExit: with the message of a mistake that the user can mend.
+    """
+    try:
+        cls = _model_class()
+        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.api.registry import register_model
+
+        register_model("finemoe")(cls)
+        cli_evaluate()
+    except FinemoeError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

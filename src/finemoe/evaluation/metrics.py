@@ -91,12 +91,17 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def macro(groups: Sequence[Estimate]) -> Estimate:
-    """The mean of groups that all count the same, whatever their size; their errors are independent."""
+    """The mean of groups that all count the same, whatever their size; their errors are independent.
+
+    Without an error where a group has one item, or where no group has right and wrong ones: nothing tells it then.
+    """
     value = math.fsum(group.value for group in groups) / len(groups)
     n = sum(group.n for group in groups)
-    if any(group.standard_error is None for group in groups):
+    # Of n items, error² is on average (n - 1)/n of what it should be: much where groups are small.
+    each = [(group.standard_error or 0.0) ** 2 * group.n / max(1, group.n - 1) for group in groups]
+    error = math.sqrt(math.fsum(each)) / len(groups)
+    if error == 0 or any(group.n < 2 for group in groups):
         return Estimate(value, n, None, None, None, "none")
-    error = math.sqrt(math.fsum((group.standard_error or 0.0) ** 2 for group in groups)) / len(groups)
     return Estimate(value, n, error, value - _Z * error, value + _Z * error, groups[0].method)
 
 

@@ -86,12 +86,15 @@ def scores_of(asked: Asked, metric: str) -> dict[str, Judged]:
 
 def _about_task(asked: Asked) -> dict[str, Any]:
     task = asked.task
+    shots = [item.facts.get("shots", 0) for item in asked.items] or [0]
     return {
         "title": task.title,
         "metric": task.metric,
         "chance": task.chance,
         "lower_is_better": task.metric in LOWER_IS_BETTER,
-        "shots": task.shots,
+        "shots": min(shots),
+        "shots_most": max(shots),
+        "shots_wanted": asked.shots,
         "prompts": asked.prompts,
         "items": len(asked.items),
     }
@@ -100,7 +103,7 @@ def _about_task(asked: Asked) -> dict[str, Any]:
 def _scores(asked: Asked, seed: int) -> dict[str, Any]:
     task = asked.task
     metrics = dict.fromkeys([task.metric, *(name for judged in asked.judged for name in judged.scores)])
-    found = {name: made for name in metrics if (made := _estimate(scores_of(asked, name), f"{task.name}/{name}", seed))}
+    found = {name: made for name in metrics if (made := _estimate(scores_of(asked, name), name, task.name, seed))}
     groups = _groups(asked, seed)
     headline = found.get(task.metric)
     return {
@@ -118,16 +121,19 @@ def _scores(asked: Asked, seed: int) -> dict[str, Any]:
         "notes": _notes(asked),
         "tokens": asked.tokens,
         "seconds": round(asked.seconds, 3),
-        "tokens_per_second": round(asked.tokens / asked.seconds, 1) if asked.tokens and asked.seconds else None,
+        "answering_seconds": round(asked.answering, 3),
+        "tokens_per_second": round(asked.tokens / asked.answering, 1) if asked.tokens and asked.answering else None,
         "reused_answers": asked.reused,
     }
 
 
-def _estimate(judged: Mapping[str, Judged], stream: str, seed: int) -> Estimate | None:
-    metric = stream.split("/")[1]
+def _estimate(judged: Mapping[str, Judged], metric: str, of: str, seed: int) -> Estimate | None:
+    """The metric over `judged`; `of` names the task and group. None without items that count."""
     if not judged or not math.fsum(j.weight for j in judged.values()) > 0:
         return None
-    return estimate([j.scores[metric] for j in judged.values()], [j.weight for j in judged.values()], stream, seed)
+    return estimate(
+        [j.scores[metric] for j in judged.values()], [j.weight for j in judged.values()], f"{of}/{metric}", seed
+    )
 
 
 def _groups(asked: Asked, seed: int) -> dict[str, Estimate]:
@@ -138,15 +144,17 @@ def _groups(asked: Asked, seed: int) -> dict[str, Estimate]:
     for item in asked.items:
         if item.group is not None and item.id in judged:
             members.setdefault(item.group, {})[item.id] = judged[item.id]
-    made = {group: _estimate(own, f"{name}/{metric}/{group}", seed) for group, own in sorted(members.items())}
+    made = {group: _estimate(own, metric, f"{name}/{group}", seed) for group, own in sorted(members.items())}
     return {group: found for group, found in made.items() if found is not None}
 
 
-def _notes(asked: Asked, most: int = 5) -> list[str]:
-    """Why items came to a bad end: the first few."""
-    pairs = zip(asked.items, asked.judged, strict=True)
-    bad = [f"{item.id}: {j.outcome}: {j.note}" for item, j in pairs if j.outcome not in ("answered", "no_answer")]
-    return bad[:most]
+def _notes(asked: Asked) -> list[str]:
+    """Why items came to a bad end: the first of each."""
+    found: dict[str, str] = {}
+    for item, judged in zip(asked.items, asked.judged, strict=True):
+        if judged.outcome not in ("answered", "no_answer"):
+            found.setdefault(judged.outcome, f"{item.id}: {judged.outcome}: {judged.note}")
+    return list(found.values())
 
 
 def _difference(first: Evaluated, second: Evaluated, name: str, seed: int) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from finemoe.checkpoint.language_model import LanguageModel
-from finemoe.core.errors import ConfigError
+from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.logs import JsonLines, progress, read_json_lines
 from finemoe.evaluation.answering import generate
 from finemoe.evaluation.task import (
@@ -39,6 +39,7 @@ from finemoe.generation.scoring import (
     Windows,
     WindowScore,
     continuation_windows,
+    middle_ids,
     reach_of,
     score,
     text_windows,
@@ -46,6 +47,8 @@ from finemoe.generation.scoring import (
 
 _FORMAT = 1
 """Raise it when answers to the same request change: the old ones are then no longer found."""
+_FIRST = b'{"key"'
+"""What a file of answers begins with, even one that was torn at its first line."""
 _SAMPLE = 4096
 """Numbers of each tensor that go into the fingerprint as they are."""
 
@@ -79,9 +82,14 @@ class Asked:
     """Completions that were cut off at the most tokens allowed."""
     prompts: str
     """A hash of every request, to the character."""
+    shots: int
+    """Worked examples that were wanted; an item's own facts say how many it has."""
     tokens: int
-    """Read and written now, contexts once for each option; kept answers cost none."""
+    """Read and written by the model now: what several requests share is read once, kept answers cost none."""
     seconds: float
+    """From reading the data to the last verdict."""
+    answering: float
+    """Seconds of those in which the model worked."""
     reused: int
     """Requests whose answers were kept."""
 
@@ -103,9 +111,9 @@ class Answers:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():  # before it is opened: that cuts a last line that has no end, whoever wrote it
+            self.known |= _kept(self.path)
         self._file = JsonLines(self.path)
-        for record in read_json_lines(self.path):
-            self.known[record["key"]] = _from_record(record["answer"])
 
     def keep(self, key: str, answer: Answer, **about: Any) -> None:
         """Remember an answer; `about` is for people who read the file."""
@@ -146,6 +154,7 @@ def ask(
     *,
     model_key: str = "",
     quiet: bool = False,
+    loaded: tuple[Sequence[Item], int] | None = None,
 ) -> Asked:
     """Put a task's items to a model and judge what it answers.
 
@@ -157,13 +166,14 @@ def ask(
         answers: kept ones, of this and other models; None keeps nothing.
         model_key: `fingerprint(opened)`, needed with `answers`.
         quiet: no progress on stderr.
+        loaded: what `task.items` gave for these settings, where it was called before.
 
     Raises:
         ConfigError: a task that this model cannot be asked.
         DataError: no data.
     """
     started = time.monotonic()
-    items, skipped = task.items(source, settings.shots, settings.limit)
+    items, skipped = loaded or task.items(source, settings.shots, settings.limit)
     _check_ids(task, items)
     keys = [[request_key(model_key, request, settings.seed) for request in item.requests] for item in items]
     answers = answers or Answers()
@@ -171,7 +181,9 @@ def ask(
     for item, own in zip(items, keys, strict=True):
         missing |= {key: (item, r) for key, r in zip(own, item.requests, strict=True) if key not in answers.known}
     total = len({key for own in keys for key in own})
+    began = time.monotonic()
     tokens = _fetch(opened, missing, settings, answers, task.name, quiet)
+    answering = time.monotonic() - began
     given = [[answers.known[key] for key in own] for own in keys]
     judged = []
     with _bar(f"{task.name}: judging", len(items), "items", quiet) as advance:
@@ -186,10 +198,25 @@ def ask(
         truncated=sum(any(answer.truncated for answer in own) for own in given),
         unfinished=sum(answer.unfinished for own in given for answer in own if isinstance(answer, Generated)),
         prompts=prompts_hash(items),
+        shots=task.shots if settings.shots is None else settings.shots,
         tokens=tokens,
         seconds=time.monotonic() - started,
+        answering=answering,
         reused=total - len(missing),
     )
+
+
+def require_middle(opened: LanguageModel, task: str, items: Sequence[Item]) -> None:
+    """Say before the work begins what the model cannot be asked.
+
+    Raises:
+        ConfigError: a gap to fill, and a tokenizer without the tokens for it.
+    """
+    if any(isinstance(request, Generate) and request.suffix is not None for i in items for request in i.requests):
+        try:
+            middle_ids(opened, "", "", 1)
+        except ConfigError as error:
+            raise ConfigError(f"{task}: {error}") from error
 
 
 def _fetch(
@@ -205,10 +232,10 @@ def _fetch(
     requests = {key: request for key, (_, request) in missing.items()}
     with _bar(task, len(missing), "requests", quiet) as advance:
         try:
-            for settled in answer_all(opened, requests, settings):
-                for key, answer, count in settled:
+            for settled, count in answer_all(opened, requests, settings):
+                for key, answer in settled:
                     answers.keep(key, answer, task=task, item=missing[key][0].id)
-                    tokens += count
+                tokens += count
                 advance(len(settled))
         except ConfigError as error:
             raise ConfigError(f"{task}: {error}") from error
@@ -236,8 +263,8 @@ def prompts_hash(items: Sequence[Item]) -> str:
 
 def answer_all(
     opened: LanguageModel, requests: Mapping[str, Request], settings: Settings
-) -> Iterator[list[tuple[str, Answer, int]]]:
-    """Key, answer and number of tokens of each request, pass by pass in the order that they come out.
+) -> Iterator[tuple[list[tuple[str, Answer]], int]]:
+    """Key and answer of the requests that a pass settles, and the tokens that it read and wrote, pass by pass.
 
     Raises:
         ConfigError: a request that this model cannot answer.
@@ -246,7 +273,7 @@ def answer_all(
     windows = {key: _windows(opened, r) for key, r in requests.items() if not isinstance(r, Generate)}
     yield from _score(opened, windows, settings.batch)
     for key, answer, count in generate(opened, writing, settings.seed):
-        yield [(key, answer, count)]
+        yield [(key, answer)], count
 
 
 def _windows(opened: LanguageModel, request: LogLikelihood | Rolling) -> Windows:
@@ -255,19 +282,20 @@ def _windows(opened: LanguageModel, request: LogLikelihood | Rolling) -> Windows
     return text_windows(opened, request.text)
 
 
-def _score(opened: LanguageModel, asked: Mapping[str, Windows], batch: int) -> Iterator[list[tuple[str, Answer, int]]]:
+def _score(
+    opened: LanguageModel, asked: Mapping[str, Windows], batch: int
+) -> Iterator[tuple[list[tuple[str, Answer]], int]]:
     flat = [(key, number) for key, windows in asked.items() for number in range(len(windows.windows))]
     found: dict[str, dict[int, WindowScore]] = {key: {} for key in asked}
-    yield [(key, _scored(windows, {}), 0) for key, windows in asked.items() if not windows.windows]
-    for settled in score(opened.model, [asked[key].windows[number] for key, number in flat], batch):
-        done: list[tuple[str, Answer, int]] = []
+    yield [(key, _scored(windows, {})) for key, windows in asked.items() if not windows.windows], 0
+    for settled, read in score(opened.model, [asked[key].windows[number] for key, number in flat], batch):
+        done: list[tuple[str, Answer]] = []
         for index, result in settled:
             key, number = flat[index]
             found[key][number] = result
             if len(found[key]) == len(asked[key].windows):
-                read = sum(len(window.tokens) - 1 for window in asked[key].windows)
-                done.append((key, _scored(asked[key], found.pop(key)), read))
-        yield done
+                done.append((key, _scored(asked[key], found.pop(key))))
+        yield done, read
 
 
 def _scored(windows: Windows, scores: Mapping[int, WindowScore]) -> Scored:
@@ -282,6 +310,24 @@ def _check_ids(task: Task, items: Sequence[Item]) -> None:
     repeated = [id for id, count in Counter(item.id for item in items).items() if count > 1]
     if repeated:
         raise ValueError(f"{task.name}: the id {repeated[0]!r} stands for more than one item")
+
+
+def _kept(path: Path) -> dict[str, Answer]:
+    """The answers in a file.
+
+    Raises:
+        RunError: the file holds something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_FIRST))
+        if not _FIRST.startswith(start):
+            raise ValueError(f"it begins with {start.decode('utf-8', 'replace')!r}")
+        return {record["key"]: _from_record(record["answer"]) for record in read_json_lines(path)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} is no file of kept answers ({type(error).__name__}: {error}): name another, or remove it"
+        ) from error
 
 
 def _from_record(record: Mapping[str, Any]) -> Answer:

@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,23 +117,6 @@ def execute(program: str, limits: Limits = Limits(), stdin: str = "", weak: bool
     if answer["verdict"] == "refused":
         raise ConfigError(answer["note"])
     return Execution(**{name: answer[name] for name in ("verdict", "exit_code", "seconds", "output", "note")})
-
-
-def execute_all(
-    programs: Sequence[str],
-    limits: Limits = Limits(),
-    workers: int = 1,
-    weak: bool = False,
-) -> Iterator[Execution]:
-    """`execute` each, `workers` at a time; the results come in the order of the programs.
-
-    More workers than free processors make deadlines mean something else.
-    """
-    pool = ThreadPoolExecutor(max(1, workers))
-    try:
-        yield from pool.map(lambda program: execute(program, limits, weak=weak), programs)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -64,17 +64,25 @@ def left_out(scores: Mapping[str, Any]) -> int:
 def notes(results: Results) -> Iterator[str]:
     """What the table's numbers need to be read rightly."""
     every = [own for scores in results["scores"].values() for own in scores.values()]
+    headline = (own["metrics"].get(own["metric"]) for own in every)
+    if any(made and made["standard_error"] == 0 and made["method"] == "binomial" for made in headline):
+        yield "≤, ≥: all items were wrong, or all right; in brackets the end of the 95 % interval."
     if any(left_out(own) for own in every):
         yield "Out: records that could not be read, and items whose judging failed; neither is a wrong answer."
     if any(own["truncated"] + own["unfinished"] for own in every):
         yield "Cut: items whose context was cut from the left to fit the model, and answers cut at their most tokens."
+    if any(own["outcomes"].get("undecided") for own in every):
+        yield (
+            "Undecided answers: it could not be told whether they are right. They score as wrong, so the score "
+            "is a lower bound; pip install 'finemoe[eval]' brings math-verify, which decides more."
+        )
     for model, scores in results["scores"].items():
         for task, own in scores.items():
             odd = {k: n for k, n in own["outcomes"].items() if k not in ("answered", "no_answer")}
             if odd:
                 what = listed([f"{number} {outcome}" for outcome, number in sorted(odd.items())])
                 yield f"{model}, {task}: {what} of {own['asked']} items" + (
-                    f"; {own['notes'][0]}" if own["notes"] else ""
+                    f"; for one, {own['notes'][0]}" if own["notes"] else ""
                 )
     speeds = [own["tokens_per_second"] for own in every if own["tokens_per_second"]]
     reused = sum(own["reused_answers"] for own in every)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-Outcome = Literal["answered", "no_answer", "timeout", "crash", "violation", "error"]
-"""What became of an item. Only `answered` and `no_answer` say something about the model: the rest is counted apart,
-and a checker's own `error` is never a wrong answer."""
+Outcome = Literal["answered", "no_answer", "undecided", "timeout", "crash", "violation", "error"]
+"""What became of an item. Only `answered` and `no_answer` say plainly something about the model: the rest is counted
+apart. `undecided`: answered, but nothing here can tell whether rightly; it scores as wrong, so that the score is a
+lower bound. A checker's own `error` is never a wrong answer: it has no score."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ class Task(Protocol):
         """Headline score of guessing; None where guessing cannot succeed."""
 
     def items(self, source: Path | None, shots: int | None, limit: int | None) -> tuple[Sequence[Item], int]:
-        """The first `limit` items of the data at `source` (the set's own format), and how many records were skipped.
+        """Items of the data at `source` (the set's own format), and how many records were skipped.
+
+        `limit`: the first so many; of several groups the first of each, evenly.
 
         Raises:
             DataError: no data there, or none that can be read; it says where to get it and in what form.

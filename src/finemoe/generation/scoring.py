@@ -77,8 +77,9 @@ def continuation_windows(opened: LanguageModel, context: str, continuation: str)
 
     As lm-evaluation-harness does it: blanks that end the context move to the continuation, so that a token such as
     ` Paris` stays whole. A token that straddles the border counts with the side that the number of the context's
-    tokens puts it on. Where the border swallows the whole continuation, its last token is asked for. An empty context
-    is the token that begins a document. What is too long loses tokens from the left.
+    tokens puts it on. What is read is then still the text as it stands, where the harness reads the context's own
+    tokens. Where the border swallows the whole continuation, its last token is asked for. An empty context is the token
+    that begins a document. What is too long loses tokens from the left.
 
     Raises:
         ConfigError: there is nothing to ask for.
@@ -155,8 +156,8 @@ def _middle_marks(tokenizer: Tokenizer) -> list[int]:
 @torch.inference_mode()
 def score(
     model: Transformer, windows: Sequence[Window], rows: int, most_tokens: int = MOST_TOKENS
-) -> Iterator[list[tuple[int, WindowScore]]]:
-    """Score every window; yield after each pass what it settled, as (index into `windows`, score).
+) -> Iterator[tuple[list[tuple[int, WindowScore]], int]]:
+    """Score every window; yield after each pass what it settled, as (index into `windows`, score), and tokens read.
 
     What one row reads serves every window that reads the same or less of it: the one-token options of a question are
     one row. Longest first, so that a lack of memory shows at once.
@@ -173,7 +174,7 @@ def score(
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=model.head_weight.device)
         hidden = model(tokens).hidden
         asked = [(row, index) for row, inputs in enumerate(batch) for index in served[inputs]]
-        yield _settle(model, hidden, asked, windows)
+        yield _settle(model, hidden, asked, windows), sum(map(len, batch))
 
 
 def _rows(windows: Sequence[Window]) -> dict[tuple[int, ...], list[int]]:

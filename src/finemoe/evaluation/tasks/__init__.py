@@ -16,7 +16,7 @@ from finemoe.evaluation.tasks.language import LANGUAGE
 from finemoe.evaluation.tasks.mathematics import MATHEMATICS
 from finemoe.evaluation.tasks.programs import PROGRAMS, ProgramTask, pass_at_k
 
-__all__ = ["TASKS", "describe", "find_task", "pass_at_k", "sampled"]
+__all__ = ["TASKS", "describe", "find_task", "pass_at_k", "runs_code", "sampled"]
 
 _ALL: Sequence[Task] = (*LANGUAGE, *ENGLISH, *EXAMS, *CHINESE, *CLOSED_BOOK, *MATHEMATICS, *PROGRAMS)
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
@@ -50,6 +50,11 @@ def sampled(task: Task, samples: int, temperature: float) -> Task:
         known = ", ".join(program.name for program in PROGRAMS)
         raise ConfigError(f"{task.name}: samples is {samples}, but pass@k is of code that is run: {known}")
     return replace(task, samples=samples, temperature=temperature)
+
+
+def runs_code(task: Task, items: Sequence[Item]) -> bool:
+    """Whether judging these items runs what the model writes."""
+    return isinstance(task, ProgramTask) and any("tests" in item.facts for item in items)
 
 
 def describe(task: Task, item: Item) -> str:

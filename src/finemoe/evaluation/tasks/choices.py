@@ -40,7 +40,7 @@ class ChoiceTask:
     """The bare context of the unconditional normalisation."""
 
     def items(self, source: Path | None, shots: int | None, limit: int | None) -> tuple[Sequence[Item], int]:
-        """The first `limit` questions and how many records were skipped; a request an option."""
+        """At most `limit` questions and how many records were skipped; a request an option."""
         wanted = self.shots if shots is None else shots
         found, skipped = self.reader.questions(self.name, source, wanted, limit)
         return [self._item(question, examples) for question, examples in found], skipped

@@ -11,14 +11,8 @@ from finemoe.evaluation.records import Record, Unreadable, text_of
 from finemoe.evaluation.task import Judged
 from finemoe.evaluation.tasks.finding import EVERY, TEST, TRAIN, VALIDATION, WORKED, DataForm, Hub
 from finemoe.evaluation.tasks.generation import GenerationTask
-from finemoe.evaluation.tasks.questions import Question, QuestionReader
+from finemoe.evaluation.tasks.questions import Question, QuestionReader, put
 from finemoe.text.answers import drop_exact_match, drop_f1, exact_match, token_f1
-
-
-def asked(question: str) -> str:
-    """The question as it is put, whatever marks it came with."""
-    plain = question.strip().removeprefix("Question:").removesuffix("Answer:").strip()
-    return f"Question: {plain}\nAnswer:"
 
 
 def _texts(value: object) -> list[str]:
@@ -30,7 +24,7 @@ def _texts(value: object) -> list[str]:
 def _short(record: Record, question: str, golds: list[str], name: object) -> Question:
     if not golds:
         raise Unreadable("no answer")
-    prompt = asked(question)
+    prompt = put(question)
     distinct = list(dict.fromkeys(golds))
     return Question(str(name or record.name), prompt, f"{prompt} {distinct[0]}", facts={"golds": distinct})
 
@@ -58,9 +52,10 @@ def first_line(text: str) -> str:
 
 def _worth_of_short(facts: Mapping[str, Any], text: str) -> Judged:
     given = first_line(text)
+    if not given:  # a gold answer of articles alone, normalised, is nothing too
+        return Judged({"exact_match": 0.0, "f1": 0.0}, "no_answer")
     golds = facts["golds"]
-    scores = {"exact_match": float(exact_match(given, golds)), "f1": token_f1(given, golds)}
-    return Judged(scores, "answered" if given else "no_answer")
+    return Judged({"exact_match": float(exact_match(given, golds)), "f1": token_f1(given, golds)})
 
 
 # ------------------------------------------------------------------------------------------------------ DROP
@@ -107,7 +102,7 @@ def _drop(record: Record) -> Question:
     golds = [spans for n, spans in enumerate(golds) if spans and spans not in golds[:n]]
     if not golds:
         raise Unreadable("no answer: neither number, date nor spans")
-    prompt = f"Passage: {text_of(record, 'passage').strip()}\n{asked(text_of(record, 'question'))}"
+    prompt = f"Passage: {text_of(record, 'passage').strip()}\n{put(text_of(record, 'question'))}"
     name = str(value.get("query_id") or record.name)
     return Question(name, prompt, f"{prompt} {', '.join(golds[0])}", facts={"golds": golds})
 
@@ -124,10 +119,11 @@ def _is_exactly(given: str, spans: list[str]) -> bool:
 
 def _worth_of_drop(facts: Mapping[str, Any], text: str) -> Judged:
     given = first_line(text)
+    if not given:
+        return Judged({"exact_match": 0.0, "f1": 0.0}, "no_answer")
     golds: list[list[str]] = facts["golds"]
     exact = any(_is_exactly(given, spans) for spans in golds)
-    scores = {"exact_match": float(exact), "f1": 1.0 if exact else drop_f1(given, golds)}
-    return Judged(scores, "answered" if given else "no_answer")
+    return Judged({"exact_match": float(exact), "f1": 1.0 if exact else drop_f1(given, golds)})
 
 
 # ------------------------------------------------------------------------------------------- BIG-Bench Hard

@@ -12,7 +12,7 @@ from typing import Any
 from finemoe.evaluation.records import Record, Unreadable, choice_of, text_of, texts_of
 from finemoe.evaluation.tasks.choices import ChoiceTask
 from finemoe.evaluation.tasks.finding import TEST, TRAIN, VALIDATION, DataForm, Hub
-from finemoe.evaluation.tasks.questions import Question, QuestionReader
+from finemoe.evaluation.tasks.questions import Question, QuestionReader, put
 
 _TEXT_LINES = 6  # of a HellaSwag task in the text form: context, index of the right ending, four endings
 
@@ -87,16 +87,11 @@ def _piqa(record: Record) -> Question:
     plain = _mosaic(record)
     if plain:
         query, options, gold = plain
-        return question_of(record, _asked(query), options, gold)
+        return question_of(record, put(query), options, gold)
     if "label" not in record.value:
         raise Unreadable("no label: its file of labels (NAME-labels.lst) is not beside it, or too short")
     options = (text_of(record, "sol1"), text_of(record, "sol2"))
-    return question_of(record, _asked(text_of(record, "goal")), options, choice_of(record.value["label"], 2))
-
-
-def _asked(question: str) -> str:
-    plain = question.strip().removeprefix("Question:").removesuffix("Answer:").strip()
-    return f"Question: {plain}\nAnswer:"
+    return question_of(record, put(text_of(record, "goal")), options, choice_of(record.value["label"], 2))
 
 
 # ------------------------------------------------------------------------------------ ARC and OpenBookQA
@@ -106,7 +101,7 @@ def _science(record: Record) -> Question:
     plain = _mosaic(record)
     if plain:
         query, options, gold = plain
-        return question_of(record, _asked(query), options, gold)
+        return question_of(record, put(query), options, gold)
     nested = record.value.get("question")
     if isinstance(nested, dict):  # the published form: {"question": {"stem", "choices": [{"text", "label"}]}}
         stem, choices = nested.get("stem"), nested.get("choices")
@@ -123,7 +118,7 @@ def _science(record: Record) -> Question:
         raise Unreadable("no question with a list of choices")
     if answer not in labels:
         raise Unreadable(f"the right answer is {answer!r}, which is none of the labels {labels}")
-    return question_of(record, _asked(stem), [str(text) for text in texts], labels.index(answer))
+    return question_of(record, put(stem), [str(text) for text in texts], labels.index(answer))
 
 
 # ------------------------------------------------------------------------------------------------ WinoGrande

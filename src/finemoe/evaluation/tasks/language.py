@@ -14,7 +14,7 @@ from finemoe.data.documents import SkipReport
 from finemoe.evaluation.records import Record, Unreadable, text_of
 from finemoe.evaluation.task import Answer, Item, Judged, LogLikelihood, Rolling, Scored
 from finemoe.evaluation.tasks.finding import TEST, DataForm, Hub
-from finemoe.evaluation.tasks.questions import Question, QuestionReader
+from finemoe.evaluation.tasks.questions import Question, QuestionReader, spread
 
 _NOT_FINITE = Judged({}, "error", note="a log probability is missing or not finite")
 
@@ -30,17 +30,23 @@ class TextTask:
     chance: float | None = None
 
     def items(self, source: Path | None, shots: int | None, limit: int | None) -> tuple[Sequence[Item], int]:
-        """A document an item, whole; its group is the domain (a folder's or file's name)."""
+        """A document an item, whole; its group is the domain (a folder's or file's name).
+
+        With a `limit` a folder is still read to its end, as every domain has its share; a file is one domain.
+        """
         if source is None:
             raise DataError(f"{self.name} needs a text: name a file or folder of text, JSON Lines or Parquet")
         if shots:
             raise ConfigError(f"{self.name}: shots is {shots}, but a text has no worked examples: leave it out")
+        if limit is not None and limit < 1:
+            raise ConfigError(f"{self.name}: limit is {limit}: 1 or more")
         report = SkipReport()
         documents = FilesCorpus(paths=(str(source),)).documents(report)
         written = (document for document in documents if document.text)
+        wanted = spread(islice(written, limit if source.is_file() else None), lambda one: one.domain, limit)
         items = [
             Item(document.name, (Rolling(document.text),), {"bytes": len(document.text.encode())}, document.domain)
-            for document in islice(written, limit)
+            for document in wanted
         ]
         if not items:
             raise DataError(f"{source}: no text there ({report.num_skipped} files and records were skipped)")

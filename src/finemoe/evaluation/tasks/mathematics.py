@@ -52,11 +52,12 @@ def _math(record: Record) -> Question:
 
 
 def _judged(comparison: Equality, given: str, gold: str) -> Judged:
-    """A checker that fails says nothing of the model; what it cannot compare counts as wrong, with a note."""
+    """A checker that fails says nothing of the model; what it cannot compare scores as wrong and is counted apart."""
     if comparison == "error":
         return Judged({}, "error", note=f"the comparison of {given!r} with {gold!r} broke off")
-    note = f"{given!r} cannot be compared with {gold!r}" if comparison == "unreadable" else ""
-    return Judged({"accuracy": float(comparison == "equal")}, note=note)
+    if comparison == "unreadable":
+        return Judged({"accuracy": 0.0}, "undecided", note=f"{given!r} cannot be compared with {gold!r}")
+    return Judged({"accuracy": float(comparison == "equal")})
 
 
 def _worth_of_number(facts: Mapping[str, Any], text: str) -> Judged:

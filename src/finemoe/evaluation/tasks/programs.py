@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from finemoe.evaluation.records import Record, Unreadable, text_of, texts_of
 from finemoe.evaluation.sandbox import Limits, Verdict, execute
-from finemoe.evaluation.task import Answer, Generate, Generated, Item, Judged, Outcome
+from finemoe.evaluation.task import Answer, Generate, Item, Judged, Outcome
 from finemoe.evaluation.tasks.finding import DataForm, Hub
-from finemoe.evaluation.tasks.questions import Question, QuestionReader, Role, preface
+from finemoe.evaluation.tasks.generation import written, written_item
+from finemoe.evaluation.tasks.questions import Question, QuestionReader, Role
 
 KS = (1, 5, 10, 20, 50, 100)
 """The k of pass@k: those up to the number of samples are given."""
@@ -53,21 +54,17 @@ class ProgramTask:
     limits: Limits = field(default_factory=Limits)
 
     def items(self, source: Path | None, shots: int | None, limit: int | None) -> tuple[Sequence[Item], int]:
-        """The first `limit` problems and how many records were skipped; one request each, for all samples."""
+        """At most `limit` problems and how many records were skipped; one request each, for all samples."""
         wanted = self.shots if shots is None else shots
         found, skipped = self.reader.questions(self.name, source, wanted, limit)
-        items = []
-        for question, examples in found:
-            prompt = preface(self.header, examples) + question.prompt
-            request = Generate(prompt, self.stops, self.max_new_tokens, self.samples, self.temperature, question.suffix)
-            items.append(Item(question.id, (request,), {**question.facts, "shots": len(examples)}, question.group))
-        return items, skipped
+        request = Generate("", self.stops, self.max_new_tokens, self.samples, self.temperature)
+        return [written_item(question, examples, self.header, request) for question, examples in found], skipped
 
     def judge(self, item: Item, answers: Sequence[Answer]) -> Judged:
         """Every sample is run. One that could not be judged leaves the item without a score: it did not fail."""
-        answer = answers[0] if len(answers) == 1 else None
-        if not isinstance(answer, Generated) or not answer.texts:
-            return Judged({}, "error", note="no text was generated for this item")
+        answer = written(answers)
+        if isinstance(answer, Judged):
+            return answer
         scores: dict[str, float] = {}
         if "line" in item.facts:
             matches = [text.strip() == item.facts["line"].strip() for text in answer.texts]

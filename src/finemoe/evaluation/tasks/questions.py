@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.logs import logger
@@ -17,6 +18,7 @@ from finemoe.evaluation.records import Record, Unreadable
 from finemoe.evaluation.tasks.finding import DataForm
 
 Role = Literal["asked", "shot", "neither"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class QuestionReader:
     def questions(
         self, name: str, source: Path | None, shots: int, limit: int | None
     ) -> tuple[list[tuple[Question, tuple[Question, ...]]], int]:
-        """The first `limit` questions, each with its worked examples, and how many records were skipped.
+        """`limit` questions (see `spread`), each with its worked examples, and how many records were skipped.
 
         Raises:
             DataError: no data, or none that can be read.
@@ -71,11 +73,7 @@ class QuestionReader:
             raise ConfigError(f"{name}: shots is {shots} and limit {limit}: 0 or more shots, a limit of 1 or more")
         report = SkipReport()
         pool = self._examples(source, shots)
-        asked: list[Question] = []
-        for question in self._asked(source, report, pool, shots):
-            asked.append(question)
-            if limit is not None and len(asked) == limit:
-                break
+        asked = _with_unique_ids(self._asked(source, report, pool, shots))
         if not asked:
             first = (
                 f" (the first of them: {report.skipped[0].name}: {report.skipped[0].reason})" if report.skipped else ""
@@ -85,7 +83,8 @@ class QuestionReader:
                 f"{place}: {name} finds no question there; {report.num_skipped} records were skipped{first}; "
                 f"read are {self.data.forms}"
             )
-        chosen = [(question, self._shots_of(question, pool, shots)) for question in _with_unique_ids(asked)]
+        wanted = spread(asked, lambda question: question.group, limit)
+        chosen = [(question, self._shots_of(question, pool, shots)) for question in wanted]
         fewest = min(len(examples) for _, examples in chosen)
         if fewest < shots:
             logger.warning(
@@ -153,14 +152,38 @@ def _is_same(shot: Question, question: Question) -> bool:
     return shot.worked == question.worked or (bool(question.prompt) and shot.prompt == question.prompt)
 
 
-def _with_unique_ids(questions: list[Question]) -> list[Question]:
-    """Repeated ids get a number: resuming and pairing go by the id."""
+def spread(entries: Iterable[T], group: Callable[[T], str | None], limit: int | None) -> list[T]:
+    """The first `limit` entries; of several groups as many of each as of any other, while they last.
+
+    In the order given. What a smaller limit takes is among what a larger one does.
+    """
+    if limit is None:
+        return list(entries)
+    met: Counter[str | None] = Counter()
+    found: list[tuple[int, int, T]] = []
+    for place, entry in enumerate(entries):
+        name = group(entry)
+        if met[name] < limit:
+            found.append((met[name], place, entry))
+        met[name] += 1
+    chosen = sorted(found, key=lambda entry: entry[:2])[:limit]
+    return [entry for _, _, entry in sorted(chosen, key=lambda entry: entry[1])]
+
+
+def _with_unique_ids(questions: Iterable[Question]) -> list[Question]:
+    """Repeated ids get a number, whatever the limit: resuming and pairing go by the id."""
     seen: dict[str, int] = {}
     unique = []
     for question in questions:
         count = seen[question.id] = seen.get(question.id, 0) + 1
         unique.append(replace(question, id=f"{question.id}#{count}") if count > 1 else question)
     return unique
+
+
+def put(question: str) -> str:
+    """The question as it is put, whatever marks it came with."""
+    plain = question.strip().removeprefix("Question:").removesuffix("Answer:").strip()
+    return f"Question: {plain}\nAnswer:"
 
 
 def preface(header: str, examples: Iterable[Question]) -> str:
