@@ -39,7 +39,7 @@ def fake(
         return {
             "name": f"step {step}", "path": f"runs/x/step-{step}", "step": step, "loss": dict.fromkeys(domains, 2.0),
             "layers": made, "max_vio": 0.9, "max_vio_batch": 1.4, "entropy": 0.93, "variation": 0.4, "dead": 0,
-            "starved": 2, "experts": layers * experts, "alerts": [],
+            "starved": 2, "experts": layers * experts, "alerts": [], "enough": True,
         }  # fmt: skip
 
     matrix = [[None if a == b else 0.0 if a + b == 1 else 1.0 + a + b for b in range(experts)] for a in range(experts)]
@@ -163,6 +163,14 @@ def test_alerts_stand_above_everything():
     assert "layer 1, collapsed: &lt;b&gt;" in page
     assert "Step 70: layer 1, uneven" in page
     assert "Nothing to worry about" not in " ".join(summary(results))
+
+
+def test_little_text_says_nothing_about_collapse():
+    results = fake()
+    results["series"][-1]["enough"] = False
+    said = " ".join(summary(results))
+    assert "Too little text" in said
+    assert "Nothing to worry about" not in said
 
 
 def test_a_model_whose_tokens_have_one_expert_has_no_pairs():

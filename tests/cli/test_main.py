@@ -187,3 +187,19 @@ def test_exit_status_of_the_process(process: Any) -> None:
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == "error: unknown preset `tiny-mo`, did you mean `tiny-moe`?\n"
+
+
+@pytest.mark.parametrize("verb", ["load", "experts", "knockout"])
+def test_a_report_of_another_kind_is_not_written_over(
+    command: Any, run_directory: Path, tmp_path: Path, verb: str
+) -> None:
+    """A folder with a paper study, another verb's report or somebody's files stays as it is, and no work is done."""
+    for name, content in {"results.json": '{"schema": 1, "title": "x"}', "notes.txt": "mine"}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(content)
+        result = command("analyze", verb, str(run_directory), "--text", "def main", "--out", str(folder))
+        assert result.exit_code == 2
+        assert "choose another --out" in result.stderr
+        assert [path.name for path in folder.iterdir()] == [name]
+        assert (folder / name).read_text() == content

@@ -18,7 +18,7 @@ from finemoe.checkpoint.run_state import checkpoint_folders, find_damage
 from finemoe.core.errors import FinemoeError
 from finemoe.core.logs import logger, read_json_lines
 from finemoe.model.moe.layer import MoEConfig
-from finemoe.training.alerts import STARVED, Knobs, advice, alert_for, imbalance, routed_layers
+from finemoe.training.alerts import ENOUGH, STARVED, Knobs, advice, alert_for, imbalance, routed_layers
 from finemoe.training.config import read_config
 
 SCHEMA = 1
@@ -207,6 +207,7 @@ def figures(opened: LanguageModel, counted: Tally) -> dict[str, Any]:
         "starved": sum(layer["starved"] for layer in each),
         "experts": sum(layer["experts"] for layer in each),
         "alerts": list(alerts(opened, counted)),
+        "enough": all(counted.total(number).mean() >= ENOUGH for number in counted.load),
     }
 
 

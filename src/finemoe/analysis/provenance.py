@@ -79,6 +79,8 @@ def write_report(
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "results.json", json.dumps(clean(results), indent=1, ensure_ascii=False) + "\n")
         write_text(folder / "report.html", page(results))
+        for old in (folder / "figures").glob("*.[sp][vn]g"):  # of an earlier report, which may have had more
+            old.unlink()
         theme.save(figures(results), folder / "figures")
     except OSError as error:
         raise storage_error(folder, error) from error

@@ -49,7 +49,9 @@ def summary(results: Mapping[str, Any]) -> list[str]:
         f"{last['dead']} of {last['experts']} experts got no token at all, {last['starved']} less than a tenth of the "
         "even share.",
     ]
-    if not last["alerts"]:
+    if not last["enough"]:
+        lines.append("Too little text to say whether the experts are used: an even load would give each fewer than 50.")
+    elif not last["alerts"]:
         lines.append("Nothing to worry about: no layer has stopped using its experts.")
     return lines + [alert["message"] for alert in last["alerts"]]
 

@@ -19,7 +19,7 @@ def paper_page(results: Results) -> str:
     results = clean(results)
     sections = [_verdicts(results), _claims(results), *_figures(results), _arms(results), _how(results)]
     waiting = sum(claim["verdict"] == "not run" for claim in paper.every_claim(results))
-    banner = f"{waiting} claims wait for runs that have not finished." if waiting else ""
+    banner = f"{waiting} claims are not judged: their runs were not asked for, or have not finished." if waiting else ""
     seeds = len(results["seeds"])
     subtitle = f"{results['date'][:10]} · scale {results['scale']} · {seeds} seeds · {_tokens(results)} tokens a run"
     footer = f"Made by finemoe {results['finemoe_version']}. This file needs no network."
@@ -30,8 +30,8 @@ def counted(results: Results) -> str:
     """One sentence: how many claims came out how."""
     claims = paper.every_claim(results)
     twins = [claim["on_training_text"] for claim in claims if claim["on_training_text"]]
-    first = f"Of {len(claims)} claims {_tally(claims)} at this scale, by held-out text."
-    return f"{first} Of {len(twins)} that compare two arms' losses {_tally(twins)} by the text they train on."
+    first = f"By held-out text, of {len(claims)} claims: {_tally(claims)}."
+    return f"{first} By the text they train on, of the {len(twins)} that compare two arms' losses: {_tally(twins)}."
 
 
 def _tally(outcomes: Sequence[Mapping[str, Any]]) -> str:
@@ -44,7 +44,7 @@ def _tokens(results: Results) -> str:
 
 
 def _verdicts(results: Results) -> Section:
-    blocks: list[Any] = [Text([counted(results)])]
+    blocks: list[Any] = [Text([counted(results), f"Scale {results['scale']}: {results['scale_about']}."])]
     for verdict in ("contradicted", "reproduced"):
         items = [f"{c['statement']}: {c['reason']}" for c in paper.every_claim(results) if c["verdict"] == verdict]
         twins = [(c["statement"], c["on_training_text"]) for c in paper.every_claim(results) if c["on_training_text"]]
@@ -95,11 +95,17 @@ def _span(outcome: Mapping[str, Any], decimals: int) -> str:
 
 def _claims(results: Results) -> Section:
     blocks: list[Any] = []
+    idle = []
     for one in results["experiments"].values():
+        if all(claim["verdict"] == "not run" for claim in one["claims"]):
+            idle.append(f"{one['title']}: {one['command']}")
+            continue
         rows = [_row(claim) for claim in one["claims"]]
         strong = [number for number, claim in enumerate(one["claims"]) if claim["verdict"] == "contradicted"]
         blocks.append(Table(one["title"], _COLUMNS, rows, numeric=(7,), note=one["note"], strong=strong, wrap=True))
         blocks.append(Code(one["command"], f"Command for {one['title']}"))
+    if idle:
+        blocks += [Text(["Not run:"]), Bullets(idle)]
     return Section("Claim by claim", blocks)
 
 
@@ -159,8 +165,8 @@ def _arms(results: Results) -> Section:
 def _how(results: Results) -> Section:
     machine = results["machine"]
     text = [
-        f"Scale {results['scale']}: {results['scale_about']}. {machine.get('processor')}, {machine.get('cores')} "
-        f"cores, torch {machine.get('torch')}, {machine.get('precision')}.",
+        f"{machine.get('processor')}, {machine.get('cores')} cores, torch {machine.get('torch')}, "
+        f"{machine.get('precision')}.",
         "A claim sets two figures of runs with the same seed against each other; the interval is Student's t over "
         f"seeds. Two losses count as equal within {results['margin']} nats per token. reproduced: the interval allows "
         "nothing else; contradicted: it excludes the claim; undecided: it allows both.",

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analysis_options import MODEL, Corpora, Length, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, print_json, print_rich
+from finemoe.cli.output import Json, check_report, print_json, print_rich
 
 
 def difference(
@@ -37,6 +37,7 @@ def difference(
       finemoe analyze difference runs/base runs/tuned --corpus law=law.jsonl --corpus code=src/
       finemoe analyze difference runs/base runs/tuned --json | jq '.layers[].domains.all'
     """
+    check_report(out, "difference")
     from finemoe.analysis.difference import pair, routing_difference
     from finemoe.analysis.passages import read_passages
     from finemoe.analysis.provenance import provenance, write_report

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analysis_options import Corpora, Length, Model, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, print_json, print_rich
+from finemoe.cli.output import Json, check_report, print_json, print_rich
 
 _MOST_ROWS = 12
 _FEWEST = 0.25  # times the uniform load: what took less is no example of specialisation
@@ -42,6 +42,7 @@ def experts(
 
     With --out, report.html has all cards with a search; it is one file and works offline.
     """
+    check_report(out, "experts")
     from finemoe.analysis.cards import expert_cards
     from finemoe.analysis.passages import read_passages, require_experts
     from finemoe.analysis.provenance import provenance, write_report

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analysis_options import Corpora, Length, Model, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, print_json, print_rich
+from finemoe.cli.output import Json, check_report, print_json, print_rich
 
 _MOST_ROWS = 10
 
@@ -69,6 +69,7 @@ def knockout(
       finemoe analyze knockout runs/mix --experiment experts --layer 2 --json
       finemoe analyze knockout runs/mix --experiment pairs --layer 2 --expert 3 --expert 17
     """
+    check_report(out, "knockout")
     from finemoe.analysis import knockout as laboratory
     from finemoe.analysis.passages import read_passages
     from finemoe.analysis.provenance import provenance

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analysis_options import MODEL, Corpora, Length, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, print_json, print_rich
+from finemoe.cli.output import Json, check_report, print_json, print_rich
 
 
 def load(
@@ -38,6 +38,7 @@ def load(
       finemoe analyze load runs/tiny --corpus code=src --corpus prose=docs --out reports/load
       finemoe analyze load runs/tiny --last --json
     """
+    check_report(out, "load")
     from finemoe.analysis.load import save_pairs, study_load
     from finemoe.analysis.provenance import made_by, write_report
 

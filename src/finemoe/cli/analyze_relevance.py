@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from finemoe.cli.analysis_options import Corpora, Length, Model, Rows, Texts, Tokens
-from finemoe.cli.output import Json, print_json, print_rich
+from finemoe.cli.output import Json, check_report, print_json, print_rich
 
 _Score = Annotated[
     Literal["gate", "token"],
@@ -52,6 +52,7 @@ def relevance(
       finemoe analyze relevance runs/mix --corpus task=task.jsonl --out selection.json
       finemoe analyze relevance runs/mix --corpus task=task.jsonl --score token --p 0.3 --report relevance
     """
+    check_report(report, "relevance")
     from finemoe.analysis.passages import read_passages, require_experts
     from finemoe.analysis.provenance import provenance
     from finemoe.analysis.relevance import expert_relevance, relevance_results, sample_length, select_experts

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from finemoe.cli.analysis_options import MODEL, Report
-from finemoe.cli.output import Json, Quiet, print_json, print_rich, printable
+from finemoe.cli.output import Json, Quiet, check_report, print_json, print_rich, printable
 from finemoe.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Ask one or more models the papers' benchmarks; every score has its error and what was left out.
+    """Ask models the papers' benchmarks.
 
-    Prompts and worked examples are pinned: --show prints them to the character. With --out,
+    Every score has its error, and says what was left out. Prompts and worked examples are pinned: --show prints them to the character. With --out,
     answers are kept as they come; the same command goes on where it was interrupted, and
     uses none whose model, prompt or data have changed. Several models answer the same items,
     so differences are paired: far smaller ones can be told than the single errors suggest.
@@ -86,9 +86,13 @@ def evaluate(
     chosen = _tasks(tasks, samples, temperature)
     sources = _sources(data or [], [task.name for task in chosen])
     if show:
-        for task in chosen:
-            _show(task, sources[task.name], shots)
+        shown = {task.name: _shown(task, sources[task.name], shots) for task in chosen}
+        if as_json:
+            print_json(shown)
+        for text in () if as_json else shown.values():
+            typer.echo(printable(text) if sys.stdout.isatty() else text)
         return
+    check_report(out, "evaluation", ours=("answers",))
     _check(models, batch, limit, shots)
 
     from finemoe.evaluation.runner import Settings
@@ -249,12 +253,11 @@ def _layers(tasks: list[Task], loaded: Loaded) -> dict[str, str] | None:
     return dict(layers())
 
 
-def _show(task: Task, source: Path | None, shots: int | None) -> None:
+def _shown(task: Task, source: Path | None, shots: int | None) -> str:
     from finemoe.evaluation.tasks import describe
 
     items, _ = task.items(source, shots, _SHOWN)
-    text = describe(task, items[0])
-    typer.echo(printable(text) if sys.stdout.isatty() else text)
+    return describe(task, items[0])
 
 
 def _print_list(as_json: bool) -> None:

@@ -38,6 +38,18 @@ def check_recipe(recipe: Path, overrides: Sequence[str]) -> None:
         with_overrides(read_toml(recipe), overrides)
 
 
+def check_report(out: Path | None, kind: str, *, ours: Sequence[str] = ()) -> None:
+    """Before any work: that a report of this kind may be written to `out`.
+
+    Raises:
+        RunError: there is something else.
+    """
+    from finemoe.checkpoint.files import require_report_folder
+
+    if out is not None:
+        require_report_folder(out, kind, ours=ours)
+
+
 def print_json(value: Any) -> None:
     """`value` on stdout; what is not finite becomes null, for which JSON has a name."""
     from finemoe.charts.numbers import clean

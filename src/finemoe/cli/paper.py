@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finemoe.cli.output import Json, Out, Overrides, Quiet, print_json, print_rich
+from finemoe.cli.output import Json, Out, Quiet, print_json, print_rich
 from finemoe.core.errors import ConfigError, TrainingError
 
 
@@ -16,7 +16,14 @@ def paper(
     only: Annotated[
         str | None, typer.Option("--only", metavar="NAMES", help="Experiments, such as table1,figure4; see --list.")
     ] = None,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change one value of the scale's recipe, such as base.hidden_size=128; repeatable.",
+        ),
+    ] = None,
     out: Out = None,
     listing: Annotated[bool, typer.Option("--list", help="List scales and experiments, and run nothing.")] = False,
     quiet: Quiet = False,
@@ -39,7 +46,7 @@ def paper(
     and figures/, and every run as an ordinary run directory under arms/.
     """
     if listing:
-        _list()
+        _list(as_json)
         return
     from finemoe.core.logs import console
     from finemoe.studies.paper import paper as run_paper
@@ -62,19 +69,25 @@ def paper(
     if not as_json:
         from finemoe.charts.paper_page import counted
 
-        typer.echo(
-            f"\n{counted(study.results)}\n\nOpen  {study.directory / 'report.html'} in a browser; it works offline"
-        )
+        print_rich("", counted(study.results), f"Scale {scale}: {study.results['scale_about']}.")
+        typer.echo(f"\nOpen  {study.directory / 'report.html'} in a browser; it works offline")
         typer.echo(f"Data  {study.directory / 'results.json'}, {study.directory / 'summary.md'}")
     if study.failures:
         failed = "; ".join(f"{name}: {message}" for name, message in study.failures.items())
         raise TrainingError(f"{len(study.failures)} of the runs failed: {failed}")
 
 
-def _list() -> None:
+def _list(as_json: bool) -> None:
     from finemoe.studies.claims import EXPERIMENTS
     from finemoe.studies.scales import SCALES
 
+    if as_json:
+        experiments = {
+            name: {"title": one.title, "arms": one.all_arms, "claims": [claim.statement for claim in one.claims]}
+            for name, one in EXPERIMENTS.items()
+        }
+        print_json({"scales": {name: scale.about for name, scale in SCALES.items()}, "experiments": experiments})
+        return
     typer.echo("Scales")
     for name, scale in SCALES.items():
         typer.echo(f"  {name:12} {scale.about}")

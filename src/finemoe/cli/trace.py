@@ -25,7 +25,7 @@ def trace(
     summary: Annotated[bool, typer.Option("--summary/--no-summary", help="Count loads too, and print them.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Write down where every token goes in every layer.
+    """Write down where every token goes.
 
     One row for each token and MoE layer: domain, document, window, position, token_id, token,
     layer, expert_ids (best first), gate_weights, loss (nats of the next token) and entropy (nats

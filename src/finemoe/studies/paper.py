@@ -128,9 +128,13 @@ def chosen(only: Sequence[str]) -> dict[str, Experiment]:
 def _config(scale: str, overrides: Sequence[str]) -> CompareConfig:
     if scale not in SCALES:
         raise ConfigError(f"unknown scale `{scale}`{did_you_mean(scale, [*SCALES])}; known: {', '.join(SCALES)}")
-    for field in ("arms", "tuning", "budget.kind"):
-        if any(override.split("=")[0].strip() == field for override in overrides):
-            raise ConfigError(f"--set {field}: the experiments set it; choose among them with --only")
+    for key in (override.split("=")[0].strip() for override in overrides):
+        if key.split(".")[0] in ("arms", "tuning") or key == "budget.kind":
+            raise ConfigError(f"--set {key}: the experiments set it; choose among them with --only")
+        if key.split(".")[0] == "model":
+            raise ConfigError(
+                f"--set {key}: every arm is sized from the dense model `base`; did you mean base{key[5:]}?"
+            )
     recipe = {"name": f"paper-{scale}", "title": "DeepSeekMoE in miniature", **SCALES[scale].recipe}
     return resolve_comparison({**with_overrides(recipe, overrides), "arms": list(ALL_ARMS)}, f"scale {scale}")
 
