@@ -92,6 +92,8 @@ def test_the_prompt_is_shown_without_a_model(command: Any, data: Path) -> None:
     shown = command("evaluate", "--show", "--tasks", "hellaswag", "--data", data)
     assert shown.exit_code == 0
     assert "def main(): 0" in shown.stdout
+    as_json = json.loads(command("evaluate", "--show", "--tasks", "hellaswag", "--data", data, "--json").stdout)
+    assert as_json["hellaswag"] in shown.stdout
     assert "' return 1'" in shown.stdout
 
 

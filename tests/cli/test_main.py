@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -203,3 +204,13 @@ def test_a_report_of_another_kind_is_not_written_over(
         assert "choose another --out" in result.stderr
         assert [path.name for path in folder.iterdir()] == [name]
         assert (folder / name).read_text() == content
+
+
+def test_paper_lists_what_there_is(command: Any) -> None:
+    text, listed = command("paper", "--list").stdout, json.loads(command("paper", "--list", "--json").stdout)
+    assert {"trial", "tiny"} <= set(listed["scales"])
+    for name, experiment in listed["experiments"].items():
+        assert name in text
+        assert experiment["arms"]
+        assert experiment["claims"]
+    assert max(map(len, text.splitlines())) <= 80

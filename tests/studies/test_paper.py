@@ -79,6 +79,12 @@ def test_figures_4_and_5_are_printed_alike_everywhere() -> None:
         assert CLAIMS[f"masked-{number}"].printed == f"rise of {ours:.3f} against {theirs:.3f}"
 
 
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_figures_of_one_claim_are_of_one_text(claim: Claim) -> None:
+    """A knock-out's loss set against a validation loss would also measure how the two texts differ."""
+    assert claim.a.needs_knockout == claim.b.needs_knockout
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_scale_is_a_recipe(scale: str) -> None:
     config = resolve_comparison({**SCALES[scale].recipe, "arms": list(ARMS)}, scale)
@@ -230,6 +236,9 @@ def test_the_page_and_the_table_say_the_same(study: Paper) -> None:
         ({"scale": "tinny"}, "did you mean"),
         ({"only": ["figure44"]}, "did you mean"),
         ({"overrides": ["arms=['dense']"]}, "--only"),
+        ({"overrides": ["arms.x=64"]}, "--only"),
+        ({"overrides": ["model.hidden_size=64"]}, "did you mean base.hidden_size"),
+        ({"overrides": ["base.hiden_size=64"]}, "hidden_size"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:

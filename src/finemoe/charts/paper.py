@@ -57,6 +57,7 @@ def differences(results: Results) -> Any:
             "claim": f"{claim['a']['label']} − {claim['b']['label']}", "statement": claim["statement"], **found,
             "printed": claim.get("printed_difference"), "verdict": claim["verdict"],
         })  # fmt: skip
+    rows = list({row["claim"]: row for row in reversed(rows)}.values())[::-1]  # two papers may say the same of one pair
     if not rows:
         return None
     title = "difference in loss (nats per token); below 0 the first is better"
@@ -92,7 +93,7 @@ def differences(results: Results) -> Any:
 
 def masked_panels(results: Results) -> list[Any]:
     """Figure 4, the paper's and ours: loss against the share of routed experts masked."""
-    ours = list(clean(results)["curves"]["masked"])
+    ours = [point for point in clean(results)["curves"]["masked"] if point["arm"] in PRINTED_MASKED]
     return _panels(ours, PRINTED_MASKED, "share of routed experts masked, best first", ".1%")
 
 

@@ -65,10 +65,11 @@ def evaluate(
 ) -> None:
     """Ask models the papers' benchmarks.
 
-    Every score has its error, and says what was left out. Prompts and worked examples are pinned: --show prints them to the character. With --out,
-    answers are kept as they come; the same command goes on where it was interrupted, and
-    uses none whose model, prompt or data have changed. Several models answer the same items,
-    so differences are paired: far smaller ones can be told than the single errors suggest.
+    Every score has its error, and says what was left out. Prompts and worked examples are
+    pinned: --show prints them to the character. With --out, answers are kept as they come; the
+    same command goes on where it was interrupted, and uses none whose model, prompt or data have
+    changed. Several models answer the same items, so differences are paired: far smaller ones
+    can be told than the single errors suggest.
 
     \b
     Examples:

@@ -93,8 +93,7 @@ def _list(as_json: bool) -> None:
         typer.echo(f"  {name:12} {scale.about}")
     typer.echo("\nExperiments")
     for name, experiment in EXPERIMENTS.items():
-        sources = ", ".join(dict.fromkeys(claim.source for claim in experiment.claims))
-        typer.echo(f"  {name:12} {experiment.title} ({sources}; {len(experiment.all_arms)} arms)")
+        typer.echo(f"  {name:12} {len(experiment.all_arms):2} arms  {experiment.title}")
 
 
 def _table(results: dict[str, Any]) -> Any:

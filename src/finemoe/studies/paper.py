@@ -230,9 +230,9 @@ def _side(quantity: Quantity, values: Mapping[int, float]) -> dict[str, Any]:
         "loss": label,
         "training": label,
         "max_vio": f"{label}: MaxVio",
-        "masked": f"{label}, {quantity.setting:.3g} masked",
+        "masked": f"{label}, {quantity.setting:.3g} masked" if quantity.setting else f"{label}, intact",
         "masked_rise": f"{label}: rise",
-        "active": f"{label}, {quantity.setting:.2f} of its routed experts active",
+        "active": f"{label}, {quantity.setting:.2f} active" if quantity.setting < 1 else f"{label}, intact",
         "without_shared": f"{label} without its shared expert",
     }
     found = asdict(interval(list(values.values()))) if values else {"mean": None, "low": None, "high": None}

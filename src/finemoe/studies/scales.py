@@ -17,7 +17,7 @@ class Scale:
 
 SCALES: Mapping[str, Scale] = {
     "trial": Scale(
-        "a few minutes: shows that everything runs; its verdicts mean nothing",
+        "a few minutes: shows that it runs; its verdicts mean nothing",
         {
             "seeds": [0, 1],
             "base": {"preset": "tiny-dense", "num_layers": 1, "vocab_size": 512},
