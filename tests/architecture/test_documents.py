@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import pytest
 import torch
 from typer.main import get_command
 
+from finemoe.charts.paper_page import summary_markdown
 from finemoe.cli.main import app
 from finemoe.core.config import read_toml
 from finemoe.model.moe.decision import RoutingConstraint
@@ -75,6 +77,14 @@ def test_recipes_resolve(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_begin_with_a_header(path):
     assert path.read_text(encoding="utf-8").startswith("# "), "say on which machine it ran and what came out"
+
+
+def test_the_papers_in_miniature_are_those_recorded():
+    """Every row of the document's table is a row of the recorded study, and none is left out."""
+    recorded = (ROOT / "benchmarks/results/paper-tiny/summary.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "benchmarks/results/paper-tiny/results.json").read_text(encoding="utf-8"))
+    assert summary_markdown(results) == recorded
+    assert recorded in (ROOT / "docs/paper-in-miniature.md").read_text(encoding="utf-8")
 
 
 def test_readme_recipe_resolves():

@@ -31,7 +31,7 @@ SCALES: Mapping[str, Scale] = {
         },
     ),
     "tiny": Scale(
-        "an hour or two on two cores: hidden size 64, 2 layers, 2 M tokens a run",
+        "an hour or two on two cores: width 64, 2 layers, 2 M tokens a run",
         {
             "seeds": [0, 1, 2],
             "base": {"preset": "tiny-dense", "num_layers": 2},
@@ -41,7 +41,7 @@ SCALES: Mapping[str, Scale] = {
         },
     ),
     "small": Scale(
-        "a day on two cores: hidden size 128, 4 layers, 8 M tokens a run",
+        "a day on two cores: width 128, 4 layers, 8 M tokens a run",
         {
             "seeds": [0, 1, 2],
             "base": {
