@@ -28,7 +28,7 @@ from finemoe.analysis.trace import trace_info, write_trace
 from finemoe.checkpoint.language_model import LanguageModel, open_language_model
 from finemoe.core.environment import environment
 
-TOKENS, ROUNDS = 30_000, 7
+TOKENS, ROUNDS = 120_000, 7
 
 
 def summed(observed: Iterable[Observed]) -> float:

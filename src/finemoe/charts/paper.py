@@ -77,10 +77,8 @@ def differences(results: Results) -> Any:
         alt.Tooltip("verdict:N"),
     ]
     legend = alt.Legend(title="ours, 95 % interval over seeds", orient="top", symbolOpacity=1)
-    shown = [verdict for verdict in VERDICTS if any(row["verdict"] == verdict for row in rows)]
-    shapes = [_SHAPES[VERDICTS.index(verdict)] for verdict in shown]
-    color = alt.Color("verdict:N", scale=alt.Scale(domain=list(VERDICTS)), legend=None)
-    shape = alt.Shape("verdict:N", scale=alt.Scale(domain=shown, range=shapes), legend=legend)
+    color = alt.Color("verdict:N", scale=alt.Scale(domain=list(VERDICTS)), legend=legend)
+    shape = alt.Shape("verdict:N", scale=alt.Scale(domain=list(VERDICTS), range=list(_SHAPES)), legend=legend)
     dot = marks.mark_point(size=90, filled=True, opacity=1, yOffset=8).encode(x, y, color, shape, tooltip=tooltip)
     printed = alt.X("printed:Q", scale=scale, title=title)
     paper = marks.transform_filter("datum.printed !== null").mark_tick(thickness=3, size=16, yOffset=8, opacity=0.9)
@@ -132,9 +130,12 @@ def _panels(
         ]
         if len(names) > 1:
             last = {row["arm"]: row for row in sorted(rows, key=lambda row: float(row["setting"]))}
-            layers.append(
-                theme.base(list(last.values())).mark_text(align="right", dy=-12).encode(x, y, color, text="arm:N")
-            )
+            ends = sorted(last.values(), key=lambda row: -float(row["mean"]))
+            for end, offset in zip(
+                ends, (-14, 20), strict=False
+            ):  # the upper one's name above it, the lower one's below
+                name = theme.base([end]).mark_text(align="right", dy=offset)
+                layers.append(name.encode(x, y, color, text="arm:N"))
         said = "; ".join(f"{row['arm']} {row['setting']:.3g}: {fixed(row['mean'])}" for row in rows)
         panels.append(
             alt.layer(*layers).properties(

@@ -87,11 +87,7 @@ def evaluate(
     chosen = _tasks(tasks, samples, temperature)
     sources = _sources(data or [], [task.name for task in chosen])
     if show:
-        shown = {task.name: _shown(task, sources[task.name], shots) for task in chosen}
-        if as_json:
-            print_json(shown)
-        for text in () if as_json else shown.values():
-            typer.echo(printable(text) if sys.stdout.isatty() else text)
+        _print_prompts({task.name: _shown(task, sources[task.name], shots) for task in chosen}, as_json)
         return
     check_report(out, "evaluation", ours=("answers",))
     _check(models, batch, limit, shots)
@@ -252,6 +248,14 @@ def _layers(tasks: list[Task], loaded: Loaded) -> dict[str, str] | None:
     if (why := supported()) is not None:
         raise ConfigError(f"{', '.join(running)}: {why}")
     return dict(layers())
+
+
+def _print_prompts(shown: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        print_json(shown)
+        return
+    for text in shown.values():
+        typer.echo(printable(text) if sys.stdout.isatty() else text)
 
 
 def _shown(task: Task, source: Path | None, shots: int | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -67,14 +67,19 @@ def paper(
         console().print(text, markup=False, soft_wrap=True)
         raise typer.Exit(130)
     if not as_json:
-        from finemoe.charts.paper_page import counted
-
-        print_rich("", counted(study.results), f"Scale {scale}: {study.results['scale_about']}.")
-        typer.echo(f"\nOpen  {study.directory / 'report.html'} in a browser; it works offline")
-        typer.echo(f"Data  {study.directory / 'results.json'}, {study.directory / 'summary.md'}")
+        _say_where(study)
     if study.failures:
         failed = "; ".join(f"{name}: {message}" for name, message in study.failures.items())
         raise TrainingError(f"{len(study.failures)} of the runs failed: {failed}")
+
+
+def _say_where(study: Paper) -> None:
+    from finemoe.charts.paper_page import counted
+
+    results, directory = study.results, study.directory
+    print_rich("", counted(results), f"Scale {results['scale']}: {results['scale_about']}.")
+    typer.echo(f"\nOpen  {directory / 'report.html'} in a browser; it works offline")
+    typer.echo(f"Data  {directory / 'results.json'}, {directory / 'summary.md'}")
 
 
 def _list(as_json: bool) -> None:
