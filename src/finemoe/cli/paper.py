@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finemoe.cli.output import Json, Out, Quiet, print_json, print_rich
 from finemoe.core.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from finemoe.studies.paper import Paper
 
 
 def paper(
