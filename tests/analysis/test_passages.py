@@ -179,3 +179,10 @@ def test_a_run_says_how_it_was_trained(tmp_path: Path) -> None:
         found = open_language_model(source)
         assert (found.own, found.reach, found.isolated) == (True, 24, True)
         assert found.first_id == TOKENIZER.end_of_text_id
+
+
+def test_no_setting_is_named_that_a_verb_does_not_have(tmp_path: Path) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"text": "one"}\n{"no text": 1}\n')
+    with pytest.raises(DataError, match="mend or remove them") as error:
+        read_passages(opened(), corpora=[str(tmp_path / "odd.jsonl")])
+    assert "max_skipped_share" not in str(error.value)

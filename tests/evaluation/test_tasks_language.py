@@ -59,3 +59,9 @@ def test_a_limit_gives_every_domain_its_share(tmp_path: Path) -> None:
     for limit in (0, -1):
         with pytest.raises(ConfigError, match=f"limit is {limit}"):
             TASKS["text"].items(tmp_path, None, limit)
+
+
+def test_a_folder_of_something_else_is_not_scored_by_the_few_texts_in_it(tmp_path: Path) -> None:
+    (tmp_path / "sets.jsonl").write_text('{"question": "1 + 1?"}\n' * 9 + '{"text": "one text"}\n')
+    with pytest.raises(DataError, match="right folder"):
+        TASKS["text"].items(tmp_path, None, None)

@@ -224,7 +224,10 @@ def _differences(results: Results) -> Section | None:
         test = tests.get(pair["test"], NOTHING)
         rows.append([title, pair["a"], pair["verdict"], pair["b"], *cells, test, str(pair["n"])])
     columns = ["Task", "First", "Is", "Second", "First − second ± error", "95 % interval", "p", "Test", "n"]
-    note = "Undecided: the test does not reject at 5 % that both are equally good."
+    note = (
+        "Undecided: the test does not reject at 5 % that both are equally good. McNemar's test is exact, the interval "
+        "beside it is not: where few items differ, the interval can leave 0 out and the test still not decide."
+    )
     table = Table("Paired differences over the items that both models answered", columns, rows, (4, 5, 6, 8), note)
     chart = difference_chart(results)
     caption = "Right of the zero marks the first-named model scores higher. Filled: decided at 5 %; hollow: undecided."

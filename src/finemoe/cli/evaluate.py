@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -96,11 +97,22 @@ def evaluate(
 
     settings = Settings(batch, limit, shots, seed)
     sampling = {"samples": samples, "temperature": temperature} if samples is not None else {}
-    found = _run(models or [], chosen, sources, settings, sampling, dtype, out, quiet)
+    with _told_what_is_kept(out):
+        found = _run(models or [], chosen, sources, settings, sampling, dtype, out, quiet)
     if as_json:
         print_json(found)
     else:
         _print_results(found, out)
+
+
+@contextmanager
+def _told_what_is_kept(out: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out is not None:
+            typer.echo("The answers so far are kept: the same command goes on with them.", err=True)
+        raise
 
 
 def _check(models: list[Path] | None, batch: int, limit: int | None, shots: int | None) -> None:

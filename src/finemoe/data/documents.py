@@ -57,8 +57,8 @@ class SkipReport:
         if self.num_skipped == _NAMED_IN_LOG:
             logger.warning("more was skipped; further names are in the data report only")
 
-    def check(self, max_skipped_share: float) -> None:
-        """Accept or refuse what was skipped.
+    def check(self, max_skipped_share: float, knob: str | None = None) -> None:
+        """Accept or refuse what was skipped; `knob` is the setting that the user can raise instead of mending.
 
         Raises:
             DataError: when more than `max_skipped_share` of everything seen could not be read.
@@ -68,8 +68,8 @@ class SkipReport:
             return
         first = "; ".join(f"{skipped.name}: {skipped.reason}" for skipped in self.skipped[:3])
         raise DataError(
-            f"{self.num_skipped} of {seen} documents cannot be read ({first}): mend or remove them, or raise "
-            f"`max_skipped_share` from {max_skipped_share}"
+            f"{self.num_skipped} of {seen} documents cannot be read ({first}): mend or remove them"
+            + (f", or raise `{knob}` from {max_skipped_share}" if knob else "")
         )
 
 

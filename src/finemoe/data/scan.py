@@ -79,7 +79,7 @@ def scan_corpus(corpus: CorpusConfig, validation_share: float, max_skipped_share
     with progress("reading the corpus", None, "documents") as advance:
         for _ in scan.read(corpus, validation_share):
             advance(1)
-    scan.skips.check(max_skipped_share)
+    scan.skips.check(max_skipped_share, "max_skipped_share")
     if not scan.skips.kept:
         raise DataError(f"corpus of kind `{corpus.kind}` is empty: no document in it has any text; check its paths")
     for side in SIDES:

@@ -50,6 +50,11 @@ class TextTask:
         ]
         if not items:
             raise DataError(f"{source}: no text there ({report.num_skipped} files and records were skipped)")
+        if report.num_skipped > len(items) and limit is None:
+            raise DataError(
+                f"{source}: {report.num_skipped} files and records have no text that can be read, {len(items)} have: "
+                "is it the right folder? Name the file or folder that holds the texts"
+            )
         return items, report.num_skipped
 
     def judge(self, item: Item, answers: Sequence[Answer]) -> Judged:
