@@ -91,6 +91,8 @@ def read_passages(
         )  # fmt: skip
     documents = _documents(opened, texts, corpora)
     domains = _by_domain(documents, opened, tokens)
+    # A window longer than the longest text would be filling alone, and its attention grows with its square.
+    length = min(length, max([len(ids) - 1 for ids in domains.values()], default=length) or 1)
     passages = [_cut(name, ids, length, opened.first_id) for name, ids in domains.items() if _counts(opened, ids)]
     if not passages:
         alone = ", and of each document more than a token, as this model reads them apart" if opened.isolated else ""

@@ -126,6 +126,8 @@ def _over(results: Mapping[str, Any]) -> Section | None:
     blocks = []
     if curves:
         caption = "How even the load is. Line: mean of the layers; band: lowest to highest layer."
+        if len(results["history"]) > len(results["series"]):
+            caption += " As the run's own validations recorded it, on the text it holds out: another than the table's."
         blocks.append(Figure(curves, caption))
     if maps:
         words = "A row is an expert, a column a moment: a row that keeps the colour of 0 is an expert nobody uses."
