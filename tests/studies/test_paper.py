@@ -22,7 +22,7 @@ from finemoe.studies import knockouts
 from finemoe.studies.arms import ARMS, solve
 from finemoe.studies.claims import EXPERIMENTS, MARGIN, Claim, Quantity
 from finemoe.studies.config import CompareConfig, resolve_comparison
-from finemoe.studies.paper import Paper, judge, paper
+from finemoe.studies.paper import Paper, _outcome, judge, paper
 from finemoe.studies.paper import _write as write_results
 from finemoe.studies.scales import SCALES
 from finemoe.studies.statistics import Interval, interval
@@ -116,6 +116,25 @@ def claim(relation: Any) -> Claim:
 )
 def test_verdicts(relation: str, low: float, high: float, verdict: str) -> None:
     assert judge(claim(relation), Interval((low + high) / 2, low, high), 3)[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("relation", "mean", "against"),
+    [
+        ("lower", 0.001, True),
+        ("lower", -0.001, False),
+        ("higher", -0.001, True),
+        ("higher", 0.001, False),
+        ("no_higher", MARGIN / 2, False),
+        ("no_higher", 2 * MARGIN, True),
+        ("equal", -2 * MARGIN, True),
+        ("equal", MARGIN / 2, False),
+    ],
+)
+def test_an_undecided_claim_says_where_its_mean_points(relation: str, mean: float, against: bool) -> None:
+    wide = {0: mean - 1, 1: mean, 2: mean + 1}
+    found = _outcome(claim(relation), wide, dict.fromkeys(wide, 0.0))
+    assert (found["verdict"], found["points_against"]) == ("undecided", against)
 
 
 def test_one_seed_and_no_seed_decide_nothing() -> None:

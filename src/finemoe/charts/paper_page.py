@@ -45,12 +45,22 @@ def _tokens(results: Results) -> str:
 
 def _verdicts(results: Results) -> Section:
     blocks: list[Any] = [Text([counted(results), f"Scale {results['scale']}: {results['scale_about']}."])]
-    for verdict in ("contradicted", "reproduced"):
-        items = [f"{c['statement']}: {c['reason']}" for c in paper.every_claim(results) if c["verdict"] == verdict]
-        twins = [(c["statement"], c["on_training_text"]) for c in paper.every_claim(results) if c["on_training_text"]]
-        items += [f"{said}, on training text: {t['reason']}" for said, t in twins if t["verdict"] == verdict]
+    outcomes = [(claim["statement"], claim) for claim in paper.every_claim(results)]
+    outcomes += [
+        (f"{claim['statement']}, on training text", claim["on_training_text"])
+        for claim in paper.every_claim(results)
+        if claim["on_training_text"]
+    ]
+    kinds = {
+        "Contradicted:": [f"{said}: {one['reason']}" for said, one in outcomes if one["verdict"] == "contradicted"],
+        "Undecided, with a mean that points against the paper:": [
+            f"{said}: {one['reason']}" for said, one in outcomes if one["points_against"]
+        ],
+        "Reproduced:": [f"{said}: {one['reason']}" for said, one in outcomes if one["verdict"] == "reproduced"],
+    }
+    for title, items in kinds.items():
         if items:
-            blocks += [Text([f"{verdict.capitalize()}:"]), Bullets(items)]
+            blocks += [Text([title]), Bullets(items)]
     blocks.append(
         Text([
             f"A verdict is about this scale alone{_smaller(results)}. Each claim is tested on its own at 95 %, so of "

@@ -169,6 +169,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
                 "no_higher",
                 0.002,
             ),
+            _lower(
+                "dense-x4-dense", "Dense x4 is better than Dense", "Tables 1, 2", "dense-x4", "dense", (1.908, 2.060)
+            ),
+            _lower(
+                "dense-x16-dense", "Dense x16 is better than Dense", "Tables 1, 2", "dense-x16", "dense", (1.806, 2.060)
+            ),
         ),
         note=_BENCHMARKS,
     ),

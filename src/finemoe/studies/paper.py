@@ -221,7 +221,15 @@ def _outcome(claim: Claim, a: Mapping[int, float], b: Mapping[int, float]) -> di
     difference = interval([a[seed] - b[seed] for seed in seeds]) if seeds else None
     verdict, reason = judge(claim, difference, len(seeds))
     found = None if difference is None else asdict(difference)
-    return {"seeds": seeds, "difference": found, "verdict": verdict, "reason": reason}
+    against = difference is not None and verdict == "undecided" and _points_against(claim, difference.mean)
+    return {"seeds": seeds, "difference": found, "verdict": verdict, "points_against": against, "reason": reason}
+
+
+def _points_against(claim: Claim, mean: float) -> bool:
+    """Whether the mean alone says the opposite of the claim, whatever the interval allows."""
+    if claim.relation == "equal":
+        return abs(mean) > MARGIN
+    return mean < 0 if claim.relation == "higher" else mean > (MARGIN if claim.relation == "no_higher" else 0)
 
 
 def _side(quantity: Quantity, values: Mapping[int, float]) -> dict[str, Any]:
