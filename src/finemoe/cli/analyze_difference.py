@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analysis_options import MODEL, Corpora, Length, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, check_report, print_json, print_rich
+from finemoe.cli.output import Json, check_report, print_json, print_rich, say_where
 
 
 def difference(
@@ -59,7 +59,7 @@ def difference(
         return
     _print(results)
     if out is not None:
-        typer.echo(f"\nOpen  {out / 'report.html'} in a browser; it works offline\nData  {out / 'results.json'}")
+        say_where(out)
 
 
 def _print(results: Mapping[str, Any]) -> None:

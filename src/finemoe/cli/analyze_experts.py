@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analysis_options import Corpora, Length, Model, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, check_report, print_json, print_rich
+from finemoe.cli.output import Json, check_report, print_json, print_rich, say_where
 
 _MOST_ROWS = 12
 _FEWEST = 0.25  # times the uniform load: what took less is no example of specialisation
@@ -62,7 +62,7 @@ def experts(
         return
     _print(results)
     if out is not None:
-        typer.echo(f"\nOpen  {out / 'report.html'} in a browser; it works offline\nData  {out / 'results.json'}")
+        say_where(out)
 
 
 def _print(results: Mapping[str, Any]) -> None:

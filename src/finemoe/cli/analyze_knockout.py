@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analysis_options import Corpora, Length, Model, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, check_report, print_json, print_rich
+from finemoe.cli.output import Json, check_report, print_json, print_rich, say_where
 
 _MOST_ROWS = 10
 
@@ -104,7 +104,7 @@ def _deliver(results: Mapping[str, Any], out: Path | None, as_json: bool) -> Non
     else:
         _print(results)
     if out is not None and not as_json:
-        typer.echo(f"\nOpen  {out / 'report.html'} in a browser; it works offline\nData  {out / 'results.json'}")
+        say_where(out)
     if not results["complete"]:
         from finemoe.core.logs import console
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analysis_options import MODEL, Corpora, Length, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, check_report, print_json, print_rich
+from finemoe.cli.output import Json, check_report, print_json, print_rich, say_where
 
 
 def load(
@@ -57,7 +57,7 @@ def load(
         return
     _print_tables(results)
     if out is not None:
-        typer.echo(f"\nOpen  {out / 'report.html'} in a browser; it works offline\nData  {out / 'results.json'}")
+        say_where(out)
 
 
 def _print_tables(results: dict[str, Any]) -> None:

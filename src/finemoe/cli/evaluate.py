@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from finemoe.cli.analysis_options import MODEL, Report
-from finemoe.cli.output import Json, Quiet, check_report, print_json, print_rich, printable
+from finemoe.cli.output import Json, Quiet, check_report, print_json, print_rich, printable, say_where
 from finemoe.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -311,4 +311,4 @@ def _print_results(found: dict[str, Any], out: Path | None) -> None:
         print_rich(difference_table(found))
     print_rich(*(Text(note) for note in notes(found)))
     if out is not None:
-        typer.echo(f"\nOpen  {out / 'report.html'} in a browser; it works offline\nData  {out / 'results.json'}")
+        say_where(out)

@@ -50,6 +50,11 @@ def check_report(out: Path | None, kind: str, *, ours: Sequence[str] = ()) -> No
         require_report_folder(out, kind, ours=ours)
 
 
+def say_where(out: Path) -> None:
+    """Where a report is, and its data."""
+    typer.echo(f"\nOpen  {out / 'report.html'} in a browser; it works offline\nData  {out / 'results.json'}")
+
+
 def print_json(value: Any) -> None:
     """`value` on stdout; what is not finite becomes null, for which JSON has a name."""
     from finemoe.charts.numbers import clean
