@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finemoe.checkpoint.language_model import LanguageModel
+from finemoe.checkpoint.language_model import LanguageModel, training_data
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.logs import logger, progress
@@ -204,12 +203,10 @@ def _own_documents(opened: LanguageModel, report: SkipReport) -> Iterator[Docume
 
 
 def _own_config(opened: LanguageModel) -> DataConfig:
-    # A checkpoint lies two folders below its run.
-    for folder in (opened.source, *opened.source.resolve().parents[:2]):
-        path = folder / "config.json"
-        if path.exists() and "data" in (tables := json.loads(path.read_text(encoding="utf-8"))):
-            return parse(DataConfig, tables["data"], str(path))
-    raise DataError(f"{opened.source}: does not say what it was trained on: give --corpus")
+    data = training_data(opened.source)
+    if not data:
+        raise DataError(f"{opened.source}: does not say what it was trained on: give --corpus")
+    return parse(DataConfig, data, f"{opened.source}: data")
 
 
 def _by_domain(documents: Iterable[Document], opened: LanguageModel, tokens: int) -> dict[str, list[int]]:

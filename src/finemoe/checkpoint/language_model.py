@@ -68,12 +68,12 @@ def open_language_model(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids and the model only "
             f"{model.config.vocab_size}: they do not belong together, put the model's own tokenizer.json back"
         )
-    data = _training_data(path) if own else {}
+    data = training_data(path) if own else {}
     reach = data.get("sequence_length") if own else model.config.max_positions
     return LanguageModel(model, tokenizer, path, own, reach, data.get("packing") == "isolate")
 
 
-def _training_data(run: Path) -> dict[str, Any]:
+def training_data(run: Path) -> dict[str, Any]:
     """The data table of the run's configuration; empty where the run does not say: only hints hang on it."""
     # A checkpoint lies two folders below its run.
     candidates = [folder / "config.json" for folder in (run, *run.resolve().parents[:2])]

@@ -69,7 +69,7 @@ def compare(
     study.check()
     data = prepare_for(study.example())
     if not quiet:
-        announce(arms, config, parallel)
+        _announce(arms, config, parallel)
     with sole_writer(directory):
         if not holds_study(directory, config):
             write_text(directory / "compare.json", to_json(config))
@@ -98,7 +98,7 @@ def _command(
     return shlex.join(words)
 
 
-def announce(arms: Mapping[str, SizedArm], config: CompareConfig, parallel: int) -> None:
+def _announce(arms: Mapping[str, SizedArm], config: CompareConfig, parallel: int) -> None:
     """What is compared, and how well it is matched."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("Arm", no_wrap=True)
