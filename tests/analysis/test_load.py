@@ -145,8 +145,23 @@ def test_the_batch_size_changes_nothing_but_the_batch_figure(tmp_path: Path):
     passages = two_domains(tmp_path, opened)
     one, many = (tally(opened, passages, rows=rows, description=None) for rows in (1, 16))
     assert (one.total(1) == many.total(1)).all()
-    assert (one.together[1] == many.together[1]).all()
+    assert (one.total_together(1) == many.total_together(1)).all()
     assert one.tokens == many.tokens
+
+
+def test_pairs_of_a_domain_are_those_of_it_alone(tmp_path: Path):
+    """Reading one domain by itself finds the same pairs that reading both finds of it."""
+    opened = opened_model()
+    passages = two_domains(tmp_path, opened)
+    both = tally(opened, passages, description=None)
+    for passage in passages:
+        alone = tally(opened, [passage], description=None)
+        for number in both.together:
+            assert (both.together[number][passage.domain] == alone.total_together(number)).all()
+    first, second = (both.together[1][passage.domain] for passage in passages)
+    assert (first != second).any(), "two domains alike would show nothing"
+    layer = figures(opened, both)["layers"]["1"]
+    assert set(layer["domain_pairs"]) == {passage.domain for passage in passages}
 
 
 def test_without_pairs_the_load_is_the_same(tmp_path: Path):

@@ -26,6 +26,7 @@ def layer(rng: random.Random, experts: int, domains: tuple[str, ...]) -> dict[st
     pairs = [{"a": 1, "b": 2, "count": 40, "lift": 2.5}]
     return figures() | {
         "experts": experts, "experts_per_token": 2, "max_vio_batch": 1.5, "domains": by_domain, "pairs": pairs,
+        "domain_pairs": dict.fromkeys(domains, pairs),
     }  # fmt: skip
 
 
@@ -178,7 +179,7 @@ def test_a_model_whose_tokens_have_one_expert_has_no_pairs():
     results["lift"] = {}
     for one in results["series"]:
         for found in one["layers"].values():
-            found["pairs"] = []
+            found["pairs"], found["domain_pairs"] = [], {}
     assert "Chosen together" not in load_page(results)
 
 

@@ -41,8 +41,8 @@ class Tally:
     """Summed losses, by domain."""
     load: dict[int, dict[str, Counts]] = field(default_factory=dict)
     """[experts] assignments, by layer and domain."""
-    together: dict[int, Counts] = field(default_factory=dict)
-    """[experts, experts] tokens that chose both, by layer; the load on the diagonal."""
+    together: dict[int, dict[str, Counts]] = field(default_factory=dict)
+    """[experts, experts] tokens that chose both, by layer and domain; the load on the diagonal."""
     batch_max_vio: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
     """Tokens and MaxVio of each batch, by layer."""
 
@@ -61,7 +61,8 @@ class Tally:
             if self.pairs:
                 together = pair_counts(chosen, experts)
                 load = np.diagonal(together).copy()
-                self.together[number] = self.together.get(number, 0) + together
+                pairs = self.together.setdefault(number, {})
+                pairs[one.domain] = pairs.get(one.domain, 0) + together
             else:
                 load = np.bincount(chosen.reshape(-1), minlength=experts)
             domains = self.load.setdefault(number, {})
@@ -71,6 +72,10 @@ class Tally:
     def total(self, number: int) -> Counts:
         """Load of a layer over all domains."""
         return np.sum(list(self.load[number].values()), axis=0)
+
+    def total_together(self, number: int) -> Counts:
+        """Pairs of a layer over all domains."""
+        return np.sum(list(self.together[number].values()), axis=0)
 
     def mean_batch_max_vio(self, number: int) -> float:
         """MaxVio_batch: over the batches of full size, as a smaller one is more uneven by chance alone.
@@ -214,7 +219,7 @@ def figures(opened: LanguageModel, counted: Tally) -> dict[str, Any]:
 def _layer(counted: Tally, number: int) -> dict[str, Any]:
     config = counted.layers[number]
     k = config.experts_per_token
-    pairs = counted.together.get(number)
+    pairs = counted.together.get(number, {})
     return {
         "experts": config.num_routed_experts,
         "experts_per_token": k,
@@ -222,7 +227,8 @@ def _layer(counted: Tally, number: int) -> dict[str, Any]:
         **load_figures(counted.total(number)),
         "max_vio_batch": counted.mean_batch_max_vio(number),
         "domains": {domain: load_figures(load) for domain, load in counted.load[number].items()},
-        "pairs": [] if pairs is None else strongest_pairs(pairs, sum(counted.tokens.values()), k),
+        "pairs": strongest_pairs(counted.total_together(number), sum(counted.tokens.values()), k) if pairs else [],
+        "domain_pairs": {domain: strongest_pairs(each, counted.tokens[domain], k) for domain, each in pairs.items()},
     }
 
 
@@ -230,7 +236,8 @@ def _lifts(counted: Tally) -> dict[str, Any]:
     """Layer -> matrix, of layers small enough."""
     tokens = sum(counted.tokens.values())
     made = {}
-    for number, pairs in sorted(counted.together.items()):
+    for number in sorted(counted.together):
+        pairs = counted.total_together(number)
         if len(pairs) <= MOST_MATRIX and counted.layers[number].experts_per_token > 1:
             matrix = lift(pairs, tokens, counted.layers[number].experts_per_token)
             made[str(number)] = [[None if np.isnan(v) else round(float(v), 3) for v in row] for row in matrix]
@@ -298,7 +305,7 @@ def save_pairs(path: Path, counted: Tally) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    arrays: dict[str, Any] = {f"layer_{number}": pairs for number, pairs in counted.together.items()}
+    arrays: dict[str, Any] = {f"layer_{number}": counted.total_together(number) for number in counted.together}
     try:
         np.savez_compressed(path, tokens=np.int64(sum(counted.tokens.values())), **arrays)
     except OSError as error:

@@ -161,7 +161,17 @@ def _together(results: Mapping[str, Any]) -> Section | None:
         caption = "How often two experts are chosen for the same token, over chance; the last colours: ≤ ¼ and ≥ 4."
         blocks.append(Figure(maps, caption))
     table = Table("The pairs most above chance", columns, rows, (2, 3), note)
-    return Section("Chosen together", [*blocks, table if len(rows) <= 20 else Details(table.caption, [table])])
+    blocks.append(table if len(rows) <= 20 else Details(table.caption, [table]))
+    found = [
+        [domain, f"Layer {number}", f"{pair['a']} and {pair['b']}", count(pair["count"]), fixed(pair["lift"], 2)]
+        for domain in results["text"]["tokens"]
+        for number, layer in layers.items()
+        for pair in layer["domain_pairs"].get(domain, [])[:3]
+    ]
+    if found and len(results["text"]["tokens"]) > 1:
+        caption = "The pairs most above chance within each domain"
+        blocks.append(Details(caption, [Table(caption, ["Domain", *columns], found, (3, 4), note)]))
+    return Section("Chosen together", blocks)
 
 
 def _meaning(results: Mapping[str, Any]) -> Section:
