@@ -17,9 +17,9 @@ from benchmarks.speed.timing import Contestant, Samples, calling, interleave, ra
 from finemoe.core.logs import read_json_lines
 from finemoe.data import Loader, SkipReport, StdlibCorpus, TokenShards, TokenSource, prepare
 from finemoe.data.shards import TokenWriter, open_streams
+from finemoe.runs.config import RunConfig, resolve_run
+from finemoe.runs.run import train
 from finemoe.text import Tokenizer
-from finemoe.training.config import RunConfig, resolve_run
-from finemoe.training.run import train
 
 _TEXT_BYTES = 8_000_000
 _LENGTH = 512

@@ -15,7 +15,7 @@ from benchmarks.speed.steps import write_models
 from benchmarks.speed.table import Measured, Row
 from benchmarks.speed.timing import Contestant, Samples, interleave, ratios
 
-from finemoe.checkpoint.gguf_export import export_gguf
+from finemoe.checkpoint.gguf.exporting import export_gguf
 from finemoe.model.config import ModelConfig
 from finemoe.model.size import measure
 

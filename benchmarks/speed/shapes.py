@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from finemoe.checkpoint.run_state import RunState, save
+from finemoe.checkpoint.run_state.state import RunState, save
 from finemoe.model.config import Kernels, ModelConfig, expand
 from finemoe.model.initialize import initialize
 from finemoe.model.presets import resolve

@@ -14,7 +14,7 @@ from benchmarks.speed.table import Measured, Row
 from benchmarks.speed.timing import Contestant, Samples, fastest, interleave, ratios
 from benchmarks.speed.training import batch_of, chosen_kernels, make_trainer, step
 
-from finemoe.checkpoint.exporting import export_hf
+from finemoe.checkpoint.huggingface.exporting import export_hf
 from finemoe.model.config import ModelConfig
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure

@@ -9,11 +9,11 @@ import torch
 from finemoe.data.batch import TokenBatch
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer
-from finemoe.training.calibration import choose
+from finemoe.runs.calibration import choose
 from finemoe.training.gradients import Clip
+from finemoe.training.losses.next_token import CROSS_ENTROPY, NextToken
 from finemoe.training.method import Method, everything
-from finemoe.training.next_token import CROSS_ENTROPY, NextToken
-from finemoe.training.optimizer import OptimizerConfig
+from finemoe.training.optimizers import OptimizerConfig
 from finemoe.training.schedule import MultiStepConfig
 from finemoe.training.trainer import Plan, Trainer
 

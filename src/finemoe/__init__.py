@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from finemoe.core.errors import FinemoeError
     from finemoe.model.config import ModelConfig
     from finemoe.model.transformer import Transformer
+    from finemoe.runs.run import Run, resume, train
     from finemoe.studies.compare import Comparison, compare
     from finemoe.text import Tokenizer
-    from finemoe.training.run import Run, resume, train
 
 _HOME = {
     "Comparison": "finemoe.studies.compare",
     "FinemoeError": "finemoe.core.errors",
     "ModelConfig": "finemoe.model.config",
-    "Run": "finemoe.training.run",
+    "Run": "finemoe.runs.run",
     "Tokenizer": "finemoe.text",
     "Transformer": "finemoe.model.transformer",
     "compare": "finemoe.studies.compare",
     "load_chat_template": "finemoe.checkpoint.open",
     "load_model": "finemoe.checkpoint.open",
     "load_tokenizer": "finemoe.checkpoint.open",
-    "resume": "finemoe.training.run",
-    "train": "finemoe.training.run",
+    "resume": "finemoe.runs.run",
+    "train": "finemoe.runs.run",
 }
 
 __all__ = [

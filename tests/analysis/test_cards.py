@@ -16,7 +16,7 @@ from finemoe.analysis.cards import CONTEXTS, expert_cards, visible
 from finemoe.analysis.neighbours import centroid_likeness, matched, weight_likeness
 from finemoe.analysis.passages import Passages, read_passages
 from finemoe.checkpoint.language_model import LanguageModel, open_language_model
-from finemoe.checkpoint.run_state import RunState, save
+from finemoe.checkpoint.run_state.state import RunState, save
 from finemoe.core.errors import ConfigError
 from finemoe.text.tokenizer import Tokenizer
 from oracles.models import build, moe_table, small_config

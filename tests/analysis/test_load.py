@@ -21,7 +21,7 @@ from finemoe.analysis import usage
 from finemoe.analysis.load import Stage, Tally, figures, history, stages, study_load, tally
 from finemoe.analysis.passages import Passages, batches, read_passages
 from finemoe.checkpoint.language_model import LanguageModel
-from finemoe.checkpoint.run_state import RunState, save
+from finemoe.checkpoint.run_state.state import RunState, save
 from finemoe.core.errors import ConfigError
 from finemoe.model.config import ModelConfig
 from finemoe.model.moe.balance import max_violation

@@ -169,7 +169,7 @@ def test_a_dense_model_has_no_experts() -> None:
 
 def test_a_run_says_how_it_was_trained(tmp_path: Path) -> None:
     """Length and packing come from the run's configuration, its checkpoints' included."""
-    from finemoe.checkpoint.run_state import RunState, save
+    from finemoe.checkpoint.run_state.state import RunState, save
 
     config = small_config(vocab_size=300)
     text = json.dumps({"model": config.model_dump(mode="json"), "data": {"sequence_length": 24, "packing": "isolate"}})

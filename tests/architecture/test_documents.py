@@ -15,13 +15,13 @@ import pytest
 import torch
 from typer.main import get_command
 
-from finemoe.charts.paper_page import summary_markdown
+from finemoe.charts.paper.page import summary_markdown
 from finemoe.cli.main import app
 from finemoe.core.config import read_toml
 from finemoe.model.moe.decision import RoutingConstraint
+from finemoe.runs.config import resolve_run
 from finemoe.studies.arms import solve
 from finemoe.studies.config import resolve_comparison
-from finemoe.training.config import resolve_run
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])

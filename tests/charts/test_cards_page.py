@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from finemoe.charts.cards_page import cards_page, figures, leading, widget_data
+from finemoe.charts.cards.page import cards_page, figures, leading, widget_data
 from finemoe.charts.page import Details, Section, Text, Widget, render_page
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -201,5 +201,5 @@ def test_the_leading_domain_is_the_one_with_the_highest_rate():
 
 def test_too_many_maps_are_left_to_the_folder(monkeypatch):
     assert "There are too many experts to draw their maps" not in cards_page(results())
-    monkeypatch.setattr("finemoe.charts.cards_page.MOST_CELLS", 15)
+    monkeypatch.setattr("finemoe.charts.cards.page.MOST_CELLS", 15)
     assert "There are too many experts to draw their maps" in cards_page(results())

@@ -9,8 +9,8 @@ import re
 import pytest
 from fake_results import fake_results
 
-from finemoe.charts.comparison import figures, save_figures
-from finemoe.charts.comparison_page import comparison_page
+from finemoe.charts.comparison.figures import figures, save_figures
+from finemoe.charts.comparison.page import comparison_page
 
 ALLOWED_ADDRESSES = ("http://www.w3.org/", "https://vega.github.io/schema/")
 

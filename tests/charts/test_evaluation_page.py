@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from finemoe.charts.evaluation_page import difference_chart, evaluation_page, figures
-from finemoe.charts.score_words import difference_text, interval_text, p_text, score_text, short_duration
+from finemoe.charts.evaluation.page import difference_chart, evaluation_page, figures
+from finemoe.charts.evaluation.words import difference_text, interval_text, p_text, score_text, short_duration
 from finemoe.charts.theme import spec
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"

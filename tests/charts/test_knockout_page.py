@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from finemoe.charts import knockout as charts
 from finemoe.charts import theme
-from finemoe.charts.knockout_page import by_size, change, knockout_page, signed, verdict
-from finemoe.charts.relevance_page import relevance_chart, relevance_page
+from finemoe.charts.knockout import figures as charts
+from finemoe.charts.knockout.page import by_size, change, knockout_page, signed, verdict
+from finemoe.charts.relevance.page import relevance_chart, relevance_page
 
 DOMAINS = ("prose", "code <b>")
 HEAD: dict[str, Any] = {

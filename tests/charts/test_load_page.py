@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from finemoe.charts import load, theme
-from finemoe.charts.load_page import load_page, summary
+from finemoe.charts import theme
+from finemoe.charts.load import figures as load
+from finemoe.charts.load.page import load_page, summary
 
 
 def layer(rng: random.Random, experts: int, domains: tuple[str, ...]) -> dict[str, Any]:

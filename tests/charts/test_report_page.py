@@ -10,8 +10,8 @@ import re
 import pytest
 from fake_results import fake_results
 
-from finemoe.charts.comparison import loss_curves
-from finemoe.charts.comparison_page import comparison_page
+from finemoe.charts.comparison.figures import loss_curves
+from finemoe.charts.comparison.page import comparison_page
 from finemoe.charts.page import Code, Details, Figure, Section, Table, Text, render_page
 
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>\u2028'\"&"

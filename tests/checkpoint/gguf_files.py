@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tokenizers import pre_tokenizers
 
-from finemoe.checkpoint.imported import ImportedWriter
-from finemoe.checkpoint.store import TensorSpec
+from finemoe.checkpoint.storage.store import TensorSpec
+from finemoe.checkpoint.weights.imported import ImportedWriter
 from finemoe.core.config import parse
 from finemoe.model.config import ModelConfig, ModelRecipe, expand
 from finemoe.model.transformer import Transformer

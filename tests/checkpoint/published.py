@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finemoe.checkpoint.fp8 import scale_shape
-from finemoe.checkpoint.hf_config import FAMILIES
-from finemoe.checkpoint.hf_keys import placements
-from finemoe.checkpoint.tensors import TensorFolder, raw_bytes
+from finemoe.checkpoint.huggingface.config import FAMILIES
+from finemoe.checkpoint.huggingface.fp8 import scale_shape
+from finemoe.checkpoint.huggingface.keys import placements
+from finemoe.checkpoint.storage.safetensors import TensorFolder, raw_bytes
 from finemoe.text import Tokenizer
 
 LLAMA: dict[str, Any] = {

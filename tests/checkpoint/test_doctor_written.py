@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from checkpoint.published import LLAMA, TIED, V3, V3_FP8, publish
-from finemoe.checkpoint.doctor_written import compare_export, compare_import
-from finemoe.checkpoint.gguf import export_gguf, import_gguf
-from finemoe.checkpoint.interchange import export_hf, import_hf
-from finemoe.checkpoint.run_state import RunState, save
-from finemoe.checkpoint.tensors import TensorFolder
+from finemoe.checkpoint.gguf.opening import export_gguf, import_gguf
+from finemoe.checkpoint.huggingface.importing import export_hf, import_hf
+from finemoe.checkpoint.proof.written import compare_export, compare_import
+from finemoe.checkpoint.run_state.state import RunState, save
+from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import expand
 from finemoe.model.initialize import initialize

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.checkpoint import foreign
-from finemoe.checkpoint.foreign import MAX_DEPTH, folder_file, parse_json, read_json, weight_files
+from finemoe.checkpoint.storage import untrusted as foreign
+from finemoe.checkpoint.storage.untrusted import MAX_DEPTH, folder_file, parse_json, read_json, weight_files
 from finemoe.core.errors import CheckpointError
 
 

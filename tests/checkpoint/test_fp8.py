@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from finemoe.checkpoint import fp8
-from finemoe.checkpoint.fp8 import BLOCK, dequantize, quantize, scale_shape
+from finemoe.checkpoint.huggingface import fp8
+from finemoe.checkpoint.huggingface.fp8 import BLOCK, dequantize, quantize, scale_shape
 from finemoe.core.errors import CheckpointError
 
 SHAPES = [(1, 1), (128, 128), (130, 7), (256, 300), (127, 129), (3, 512)]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from checkpoint.gguf_files import DENSE, LATENT, MODELS, QUERIES, SIGMOID, YARN, config_of, moe, recipe
-from finemoe.checkpoint.gguf_config import Facts, llama3_scaling, model_config
-from finemoe.checkpoint.gguf_keys import stored_tensors
-from finemoe.checkpoint.gguf_metadata import describe
+from finemoe.checkpoint.gguf.config import Facts, llama3_scaling, model_config
+from finemoe.checkpoint.gguf.keys import stored_tensors
+from finemoe.checkpoint.gguf.metadata import describe
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import ModelConfig, expand
 from finemoe.model.presets import PRESETS, resolve

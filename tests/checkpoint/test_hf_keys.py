@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.checkpoint.hf_config import FAMILIES
-from finemoe.checkpoint.hf_keys import ignorable, placements, without_absent_mtp
-from finemoe.checkpoint.keys import Placement
-from finemoe.checkpoint.tensors import span
+from finemoe.checkpoint.huggingface.config import FAMILIES
+from finemoe.checkpoint.huggingface.keys import ignorable, placements, without_absent_mtp
+from finemoe.checkpoint.storage.safetensors import span
+from finemoe.checkpoint.weights.placement import Placement
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import ModelConfig
 from finemoe.model.transformer import Transformer

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from finemoe.checkpoint.hub import resolve
+from finemoe.checkpoint.huggingface.hub import resolve
 from finemoe.core.errors import CheckpointError, ConfigError
 
 COMMIT = "0123456789abcdef"

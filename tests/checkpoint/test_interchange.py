@@ -29,14 +29,18 @@ from checkpoint.published import (
     tensors_of,
     write_weights,
 )
-from finemoe.checkpoint import exporting, imported, interchange, run_state, store
-from finemoe.checkpoint.exportable import open_exportable
-from finemoe.checkpoint.fp8 import dequantize
-from finemoe.checkpoint.hf_config import FAMILIES
-from finemoe.checkpoint.imported import read_imported
-from finemoe.checkpoint.interchange import export_hf, import_hf
+from finemoe.checkpoint.huggingface import exporting
+from finemoe.checkpoint.huggingface import importing as interchange
+from finemoe.checkpoint.huggingface.config import FAMILIES
+from finemoe.checkpoint.huggingface.fp8 import dequantize
+from finemoe.checkpoint.huggingface.importing import export_hf, import_hf
 from finemoe.checkpoint.kinds import is_imported
-from finemoe.checkpoint.tensors import TensorFolder, raw_bytes
+from finemoe.checkpoint.run_state import state as run_state
+from finemoe.checkpoint.storage import store
+from finemoe.checkpoint.storage.safetensors import TensorFolder, raw_bytes
+from finemoe.checkpoint.weights import imported
+from finemoe.checkpoint.weights.exportable import open_exportable
+from finemoe.checkpoint.weights.imported import read_imported
 from finemoe.core.config import to_json
 from finemoe.core.errors import CheckpointError, RunError
 from finemoe.model.transformer import Transformer
@@ -363,7 +367,9 @@ def work(source: Path, out: Path, counted: Path) -> None:
 def converted_through_kills(source: Path, out: Path, counted: Path) -> int:
     """The number of kills that it took."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finemoe.checkpoint.interchange", "torch._dynamo"])  # the latter by any meta model
+    context.set_forkserver_preload(
+        ["finemoe.checkpoint.huggingface.importing", "torch._dynamo"]
+    )  # the latter by any meta model
     counted.touch()
     for kills in range(50):
         before = counted.stat().st_size

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from finemoe.checkpoint import files, run_state, streaming
-from finemoe.checkpoint.run_state import RunState, find_damage, load_latest, load_model, load_weights, save
-from finemoe.checkpoint.streaming import AbandonedError
+from finemoe.checkpoint.run_state import state as run_state
+from finemoe.checkpoint.run_state.state import RunState, find_damage, load_latest, load_model, load_weights, save
+from finemoe.checkpoint.storage import streaming
+from finemoe.checkpoint.storage.streaming import AbandonedError
+from finemoe.core import files
 from finemoe.core.config import to_json
 from finemoe.core.errors import CheckpointError, RunError
 from oracles.models import build, small_config

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finemoe.checkpoint.run_state import RunState
-from finemoe.checkpoint.snapshot import NoRoomError, Snapshot
+from finemoe.checkpoint.run_state.snapshot import NoRoomError, Snapshot
+from finemoe.checkpoint.run_state.state import RunState
 from finemoe.core import memory
 
 

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finemoe.checkpoint import streaming
-from finemoe.checkpoint.streaming import AbandonedError, write_bytes, write_tensors
-from finemoe.checkpoint.tensors import DTYPES, read_header
+from finemoe.checkpoint.storage import streaming
+from finemoe.checkpoint.storage.safetensors import DTYPES, read_header
+from finemoe.checkpoint.storage.streaming import AbandonedError, write_bytes, write_tensors
 
 READ_BY_THE_LIBRARY = sorted(set(DTYPES) - {"C64"})
 

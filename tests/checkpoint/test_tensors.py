@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finemoe.checkpoint import store as store_module
-from finemoe.checkpoint import tensors
-from finemoe.checkpoint.store import TensorSpec, TensorStore
-from finemoe.checkpoint.tensors import DTYPES, TensorFolder, raw_bytes, read_header, span
-from finemoe.checkpoint.workspace import workspace
+from finemoe.checkpoint.storage import safetensors as tensors
+from finemoe.checkpoint.storage import store as store_module
+from finemoe.checkpoint.storage.safetensors import DTYPES, TensorFolder, raw_bytes, read_header, span
+from finemoe.checkpoint.storage.store import TensorSpec, TensorStore
+from finemoe.checkpoint.storage.workspace import workspace
 from finemoe.core.errors import CheckpointError, RunError
 
 NewStore = Callable[..., TensorStore]
@@ -396,7 +396,7 @@ def slow_conversion(out: Path, counted: Path) -> None:
 
 def test_killed_again_and_again_it_comes_to_the_same_end(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finemoe.checkpoint.interchange", "torch._dynamo"])  # as other tests do
+    context.set_forkserver_preload(["finemoe.checkpoint.huggingface.importing", "torch._dynamo"])  # as other tests do
     out, counted, kills = tmp_path / "out", tmp_path / "counted", 0
     counted.touch()
     for _ in range(20):

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint.released_configs import RELEASED
-from finemoe.checkpoint import verify, witness
-from finemoe.checkpoint.hf_config import family_of
+from finemoe.checkpoint.huggingface.config import family_of
 from finemoe.checkpoint.open import load_model
-from finemoe.checkpoint.verify import shrink, verify_twin
+from finemoe.checkpoint.proof import twin as verify
+from finemoe.checkpoint.proof import witness
+from finemoe.checkpoint.proof.twin import shrink, verify_twin
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import ModelConfig
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from finemoe.checkpoint.run_state import RunState, save
+from finemoe.checkpoint.run_state.state import RunState, save
 from finemoe.cli.main import app
 from finemoe.model.config import expand
 from finemoe.model.initialize import initialize

@@ -153,7 +153,7 @@ def test_what_a_later_task_lacks_is_said_before_any_work(
 def test_where_no_code_can_be_run_that_is_said_before_any_work(
     command: Any, run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from finemoe.evaluation import sandbox
+    from finemoe.sandbox import sandbox
 
     monkeypatch.setattr(sandbox, "supported", lambda: "the sandbox needs another system")
     problem = {"task_id": "a/0", "prompt": "def f():\n", "test": "def check(f): pass", "entry_point": "f"}

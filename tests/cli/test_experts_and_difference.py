@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finemoe.checkpoint.run_state import RunState, save
+from finemoe.checkpoint.run_state.state import RunState, save
 
 
 @pytest.fixture(scope="module")

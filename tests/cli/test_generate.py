@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finemoe.checkpoint.interchange import import_hf
+from finemoe.checkpoint.huggingface.importing import import_hf
 from finemoe.checkpoint.open import load_model
 from finemoe.cli.generate import _Opened
 from finemoe.generation import Engine, SamplingConfig

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from checkpoint.published import LLAMA, V3_FP8, contents_of, publish
-from finemoe.checkpoint import interchange, verify
-from finemoe.checkpoint.verify import TwinResult
+from finemoe.checkpoint.huggingface import importing as interchange
+from finemoe.checkpoint.proof import twin as verify
+from finemoe.checkpoint.proof.twin import TwinResult
 from finemoe.core.errors import CheckpointError
 
 

@@ -11,8 +11,8 @@ import typer
 from typer.testing import CliRunner
 
 from finemoe.checkpoint.selection import read_selection
-from finemoe.cli.analyze_knockout import knockout
-from finemoe.cli.analyze_relevance import relevance
+from finemoe.cli.analyze.knockout import knockout
+from finemoe.cli.analyze.relevance import relevance
 from finemoe.cli.main import Verbs
 from finemoe.core import logs
 
@@ -137,7 +137,7 @@ def test_impossible_shares_are_refused(few: list[Any], p: str) -> None:
 
 
 def test_dense_models_have_nothing_to_knock_out(tmp_path: Path) -> None:
-    from finemoe.checkpoint.run_state import RunState, save
+    from finemoe.checkpoint.run_state.state import RunState, save
     from finemoe.model.config import expand
     from finemoe.model.initialize import initialize
     from finemoe.model.presets import resolve

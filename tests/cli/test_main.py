@@ -133,7 +133,7 @@ def test_brackets_in_a_message_are_no_markup(command: Any, monkeypatch: pytest.M
     def fail(*_: object, **__: object) -> None:
         raise TrainingError("see [model] in [/x]")
 
-    monkeypatch.setattr("finemoe.training.run.train", fail)
+    monkeypatch.setattr("finemoe.runs.run.train", fail)
     result = command("train", "a.toml")
     assert result.exit_code == 2
     assert result.stderr == "error: see [model] in [/x]\n"
@@ -144,7 +144,7 @@ def test_a_defect_of_ours_keeps_its_traceback(command: Any, monkeypatch: pytest.
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("finemoe.training.run.train", fail)
+    monkeypatch.setattr("finemoe.runs.run.train", fail)
     with pytest.raises(ZeroDivisionError):
         command("train", "a.toml")
 
@@ -154,7 +154,7 @@ def test_ctrl_c_ends_with_130(command: Any, monkeypatch: pytest.MonkeyPatch) -> 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("finemoe.training.run.train", interrupt)
+    monkeypatch.setattr("finemoe.runs.run.train", interrupt)
     result = command("train", "a.toml")
     assert result.exit_code == 130
     assert result.stderr == "interrupted\n"

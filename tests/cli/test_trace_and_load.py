@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from finemoe.analysis.trace import read_trace, trace_info
-from finemoe.cli.analyze_load import load
+from finemoe.cli.analyze.load import load
 from finemoe.cli.main import Verbs, finemoe
 from finemoe.cli.trace import trace
 

@@ -41,7 +41,7 @@ def run(summary: dict[str, Any], interrupted: bool = False) -> Spy:
 @pytest.mark.usefixtures("here")
 def test_train_hands_over_and_says_what_next(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = run(SUMMARY)
-    monkeypatch.setattr("finemoe.training.run.train", spy)
+    monkeypatch.setattr("finemoe.runs.run.train", spy)
     result = command("train", "a.toml", "--set", "a.b=1", "--set", "c=x", "--out", "d", "-q")
     assert result.exit_code == 0
     assert spy.arguments == (Path("a.toml"),)
@@ -56,7 +56,7 @@ def test_train_hands_over_and_says_what_next(command: Any, monkeypatch: pytest.M
 def test_json_is_the_summary_and_nothing_else(
     command: Any, monkeypatch: pytest.MonkeyPatch, verb: str, path: str
 ) -> None:
-    monkeypatch.setattr(f"finemoe.training.run.{verb}", run({**SUMMARY, "max_vio": math.nan}))
+    monkeypatch.setattr(f"finemoe.runs.run.{verb}", run({**SUMMARY, "max_vio": math.nan}))
     result = command(verb, path, "--json")
     expected = {"directory": "runs/[x]", "interrupted": False, **SUMMARY, "max_vio": None}
     assert json.loads(result.stdout) == expected
@@ -67,7 +67,7 @@ def test_json_is_the_summary_and_nothing_else(
 def test_an_interrupted_run_says_how_to_go_on(
     command: Any, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
-    monkeypatch.setattr("finemoe.training.run.resume", run({}, interrupted=True))
+    monkeypatch.setattr("finemoe.runs.run.resume", run({}, interrupted=True))
     result = command("resume", "x", *options)
     assert result.exit_code == 130
     assert "finemoe resume 'runs/[x]'" in result.stderr
@@ -126,7 +126,7 @@ def test_an_interrupted_comparison_says_how_to_go_on(command: Any, monkeypatch: 
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX pipes")
-@pytest.mark.parametrize(("verb", "target"), [("train", "training.run.train"), ("compare", "studies.compare.compare")])
+@pytest.mark.parametrize(("verb", "target"), [("train", "runs.run.train"), ("compare", "studies.compare.compare")])
 def test_a_recipe_that_is_a_pipe_is_left_for_the_one_who_reads_it(
     command: Any, monkeypatch: pytest.MonkeyPatch, here: Path, verb: str, target: str
 ) -> None:

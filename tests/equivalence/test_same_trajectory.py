@@ -11,12 +11,12 @@ import torch
 
 from finemoe.core.errors import TrainingError
 from finemoe.model.config import Kernels
-from finemoe.training import run as run_module
-from finemoe.training.calibration import Chosen
+from finemoe.runs import run as run_module
+from finemoe.runs.calibration import Chosen
+from finemoe.runs.run import resume, train
 from finemoe.training.report import StepReport
-from finemoe.training.run import resume, train
 from finemoe.training.trainer import Trainer
-from training.tiny_runs import (
+from runs.tiny_runs import (
     FEED_FORWARDS,
     LENGTH,
     assert_same_run,

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finemoe.core.errors import ConfigError, DataError
-from finemoe.evaluation.sandbox import Execution, Limits
 from finemoe.evaluation.task import Generate, Generated, Item, Judged
 from finemoe.evaluation.tasks import TASKS, describe, pass_at_k, programs, sampled
+from finemoe.sandbox.sandbox import Execution, Limits
 
 HUMANEVAL = {
     "task_id": "HumanEval/0",

@@ -2,8 +2,8 @@
 
 import pytest
 
-pytest.register_assert_rewrite("training.tiny_runs")
+pytest.register_assert_rewrite("runs.tiny_runs")
 
-from training.tiny_runs import corpus  # noqa: E402
+from runs.tiny_runs import corpus  # noqa: E402
 
 __all__ = ["corpus"]

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from finemoe.core.config import to_json
+from finemoe.runs.config import resolve_run
 from finemoe.studies import worker
-from finemoe.training.config import resolve_run
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["finemoe.studies.worker", "torch._dynamo"])  # the latter by any optimizer

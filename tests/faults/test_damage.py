@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from faults.runs import finish, write_config
-from finemoe.checkpoint import run_state
-from finemoe.checkpoint.run_state import load_latest, load_model
+from finemoe.checkpoint.run_state import state as run_state
+from finemoe.checkpoint.run_state.state import load_latest, load_model
 from finemoe.core.errors import CheckpointError, ConfigError, RunError, TrainingError
 from finemoe.core.logs import JsonLines
+from finemoe.runs import run as run_module
+from finemoe.runs.run import resume, train
 from finemoe.studies.worker import FAILED, FINISHED
-from finemoe.training import run as run_module
-from finemoe.training.run import resume, train
 from finemoe.training.trainer import Trainer
-from training.tiny_runs import assert_same_run, checkpoints, newest_state, recipe, records, steps, write_corpus
+from runs.tiny_runs import assert_same_run, checkpoints, newest_state, recipe, records, steps, write_corpus
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from faults.runs import finish, send, start, wait_for, write_config
-from finemoe.checkpoint.run_state import find_damage
+from finemoe.checkpoint.run_state.state import find_damage
 from finemoe.core.logs import read_json_lines
 from finemoe.studies.worker import FINISHED, INTERRUPTED
-from training.tiny_runs import assert_same_run, checkpoints, recipe
+from runs.tiny_runs import assert_same_run, checkpoints, recipe
 
 STEPS = 24
 TRAINING = {"steps": STEPS, "checkpoint_every": 1, "evaluate_every": 7}

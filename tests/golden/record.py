@@ -17,8 +17,8 @@ Trajectory = dict[str, list[float]]
 
 def trajectory(corpus: Path, arm: str, out: Path) -> Trajectory:
     """Train `arm` into `out`: loss and gradient norm by step, and the validation loss at the end."""
-    from finemoe.training.run import train
-    from training.tiny_runs import recipe, steps
+    from finemoe.runs.run import train
+    from runs.tiny_runs import recipe, steps
 
     raw = recipe(corpus, arm, seed=3, training={"steps": 12, "checkpoint_every": 100})
     run = train(raw, out=out, quiet=True)
@@ -35,7 +35,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import torch
 
-    from training.tiny_runs import FEED_FORWARDS, LADDER, write_corpus
+    from runs.tiny_runs import FEED_FORWARDS, LADDER, write_corpus
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from golden.record import GOLDEN, trajectory
-from training.tiny_runs import FEED_FORWARDS, LADDER
+from runs.tiny_runs import FEED_FORWARDS, LADDER
 
 RELATIVE = 2e-4  # another CPU adds in another order; a changed formula moves far more
 

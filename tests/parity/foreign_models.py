@@ -16,8 +16,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finemoe.checkpoint.hf_config import family_of
-from finemoe.checkpoint.hf_keys import placements
+from finemoe.checkpoint.huggingface.config import family_of
+from finemoe.checkpoint.huggingface.keys import placements
 from finemoe.model.config import ModelConfig
 from finemoe.model.transformer import Transformer
 

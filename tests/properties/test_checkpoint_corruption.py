@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint.published import LLAMA, MIXTRAL, V3_FP8, publish
-from finemoe.checkpoint.imported import read_imported
-from finemoe.checkpoint.interchange import export_hf, import_hf
-from finemoe.checkpoint.tensors import TensorFolder
+from finemoe.checkpoint.huggingface.importing import export_hf, import_hf
+from finemoe.checkpoint.storage.safetensors import TensorFolder
+from finemoe.checkpoint.weights.imported import read_imported
 from finemoe.core.errors import FinemoeError
 
 SECONDS = 20  # for one conversion that takes some milliseconds; the machine may be busy

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finemoe.core.errors import FinemoeError
+from finemoe.runs.run import resume, train
 from finemoe.studies.fleet import Job, Outcome
-from finemoe.training.run import resume, train
 
 
 def run_here(jobs: Sequence[Job], parallel: int, *, description: str, quiet: bool) -> Outcome:

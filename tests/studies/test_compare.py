@@ -19,13 +19,13 @@ from finemoe.core.config import merge
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.data import prepare
 from finemoe.model.size import measure
+from finemoe.runs.config import read_config
+from finemoe.runs.run import pretraining
 from finemoe.studies import compare as compare_module
 from finemoe.studies.compare import Comparison, compare
 from finemoe.studies.config import resolve_comparison
-from finemoe.training.config import read_config
-from finemoe.training.run import pretraining
+from runs.tiny_runs import LENGTH, assert_same_run, data_table, records
 from studies.in_process import run_here
-from training.tiny_runs import LENGTH, assert_same_run, data_table, records
 
 PER_STEP = 4 * LENGTH
 

@@ -12,8 +12,8 @@ import pytest
 
 from finemoe.analysis.knockout import PAPER
 from finemoe.analysis.passages import observe, read_passages
-from finemoe.charts.paper import PRINTED_ACTIVE, PRINTED_MASKED, every_claim
-from finemoe.charts.paper_page import counted, paper_page, summary_markdown
+from finemoe.charts.paper.figures import PRINTED_ACTIVE, PRINTED_MASKED, every_claim
+from finemoe.charts.paper.page import counted, paper_page, summary_markdown
 from finemoe.checkpoint.language_model import open_language_model
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, RunError

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finemoe.model.moe.layer import MoEConfig
-from finemoe.training import run as run_module
+from finemoe.runs import run as run_module
+from finemoe.runs.config import read_config
+from finemoe.runs.run import resume, train
 from finemoe.training.alerts import Alert, Knobs, Watch, advice, effective_experts, imbalance, routed_layers
-from finemoe.training.config import read_config
-from finemoe.training.run import resume, train
-from training.tiny_runs import recipe, records
+from runs.tiny_runs import recipe, records
 
 EVEN = [1000] * 16
 COLLAPSED = [16000, *[0] * 15]

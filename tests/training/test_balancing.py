@@ -11,10 +11,10 @@ from test_trainer import SEQUENCES, run, trainer
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError
 from finemoe.model.transformer import Transformer
+from finemoe.runs.config import RunConfig
 from finemoe.training import balancing
 from finemoe.training.balancing import BalancingConfig
-from finemoe.training.config import RunConfig
-from finemoe.training.next_token import NextToken
+from finemoe.training.losses.next_token import NextToken
 from finemoe.training.trainer import Trainer
 from oracles.models import build, moe_table, small_config
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finemoe.model import native
-from finemoe.training import cross_entropy
-from finemoe.training.cross_entropy import cross_entropy_sum
+from finemoe.training.losses import cross_entropy
+from finemoe.training.losses.cross_entropy import cross_entropy_sum
 
 TOKENS, HIDDEN, VOCAB = 37, 8, 53
 

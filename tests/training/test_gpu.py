@@ -9,7 +9,7 @@ from finemoe.model.config import expand
 from finemoe.model.initialize import initialize
 from finemoe.model.presets import resolve
 from finemoe.model.transformer import Transformer
-from finemoe.training.cross_entropy import cross_entropy_sum
+from finemoe.training.losses.cross_entropy import cross_entropy_sum
 
 
 @pytest.mark.gpu

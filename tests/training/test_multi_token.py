@@ -8,7 +8,7 @@ from test_balancing import balanced_trainer
 from test_trainer import LENGTH, SEQUENCES, batch_at, run
 
 from finemoe.training.balancing import BalancingConfig
-from finemoe.training.next_token import MTPLossConfig, NextToken
+from finemoe.training.losses.next_token import MTPLossConfig, NextToken
 from oracles.models import build, small_config
 
 

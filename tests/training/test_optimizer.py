@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from finemoe.training.gradients import Clip
-from finemoe.training.optimizer import OptimizerConfig, build_optimizer, load_optimizer_tensors, optimizer_tensors
+from finemoe.training.optimizers import OptimizerConfig, build_optimizer, load_optimizer_tensors, optimizer_tensors
 from oracles.models import build, small_config
 
 CONFIG = OptimizerConfig(learning_rate=0.01, weight_decay=0.3)

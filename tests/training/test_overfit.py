@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from finemoe.training.run import train
-from training.tiny_runs import FEED_FORWARDS, recipe, steps
+from finemoe.runs.run import train
+from runs.tiny_runs import FEED_FORWARDS, recipe, steps
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. "
 

@@ -12,9 +12,9 @@ from finemoe.data.batch import TokenBatch
 from finemoe.model.moe.balance import BALANCE_TERMS
 from finemoe.model.transformer import Transformer
 from finemoe.training.gradients import Clip
+from finemoe.training.losses.next_token import NextToken
 from finemoe.training.method import Method, everything
-from finemoe.training.next_token import NextToken
-from finemoe.training.optimizer import OptimizerConfig
+from finemoe.training.optimizers import OptimizerConfig
 from finemoe.training.report import StepReport
 from finemoe.training.schedule import MultiStepConfig
 from finemoe.training.trainer import Plan, Trainer

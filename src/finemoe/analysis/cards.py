@@ -26,7 +26,7 @@ from finemoe.analysis.specialization import (
 from finemoe.analysis.usage import lift
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.checkpoint.open import load_model
-from finemoe.checkpoint.run_state import checkpoint_folders, find_damage
+from finemoe.checkpoint.run_state.state import checkpoint_folders, find_damage
 from finemoe.text.tokenizer import Tokenizer
 
 TOKENS, CONTEXTS, NEAREST = 12, 4, 3  # shown on each card

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +12,13 @@ import numpy as np
 
 from finemoe.analysis.passages import Observed, Passages, observe, read_passages, require_experts
 from finemoe.analysis.usage import Counts, lift, load_figures, max_vio, mean, pair_counts, strongest_pairs
-from finemoe.checkpoint.files import storage_error
 from finemoe.checkpoint.kinds import kind_of
 from finemoe.checkpoint.language_model import LanguageModel, open_language_model
-from finemoe.checkpoint.run_state import checkpoint_folders, find_damage
-from finemoe.core.errors import FinemoeError
+from finemoe.checkpoint.run_state.state import checkpoint_folders, find_damage
+from finemoe.core.files import storage_error
 from finemoe.core.logs import logger, read_json_lines
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.training.alerts import ENOUGH, STARVED, Knobs, advice, alert_for, imbalance, routed_layers
-from finemoe.training.config import read_config
 
 SCHEMA = 1
 MOST_MATRIX = 64
@@ -266,10 +265,10 @@ def _knobs(opened: LanguageModel) -> Knobs | None:
     if run is None:
         return None
     try:
-        config = read_config(run / "config.json")
-    except FinemoeError:
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        return Knobs(float(config["optimizer"]["learning_rate"]), (config.get("balancing") or {}).get("rate"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Knobs(config.optimizer.learning_rate, config.balancing.rate if config.balancing else None)
 
 
 def _run_of(path: Path) -> Path | None:

@@ -13,9 +13,9 @@ from typing import Any
 from finemoe.analysis.passages import Passages
 from finemoe.charts import theme
 from finemoe.charts.numbers import clean
-from finemoe.checkpoint.files import storage_error, write_text
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.environment import environment
+from finemoe.core.files import storage_error, write_text
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure
 

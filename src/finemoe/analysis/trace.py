@@ -37,9 +37,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finemoe.analysis.passages import Observed, Passages
-from finemoe.checkpoint.files import storage_error, sync
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import DataError
+from finemoe.core.files import storage_error, sync
 from finemoe.model.moe.decision import RoutingDecision
 from finemoe.training.alerts import routed_layers
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from finemoe.checkpoint.foreign import folder_file, read_json
+from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.core.errors import CheckpointError
 
 Kind = Literal["run", "imported", "huggingface", "gguf"]

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 
-from finemoe.checkpoint import gguf, interchange, run_state
-from finemoe.checkpoint.accounting import our_dtype
-from finemoe.checkpoint.build import Part, build, cast
-from finemoe.checkpoint.foreign import folder_file, read_json
-from finemoe.checkpoint.fp8 import dequantize
-from finemoe.checkpoint.imported import Imported, read_imported
+from finemoe.checkpoint.gguf import opening as gguf
+from finemoe.checkpoint.huggingface import importing as interchange
+from finemoe.checkpoint.huggingface.accounting import our_dtype
+from finemoe.checkpoint.huggingface.fp8 import dequantize
 from finemoe.checkpoint.kinds import STATE, kind_of
+from finemoe.checkpoint.run_state import state as run_state
+from finemoe.checkpoint.storage.untrusted import folder_file, read_json
+from finemoe.checkpoint.weights.build import Part, build, cast
+from finemoe.checkpoint.weights.imported import Imported, read_imported
 from finemoe.core.config import parse
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer

@@ -10,9 +10,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from finemoe.checkpoint.files import write_text
 from finemoe.core.config import Config, parse, to_json
 from finemoe.core.errors import ConfigError
+from finemoe.core.files import write_text
 from finemoe.model.config import ModelConfig
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure

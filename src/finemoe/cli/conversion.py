@@ -11,7 +11,7 @@ import typer
 from finemoe.cli.output import print_rich, printable
 
 if TYPE_CHECKING:
-    from finemoe.checkpoint.doctor_written import Comparison
+    from finemoe.checkpoint.proof.written import Comparison
     from finemoe.model.config import ModelConfig
 
 Verify = Annotated[
@@ -39,7 +39,7 @@ class Check:
 
 def check_tensors(compare: Callable[[], Comparison], rounded: str = "") -> Check:
     """Every tensor of both sides, read again; what cannot be read is a failure. `rounded` ends the good message."""
-    from finemoe.checkpoint.doctor_findings import few
+    from finemoe.checkpoint.doctor.findings import few
     from finemoe.core.errors import FinemoeError
 
     try:
@@ -60,7 +60,7 @@ def check_twin(config: ModelConfig, raw: Mapping[str, Any] | None, quiet: bool) 
         raw: its Hugging Face config.json; None: of the first family that can represent the model.
         quiet: do not say that this takes a moment.
     """
-    from finemoe.checkpoint.verify import verify_twin
+    from finemoe.checkpoint.proof.twin import verify_twin
     from finemoe.core.errors import FinemoeError
     from finemoe.core.logs import logger
 
@@ -77,7 +77,7 @@ def check_twin(config: ModelConfig, raw: Mapping[str, Any] | None, quiet: bool) 
 
 
 def _as_family(config: ModelConfig) -> dict[str, Any] | None:
-    from finemoe.checkpoint.hf_config import FAMILIES, representable_as
+    from finemoe.checkpoint.huggingface.config import FAMILIES, representable_as
 
     names = [name for name, refused in representable_as(config).items() if refused is None]
     return FAMILIES[names[0]].from_config(config, max_positions=4096) if names else None

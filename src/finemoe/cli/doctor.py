@@ -11,7 +11,7 @@ import typer
 from finemoe.cli.output import Json, Quiet, print_json, print_rich, printable
 
 if TYPE_CHECKING:
-    from finemoe.checkpoint.doctor import Diagnosis, Finding
+    from finemoe.checkpoint.doctor.examine import Diagnosis, Finding
 
 _KINDS = {
     "run": "a run",
@@ -58,7 +58,7 @@ def doctor(
 
     require_there(path)  # before a second of imports
 
-    from finemoe.checkpoint.doctor import examine
+    from finemoe.checkpoint.doctor.examine import examine
 
     diagnosis = examine(path, deep=deep, quiet=quiet)
     if as_json:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from finemoe.cli.analysis_options import MODEL, Report
+from finemoe.cli.analyze.options import MODEL, Report
 from finemoe.cli.output import Json, Quiet, check_report, print_json, print_rich, printable, say_where
 from finemoe.core.errors import ConfigError
 
@@ -182,8 +182,8 @@ def _run(
     """Ask every model everything; the results, written to `out` where there is one."""
     from contextlib import nullcontext
 
-    from finemoe.checkpoint.files import sole_writer
     from finemoe.checkpoint.kinds import kind_of
+    from finemoe.core.files import sole_writer
     from finemoe.evaluation.output import write
     from finemoe.evaluation.results import results
 
@@ -251,8 +251,8 @@ def _layers(tasks: list[Task], loaded: Loaded) -> dict[str, str] | None:
     Raises:
         ConfigError: code would be run, and cannot be run here.
     """
-    from finemoe.evaluation.sandbox import layers, supported
     from finemoe.evaluation.tasks import runs_code
+    from finemoe.sandbox.sandbox import layers, supported
 
     running = [task.name for task in tasks if runs_code(task, loaded[task.name][0])]
     if not running:

@@ -140,7 +140,8 @@ def _exportable(source: Path, out: Path, quiet: bool) -> Iterator[Path]:
         yield source
         return
 
-    from finemoe.checkpoint import gguf, interchange
+    from finemoe.checkpoint.gguf import opening as gguf
+    from finemoe.checkpoint.huggingface import importing as interchange
 
     home = next(parent for parent in out.absolute().parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=home) as folder:
@@ -155,10 +156,11 @@ def _exportable(source: Path, out: Path, quiet: bool) -> Iterator[Path]:
 
 def _write(form: Format, source: Path, out: Path, options: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
     """Write it; what the reports of both formats say, under the same names."""
-    from finemoe.checkpoint import gguf, interchange
-    from finemoe.checkpoint.hf_layers import training_only
+    from finemoe.checkpoint.gguf import opening as gguf
+    from finemoe.checkpoint.huggingface import importing as interchange
+    from finemoe.checkpoint.huggingface.layers import training_only
     from finemoe.checkpoint.open import read_model_config
-    from finemoe.checkpoint.tensors import DTYPE_NAMES, TensorFolder
+    from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder
 
     config = read_model_config(source)
     report: Any
@@ -190,9 +192,9 @@ def _training_state(source: Path) -> list[str]:
 
 
 def _verify(source: Path, out: Path, quiet: bool) -> list[Check]:
-    from finemoe.checkpoint.doctor_written import compare_export
-    from finemoe.checkpoint.foreign import read_json
     from finemoe.checkpoint.open import read_model_config
+    from finemoe.checkpoint.proof.written import compare_export
+    from finemoe.checkpoint.storage.untrusted import read_json
 
     raw = None if out.is_file() else read_json(out / "config.json")
     return [
@@ -221,7 +223,7 @@ def _lines(facts: Mapping[str, Any], out: Path) -> Iterator[tuple[str, str]]:
 
 
 def _say_next(form: Format, family: str, out: Path) -> None:
-    from finemoe.checkpoint.hf_config import FAMILIES
+    from finemoe.checkpoint.huggingface.config import FAMILIES
 
     name = shlex.quote(str(out))
     typer.echo(f"\nNext: finemoe doctor {name}")

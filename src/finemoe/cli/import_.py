@@ -24,7 +24,7 @@ from finemoe.cli.conversion import (
 from finemoe.cli.output import Json, Quiet, print_json
 
 if TYPE_CHECKING:
-    from finemoe.checkpoint.interchange import ImportReport
+    from finemoe.checkpoint.huggingface.importing import ImportReport
 
 
 def import_(
@@ -55,12 +55,13 @@ def import_(
 
     Exit status: 0 done, 1 imported but not verified, 2 nothing was imported.
     """
-    from finemoe.checkpoint.hub import resolve
+    from finemoe.checkpoint.huggingface.hub import resolve
 
     path = resolve(source, quiet=quiet)
     _check_foreign(path)
 
-    from finemoe.checkpoint import gguf, interchange
+    from finemoe.checkpoint.gguf import opening as gguf
+    from finemoe.checkpoint.huggingface import importing as interchange
 
     convert = gguf.import_gguf if path.is_file() else interchange.import_hf
     report = convert(path, out, quiet=quiet)
@@ -97,8 +98,8 @@ def _check_foreign(path: Path) -> None:
 
 
 def _verify(source: Path, report: ImportReport, quiet: bool) -> list[Check]:
-    from finemoe.checkpoint.doctor_written import compare_import
-    from finemoe.checkpoint.foreign import read_json
+    from finemoe.checkpoint.proof.written import compare_import
+    from finemoe.checkpoint.storage.untrusted import read_json
 
     raw = None if source.is_file() else read_json(source / "config.json")
     return [
@@ -108,7 +109,7 @@ def _verify(source: Path, report: ImportReport, quiet: bool) -> list[Check]:
 
 
 def _facts(report: ImportReport, source: Path) -> dict[str, Any]:
-    from finemoe.checkpoint.imported import read_imported
+    from finemoe.checkpoint.weights.imported import read_imported
 
     native = read_imported(report.path)
     record = native.source()["tensors"].values()

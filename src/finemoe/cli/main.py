@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from finemoe.cli.analyze import analyze
+from finemoe.cli.analyze.verbs import analyze
 from finemoe.cli.compare import compare
 from finemoe.cli.doctor import doctor
 from finemoe.cli.evaluate import evaluate

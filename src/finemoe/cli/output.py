@@ -44,7 +44,7 @@ def check_report(out: Path | None, kind: str, *, ours: Sequence[str] = ()) -> No
     Raises:
         RunError: there is something else.
     """
-    from finemoe.checkpoint.files import require_report_folder
+    from finemoe.core.files import require_report_folder
 
     if out is not None:
         require_report_folder(out, kind, ours=ours)
@@ -72,7 +72,7 @@ def print_rich(*renderables: Any) -> None:
 
 
 def report_run(run: Any, as_json: bool) -> None:
-    """Print the summary of a `finemoe.training.run.Run`.
+    """Print the summary of a `finemoe.runs.run.Run`.
 
     Raises:
         typer.Exit: 130 when it was interrupted, after saying how to go on.

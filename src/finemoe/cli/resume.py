@@ -27,6 +27,6 @@ def resume(
 
     require_run(directory)  # before a second of imports
 
-    from finemoe.training import run
+    from finemoe.runs import run
 
     report_run(run.resume(directory, quiet=quiet), as_json)

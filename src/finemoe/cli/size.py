@@ -139,8 +139,8 @@ def _measure(name: str, seq_len: int | None) -> ModelSize:
 
 def _measure_folder(path: Path, seq_len: int | None) -> ModelSize:
     """A run, at the length of its sequences; or a checkpoint from elsewhere."""
-    from finemoe.checkpoint.foreign import read_json
     from finemoe.checkpoint.kinds import kind_of
+    from finemoe.checkpoint.storage.untrusted import read_json
 
     if kind_of(path) == "run":
         return _measure_file(read_json(path / "config.json"), path / "config.json", seq_len)

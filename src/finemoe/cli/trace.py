@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finemoe.cli.analysis_options import Corpora, Length, Model, Rows, Texts, Tokens
+from finemoe.cli.analyze.options import Corpora, Length, Model, Rows, Texts, Tokens
 from finemoe.cli.output import Json, print_json, print_rich
 
 
@@ -91,7 +91,7 @@ def _check_out(out: Path) -> None:
 
 def _print(result: dict[str, Any]) -> None:
     from finemoe.charts.numbers import fixed
-    from finemoe.cli.analyze_load import table
+    from finemoe.cli.analyze.load import table
 
     if "summary" in result:
         found = result["summary"]

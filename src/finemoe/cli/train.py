@@ -32,6 +32,6 @@ def train(
     """
     check_recipe(recipe, overrides or ())
 
-    from finemoe.training import run
+    from finemoe.runs import run
 
     report_run(run.train(recipe, out=out, overrides=overrides or (), quiet=quiet), as_json)

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finemoe.charts.evaluation_page import evaluation_page, figures
+from finemoe.charts.evaluation.page import evaluation_page, figures
 from finemoe.charts.numbers import clean
 from finemoe.charts.theme import save
-from finemoe.checkpoint.files import storage_error, write_text
+from finemoe.core.files import storage_error, write_text
 from finemoe.evaluation.results import Evaluated
 from finemoe.evaluation.runner import Asked
 

@@ -9,8 +9,15 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from finemoe.charts.evaluation.words import (
+    chance_text,
+    difference_text,
+    p_text,
+    score_text,
+    short_duration,
+    short_metric,
+)
 from finemoe.charts.numbers import count
-from finemoe.charts.score_words import chance_text, difference_text, p_text, score_text, short_duration, short_metric
 from finemoe.charts.words import listed
 
 Results = Mapping[str, Any]

@@ -17,17 +17,17 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from finemoe.checkpoint.files import sole_writer, write_text
 from finemoe.core.config import to_json
 from finemoe.core.errors import RunError
+from finemoe.core.files import sole_writer, write_text
 from finemoe.core.logs import console
 from finemoe.model.size import measure
+from finemoe.runs.config import read_recipe
+from finemoe.runs.start import prepare_for
 from finemoe.studies.arms import SizedArm, solve
 from finemoe.studies.config import CompareConfig, resolve_comparison
 from finemoe.studies.results import build_results, write_results
 from finemoe.studies.study import Study, holds_study
-from finemoe.training.config import read_recipe
-from finemoe.training.start import prepare_for
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from finemoe.data import DataConfig
 from finemoe.model.config import ModelRecipe
 from finemoe.model.feed_forward import DenseConfig
 from finemoe.model.presets import resolve
+from finemoe.runs.config import DEFAULT_LEARNING_RATE, TrainingConfig, with_defaults
 from finemoe.studies.arms import MatchingConfig, RoutingConfig
-from finemoe.training.config import DEFAULT_LEARNING_RATE, TrainingConfig, with_defaults
-from finemoe.training.optimizer import OptimizerConfig
+from finemoe.training.optimizers import OptimizerConfig
 from finemoe.training.schedule import MultiStepConfig, ScheduleConfig
 
 _TOKENS_PER_STEP = 4096  # short runs of small models gain more from steps than from large batches

@@ -13,12 +13,12 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from finemoe.checkpoint.files import write_text
 from finemoe.core.config import to_json
+from finemoe.core.files import write_text
 from finemoe.core.logs import console, logger
 from finemoe.model.size import measure
+from finemoe.runs.config import RunConfig
 from finemoe.studies.worker import FAILED, FINISHED, INTERRUPTED
-from finemoe.training.config import RunConfig
 from finemoe.training.directory import read_summary
 
 _POLL_SECONDS = 0.5

@@ -12,8 +12,8 @@ from typing import Any
 
 from finemoe.analysis.knockout import FRACTIONS, active_losses, masked_losses, without_shared
 from finemoe.analysis.passages import read_passages
-from finemoe.checkpoint.files import write_text
 from finemoe.checkpoint.language_model import LanguageModel, open_language_model
+from finemoe.core.files import write_text
 from finemoe.core.logs import progress
 from finemoe.studies.arms import SizedArm
 from finemoe.studies.claims import Experiment, Quantity

@@ -17,12 +17,13 @@ from typing import Any
 
 import finemoe
 from finemoe.charts.numbers import clean
-from finemoe.charts.paper import save_figures
-from finemoe.charts.paper_page import paper_page, summary_markdown
-from finemoe.checkpoint.files import sole_writer, write_text
+from finemoe.charts.paper.figures import save_figures
+from finemoe.charts.paper.page import paper_page, summary_markdown
 from finemoe.core.config import did_you_mean, to_json, with_overrides
 from finemoe.core.errors import ConfigError, RunError
+from finemoe.core.files import sole_writer, write_text
 from finemoe.core.logs import logger
+from finemoe.runs.start import prepare_for
 from finemoe.studies.arms import ARMS, SizedArm, solve
 from finemoe.studies.claims import ALL_ARMS, EXPERIMENTS, MARGIN, Claim, Experiment, Quantity
 from finemoe.studies.config import CompareConfig, resolve_comparison
@@ -31,7 +32,6 @@ from finemoe.studies.results import build_results
 from finemoe.studies.scales import SCALES
 from finemoe.studies.statistics import CONFIDENCE, Interval, interval
 from finemoe.studies.study import Study, holds_study
-from finemoe.training.start import prepare_for
 
 _KEPT = (
     "label", "routing", "validation_loss", "training_loss", "max_vio", "total_parameters", "active_parameters",

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import finemoe
-from finemoe.charts.comparison import save_figures
-from finemoe.charts.comparison_page import comparison_page
-from finemoe.checkpoint.files import write_text
-from finemoe.checkpoint.run_state import load_model
+from finemoe.charts.comparison.figures import save_figures
+from finemoe.charts.comparison.page import comparison_page
+from finemoe.checkpoint.run_state.state import load_model
 from finemoe.core.environment import environment
+from finemoe.core.files import write_text
 from finemoe.core.logs import read_json_lines
 from finemoe.generation import Engine, SamplingConfig
 from finemoe.model.size import ModelSize, measure
+from finemoe.runs.start import resolve_device
 from finemoe.studies.arms import SizedArm
 from finemoe.studies.config import CompareConfig
 from finemoe.studies.statistics import CONFIDENCE, interval, paired
@@ -27,7 +28,6 @@ from finemoe.studies.tables import comparison_csv
 from finemoe.text import Tokenizer
 from finemoe.training.directory import read_summary
 from finemoe.training.report import recent_loss
-from finemoe.training.start import resolve_device
 
 _SAMPLE_TOKENS = 96
 Runs = dict[int, dict[str, Any]]

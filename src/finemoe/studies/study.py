@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finemoe.checkpoint.files import storage_error
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, RunError
+from finemoe.core.files import storage_error
 from finemoe.model.size import measure
+from finemoe.runs.config import RunConfig
+from finemoe.runs.start import check_start, checkpoint_bytes
 from finemoe.studies.arms import SizedArm
 from finemoe.studies.config import CompareConfig
 from finemoe.studies.fleet import Job, Outcome, run_fleet
-from finemoe.training.config import RunConfig
 from finemoe.training.directory import read_summary
-from finemoe.training.start import check_start, checkpoint_bytes
 
 _CALIBRATION_STEPS = 10
 _TUNING_SEED = 1000  # far from the seeds of the comparison: a rate must not be chosen on the run it is judged by

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from finemoe.core import logs
 from finemoe.core.errors import FinemoeError
-from finemoe.training.config import read_config
-from finemoe.training.run import resume, train
+from finemoe.runs.config import read_config
+from finemoe.runs.run import resume, train
 
 FINISHED, FAILED, INTERRUPTED = 0, 2, 3
 

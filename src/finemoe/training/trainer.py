@@ -20,9 +20,9 @@ from finemoe.data.batch import TokenBatch
 from finemoe.model.transformer import Transformer
 from finemoe.training import balancing
 from finemoe.training.balancing import BalancingConfig
+from finemoe.training.losses.next_token import CROSS_ENTROPY
 from finemoe.training.method import Method
-from finemoe.training.next_token import CROSS_ENTROPY
-from finemoe.training.optimizer import OptimizerConfig, build_optimizer
+from finemoe.training.optimizers import OptimizerConfig, build_optimizer
 from finemoe.training.report import StepReport
 from finemoe.training.schedule import learning_rate_factor
 

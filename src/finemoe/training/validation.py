@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finemoe.data.batch import TokenBatch
 from finemoe.model.transformer import Transformer
-from finemoe.training.cross_entropy import cross_entropy_sum
+from finemoe.training.losses.cross_entropy import cross_entropy_sum
 from finemoe.training.report import dead_share, mean_max_vio
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finemoe.evaluation.records import Record, Unreadable, text_of, texts_of
-from finemoe.evaluation.sandbox import Limits, Verdict, execute
 from finemoe.evaluation.task import Answer, Generate, Item, Judged, Outcome
 from finemoe.evaluation.tasks.finding import DataForm, Hub
 from finemoe.evaluation.tasks.generation import written, written_item
 from finemoe.evaluation.tasks.questions import Question, QuestionReader, Role
+from finemoe.sandbox.sandbox import Limits, Verdict, execute
 
 KS = (1, 5, 10, 20, 50, 100)
 """The k of pass@k: those up to the number of samples are given."""

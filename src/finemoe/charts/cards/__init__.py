@@ -1,0 +1,1 @@
+"""The report of one kind (cards): figures, words and page together."""

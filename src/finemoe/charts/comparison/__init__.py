@@ -1,0 +1,1 @@
+"""The report of one kind (comparison): figures, words and page together."""

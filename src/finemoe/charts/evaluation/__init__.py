@@ -1,0 +1,1 @@
+"""The report of one kind (evaluation): figures, words and page together."""

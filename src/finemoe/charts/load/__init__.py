@@ -1,0 +1,1 @@
+"""The report of one kind (load): figures, words and page together."""

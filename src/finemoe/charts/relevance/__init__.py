@@ -1,0 +1,1 @@
+"""The report of one kind (relevance): figures, words and page together."""

@@ -1,0 +1,324 @@
+"""From the metadata of a GGUF file to a ModelConfig, for `llama`, `deepseek` and `deepseek2`.
+
+Meaning is what llama.cpp computes. A key that says something this model cannot do, or that is not known here, is
+refused by its name: a model that is nearly right would answer all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from finemoe.checkpoint.gguf.keys import EMBEDDING, OUTPUT, Variants
+from finemoe.core.config import parse
+from finemoe.core.errors import CheckpointError, ConfigError
+from finemoe.model.config import ModelConfig
+
+Architecture = Literal["llama", "deepseek", "deepseek2"]
+ARCHITECTURES: tuple[Architecture, ...] = ("llama", "deepseek", "deepseek2")
+LOG_MULTIPLIER = 0.1
+"""`rope.scaling.yarn_log_multiplier` holds this times `mscale_all_dim`."""
+SOFTMAX, SIGMOID = 1, 2
+"""Values of `expert_gating_func`."""
+
+_LARGEST = 1 << 31
+_REQUIRED = object()
+_DESCRIBES = frozenset({"rope.scaling.finetuned", "tensor_data_layout"})  # change nothing that is computed
+# What a key must be, where any other value is another model.
+_NEUTRAL: dict[str, Any] = {
+    "attention.causal": True,
+    "attention.scale": 0.0,
+    "attention.sliding_window": 0,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attention.temperature_scale": 0.0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+    "use_parallel_residual": False,
+    "nextn_predict_layers": 0,
+    "logit_scale": 0.0,
+    "residual_scale": 0.0,
+    "embedding_scale": 0.0,
+    "pooling_type": 0,
+}
+
+
+@final
+class _Keys:
+    """The keys of one architecture, each checked when asked for; what nobody asked for is found at the end."""
+
+    def __init__(self, metadata: Mapping[str, Any], architecture: str, where: str) -> None:
+        prefix = f"{architecture}."
+        self._values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+        self._prefix, self.where = prefix, where
+        self._asked: set[str] = set()
+
+    def _get(self, key: str, kinds: tuple[type, ...], what: str, default: Any) -> Any:
+        self._asked.add(key)
+        value = self._values.get(key, default)
+        if value is _REQUIRED:
+            raise CheckpointError(f"{self.where}: the metadata has no {self._prefix}{key}, which the model needs")
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]  # one for each layer, and all the same
+        if isinstance(value, list):
+            raise self.refuse(key, "differs from layer to layer, which is not read")
+        if value is not default and type(value) not in kinds:
+            raise self.refuse(key, f"must be {what}")
+        return value
+
+    def count(self, key: str, default: Any = _REQUIRED, *, least: int = 1) -> int:
+        value = self._get(key, (int,), "a whole number", default)
+        if value is not default and not least <= value < _LARGEST:
+            raise self.refuse(key, f"must be from {least} to {_LARGEST - 1}")
+        return value  # type: ignore[no-any-return]
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        value = self._get(key, (int, float), "a number", default)
+        if value is not default and not math.isfinite(value):
+            raise self.refuse(key, "must be finite")
+        return value  # type: ignore[no-any-return]
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self._get(key, (bool,), "true or false", default)  # type: ignore[no-any-return]
+
+    def text(self, key: str, default: str) -> str:
+        return self._get(key, (str,), "a text", default)  # type: ignore[no-any-return]
+
+    def has(self, key: str) -> bool:
+        return key in self._values
+
+    def refuse(self, key: str, why: str) -> CheckpointError:
+        value = str(self._values.get(key))
+        shown = value if len(value) <= 80 else value[:80] + " ..."
+        return CheckpointError(f"{self.where}: {self._prefix}{key} is {shown}: {why}")
+
+    def check_rest(self) -> None:
+        for key, value in self._values.items():
+            if key in self._asked or key in _DESCRIBES:
+                continue
+            if key not in _NEUTRAL:
+                raise self.refuse(key, "this key is not known here, so the model may be another than it seems")
+            if value != _NEUTRAL[key] or isinstance(value, bool) != isinstance(_NEUTRAL[key], bool):
+                raise self.refuse(key, f"only {_NEUTRAL[key]} can be represented")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the tensors of a file say of its model, beside the metadata."""
+
+    names: Collection[str]
+    vocab_size: int
+    """Rows of the embedding."""
+    rope_factors: Tensor | None
+    """What every rotary frequency is divided by."""
+
+    def variants(self) -> Variants:
+        """In what form the file holds what can be held in several."""
+        ends = {name.split(".", 2)[-1] for name in self.names if name.startswith("blk.")}
+        fused = "ffn_gate_up_exps.weight" in ends
+        return Variants("attn_kv_b.weight" not in ends, fused, "exp_probs_b.bias" in ends)
+
+
+def model_config(metadata: Mapping[str, Any], facts: Facts, where: str) -> ModelConfig:
+    """The model of a file; `where` names it in errors.
+
+    Raises:
+        CheckpointError: another architecture, or a key that is missing, impossible, unknown or not representable.
+    """
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise CheckpointError(f"{where}: general.type is {kind!r}, but only whole models are read")
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(f"{where}: general.architecture is {architecture!r}; {', '.join(ARCHITECTURES)} are read")
+    keys = _Keys(metadata, architecture, where)
+    num_layers = keys.count("block_count")
+    if num_layers > len(facts.names):
+        raise keys.refuse("block_count", f"the file has only {len(facts.names)} tensors")
+    attention = _latent(keys, facts) if architecture == "deepseek2" else _grouped_query(keys, facts)
+    feed_forwards = _feed_forwards(keys, architecture, num_layers, facts)
+    named = keys.count("vocab_size", facts.vocab_size)
+    if named != facts.vocab_size:
+        raise keys.refuse("vocab_size", f"{EMBEDDING} has {facts.vocab_size} rows")
+    raw = {
+        "vocab_size": facts.vocab_size,
+        "hidden_size": keys.count("embedding_length"),
+        "blocks": [{"attention": attention, "feed_forward": feed_forward} for feed_forward in feed_forwards],
+        "tie_embeddings": OUTPUT not in facts.names,
+        "norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "max_positions": keys.count("context_length"),
+    }
+    keys.check_rest()
+    try:
+        return parse(ModelConfig, raw, where)
+    except ConfigError as error:
+        raise CheckpointError(f"{error}: the metadata do not describe a possible model") from error
+
+
+def _grouped_query(keys: _Keys, facts: Facts) -> dict[str, Any]:
+    heads = keys.count("attention.head_count")
+    hidden = keys.count("embedding_length")
+    head_dim = keys.count("attention.key_length", hidden // heads)
+    if keys.count("attention.value_length", head_dim) != head_dim:
+        raise keys.refuse("attention.value_length", f"must be attention.key_length, {head_dim}")
+    return {
+        "kind": "grouped_query",
+        "num_heads": heads,
+        "num_kv_heads": keys.count("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "qkv_bias": "blk.0.attn_q.bias" in facts.names,
+        "rope": {"layout": "half_split", **_rope(keys, head_dim, facts.rope_factors, latent=False)},
+    }
+
+
+def _latent(keys: _Keys, facts: Facts) -> dict[str, Any]:
+    absorbed = keys.has("attention.key_length_mla")  # the form that llama.cpp computes; older files have the other
+    rotary = keys.count("rope.dimension_count")
+    rank = keys.count("attention.kv_lora_rank")
+    key = keys.count("attention.key_length_mla" if absorbed else "attention.key_length")
+    value = keys.count("attention.value_length_mla" if absorbed else "attention.value_length")
+    heads = keys.count("attention.head_count")
+    # The absorbed form is one head that all queries share; the other has a head for each.
+    stated = {"attention.head_count_kv": 1 if absorbed else heads}
+    if absorbed:
+        stated |= {"attention.key_length": rank + rotary, "attention.value_length": rank}
+    for name, expected in stated.items():
+        if keys.count(name, expected) != expected:
+            raise keys.refuse(name, f"must be {expected} in this layout of latent attention")
+    if key <= rotary:
+        raise keys.refuse("rope.dimension_count", f"no room is left in a key of {key}")
+    return {
+        "kind": "latent",
+        "num_heads": heads,
+        "q_lora_rank": keys.count("attention.q_lora_rank", 0, least=0) or None,
+        "kv_lora_rank": rank,
+        "qk_nope_head_dim": key - rotary,
+        "qk_rope_head_dim": rotary,
+        "v_head_dim": value,
+        "latent_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "rope": {"layout": "interleaved", **_rope(keys, rotary, facts.rope_factors, latent=True)},
+    }
+
+
+def _rope(keys: _Keys, dim: int, factors: Tensor | None, *, latent: bool) -> dict[str, Any]:
+    if keys.count("rope.dimension_count", dim) != dim:
+        raise keys.refuse("rope.dimension_count", f"only all {dim} components of a head can be rotated")
+    theta = float(keys.number("rope.freq_base", 10_000.0))
+    kind = keys.text("rope.scaling.type", "linear" if keys.has("rope.scale_linear") else "none")
+    if keys.has("rope.scaling.factor") or not keys.has("rope.scale_linear"):
+        factor = float(keys.number("rope.scaling.factor", 0.0))
+    else:
+        factor = float(keys.number("rope.scale_linear"))
+    original = keys.count("rope.scaling.original_context_length", keys.count("context_length"))
+    multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if factors is not None:
+        if kind != "none" or latent:
+            raise keys.refuse("rope.scaling.type", "rope_freqs.weight scales the frequencies already")
+        return {"theta": theta, "scaling": llama3_scaling(factors, theta, keys.where)}
+    if kind not in ("none", "linear", "yarn"):
+        raise keys.refuse("rope.scaling.type", "none, linear and yarn are read")
+    if kind == "none" or factor in (0.0, 1.0):
+        return {"theta": theta}
+    if kind == "linear" and latent:
+        raise keys.refuse("rope.scaling.type", "llama.cpp also sharpens attention then, which nothing here does")
+    if kind == "linear":
+        return {"theta": theta, "scaling": {"kind": "linear", "factor": factor}}
+    scaling = {"kind": "yarn", "factor": factor, "original_max_positions": original}
+    if not latent and multiplier:
+        raise keys.refuse("rope.scaling.yarn_log_multiplier", "has a meaning in deepseek2 files only")
+    if latent and not multiplier:
+        raise keys.refuse("rope.scaling.type", "without yarn_log_multiplier llama.cpp sharpens attention twice")
+    all_dim = round(multiplier / LOG_MULTIPLIER, 6)
+    return {"theta": theta, "scaling": {**scaling, "mscale": all_dim or 1.0, "mscale_all_dim": all_dim}}
+
+
+def llama3_scaling(factors: Tensor, theta: float, where: str) -> dict[str, Any]:
+    """Llama 3.1's scaling from the factors that it divides frequencies by: 1, then a blend, then the largest.
+
+    The factors leave the unit of `original_max_positions` open; it is chosen so that `low_freq_factor` is 1.
+
+    Raises:
+        CheckpointError: the factors are of another kind.
+    """
+    dim = 2 * factors.numel()
+    plain = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    found = factors.double().flatten()
+    largest = found.max().item()
+    if math.isfinite(largest) and largest > 1:
+        kept = (1 / found - 1 / largest) / (1 - 1 / largest)
+        blend = (kept > 1e-4) & (kept < 1 - 1e-4)
+        for high, original in _candidates(plain[blend], kept[blend]):
+            turns = original * plain / (2 * math.pi)
+            again = ((turns - 1) / (high - 1)).clamp(0, 1)
+            if torch.allclose(1 / (again + (1 - again) / largest), found, rtol=1e-5, atol=0):
+                scaling = {"kind": "llama3", "factor": float(f"{largest:.7g}"), "low_freq_factor": 1.0}
+                return {**scaling, "high_freq_factor": high, "original_max_positions": original}
+    raise CheckpointError(f"{where}: rope_freqs.weight holds factors that are not Llama 3.1's scaling")
+
+
+def _candidates(plain: Tensor, kept: Tensor) -> list[tuple[float, int]]:
+    """(high_freq_factor, original_max_positions) to try: the published ones, then a line through the blend."""
+    found = [(4.0, 8192)]
+    if len(plain) >= 2:
+        slope, level = torch.linalg.lstsq(torch.stack((plain, torch.ones_like(plain)), 1), kept[:, None]).solution
+        if level.item() < 0:
+            high = round(1 - 1 / level.item(), 4)
+            found.append((high, round(slope.item() * 2 * math.pi * (high - 1))))
+    return [(high, original) for high, original in found if high > 1 and original >= 1]
+
+
+def _feed_forwards(keys: _Keys, architecture: str, num_layers: int, facts: Facts) -> list[dict[str, Any]]:
+    experts = keys.count("expert_count", 0, least=0)
+    used = keys.count("expert_used_count", 0, least=0)
+    width = keys.count("feed_forward_length")
+    leading = keys.count("leading_dense_block_count", 0, least=0)
+    shared = keys.count("expert_shared_count", 0, least=0)
+    expert_width = keys.count("expert_feed_forward_length", width)
+    router = _router(keys, architecture, facts)
+    dense = {"kind": "dense", "ffn_hidden_size": width}
+    if not experts:
+        return [dense] * num_layers
+    if keys.count("expert_shared_feed_forward_length", shared * expert_width, least=0) != shared * expert_width:
+        raise keys.refuse("expert_shared_feed_forward_length", f"must be {shared} times {expert_width}")
+    moe = {
+        "kind": "moe",
+        "num_routed_experts": experts,
+        "experts_per_token": used,
+        "expert_hidden_size": expert_width,
+        "num_shared_experts": shared,
+        "router": router,
+    }
+    return [dense] * min(leading, num_layers) + [moe] * max(0, num_layers - leading)
+
+
+def _router(keys: _Keys, architecture: str, facts: Facts) -> dict[str, Any]:
+    scale = keys.number("expert_weights_scale", 1.0) or 1.0  # llama.cpp takes 0 for "do not scale"
+    normalized = keys.flag("expert_weights_norm", architecture == "llama")
+    gating = keys.count("expert_gating_func", SOFTMAX, least=0) or SOFTMAX
+    groups, used = keys.count("expert_group_count", 1, least=0), keys.count("expert_group_used_count", 1, least=0)
+    grouped = {"num_groups": groups, "groups_per_token": used} if groups > 1 else {}
+    if architecture != "deepseek2":
+        if normalized != (architecture == "llama"):
+            raise keys.refuse("expert_weights_norm", f"llama.cpp does otherwise for {architecture}")
+        if gating != SOFTMAX or grouped:
+            raise keys.refuse("expert_gating_func", f"only softmax without groups exists for {architecture}")
+        return {"kind": "softmax_topk", "normalize_gates": normalized, "route_scale": scale}
+    if gating == SIGMOID:
+        return {"kind": "sigmoid_biased", "normalize_gates": normalized, "route_scale": scale, **grouped}
+    if gating != SOFTMAX:
+        raise keys.refuse("expert_gating_func", "1 (softmax) and 2 (sigmoid) are read")
+    if facts.variants().selection_bias:
+        raise keys.refuse("expert_gating_func", "a softmax router has no selection bias, but exp_probs_b is there")
+    if not grouped:
+        return {"kind": "softmax_topk", "normalize_gates": normalized, "route_scale": scale}
+    if normalized:
+        raise keys.refuse("expert_weights_norm", "gates of group-limited softmax routing are not normalised")
+    return {"kind": "group_limited", "route_scale": scale, **grouped}

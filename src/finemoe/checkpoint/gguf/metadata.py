@@ -1,0 +1,260 @@
+"""From a ModelConfig to the metadata of a GGUF file that llama.cpp loads and computes our logits from.
+
+What GGUF cannot say, or llama.cpp would compute otherwise, is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finemoe.checkpoint.gguf.config import LOG_MULTIPLIER, SIGMOID, SOFTMAX, Architecture
+from finemoe.core.errors import CheckpointError
+from finemoe.model.attention.grouped_query import GroupedQueryConfig
+from finemoe.model.attention.latent import LatentConfig
+from finemoe.model.config import BlockConfig, ModelConfig
+from finemoe.model.feed_forward import DenseConfig
+from finemoe.model.moe.layer import MoEConfig
+from finemoe.model.moe.routers.group_limited import GroupLimitedConfig
+from finemoe.model.moe.routers.select import GroupsConfig
+from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedConfig
+from finemoe.model.moe.routers.softmax_topk import SoftmaxTopKConfig
+from finemoe.model.rope import LinearScaling, Llama3Scaling, NTKScaling, RopeConfig, YarnScaling
+
+_MAX_EXPERTS = 512  # llama.cpp's LLAMA_MAX_EXPERTS
+_LITE_LAYERS = (26, 27)  # llama.cpp takes deepseek2 models of so many layers for ones without query compression
+_CONTEXT = 4096  # of a model that does not say; some programs reserve memory for all of it
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file says of a model."""
+
+    architecture: Architecture
+    values: Mapping[str, Any]
+    """Metadata by full key, but for the tokenizer and `general.`."""
+    rope_factors: Tensor | None
+    """For `rope_freqs.weight`."""
+    notes: tuple[str, ...]
+    """What is lost or computed otherwise, in words."""
+
+
+def describe(config: ModelConfig, context: int | None = None) -> Description:
+    """The metadata of `config`; `context` is its longest sequence where the model does not say.
+
+    Raises:
+        CheckpointError: llama.cpp has no such model; says why.
+    """
+    leading, dense, moe = _feed_forwards(config)
+    attention = config.blocks[0].attention
+    latent = isinstance(attention, LatentConfig)
+    architecture: Architecture = "deepseek2" if latent else _grouped_architecture(moe)
+    notes = [] if not config.mtp else ["the multi-token prediction modules are left out: GGUF has no place for them"]
+    width = dense.ffn_hidden_size if dense is not None else 0
+    values: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_positions or context or _CONTEXT,
+        "embedding_length": config.hidden_size,
+        "block_count": len(config.blocks),
+        "feed_forward_length": width or (moe.expert_hidden_size if moe is not None else 0),
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+    }
+    if latent:
+        values |= _latent(attention, config)
+    else:
+        values |= _grouped_query(attention, architecture, config.hidden_size)
+    values |= _rope(attention.rope, attention, notes)
+    if architecture == "llama" and moe is not None and leading:
+        raise _refuse("with normalised softmax gates llama.cpp has no dense layers before the MoE layers")
+    if architecture != "llama":
+        values["leading_dense_block_count"] = leading
+    if moe is not None:
+        values |= _experts(moe, architecture)
+    elif latent:  # llama.cpp asks a deepseek2 file for these even where no layer routes
+        values |= {"expert_feed_forward_length": width, "expert_shared_count": 0}
+    return Description(
+        architecture,
+        {f"{architecture}.{key}": value for key, value in values.items()},
+        _llama3_factors(attention),
+        tuple(notes),
+    )
+
+
+def _refuse(why: str) -> CheckpointError:
+    return CheckpointError(f"this model cannot be written to GGUF: {why}")
+
+
+def _feed_forwards(config: ModelConfig) -> tuple[int, DenseConfig | None, MoEConfig | None]:
+    """How many dense layers lead, what they are, and what routes after them."""
+    first = config.blocks[0]
+    leading = next((i for i, block in enumerate(config.blocks) if isinstance(block.feed_forward, MoEConfig)), None)
+    leading = len(config.blocks) if leading is None else leading
+    dense = first.feed_forward if leading else None
+    moe = config.blocks[leading].feed_forward if leading < len(config.blocks) else None
+    for layer, block in enumerate(config.blocks):
+        like = BlockConfig(attention=first.attention, feed_forward=dense if layer < leading else moe)
+        if _as_computed(block) != _as_computed(like):
+            raise _refuse(
+                f"layer {layer} is not like layer {0 if layer < leading else leading}; "
+                "GGUF has one kind of attention, dense layers first, and one kind of MoE layer"
+            )
+    for part in (dense, moe):
+        if part is not None and part.swiglu_limit is not None:
+            raise _refuse("llama.cpp has no swiglu_limit for it")
+    return leading, dense, moe
+
+
+def _as_computed(block: BlockConfig) -> BlockConfig:
+    """Without what only training uses, which may differ between layers."""
+    if not isinstance(block.feed_forward, MoEConfig):
+        return block
+    return block.model_copy(update={"feed_forward": block.feed_forward.without_training()})
+
+
+def _grouped_architecture(moe: MoEConfig | None) -> Architecture:
+    if moe is None:
+        return "llama"
+    if not isinstance(moe.router, SoftmaxTopKConfig):
+        raise _refuse(f"with this attention llama.cpp routes by softmax_topk only, not by {moe.router.kind}")
+    if moe.router.normalize_gates:
+        return "llama"
+    return "deepseek"
+
+
+def _grouped_query(attention: GroupedQueryConfig, architecture: Architecture, hidden: int) -> dict[str, Any]:
+    if attention.qk_norm != "none":
+        raise _refuse(f"llama.cpp has no qk_norm {attention.qk_norm!r} in this architecture")
+    if architecture == "deepseek":
+        if attention.num_heads * attention.head_dim != hidden:
+            raise _refuse(f"in deepseek llama.cpp wants heads that together are as wide as hidden_size, {hidden}")
+        if isinstance(attention.rope.scaling, Llama3Scaling):
+            raise _refuse("llama.cpp has no llama3 rope scaling in deepseek")
+    return {
+        "attention.head_count": attention.num_heads,
+        "attention.head_count_kv": attention.num_kv_heads,
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+    }
+
+
+def _latent(attention: LatentConfig, config: ModelConfig) -> dict[str, Any]:
+    if attention.latent_norm_eps != config.norm_eps:
+        raise _refuse(
+            f"latent_norm_eps {attention.latent_norm_eps:g} is not norm_eps {config.norm_eps:g}; llama.cpp has one"
+        )
+    if attention.rope.layout != "interleaved":
+        raise _refuse("the rotary part of latent attention must be interleaved")
+    lite = len(config.blocks) in _LITE_LAYERS
+    if lite and attention.q_lora_rank is not None:
+        raise _refuse(f"llama.cpp takes a model of {len(config.blocks)} layers for one without query compression")
+    # 0 says "not compressed" to a llama.cpp that would otherwise ask for the rank.
+    rank = {} if lite else {"attention.q_lora_rank": attention.q_lora_rank or 0}
+    return {
+        **rank,
+        "attention.head_count": attention.num_heads,
+        "attention.head_count_kv": 1,
+        "attention.kv_lora_rank": attention.kv_lora_rank,
+        "attention.key_length": attention.kv_lora_rank + attention.qk_rope_head_dim,
+        "attention.value_length": attention.kv_lora_rank,
+        "attention.key_length_mla": attention.qk_head_dim,
+        "attention.value_length_mla": attention.v_head_dim,
+    }
+
+
+def _rope(rope: RopeConfig, attention: GroupedQueryConfig | LatentConfig, notes: list[str]) -> dict[str, Any]:
+    latent = isinstance(attention, LatentConfig)
+    dim = attention.qk_rope_head_dim if isinstance(attention, LatentConfig) else attention.head_dim
+    theta, scaling = float(rope.theta), rope.scaling
+    values: dict[str, Any] = {"rope.dimension_count": dim}
+    if isinstance(scaling, LinearScaling | Llama3Scaling) and latent:
+        raise _refuse(f"llama.cpp computes {scaling.kind} rope scaling otherwise with latent attention")
+    if isinstance(scaling, LinearScaling):
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
+    elif isinstance(scaling, YarnScaling):
+        values |= _yarn(scaling, latent)
+    elif isinstance(scaling, NTKScaling):
+        theta = scaling.scaled_theta(theta, dim)
+        notes.append(f"NTK scaling is written as the rotary base {theta:.8g}, which is the same")
+    return {**values, "rope.freq_base": theta}
+
+
+def _yarn(scaling: YarnScaling, latent: bool) -> dict[str, Any]:
+    if (scaling.beta_fast, scaling.beta_slow, scaling.truncate) != (32.0, 1.0, True):
+        raise _refuse("llama.cpp computes YaRN with beta_fast 32, beta_slow 1 and whole components only")
+    values: dict[str, Any] = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(scaling.factor),
+        "rope.scaling.original_context_length": scaling.original_max_positions,
+    }
+    if not latent:
+        if (scaling.mscale, scaling.mscale_all_dim) != (1.0, 0.0):
+            raise _refuse("llama.cpp computes YaRN here with mscale 1 and mscale_all_dim 0 only")
+        return values
+    if scaling.mscale != scaling.mscale_all_dim:
+        raise _refuse("llama.cpp computes YaRN with latent attention only where mscale and mscale_all_dim are equal")
+    return {**values, "rope.scaling.yarn_log_multiplier": LOG_MULTIPLIER * scaling.mscale_all_dim}
+
+
+def _llama3_factors(attention: GroupedQueryConfig | LatentConfig) -> Tensor | None:
+    scaling = attention.rope.scaling
+    if not isinstance(scaling, Llama3Scaling) or isinstance(attention, LatentConfig):
+        return None
+    theta, dim = attention.rope.theta, attention.head_dim
+    plain = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return (plain / scaling.inverse_frequencies(plain, theta)).float()
+
+
+def _experts(moe: MoEConfig, architecture: Architecture) -> dict[str, Any]:
+    if moe.gate_shared_experts:
+        raise _refuse("llama.cpp has no gate on the shared experts here")
+    if moe.num_routed_experts > _MAX_EXPERTS:
+        raise _refuse(f"llama.cpp has at most {_MAX_EXPERTS} experts, not {moe.num_routed_experts}")
+    values: dict[str, Any] = {
+        "expert_count": moe.num_routed_experts,
+        "expert_used_count": moe.experts_per_token,
+    }
+    router: Any = moe.router
+    if not router.learned:
+        raise _refuse(f"llama.cpp has no router like {router.kind}")
+    if architecture == "llama":
+        if moe.num_shared_experts or router.route_scale != 1:
+            raise _refuse("with normalised softmax gates llama.cpp has neither shared experts nor a route_scale")
+        return values
+    if not moe.num_shared_experts:
+        raise _refuse(f"llama.cpp wants shared experts in {architecture}, and there are none")
+    values |= {
+        "expert_feed_forward_length": moe.expert_hidden_size,
+        "expert_shared_count": moe.num_shared_experts,
+        "expert_weights_scale": float(router.route_scale),
+    }
+    return values if architecture == "deepseek" else {**values, **_gating(moe)}
+
+
+def _gating(moe: MoEConfig) -> dict[str, Any]:
+    router: Any = moe.router
+    if isinstance(router, SigmoidBiasedConfig):
+        if router.score_function != "sigmoid":
+            raise _refuse(f"llama.cpp has no score_function {router.score_function!r} here")
+        values: dict[str, Any] = {"expert_gating_func": SIGMOID, "expert_weights_norm": router.normalize_gates}
+    elif isinstance(router, GroupLimitedConfig):
+        values = {"expert_gating_func": SOFTMAX, "expert_weights_norm": False}
+    else:
+        values = {"expert_gating_func": SOFTMAX, "expert_weights_norm": router.normalize_gates}
+    if not isinstance(router, GroupsConfig) or router.groups_per_token == router.num_groups:
+        return values
+    if moe.num_routed_experts == router.num_groups:
+        raise _refuse("llama.cpp wants more than one expert in a group")
+    if isinstance(router, GroupLimitedConfig):
+        raise _refuse(
+            "llama.cpp ranks groups of experts by their two best scores, and group_limited routing (DeepSeek-V2) by "
+            "the best one, so some tokens would go to other experts"
+        )
+    return {
+        **values,
+        "expert_group_count": router.num_groups,
+        "expert_group_used_count": router.groups_per_token,
+    }

@@ -1,0 +1,200 @@
+"""Every key accounted for: what becomes of each tensor of a foreign checkpoint, decided from its headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from finemoe.checkpoint.huggingface import keys as hf_keys
+from finemoe.checkpoint.huggingface.fp8 import scale_shape
+from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder, span
+from finemoe.checkpoint.storage.store import TensorSpec
+from finemoe.checkpoint.weights.placement import Placement
+from finemoe.core.errors import CheckpointError
+from finemoe.model.config import ModelConfig
+from finemoe.model.moe.layer import MoEConfig
+from finemoe.model.transformer import Transformer
+
+SCALE_SUFFIX = "_scale_inv"
+"""`x.weight_scale_inv` holds the factors of the FP8 `x.weight`."""
+FP8 = torch.float8_e4m3fn
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Account:
+    """What becomes of each source tensor: it is in exactly one of `loaded`, `copies` and `carried`."""
+
+    loaded: Mapping[str, Placement]
+    """Fill a part of ours."""
+    copies: Mapping[str, str]
+    """Hold to the bit what a loaded one holds, and our model has once -> that one."""
+    carried: Mapping[str, str]
+    """Kept verbatim -> why."""
+    scales: Mapping[str, str]
+    """FP8 weight -> the carried tensor with its factors."""
+    notes: tuple[str, ...]
+
+
+def take_account(tensors: TensorFolder, config: ModelConfig, family: str) -> Account:
+    """Decide what becomes of each tensor of a `family` checkpoint of `config`.
+
+    Raises:
+        CheckpointError: tensors missing, mis-shaped, of an unfit dtype, or unknown; the first few are named.
+    """
+    check_count(config, len(tensors.tensors))
+    loaded, again, originals = split_copies(hf_keys.placements(config, family))
+    present = {name: placement for name, placement in again.items() if name in tensors.tensors}
+    wanted = {**loaded, **present}
+    _refuse("missing", [f"{n} {list(p.shape)}" for n, p in loaded.items() if n not in tensors.tensors])
+    _refuse("of another shape than config.json gives", _misshaped(tensors, wanted))
+    scales = {name: name + SCALE_SUFFIX for name in wanted if tensors.info(name).dtype == FP8}
+    _refuse("of an element type that is not read", _unfit(tensors, wanted, scales))
+    carried = {scale: f"FP8 factors of {name}" for name, scale in scales.items()}
+    copies, notes, unknown = {}, [], []
+    for name in present:
+        original = originals[name]
+        if _same(tensors, name, original):
+            copies[name] = original
+        else:
+            carried[name] = f"should equal {original}, but does not"
+            notes.append(f"{name} should equal {original}, which our model uses for both, but does not; kept, not used")
+    for name in tensors.tensors:
+        if name not in wanted and name not in carried:
+            reason = hf_keys.ignorable(name, family)
+            if reason is None:
+                unknown.append(f"{name} {_facts(tensors, name)}")
+            else:
+                carried[name] = reason
+    _refuse("known to no part of the model", unknown)
+    return Account(loaded, copies, carried, scales, tuple(notes))
+
+
+def check_count(config: ModelConfig, count: int) -> None:
+    """Refuse, before their names are listed, a configuration of far more tensors than the `count` that there are.
+
+    Raises:
+        CheckpointError: it is so.
+    """
+    layers = [block.feed_forward for block in (*config.blocks, *config.mtp)]
+    needed = len(layers) + 3 * sum(layer.num_routed_experts for layer in layers if isinstance(layer, MoEConfig))
+    if needed > 4 * count + 10_000:
+        raise CheckpointError(f"config.json asks for more than {needed:,} tensors, and the weights hold {count:,}")
+
+
+def split_copies(
+    placements: Sequence[Placement],
+) -> tuple[dict[str, Placement], dict[str, Placement], dict[str, str]]:
+    """By their key: placements; those that fill a part again, and may be missing; and which key fills it first."""
+    first: dict[tuple[str, str], str] = {}
+    loaded: dict[str, Placement] = {}
+    again: dict[str, Placement] = {}
+    originals: dict[str, str] = {}
+    for placement in placements:
+        place = (placement.ours, str(placement.index))
+        if place in first:
+            again[placement.theirs] = placement
+            originals[placement.theirs] = first[place]
+        else:
+            first[place] = placement.theirs
+            loaded[placement.theirs] = placement
+    return loaded, again, originals
+
+
+def _refuse(what: str, names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+        raise CheckpointError(f"{count} {what}: {', '.join(names[:_SHOWN])}{more}")
+
+
+def _facts(tensors: TensorFolder, name: str) -> str:
+    info = tensors.info(name)
+    return f"{DTYPE_NAMES[info.dtype]} {list(info.shape)}"
+
+
+def _misshaped(tensors: TensorFolder, wanted: Mapping[str, Placement]) -> list[str]:
+    return [
+        f"{name} ({list(tensors.info(name).shape)} instead of {list(placement.shape)})"
+        for name, placement in wanted.items()
+        if tensors.info(name).shape != placement.shape
+    ]
+
+
+def _unfit(tensors: TensorFolder, wanted: Iterable[str], scales: Mapping[str, str]) -> list[str]:
+    found = []
+    for name in wanted:
+        info = tensors.info(name)
+        if name not in scales:
+            if info.dtype not in _FLOATS:
+                found.append(f"{name} ({DTYPE_NAMES[info.dtype]})")
+            continue
+        scale = tensors.tensors.get(scales[name])
+        if len(info.shape) != 2 or scale is None:
+            found.append(f"{name} (F8_E4M3 without {scales[name]})")
+        elif scale.dtype != torch.float32 or scale.shape != scale_shape(info.shape):
+            found.append(f"{scale.name} ({_facts(tensors, scale.name)} instead of F32 {list(scale_shape(info.shape))})")
+    return found
+
+
+def _same(tensors: TensorFolder, a: str, b: str) -> bool:
+    return tensors.info(a).dtype == tensors.info(b).dtype and tensors.sha256(a) == tensors.sha256(b)
+
+
+def our_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that we keep a source tensor in: its own; FP8 with its factors is bf16."""
+    return torch.bfloat16 if dtype == FP8 else dtype
+
+
+def our_specs(config: ModelConfig, tensors: TensorFolder, account: Account) -> tuple[list[TensorSpec], list[str]]:
+    """Our tensors, and notes on those whose parts came in several types; they get the narrowest that holds all.
+
+    Raises:
+        CheckpointError: the placements do not fill the model exactly.
+    """
+    parts: dict[str, list[Placement]] = {}
+    for placement in account.loaded.values():
+        parts.setdefault(placement.ours, []).append(placement)
+    shapes = model_shapes(config)
+    if shapes.keys() != parts.keys():
+        raise CheckpointError(f"no key of this family fills {', '.join(sorted(shapes.keys() ^ parts.keys())[:_SHOWN])}")
+    specs, notes = [], []
+    for ours, placements in parts.items():
+        _check_filled(ours, shapes[ours], placements)
+        dtypes = {our_dtype(tensors.info(placement.theirs).dtype) for placement in placements}
+        dtype = dtypes.pop()
+        for other in dtypes:
+            dtype = torch.promote_types(dtype, other)
+        if dtypes:
+            notes.append(f"{ours}: its parts have several element types; kept as {DTYPE_NAMES[dtype]}, which holds all")
+        specs.append(TensorSpec(ours, dtype, shapes[ours]))
+    return specs, notes
+
+
+def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the model's state_dict, without its memory.
+
+    Raises:
+        CheckpointError: sizes beyond what a tensor can have.
+    """
+    try:
+        with torch.device("meta"):
+            model = Transformer(config)
+    except (RuntimeError, OverflowError, TypeError, MemoryError) as error:  # torch has no error of its own for it
+        raise CheckpointError(f"no model can have the sizes of the configuration: {error}") from error
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _check_filled(ours: str, shape: tuple[int, ...], placements: Sequence[Placement]) -> None:
+    """Every element exactly once."""
+    at = 0
+    for start, count, _ in sorted(span(shape, placement.index) for placement in placements):
+        if start != at:
+            break
+        at += count
+    if at != math.prod(shape) or any(span(shape, p.index)[2] != p.shape for p in placements):
+        raise CheckpointError(f"the keys of this family do not fill {ours} {list(shape)} exactly")

@@ -1,0 +1,250 @@
+"""From a Hugging Face folder to an imported one: tensor by tensor, checked, resumable, the source untouched.
+
+`export_hf`, the way back, is beside this in `exporting`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finemoe.checkpoint.huggingface import keys as hf_keys
+from finemoe.checkpoint.huggingface.accounting import Account, our_specs, take_account
+from finemoe.checkpoint.huggingface.config import family_of
+from finemoe.checkpoint.huggingface.exporting import ExportReport, export_hf
+from finemoe.checkpoint.huggingface.fp8 import BLOCK, dequantize
+from finemoe.checkpoint.kinds import CONFIG
+from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder, raw_bytes
+from finemoe.checkpoint.storage.store import TensorSpec, TensorStore
+from finemoe.checkpoint.storage.transfer import COMPANIONS, check_finite, fingerprint, mebibytes, named
+from finemoe.checkpoint.storage.untrusted import TOKENIZER_BYTES, folder_file, parse_json, read_bytes, read_json
+from finemoe.checkpoint.storage.workspace import check_free, workspace
+from finemoe.checkpoint.weights.imported import ImportedWriter
+from finemoe.checkpoint.weights.placement import Placement
+from finemoe.core.errors import CheckpointError
+from finemoe.core.logs import logger
+from finemoe.model.config import ModelConfig
+
+__all__ = ["ExportReport", "ImportReport", "Source", "check_finite", "export_hf", "import_hf", "open_source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face folder, understood from its config.json and headers."""
+
+    path: Path
+    family: str
+    raw: Mapping[str, Any]
+    """config.json."""
+    config: ModelConfig
+    tensors: TensorFolder
+    account: Account
+    notes: tuple[str, ...]
+    """What a careful reader wants to know."""
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did."""
+
+    path: Path
+    family: str
+    config: ModelConfig
+    loaded: int
+    """Source tensors that fill the model, copies included."""
+    dequantized: int
+    """Of these, FP8 ones."""
+    carried: Mapping[str, str]
+    """Source tensors kept verbatim -> why."""
+    nbytes: int
+    """Of the new folder."""
+    resumed: int
+    """Source tensors that an interrupted import had done."""
+    seconds: float
+    notes: tuple[str, ...]
+    """What else a careful reader wants to know."""
+
+
+def open_source(path: Path) -> Source:
+    """Understand a Hugging Face folder from config.json and headers, without reading a tensor.
+
+    Raises:
+        CheckpointError: whatever is wrong with it.
+    """
+    if path.is_dir() and not os.path.lexists(path / CONFIG):
+        raise CheckpointError(f"{path}: no {CONFIG} in it, so this is no Hugging Face checkpoint")
+    raw = read_json(folder_file(path, CONFIG))
+    if "model_type" not in raw:
+        raise CheckpointError(f"{path / CONFIG}: no `model_type`, so this is no Hugging Face checkpoint")
+    _check_quantization(raw.get("quantization_config"), path)
+    with named(path):
+        family = family_of(raw)
+        understood = family.read(raw)
+    tensors = TensorFolder.open(path)
+    with named(path):
+        config, absent = hf_keys.without_absent_mtp(understood.config, tensors.tensors.keys())
+        account = take_account(tensors, config, family.name)
+    notes = (*understood.notes, *absent, *tensors.notes, *account.notes)
+    return Source(path, family.name, raw, config, tensors, account, notes)
+
+
+def _check_quantization(settings: Any, path: Path) -> None:
+    if settings is None:
+        return
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+    if method != "fp8":
+        raise CheckpointError(
+            f"{path / CONFIG}: quantised by {method!r}; only FP8 with blocks of 128x128 is read, "
+            "so get the checkpoint as bf16"
+        )
+    if settings.get("weight_block_size") != [BLOCK, BLOCK]:
+        raise CheckpointError(
+            f"{path / CONFIG}: `quantization_config.weight_block_size` is {settings.get('weight_block_size')!r}; "
+            f"only [{BLOCK}, {BLOCK}] is read"
+        )
+
+
+def import_hf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, quiet: bool = False) -> ImportReport:
+    """Convert a Hugging Face folder to an imported one.
+
+    The folder `out` appears when all is done. Interrupted, the work lies in `<out>.partial`, and the same call goes on
+    with it. Holds at most a slice of one tensor in memory.
+
+    Args:
+        source: the folder; never written to.
+        out: to make; absent or empty.
+        quiet: no progress on stderr.
+
+    Raises:
+        CheckpointError: the source is damaged, hostile, or cannot be represented exactly; nothing is left behind.
+        RunError: the disk is full or unwritable.
+    """
+    started = time.monotonic()
+    place = check_free(Path(out))
+    opened = open_source(Path(source))
+    if place.is_relative_to(os.path.realpath(source)):
+        raise CheckpointError(f"{out}: lies in the source, which is never written to; choose another folder")
+    with named(opened.path):
+        specs, notes = our_specs(opened.config, opened.tensors, opened.account)
+    carried = [_spec(opened.tensors, name) for name in opened.tensors.tensors if name in opened.account.carried]
+    companions, ignored = _companions(opened)
+    nbytes = sum(spec.nbytes for spec in (*specs, *carried)) + sum(len(data) for data in companions.values())
+    mark = fingerprint("import", opened.tensors, opened.raw)
+    with workspace(place, mark, nbytes) as folder, ImportedWriter(folder, specs, carried) as writer:
+        sums, resumed = _convert(opened, writer, quiet)
+        record = {"config": opened.raw, "tensors": _record(opened, sums)}
+        about = {"family": opened.family, "format": "huggingface"}
+        files = writer.finish(opened.config, about, record, companions, quiet=quiet)
+    return ImportReport(
+        path=place,
+        family=opened.family,
+        config=opened.config,
+        loaded=len(opened.account.loaded) + len(opened.account.copies),
+        dequantized=len(opened.account.scales),
+        carried=opened.account.carried,
+        nbytes=sum(file.nbytes for file in files),
+        resumed=resumed,
+        seconds=time.monotonic() - started,
+        notes=(*opened.notes, *notes, *ignored),
+    )
+
+
+def _spec(tensors: TensorFolder, name: str) -> TensorSpec:
+    info = tensors.info(name)
+    return TensorSpec(name, info.dtype, info.shape)
+
+
+def _companions(source: Source) -> tuple[dict[str, bytes], list[str]]:
+    """Tokenizer and generation files, and a note on the files that are left behind."""
+    files = {}
+    present = sorted(os.listdir(source.path))
+    for name in COMPANIONS:
+        if name in present:
+            data = read_bytes(folder_file(source.path, name), TOKENIZER_BYTES)
+            if name.endswith(".json"):
+                parse_json(data, str(source.path / name))
+            files[name] = data
+    known = {*COMPANIONS, CONFIG, "model.safetensors.index.json"}
+    left = [name for name in present if name not in known and not name.endswith(".safetensors") and name[0] != "."]
+    return files, [f"not taken along: {', '.join(left)}"] if left else []
+
+
+def _record(source: Source, sums: Mapping[str, str]) -> dict[str, Any]:
+    """Status, dtype, shape and checksum of every source tensor."""
+    account = source.account
+    table: dict[str, Any] = {}
+    for name, info in source.tensors.tensors.items():
+        status = {"status": "loaded"}
+        if name in account.copies:
+            status["copy_of"] = account.copies[name]
+        elif name in account.carried:
+            status = {"status": "carried", "reason": account.carried[name]}
+        facts = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "sha256": sums[name]}
+        table[name] = {**status, **facts}
+    return table
+
+
+def _convert(source: Source, writer: ImportedWriter, quiet: bool) -> tuple[dict[str, str], int]:
+    """Write what is still to be written; the checksum of each source tensor, and how many were done already."""
+    sums, resumed = {}, 0
+    account, dtypes = source.account, writer.weights.dtypes
+    with mebibytes(f"importing {source.path.name}", source.tensors.nbytes, quiet) as advance:
+        for name, info in source.tensors.tensors.items():
+            placement = account.loaded.get(name)
+            if placement is not None:
+                facts = writer.weights.facts(placement.ours, placement.index)
+                resumed += facts is not None
+                facts = facts or _load(source, writer.weights, placement, dtypes[placement.ours])
+                sums[name] = facts["sha256"]
+            elif name in account.carried and writer.carried is not None:
+                facts = writer.carried.facts(name) or _carry(source, writer.carried, name)
+                sums[name] = facts["sha256"]
+            else:
+                sums[name] = source.tensors.sha256(name)
+            advance(info.nbytes)
+    if resumed:
+        logger.info("%d tensors were there from an interrupted import", resumed)
+    return sums, resumed
+
+
+def _carry(source: Source, store: TensorStore, name: str) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with store.part(name) as part:
+        for chunk in source.tensors.chunks(name):
+            digest.update(raw_bytes(chunk))
+            part.append(chunk)
+        part.facts["sha256"] = digest.hexdigest()
+    return part.facts
+
+
+def _load(source: Source, store: TensorStore, placement: Placement, dtype: torch.dtype) -> dict[str, Any]:
+    """Copy one tensor to its place, looking at every element on the way."""
+    name = placement.theirs
+    digest = hashlib.sha256()
+    scale_name = source.account.scales.get(name)
+    scale = None if scale_name is None else source.tensors.read(scale_name)
+    row = 0
+    with store.part(placement.ours, placement.index) as part:
+        for chunk in source.tensors.chunks(name, multiple=BLOCK if scale is not None else 1):
+            digest.update(raw_bytes(chunk))
+            if scale is not None:
+                with named(f"{source.path}: {name}"):
+                    chunk = _dequantized(chunk, scale, row)
+                row += len(chunk)
+            check_finite(chunk, f"{source.path}: {name}")
+            part.append(chunk.to(dtype))
+        part.facts["sha256"] = digest.hexdigest()
+    return part.facts
+
+
+def _dequantized(chunk: Tensor, scale: Tensor, row: int) -> Tensor:
+    first = row // BLOCK
+    return dequantize(chunk, scale[first : first - (-len(chunk) // BLOCK)])

@@ -1,0 +1,179 @@
+"""What the families share: the plain fields, feed-forward layers by index, and the checks before writing them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finemoe.checkpoint.huggingface.fields import MAX_EXPERTS, MAX_LAYERS, Fields, shown
+from finemoe.checkpoint.huggingface.fp8 import BLOCK
+from finemoe.core.config import parse
+from finemoe.core.errors import CheckpointError, ConfigError
+from finemoe.model.attention.grouped_query import GroupedQueryConfig
+from finemoe.model.attention.latent import LatentConfig
+from finemoe.model.config import BlockConfig, ModelConfig
+from finemoe.model.feed_forward import DenseConfig
+from finemoe.model.moe.layer import MoEConfig
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a file: one attention, and a feed-forward for every index."""
+
+    attention: dict[str, Any]
+    feed_forward: Callable[[int], dict[str, Any]]
+    num_layers: int
+    num_mtp: int = 0
+
+
+def build(fields: Fields, layers: Layers) -> ModelConfig:
+    """The ModelConfig of the fields that all families share, and of `layers`.
+
+    Raises:
+        CheckpointError: sizes that no model can have.
+    """
+    if layers.num_layers + layers.num_mtp > MAX_LAYERS:
+        fields.refuse("num_hidden_layers", layers.num_layers, f"at most {MAX_LAYERS} layers are read")
+    indices = range(layers.num_layers + layers.num_mtp)
+    blocks = [{"attention": layers.attention, "feed_forward": layers.feed_forward(index)} for index in indices]
+    experts = sum(block["feed_forward"].get("num_routed_experts", 0) for block in blocks)
+    if experts > MAX_EXPERTS:
+        raise CheckpointError(f"config.json: asks for {experts} experts in all; at most {MAX_EXPERTS} are read")
+    values = {
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": fields.integer("hidden_size"),
+        "blocks": blocks[: layers.num_layers],
+        "mtp": blocks[layers.num_layers :],
+        "tie_embeddings": fields.flag("tie_word_embeddings"),
+        "init_std": fields.number("initializer_range"),
+        "norm_eps": fields.number("rms_norm_eps"),
+        "max_positions": fields.integer("max_position_embeddings"),
+    }
+    try:
+        return parse(ModelConfig, values, "config.json")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def read_general(fields: Fields) -> None:
+    """What any family may say: the class, full attention in every layer, and weights plain or in blocks of FP8.
+
+    Raises:
+        CheckpointError: anything else.
+    """
+    if fields.has("architectures"):
+        names = fields.value("architectures")
+        if not isinstance(names, list) or not any(str(name).endswith("ForCausalLM") for name in names):
+            fields.refuse("architectures", names, "finemoe opens language models (...ForCausalLM) only")
+    if fields.has("layer_types"):
+        kinds = fields.value("layer_types")
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+            fields.refuse("layer_types", kinds, "finemoe has full attention only")
+    if fields.has("quantization_config"):
+        _read_quantization(fields)
+
+
+def _read_quantization(fields: Fields) -> None:
+    table = fields.value("quantization_config")
+    needed = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+    if not isinstance(table, dict) or any(table.get(key) != value for key, value in needed.items()):
+        fields.refuse("quantization_config", table, f"only FP8 with a weight_block_size of [{BLOCK}, {BLOCK}] is read")
+    usual = {"activation_scheme": ("dynamic",), "fmt": ("e4m3",), "scale_fmt": ("ue8m0", "float")}
+    for key in sorted(table.keys() - needed.keys()):
+        if key in ("ignored_layers", "modules_to_not_convert"):
+            continue  # every tensor says its own type
+        if key in usual and table[key] not in (None, *usual[key]):
+            fields.refuse(f"quantization_config.{key}", table[key], f"only {' or '.join(usual[key])} is read")
+        if key not in usual:
+            fields.note(f"`quantization_config.{key}` {shown(table[key])} is unknown and not used")
+    fields.note("weights in FP8 blocks: computed with as bf16 or fp32, and activations are not rounded to FP8")
+
+
+def dense(width: int) -> dict[str, Any]:
+    """A SwiGLU."""
+    return {"kind": "dense", "ffn_hidden_size": width}
+
+
+def write_common(config: ModelConfig, max_positions: int | None) -> dict[str, Any]:
+    """The fields that all families share.
+
+    Raises:
+        CheckpointError: nobody says how long a sequence the model is made for.
+    """
+    positions = config.max_positions or max_positions
+    if positions is None:
+        raise CheckpointError("the model does not say max_positions, which config.json must; give the longest sequence")
+    return {
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": config.init_std,
+        "max_position_embeddings": positions,
+        "num_hidden_layers": len(config.blocks),
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "vocab_size": config.vocab_size,
+        "use_cache": True,
+    }
+
+
+def the_attention(config: ModelConfig) -> GroupedQueryConfig | LatentConfig:
+    """The attention of all layers.
+
+    Raises:
+        CheckpointError: layers differ.
+    """
+    blocks = [*config.blocks, *config.mtp]
+    first = blocks[0].attention
+    if any(block.attention != first for block in blocks):
+        raise CheckpointError("its layers have different attention, and the format has one for all")
+    attention: GroupedQueryConfig | LatentConfig = first
+    return attention
+
+
+def the_dense(blocks: Sequence[BlockConfig]) -> DenseConfig | None:
+    """The one dense feed-forward of `blocks`; None where all route.
+
+    Raises:
+        CheckpointError: two that differ, or a clamp.
+    """
+    found = [block.feed_forward for block in blocks if isinstance(block.feed_forward, DenseConfig)]
+    return _only(found, "dense layers")
+
+
+def the_moe(blocks: Sequence[BlockConfig]) -> MoEConfig | None:
+    """The one MoE feed-forward of `blocks`, without what concerns training alone; None where none routes.
+
+    Raises:
+        CheckpointError: two that differ, or a clamp.
+    """
+    found = [block.feed_forward for block in blocks if isinstance(block.feed_forward, MoEConfig)]
+    return _only([layer.without_training() for layer in found], "MoE layers")
+
+
+def _only(layers: Sequence[Any], what: str) -> Any:
+    if any(layer != layers[0] for layer in layers):
+        raise CheckpointError(f"its {what} differ in size or routing, and the format has one for all")
+    if layers and layers[0].swiglu_limit is not None:
+        raise CheckpointError(f"its {what} clamp SwiGLU (swiglu_limit), and the format cannot say that")
+    return layers[0] if layers else None
+
+
+def refuse_mtp(config: ModelConfig) -> None:
+    """Raise where there are multi-token prediction modules."""
+    if config.mtp:
+        raise CheckpointError(
+            f"the format has no place for the {len(config.mtp)} multi-token prediction module(s); export without them"
+        )
+
+
+def training_only(config: ModelConfig) -> tuple[str, ...]:
+    """What concerns training alone and no Hugging Face config of ours holds, in words."""
+    layers = [b.feed_forward for b in (*config.blocks, *config.mtp) if isinstance(b.feed_forward, MoEConfig)]
+    said: list[str] = []
+    for layer in layers:
+        terms = {name: value for name, value in layer.balance.model_dump().items() if value and name != "num_devices"}
+        said += [f"balance.{name} {value:g}" for name, value in terms.items()]
+        if layer.capacity_factor is not None:
+            said.append(f"capacity_factor {layer.capacity_factor:g}")
+    return tuple(dict.fromkeys(said))

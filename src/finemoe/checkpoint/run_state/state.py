@@ -1,0 +1,203 @@
+"""Crash-safe checkpoints of a run, and opening the model of one.
+
+A checkpoint is a folder `checkpoints/step-00000100` with `model.safetensors`, `optimizer.safetensors`, `state.json`,
+`config.json`, and `manifest.json` with the size and SHA-256 of the others. It is written under another name, synced,
+and renamed: under its own name it is always complete. The last few are kept, and a damaged one is passed over.
+`save` may run in a thread of its own, on a copy of the state (`snapshot.py`), while training goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finemoe.checkpoint.kinds import CONFIG, MANIFEST, STATE
+from finemoe.checkpoint.storage.streaming import AbandonedError, Recorded, write_bytes, write_tensors
+from finemoe.core.config import parse
+from finemoe.core.errors import CheckpointError, RunError
+from finemoe.core.files import sha256, storage_error, sync
+from finemoe.core.logs import logger
+from finemoe.model.config import Kernels, ModelConfig
+from finemoe.model.transformer import Transformer
+
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """All that a bit-exact resume needs."""
+
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    """JSON-able: step, tokens, loader position, random state ..."""
+    config: str
+    """The run's resolved config.json."""
+
+
+def save(
+    checkpoints: Path,
+    step: int,
+    run: RunState,
+    keep: int,
+    *,
+    before_naming: Callable[[], object] | None = None,
+    stop: threading.Event | None = None,
+) -> Path:
+    """Write the checkpoint of `step` unless it is there, then remove all but the last `keep` up to it.
+
+    Args:
+        checkpoints: their folder.
+        step: of the run.
+        run: must not change meanwhile.
+        keep: how many to keep.
+        before_naming: called when all is on the disk, before the checkpoint gets its name.
+        stop: set by another thread to give up and leave nothing behind.
+
+    Raises:
+        RunError: the disk is full or unwritable; earlier checkpoints are untouched.
+        AbandonedError: `stop` was set.
+    """
+    final = checkpoints / f"step-{step:08d}"
+    fresh = checkpoints / f".writing-{os.getpid()}"
+    if final.exists() and find_damage(final) is None:
+        return final  # of an earlier process; taking it away first would leave a moment with nothing
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        _write(fresh, run, stop)
+        if before_naming is not None:
+            before_naming()
+        if final.exists():  # damaged: this run went on from the one before
+            shutil.rmtree(final)
+        fresh.rename(final)
+        sync(checkpoints)
+    except (OSError, RunError, AbandonedError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise storage_error(final, error) from error
+        raise
+    folders = checkpoint_folders(checkpoints)
+    here = folders.index(final)
+    for old in (*folders[:here], *folders[here + keep :]):  # later steps are damaged: the run began before them
+        shutil.rmtree(old)
+    for stale in checkpoints.glob(".writing-*"):  # left by a killed process
+        shutil.rmtree(stale)
+    return final
+
+
+def _write(folder: Path, run: RunState, stop: threading.Event | None) -> None:
+    files = {
+        MODEL: write_tensors(folder / MODEL, run.model, stop),
+        OPTIMIZER: write_tensors(folder / OPTIMIZER, run.optimizer, stop),
+        STATE: write_bytes(folder / STATE, json.dumps(run.state).encode()),
+        CONFIG: write_bytes(folder / CONFIG, run.config.encode()),
+    }
+    write_bytes(folder / MANIFEST, _manifest(files))
+    sync(folder)
+
+
+def _manifest(files: Mapping[str, Recorded]) -> bytes:
+    entries = {name: {"bytes": file.nbytes, "sha256": file.sha256} for name, file in files.items()}
+    return json.dumps({"format": 1, "files": entries}, indent=2).encode()
+
+
+def load_latest(checkpoints: Path) -> RunState:
+    """The newest checkpoint whose checksums hold; a damaged one is named in the log and passed over.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folders = checkpoint_folders(checkpoints)
+    for folder in folders:
+        damage = find_damage(folder)
+        if damage is None:
+            return RunState(
+                model=load_file(folder / MODEL),
+                optimizer=load_file(folder / OPTIMIZER),
+                state=json.loads((folder / STATE).read_text(encoding="utf-8")),
+                config=(folder / CONFIG).read_text(encoding="utf-8"),
+            )
+        logger.warning("%s is damaged (%s): trying the one before", folder, damage)
+    found = f"all {len(folders)} are damaged" if folders else "there is none"
+    raise CheckpointError(f"{checkpoints}: no checkpoint to open, {found}; start the run again")
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder; None when every size and checksum holds."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name in (MODEL, OPTIMIZER, STATE, CONFIG):
+            path, entry = folder / name, manifest["files"][name]
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+            if sha256(path) != entry["sha256"]:
+                return f"{name} does not have its recorded checksum"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} is unreadable: {error}"
+    return None
+
+
+def checkpoint_folders(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    if not checkpoints.is_dir():
+        return []
+    found = {int(match[1]): path for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The newest undamaged checkpoint of a run directory, or `path` itself when it is one; the log names damaged ones.
+
+    Raises:
+        CheckpointError: not a run, or nothing undamaged.
+    """
+    own = (path / MANIFEST).exists() or (path / STATE).exists()
+    folders = [path] if own else checkpoint_folders(path / "checkpoints")
+    if not folders:
+        raise CheckpointError(f"{path}: neither an imported folder nor a run with a checkpoint (no checkpoints/step-*)")
+    for folder in folders:
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        logger.warning("%s is damaged (%s)", folder, damage)
+    raise CheckpointError(f"{path}: every checkpoint is damaged")
+
+
+def load_model(path: str | os.PathLike[str], kernels: Kernels | None = None) -> Transformer:
+    """The model of a run directory (its newest undamaged checkpoint), or of one checkpoint folder, in eval mode.
+
+    Raises:
+        CheckpointError: not a run, nothing undamaged, or weights that do not fit the configuration.
+    """
+    folder = newest_checkpoint(Path(path))
+    raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    model = Transformer(parse(ModelConfig, raw["model"], str(folder / CONFIG)), kernels)
+    load_weights(model, load_file(folder / MODEL), str(folder))
+    return model.eval()
+
+
+def load_weights(model: Transformer, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Fill `model`; every tensor is used and none is missing.
+
+    Raises:
+        CheckpointError: naming the keys or shapes that do not fit.
+    """
+    try:
+        model.load_state_dict(dict(tensors), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source}: the weights do not fit the configuration: {error}") from error

@@ -1,0 +1,1 @@
+"""Files of tensors: read without trust, written whole or not at all."""

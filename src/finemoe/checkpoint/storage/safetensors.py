@@ -1,0 +1,300 @@
+"""Safetensors read by their headers: nothing is loaded until it is asked for, and never more than that.
+
+A header is believed only after it accounts for every byte of its file. Reading copies from the file instead of mapping
+it, so that a file cut short meanwhile is an error message and not the end of the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from finemoe.checkpoint.storage.untrusted import parse_json, weight_files
+from finemoe.core.errors import CheckpointError, RunError
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+"""Safetensors' names of element types."""
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_BYTES = 100 * 1000 * 1000
+"""Largest header that is read; the safetensors library has the same limit."""
+CHUNK_BYTES = 64 << 20
+"""How much of a tensor is in memory at once where it is worked on in pieces."""
+
+_MAX_RANK = 8
+_METADATA = "__metadata__"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file, from the header alone."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    """Of the first byte, in the file."""
+    nbytes: int
+
+
+Index = Sequence[int | slice]
+
+
+def span(shape: tuple[int, ...], index: Index) -> tuple[int, int, tuple[int, ...]]:
+    """Where `tensor[index]` lies in a tensor of `shape`: first element, number of elements, shape of the part.
+
+    Raises:
+        ValueError: the part is not one contiguous range within the tensor.
+    """
+    rest, start = list(shape), 0
+    for position, at in enumerate(index):
+        if not rest:
+            raise ValueError(f"index {tuple(index)} has more places than shape {list(shape)}")
+        size, inner = rest[0], math.prod(rest[1:])
+        if isinstance(at, slice):
+            first, stop, step = at.indices(size)
+            whole = position == len(index) - 1 and step == 1 and first <= stop
+            if not whole or (at.stop is not None and at.stop > size):
+                raise ValueError(f"index {tuple(index)} is no contiguous part of shape {list(shape)}")
+            return start + first * inner, (stop - first) * inner, (stop - first, *rest[1:])
+        if not 0 <= at < size:
+            raise ValueError(f"index {tuple(index)} is outside shape {list(shape)}")
+        start += at * inner
+        rest = rest[1:]
+    return start, math.prod(rest), tuple(rest)
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of a safetensors file, in the order of their bytes, and its metadata.
+
+    Raises:
+        CheckpointError: truncated, or a header that does not describe the file exactly.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if found.st_size < 8 or length > found.st_size - 8:
+                raise CheckpointError(f"{path}: truncated, or not safetensors: the file ends within its header")
+            if length > HEADER_BYTES:
+                raise CheckpointError(f"{path}: the header says it has {length} bytes; at most {HEADER_BYTES} are read")
+            header = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    table = parse_json(header, f"{path}: header")
+    metadata = _metadata(table.pop(_METADATA, {}), path)
+    infos = [_info(name, entry, path, 8 + length) for name, entry in table.items()]
+    infos.sort(key=lambda info: (info.offset, info.nbytes))
+    at = 8 + length
+    for info in infos:
+        if info.offset != at:
+            raise CheckpointError(f"{path}: tensor {info.name!r} leaves a gap or overlaps the one before it")
+        at += info.nbytes
+    if at != found.st_size:
+        state = "truncated" if at > found.st_size else "has more bytes than its header says"
+        raise CheckpointError(f"{path}: {state}: {found.st_size} bytes, but header and tensors are {at}")
+    return {info.name: info for info in infos}, metadata
+
+
+def _metadata(raw: Any, path: Path) -> dict[str, str]:
+    if not isinstance(raw, dict) or not all(isinstance(value, str) for value in raw.values()):
+        raise CheckpointError(f"{path}: {_METADATA} of the header must be a table of strings")
+    return raw
+
+
+def _info(name: str, entry: Any, path: Path, data: int) -> TensorInfo:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: the header must give exactly its dtype, shape and data_offsets")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise CheckpointError(f"{where}: dtype {entry['dtype']!r} is unknown; known: {', '.join(DTYPES)}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _counts(shape) or len(shape) > _MAX_RANK or math.prod(max(1, size) for size in shape) >= 1 << 60:
+        raise CheckpointError(f"{where}: shape {str(shape)[:100]} is not possible")
+    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{where}: data_offsets {str(offsets)[:100]} are not a range of bytes")
+    nbytes = math.prod(shape) * dtype.itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        raise CheckpointError(
+            f"{where}: {entry['dtype']} of shape {shape} takes {nbytes} bytes, not {offsets[1] - offsets[0]}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), path, data + offsets[0], nbytes)
+
+
+def _counts(values: Any) -> bool:
+    """A list of whole numbers from 0 on; true and false are none."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+@final
+class TensorFolder:
+    """The tensors of one or more safetensors files by name, opened by their headers."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], notes: Sequence[str] = ()) -> None:
+        self.tensors = dict(tensors)
+        """In the order of files and bytes."""
+        self.notes = tuple(notes)
+        """What lies in the folder and is not read."""
+
+    @staticmethod
+    def open(folder: Path) -> TensorFolder:
+        """The weights of a folder: `model.safetensors`, or shards with their index.
+
+        Raises:
+            CheckpointError: as `weight_files` and `read_header`, or index and files disagree.
+        """
+        weights = weight_files(folder)
+        together = TensorFolder.of_files(weights.files)
+        if weights.index is not None:
+            _check_index(folder, weights.index, together.tensors)
+        return TensorFolder(together.tensors, weights.notes)
+
+    @staticmethod
+    def of_files(files: Sequence[Path]) -> TensorFolder:
+        """The tensors of these files together.
+
+        Raises:
+            CheckpointError: as `read_header`, or a name in two files.
+        """
+        tensors: dict[str, TensorInfo] = {}
+        for path in files:
+            for name, info in read_header(path)[0].items():
+                if name in tensors:
+                    raise CheckpointError(f"{path}: tensor {name!r} is in {tensors[name].path.name} too")
+                tensors[name] = info
+        return TensorFolder(tensors)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files, in reading order."""
+        return tuple(dict.fromkeys(info.path for info in self.tensors.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors together."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str, index: Index = ()) -> Tensor:
+        """A tensor, or the contiguous part `tensor[index]` of it: a copy in memory of its own.
+
+        Raises:
+            CheckpointError: no such tensor, or the file cannot be read to the tensor's end.
+        """
+        info = self.info(name)
+        first, count, shape = span(info.shape, index)
+        raw = torch.empty(count * info.dtype.itemsize, dtype=torch.uint8)
+        _fill(raw, info, first * info.dtype.itemsize)
+        return raw.view(info.dtype).reshape(shape)
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor.
+
+        Raises:
+            CheckpointError: there is none of that name.
+        """
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"there is no tensor {name!r} in the weights") from None
+
+    def chunks(
+        self, name: str, index: Index = (), *, max_bytes: int = CHUNK_BYTES, multiple: int = 1
+    ) -> Iterator[Tensor]:
+        """`read(name, index)` in consecutive slices of its first dimension, each of about `max_bytes`.
+
+        Args:
+            name: of the tensor.
+            index: of the part.
+            max_bytes: of one slice; a slice has `multiple` rows at the least.
+            multiple: every slice but the last has a multiple of this number of rows.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        info = self.info(name)
+        shape = span(info.shape, index)[2]
+        if not shape or math.prod(shape) * info.dtype.itemsize <= max_bytes:
+            yield self.read(name, index)
+            return
+        leading, offset = list(index), 0
+        if leading and isinstance(leading[-1], slice):
+            offset = leading.pop().start or 0  # type: ignore[union-attr]
+        row = math.prod(shape[1:]) * info.dtype.itemsize
+        rows = max(1, max_bytes // max(1, row * multiple)) * multiple
+        for start in range(0, shape[0], rows):
+            stop = min(start + rows, shape[0])
+            yield self.read(name, [*leading, slice(offset + start, offset + stop)])
+
+    def sha256(self, name: str) -> str:
+        """Hex digest of a tensor's bytes, read in pieces.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        digest = hashlib.sha256()
+        for chunk in self.chunks(name):
+            digest.update(raw_bytes(chunk))
+        return digest.hexdigest()
+
+
+def _fill(raw: Tensor, info: TensorInfo, skip: int) -> None:
+    view = raw.numpy().data
+    try:
+        with info.path.open("rb", buffering=0) as file:
+            file.seek(info.offset + skip)
+            while view:
+                got = file.readinto(view)
+                if not got:
+                    raise CheckpointError(f"{info.path}: ends within tensor {info.name!r}; it was cut short")
+                view = view[got:]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{info.path}: has gone since it was opened") from error
+    except OSError as error:
+        # Not a refusal of the checkpoint: a disk or network that fails now may work later, and what is done is kept.
+        raise RunError(f"{info.path}: cannot be read now: {error.strerror or error}; try again") from error
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as a file holds them; no copy where it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _check_index(folder: Path, index: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    for name, file in index.items():
+        info = tensors.get(name)
+        if info is None or info.path.name != file:
+            raise CheckpointError(f"{folder}: the index says that {file} holds tensor {name!r}, but it does not")
+    if len(tensors) > len(index):
+        name = next(name for name in tensors if name not in index)
+        raise CheckpointError(f"{tensors[name].path}: holds tensor {name!r}, of which the index says nothing")

@@ -1,0 +1,1 @@
+"""Between the tensors of a file and the tensors of a model."""

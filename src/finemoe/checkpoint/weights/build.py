@@ -1,0 +1,63 @@
+"""A model filled from parts that come one at a time, in whatever element type is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from finemoe.checkpoint.huggingface.accounting import model_shapes
+from finemoe.core.errors import CheckpointError
+from finemoe.model.config import Kernels, ModelConfig
+from finemoe.model.transformer import Transformer
+
+Part = tuple[str, tuple[int | slice, ...], Tensor]
+"""Name of a tensor of ours, where in it, and what goes there."""
+_ROUTER = ".router."
+
+
+def build(
+    config: ModelConfig,
+    kernels: Kernels | None,
+    stored: Mapping[str, torch.dtype],
+    parts: Iterable[Part],
+    dtype: torch.dtype | None,
+) -> Transformer:
+    """A model filled part by part, so that nothing is held twice.
+
+    Args:
+        config: the model.
+        kernels: how to compute.
+        stored: element type of each tensor as it is stored; must name every tensor of the model.
+        parts: together they fill every tensor.
+        dtype: as in `load_model`.
+
+    Raises:
+        CheckpointError: `stored` names other tensors than the model has.
+    """
+    model_shapes(config)  # refuses sizes that no machine holds
+    with torch.device("meta"):
+        model = Transformer(config, kernels)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if shapes.keys() != stored.keys():
+        odd = sorted(shapes.keys() ^ stored.keys())[:5]
+        raise CheckpointError(f"the weights do not fit the configuration: {', '.join(odd)}")
+    state = {name: torch.empty(shape, dtype=_wanted(name, stored[name], dtype)) for name, shape in shapes.items()}
+    for name, index, tensor in parts:
+        state[name][index].copy_(tensor)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def _wanted(name: str, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    if not stored.is_floating_point:
+        return stored
+    return torch.float32 if _ROUTER in name else dtype or stored
+
+
+def cast(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The same model with weights of another type, routers excepted."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(_wanted(name, parameter.dtype, dtype))
+    return model

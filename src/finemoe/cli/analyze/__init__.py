@@ -1,0 +1,1 @@
+"""`finemoe analyze`: one file a verb."""

@@ -1,0 +1,101 @@
+"""`finemoe analyze load`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finemoe.cli.analyze.options import MODEL, Corpora, Length, Report, Rows, Texts, Tokens
+from finemoe.cli.output import Json, check_report, print_json, print_rich, say_where
+
+
+def load(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help=MODEL, show_default=False)],
+    texts: Texts = None,
+    corpora: Corpora = None,
+    tokens: Tokens = 16_384,
+    length: Length = None,
+    rows: Rows = 8,
+    last: Annotated[bool, typer.Option("--last", help="Of a run only the newest checkpoint.")] = False,
+    out: Report = None,
+    as_json: Json = False,
+) -> None:
+    """Say how evenly the experts are used.
+
+    By layer, by domain, together, over training. A run directory stands for all its kept
+    checkpoints, oldest first; several models are a series in the order given. Every model reads
+    the same text. What the run's validations recorded is shown beside them.
+
+    MaxVio is (largest load - mean load) / mean load: 0 is even. Starved experts get less than a
+    tenth of an even share, dead ones nothing. When a layer has stopped using its experts, this
+    says so in the words of `finemoe train`, with the knob that helps.
+
+    \b
+    Examples:
+      finemoe analyze load runs/tiny
+      finemoe analyze load runs/tiny --corpus code=src --corpus prose=docs --out reports/load
+      finemoe analyze load runs/tiny --last --json
+    """
+    check_report(out, "load")
+    from finemoe.analysis.load import save_pairs, study_load
+    from finemoe.analysis.provenance import made_by, write_report
+
+    study = study_load(
+        models, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length, rows=rows, last=last
+    )
+    results = {**study.results, **made_by()}
+    if out is not None:
+        from finemoe.charts.load.figures import figures
+        from finemoe.charts.load.page import load_page
+
+        write_report(out, results, load_page, figures)
+        save_pairs(out / "together.npz", study.last)
+    if as_json:
+        print_json(results)
+        return
+    _print_tables(results)
+    if out is not None:
+        say_where(out)
+
+
+def _print_tables(results: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    from finemoe.charts.load.page import summary
+    from finemoe.charts.numbers import fixed
+
+    series, columns = results["series"], ["MaxVio", "in a batch", "entropy", "CV", "starved", "dead"]
+    keys = (("max_vio", 2), ("max_vio_batch", 2), ("entropy", 3), ("variation", 2), ("starved", 0), ("dead", 0))
+    if len(series) > 1:
+        shown = [[one["name"], *(fixed(one[key], digits) for key, digits in keys)] for one in series]
+        print_rich(table(["Mean or sum", *columns], shown), "")
+    last = series[-1]
+    by_layer = [
+        [f"layer {number}, {layer['experts_per_token']} of {layer['experts']}", *_row(layer, keys)]
+        for number, layer in last["layers"].items()
+    ]
+    print_rich(table([last["name"], *columns], by_layer), "")
+    for line in summary(results):
+        print_rich(Text(line))
+
+
+def _row(layer: dict[str, Any], keys: Any) -> list[str]:
+    from finemoe.charts.numbers import fixed
+
+    return [fixed(layer[key], digits) for key, digits in keys]
+
+
+def table(columns: list[str], rows: list[list[str]]) -> Any:
+    """A table for a terminal of 80 columns; all but the first column are numbers."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(Text(column), justify="right" if number else "left")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made

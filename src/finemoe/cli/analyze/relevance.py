@@ -1,0 +1,117 @@
+"""`finemoe analyze relevance`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from finemoe.cli.analyze.options import Corpora, Length, Model, Rows, Texts, Tokens
+from finemoe.cli.output import Json, check_report, print_json, print_rich
+
+_Score = Annotated[
+    Literal["gate", "token"],
+    typer.Option("--score", help="gate: by gate weights; token: by how many tokens choose the expert."),
+]
+_Share = Annotated[
+    float | None,
+    typer.Option("--p", metavar="P", help="Relevance to reach in each layer; default: 0.1 for gate, 0.2 for token."),
+]
+_Selection = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Where to write the selection, as JSON.")
+]
+_Report = Annotated[
+    Path | None, typer.Option("--report", metavar="DIR", help="Folder for results.json, report.html and figures/.")
+]
+
+
+def relevance(
+    model: Model,
+    texts: Texts = None,
+    corpora: Corpora = None,
+    score: _Score = "gate",
+    p: _Share = None,
+    tokens: Tokens = 131_072,
+    length: Length = None,
+    rows: Rows = 4,
+    out: _Selection = None,
+    report: _Report = None,
+    as_json: Json = False,
+) -> None:
+    """Find the experts that a task needs (ESFT).
+
+    They are written down for expert tuning. Every expert of every layer gets the mean of its gate
+    weights over the task's tokens, and the share of tokens that choose it; both are means over
+    samples of the model's length. Selected are the fewest experts of each layer whose scores
+    reach P of the layer's sum. All texts given count as one task.
+
+    \b
+    Examples:
+      finemoe analyze relevance runs/mix --corpus task=task.jsonl --out selection.json
+      finemoe analyze relevance runs/mix --corpus task=task.jsonl --score token --p 0.3 --report relevance
+    """
+    check_report(report, "relevance")
+    from finemoe.analysis.passages import read_passages, require_experts
+    from finemoe.analysis.provenance import provenance
+    from finemoe.analysis.relevance import expert_relevance, relevance_results, sample_length, select_experts
+    from finemoe.checkpoint.language_model import open_language_model
+    from finemoe.checkpoint.selection import write_selection
+    from finemoe.core.errors import ConfigError
+
+    if p is not None and not 0 < p <= 1:
+        raise ConfigError(f"--p {p}: must be above 0 and at most 1, a share of each layer's relevance")
+    opened = open_language_model(model)
+    require_experts(opened)
+    size = length or sample_length(opened)
+    passages = read_passages(opened, texts=texts or (), corpora=corpora or (), tokens=tokens, length=size)
+    found = expert_relevance(opened, passages, rows=rows)
+    selection = select_experts(opened, found, score, p)
+    results = {**provenance("relevance", opened, passages), **relevance_results(found, selection)}
+    if out is not None:
+        write_selection(out, selection)
+    if report is not None:
+        _write_report(report, results)
+    if as_json:
+        print_json(results)
+    else:
+        _print(results["selection"], out, report)
+
+
+def _write_report(folder: Path, results: Mapping[str, Any]) -> None:
+    from finemoe.analysis.provenance import write_report
+    from finemoe.charts.relevance.page import relevance_chart, relevance_page
+
+    write_report(folder, results, relevance_page, lambda made: {"relevance": relevance_chart(made)})
+
+
+def _print(selection: Mapping[str, Any], out: Path | None, report: Path | None) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from finemoe.charts.numbers import count
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name, justify in (
+        ("layer", "right"),
+        ("experts", "right"),
+        ("reached", "right"),
+        ("which, best first", "left"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for layer in selection["layers"]:
+        reached = f"{100 * sum(layer['scores']):.1f} %"
+        table.add_row(str(layer["layer"]), str(len(layer["experts"])), reached, " ".join(map(str, layer["experts"])))
+    total = sum(len(layer["experts"]) for layer in selection["layers"])
+    of = sum(selection["model"]["experts"].values())
+    print_rich(
+        f"{selection['score']} score, p = {selection['p']:g}: {total} of {of} routed experts, "
+        f"{count(selection['trainable_parameters'])} parameters, {100 * selection['trainable_share']:.2f} % of the "
+        f"model; {selection['samples']} samples, {selection['tokens']:,} tokens",
+        table,
+    )
+    if out is not None:
+        typer.echo(f"\nSelection  {out}")
+    if report is not None:
+        typer.echo(f"Open       {report / 'report.html'} in a browser; it works offline")

@@ -1,0 +1,207 @@
+"""RunConfig: everything one training run is made of, and how a recipe becomes one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from finemoe.checkpoint.open import read_model_config, text_home
+from finemoe.core.config import Config, merge, parse, read_toml, with_overrides
+from finemoe.core.errors import ConfigError
+from finemoe.data import DataConfig
+from finemoe.model.config import Kernels, ModelConfig, expand, with_balance
+from finemoe.model.moe.balance import BalanceConfig
+from finemoe.model.presets import resolve
+from finemoe.runs.trackers import TrackerName
+from finemoe.training.balancing import BalancingConfig, has_selection_bias
+from finemoe.training.losses.next_token import MTPLossConfig
+from finemoe.training.optimizers import OptimizerConfig
+from finemoe.training.schedule import MultiStepConfig, ScheduleConfig
+
+DEFAULT_LEARNING_RATE = 4e-3
+"""Best of the tuning in docs/log.md for models of hidden size 64; larger ones want less (papers: 1.08e-3 at 1280)."""
+
+
+class TrainingConfig(Config):
+    """How long, in what pieces, where."""
+
+    tokens: PositiveInt | None = None
+    """Length of the run in tokens; give this or `steps`."""
+    steps: PositiveInt | None = None
+    tokens_per_step: PositiveInt = 8192
+    """Batch of one optimizer step; a multiple of the sequence length."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens in memory at once; the step is accumulated from such pieces. None: up to 16,384."""
+    evaluate_every: PositiveInt | None = None
+    """Steps between validations. None: ten over the run."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
+    keep_checkpoints: PositiveInt = 2
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 products on CUDA, float32 elsewhere (bf16 is slower than float32 on most CPUs)."""
+    threads: NonNegativeInt = 0
+    """CPU threads; 0: all cores."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Mirrors of metrics.jsonl; each needs its package from the [track] extra."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.tokens is None) == (self.steps is None):
+            raise ValueError("give exactly one of `tokens` and `steps`: it is the length of the run")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.steps if self.steps is not None else (self.tokens or 0) // self.tokens_per_step
+
+
+class RunConfig(Config):
+    """One training run, resolved: what `config.json` of a run directory holds."""
+
+    name: str = "run"
+    seed: NonNegativeInt = 0
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=DEFAULT_LEARNING_RATE)
+    schedule: ScheduleConfig = MultiStepConfig()
+    kernels: Kernels = Kernels()
+    balancing: BalancingConfig | None = None
+    """How selection biases move; None: as by default, where the model has any."""
+    mtp: MTPLossConfig | None = None
+    """How much multi-token prediction counts; None: as by default, where the model has modules for it."""
+    start_from: str | None = None
+    """A run or one checkpoint of it, an imported or a Hugging Face folder: this run begins with its model, weights and
+    tokenizer."""
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.balancing is not None and not has_selection_bias(self.model):
+            raise ValueError("[balancing] is set, and no router of the model has a selection bias: leave it out")
+        if self.mtp is not None and not self.model.mtp:
+            raise ValueError("[mtp] is set, and the model has no module for it: set model.mtp_depth, or leave it out")
+        if len(self.model.mtp) >= self.data.sequence_length:
+            raise ValueError(
+                f"model.mtp_depth {len(self.model.mtp)} leaves nothing to predict in sequences of "
+                f"{self.data.sequence_length} tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        training, length = self.training, self.data.sequence_length
+        for field in ("tokens_per_step", "micro_batch_tokens"):
+            value = getattr(training, field)
+            if value is not None and value % length:
+                below = max(length, value - value % length)
+                raise ValueError(
+                    f"training.{field} {value} is not a multiple of data.sequence_length {length}: try {below}"
+                )
+        if training.total_steps < 1:
+            raise ValueError(
+                f"training.tokens {training.tokens} is less than one step of {training.tokens_per_step}: raise it"
+            )
+        if self.data.tokenizer is None and self.data.vocab_size != self.model.vocab_size:
+            raise ValueError(
+                f"data.vocab_size {self.data.vocab_size} and model.vocab_size {self.model.vocab_size} differ: "
+                "leave data.vocab_size out"
+            )
+        return self
+
+    @property
+    def micro_batch_sequences(self) -> int:
+        """Sequences of one micro-batch."""
+        length = self.data.sequence_length
+        if self.training.micro_batch_tokens is not None:
+            return self.training.micro_batch_tokens // length
+        return max(1, min(self.training.tokens_per_step, 16_384) // length)
+
+
+def read_recipe(
+    recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], str]:
+    """A recipe's raw tables with overrides applied, and what to call it in messages."""
+    if isinstance(recipe, Mapping):
+        return with_overrides(recipe, overrides), "recipe"
+    path = Path(recipe)
+    return with_overrides({"name": path.stem, **read_toml(path)}, overrides), str(path)
+
+
+def resolve_run(raw: Mapping[str, Any], source: str) -> RunConfig:
+    """A recipe's tables to a RunConfig: the model's preset is expanded, the tokenizer sized for the model.
+
+    Raises:
+        ConfigError: unknown keys, missing fields, impossible combinations.
+    """
+    if "base" in raw or "arms" in raw:
+        raise ConfigError(f"{source} is the recipe of a comparison: use `finemoe compare`")
+    if not isinstance(raw.get("model", {}), Mapping) or not isinstance(raw.get("data", {}), Mapping):
+        raise ConfigError(f"{source}: `model` and `data` must be tables")
+    raw = with_defaults(raw)
+    config = _resolve_model(raw, source)
+    defaults: dict[str, Any] = {"vocab_size": config.vocab_size}
+    if raw.get("start_from") is not None:  # its weights mean nothing without its tokenizer
+        defaults["tokenizer"] = str(text_home(Path(str(raw["start_from"]))))
+    data = {**defaults, **raw.get("data", {})}
+    tables = {key: value for key, value in raw.items() if key != "balance"}  # now part of the model
+    return parse(RunConfig, {**tables, "model": config.model_dump(), "data": data}, source)
+
+
+def _resolve_model(raw: Mapping[str, Any], source: str) -> ModelConfig:
+    """The model that `start_from` holds, or what [model] describes."""
+    model = raw.get("model")
+    if raw.get("start_from") is not None:
+        if model is not None:
+            raise ConfigError(f"{source}: `start_from` brings its own model: leave [model] out")
+        path = Path(str(raw["start_from"]))
+        if path.suffix.lower() == ".gguf":
+            raise ConfigError(f"{source}: start_from {path} is a GGUF file: `finemoe import {path} DIR`, then name DIR")
+        return _rebalanced(read_model_config(path), raw.get("balance"), source)
+    if raw.get("balance") is not None:
+        raise ConfigError(f"{source}: [balance] is for `start_from`; write it as model.feed_forward.balance")
+    if model is None:
+        raise ConfigError(f'{source}: `model` is missing; start with [model] preset = "tiny-moe"')
+    if "blocks" in model:
+        return parse(ModelConfig, model, f"{source}: model")
+    return expand(resolve(model, f"{source}: model"))
+
+
+def _rebalanced(config: ModelConfig, balance: Any, source: str) -> ModelConfig:
+    """`config` with the balance losses of a recipe's [balance] in every layer whose router learns."""
+    if balance is None:
+        return config
+    if not isinstance(balance, Mapping):
+        raise ConfigError(f"{source}: `balance` must be a table")
+    losses = parse(BalanceConfig, balance, f"{source}: balance")
+    if not any(config.blocks[layer].feed_forward.router.learned for layer in config.moe_layers):
+        raise ConfigError(f"{source}: [balance] is set, and no layer of the model learns to route: leave it out")
+    try:
+        return with_balance(config, losses)
+    except ValidationError as error:
+        reasons = {detail["msg"].removeprefix("Value error, ") for detail in error.errors()}
+        raise ConfigError(f"{source}: balance: {'; '.join(sorted(reasons))}") from error
+
+
+def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` over the defaults of its partial tables, so that `--set schedule.warmup_share=0.1` needs nothing more."""
+    defaults = {"schedule": {"kind": "multi_step"}, "optimizer": {"learning_rate": DEFAULT_LEARNING_RATE}}
+    return merge(defaults, raw)
+
+
+def read_config(path: Path) -> RunConfig:
+    """A run directory's config.json.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    try:
+        return RunConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError) as error:
+        raise ConfigError(f"{path}: not the configuration of a run: {error}") from error

@@ -1,0 +1,177 @@
+"""Observers: what happens around steps. In list order: validate, log, warn, show; then `saving.Save`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from finemoe.core.files import storage_error, sync
+from finemoe.core.logs import JsonLines, console, logger
+from finemoe.runs.trackers import Tracker
+from finemoe.training.alerts import RECOVERED_WORD, Watch
+from finemoe.training.report import StepReport
+from finemoe.training.trainer import Trainer
+from finemoe.training.validation import Validation
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Evaluate:
+    """Validate every `every` steps and after the last one."""
+
+    every: int
+    validate: Callable[[], Validation]
+    emit: Callable[[Record], None]
+    latest: Validation | None = None
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Validate when it is time."""
+        if report.step % self.every and report.step != trainer.plan.total_steps:
+            return
+        with trainer.autocast():
+            self.latest = self.validate()
+        self.emit(self.latest.to_record(report.step, report.tokens, report.seconds))
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class Log:
+    """metrics.jsonl, always; and the trackers that were asked for. A context manager around the run."""
+
+    def __init__(self, path: Path, trackers: Sequence[Tracker]) -> None:
+        self._path = path
+        with self._storage():
+            self._file = JsonLines(path)
+        self._trackers = trackers
+
+    def emit(self, record: Record) -> None:
+        """Write one record everywhere."""
+        with self._storage():
+            self._file.write(record)
+        for tracker in self._trackers:
+            tracker.write(record)
+
+    def keep(self, record: Record) -> None:
+        """Write one record to the file alone: it may be of an earlier step, and trackers take steps in order only."""
+        with self._storage():
+            self._file.write(record)
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut; from any thread."""
+        with self._storage():
+            sync(self._path)
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Write the step."""
+        self.emit(report.to_record())
+
+    def close(self) -> None:
+        """Nothing yet: the last checkpoint has its record to write."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file and the trackers."""
+        for tracker in self._trackers:
+            tracker.close()
+        with self._storage():
+            self._file.close()
+
+    @contextmanager
+    def _storage(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise storage_error(self._path, error) from error
+
+
+_SHOWN_ALERTS = 3  # of one step: a deep model may collapse in every layer at once
+
+
+@dataclass
+class Warn:
+    """Say when a router stops using its experts, in the log for people and as a record of its own."""
+
+    watch: Watch
+    emit: Callable[[Record], None]
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Look at the loads of the step."""
+        alerts = self.watch.after(report.step, {number: load.cpu().numpy() for number, load in report.load.items()})
+        for alert in alerts:
+            self.emit(alert.to_record())
+        for alert in alerts[:_SHOWN_ALERTS]:
+            say = logger.info if alert.level == RECOVERED_WORD else logger.warning
+            say("step %d: %s", report.step, alert.message)
+        if more := alerts[_SHOWN_ALERTS:]:
+            logger.warning("and %d more layers: see the records of kind alert in metrics.jsonl", len(more))
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class Show:
+    """A live line on a terminal; on a pipe one plain line every ten seconds."""
+
+    def __init__(self, evaluate: Evaluate, total_steps: int) -> None:
+        self._evaluate = evaluate
+        self._total = total_steps
+        self._last = time.monotonic()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        screen = console()
+        if screen.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=10),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=screen)
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Refresh."""
+        validation = self._evaluate.latest
+        if self._progress is not None:
+            if self._task is None:
+                self._progress.start()
+                self._task = self._progress.add_task("", total=self._total)
+            self._progress.update(self._task, completed=report.step, description=_short(report, validation))
+        elif time.monotonic() - self._last > 10 or report.step == self._total:
+            self._last = time.monotonic()
+            left = report.seconds / report.step * (self._total - report.step)
+            logger.info("step %d/%d  %s  %.0f s left", report.step, self._total, _long(report, validation), left)
+
+    def close(self) -> None:
+        """Leave the last line on the screen."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _short(report: StepReport, validation: Validation | None) -> str:
+    """For 80 columns."""
+    shown = f"{validation.loss:.3f}" if validation else "-"
+    speed = f"{report.tokens_per_second / 1000:.1f}k/s"
+    return f"loss {report.loss:.3f} val {shown} grad {report.gradient_norm:.2f}{_vio(report)} {speed}"
+
+
+def _long(report: StepReport, validation: Validation | None) -> str:
+    shown = f"{validation.loss:.4f}" if validation else "-"
+    return (
+        f"loss {report.loss:.4f}  validation {shown}  gradient {report.gradient_norm:.2f}  "
+        f"{report.tokens_per_second:,.0f} tokens/s{_vio(report)}"
+    )
+
+
+def _vio(report: StepReport) -> str:
+    violations = report.max_vio().values()
+    return f" MaxVio {sum(violations) / len(violations):.2f}" if violations else ""

@@ -1,0 +1,387 @@
+"""One training run from recipe to summary: compose corpus, tokenizer, model, method, trainer and observers.
+
+Run directory: config.json (resolved), environment.json, tokenizer.json, data.json (what was read and skipped),
+metrics.jsonl, checkpoints/, and at the end summary.json; failure.json when a loss was not finite.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finemoe.checkpoint.open import load_model, text_home
+from finemoe.checkpoint.run_state.state import RunState, load_latest
+from finemoe.checkpoint.storage.transfer import COMPANIONS
+from finemoe.core import memory
+from finemoe.core.config import parse, to_json
+from finemoe.core.environment import environment
+from finemoe.core.errors import RunError, TrainingError
+from finemoe.core.files import sole_writer, storage_error, write_text
+from finemoe.core.logs import logger, read_json_lines
+from finemoe.core.seeds import derive
+from finemoe.data import PreparedData
+from finemoe.model import native
+from finemoe.model.config import Kernels, equal_but_for_balance
+from finemoe.model.initialize import initialize
+from finemoe.model.moe.balance import BALANCE_TERMS, max_violation
+from finemoe.model.moe.layer import MoEConfig
+from finemoe.model.size import measure
+from finemoe.model.transformer import Transformer
+from finemoe.runs.calibration import Chosen, choose
+from finemoe.runs.config import RunConfig, read_config, read_recipe, resolve_run
+from finemoe.runs.observers import Evaluate, Log, Show, Warn
+from finemoe.runs.saving import Save, restore
+from finemoe.runs.start import check_start, prepare_for, resolve_device
+from finemoe.runs.trackers import open_tracker
+from finemoe.training.alerts import Knobs, Watch, routed_layers
+from finemoe.training.balancing import BalancingConfig, has_selection_bias
+from finemoe.training.directory import read_object, read_summary, require_run
+from finemoe.training.gradients import Clip
+from finemoe.training.losses.next_token import MTPLossConfig, NextToken
+from finemoe.training.method import Method, everything
+from finemoe.training.report import recent_loss
+from finemoe.training.trainer import Observer, Plan, Trainer
+from finemoe.training.validation import Validation, validate
+
+_VALIDATION_TOKENS = 16_384  # per forward pass
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run that ended or was interrupted."""
+
+    directory: Path
+    summary: dict[str, Any]
+    """Contents of summary.json; empty when interrupted."""
+    interrupted: bool
+
+
+def train(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | RunConfig,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> Run:
+    """Train from the start.
+
+    Args:
+        recipe: path of a TOML recipe, its tables as a mapping, or a resolved configuration.
+        out: run directory; `runs/<name>-<date>` when None.
+        overrides: `a.b=c`, for a path or a mapping.
+        quiet: show no progress; metrics.jsonl is written all the same.
+
+    Raises:
+        ConfigError, DataError: the recipe or corpus cannot work; nothing was written.
+        RunError: `out` already holds a run, or cannot be written.
+        TrainingError: a loss was not finite; the last good state is in the directory.
+    """
+    config = recipe if isinstance(recipe, RunConfig) else resolve_run(*read_recipe(recipe, overrides))
+    directory = Path(out) if out is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    _require_free(directory, config)
+    check_start(config, directory)
+    data = prepare_for(config)
+    with sole_writer(directory):
+        _require_free(directory, config)
+        _describe(directory, config, data)
+        return _run(config, data, directory, resumed=None, quiet=quiet)
+
+
+def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
+    """Go on from the newest undamaged checkpoint; on a CPU the result is bit for bit that of an unbroken run.
+
+    Raises:
+        RunError: not a run directory, or its corpus has changed.
+        CheckpointError: every checkpoint is damaged.
+    """
+    directory = Path(directory)
+    require_run(directory)
+    config = read_config(directory / "config.json")
+    summary = read_summary(directory)
+    if summary is not None:
+        logger.info("%s is finished: %d steps", directory, summary["steps"])
+        return Run(directory, summary, interrupted=False)
+    with sole_writer(directory):
+        return _resume(directory, config, quiet)
+
+
+def _resume(directory: Path, config: RunConfig, quiet: bool) -> Run:
+    data = prepare_for(config)
+    before = read_object(directory / "data.json")
+    changed = [key for key in ("corpus_sha256", "tokenizer_sha256") if before and before[key] != data.report[key]]
+    if changed:
+        raise RunError(
+            f"{directory}: the corpus is not the one this run began with ({', '.join(changed)} differ); "
+            "put it back, or start a new run"
+        )
+    _describe(directory, config, data)  # whatever a kill left out while the directory was being made
+    checkpoints = directory / "checkpoints"
+    started = checkpoints.is_dir() and any(checkpoints.glob("step-*"))
+    resumed = load_latest(checkpoints) if started else None
+    if resumed is not None:
+        _compare_configurations(directory, config, parse(RunConfig, json.loads(resumed.config), str(checkpoints)))
+    return _run(config, data, directory, resumed=resumed, quiet=quiet)
+
+
+def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig) -> None:
+    """An edited config.json: another model or corpus is refused, anything else is said."""
+    changed = [name for name in RunConfig.model_fields if getattr(config, name) != getattr(saved, name)]
+    if {"model", "data", "seed"} & set(changed):
+        raise RunError(f"{directory}/config.json: {', '.join(changed)} differ from the checkpoint's; put them back")
+    if changed:
+        logger.warning("%s differ from the checkpoint's: this is no longer the run that began here", ", ".join(changed))
+
+
+def _require_free(directory: Path, config: RunConfig) -> None:
+    """Refuse a directory that holds anything: nothing is ever overwritten."""
+    if directory.is_file():
+        raise RunError(f"{directory} is a file; choose another --out")
+    if not directory.is_dir() or all(path.name.startswith(".") for path in directory.iterdir()):
+        return  # dot files are what a kill leaves of a file being written
+    if not (directory / "config.json").exists():
+        raise RunError(f"{directory} is not empty and not a run; choose another --out")
+    same = read_config(directory / "config.json") == config
+    what = "this very run" if same else "a run of another configuration"
+    raise RunError(f"{directory} holds {what}; go on with `finemoe resume {directory}`, or choose another --out")
+
+
+def _describe(directory: Path, config: RunConfig, data: PreparedData) -> None:
+    """Write what does not change during the run, where it is missing; first the file that `resume` asks for."""
+    texts = {
+        "config.json": to_json(config),
+        "environment.json": json.dumps(environment(), indent=2),
+        "data.json": json.dumps(data.report, indent=2, ensure_ascii=False),
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            if not (directory / name).exists():
+                write_text(directory / name, text)
+        if not (directory / "tokenizer.json").exists():
+            data.tokenizer.save(directory / "tokenizer.json")
+        if config.start_from is not None:  # chat template and stop ids go with the tokenizer
+            for source in (text_home(Path(config.start_from)) / name for name in COMPANIONS):
+                if source.exists() and not (directory / source.name).exists():
+                    shutil.copyfile(source, directory / source.name)
+    except OSError as error:
+        raise storage_error(directory, error) from error
+
+
+def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: RunState | None, quiet: bool) -> Run:
+    memory.keep_freed_pages()
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    device, bf16 = resolve_device(config.training)
+    chosen = _kernels(config, device, bf16, resumed)
+    model = _first_model(config, data, chosen.kernels, resumed is not None)
+    torch.manual_seed(derive(config.seed, "torch"))  # for whatever draws from the default generator during training
+    length = config.data.sequence_length
+    balancing = config.balancing or BalancingConfig()
+    plan = Plan(
+        total_steps=config.training.total_steps,
+        sequences_per_step=config.training.tokens_per_step // length,
+        sequences_per_micro_batch=config.micro_batch_sequences,
+        device=device,
+        bf16=bf16,
+        balancing=balancing.resolved(config.training.total_steps, opened=config.start_from is not None),
+    )
+    method = pretraining(config, data)
+    trainer = Trainer(model.to(device), method, config.optimizer, config.schedule, plan)
+    metrics = directory / "metrics.jsonl"
+    if resumed is not None:
+        restore(trainer, resumed, directory)
+    _cut_metrics(metrics, trainer.state.step)
+    if not quiet:
+        _announce(config, trainer, directory, chosen.reason)
+    trackers = [open_tracker(name, directory, config.model_dump(mode="json")) for name in config.training.trackers]
+    with Log(metrics, trackers) as log, Save(config, directory, log) as save:
+        evaluate = Evaluate(_evaluate_every(config), lambda: _validate(config, data, model), log.emit)
+        shown: list[Observer] = [] if quiet else [Show(evaluate, plan.total_steps)]
+        trainer.observers = (evaluate, log, Warn(_watch(config, plan, metrics), log.emit), *shown, save)
+        finished = _train(trainer, save, directory)
+    if not finished:
+        return Run(directory, {}, interrupted=True)
+    if evaluate.latest is None:  # resumed after the last step: its record may be lost
+        evaluate.latest = evaluate.validate()
+    summary = _summary(config, trainer, evaluate.latest, metrics)
+    write_text(directory / "summary.json", json.dumps(summary, indent=2))
+    return Run(directory, summary, interrupted=False)
+
+
+def _train(trainer: Trainer, save: Save, directory: Path) -> bool:
+    """Whether the last step was done; if not, the state is saved.
+
+    Raises:
+        TrainingError: a loss was not finite; the state is saved and failure.json written.
+    """
+    try:
+        trainer.run()
+    except TrainingError as error:
+        save.save(trainer)
+        report = {"step": trainer.state.step + 1, "position": trainer.state.position, "message": str(error)}
+        write_text(directory / "failure.json", json.dumps(report, indent=2))
+        raise TrainingError(f"{error} The state before that step is in {directory}.") from error
+    finished = trainer.state.step >= trainer.plan.total_steps
+    if not finished:
+        save.save(trainer)
+    return finished
+
+
+def _kernels(config: RunConfig, device: torch.device, bf16: bool, resumed: RunState | None) -> Chosen:
+    """Those that the recipe names, and for "auto" what is fastest; a resumed run keeps what it had.
+
+    Other kernels round differently, and the rest of the run would not be bit for bit what it would have been.
+    """
+    if resumed is not None and "kernels" in resumed.state:
+        had = config.kernels.model_copy(update=resumed.state["kernels"])
+        if parse(RunConfig, json.loads(resumed.config), "checkpoint").kernels == config.kernels:
+            if "native" in (had.experts, had.products) and not native.available():
+                logger.warning("this run used the native kernels, which cannot be used here: it will round differently")
+            return Chosen(had, "")
+    tokens = config.micro_batch_sequences * config.data.sequence_length
+    return choose(config.model, config.kernels, tokens=tokens, device=device, bf16=bf16)
+
+
+def _first_model(config: RunConfig, data: PreparedData, kernels: Kernels, resuming: bool) -> Transformer:
+    """The model a run begins with: drawn from the seed, or opened; weights that a checkpoint will replace are drawn.
+
+    Raises:
+        RunError: `start_from` holds another model than this run began with.
+    """
+    if config.start_from is not None and not resuming:
+        opened = load_model(config.start_from)
+        if not equal_but_for_balance(opened.config, config.model):
+            raise RunError(f"{config.start_from} does not hold the model of this run's config.json any more")
+        with torch.device("meta"):
+            model = Transformer(config.model, kernels)
+        model.load_state_dict(opened.state_dict(), assign=True)
+        return model
+    model = Transformer(config.model, kernels)
+
+    def frequencies() -> torch.Tensor:
+        counts = torch.zeros(config.model.vocab_size, dtype=torch.int64)
+        counts[: data.tokenizer.vocab_size] = torch.from_numpy(data.token_frequencies())
+        return counts
+
+    initialize(model, config.seed, frequencies)
+    return model
+
+
+def pretraining(config: RunConfig, data: PreparedData) -> Method:
+    """Packed documents, next token and balance, everything trainable, clip."""
+    loader = data.train_loader(derive(config.seed, "data"))
+    return Method(
+        batches=loader.batch,
+        objective=NextToken(
+            isolate_documents=config.data.packing == "isolate",
+            mtp=config.mtp or MTPLossConfig(),
+            mtp_depth=len(config.model.mtp),
+        ),
+        trainable=everything,
+        transforms=(Clip(config.optimizer.max_gradient_norm),),
+    )
+
+
+def _evaluate_every(config: RunConfig) -> int:
+    return config.training.evaluate_every or -(-config.training.total_steps // 10)
+
+
+def _validate(config: RunConfig, data: PreparedData, model: Transformer) -> Validation:
+    return validate(
+        model,
+        data.validation_batches(max(1, _VALIDATION_TOKENS // config.data.sequence_length)),
+        isolate_documents=config.data.packing == "isolate",
+        bytes_per_token=data.validation_bytes_per_token,
+    )
+
+
+def _watch(config: RunConfig, plan: Plan, metrics: Path) -> Watch:
+    """What watches the routers, in the state that the steps so far have brought it to."""
+    rate = plan.balancing.rate if has_selection_bias(config.model) else None
+    watch = Watch(routed_layers(config.model), plan.total_steps, Knobs(config.optimizer.learning_rate, rate))
+    watch.replay(read_json_lines(metrics))
+    return watch
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drop the records of steps that will be run again."""
+    if path.exists():
+        records = [record for record in read_json_lines(path) if record["step"] <= step]
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def _announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str) -> None:
+    kernels = trainer.model.kernels
+    size = measure(config.model, config.data.sequence_length)
+    logger.info(
+        "%s: %.2fM parameters, %.2fM active; %s, %s, %d threads; kernels: attention %s, experts %s, products %s",
+        directory,
+        size.total_parameters / 1e6,
+        size.active_parameters / 1e6,
+        trainer.plan.device,
+        "bf16" if trainer.plan.bf16 else "fp32",
+        torch.get_num_threads(),
+        kernels.attention,
+        kernels.experts,
+        kernels.products,
+    )
+    if reason:
+        logger.info("kernels chosen by measuring: %s", reason)
+    logger.info("%d steps of %d tokens", trainer.plan.total_steps, config.training.tokens_per_step)
+    live = _live(config, trainer.plan)
+    if live:
+        logger.info("balance and look-ahead: %s", ", ".join(live))
+    if trainer.state.step:
+        logger.info("resuming after step %d", trainer.state.step)
+
+
+def _live(config: RunConfig, plan: Plan) -> list[str]:
+    """What trains besides the next token: a loss that is silently off costs a run."""
+    blocks = (*config.model.blocks, *config.model.mtp)
+    layers = [block.feed_forward for block in blocks if isinstance(block.feed_forward, MoEConfig)]
+    terms = {f"{name} {getattr(layer.balance, name):g}" for layer in layers for name in BALANCE_TERMS}
+    found = sorted(term for term in terms if not term.endswith(" 0"))
+    if has_selection_bias(config.model):
+        rule = plan.balancing
+        found.append(f"selection bias by {rule.rule} at {rule.rate:.3g} up to {rule.until:.1%} of the run")
+    if config.model.mtp:
+        loss = config.mtp or MTPLossConfig()
+        found.append(
+            f"multi-token prediction of depth {len(config.model.mtp)} at {loss.weight}, then {loss.late_weight}"
+        )
+    return found
+
+
+def _summary(config: RunConfig, trainer: Trainer, last: Validation, metrics: Path) -> dict[str, Any]:
+    records = read_json_lines(metrics)
+    steps = [record for record in records if record["kind"] == "step"]
+    stalls = [record["stall_seconds"] for record in records if record["kind"] == "checkpoint"]
+    size = measure(config.model, config.data.sequence_length)
+    state = trainer.state
+    final = last.to_record(state.step, state.tokens, state.seconds)
+    return {
+        "final_validation_loss": final["validation_loss"],
+        "bits_per_byte": final["bits_per_byte"],
+        "final_training_loss": recent_loss(steps),
+        "max_vio": final.get("max_vio"),
+        "max_vio_per_layer": {str(layer): round(max_violation(load), 4) for layer, load in last.load.items()},
+        "dead_experts": final.get("dead_experts"),
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds": round(state.seconds, 3),
+        "checkpoint_stall_seconds": round(sum(stalls), 3),
+        "tokens_per_second": round(state.tokens / state.seconds, 1),
+        "total_parameters": size.total_parameters,
+        "active_parameters": size.active_parameters,
+        "cache_elements_per_token": size.cache_elements_per_token,
+        "training_flops": size.training_flops_per_token * state.tokens,
+        "peak_memory_bytes": memory.peak_bytes(),
+    }

@@ -1,0 +1,187 @@
+"""Checkpoints of a run: copied at a step's end, written by a thread while training goes on, all there at the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self, final
+
+import torch
+
+from finemoe.checkpoint.run_state.snapshot import NoRoomError, Snapshot
+from finemoe.checkpoint.run_state.state import RunState, load_weights, save
+from finemoe.checkpoint.storage.streaming import AbandonedError
+from finemoe.core.config import to_json
+from finemoe.core.errors import RunError
+from finemoe.core.logs import logger
+from finemoe.runs.config import RunConfig
+from finemoe.runs.observers import Log
+from finemoe.training.optimizers import load_optimizer_tensors, optimizer_tensors
+from finemoe.training.report import StepReport
+from finemoe.training.trainer import Trainer, TrainState
+
+
+@dataclass
+class _Writing:
+    """A checkpoint that the thread writes."""
+
+    step: int
+    nbytes: int
+    stall: float
+    """Seconds that training has stood still for it."""
+    seconds: Future[float]
+    """That writing took."""
+
+
+@final
+class Save:
+    """A checkpoint every so many steps and after the last one; one at a time, in a thread.
+
+    An observer, and a context manager around the run: what the thread could not write is an error at the next step, at
+    the next checkpoint or at the exit, whichever comes first.
+    """
+
+    def __init__(self, config: RunConfig, directory: Path, log: Log) -> None:
+        self._config = config
+        self._checkpoints = directory / "checkpoints"
+        self._log = log
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._stop = threading.Event()
+        self._snapshot = Snapshot()
+        self._writing: _Writing | None = None
+        self._saved: int | None = None
+        self._room = True
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Save when it is time.
+
+        Raises:
+            RunError: the disk is full or unwritable, now or since the last checkpoint was begun.
+        """
+        if self._writing is not None and self._writing.seconds.done():
+            self._finish()
+        if report.step == trainer.plan.total_steps:
+            self.save(trainer)
+        elif report.step % self._config.training.checkpoint_every == 0:
+            self._save_behind(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save now; the checkpoint is there when this returns.
+
+        Raises:
+            RunError: the disk is full or unwritable.
+        """
+        started = time.perf_counter()
+        self._finish()
+        if self._saved == trainer.state.step:
+            return
+        state = state_of(trainer, self._config)
+        seconds = self._write(trainer.state.step, state)
+        self._note(trainer.state.step, _nbytes(state), time.perf_counter() - started, seconds, behind=False)
+
+    def close(self) -> None:
+        """Nothing yet: a run that failed is still saved after its last step."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Wait for the thread; a second Ctrl-C, or anything else that is no error, makes it give up.
+
+        Raises:
+            RunError: the disk is full or unwritable, and nothing worse ended the run.
+        """
+        if kind is not None and not issubclass(kind, Exception):
+            self._stop.set()
+        try:
+            self._finish()
+        except AbandonedError:
+            pass
+        except RunError as late:
+            if error is None:
+                raise
+            logger.error("%s", late)
+        finally:
+            self._thread.shutdown()
+
+    def _save_behind(self, trainer: Trainer) -> None:
+        self._finish()
+        started = time.perf_counter()
+        state = state_of(trainer, self._config)
+        try:
+            copy = self._snapshot.take(state)
+        except NoRoomError as error:
+            if self._room:
+                logger.warning("training stands still while checkpoints are written: a copy of one takes %s", error)
+            self._room = False
+            self.save(trainer)
+            return
+        step = trainer.state.step
+        future = self._thread.submit(self._write, step, copy)
+        self._writing = _Writing(step, _nbytes(copy), time.perf_counter() - started, future)
+
+    def _finish(self) -> None:
+        """Wait for the thread, and note what it did or raise what it raised."""
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        started = time.perf_counter()
+        seconds = writing.seconds.result()
+        stall = writing.stall + time.perf_counter() - started
+        self._note(writing.step, writing.nbytes, stall, seconds, behind=True)
+
+    def _write(self, step: int, state: RunState) -> float:
+        """Write a checkpoint, whatever thread this is; seconds."""
+        started = time.perf_counter()
+        keep = self._config.training.keep_checkpoints
+        # A checkpoint must not outlive the metrics of its steps.
+        save(self._checkpoints, step, state, keep, before_naming=self._log.sync, stop=self._stop)
+        return time.perf_counter() - started
+
+    def _note(self, step: int, nbytes: int, stall: float, seconds: float, *, behind: bool) -> None:
+        self._saved = step
+        record = {"kind": "checkpoint", "step": step, "bytes": nbytes, "in_background": behind}
+        self._log.keep({**record, "stall_seconds": round(stall, 4), "write_seconds": round(seconds, 4)})
+
+
+def _nbytes(state: RunState) -> int:
+    return sum(tensor.nbytes for tensors in (state.model, state.optimizer) for tensor in tensors.values())
+
+
+def state_of(trainer: Trainer, config: RunConfig) -> RunState:
+    """All that a bit-exact resume needs; the tensors are the trainer's own, and change with its next step."""
+    state = trainer.state
+    return RunState(
+        model=trainer.model.state_dict(),
+        optimizer=optimizer_tensors(trainer.optimizer, trainer.parameters),
+        state={
+            "step": state.step,
+            "tokens": state.tokens,
+            "position": state.position,
+            "seconds": state.seconds,
+            "rng": bytes(state.rng.tolist()).hex(),
+            "threads": torch.get_num_threads(),
+            "kernels": trainer.model.kernels.model_dump(include={"experts", "products"}),
+        },
+        config=to_json(config),
+    )
+
+
+def restore(trainer: Trainer, saved: RunState, source: Path) -> None:
+    """Put the trainer where `state_of` found it.
+
+    Raises:
+        CheckpointError: the weights are of another model; names `source`.
+    """
+    load_weights(trainer.model, saved.model, str(source))
+    load_optimizer_tensors(trainer.optimizer, trainer.parameters, dict(saved.optimizer))
+    state = dict(saved.state)
+    rng = torch.tensor(list(bytes.fromhex(state.pop("rng"))), dtype=torch.uint8)
+    torch.set_rng_state(rng)
+    torch.set_num_threads(state.pop("threads"))  # sums are cut by thread: another number rounds differently
+    state.pop("kernels", None)  # the model was built with them
+    trainer.state = TrainState(**state, rng=rng)

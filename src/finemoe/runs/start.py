@@ -1,0 +1,78 @@
+"""What must hold before a run starts: device, place, room on the disk, data that fits the model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from finemoe.core.errors import ConfigError, RunError
+from finemoe.data import PreparedData, prepare
+from finemoe.model.size import measure
+from finemoe.runs.config import RunConfig, TrainingConfig
+from finemoe.runs.trackers import require_tracker
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """What a run holds on disk at most: checkpoints kept and one being written, weights and two moments each."""
+    size = measure(config.model, config.data.sequence_length)
+    parameters = size.total_parameters + size.mtp_parameters
+    return 12 * parameters * (config.training.keep_checkpoints + 1) + (16 << 20)
+
+
+def check_start(config: RunConfig, directory: Path, copies: int = 1) -> None:
+    """Find before any work what would stop a run: device, trackers, an unusable place, too little room for `copies`.
+
+    Raises:
+        ConfigError: the device or a tracker is not there.
+        RunError: `directory` cannot be written, or the disk is too small.
+    """
+    resolve_device(config.training)
+    for name in config.training.trackers:
+        require_tracker(name)
+    needed = copies * checkpoint_bytes(config)
+    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise RunError(f"{existing} is a file; choose another --out")
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise RunError(
+            f"{directory}: checkpoints need {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
+            "free some space, or choose another --out"
+        )
+    if not os.access(existing, os.W_OK):
+        raise RunError(f"{existing} is not writable; choose another --out")
+
+
+def prepare_for(config: RunConfig) -> PreparedData:
+    """The data of a run, checked against its batch and vocabulary.
+
+    Raises:
+        ConfigError, DataError: it does not fit.
+    """
+    data = prepare(config.data)
+    data.require_batch(config.training.tokens_per_step // config.data.sequence_length)
+    if data.tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size {config.model.vocab_size} is below the tokenizer's {data.tokenizer.vocab_size} ids: "
+            f"set model.vocab_size={data.tokenizer.vocab_size}"
+        )
+    return data
+
+
+def resolve_device(training: TrainingConfig) -> tuple[torch.device, bool]:
+    """Where to compute, and whether in bf16.
+
+    Raises:
+        ConfigError: that device is not there.
+    """
+    name = training.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[name]:
+        raise ConfigError(f'training.device = "{name}" is not available here; use "auto"')
+    bf16 = training.precision == "bf16" or (training.precision == "auto" and name == "cuda")
+    return torch.device(name), bf16
