@@ -51,7 +51,7 @@ class Own:
             self.trainers[name] = make_trainer(model, self.batch)
         first = next(iter(self.trainers.values()))
         for trainer in self.trainers.values():
-            trainer.optimizer = first.optimizer  # the parameters are the same objects
+            trainer.optimizers = first.optimizers  # the parameters are the same objects
         return {"kernels": {name: trainer.model.kernels.model_dump() for name, trainer in self.trainers.items()}}
 
     def loss(self, trainer: str) -> dict[str, Any]:

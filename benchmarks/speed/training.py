@@ -12,8 +12,8 @@ from finemoe.model.transformer import Transformer
 from finemoe.runs.calibration import choose
 from finemoe.training.gradients import Clip
 from finemoe.training.losses.next_token import CROSS_ENTROPY, NextToken
-from finemoe.training.method import Method, everything
-from finemoe.training.optimizers import OptimizerConfig
+from finemoe.training.method import Figures, Method
+from finemoe.training.optimizers import AdamWConfig
 from finemoe.training.schedule import MultiStepConfig
 from finemoe.training.trainer import Plan, Trainer
 
@@ -35,6 +35,16 @@ def chosen_kernels(config: ModelConfig, batch: TokenBatch) -> Kernels:
     return choose(config, Kernels(), tokens=batch.tokens.numel(), device=torch.device("cpu"), bf16=False).kernels
 
 
+class _Same:
+    """One batch for every step; the trainer asks for no more."""
+
+    def __init__(self, batch: TokenBatch) -> None:
+        self._batch = batch
+
+    def batch(self, position: int, num_sequences: int) -> TokenBatch:
+        return self._batch
+
+
 def make_trainer(model: Transformer, batch: TokenBatch) -> Trainer:
     """A trainer whose every step is on `batch`."""
     plan = Plan(
@@ -44,9 +54,9 @@ def make_trainer(model: Transformer, batch: TokenBatch) -> Trainer:
         device=torch.device("cpu"),
         bf16=False,
     )
-    method = Method(lambda position, count: batch, OBJECTIVE, everything, (Clip(1.0),))
+    method = Method(_Same(batch), OBJECTIVE, lambda model: Figures({}), before_update=(Clip(1.0),))
     schedule = MultiStepConfig(warmup_share=0.0, milestones=())
-    return Trainer(model.train(), method, OptimizerConfig(learning_rate=LEARNING_RATE), schedule, plan)
+    return Trainer(model.train(), method, AdamWConfig(learning_rate=LEARNING_RATE), schedule, plan)
 
 
 @torch.no_grad()

@@ -25,9 +25,9 @@ from checkpoint.gguf_files import (
     recipe,
     small_tokenizer,
 )
+from finemoe.checkpoint.gguf import exporting as gguf_export
 from finemoe.checkpoint.gguf.codec import element_types
 from finemoe.checkpoint.gguf.opening import export_gguf, import_gguf, load_gguf, open_gguf
-from finemoe.checkpoint.gguf import exporting as gguf_export
 from finemoe.checkpoint.storage import store
 from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.checkpoint.weights.imported import read_imported

@@ -16,10 +16,10 @@ from finemoe.core.files import sole_writer
 from finemoe.core.logs import read_json_lines
 from finemoe.data import prepare
 from finemoe.model.transformer import Transformer
-from finemoe.runs import run as run_module
 from finemoe.runs import start as start_module
 from finemoe.runs.config import read_config, resolve_run
 from finemoe.runs.run import Run, resume, train
+from finemoe.runs.start import build_method
 from finemoe.text import Tokenizer
 from runs.tiny_runs import LENGTH, checkpoints, recipe, records, steps
 
@@ -148,11 +148,11 @@ def test_resuming_a_finished_run_changes_nothing(finished: Run) -> None:
 def refused(raw: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> FinemoeError:
     """The error of a run that must end before it reads a corpus, and leaves `out` and its neighbours alone."""
 
-    def work(config: object) -> None:
+    def work(*_: object) -> None:
         raise AssertionError("work began")
 
     before = {path: path.stat().st_mtime_ns for path in out.parent.rglob("*")}
-    monkeypatch.setattr(start_module, "prepare", work)
+    monkeypatch.setattr(start_module.methods, "build", work)
     with pytest.raises(FinemoeError) as caught:
         train(raw, out=out, quiet=True)
     assert before == {path: path.stat().st_mtime_ns for path in out.parent.rglob("*")}
@@ -253,7 +253,7 @@ def test_same_seed_same_batches_whatever_the_model(corpus: Path) -> None:
     batches = []
     for arm in ("dense", "hash"):
         config = resolve_run(recipe(corpus, arm, seed=7), "recipe")
-        batches.append(run_module.pretraining(config, prepare(config.data)).batches(0, 8).tokens)
+        batches.append(build_method(config).data.batch(0, 8).tokens)
     assert torch.equal(*batches)
 
 

@@ -17,10 +17,9 @@ import torch
 from faults.runs import wait_for, write_config
 from finemoe.core.config import merge
 from finemoe.core.errors import ConfigError, RunError
-from finemoe.data import prepare
 from finemoe.model.size import measure
 from finemoe.runs.config import read_config
-from finemoe.runs.run import pretraining
+from finemoe.runs.start import build_method
 from finemoe.studies import compare as compare_module
 from finemoe.studies.compare import Comparison, compare
 from finemoe.studies.config import resolve_comparison
@@ -133,7 +132,7 @@ def test_arms_of_a_seed_see_the_same_batches_and_seeds_differ(finished: Comparis
     first = {}
     for run in runs(finished.directory):
         config = read_config(run / "config.json")
-        batch = pretraining(config, prepare(config.data)).batches(0, 16)
+        batch = build_method(config).data.batch(0, 16)
         first[run.parent.name, run.name] = batch.tokens
     assert torch.equal(first["dense", "seed-0"], first["switch", "seed-0"])
     assert torch.equal(first["dense", "seed-1"], first["switch", "seed-1"])

@@ -13,7 +13,7 @@ from finemoe.core.errors import ConfigError
 from finemoe.model.transformer import Transformer
 from finemoe.runs.config import RunConfig
 from finemoe.training import balancing
-from finemoe.training.balancing import BalancingConfig
+from finemoe.training.balancing import BalancingConfig, MoveBiases
 from finemoe.training.losses.next_token import NextToken
 from finemoe.training.trainer import Trainer
 from oracles.models import build, moe_table, small_config
@@ -27,8 +27,11 @@ def biased_model(**changes: object) -> Transformer:
 
 def balanced_trainer(model: Transformer, config: BalancingConfig, micro: int = SEQUENCES, steps: int = 5) -> Trainer:
     made = trainer(model, micro, steps)
-    made.plan = replace(made.plan, balancing=config.resolved(1000, opened=False))
-    made.method = replace(made.method, objective=NextToken(True, mtp_depth=len(model.config.mtp)))
+    made.method = replace(
+        made.method,
+        objective=NextToken(True, mtp_depth=len(model.config.mtp)),
+        after_update=(MoveBiases(config.resolved(1000, opened=False)),),
+    )
     return made
 
 
@@ -36,7 +39,7 @@ def balanced_trainer(model: Transformer, config: BalancingConfig, micro: int = S
 def test_bias_moves_against_the_load(rule: str) -> None:
     model = biased_model()
     load = torch.tensor([5, 0, 2, 2, 1, 2])
-    balancing.update(BalancingConfig(rule=rule, rate=0.01), model, {1: load}, progress=0.0)
+    MoveBiases(BalancingConfig(rule=rule, rate=0.01))(model, {1: load}, progress=0.0)
     mean, moved = 2.0, balancing.selection_biases(model)[1]
     for expert, count in enumerate(load.tolist()):
         error = mean - count
@@ -47,7 +50,7 @@ def test_bias_moves_against_the_load(rule: str) -> None:
 def test_bias_rests_at_the_end_of_a_run() -> None:
     model = biased_model()
     load = torch.tensor([5, 0, 2, 2, 1, 2])
-    balancing.update(BalancingConfig(rate=0.01, until=0.9), model, {1: load}, progress=0.9)
+    MoveBiases(BalancingConfig(rate=0.01, until=0.9))(model, {1: load}, progress=0.9)
     assert not balancing.selection_biases(model)[1].any()
 
 

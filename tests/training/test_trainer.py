@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from finemoe.model.moe.balance import BALANCE_TERMS
 from finemoe.model.transformer import Transformer
 from finemoe.training.gradients import Clip
 from finemoe.training.losses.next_token import NextToken
-from finemoe.training.method import Method, everything
-from finemoe.training.optimizers import OptimizerConfig
+from finemoe.training.method import Figures, Group, Method
+from finemoe.training.optimizers import AdamWConfig
 from finemoe.training.report import StepReport
 from finemoe.training.schedule import MultiStepConfig
 from finemoe.training.trainer import Plan, Trainer
@@ -22,7 +23,7 @@ from oracles import balance as balance_oracle
 from oracles.models import VOCAB, build, moe_table, small_config
 
 SEQUENCES, LENGTH = 4, 12
-OPTIMIZER = OptimizerConfig(learning_rate=0.02, weight_decay=0.1, max_gradient_norm=0.5)
+OPTIMIZER = AdamWConfig(learning_rate=0.02, weight_decay=0.1, max_gradient_norm=0.5)
 SCHEDULE = MultiStepConfig(warmup_share=0.4, milestones=(0.8,))
 FEED_FORWARDS = {
     "dense": {"kind": "dense", "ffn_hidden_size": 24},
@@ -48,15 +49,27 @@ def batch_at(position: int, rows: int) -> TokenBatch:
     )
 
 
+class Rows:
+    """Data without a text behind it; nothing here asks for tokenizer, report or frequencies."""
+
+    batch = staticmethod(batch_at)
+
+
+def method_of(objective: Any, **slots: Any) -> Method[TokenBatch]:
+    """Everything trained, clipped at the norm of OPTIMIZER, never measured; `slots` are laid on top."""
+    clip = (Clip(OPTIMIZER.max_gradient_norm),)
+    return Method(Rows(), objective, lambda model: Figures({"nothing": 0.0}), **{"before_update": clip, **slots})
+
+
 def trainer(model: Transformer, micro: int = SEQUENCES, steps: int = 5, isolate: bool = True) -> Trainer:
-    method = Method(batch_at, NextToken(isolate), everything, (Clip(OPTIMIZER.max_gradient_norm),))
+    method = method_of(NextToken(isolate))
     plan = Plan(steps, SEQUENCES, micro, torch.device("cpu"), bf16=False)
     return Trainer(model, method, OPTIMIZER, SCHEDULE, plan)
 
 
 def run(trained: Trainer, steps: int) -> list[StepReport]:
     trained.model.train()
-    return [trained.step(trained._micro_batches()) for _ in range(steps)]
+    return [trained.step(trained.micro_batches()) for _ in range(steps)]
 
 
 def obvious_loop(model: Transformer, steps: int, rate_at: Callable[[int], float]) -> list[tuple[float, float, float]]:
@@ -184,7 +197,7 @@ def test_a_request_to_stop_ends_after_the_step() -> None:
 def test_only_trainable_parameters_move() -> None:
     model = build(small_config())
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    method = Method(batch_at, NextToken(True), lambda name: "experts" in name, (Clip(1.0),))
+    method = method_of(NextToken(True), select=lambda name: Group() if "experts" in name else None)
     plan = Plan(2, SEQUENCES, SEQUENCES, torch.device("cpu"), bf16=False)
     Trainer(model, method, OPTIMIZER, SCHEDULE, plan).run()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}

@@ -1,10 +1,29 @@
-"""TokenBatch: what every way of training consumes."""
+"""TokenBatch, and what the trainer asks of any batch: a pair, a rollout or a teacher's scores are batches too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Protocol, Self
 
 import torch
+
+
+class Batch(Protocol):
+    """What the trainer asks. A batch of another shape has TokenBatches, and whatever tensors its objective wants."""
+
+    @property
+    def num_sequences(self) -> int:
+        """What a position counts: rows, pairs, rollouts."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on `device`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,11 @@ class TokenBatch:
     def num_sequences(self) -> int:
         """Rows in the batch."""
         return self.tokens.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the batch."""
+        return self.tokens.numel()
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`."""

@@ -14,13 +14,16 @@ from finemoe.checkpoint.open import read_model_config, text_home
 from finemoe.core.config import Config, merge, parse, read_toml, with_overrides
 from finemoe.core.errors import ConfigError
 from finemoe.data import DataConfig
+from finemoe.methods import MethodConfig
+from finemoe.methods.pretraining import PretrainingConfig
+from finemoe.methods.setting import Setting
 from finemoe.model.config import Kernels, ModelConfig, expand, with_balance
 from finemoe.model.moe.balance import BalanceConfig
 from finemoe.model.presets import resolve
 from finemoe.runs.trackers import TrackerName
 from finemoe.training.balancing import BalancingConfig, has_selection_bias
 from finemoe.training.losses.next_token import MTPLossConfig
-from finemoe.training.optimizers import OptimizerConfig
+from finemoe.training.optimizers import AdamWConfig, OptimizerConfig
 from finemoe.training.schedule import MultiStepConfig, ScheduleConfig
 
 DEFAULT_LEARNING_RATE = 4e-3
@@ -70,7 +73,9 @@ class RunConfig(Config):
     model: ModelConfig
     data: DataConfig = DataConfig()
     training: TrainingConfig
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=DEFAULT_LEARNING_RATE)
+    method: MethodConfig = PretrainingConfig()
+    """How it trains; pre-training where nothing is said."""
+    optimizer: OptimizerConfig = AdamWConfig(learning_rate=DEFAULT_LEARNING_RATE)
     schedule: ScheduleConfig = MultiStepConfig()
     kernels: Kernels = Kernels()
     balancing: BalancingConfig | None = None
@@ -114,6 +119,31 @@ class RunConfig(Config):
                 "leave data.vocab_size out"
             )
         return self
+
+    @property
+    def resolved_balancing(self) -> BalancingConfig:
+        """How selection biases move, with a rate."""
+        balancing = self.balancing or BalancingConfig()
+        return balancing.resolved(self.training.total_steps, opened=self.start_from is not None)
+
+    @property
+    def setting(self) -> Setting:
+        """What the method is built on."""
+        return Setting(
+            model=self.model,
+            data=self.data,
+            seed=self.seed,
+            total_steps=self.training.total_steps,
+            sequences_per_step=self.sequences_per_step,
+            max_gradient_norm=self.optimizer.max_gradient_norm,
+            balancing=self.resolved_balancing,
+            mtp=self.mtp or MTPLossConfig(),
+        )
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of one step."""
+        return self.training.tokens_per_step // self.data.sequence_length
 
     @property
     def micro_batch_sequences(self) -> int:

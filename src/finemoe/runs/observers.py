@@ -15,29 +15,30 @@ from finemoe.core.files import storage_error, sync
 from finemoe.core.logs import JsonLines, console, logger
 from finemoe.runs.trackers import Tracker
 from finemoe.training.alerts import RECOVERED_WORD, Watch
+from finemoe.training.method import Measured
 from finemoe.training.report import StepReport
 from finemoe.training.trainer import Trainer
-from finemoe.training.validation import Validation
 
 Record = dict[str, Any]
 
 
 @dataclass
 class Evaluate:
-    """Validate every `every` steps and after the last one."""
+    """Measure every `every` steps and after the last one."""
 
     every: int
-    validate: Callable[[], Validation]
+    measure: Callable[[], Measured]
     emit: Callable[[Record], None]
-    latest: Validation | None = None
+    latest: Measured | None = None
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Validate when it is time."""
+        """Measure when it is time."""
         if report.step % self.every and report.step != trainer.plan.total_steps:
             return
         with trainer.autocast():
-            self.latest = self.validate()
-        self.emit(self.latest.to_record(report.step, report.tokens, report.seconds))
+            self.latest = self.measure()
+        head = {"kind": "validation", "step": report.step, "tokens": report.tokens, "seconds": round(report.seconds, 4)}
+        self.emit({**head, **self.latest.to_record()})
 
     def close(self) -> None:
         """Nothing to release."""
@@ -157,15 +158,15 @@ class Show:
             self._progress.stop()
 
 
-def _short(report: StepReport, validation: Validation | None) -> str:
+def _short(report: StepReport, validation: Measured | None) -> str:
     """For 80 columns."""
-    shown = f"{validation.loss:.3f}" if validation else "-"
+    shown = f"{validation.headline:.3f}" if validation else "-"
     speed = f"{report.tokens_per_second / 1000:.1f}k/s"
     return f"loss {report.loss:.3f} val {shown} grad {report.gradient_norm:.2f}{_vio(report)} {speed}"
 
 
-def _long(report: StepReport, validation: Validation | None) -> str:
-    shown = f"{validation.loss:.4f}" if validation else "-"
+def _long(report: StepReport, validation: Measured | None) -> str:
+    shown = f"{validation.headline:.4f}" if validation else "-"
     return (
         f"loss {report.loss:.4f}  validation {shown}  gradient {report.gradient_norm:.2f}  "
         f"{report.tokens_per_second:,.0f} tokens/s{_vio(report)}"

@@ -27,31 +27,24 @@ from finemoe.core.errors import RunError, TrainingError
 from finemoe.core.files import sole_writer, storage_error, write_text
 from finemoe.core.logs import logger, read_json_lines
 from finemoe.core.seeds import derive
-from finemoe.data import PreparedData
+from finemoe.data.batch import Batch
 from finemoe.model import native
 from finemoe.model.config import Kernels, equal_but_for_balance
 from finemoe.model.initialize import initialize
-from finemoe.model.moe.balance import BALANCE_TERMS, max_violation
-from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
 from finemoe.runs.calibration import Chosen, choose
 from finemoe.runs.config import RunConfig, read_config, read_recipe, resolve_run
 from finemoe.runs.observers import Evaluate, Log, Show, Warn
 from finemoe.runs.saving import Save, restore
-from finemoe.runs.start import check_start, prepare_for, resolve_device
+from finemoe.runs.start import build_method, check_start, resolve_device
 from finemoe.runs.trackers import open_tracker
 from finemoe.training.alerts import Knobs, Watch, routed_layers
-from finemoe.training.balancing import BalancingConfig, has_selection_bias
+from finemoe.training.balancing import has_selection_bias
 from finemoe.training.directory import read_object, read_summary, require_run
-from finemoe.training.gradients import Clip
-from finemoe.training.losses.next_token import MTPLossConfig, NextToken
-from finemoe.training.method import Method, everything
+from finemoe.training.method import Measured, Method, TrainingData
 from finemoe.training.report import recent_loss
 from finemoe.training.trainer import Observer, Plan, Trainer
-from finemoe.training.validation import Validation, validate
-
-_VALIDATION_TOKENS = 16_384  # per forward pass
 
 
 @dataclass(frozen=True)
@@ -88,11 +81,11 @@ def train(
     directory = Path(out) if out is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     _require_free(directory, config)
     check_start(config, directory)
-    data = prepare_for(config)
+    method = build_method(config)
     with sole_writer(directory):
         _require_free(directory, config)
-        _describe(directory, config, data)
-        return _run(config, data, directory, resumed=None, quiet=quiet)
+        _describe(directory, config, method.data)
+        return _run(config, method, directory, resumed=None, quiet=quiet)
 
 
 def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
@@ -114,21 +107,21 @@ def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
 
 
 def _resume(directory: Path, config: RunConfig, quiet: bool) -> Run:
-    data = prepare_for(config)
-    before = read_object(directory / "data.json")
-    changed = [key for key in ("corpus_sha256", "tokenizer_sha256") if before and before[key] != data.report[key]]
+    method = build_method(config)
+    before, now = read_object(directory / "data.json"), method.data.report
+    changed = [key for key in now if key.endswith("sha256") and before and before.get(key) != now[key]]
     if changed:
         raise RunError(
             f"{directory}: the corpus is not the one this run began with ({', '.join(changed)} differ); "
             "put it back, or start a new run"
         )
-    _describe(directory, config, data)  # whatever a kill left out while the directory was being made
+    _describe(directory, config, method.data)  # whatever a kill left out while the directory was being made
     checkpoints = directory / "checkpoints"
     started = checkpoints.is_dir() and any(checkpoints.glob("step-*"))
     resumed = load_latest(checkpoints) if started else None
     if resumed is not None:
         _compare_configurations(directory, config, parse(RunConfig, json.loads(resumed.config), str(checkpoints)))
-    return _run(config, data, directory, resumed=resumed, quiet=quiet)
+    return _run(config, method, directory, resumed=resumed, quiet=quiet)
 
 
 def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig) -> None:
@@ -153,7 +146,7 @@ def _require_free(directory: Path, config: RunConfig) -> None:
     raise RunError(f"{directory} holds {what}; go on with `finemoe resume {directory}`, or choose another --out")
 
 
-def _describe(directory: Path, config: RunConfig, data: PreparedData) -> None:
+def _describe(directory: Path, config: RunConfig, data: TrainingData[Batch]) -> None:
     """Write what does not change during the run, where it is missing; first the file that `resume` asks for."""
     texts = {
         "config.json": to_json(config),
@@ -175,25 +168,21 @@ def _describe(directory: Path, config: RunConfig, data: PreparedData) -> None:
         raise storage_error(directory, error) from error
 
 
-def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: RunState | None, quiet: bool) -> Run:
+def _run(config: RunConfig, method: Method[Any], directory: Path, *, resumed: RunState | None, quiet: bool) -> Run:
     memory.keep_freed_pages()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     device, bf16 = resolve_device(config.training)
     chosen = _kernels(config, device, bf16, resumed)
-    model = _first_model(config, data, chosen.kernels, resumed is not None)
+    model = _first_model(config, method.data, chosen.kernels, resumed is not None)
     torch.manual_seed(derive(config.seed, "torch"))  # for whatever draws from the default generator during training
-    length = config.data.sequence_length
-    balancing = config.balancing or BalancingConfig()
     plan = Plan(
         total_steps=config.training.total_steps,
-        sequences_per_step=config.training.tokens_per_step // length,
+        sequences_per_step=config.sequences_per_step,
         sequences_per_micro_batch=config.micro_batch_sequences,
         device=device,
         bf16=bf16,
-        balancing=balancing.resolved(config.training.total_steps, opened=config.start_from is not None),
     )
-    method = pretraining(config, data)
     trainer = Trainer(model.to(device), method, config.optimizer, config.schedule, plan)
     metrics = directory / "metrics.jsonl"
     if resumed is not None:
@@ -203,14 +192,14 @@ def _run(config: RunConfig, data: PreparedData, directory: Path, *, resumed: Run
         _announce(config, trainer, directory, chosen.reason)
     trackers = [open_tracker(name, directory, config.model_dump(mode="json")) for name in config.training.trackers]
     with Log(metrics, trackers) as log, Save(config, directory, log) as save:
-        evaluate = Evaluate(_evaluate_every(config), lambda: _validate(config, data, model), log.emit)
+        evaluate = Evaluate(_evaluate_every(config), lambda: method.measure(model), log.emit)
         shown: list[Observer] = [] if quiet else [Show(evaluate, plan.total_steps)]
-        trainer.observers = (evaluate, log, Warn(_watch(config, plan, metrics), log.emit), *shown, save)
+        trainer.observers = (evaluate, log, Warn(_watch(config, metrics), log.emit), *shown, save)
         finished = _train(trainer, save, directory)
     if not finished:
         return Run(directory, {}, interrupted=True)
     if evaluate.latest is None:  # resumed after the last step: its record may be lost
-        evaluate.latest = evaluate.validate()
+        evaluate.latest = evaluate.measure()
     summary = _summary(config, trainer, evaluate.latest, metrics)
     write_text(directory / "summary.json", json.dumps(summary, indent=2))
     return Run(directory, summary, interrupted=False)
@@ -250,7 +239,7 @@ def _kernels(config: RunConfig, device: torch.device, bf16: bool, resumed: RunSt
     return choose(config.model, config.kernels, tokens=tokens, device=device, bf16=bf16)
 
 
-def _first_model(config: RunConfig, data: PreparedData, kernels: Kernels, resuming: bool) -> Transformer:
+def _first_model(config: RunConfig, data: TrainingData[Batch], kernels: Kernels, resuming: bool) -> Transformer:
     """The model a run begins with: drawn from the seed, or opened; weights that a checkpoint will replace are drawn.
 
     Raises:
@@ -268,45 +257,21 @@ def _first_model(config: RunConfig, data: PreparedData, kernels: Kernels, resumi
 
     def frequencies() -> torch.Tensor:
         counts = torch.zeros(config.model.vocab_size, dtype=torch.int64)
-        counts[: data.tokenizer.vocab_size] = torch.from_numpy(data.token_frequencies())
+        counts[: data.tokenizer.vocab_size] = data.token_frequencies()
         return counts
 
     initialize(model, config.seed, frequencies)
     return model
 
 
-def pretraining(config: RunConfig, data: PreparedData) -> Method:
-    """Packed documents, next token and balance, everything trainable, clip."""
-    loader = data.train_loader(derive(config.seed, "data"))
-    return Method(
-        batches=loader.batch,
-        objective=NextToken(
-            isolate_documents=config.data.packing == "isolate",
-            mtp=config.mtp or MTPLossConfig(),
-            mtp_depth=len(config.model.mtp),
-        ),
-        trainable=everything,
-        transforms=(Clip(config.optimizer.max_gradient_norm),),
-    )
-
-
 def _evaluate_every(config: RunConfig) -> int:
     return config.training.evaluate_every or -(-config.training.total_steps // 10)
 
 
-def _validate(config: RunConfig, data: PreparedData, model: Transformer) -> Validation:
-    return validate(
-        model,
-        data.validation_batches(max(1, _VALIDATION_TOKENS // config.data.sequence_length)),
-        isolate_documents=config.data.packing == "isolate",
-        bytes_per_token=data.validation_bytes_per_token,
-    )
-
-
-def _watch(config: RunConfig, plan: Plan, metrics: Path) -> Watch:
+def _watch(config: RunConfig, metrics: Path) -> Watch:
     """What watches the routers, in the state that the steps so far have brought it to."""
-    rate = plan.balancing.rate if has_selection_bias(config.model) else None
-    watch = Watch(routed_layers(config.model), plan.total_steps, Knobs(config.optimizer.learning_rate, rate))
+    rate = config.resolved_balancing.rate if has_selection_bias(config.model) else None
+    watch = Watch(routed_layers(config.model), config.training.total_steps, Knobs(config.optimizer.learning_rate, rate))
     watch.replay(read_json_lines(metrics))
     return watch
 
@@ -336,44 +301,21 @@ def _announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str)
     if reason:
         logger.info("kernels chosen by measuring: %s", reason)
     logger.info("%d steps of %d tokens", trainer.plan.total_steps, config.training.tokens_per_step)
-    live = _live(config, trainer.plan)
-    if live:
-        logger.info("balance and look-ahead: %s", ", ".join(live))
+    if trainer.method.notes:
+        logger.info("balance and look-ahead: %s", ", ".join(trainer.method.notes))
     if trainer.state.step:
         logger.info("resuming after step %d", trainer.state.step)
 
 
-def _live(config: RunConfig, plan: Plan) -> list[str]:
-    """What trains besides the next token: a loss that is silently off costs a run."""
-    blocks = (*config.model.blocks, *config.model.mtp)
-    layers = [block.feed_forward for block in blocks if isinstance(block.feed_forward, MoEConfig)]
-    terms = {f"{name} {getattr(layer.balance, name):g}" for layer in layers for name in BALANCE_TERMS}
-    found = sorted(term for term in terms if not term.endswith(" 0"))
-    if has_selection_bias(config.model):
-        rule = plan.balancing
-        found.append(f"selection bias by {rule.rule} at {rule.rate:.3g} up to {rule.until:.1%} of the run")
-    if config.model.mtp:
-        loss = config.mtp or MTPLossConfig()
-        found.append(
-            f"multi-token prediction of depth {len(config.model.mtp)} at {loss.weight}, then {loss.late_weight}"
-        )
-    return found
-
-
-def _summary(config: RunConfig, trainer: Trainer, last: Validation, metrics: Path) -> dict[str, Any]:
+def _summary(config: RunConfig, trainer: Trainer, last: Measured, metrics: Path) -> dict[str, Any]:
     records = read_json_lines(metrics)
     steps = [record for record in records if record["kind"] == "step"]
     stalls = [record["stall_seconds"] for record in records if record["kind"] == "checkpoint"]
     size = measure(config.model, config.data.sequence_length)
     state = trainer.state
-    final = last.to_record(state.step, state.tokens, state.seconds)
     return {
-        "final_validation_loss": final["validation_loss"],
-        "bits_per_byte": final["bits_per_byte"],
+        **last.to_summary(),
         "final_training_loss": recent_loss(steps),
-        "max_vio": final.get("max_vio"),
-        "max_vio_per_layer": {str(layer): round(max_violation(load), 4) for layer, load in last.load.items()},
-        "dead_experts": final.get("dead_experts"),
         "steps": state.step,
         "tokens": state.tokens,
         "seconds": round(state.seconds, 3),

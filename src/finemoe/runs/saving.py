@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, final
+from typing import Any, Self, final
 
 import torch
+from torch import Tensor
 
 from finemoe.checkpoint.run_state.snapshot import NoRoomError, Snapshot
 from finemoe.checkpoint.run_state.state import RunState, load_weights, save
 from finemoe.checkpoint.storage.streaming import AbandonedError
 from finemoe.core.config import to_json
-from finemoe.core.errors import RunError
+from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.logs import logger
 from finemoe.runs.config import RunConfig
 from finemoe.runs.observers import Log
+from finemoe.training.method import Saved
 from finemoe.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from finemoe.training.report import StepReport
 from finemoe.training.trainer import Trainer, TrainState
@@ -149,23 +152,26 @@ class Save:
 
 
 def _nbytes(state: RunState) -> int:
-    return sum(tensor.nbytes for tensors in (state.model, state.optimizer) for tensor in tensors.values())
+    return sum(tensor.nbytes for tensors in state.tensors for tensor in tensors.values())
 
 
 def state_of(trainer: Trainer, config: RunConfig) -> RunState:
     """All that a bit-exact resume needs; the tensors are the trainer's own, and change with its next step."""
     state = trainer.state
+    parts = {name: part.state() for name, part in trainer.method.state.items()}
     return RunState(
         model=trainer.model.state_dict(),
-        optimizer=optimizer_tensors(trainer.optimizer, trainer.parameters),
+        optimizer=optimizer_tensors(trainer.optimizers, trainer.parameters),
+        method={f"{name}/{key}": value for name, part in parts.items() for key, value in part.tensors.items()},
         state={
             "step": state.step,
             "tokens": state.tokens,
             "position": state.position,
             "seconds": state.seconds,
-            "rng": bytes(state.rng.tolist()).hex(),
+            "rng": {device: bytes(one.tolist()).hex() for device, one in state.rng.items()},
             "threads": torch.get_num_threads(),
             "kernels": trainer.model.kernels.model_dump(include={"experts", "products"}),
+            "method": {name: dict(part.values) for name, part in parts.items()},
         },
         config=to_json(config),
     )
@@ -175,13 +181,36 @@ def restore(trainer: Trainer, saved: RunState, source: Path) -> None:
     """Put the trainer where `state_of` found it.
 
     Raises:
-        CheckpointError: the weights are of another model; names `source`.
+        CheckpointError: the weights are of another model, or the method kept another state; names `source`.
     """
     load_weights(trainer.model, saved.model, str(source))
-    load_optimizer_tensors(trainer.optimizer, trainer.parameters, dict(saved.optimizer))
+    load_optimizer_tensors(trainer.optimizers, trainer.parameters, saved.optimizer)
     state = dict(saved.state)
-    rng = torch.tensor(list(bytes.fromhex(state.pop("rng"))), dtype=torch.uint8)
-    torch.set_rng_state(rng)
+    _restore_method(trainer, saved.method, state.pop("method", {}), source)
+    rng = _generators(state.pop("rng"))
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
     torch.set_num_threads(state.pop("threads"))  # sums are cut by thread: another number rounds differently
     state.pop("kernels", None)  # the model was built with them
     trainer.state = TrainState(**state, rng=rng)
+
+
+def _restore_method(trainer: Trainer, tensors: Mapping[str, Tensor], values: Mapping[str, Any], source: Path) -> None:
+    """Give every part of the method what it had saved; every tensor is used."""
+    parts = trainer.method.state
+    known = set(values) | {key.partition("/")[0] for key in tensors}
+    if known != set(parts):
+        raise CheckpointError(
+            f"{source}: the checkpoint holds state of {sorted(known)}, and the method of config.json keeps that of "
+            f"{sorted(parts)}: they are not of the same run"
+        )
+    for name, part in parts.items():
+        own = {key.removeprefix(f"{name}/"): one for key, one in tensors.items() if key.startswith(f"{name}/")}
+        part.restore(Saved(own, values[name]))
+
+
+def _generators(saved: Mapping[str, str] | str) -> dict[str, Tensor]:
+    """States of default generators by kind of device; runs of version 0.1.0 kept that of the CPU alone."""
+    by_device = {"cpu": saved} if isinstance(saved, str) else saved
+    return {device: torch.tensor(list(bytes.fromhex(one)), dtype=torch.uint8) for device, one in by_device.items()}

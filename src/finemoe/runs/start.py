@@ -1,18 +1,20 @@
-"""What must hold before a run starts: device, place, room on the disk, data that fits the model."""
+"""What must hold before a run starts: device, place, room on the disk, a method whose data fits the model."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from finemoe import methods
 from finemoe.core.errors import ConfigError, RunError
-from finemoe.data import PreparedData, prepare
 from finemoe.model.size import measure
 from finemoe.runs.config import RunConfig, TrainingConfig
 from finemoe.runs.trackers import require_tracker
+from finemoe.training.method import Method
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -46,20 +48,19 @@ def check_start(config: RunConfig, directory: Path, copies: int = 1) -> None:
         raise RunError(f"{existing} is not writable; choose another --out")
 
 
-def prepare_for(config: RunConfig) -> PreparedData:
-    """The data of a run, checked against its batch and vocabulary.
+def build_method(config: RunConfig) -> Method[Any]:
+    """How the run trains, with its data read and checked against the model.
 
     Raises:
         ConfigError, DataError: it does not fit.
     """
-    data = prepare(config.data)
-    data.require_batch(config.training.tokens_per_step // config.data.sequence_length)
-    if data.tokenizer.vocab_size > config.model.vocab_size:
+    method = methods.build(config.method, config.setting)
+    ids = method.data.tokenizer.vocab_size
+    if ids > config.model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size {config.model.vocab_size} is below the tokenizer's {data.tokenizer.vocab_size} ids: "
-            f"set model.vocab_size={data.tokenizer.vocab_size}"
+            f"model.vocab_size {config.model.vocab_size} is below the tokenizer's {ids} ids: set model.vocab_size={ids}"
         )
-    return data
+    return method
 
 
 def resolve_device(training: TrainingConfig) -> tuple[torch.device, bool]:

@@ -23,7 +23,7 @@ from finemoe.core.files import sole_writer, write_text
 from finemoe.core.logs import console
 from finemoe.model.size import measure
 from finemoe.runs.config import read_recipe
-from finemoe.runs.start import prepare_for
+from finemoe.runs.start import build_method
 from finemoe.studies.arms import SizedArm, solve
 from finemoe.studies.config import CompareConfig, resolve_comparison
 from finemoe.studies.results import build_results, write_results
@@ -67,7 +67,7 @@ def compare(
     study = Study(config, arms, directory, parallel, quiet)
     holds_study(directory, config)
     study.check()
-    data = prepare_for(study.example())
+    data = build_method(study.example()).data  # into the cache, once for all runs
     if not quiet:
         _announce(arms, config, parallel)
     with sole_writer(directory):

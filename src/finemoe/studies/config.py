@@ -15,7 +15,7 @@ from finemoe.model.feed_forward import DenseConfig
 from finemoe.model.presets import resolve
 from finemoe.runs.config import DEFAULT_LEARNING_RATE, TrainingConfig, with_defaults
 from finemoe.studies.arms import MatchingConfig, RoutingConfig
-from finemoe.training.optimizers import OptimizerConfig
+from finemoe.training.optimizers import AdamWConfig, OptimizerConfig
 from finemoe.training.schedule import MultiStepConfig, ScheduleConfig
 
 _TOKENS_PER_STEP = 4096  # short runs of small models gain more from steps than from large batches
@@ -58,7 +58,7 @@ class CompareConfig(Config):
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig(steps=1)
     """As in a run's recipe, without its length, which is the budget's."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=DEFAULT_LEARNING_RATE)
+    optimizer: OptimizerConfig = AdamWConfig(learning_rate=DEFAULT_LEARNING_RATE)
     learning_rates: Mapping[str, PositiveFloat] = {}
     """By arm, where it differs from optimizer.learning_rate."""
     tuning: TuningConfig | None = None

@@ -23,7 +23,7 @@ from finemoe.core.config import did_you_mean, to_json, with_overrides
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.files import sole_writer, write_text
 from finemoe.core.logs import logger
-from finemoe.runs.start import prepare_for
+from finemoe.runs.start import build_method
 from finemoe.studies.arms import ARMS, SizedArm, solve
 from finemoe.studies.claims import ALL_ARMS, EXPERIMENTS, MARGIN, Claim, Experiment, Quantity
 from finemoe.studies.config import CompareConfig, resolve_comparison
@@ -83,7 +83,7 @@ def paper(
     study = Study(config, arms, directory, parallel, quiet, "paper")
     holds_study(directory, config)
     study.check()
-    data = prepare_for(study.example())
+    data = build_method(study.example()).data  # into the cache, once for all runs
     command = _command(scale, [], overrides, out)
     with sole_writer(directory):
         if not holds_study(directory, config):
@@ -106,7 +106,7 @@ def paper(
         except KeyboardInterrupt:
             interrupted = True
             figures = gather(directory, arms, config, EXPERIMENTS.values(), quiet=True, measure=())
-        passes = config.budget.value / data.train.num_tokens
+        passes = config.budget.value / data.report["tokens"]["train"]
         results = _results(scale, config, arms, comparison, figures, failures, passes, (command, overrides, out))
         _write(results, directory)
     return Paper(directory, results, interrupted, failures)

@@ -7,6 +7,7 @@ The load is that of the whole optimizer step, so accumulating micro-batches chan
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -55,20 +56,20 @@ def selection_biases(model: Transformer) -> dict[int, Tensor]:
     return {n: router.selection_bias for n, router in routers.items() if isinstance(router, SigmoidBiasedRouter)}
 
 
-@torch.no_grad()
-def update(config: BalancingConfig, model: Transformer, load: Mapping[int, Tensor], progress: float) -> None:
-    """Move every selection bias once.
+@dataclass(frozen=True)
+class MoveBiases:
+    """Move every selection bias once, after an update."""
 
-    Args:
-        config: rule and rate.
-        model: its biases change in place.
-        load: [experts] assignments of the whole step, by layer index.
-        progress: share of the run done before this step.
-    """
-    if progress >= config.until or not config.rate:
-        return
-    for number, bias in selection_biases(model).items():
-        counts = load[number].to(bias.device, torch.float32)
-        error = counts.mean() - counts
-        step = error.sign() if config.rule == "sign" else error / counts.mean()
-        bias.add_(step, alpha=config.rate)
+    config: BalancingConfig
+    """Resolved."""
+
+    @torch.no_grad()
+    def __call__(self, model: Transformer, load: Mapping[int, Tensor], progress: float) -> None:
+        """As in `training.method.AfterUpdate`."""
+        if progress >= self.config.until or not self.config.rate:
+            return
+        for number, bias in selection_biases(model).items():
+            counts = load[number].to(bias.device, torch.float32)
+            error = counts.mean() - counts
+            step = error.sign() if self.config.rule == "sign" else error / counts.mean()
+            bias.add_(step, alpha=self.config.rate)

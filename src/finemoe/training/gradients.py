@@ -1,33 +1,27 @@
-"""Gradient transforms: the slot between backward and update. Each changes gradients in place and reports figures."""
+"""What most methods do to gradients before the update, and their norm."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-class GradientTransform(Protocol):
-    """In order; the last one is the clip."""
-
-    def __call__(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
-        """Change `.grad` of the parameters in place; figures for the report."""
-        ...
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Scalar: the norm of all gradients together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Scale all gradients down together when their joint norm is above `max_norm`."""
+    """Scale all gradients down together when their joint norm is above `max_norm`. Stands first: it trusts the norm."""
 
     max_norm: float
 
-    def __call__(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
-        """`gradient_norm` is the norm before clipping. Gradients below the bound are read once and not written."""
-        gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+    def __call__(self, parameters: Mapping[str, nn.Parameter], norm: Tensor) -> dict[str, float]:
+        """Gradients below the bound are read once, for the norm, and not written."""
         if not norm <= self.max_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.max_norm, norm)
-        return {"gradient_norm": norm.item()}
+        return {}

@@ -1,27 +1,169 @@
-"""Method: the four slots that a way of training fills. The loop itself is never copied."""
+"""Method: what a way of training fills in. The loop itself is never copied, and knows none of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
 
-from finemoe.data.batch import TokenBatch
-from finemoe.training.gradients import GradientTransform
+from torch import Tensor, nn
+
+from finemoe.data.batch import Batch
+from finemoe.model.transformer import Transformer
+from finemoe.text import Tokenizer
 from finemoe.training.objective import Objective
+
+BatchT = TypeVar("BatchT", bound=Batch)
+BatchT_co = TypeVar("BatchT_co", bound=Batch, covariant=True)
+
+
+class TrainingData(Protocol[BatchT_co]):
+    """What is trained on."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the text; it is saved with the run."""
+        ...
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """What was read and left out, for data.json. A key that ends in `sha256` must not change when a run resumes."""
+        ...
+
+    def batch(self, position: int, num_sequences: int) -> BatchT_co:
+        """Sequences `position` to `position + num_sequences`, counted from the start of the run.
+
+        A pure function of its arguments, and of what the method saves as its state: a position is then all that a
+        resume needs.
+        """
+        ...
+
+    def token_frequencies(self) -> Tensor:
+        """[ids] int64: how often each id of the tokenizer occurs; asked for by balanced hash tables only."""
+        ...
 
 
 @dataclass(frozen=True)
-class Method:
-    """Batches, objective, trainable parameters, gradient transforms."""
+class Group:
+    """How a parameter is trained: factors of the optimizer's own settings. Equal groups share one."""
 
-    batches: Callable[[int, int], TokenBatch]
-    """(position, number of sequences) -> batch: a pure function, so that a position is all a resume needs."""
-    objective: Objective
-    trainable: Callable[[str], bool]
-    """By parameter name. Experts are stacked: one expert is chosen by a gradient transform, not here."""
-    transforms: tuple[GradientTransform, ...]
+    learning_rate: float = 1.0
+    weight_decay: float = 1.0
 
 
-def everything(name: str) -> bool:
-    """Train all parameters."""
-    return True
+def everything(name: str) -> Group | None:
+    """Train all parameters alike."""
+    return Group()
+
+
+class BeforeUpdate(Protocol):
+    """Between the backward pass and the update, in order."""
+
+    def __call__(self, parameters: Mapping[str, nn.Parameter], norm: Tensor) -> dict[str, float]:
+        """Change `.grad` in place.
+
+        Args:
+            parameters: by name, those that are trained.
+            norm: scalar, of all their gradients together as the backward pass left them.
+
+        Returns:
+            figures by name for the report of the step; a figure that is not finite stops the run.
+        """
+        ...
+
+
+class AfterUpdate(Protocol):
+    """After the optimizer has stepped, in order: loss-free balancing, rows that must stay as they were."""
+
+    def __call__(self, model: Transformer, load: Mapping[int, Tensor], progress: float) -> None:
+        """Change `model` in place.
+
+        Args:
+            model: after the update.
+            load: [experts] assignments of the whole step, by layer index.
+            progress: share of the run done before this step.
+        """
+        ...
+
+
+class Measured(Protocol):
+    """What a measurement found."""
+
+    @property
+    def headline(self) -> float:
+        """The figure that the progress line shows."""
+        ...
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON-able figures for a line of metrics.jsonl."""
+        ...
+
+    def to_summary(self) -> dict[str, Any]:
+        """The same of the last measurement, for summary.json."""
+        ...
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A measurement that is a few numbers by name, the first of them its headline."""
+
+    values: Mapping[str, float]
+
+    @property
+    def headline(self) -> float:
+        """The first value."""
+        return next(iter(self.values.values()))
+
+    def to_record(self) -> dict[str, Any]:
+        """As they are."""
+        return dict(self.values)
+
+    def to_summary(self) -> dict[str, Any]:
+        """Under `final_` and their names."""
+        return {f"final_{name}": value for name, value in self.values.items()}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint keeps of a part of a method."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-able."""
+
+
+class Stateful(Protocol):
+    """A part of a method that changes while it trains, or that cannot be made again from the recipe."""
+
+    def state(self) -> Saved:
+        """All that goes on from here need; the tensors may be its own."""
+        ...
+
+    def restore(self, saved: Saved) -> None:
+        """Be as `state` found it, on whatever device it works; copies the tensors."""
+        ...
+
+
+def _untouched(model: Transformer) -> None:
+    """Leave the model as it is."""
+
+
+@dataclass(frozen=True)
+class Method(Generic[BatchT]):
+    """A way of training: what the trainer asks, in the order of a run."""
+
+    data: TrainingData[BatchT]
+    objective: Objective[BatchT]
+    measure: Callable[[Transformer], Measured]
+    """How good the model is now. Leaves it in the mode it was in."""
+    select: Callable[[str], Group | None] = everything
+    """By parameter name: how it is trained, or None to freeze it. Experts are stacked: none is chosen alone here."""
+    prepare: Callable[[Transformer], None] = _untouched
+    """Called once with the model of the run's start, on its device, before anything is selected or optimized: to keep a
+    reference, to add parameters. A resumed run calls it too, before the checkpoint's weights are put in."""
+    before_update: tuple[BeforeUpdate, ...] = ()
+    after_update: tuple[AfterUpdate, ...] = ()
+    state: Mapping[str, Stateful] = field(default_factory=dict)
+    """By a name of its own: saved in every checkpoint, and restored."""
+    notes: tuple[str, ...] = ()
+    """What trains besides the headline, for people: a loss that is silently off costs a run."""

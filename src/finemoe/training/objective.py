@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from finemoe.data.batch import TokenBatch
+from finemoe.data.batch import Batch
 from finemoe.model.moe.decision import RoutingRecord
 from finemoe.model.transformer import Transformer
+
+BatchT_contra = TypeVar("BatchT_contra", bound=Batch, contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -23,17 +25,34 @@ class Terms:
     """By layer index."""
 
 
-class Objective(Protocol):
+class Objective(Protocol[BatchT_contra]):
     """A loss, split into denominators that need only the batch and numerators that need the model."""
 
-    def counts(self, batch: TokenBatch) -> dict[str, float]:
-        """Denominators by name, from the batch alone; summed over the step before any backward pass."""
+    @property
+    def headline(self) -> str:
+        """The term that reports call the loss; every step has something to count for it."""
+        ...
+
+    def counts(self, batch: BatchT_contra) -> dict[str, float]:
+        """Denominators by name, from the batch alone; summed over the step and all ranks before any backward pass."""
         ...
 
     def weights(self, progress: float) -> Mapping[str, float]:
-        """What each term's mean is multiplied by in the loss, after `progress` of the run; 1 where it is not named."""
+        """What each term's mean is multiplied by in the loss, after `progress` of the run; 1 where it is not named.
+
+        A term of weight 0 is a figure that is reported and not minimised.
+        """
         ...
 
-    def terms(self, model: Transformer, batch: TokenBatch) -> Terms:
+    def terms(self, model: Transformer, batch: BatchT_contra) -> Terms:
         """Numerators by the same names."""
         ...
+
+
+def balance_sums(routing: Mapping[int, RoutingRecord]) -> dict[str, Tensor]:
+    """The balance terms of all layers added up by name, in their order: what most objectives add to their own."""
+    sums: dict[str, Tensor] = {}
+    for record in routing.values():
+        for name, value in record.balance.items():
+            sums[name] = sums[name] + value if name in sums else value
+    return sums

@@ -1,21 +1,28 @@
-"""AdamW with two groups: matrices decay, vectors (norms) do not."""
+"""Optimizers: a config, a function and a line each. The trainer sets the rate and steps; it knows none of them."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from finemoe.core.config import Config
+from finemoe.core.config import Config, union_of
+from finemoe.training.method import Group
+from finemoe.training.muon import Muon
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+RATE_FACTOR = "learning_rate_factor"
+"""In every group of parameters: what the learning rate of the step is multiplied by."""
 
 
-class OptimizerConfig(Config):
-    """AdamW as in all the papers; the learning rate is the peak of the schedule."""
+class AdamWConfig(Config):
+    """AdamW as in all the papers up to V3; the learning rate is the peak of the schedule."""
 
+    kind: Literal["adamw"] = "adamw"
     learning_rate: PositiveFloat
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
@@ -23,33 +30,139 @@ class OptimizerConfig(Config):
     max_gradient_norm: PositiveFloat = 1.0
 
 
-def build_optimizer(config: OptimizerConfig, parameters: dict[str, nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW over `parameters` by name, fused: one pass over the weights instead of a dozen."""
-    decay = [p for p in parameters.values() if p.ndim >= 2]
-    rest = [p for p in parameters.values() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+class MuonConfig(Config):
+    """Muon for matrices, AdamW for embedding, head and vectors: as DeepSeek-V4 trains (its report, section 4.2)."""
+
+    kind: Literal["muon"] = "muon"
+    learning_rate: PositiveFloat
+    """Of both: an update of Muon is scaled to the size of one of AdamW."""
+    momentum: Beta = 0.95
+    update_rms: PositiveFloat = 0.18
+    """Root mean square that an update is scaled to, before the learning rate."""
+    iterations: PositiveInt = 5
+    """Of Newton and Schulz."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Of AdamW, like `eps`."""
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    max_gradient_norm: PositiveFloat = 1.0
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's state by `parameter name/state name`, for a checkpoint."""
+@dataclass(frozen=True)
+class Selected:
+    """A parameter that is trained, and how."""
+
+    name: str
+    parameter: nn.Parameter
+    group: Group
+
+
+def _adamw(config: AdamWConfig, selected: Sequence[Selected]) -> tuple[torch.optim.Optimizer, ...]:
+    groups = _groups(selected, config.weight_decay)
+    if not groups:
+        return ()
+    # fused: one pass over the weights instead of a dozen
+    return (torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True),)
+
+
+def _muon(config: MuonConfig, selected: Sequence[Selected]) -> tuple[torch.optim.Optimizer, ...]:
+    matrices = [one for one in selected if one.parameter.ndim >= 2 and one.name not in _NO_MATRIX]
+    rest = [one for one in selected if one.parameter.ndim < 2 or one.name in _NO_MATRIX]
+    groups = [
+        {**group, "stacked": stacked}
+        for stacked in (1, 2)
+        for group in _groups([one for one in matrices if _stacked(one.name) == stacked], config.weight_decay)
+    ]
+    fields = {"learning_rate", "betas", "eps", "weight_decay", "max_gradient_norm"}
+    others = _adamw(AdamWConfig(**config.model_dump(include=fields)), rest)
+    if not groups:
+        return others
+    made = Muon(
+        groups,
+        learning_rate=config.learning_rate,
+        momentum=config.momentum,
+        update_rms=config.update_rms,
+        iterations=config.iterations,
+    )
+    return (made, *others)
+
+
+_NO_MATRIX = ("embedding.weight", "head.weight")
+"""Tables of vectors, one a token: their rows have nothing to be orthogonal to."""
+
+
+def _stacked(name: str) -> int:
+    """Matrices that lie above each other in one: gate above up, in the experts."""
+    return 2 if name.endswith("gate_up_proj") else 1
+
+
+def _groups(selected: Sequence[Selected], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for an optimizer: matrices decay, vectors (norms) do not; each by its factors."""
+    groups: dict[tuple[Group, bool], list[nn.Parameter]] = {}
+    for decays in (True, False):
+        for one in selected:
+            if (one.parameter.ndim >= 2) == decays:
+                groups.setdefault((one.group, decays), []).append(one.parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay * group.weight_decay if decays else 0.0,
+            RATE_FACTOR: group.learning_rate,
+        }
+        for (group, decays), parameters in groups.items()
+    ]
+
+
+OPTIMIZERS: dict[str, tuple[type[Config], Callable[[Any, Sequence[Selected]], tuple[torch.optim.Optimizer, ...]]]] = {
+    "adamw": (AdamWConfig, _adamw),
+    "muon": (MuonConfig, _muon),
+}
+OptimizerConfig: Any = union_of((config for config, _ in OPTIMIZERS.values()), default="adamw")
+
+
+def build_optimizers(config: Any, selected: Sequence[Selected]) -> tuple[torch.optim.Optimizer, ...]:
+    """What steps `selected`: one or several, each over parameters of its own; none where nothing is selected."""
+    return OPTIMIZERS[config.kind][1](config, selected)
+
+
+def optimizer_tensors(
+    optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The optimizers' state by `parameter name/state name`, for a checkpoint."""
     return {
         f"{name}/{key}": value
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
+        for name, (optimizer, parameter) in _owners(optimizers, parameters)
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+    optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave. Every key is used, or it is an error."""
+    """Put back what `optimizer_tensors` gave.
+
+    Raises:
+        ValueError: a tensor belongs to no parameter.
+    """
     left = dict(tensors)
-    for name, parameter in parameters.items():
+    for name, (optimizer, parameter) in _owners(optimizers, parameters):
         keys = [key for key in left if key.rpartition("/")[0] == name]
         optimizer.state[parameter] = {
             key.rpartition("/")[2]: left.pop(key).to(parameter.device, copy=True) for key in keys
         }
     if left:
         raise ValueError(f"optimizer state of unknown parameters: {sorted(left)[:3]}")
+
+
+def _owners(
+    optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[str, tuple[torch.optim.Optimizer, nn.Parameter]]]:
+    """Each parameter by name, with the optimizer that steps it."""
+    owner = {
+        id(parameter): optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in parameters.items():
+        yield name, (owner[id(parameter)], parameter)

@@ -20,10 +20,11 @@ class StepReport:
     tokens: int
     """Tokens trained on so far."""
     loss: float
-    """Cross-entropy per token, nats."""
+    """The headline term of the objective: in pre-training the cross-entropy per token, nats."""
     terms: Mapping[str, float]
     """Every term of the objective, divided."""
     gradient_norm: float
+    """Of all gradients together, before anything changed them."""
     learning_rate: float
     seconds: float
     """Training time so far, without validation and saving."""
@@ -35,6 +36,8 @@ class StepReport:
     """Assignments beyond capacity."""
     selection_bias: Mapping[int, float] = field(default_factory=dict)
     """Largest absolute selection bias after the step, by layer index, where there is one."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What the method did to the gradients, in figures of its own."""
 
     def max_vio(self) -> dict[int, float]:
         """MaxVio by layer."""
@@ -65,6 +68,8 @@ class StepReport:
             record["dropped"] = self.dropped
         if self.selection_bias:
             record["selection_bias"] = {str(layer): round(value, 6) for layer, value in self.selection_bias.items()}
+        if self.figures:
+            record["figures"] = dict(self.figures)
         return record
 
 

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -16,28 +16,36 @@ import torch
 from torch import Tensor, nn
 
 from finemoe.core.errors import TrainingError
-from finemoe.data.batch import TokenBatch
+from finemoe.data.batch import Batch
 from finemoe.model.transformer import Transformer
-from finemoe.training import balancing
-from finemoe.training.balancing import BalancingConfig
-from finemoe.training.losses.next_token import CROSS_ENTROPY
+from finemoe.parallel.world import SOLO, World
+from finemoe.training.balancing import selection_biases
+from finemoe.training.gradients import gradient_norm
 from finemoe.training.method import Method
-from finemoe.training.optimizers import OptimizerConfig, build_optimizer
+from finemoe.training.optimizers import RATE_FACTOR, Selected, build_optimizers
 from finemoe.training.report import StepReport
 from finemoe.training.schedule import learning_rate_factor
 
 
+def _generator_states() -> dict[str, Tensor]:
+    """State of torch's default generator of each kind of device that is in use here."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands. With weights and optimizer it is all that a bit-exact resume needs."""
+    """Where a run stands. With weights, optimizer and the method's state it is all that a bit-exact resume needs."""
 
     step: int = 0
     tokens: int = 0
     position: int = 0
-    """Sequences the loader has given."""
+    """Sequences that the data has given, to all ranks together."""
     seconds: float = 0.0
-    rng: Tensor = field(default_factory=torch.get_rng_state)
-    """State of torch's default generator."""
+    rng: Mapping[str, Tensor] = field(default_factory=_generator_states)
+    """State of torch's default generators, by kind of device."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,12 @@ class Plan:
 
     total_steps: int
     sequences_per_step: int
+    """By all ranks together."""
     sequences_per_micro_batch: int
+    """By one rank at once."""
     device: torch.device
     bf16: bool
     """Matrix products in bfloat16 under autocast; weights stay float32."""
-    balancing: BalancingConfig = field(default_factory=BalancingConfig)
-    """How selection biases move, where the model has any; resolved."""
 
 
 class Observer(Protocol):
@@ -66,91 +74,125 @@ class Observer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Accumulated:
+    """What the micro-batches of a step came to, over all ranks."""
+
+    terms: dict[str, float]
+    load: dict[int, Tensor]
+    """[experts], by layer index."""
+    dropped: int
+
+
 class Trainer:
-    """Counts, terms, backward, transforms, update, report (design: two paths to draw from memory)."""
+    """Counts, terms, backward, before the update, update, after it, report (design: two paths to draw from memory)."""
 
     def __init__(
         self,
         model: Transformer,
-        method: Method,
-        optimizer: OptimizerConfig,
+        method: Method[Any],
+        optimizer: Any,
         schedule: Any,
         plan: Plan,
         observers: Sequence[Observer] = (),
+        world: World = SOLO,
     ) -> None:
+        """Let `method` prepare `model`, freeze what it does not select, and build what steps the rest.
+
+        `optimizer` and `schedule` are configurations of OPTIMIZERS and SCHEDULES.
+        """
         self.model = model
         self.method = method
         self.plan = plan
         self.schedule = schedule
         self.observers = observers
+        self.world = world
         self.state = TrainState()
-        self.parameters: dict[str, nn.Parameter] = {
-            name: parameter for name, parameter in model.named_parameters() if method.trainable(name)
-        }
-        self.peak_learning_rate = optimizer.learning_rate
-        self.optimizer = build_optimizer(optimizer, self.parameters)
+        method.prepare(model)
+        selected = []
+        for name, parameter in model.named_parameters():
+            group = method.select(name)
+            parameter.requires_grad_(group is not None)
+            if group is not None:
+                selected.append(Selected(name, parameter, group))
+        self.parameters: dict[str, nn.Parameter] = {one.name: one.parameter for one in selected}
+        self.peak_learning_rate: float = optimizer.learning_rate
+        self.optimizers = build_optimizers(optimizer, selected)
         self._stop = False
 
     def run(self, until: int | None = None) -> bool:
         """Train to step `until` (the end when None). False when a signal asked to stop early.
 
-        The first Ctrl-C or SIGTERM ends after the current step; a second one is Python's own.
+        The first Ctrl-C or SIGTERM ends after the current step; a second one is Python's own. A request to any rank
+        stops all of them.
 
         Raises:
             TrainingError: a loss or gradient is not finite. The weights are those before that step.
         """
         until = self.plan.total_steps if until is None else min(until, self.plan.total_steps)
         self.model.train()
+        stopped = False
         try:
             with self._stop_on_signal():
-                while self.state.step < until and not self._stop:
+                while self.state.step < until and not (stopped := self.world.any(self._stop)):
                     started = time.perf_counter()
-                    report = self.step(self._micro_batches(), started)
+                    report = self.step(self.micro_batches(), started)
                     for observer in self.observers:
                         observer.after_step(self, report)
         finally:
             for observer in self.observers:
                 observer.close()
-        return not self._stop
+        return not (stopped or self._stop)
 
-    def step(self, batches: Sequence[TokenBatch], started: float | None = None) -> StepReport:
-        """One optimizer step over `batches`, its micro-batches. `started`: when building them began, if it counts."""
+    def step(self, batches: Sequence[Batch], started: float | None = None) -> StepReport:
+        """One optimizer step over `batches`, this rank's micro-batches.
+
+        Args:
+            batches: at least one.
+            started: when building them began, if that counts.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite, on any rank.
+        """
         started = time.perf_counter() if started is None else started
         counts: dict[str, float] = {}
         for batch in batches:
             for name, count in self.method.objective.counts(batch).items():
                 counts[name] = counts.get(name, 0.0) + count
-        terms, load, dropped = self._accumulate(batches, counts)
+        done = self._accumulate(batches, self.world.sum(counts))
+        self.world.sum_gradients(self.parameters.values())
+        norm = gradient_norm(self.parameters.values())
         figures: dict[str, float] = {}
-        for transform in self.method.transforms:
-            figures |= transform(self.parameters)
-        self._refuse_non_finite(terms, figures)
-        rate = self._update(load)
-        tokens = sum(batch.tokens.numel() for batch in batches)
+        for change in self.method.before_update:
+            figures |= change(self.parameters, norm)
+        norm_value = norm.item()
+        self._refuse_non_finite({**done.terms, "gradient_norm": norm_value, **figures})
+        rate = self._update(done.load)
         seconds = time.perf_counter() - started
-        self.state = replace(
-            self.state,
-            step=self.state.step + 1,
-            tokens=self.state.tokens + tokens,
-            position=self.state.position + sum(batch.tokens.shape[0] for batch in batches),
-            seconds=self.state.seconds + seconds,
-            rng=torch.get_rng_state(),
-        )
+        tokens = self._advance(batches, seconds)
         return StepReport(
             step=self.state.step,
             tokens=self.state.tokens,
-            loss=terms[CROSS_ENTROPY],
-            terms=terms,
-            gradient_norm=figures["gradient_norm"],
+            loss=done.terms[self.method.objective.headline],
+            terms=done.terms,
+            gradient_norm=norm_value,
             learning_rate=rate,
             seconds=self.state.seconds,
             tokens_per_second=tokens / seconds,
-            load=load,
-            dropped=dropped,
-            selection_bias={
-                layer: bias.abs().max().item() for layer, bias in balancing.selection_biases(self.model).items()
-            },
+            load=done.load,
+            dropped=done.dropped,
+            selection_bias={layer: bias.abs().max().item() for layer, bias in selection_biases(self.model).items()},
+            figures=figures,
         )
+
+    def micro_batches(self) -> list[Batch]:
+        """This rank's share of the next step, in pieces: ranks follow each other, each with sequences in a row."""
+        share = self.plan.sequences_per_step // self.world.size
+        first, size = self.state.position + self.world.rank * share, self.plan.sequences_per_micro_batch
+        return [
+            self.method.data.batch(first + start, min(size, share - start)).to(self.plan.device)
+            for start in range(0, share, size)
+        ]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of matrix products."""
@@ -158,29 +200,24 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.plan.device.type, dtype=torch.bfloat16)
 
-    def _micro_batches(self) -> list[TokenBatch]:
-        size = self.plan.sequences_per_micro_batch
-        starts = range(0, self.plan.sequences_per_step, size)
-        return [
-            self.method.batches(self.state.position + start, min(size, self.plan.sequences_per_step - start)).to(
-                self.plan.device
-            )
-            for start in starts
-        ]
+    def progress(self) -> float:
+        """Share of the run done before the next step."""
+        return self.state.step / self.plan.total_steps
 
-    def _accumulate(
-        self, batches: Sequence[TokenBatch], counts: dict[str, float]
-    ) -> tuple[dict[str, float], dict[int, Tensor], int]:
-        self.optimizer.zero_grad(set_to_none=True)
+    def _accumulate(self, batches: Sequence[Batch], counts: Mapping[str, float]) -> _Accumulated:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        objective = self.method.objective
         terms: dict[str, float] = {}
         load: dict[int, Tensor] = {}
         dropped = 0
-        weights = self.method.objective.weights(self._progress())
+        weights = objective.weights(self.progress())
         for batch in batches:
             with self.autocast():
-                result = self.method.objective.terms(self.model, batch)
-            # A term may have nothing to count, as a look-ahead beyond every document; the cross-entropy always has.
-            parts = {name: v / counts[name] for name, v in result.sums.items() if counts[name] or name == CROSS_ENTROPY}
+                result = objective.terms(self.model, batch)
+            # A term may have nothing to count, as a look-ahead beyond every document; the headline always has.
+            counted = {name: v for name, v in result.sums.items() if counts[name] or name == objective.headline}
+            parts = {name: value / counts[name] for name, value in counted.items()}
             loss = torch.stack([part.float() * weights.get(name, 1.0) for name, part in parts.items()]).sum()
             loss.backward()
             for name, part in parts.items():
@@ -188,23 +225,40 @@ class Trainer:
             for layer, record in result.routing.items():
                 load[layer] = load[layer] + record.load if layer in load else record.load
                 dropped += int(record.dropped)
-        return terms, {layer: one.cpu() for layer, one in load.items()}, dropped
+        load = {layer: one.cpu() for layer, one in self.world.sum_tensors(load).items()}
+        return _Accumulated(self.world.sum(terms), load, int(self.world.sum({"dropped": dropped})["dropped"]))
 
-    def _progress(self) -> float:
-        """Share of the run done before this step."""
-        return self.state.step / self.plan.total_steps
-
-    def _update(self, load: dict[int, Tensor]) -> float:
+    def _update(self, load: Mapping[int, Tensor]) -> float:
         rate = self.peak_learning_rate * learning_rate_factor(self.schedule, self.state.step, self.plan.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        balancing.update(self.plan.balancing, self.model, load, self._progress())
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group[RATE_FACTOR]
+            optimizer.step()
+        for change in self.method.after_update:
+            change(self.model, load, self.progress())
         return rate
 
-    def _refuse_non_finite(self, terms: dict[str, float], figures: dict[str, float]) -> None:
-        bad_figures = [name for name, value in {**terms, **figures}.items() if not math.isfinite(value)]
-        if not bad_figures:
+    def _advance(self, batches: Sequence[Batch], seconds: float) -> int:
+        """Count the step; the tokens that all ranks read in it."""
+        read = {
+            "tokens": float(sum(batch.num_tokens for batch in batches)),
+            "sequences": float(sum(batch.num_sequences for batch in batches)),
+        }
+        read = self.world.sum(read)
+        tokens = int(read["tokens"])
+        self.state = replace(
+            self.state,
+            step=self.state.step + 1,
+            tokens=self.state.tokens + tokens,
+            position=self.state.position + int(read["sequences"]),
+            seconds=self.state.seconds + seconds,
+            rng=_generator_states(),
+        )
+        return tokens
+
+    def _refuse_non_finite(self, figures: Mapping[str, float]) -> None:
+        bad_figures = [name for name, value in figures.items() if not math.isfinite(value)]
+        if not self.world.any(bool(bad_figures)):
             return
         tensors = [
             f"{kind} of {name}"
@@ -215,7 +269,8 @@ class Trainer:
         ]
         first, last = self.state.position, self.state.position + self.plan.sequences_per_step - 1
         raise TrainingError(
-            f"step {self.state.step + 1} is not finite: {', '.join(bad_figures)} (sequences {first} to {last}; "
+            f"step {self.state.step + 1} is not finite: {', '.join(bad_figures) or 'on another rank'} "
+            f"(sequences {first} to {last}; "
             f"first bad tensors: {', '.join(tensors[:4]) or 'none, only the loss'}). The weights were not updated. "
             "Lower optimizer.learning_rate or raise schedule.warmup_share."
         )

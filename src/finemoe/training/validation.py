@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from finemoe.data.batch import TokenBatch
+from finemoe.model.moe.balance import max_violation
 from finemoe.model.transformer import Transformer
 from finemoe.training.losses.cross_entropy import cross_entropy_sum
 from finemoe.training.report import dead_share, mean_max_vio
@@ -27,21 +28,29 @@ class Validation:
     load: Mapping[int, Tensor]
     """[experts] assignments, by layer index."""
 
-    def to_record(self, step: int, tokens: int, seconds: float) -> dict[str, Any]:
+    @property
+    def headline(self) -> float:
+        """The loss."""
+        return self.loss
+
+    def to_record(self) -> dict[str, Any]:
         """For metrics.jsonl. MaxVio here is the global one of 2408.15664: over the validation set."""
-        record: dict[str, Any] = {
-            "kind": "validation",
-            "step": step,
-            "tokens": tokens,
-            "seconds": round(seconds, 4),
-            "validation_loss": self.loss,
-            "bits_per_byte": self.bits_per_byte,
-        }
+        record: dict[str, Any] = {"validation_loss": self.loss, "bits_per_byte": self.bits_per_byte}
         if self.load:
             record["max_vio"] = mean_max_vio(self.load)
             record["dead_experts"] = dead_share(self.load)
             record["load"] = {str(layer): load.tolist() for layer, load in self.load.items()}
         return record
+
+    def to_summary(self) -> dict[str, Any]:
+        """For summary.json; the figures of experts are None for a dense model."""
+        return {
+            "final_validation_loss": self.loss,
+            "bits_per_byte": self.bits_per_byte,
+            "max_vio": mean_max_vio(self.load),
+            "max_vio_per_layer": {str(layer): round(max_violation(load), 4) for layer, load in self.load.items()},
+            "dead_experts": dead_share(self.load) if self.load else None,
+        }
 
 
 @torch.no_grad()

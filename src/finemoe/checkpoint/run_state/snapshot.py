@@ -41,8 +41,8 @@ class Snapshot:
         Raises:
             NoRoomError: there is too little memory; nothing was copied.
         """
-        tensors = [*run.model.values(), *run.optimizer.values()]
-        names = (*run.model, *run.optimizer)
+        tensors = [tensor for part in run.tensors for tensor in part.values()]
+        names = [name for part in run.tensors for name in part]
         layout = tuple((name, tuple(value.shape), value.dtype) for name, value in zip(names, tensors, strict=True))
         if layout != self._layout:
             self._places, self._layout = [], ()  # the old ones first: there is room for one copy
@@ -51,7 +51,8 @@ class Snapshot:
             for place, tensor in zip(self._places, tensors, strict=True):
                 place.copy_(tensor)
         copies = iter(self._places)
-        return replace(run, model=_filled(run.model, copies), optimizer=_filled(run.optimizer, copies))
+        model, optimizer, method = (_filled(part, copies) for part in run.tensors)
+        return replace(run, model=model, optimizer=optimizer, method=method)
 
 
 def _filled(names: Mapping[str, Tensor], copies: Iterator[Tensor]) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """Crash-safe checkpoints of a run, and opening the model of one.
 
 A checkpoint is a folder `checkpoints/step-00000100` with `model.safetensors`, `optimizer.safetensors`, `state.json`,
-`config.json`, and `manifest.json` with the size and SHA-256 of the others. It is written under another name, synced,
-and renamed: under its own name it is always complete. The last few are kept, and a damaged one is passed over.
-`save` may run in a thread of its own, on a copy of the state (`snapshot.py`), while training goes on.
+`config.json`, `method.safetensors` where the way of training keeps tensors of its own, and `manifest.json` with size
+and SHA-256 of the others. It is written under another name, synced, and renamed: under its own name it is always
+complete. The last few are kept, and a damaged one is passed over. `save` may run in a thread of its own, on a copy of
+the state (`snapshot.py`), while training goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from finemoe.core.logs import logger
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer
 
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+MODEL, OPTIMIZER, METHOD = "model.safetensors", "optimizer.safetensors", "method.safetensors"
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -44,6 +45,13 @@ class RunState:
     """JSON-able: step, tokens, loader position, random state ..."""
     config: str
     """The run's resolved config.json."""
+    method: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the way of training keeps besides: a reference model, a mask. Without any, no file is written."""
+
+    @property
+    def tensors(self) -> tuple[Mapping[str, Tensor], ...]:
+        """All of them, part by part."""
+        return self.model, self.optimizer, self.method
 
 
 def save(
@@ -105,6 +113,8 @@ def _write(folder: Path, run: RunState, stop: threading.Event | None) -> None:
         STATE: write_bytes(folder / STATE, json.dumps(run.state).encode()),
         CONFIG: write_bytes(folder / CONFIG, run.config.encode()),
     }
+    if run.method:
+        files[METHOD] = write_tensors(folder / METHOD, run.method, stop)
     write_bytes(folder / MANIFEST, _manifest(files))
     sync(folder)
 
@@ -129,6 +139,7 @@ def load_latest(checkpoints: Path) -> RunState:
                 optimizer=load_file(folder / OPTIMIZER),
                 state=json.loads((folder / STATE).read_text(encoding="utf-8")),
                 config=(folder / CONFIG).read_text(encoding="utf-8"),
+                method=load_file(folder / METHOD) if (folder / METHOD).exists() else {},
             )
         logger.warning("%s is damaged (%s): trying the one before", folder, damage)
     found = f"all {len(folders)} are damaged" if folders else "there is none"
@@ -139,7 +150,7 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder; None when every size and checksum holds."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name in (MODEL, OPTIMIZER, STATE, CONFIG):
+        for name in dict.fromkeys((MODEL, OPTIMIZER, STATE, CONFIG, *manifest["files"])):
             path, entry = folder / name, manifest["files"][name]
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"

@@ -14,7 +14,7 @@ from finemoe.data.batch import TokenBatch
 from finemoe.model.moe.balance import BALANCE_TERMS
 from finemoe.model.transformer import Transformer
 from finemoe.training.losses.cross_entropy import cross_entropy_sum
-from finemoe.training.objective import Terms
+from finemoe.training.objective import Terms, balance_sums
 
 CROSS_ENTROPY = "cross_entropy"
 
@@ -37,6 +37,11 @@ class NextToken:
     mtp: MTPLossConfig = field(default_factory=MTPLossConfig)
     mtp_depth: int = 0
     """Multi-token prediction modules of the model, all of them trained."""
+
+    @property
+    def headline(self) -> str:
+        """The cross-entropy of the next token."""
+        return CROSS_ENTROPY
 
     def counts(self, batch: TokenBatch) -> dict[str, float]:
         """Weighted tokens for the cross-entropies, sequences for each balance term."""
@@ -64,10 +69,7 @@ class NextToken:
         for (name, targets, weights), ahead in zip(self._ahead(batch), output.mtp_hidden, strict=True):
             states = ahead.flatten(0, 1)
             sums[name] = cross_entropy_sum(states, head, targets.flatten(), weights.flatten(), native=native)
-        for record in output.routing.values():
-            for name, value in record.balance.items():
-                sums[name] = sums[name] + value if name in sums else value
-        return Terms(sums, output.routing)
+        return Terms(sums | balance_sums(output.routing), output.routing)
 
     def _ahead(self, batch: TokenBatch) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, targets and weights `[batch, seq - k]` of each depth k: place i predicts token i + k + 1 (Eq. 24)."""

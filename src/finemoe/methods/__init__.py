@@ -1,0 +1,25 @@
+"""Floor 4: ways of training. Each is one file with a configuration and `build`, and one line in METHODS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from finemoe.core.config import Config, union_of
+from finemoe.methods import pretraining
+from finemoe.methods.setting import Setting
+from finemoe.training.method import Method
+
+METHODS: dict[str, tuple[type[Config], Callable[[Any, Setting], Method[Any]]]] = {
+    "pretraining": (pretraining.PretrainingConfig, pretraining.build),
+}
+MethodConfig: Any = union_of((config for config, _ in METHODS.values()), default="pretraining")
+
+
+def build(config: Any, setting: Setting) -> Method[Any]:
+    """The method that `config` describes, its data read and checked; no model is needed yet.
+
+    Raises:
+        ConfigError, DataError: it does not fit the model, or there is not enough of it.
+    """
+    return METHODS[config.kind][1](config, setting)

@@ -1,0 +1,124 @@
+"""Pre-training: packed documents, the next token and what lies further ahead, balanced experts, everything trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from finemoe.core.config import Config
+from finemoe.core.seeds import derive
+from finemoe.data import Loader, PreparedData, TokenBatch, prepare
+from finemoe.methods.setting import Setting
+from finemoe.model.config import ModelConfig
+from finemoe.model.moe.balance import BALANCE_TERMS
+from finemoe.model.moe.layer import MoEConfig
+from finemoe.model.transformer import Transformer
+from finemoe.text import Tokenizer
+from finemoe.training.balancing import MoveBiases, has_selection_bias
+from finemoe.training.gradients import Clip
+from finemoe.training.losses.next_token import NextToken
+from finemoe.training.method import Method
+from finemoe.training.validation import Validation, validate
+
+_VALIDATION_TOKENS = 16_384  # per forward pass
+
+
+class PretrainingConfig(Config):
+    """Nothing of its own: [data], [mtp] and [balancing] say all."""
+
+    kind: Literal["pretraining"] = "pretraining"
+
+
+def build(config: PretrainingConfig, setting: Setting) -> Method[TokenBatch]:
+    """The method, on the corpus of `setting`.
+
+    Raises:
+        DataError: the corpus cannot be read, or is smaller than one batch.
+    """
+    data = PackedDocuments.read(setting)
+    return Method(
+        data=data,
+        objective=NextToken(
+            isolate_documents=setting.data.packing == "isolate",
+            mtp=setting.mtp,
+            mtp_depth=len(setting.model.mtp),
+        ),
+        measure=HeldOutLoss(data.prepared),
+        before_update=(Clip(setting.max_gradient_norm),),
+        after_update=(MoveBiases(setting.balancing),),
+        notes=tuple(live_terms(setting)),
+    )
+
+
+@final
+@dataclass(frozen=True)
+class PackedDocuments:
+    """Documents as one stream of tokens, cut into sequences: `training.method.TrainingData`."""
+
+    prepared: PreparedData
+    loader: Loader
+
+    @staticmethod
+    def read(setting: Setting) -> PackedDocuments:
+        """The corpus of `setting`, in the order that its seed decides.
+
+        Raises:
+            DataError: it cannot be read, or is smaller than one batch.
+        """
+        prepared = prepare(setting.data)
+        prepared.require_batch(setting.sequences_per_step)
+        return PackedDocuments(prepared, prepared.train_loader(derive(setting.seed, "data")))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The corpus's, or the one that was given."""
+        return self.prepared.tokenizer
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """What was read and left out, with the hashes of corpus and tokenizer."""
+        return self.prepared.report
+
+    def batch(self, position: int, num_sequences: int) -> TokenBatch:
+        """Sequences by position: a pure function."""
+        return self.loader.batch(position, num_sequences)
+
+    def token_frequencies(self) -> Tensor:
+        """[ids] counts in the training tokens."""
+        return torch.from_numpy(self.prepared.token_frequencies())
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Measures the loss on the documents that were held out."""
+
+    prepared: PreparedData
+
+    def __call__(self, model: Transformer) -> Validation:
+        """Run over all of them."""
+        config = self.prepared.config
+        return validate(
+            model,
+            self.prepared.validation_batches(max(1, _VALIDATION_TOKENS // config.sequence_length)),
+            isolate_documents=config.packing == "isolate",
+            bytes_per_token=self.prepared.validation_bytes_per_token,
+        )
+
+
+def live_terms(setting: Setting) -> list[str]:
+    """What trains besides the next token, in words."""
+    model: ModelConfig = setting.model
+    layers = [b.feed_forward for b in (*model.blocks, *model.mtp) if isinstance(b.feed_forward, MoEConfig)]
+    terms = {f"{name} {getattr(layer.balance, name):g}" for layer in layers for name in BALANCE_TERMS}
+    found = sorted(term for term in terms if not term.endswith(" 0"))
+    if has_selection_bias(model):
+        rule = setting.balancing
+        found.append(f"selection bias by {rule.rule} at {rule.rate:.3g} up to {rule.until:.1%} of the run")
+    if model.mtp:
+        loss = setting.mtp
+        found.append(f"multi-token prediction of depth {len(model.mtp)} at {loss.weight}, then {loss.late_weight}")
+    return found
