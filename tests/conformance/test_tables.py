@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from finemoe.core.config import Config, to_json
+from finemoe.methods import METHODS
 from finemoe.model.attention import ATTENTIONS
 from finemoe.model.attention.kernels import ATTENTION_KERNELS
 from finemoe.model.config import Kernels, ModelConfig, expand
@@ -24,6 +25,8 @@ from finemoe.model.presets import PRESETS, resolve
 from finemoe.model.rope import SCALINGS
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
+from finemoe.training.optimizers import OPTIMIZERS
+from finemoe.training.schedule import SCHEDULES
 from oracles.models import GROUPS, LATENT, VOCAB, YARN, build, moe_table, small_config, v3_config
 
 GROUPED_QUERY = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
@@ -43,6 +46,9 @@ CONFIGS = {
     **{f"router {kind}": (kind, config, {}) for kind, (config, _) in ROUTERS.items()},
     **{f"attention {kind}": (kind, config, ATTENTION_TABLES[kind]) for kind, (config, _) in ATTENTIONS.items()},
     **{f"scaling {kind}": (kind, config, SCALING_TABLES[kind]) for kind, config in SCALINGS.items()},
+    **{f"schedule {kind}": (kind, config, {}) for kind, (config, _) in SCHEDULES.items()},
+    **{f"optimizer {kind}": (kind, config, {"learning_rate": 0.1}) for kind, (config, _) in OPTIMIZERS.items()},
+    **{f"method {kind}": (kind, config, {}) for kind, (config, _) in METHODS.items()},
 }
 MODELS = {
     **{f"router {kind}": small_config(feed_forward=moe_table(kind)) for kind in ROUTERS},

@@ -14,6 +14,7 @@ from finemoe.model.config import Kernels
 from finemoe.runs import run as run_module
 from finemoe.runs.calibration import Chosen
 from finemoe.runs.run import resume, train
+from finemoe.training.optimizers import OPTIMIZERS
 from finemoe.training.report import StepReport
 from finemoe.training.trainer import Trainer
 from runs.tiny_runs import (
@@ -163,6 +164,18 @@ def test_a_run_that_was_stopped_and_resumed_is_the_unbroken_one(
     timed = ("seconds", "tokens_per_second", "peak_memory_bytes", "checkpoint_stall_seconds")
     same = [{key: value for key, value in summary.items() if key not in timed} for summary in summaries]
     assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("optimizer", [kind for kind in OPTIMIZERS if kind != "adamw"])
+def test_any_optimizer_resumes_to_the_bit(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    table = {"optimizer": {"kind": optimizer}}
+    unbroken = trained(corpus, tmp_path / "unbroken", "deepseek-moe", **table)
+    stop_after(monkeypatch, 3)
+    broken = trained(corpus, tmp_path / "broken", "deepseek-moe", **table)
+    resume(broken, quiet=True)
+    assert_same_run(unbroken, broken)
 
 
 def test_stopping_after_every_single_step_still_gives_the_unbroken_run(

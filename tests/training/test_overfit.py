@@ -7,13 +7,19 @@ from pathlib import Path
 import pytest
 
 from finemoe.runs.run import train
+from finemoe.training.optimizers import OPTIMIZERS
 from runs.tiny_runs import FEED_FORWARDS, recipe, steps
 
+SOME = ("dense", "deepseek-moe")
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. "
 
 
-@pytest.mark.parametrize("arm", FEED_FORWARDS)
-def test_a_repeating_text_is_memorised(arm: str, tmp_path: Path) -> None:
+# The arms differ in their layers, not in how they are stepped: two of them for each further optimizer.
+CASES = [(arm, kind) for kind in OPTIMIZERS for arm in FEED_FORWARDS if kind == "adamw" or arm in SOME]
+
+
+@pytest.mark.parametrize(("arm", "optimizer"), CASES)
+def test_a_repeating_text_is_memorised(arm: str, optimizer: str, tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "text.txt").write_text(TEXT * 20)
     (tmp_path / "validation.txt").write_text(TEXT * 3)
@@ -21,7 +27,7 @@ def test_a_repeating_text_is_memorised(arm: str, tmp_path: Path) -> None:
         tmp_path,
         arm,
         training={"steps": 80, "tokens_per_step": 128, "checkpoint_every": 1000},
-        optimizer={"learning_rate": 0.03, "weight_decay": 0.0},
+        optimizer={"kind": optimizer, "learning_rate": 0.03, "weight_decay": 0.0},
     )
     run = train(raw, out=tmp_path / "run", quiet=True)
     assert steps(run.directory)[0]["loss"] > 4
