@@ -50,6 +50,22 @@ def test_table_has_a_column_for_each_run(finished: list[Path], command: Any, mon
     assert names.index("MaxVio, layer 1") < names.index("MaxVio, layer 10") < names.index("Dead experts")
 
 
+def test_a_run_of_another_method_shows_what_it_measured(
+    finished: list[Path], command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = ("final_validation_loss", "bits_per_byte", "max_vio", "max_vio_per_layer", "dead_experts")
+    other = {key: value for key, value in SUMMARY.items() if key not in measured} | {"final_accuracy": 0.875}
+    folder = finished[0].parent / "prefer"
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps(other))
+    monkeypatch.chdir(folder.parent)
+    output = command("show", "v3", "prefer").stdout
+    rows = {line[:24].strip(): line[24:].split() for line in output.splitlines()}
+    assert rows["Validation loss, nats"] == ["3.2500", "–"]
+    assert rows["Accuracy"] == ["–", "0.8750"]
+    assert rows["Dead experts"] == ["3.1", "%", "-"]
+
+
 def test_json_is_the_summaries(finished: list[Path], command: Any) -> None:
     shown = json.loads(command("show", *finished, "--json").stdout)
     assert [run["directory"] for run in shown] == [str(path) for path in finished]

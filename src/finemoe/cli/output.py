@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,7 +92,7 @@ def report_run(run: Any, as_json: bool) -> None:
     summary = run.summary
     total, active = count(summary["total_parameters"]), count(summary["active_parameters"])
     print_rich(
-        f"Validation loss   [bold]{summary['final_validation_loss']:.4f}[/bold] nats per token",
+        *(_measured_line(key, summary[key]) for key in measured_keys(summary)),
         f"Training loss     {summary['final_training_loss']:.4f}",
         f"Parameters        {total}, {active} active",
         f"Trained on        {count(summary['tokens'])} tokens in {summary['steps']:,} steps",
@@ -100,6 +100,26 @@ def report_run(run: Any, as_json: bool) -> None:
     )
     typer.echo(f"Directory         {run.directory}")
     typer.echo(f'\nNext: finemoe generate {directory} --prompt "..."')
+
+
+def _measured_line(key: str, value: float) -> str:
+    unit = " nats per token" if key in IN_NATS else ""
+    return f"{title_of(key):<18}[bold]{value:.4f}[/bold]{unit}"
+
+
+IN_NATS = ("final_validation_loss",)
+"""Figures of a summary that have a unit."""
+
+
+def measured_keys(summary: Mapping[str, Any]) -> list[str]:
+    """The figures of the last measurement in a summary: those of pre-training, or whatever a method measures."""
+    return [key for key in summary if key.startswith("final_") and key != "final_training_loss"]
+
+
+def title_of(key: str) -> str:
+    """`final_validation_loss` as a person would write it."""
+    words = key.removeprefix("final_").replace("_", " ")
+    return words[:1].upper() + words[1:]
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finemoe.cli.output import Json, print_json, print_rich
+from finemoe.cli.output import IN_NATS, Json, measured_keys, print_json, print_rich, title_of
 
 
 def show(
@@ -59,8 +59,8 @@ def _print_table(runs: dict[str, dict[str, Any]]) -> None:
     from finemoe.charts.numbers import count, duration, fixed
 
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("Validation loss, nats", lambda s: fixed(s["final_validation_loss"], 4)),
-        ("Bits per byte", lambda s: fixed(s["bits_per_byte"], 4)),
+        *((title_of(key) + ", nats" * (key in IN_NATS), _measured(key)) for key in _measured_keys(runs)),
+        ("Bits per byte", lambda s: fixed(s.get("bits_per_byte"), 4)),
         ("Training loss", lambda s: fixed(s["final_training_loss"], 4)),
         ("Tokens", lambda s: count(s["tokens"])),
         ("Time", lambda s: duration(s["seconds"])),
@@ -70,11 +70,11 @@ def _print_table(runs: dict[str, dict[str, Any]]) -> None:
         ("Training FLOPs", lambda s: f"{s['training_flops']:.3g}"),
         ("Peak memory", lambda s: f"{s['peak_memory_bytes'] / 2**20:,.0f} MiB"),
         ("Cache per token, bf16", lambda s: _bytes(s.get("cache_elements_per_token"))),
-        ("MaxVio, mean of layers", lambda s: fixed(s["max_vio"], 2)),
-        ("Dead experts", lambda s: _share(s["dead_experts"])),
+        ("MaxVio, mean of layers", lambda s: fixed(s.get("max_vio"), 2)),
+        ("Dead experts", lambda s: _share(s.get("dead_experts"))),
     ]
     layers = sorted({layer for s in runs.values() for layer in s.get("max_vio_per_layer", {})}, key=int)
-    rows[12:12] = [(f"MaxVio, layer {layer}", _max_vio_of(layer)) for layer in layers]
+    rows[-1:-1] = [(f"MaxVio, layer {layer}", _max_vio_of(layer)) for layer in layers]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
     for name in runs:
@@ -82,6 +82,19 @@ def _print_table(runs: dict[str, dict[str, Any]]) -> None:
     for title, cell in rows:
         table.add_row(title, *(_shown(name, summary, cell) for name, summary in runs.items()))
     print_rich(table)
+
+
+def _measured_keys(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """What the last measurements of the runs found, whatever they were trained for."""
+    found = dict.fromkeys(key for summary in runs.values() for key in measured_keys(summary))
+    return list(found) or ["final_validation_loss"]
+
+
+def _measured(key: str) -> Callable[[dict[str, Any]], str]:
+    """A cell of one figure; a run that measures others leaves it empty, one that measured nothing is damaged."""
+    from finemoe.charts.numbers import fixed
+
+    return lambda summary: fixed(summary.get(key) if measured_keys(summary) else summary[key], 4)
 
 
 def _shown(name: str, summary: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> str:
