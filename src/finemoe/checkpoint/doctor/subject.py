@@ -19,13 +19,14 @@ from finemoe.checkpoint.gguf.codec import decode
 from finemoe.checkpoint.gguf.config import Facts
 from finemoe.checkpoint.gguf.keys import stored_tensors
 from finemoe.checkpoint.huggingface import keys as hf_keys
-from finemoe.checkpoint.huggingface.accounting import check_count, model_shapes, split_copies
+from finemoe.checkpoint.huggingface.accounting import check_count, split_copies
 from finemoe.checkpoint.huggingface.config import family_of
 from finemoe.checkpoint.kinds import CONFIG, MANIFEST, SOURCE, STATE, require_there
 from finemoe.checkpoint.run_state import state as run_state
 from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.checkpoint.weights.imported import CARRIED
+from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError, FinemoeError
 from finemoe.model.config import ModelConfig

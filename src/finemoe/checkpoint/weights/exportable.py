@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finemoe.checkpoint.huggingface.accounting import model_shapes
 from finemoe.checkpoint.kinds import CONFIG, is_imported
 from finemoe.checkpoint.run_state import state as run_state
 from finemoe.checkpoint.storage.safetensors import TensorFolder
-from finemoe.checkpoint.storage.transfer import COMPANIONS, named
 from finemoe.checkpoint.storage.untrusted import TOKENIZER_BYTES, folder_file, parse_json, read_bytes, read_json
 from finemoe.checkpoint.weights.imported import read_imported
+from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.core.config import parse
-from finemoe.core.errors import CheckpointError
+from finemoe.core.errors import CheckpointError, named
 from finemoe.model.config import ModelConfig
 from finemoe.text import Tokenizer, exported_tokenizer_config
+from finemoe.text.files import COMPANIONS
 
 _TOKENIZER, _TOKENIZER_CONFIG, _GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 

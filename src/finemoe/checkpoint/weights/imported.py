@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Self, final
 
 from finemoe.checkpoint.kinds import CONFIG, MANIFEST, SOURCE
+from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.safetensors import TensorFolder
-from finemoe.checkpoint.storage.store import TensorSpec, TensorStore, WrittenFile, write_file
+from finemoe.checkpoint.storage.store import TensorStore, WrittenFile, write_file
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError
@@ -57,6 +58,28 @@ class Imported:
             if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("status", "dtype")):
                 raise CheckpointError(f"{self.path / SOURCE}: says too little of tensor {name!r}; import again")
         return record
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did."""
+
+    path: Path
+    family: str
+    config: ModelConfig
+    loaded: int
+    """Source tensors that fill the model, copies included."""
+    dequantized: int
+    """Of these, FP8 ones."""
+    carried: Mapping[str, str]
+    """Source tensors kept verbatim -> why."""
+    nbytes: int
+    """Of the new folder."""
+    resumed: int
+    """Source tensors that an interrupted import had done."""
+    seconds: float
+    notes: tuple[str, ...]
+    """What else a careful reader wants to know."""
 
 
 def read_imported(path: Path, *, checksums: bool = False) -> Imported:
