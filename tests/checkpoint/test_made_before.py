@@ -100,7 +100,8 @@ def test_a_run_of_before_rope_had_a_table_is_refused_in_one_sentence(opener: str
     with pytest.raises(FinemoeError) as refused:
         OPENERS[opener](formats / "run-before-rope")
     before, _, after = str(refused.value).rpartition("/")
-    assert (before.endswith("run-before-rope") or before.endswith("step-00000002")) and after == TOO_OLD
+    assert before.endswith(("run-before-rope", "step-00000002"))
+    assert after == TOO_OLD
     assert sorted(path.name for path in formats.iterdir()) == sorted(path.name for path in FORMATS.iterdir())
 
 

@@ -16,13 +16,13 @@ from finemoe.checkpoint.gguf import opening as gguf
 from finemoe.checkpoint.huggingface.accounting import our_dtype
 from finemoe.checkpoint.huggingface.fp8 import dequantize
 from finemoe.checkpoint.huggingface.importing import Source, open_source
-from finemoe.checkpoint.kinds import STATE, kind_of
+from finemoe.checkpoint.kinds import CONFIG, STATE, kind_of
+from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.run_state import state as run_state
 from finemoe.checkpoint.storage.safetensors import check_finite
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.checkpoint.weights.build import Part, build, cast
 from finemoe.checkpoint.weights.imported import Imported, read_imported
-from finemoe.core.config import parse
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer
 from finemoe.text.chat import ChatTemplate
@@ -89,8 +89,8 @@ def read_model_config(path: str | os.PathLike[str]) -> ModelConfig:
         return gguf.open_gguf(path).config
     if kind == "huggingface":
         return open_source(path).config
-    where = folder_file(path, "config.json")
-    return parse(ModelConfig, read_json(where).get("model") or {}, f"{where}: model")
+    file = folder_file(path, CONFIG)
+    return model_of(read_json(file), file)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

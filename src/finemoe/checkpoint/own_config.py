@@ -40,7 +40,9 @@ def refuse_older(raw: Mapping[str, Any], file: Path) -> None:
     """
     model = raw.get("model")
     blocks = model.get("blocks") if isinstance(model, Mapping) else None
-    attentions = [block.get("attention") for block in blocks or () if isinstance(block, Mapping)]
+    attentions = [
+        block.get("attention") for block in (blocks if isinstance(blocks, list) else ()) if isinstance(block, Mapping)
+    ]
     if any(isinstance(attention, Mapping) and "rope_theta" in attention for attention in attentions):
         raise ConfigError(
             f"{file}: made by finemoe 0.1.0, whose `attention.rope_theta` is `attention.rope.theta` now; "

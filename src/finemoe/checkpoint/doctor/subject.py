@@ -22,13 +22,13 @@ from finemoe.checkpoint.huggingface import keys as hf_keys
 from finemoe.checkpoint.huggingface.accounting import check_count, split_copies
 from finemoe.checkpoint.huggingface.config import family_of
 from finemoe.checkpoint.kinds import CONFIG, MANIFEST, SOURCE, STATE, require_there
+from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.run_state import state as run_state
 from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.checkpoint.weights.imported import CARRIED
 from finemoe.checkpoint.weights.shapes import model_shapes
-from finemoe.core.config import parse
-from finemoe.core.errors import CheckpointError, FinemoeError
+from finemoe.core.errors import FinemoeError
 from finemoe.model.config import ModelConfig
 
 Kind = Literal["run", "checkpoint", "imported", "huggingface", "gguf", "tensors", "unknown"]
@@ -242,12 +242,10 @@ def _open_imported(subject: Subject, found: Findings, deep: bool, quiet: bool) -
 
 def _read_own_config(subject: Subject, file: Path) -> None:
     raw = read_json(folder_file(file.parent, file.name))
-    model, source = raw.get("model"), raw.get("source")
+    source = raw.get("source")
     if isinstance(source, dict) and isinstance(source.get("family"), str):
         subject.family = source["family"]
-    if not isinstance(model, dict):
-        raise CheckpointError(f"{file}: holds no `model`")
-    subject.config = parse(ModelConfig, model, f"{file}: model")
+    subject.config = model_of(raw, file)
 
 
 def _expect_own(subject: Subject, found: Findings) -> None:
