@@ -32,19 +32,20 @@ def model_of(raw: Mapping[str, Any], file: Path) -> ModelConfig:
         raise CheckpointError(f"{file}: `model` is nested too deeply") from error
 
 
-def refuse_older(raw: Mapping[str, Any], file: Path) -> None:
-    """Refuse what a version wrote that spelt its models otherwise.
+def refuse_older(raw: Any, file: Path) -> None:
+    """Refuse what a version wrote that spelt its models otherwise; whatever else is wrong with `raw` is left alone.
 
     Raises:
         ConfigError: it is so; names the version that can open it.
     """
-    model = raw.get("model")
-    blocks = model.get("blocks") if isinstance(model, Mapping) else None
-    attentions = [
-        block.get("attention") for block in (blocks if isinstance(blocks, list) else ()) if isinstance(block, Mapping)
-    ]
-    if any(isinstance(attention, Mapping) and "rope_theta" in attention for attention in attentions):
+    blocks = _at(_at(raw, "model"), "blocks")
+    attentions = [_at(block, "attention") for block in (blocks if isinstance(blocks, list) else [])]
+    if any(_at(attention, "rope_theta") is not None for attention in attentions):
         raise ConfigError(
             f"{file}: made by finemoe 0.1.0, whose `attention.rope_theta` is `attention.rope.theta` now; "
             "finemoe 0.1.0 (revision 37140b9) opens it, and nothing later"
         )
+
+
+def _at(table: Any, key: str) -> Any:
+    return table.get(key) if isinstance(table, Mapping) else None
