@@ -159,8 +159,9 @@ def ask(peer: str, task: dict[str, Any], folder: Path) -> dict[str, Any] | str:
 
 def prepare(source: Path, folder: Path) -> dict[str, Path]:
     """Everything that finemoe makes of the file."""
-    from finemoe.checkpoint.gguf.opening import export_gguf, import_gguf
-    from finemoe.checkpoint.huggingface.importing import export_hf
+    from finemoe.checkpoint.gguf.exporting import export_gguf
+    from finemoe.checkpoint.gguf.opening import import_gguf
+    from finemoe.checkpoint.huggingface.exporting import export_hf
 
     files = {"the file": source, "imported": folder / "imported", "as Hugging Face": folder / "hf"}
     import_gguf(source, files["imported"], quiet=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tokenizers import pre_tokenizers
 
-from finemoe.checkpoint.storage.store import TensorSpec
+from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.weights.imported import ImportedWriter
 from finemoe.core.config import parse
 from finemoe.model.config import ModelConfig, ModelRecipe, expand

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from checkpoint.published import LLAMA, TIED, V3, V3_FP8, publish
-from finemoe.checkpoint.gguf.opening import export_gguf, import_gguf
-from finemoe.checkpoint.huggingface.importing import export_hf, import_hf
+from finemoe.checkpoint.gguf.exporting import export_gguf
+from finemoe.checkpoint.gguf.opening import import_gguf
+from finemoe.checkpoint.huggingface.exporting import export_hf
+from finemoe.checkpoint.huggingface.importing import import_hf
 from finemoe.checkpoint.proof.written import compare_export, compare_import
 from finemoe.checkpoint.run_state.state import RunState, save
 from finemoe.checkpoint.storage.safetensors import TensorFolder

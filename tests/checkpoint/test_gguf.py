@@ -25,9 +25,10 @@ from checkpoint.gguf_files import (
     recipe,
     small_tokenizer,
 )
-from finemoe.checkpoint.gguf import exporting as gguf_export
+from finemoe.checkpoint.gguf import exporting
 from finemoe.checkpoint.gguf.codec import element_types
-from finemoe.checkpoint.gguf.opening import export_gguf, import_gguf, load_gguf, open_gguf
+from finemoe.checkpoint.gguf.exporting import export_gguf
+from finemoe.checkpoint.gguf.opening import import_gguf, load_gguf, open_gguf
 from finemoe.checkpoint.storage import store
 from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.checkpoint.weights.imported import read_imported
@@ -365,7 +366,7 @@ def test_an_export_leaves_nothing_when_it_fails(tmp_path: Path, monkeypatch: pyt
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gguf_export, "_write", interrupt)
+    monkeypatch.setattr(exporting, "_write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_gguf(source, out, dtype="F32", quiet=True)
     assert not list(out.parent.iterdir())

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from checkpoint.gguf_files import DENSE, LATENT, MODELS, QUERIES, SIGMOID, import_folder, moe, random_model, recipe
-from finemoe.checkpoint.gguf.opening import export_gguf, load_gguf
+from finemoe.checkpoint.gguf.exporting import export_gguf
+from finemoe.checkpoint.gguf.opening import load_gguf
 
 pytest.importorskip("gguf")
 

@@ -29,11 +29,11 @@ from checkpoint.published import (
     tensors_of,
     write_weights,
 )
-from finemoe.checkpoint.huggingface import exporting
-from finemoe.checkpoint.huggingface import importing as interchange
+from finemoe.checkpoint.huggingface import exporting, importing
 from finemoe.checkpoint.huggingface.config import FAMILIES
+from finemoe.checkpoint.huggingface.exporting import export_hf
 from finemoe.checkpoint.huggingface.fp8 import dequantize
-from finemoe.checkpoint.huggingface.importing import export_hf, import_hf
+from finemoe.checkpoint.huggingface.importing import import_hf
 from finemoe.checkpoint.kinds import is_imported
 from finemoe.checkpoint.run_state import state as run_state
 from finemoe.checkpoint.storage import store
@@ -399,7 +399,7 @@ def test_killed_imports_and_exports_go_on(tmp_path: Path) -> None:
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, after: int) -> None:
-    load, count = interchange._load, 0
+    load, count = importing._load, 0
 
     def limited(*arguments: Any) -> Any:
         nonlocal count
@@ -409,7 +409,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, after: i
         return load(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(interchange, "_load", limited)
+        patched.setattr(importing, "_load", limited)
         with pytest.raises(KeyboardInterrupt):
             import_hf(source, out, quiet=True)
 

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from finemoe.checkpoint.storage import safetensors as tensors
 from finemoe.checkpoint.storage import store as store_module
+from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.safetensors import DTYPES, TensorFolder, raw_bytes, read_header, span
-from finemoe.checkpoint.storage.store import TensorSpec, TensorStore
+from finemoe.checkpoint.storage.store import TensorStore
 from finemoe.checkpoint.storage.workspace import workspace
 from finemoe.core.errors import CheckpointError, RunError
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from checkpoint.published import LLAMA, V3_FP8, contents_of, publish
-from finemoe.checkpoint.huggingface import importing as interchange
+from finemoe.checkpoint.huggingface import importing
 from finemoe.checkpoint.proof import twin as verify
 from finemoe.checkpoint.proof.twin import TwinResult
 from finemoe.core.errors import CheckpointError
@@ -144,7 +144,7 @@ def test_a_tensor_that_differs_fails_and_is_named(
     llama: Path, command: Any, twin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     twin()
-    convert = interchange.import_hf
+    convert = importing.import_hf
 
     def and_rot(source: Path, out: Path, *, quiet: bool) -> Any:
         report = convert(source, out, quiet=quiet)
@@ -153,7 +153,7 @@ def test_a_tensor_that_differs_fails_and_is_named(
         (source / "model.safetensors").write_bytes(data)
         return report
 
-    monkeypatch.setattr(interchange, "import_hf", and_rot)
+    monkeypatch.setattr(importing, "import_hf", and_rot)
     result = command("import", llama, "ours", "--verify", "-q", "--json")
     check = json.loads(result.stdout)["checks"][0]
     assert (result.exit_code, check["sound"]) == (1, False)

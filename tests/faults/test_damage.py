@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from faults.runs import finish, write_config
+from faults.processes import finish, write_config
 from finemoe.checkpoint.run_state import state as run_state
 from finemoe.checkpoint.run_state.state import load_latest, load_model
 from finemoe.core.errors import CheckpointError, ConfigError, RunError, TrainingError

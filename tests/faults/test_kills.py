@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.runs import finish, send, start, wait_for, write_config
+from faults.processes import finish, send, start, wait_for, write_config
 from finemoe.checkpoint.run_state.state import find_damage
 from finemoe.core.logs import read_json_lines
 from finemoe.studies.worker import FINISHED, INTERRUPTED

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from checkpoint.published import LLAMA, MIXTRAL, V3_FP8, publish, tensors_of, write_weights
-from finemoe.checkpoint.huggingface.importing import export_hf, import_hf
+from finemoe.checkpoint.huggingface.exporting import export_hf
+from finemoe.checkpoint.huggingface.importing import import_hf
 from finemoe.core.errors import CheckpointError, FinemoeError
 
 SHARD = "model-00002-of-00003.safetensors"

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint.published import LLAMA, MIXTRAL, V3_FP8, publish
-from finemoe.checkpoint.huggingface.importing import export_hf, import_hf
+from finemoe.checkpoint.huggingface.exporting import export_hf
+from finemoe.checkpoint.huggingface.importing import import_hf
 from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.checkpoint.weights.imported import read_imported
 from finemoe.core.errors import FinemoeError

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from faults.runs import wait_for, write_config
+from faults.processes import wait_for, write_config
 from finemoe.core.config import merge
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.model.size import measure

@@ -5,6 +5,7 @@ Nothing here needs torch: a path that leads nowhere is said at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -13,39 +14,68 @@ from typing import Literal
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.core.errors import CheckpointError
 
-Kind = Literal["run", "imported", "huggingface", "gguf"]
+Opened = Literal["run", "imported", "huggingface", "gguf"]
+Kind = Literal["run", "checkpoint", "imported", "huggingface", "gguf", "tensors", "unknown"]
+"""`checkpoint`: one of a run, which opens as a run does. `tensors`: a .safetensors file alone."""
 
 CONFIG, SOURCE, MANIFEST = "config.json", "source.json", "manifest.json"
 STATE = "state.json"
 """Of a checkpoint of a run; an import has none."""
+JOURNAL = ".model.journal"
+"""Of a conversion that goes on, or was interrupted."""
 
 
-def kind_of(path: str | os.PathLike[str]) -> Kind:
-    """What lies at `path`; nothing but config.json is read.
+def kind_of(path: str | os.PathLike[str]) -> Opened:
+    """What lies at `path`, as something that can be opened; nothing but config.json is read.
 
     Raises:
         CheckpointError: nothing that finemoe opens.
     """
     path = Path(path)
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        return "gguf"
+    kind = _known(path)
+    if kind is None or kind == "tensors":
+        hint = _unfinished(path)
+        if not hint and not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            hint = f"; if it is a name on the hub, `finemoe import {path} DIR` fetches it"
+        what = "neither a run, nor an imported or Hugging Face folder (no config.json that says so), nor a .gguf file"
+        raise CheckpointError(f"{path}: {what if path.exists() else 'there is nothing here'}{hint}")
+    return "run" if kind == "checkpoint" else kind
+
+
+def likely_kind(path: Path) -> Kind:
+    """The same for what may be damaged or unfinished: where its content does not say, names of files do."""
+    if (path / JOURNAL).exists() and not is_imported(path):  # a kill may leave one in an import that is complete
+        return "unknown"
+    with contextlib.suppress(CheckpointError, OSError):
+        kind = _known(path)
+        if kind is not None:
+            return kind
+    if (path / SOURCE).exists():
+        return "imported"
+    if (path / "checkpoints").is_dir():
+        return "run"
+    return "huggingface" if (path / CONFIG).exists() or any(path.glob("*.safetensors")) else "unknown"
+
+
+def _known(path: Path) -> Literal["run", "checkpoint", "imported", "huggingface", "gguf", "tensors"] | None:
+    """The one decision, for what is whole.
+
+    Raises:
+        CheckpointError: config.json would decide, and cannot be read.
+    """
+    if path.is_file():
+        return "gguf" if path.suffix.lower() == ".gguf" else "tensors" if path.suffix == ".safetensors" else None
     if is_imported(path):
         return "imported"
     if (path / STATE).exists():
-        return "run"
+        return "checkpoint"
     if (path / CONFIG).is_file():
         keys = read_json(folder_file(path, CONFIG))
         if "model_type" in keys:
             return "huggingface"
         if "model" in keys:
             return "imported" if "source" in keys else "run"
-    if (path / "checkpoints").is_dir():
-        return "run"
-    hint = _unfinished(path)
-    if not hint and not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        hint = f"; if it is a name on the hub, `finemoe import {path} DIR` fetches it"
-    what = "neither a run, nor an imported or Hugging Face folder (no config.json that says so), nor a .gguf file"
-    raise CheckpointError(f"{path}: {what if path.exists() else 'there is nothing here'}{hint}")
+    return "run" if (path / "checkpoints").is_dir() else None
 
 
 def is_imported(path: Path) -> bool:

@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 
 from finemoe.checkpoint.gguf import opening as gguf
-from finemoe.checkpoint.huggingface import importing as interchange
 from finemoe.checkpoint.huggingface.accounting import our_dtype
 from finemoe.checkpoint.huggingface.fp8 import dequantize
-from finemoe.checkpoint.kinds import STATE, kind_of
+from finemoe.checkpoint.huggingface.importing import Source, open_source
+from finemoe.checkpoint.kinds import CONFIG, STATE, kind_of
+from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.run_state import state as run_state
+from finemoe.checkpoint.storage.safetensors import check_finite
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.checkpoint.weights.build import Part, build, cast
 from finemoe.checkpoint.weights.imported import Imported, read_imported
-from finemoe.core.config import parse
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer
 from finemoe.text.chat import ChatTemplate
@@ -53,7 +54,7 @@ def load_model(
         imported = read_imported(path)
         stored = {name: info.dtype for name, info in imported.tensors.tensors.items()}
         return build(imported.config, kernels, stored, _imported_parts(imported), dtype)
-    source = interchange.open_source(path)
+    source = open_source(path)
     stored = {}
     for name, placement in source.account.loaded.items():
         found = our_dtype(source.tensors.info(name).dtype)
@@ -66,13 +67,13 @@ def _imported_parts(imported: Imported) -> Iterator[Part]:
         yield name, (), imported.tensors.read(name)
 
 
-def _foreign_parts(source: interchange.Source) -> Iterator[Part]:
+def _foreign_parts(source: Source) -> Iterator[Part]:
     for name, placement in source.account.loaded.items():
         tensor = source.tensors.read(name)
         scale = source.account.scales.get(name)
         if scale is not None:
             tensor = dequantize(tensor, source.tensors.read(scale))
-        interchange.check_finite(tensor, f"{source.path}: {name}")
+        check_finite(tensor, f"{source.path}: {name}")
         yield placement.ours, placement.index, tensor
 
 
@@ -87,9 +88,9 @@ def read_model_config(path: str | os.PathLike[str]) -> ModelConfig:
     if kind == "gguf":
         return gguf.open_gguf(path).config
     if kind == "huggingface":
-        return interchange.open_source(path).config
-    where = folder_file(path, "config.json")
-    return parse(ModelConfig, read_json(where).get("model") or {}, f"{where}: model")
+        return open_source(path).config
+    file = folder_file(path, CONFIG)
+    return model_of(read_json(file), file)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

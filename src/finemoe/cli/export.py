@@ -140,13 +140,13 @@ def _exportable(source: Path, out: Path, quiet: bool) -> Iterator[Path]:
         yield source
         return
 
-    from finemoe.checkpoint.gguf import opening as gguf
-    from finemoe.checkpoint.huggingface import importing as interchange
+    from finemoe.checkpoint.gguf.opening import import_gguf
+    from finemoe.checkpoint.huggingface.importing import import_hf
 
     home = next(parent for parent in out.absolute().parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=home) as folder:
         place = Path(folder) / source.stem
-        convert = gguf.import_gguf if kind == "gguf" else interchange.import_hf
+        convert = import_gguf if kind == "gguf" else import_hf
         convert(source, place, quiet=quiet)
         try:
             yield place
@@ -156,8 +156,8 @@ def _exportable(source: Path, out: Path, quiet: bool) -> Iterator[Path]:
 
 def _write(form: Format, source: Path, out: Path, options: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
     """Write it; what the reports of both formats say, under the same names."""
-    from finemoe.checkpoint.gguf import opening as gguf
-    from finemoe.checkpoint.huggingface import importing as interchange
+    from finemoe.checkpoint.gguf.exporting import export_gguf
+    from finemoe.checkpoint.huggingface.exporting import export_hf
     from finemoe.checkpoint.huggingface.layers import training_only
     from finemoe.checkpoint.open import read_model_config
     from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder
@@ -165,10 +165,10 @@ def _write(form: Format, source: Path, out: Path, options: Mapping[str, Any], qu
     config = read_model_config(source)
     report: Any
     if form == "gguf":
-        report = gguf.export_gguf(source, out, quiet=quiet, **options)
+        report = export_gguf(source, out, quiet=quiet, **options)
         family, dtypes, lost, special = report.architecture, dict(report.kinds), training_only(config), {}
     else:
-        report = interchange.export_hf(source, out, quiet=quiet, **options)
+        report = export_hf(source, out, quiet=quiet, **options)
         family, lost = report.family, ()  # its notes say what of training is left behind
         dtypes = dict(Counter(DTYPE_NAMES[info.dtype] for info in TensorFolder.open(report.path).tensors.values()))
         special = {name: asdict(report)[name] for name in ("verbatim_config", "fp8_kept", "fp8_new", "resumed")}

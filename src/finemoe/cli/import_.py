@@ -24,7 +24,7 @@ from finemoe.cli.conversion import (
 from finemoe.cli.output import Json, Quiet, print_json
 
 if TYPE_CHECKING:
-    from finemoe.checkpoint.huggingface.importing import ImportReport
+    from finemoe.checkpoint.weights.imported import ImportReport
 
 
 def import_(
@@ -60,10 +60,10 @@ def import_(
     path = resolve(source, quiet=quiet)
     _check_foreign(path)
 
-    from finemoe.checkpoint.gguf import opening as gguf
-    from finemoe.checkpoint.huggingface import importing as interchange
+    from finemoe.checkpoint.gguf.opening import import_gguf
+    from finemoe.checkpoint.huggingface.importing import import_hf
 
-    convert = gguf.import_gguf if path.is_file() else interchange.import_hf
+    convert = import_gguf if path.is_file() else import_hf
     report = convert(path, out, quiet=quiet)
     checks = _verify(path, report, quiet) if verify else []
     facts = _facts(report, path)

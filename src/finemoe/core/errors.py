@@ -4,6 +4,10 @@ The command line prints the message and ends with status 2; `--debug` adds the t
 Anything that is not a FinemoeError is a defect of ours.
 """
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class FinemoeError(Exception):
     """A mistake that the user can mend. The message is one or two plain sentences."""
@@ -27,3 +31,16 @@ class CheckpointError(RunError):
 
 class TrainingError(FinemoeError):
     """Training cannot go on: a non-finite loss or gradient. The last good state is kept."""
+
+
+@contextlib.contextmanager
+def named(where: Path | str) -> Iterator[None]:
+    """Put `where` before the messages of what knows no paths.
+
+    Raises:
+        CheckpointError: as raised inside.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error

@@ -97,6 +97,23 @@ def _plain_progress(description: str, total: int | None, unit: str) -> Callable[
     return advance
 
 
+@contextmanager
+def mebibytes(description: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Progress over `total` bytes; yields `advance(bytes)`."""
+    if quiet:
+        yield lambda _: None
+        return
+    done = 0
+    with progress(description, total >> 20, "MiB") as advance:
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            advance((done + nbytes >> 20) - (done >> 20))
+            done += nbytes
+
+        yield count
+
+
 class JsonLines:
     """An append-only JSON Lines file, flushed a record at a time so that a killed process loses at most one line."""
 

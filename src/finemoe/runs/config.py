@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from finemoe.checkpoint.open import read_model_config, text_home
+from finemoe.checkpoint.own_config import refuse_older
 from finemoe.core.config import Config, merge, parse, read_toml, with_overrides
 from finemoe.core.errors import ConfigError
 from finemoe.data import DataConfig
@@ -232,6 +233,8 @@ def read_config(path: Path) -> RunConfig:
         ConfigError: it is not one.
     """
     try:
-        return RunConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        refuse_older(raw, path)
+        return RunConfig.model_validate(raw)
     except (OSError, ValueError, ValidationError) as error:
         raise ConfigError(f"{path}: not the configuration of a run: {error}") from error

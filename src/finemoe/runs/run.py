@@ -19,7 +19,6 @@ import torch
 
 from finemoe.checkpoint.open import load_model, text_home
 from finemoe.checkpoint.run_state.state import RunState, load_latest
-from finemoe.checkpoint.storage.transfer import COMPANIONS
 from finemoe.core import memory
 from finemoe.core.config import parse, to_json
 from finemoe.core.environment import environment
@@ -39,6 +38,7 @@ from finemoe.runs.observers import Evaluate, Log, Show, Warn
 from finemoe.runs.saving import Save, restore
 from finemoe.runs.start import build_method, check_start, resolve_device
 from finemoe.runs.trackers import open_tracker
+from finemoe.text.files import COMPANIONS
 from finemoe.training.alerts import Knobs, Watch, routed_layers
 from finemoe.training.balancing import has_selection_bias
 from finemoe.training.directory import read_object, read_summary, require_run

@@ -1,4 +1,7 @@
-"""Reading small text files that others wrote: bounded in size, and never through a link out of their folder."""
+"""The small text files beside the weights of a model, which others wrote: which ones there are, and how they are read.
+
+Bounded in size, and never through a link out of their folder.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,16 @@ from finemoe.core.errors import DataError
 MEGABYTE = 2**20
 TOKENIZER_LIMIT = 64 * MEGABYTE
 CONFIG_LIMIT = 16 * MEGABYTE
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files of text and tokens that travel with the weights of a model."""
 MOST_BRACKETS = 4_000_000
 """Of lists and objects in a JSON file: three bytes of `[],` become more than sixty in memory."""
 

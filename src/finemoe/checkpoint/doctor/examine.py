@@ -15,11 +15,12 @@ from typing import Any
 from finemoe.checkpoint.doctor.files import check_folder
 from finemoe.checkpoint.doctor.findings import Finding, Findings
 from finemoe.checkpoint.doctor.model import check_rope, count_mtp, exports_of, layers_of, size_of, training_of
-from finemoe.checkpoint.doctor.subject import Kind, open_subject
+from finemoe.checkpoint.doctor.subject import open_subject
 from finemoe.checkpoint.doctor.text import check_text
 from finemoe.checkpoint.doctor.values import check_routers, check_values
 from finemoe.checkpoint.doctor.weights import account_for_keys, check_fp8, count_dtypes
 from finemoe.checkpoint.huggingface.importing import open_source
+from finemoe.checkpoint.kinds import Kind
 
 __all__ = ["Diagnosis", "Finding", "examine"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from finemoe.checkpoint.doctor.findings import Findings, few, number
 from finemoe.checkpoint.kinds import CONFIG, MANIFEST
-from finemoe.checkpoint.storage.transfer import mebibytes
 from finemoe.checkpoint.storage.untrusted import PICKLES, folder_file, read_json
 from finemoe.core.errors import CheckpointError
+from finemoe.core.logs import mebibytes
 
 _MANIFEST_BYTES = 256 << 20
 _CHUNK = 8 << 20

@@ -10,7 +10,6 @@ from finemoe.checkpoint.gguf.metadata import describe
 from finemoe.checkpoint.gguf.tokenizer import metadata_of
 from finemoe.checkpoint.huggingface.config import FAMILIES
 from finemoe.checkpoint.huggingface.layers import training_only
-from finemoe.checkpoint.storage.transfer import COMPANIONS
 from finemoe.checkpoint.storage.untrusted import TOKENIZER_BYTES, folder_file, read_bytes
 from finemoe.core.errors import CheckpointError, DataError, FinemoeError
 from finemoe.model.attention.grouped_query import GroupedQueryConfig
@@ -21,6 +20,7 @@ from finemoe.model.moe.routers.group_limited import GroupLimitedConfig
 from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedConfig
 from finemoe.model.rope import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 from finemoe.model.size import measure
+from finemoe.text.files import COMPANIONS
 
 _SLACK = 1.01
 _CONTEXT = 4096  # where a model does not say; changes FLOPs alone, which are not shown

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -19,19 +19,18 @@ from finemoe.checkpoint.gguf.codec import decode
 from finemoe.checkpoint.gguf.config import Facts
 from finemoe.checkpoint.gguf.keys import stored_tensors
 from finemoe.checkpoint.huggingface import keys as hf_keys
-from finemoe.checkpoint.huggingface.accounting import check_count, model_shapes, split_copies
+from finemoe.checkpoint.huggingface.accounting import check_count, split_copies
 from finemoe.checkpoint.huggingface.config import family_of
-from finemoe.checkpoint.kinds import CONFIG, MANIFEST, SOURCE, STATE, require_there
+from finemoe.checkpoint.kinds import CONFIG, JOURNAL, MANIFEST, SOURCE, Kind, likely_kind, require_there
+from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.run_state import state as run_state
 from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.checkpoint.weights.imported import CARRIED
-from finemoe.core.config import parse
-from finemoe.core.errors import CheckpointError, FinemoeError
+from finemoe.checkpoint.weights.shapes import model_shapes
+from finemoe.core.errors import FinemoeError
 from finemoe.model.config import ModelConfig
 
-Kind = Literal["run", "checkpoint", "imported", "huggingface", "gguf", "tensors", "unknown"]
-_JOURNAL = ".model.journal"  # of a conversion that was interrupted
 _OWN_JSON_BYTES = 256 << 20
 _ROWS_BYTES = 64 << 20
 
@@ -102,26 +101,11 @@ def open_subject(path: Path, found: Findings, *, deep: bool, quiet: bool) -> Sub
         CheckpointError: there is nothing at `path`.
     """
     require_there(path)
-    subject = Subject(path, _kind(path), path)
+    subject = Subject(path, likely_kind(path), path)
     opener = _OPENERS[subject.kind]
     with found.guard("files"):
         opener(subject, found, deep, quiet)
     return subject
-
-
-def _kind(path: Path) -> Kind:
-    """By the names of files alone: their content may be damaged."""
-    if path.is_file():
-        return "gguf" if path.suffix.lower() == ".gguf" else "tensors" if path.suffix == ".safetensors" else "unknown"
-    if (path / _JOURNAL).exists():
-        return "unknown"
-    if (path / SOURCE).exists():
-        return "imported"
-    if (path / "checkpoints").is_dir():
-        return "run"
-    if (path / STATE).exists():
-        return "checkpoint"
-    return "huggingface" if (path / CONFIG).exists() or any(path.glob("*.safetensors")) else "unknown"
 
 
 def _open_unknown(subject: Subject, found: Findings, deep: bool, quiet: bool) -> None:
@@ -129,7 +113,7 @@ def _open_unknown(subject: Subject, found: Findings, deep: bool, quiet: bool) ->
     if path.is_file():
         found.problem("files", f"{path}: not opened: only .gguf and .safetensors files are")
         return
-    if path.name.endswith(".partial") or (path / _JOURNAL).exists():
+    if path.name.endswith(".partial") or (path / JOURNAL).exists():
         out = path.with_suffix("")
         found.problem("files", f"an interrupted import or export; give its command again to finish {out}")
         return
@@ -241,12 +225,10 @@ def _open_imported(subject: Subject, found: Findings, deep: bool, quiet: bool) -
 
 def _read_own_config(subject: Subject, file: Path) -> None:
     raw = read_json(folder_file(file.parent, file.name))
-    model, source = raw.get("model"), raw.get("source")
+    source = raw.get("source")
     if isinstance(source, dict) and isinstance(source.get("family"), str):
         subject.family = source["family"]
-    if not isinstance(model, dict):
-        raise CheckpointError(f"{file}: holds no `model`")
-    subject.config = parse(ModelConfig, model, f"{file}: model")
+    subject.config = model_of(raw, file)
 
 
 def _expect_own(subject: Subject, found: Findings) -> None:

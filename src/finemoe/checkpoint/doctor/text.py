@@ -10,9 +10,9 @@ from finemoe.checkpoint.doctor.findings import Findings
 from finemoe.checkpoint.doctor.subject import Subject
 from finemoe.checkpoint.kinds import CONFIG
 from finemoe.checkpoint.open import load_chat_template, load_tokenizer
-from finemoe.checkpoint.storage.transfer import COMPANIONS
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.text import Tokenizer, class_problem, fidelity
+from finemoe.text.files import COMPANIONS
 
 _TOKENIZER, _TOKENIZER_CONFIG, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _MESSAGES = ({"role": "user", "content": "Hello"},)

@@ -12,7 +12,7 @@ from torch import Tensor
 from finemoe.checkpoint.doctor.findings import Findings, few, number
 from finemoe.checkpoint.doctor.subject import Held, Subject
 from finemoe.checkpoint.huggingface.accounting import SCALE_SUFFIX
-from finemoe.checkpoint.storage.transfer import mebibytes
+from finemoe.core.logs import mebibytes
 
 _SMALL = 1 << 20
 _SMALL_IN_ALL = 512 << 20

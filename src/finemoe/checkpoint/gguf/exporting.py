@@ -20,12 +20,12 @@ from finemoe.checkpoint.gguf.keys import EMBEDDING, OUTPUT, ROPE_FACTORS, Part, 
 from finemoe.checkpoint.gguf.metadata import Description, describe
 from finemoe.checkpoint.gguf.tokenizer import metadata_of
 from finemoe.checkpoint.storage.store import writing
-from finemoe.checkpoint.storage.transfer import mebibytes, named
 from finemoe.checkpoint.weights.exportable import Exportable, open_exportable
 from finemoe.core.config import did_you_mean
-from finemoe.core.errors import CheckpointError, DataError, RunError
+from finemoe.core.errors import CheckpointError, DataError, RunError, named
 from finemoe.core.files import sync
 from finemoe.core.locks import exclusive_lock
+from finemoe.core.logs import mebibytes
 from finemoe.text.settings import TOKENIZER_CONFIG
 
 _BLOCK = 32  # of Q8_0 and Q4_0

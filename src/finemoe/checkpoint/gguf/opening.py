@@ -1,13 +1,12 @@
 """GGUF files: opened by their headers, loaded, and imported tensor by tensor.
 
 One rule for element types: F32, F16 and BF16 stay what they are, and everything quantised becomes F32, so that logits
-are those of the file. Writing is beside this in `gguf_export`.
+are those of the file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -19,26 +18,22 @@ import torch
 from torch import Tensor
 
 from finemoe.checkpoint.gguf.codec import PLAIN, decode
-from finemoe.checkpoint.gguf.config import ARCHITECTURES, Facts, model_config
-from finemoe.checkpoint.gguf.exporting import GGUFReport, export_gguf
+from finemoe.checkpoint.gguf.config import Facts, model_config
 from finemoe.checkpoint.gguf.file import GGUFFile, StoredTensor, read_header
 from finemoe.checkpoint.gguf.keys import EMBEDDING, ROPE_FACTORS, Stored, stored_tensors
 from finemoe.checkpoint.gguf.tokenizer import LISTS, companions_of, has_tokenizer, template_of, tokenizer_of
-from finemoe.checkpoint.huggingface.accounting import model_shapes
-from finemoe.checkpoint.huggingface.importing import ImportReport
-from finemoe.checkpoint.storage.store import TensorSpec
-from finemoe.checkpoint.storage.transfer import check_finite, mebibytes
-from finemoe.checkpoint.storage.workspace import check_free, workspace
+from finemoe.checkpoint.storage.layout import TensorSpec
+from finemoe.checkpoint.storage.safetensors import check_finite
+from finemoe.checkpoint.storage.workspace import check_free, fingerprint, workspace
 from finemoe.checkpoint.weights.build import Part, build
-from finemoe.checkpoint.weights.imported import ImportedWriter
+from finemoe.checkpoint.weights.imported import ImportedWriter, ImportReport
+from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.core.errors import CheckpointError
-from finemoe.core.logs import logger
+from finemoe.core.logs import logger, mebibytes
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer
 from finemoe.text.chat import ChatTemplate
 from finemoe.text.tokenizer import Tokenizer
-
-__all__ = ["ARCHITECTURES", "GGUFReport", "GGUFSource", "export_gguf", "import_gguf", "load_gguf", "open_gguf"]
 
 _BIAS = ".router.selection_bias"
 _SHOWN = 5
@@ -232,7 +227,9 @@ def import_gguf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, 
     specs = [TensorSpec(name, dtypes[name], shape) for name, shape in opened.shapes.items()]
     companions = companions_of(opened.metadata, str(opened.path))
     nbytes = sum(spec.nbytes for spec in specs) + sum(len(data) for data in companions.values())
-    with workspace(place, _fingerprint(opened), nbytes) as folder, ImportedWriter(folder, specs, []) as writer:
+    headers = [(t.name, t.kind.name, t.shape, t.offset) for t in opened.tensors.values()]
+    mark = fingerprint("import", opened.files, headers)
+    with workspace(place, mark, nbytes) as folder, ImportedWriter(folder, specs, []) as writer:
         sums, resumed = _convert(opened, writer, quiet)
         about = {"family": opened.architecture, "format": "gguf"}
         files = writer.finish(opened.config, about, _record(opened, sums), companions, quiet=quiet)
@@ -249,12 +246,6 @@ def import_gguf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, 
         seconds=time.monotonic() - started,
         notes=opened.notes,
     )
-
-
-def _fingerprint(opened: GGUFSource) -> str:
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in opened.files]
-    headers = [(t.name, t.kind.name, t.shape, t.offset) for t in opened.tensors.values()]
-    return "import " + hashlib.sha256(json.dumps([stats, headers]).encode()).hexdigest()
 
 
 def _convert(opened: GGUFSource, writer: ImportedWriter, quiet: bool) -> tuple[dict[str, str], int]:

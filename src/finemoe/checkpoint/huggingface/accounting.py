@@ -1,4 +1,4 @@
-"""Every key accounted for: what becomes of each tensor of a foreign checkpoint, decided from its headers alone."""
+"""Every key accounted for: what becomes of each tensor of a Hugging Face folder, decided from its headers alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 from finemoe.checkpoint.huggingface import keys as hf_keys
 from finemoe.checkpoint.huggingface.fp8 import scale_shape
+from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder, span
-from finemoe.checkpoint.storage.store import TensorSpec
 from finemoe.checkpoint.weights.placement import Placement
+from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import ModelConfig
 from finemoe.model.moe.layer import MoEConfig
-from finemoe.model.transformer import Transformer
 
 SCALE_SUFFIX = "_scale_inv"
 """`x.weight_scale_inv` holds the factors of the FP8 `x.weight`."""
@@ -173,20 +173,6 @@ def our_specs(config: ModelConfig, tensors: TensorFolder, account: Account) -> t
             notes.append(f"{ours}: its parts have several element types; kept as {DTYPE_NAMES[dtype]}, which holds all")
         specs.append(TensorSpec(ours, dtype, shapes[ours]))
     return specs, notes
-
-
-def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the model's state_dict, without its memory.
-
-    Raises:
-        CheckpointError: sizes beyond what a tensor can have.
-    """
-    try:
-        with torch.device("meta"):
-            model = Transformer(config)
-    except (RuntimeError, OverflowError, TypeError, MemoryError) as error:  # torch has no error of its own for it
-        raise CheckpointError(f"no model can have the sizes of the configuration: {error}") from error
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _check_filled(ours: str, shape: tuple[int, ...], placements: Sequence[Placement]) -> None:

@@ -19,14 +19,15 @@ from finemoe.checkpoint.huggingface.accounting import FP8, SCALE_SUFFIX, split_c
 from finemoe.checkpoint.huggingface.config import FAMILIES, representable_as
 from finemoe.checkpoint.huggingface.fp8 import BLOCK, quantize, scale_shape
 from finemoe.checkpoint.kinds import SOURCE
-from finemoe.checkpoint.storage.safetensors import DTYPES
-from finemoe.checkpoint.storage.store import TensorSpec, TensorStore, write_file
-from finemoe.checkpoint.storage.transfer import check_finite, fingerprint, mebibytes, named
-from finemoe.checkpoint.storage.workspace import check_free, workspace
+from finemoe.checkpoint.storage.layout import TensorSpec
+from finemoe.checkpoint.storage.safetensors import DTYPES, check_finite
+from finemoe.checkpoint.storage.store import TensorStore, write_file
+from finemoe.checkpoint.storage.workspace import check_free, fingerprint, workspace
 from finemoe.checkpoint.weights.exportable import Exportable, open_exportable
 from finemoe.checkpoint.weights.placement import Placement
 from finemoe.core.config import did_you_mean
-from finemoe.core.errors import CheckpointError
+from finemoe.core.errors import CheckpointError, named
+from finemoe.core.logs import mebibytes
 
 _TORCH_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXPORT_DTYPES = tuple(_TORCH_NAMES)
@@ -107,7 +108,7 @@ def export_hf(
         raise CheckpointError(f"{out}: lies in the source, which is never written to; choose another folder")
     plan = _plan(opened, family, None if dtype is None else _TORCH_NAMES[dtype], fp8)
     nbytes = sum(spec.nbytes for spec in plan.specs) + sum(len(data) for data in opened.companions.values())
-    mark = fingerprint("export", opened.tensors, [plan.family, dtype, fp8, plan.raw])
+    mark = fingerprint("export", opened.tensors.files, opened.tensors.headers(), [plan.family, dtype, fp8, plan.raw])
     with workspace(place, mark, nbytes) as folder:
         with TensorStore(folder, plan.specs) as store:
             kept, new, resumed = _convert(opened, plan, store, quiet)

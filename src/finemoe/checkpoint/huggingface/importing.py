@@ -1,7 +1,4 @@
-"""From a Hugging Face folder to an imported one: tensor by tensor, checked, resumable, the source untouched.
-
-`export_hf`, the way back, is beside this in `exporting`.
-"""
+"""From a Hugging Face folder to an imported one: tensor by tensor, checked, resumable, the source untouched."""
 
 from __future__ import annotations
 
@@ -19,21 +16,19 @@ from torch import Tensor
 from finemoe.checkpoint.huggingface import keys as hf_keys
 from finemoe.checkpoint.huggingface.accounting import Account, our_specs, take_account
 from finemoe.checkpoint.huggingface.config import family_of
-from finemoe.checkpoint.huggingface.exporting import ExportReport, export_hf
 from finemoe.checkpoint.huggingface.fp8 import BLOCK, dequantize
 from finemoe.checkpoint.kinds import CONFIG
-from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder, raw_bytes
-from finemoe.checkpoint.storage.store import TensorSpec, TensorStore
-from finemoe.checkpoint.storage.transfer import COMPANIONS, check_finite, fingerprint, mebibytes, named
+from finemoe.checkpoint.storage.layout import TensorSpec
+from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder, check_finite, raw_bytes
+from finemoe.checkpoint.storage.store import TensorStore
 from finemoe.checkpoint.storage.untrusted import TOKENIZER_BYTES, folder_file, parse_json, read_bytes, read_json
-from finemoe.checkpoint.storage.workspace import check_free, workspace
-from finemoe.checkpoint.weights.imported import ImportedWriter
+from finemoe.checkpoint.storage.workspace import check_free, fingerprint, workspace
+from finemoe.checkpoint.weights.imported import ImportedWriter, ImportReport
 from finemoe.checkpoint.weights.placement import Placement
-from finemoe.core.errors import CheckpointError
-from finemoe.core.logs import logger
+from finemoe.core.errors import CheckpointError, named
+from finemoe.core.logs import logger, mebibytes
 from finemoe.model.config import ModelConfig
-
-__all__ = ["ExportReport", "ImportReport", "Source", "check_finite", "export_hf", "import_hf", "open_source"]
+from finemoe.text.files import COMPANIONS
 
 
 @dataclass(frozen=True)
@@ -49,28 +44,6 @@ class Source:
     account: Account
     notes: tuple[str, ...]
     """What a careful reader wants to know."""
-
-
-@dataclass(frozen=True)
-class ImportReport:
-    """What an import did."""
-
-    path: Path
-    family: str
-    config: ModelConfig
-    loaded: int
-    """Source tensors that fill the model, copies included."""
-    dequantized: int
-    """Of these, FP8 ones."""
-    carried: Mapping[str, str]
-    """Source tensors kept verbatim -> why."""
-    nbytes: int
-    """Of the new folder."""
-    resumed: int
-    """Source tensors that an interrupted import had done."""
-    seconds: float
-    notes: tuple[str, ...]
-    """What else a careful reader wants to know."""
 
 
 def open_source(path: Path) -> Source:
@@ -137,7 +110,7 @@ def import_hf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, qu
     carried = [_spec(opened.tensors, name) for name in opened.tensors.tensors if name in opened.account.carried]
     companions, ignored = _companions(opened)
     nbytes = sum(spec.nbytes for spec in (*specs, *carried)) + sum(len(data) for data in companions.values())
-    mark = fingerprint("import", opened.tensors, opened.raw)
+    mark = fingerprint("import", opened.tensors.files, opened.tensors.headers(), opened.raw)
     with workspace(place, mark, nbytes) as folder, ImportedWriter(folder, specs, carried) as writer:
         sums, resumed = _convert(opened, writer, quiet)
         record = {"config": opened.raw, "tensors": _record(opened, sums)}

@@ -24,10 +24,10 @@ from finemoe.checkpoint.huggingface.accounting import SCALE_SUFFIX, our_dtype
 from finemoe.checkpoint.huggingface.fp8 import BLOCK, dequantize, quantize
 from finemoe.checkpoint.huggingface.importing import Source, open_source
 from finemoe.checkpoint.storage.safetensors import Index, TensorFolder, raw_bytes
-from finemoe.checkpoint.storage.transfer import mebibytes
 from finemoe.checkpoint.weights.exportable import Exportable, open_exportable
 from finemoe.checkpoint.weights.imported import Imported, read_imported
 from finemoe.core.errors import CheckpointError
+from finemoe.core.logs import mebibytes
 from finemoe.model.config import ModelConfig
 from finemoe.model.rope import NTKScaling
 

@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finemoe.checkpoint.kinds import CONFIG, MANIFEST, STATE
+from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.storage.streaming import AbandonedError, Recorded, write_bytes, write_tensors
-from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.files import sha256, storage_error, sync
 from finemoe.core.logs import logger
-from finemoe.model.config import Kernels, ModelConfig
+from finemoe.model.config import Kernels
 from finemoe.model.transformer import Transformer
 
 MODEL, OPTIMIZER, METHOD = "model.safetensors", "optimizer.safetensors", "method.safetensors"
@@ -197,7 +197,7 @@ def load_model(path: str | os.PathLike[str], kernels: Kernels | None = None) -> 
     """
     folder = newest_checkpoint(Path(path))
     raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    model = Transformer(parse(ModelConfig, raw["model"], str(folder / CONFIG)), kernels)
+    model = Transformer(model_of(raw, folder / CONFIG), kernels)
     load_weights(model, load_file(folder / MODEL), str(folder))
     return model.eval()
 

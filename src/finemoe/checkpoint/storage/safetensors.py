@@ -204,6 +204,10 @@ class TensorFolder:
         """Of all tensors together."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    def headers(self) -> list[tuple[str, str, tuple[int, ...], int]]:
+        """Name, element type, shape and place of every tensor: JSON-able, and other for any other folder."""
+        return [(info.name, str(info.dtype), info.shape, info.offset) for info in self.tensors.values()]
+
     def read(self, name: str, index: Index = ()) -> Tensor:
         """A tensor, or the contiguous part `tensor[index]` of it: a copy in memory of its own.
 
@@ -282,6 +286,17 @@ def _fill(raw: Tensor, info: TensorInfo, skip: int) -> None:
     except OSError as error:
         # Not a refusal of the checkpoint: a disk or network that fails now may work later, and what is done is kept.
         raise RunError(f"{info.path}: cannot be read now: {error.strerror or error}; try again") from error
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        CheckpointError: there is one; names `where`.
+    """
+    if tensor.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):  # it passes NaN on
+        count = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(f"{where}: {count} elements are NaN or infinite")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -28,8 +28,6 @@ from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.files import sync
 from finemoe.core.logs import JsonLines, progress
 
-__all__ = ["SHARD_BYTES", "Part", "TensorSpec", "TensorStore", "WrittenFile", "write_file", "writing"]
-
 SHARD_BYTES = 5_000_000_000
 """Largest shard, unless one tensor alone is larger."""
 

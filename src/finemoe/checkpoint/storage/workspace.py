@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from finemoe.checkpoint.storage.store import writing
 from finemoe.core.errors import CheckpointError, RunError
@@ -40,7 +43,7 @@ def workspace(out: Path, source: str, nbytes: int) -> Iterator[Path]:
 
     Args:
         out: absent, or an empty folder.
-        source: fingerprint of what is converted and how.
+        source: what is converted and how: a `fingerprint`.
         nbytes: what will be written.
 
     Raises:
@@ -75,6 +78,12 @@ def workspace(out: Path, source: str, nbytes: int) -> Iterator[Path]:
         except BaseException:
             _say_kept(partial)
             raise
+
+
+def fingerprint(verb: str, files: Iterable[Path], *facts: Any) -> str:
+    """Tells whether an interrupted conversion was one of the same `files`, with the same JSON-able `facts`."""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return f"{verb} {hashlib.sha256(json.dumps([stats, *facts]).encode()).hexdigest()}"
 
 
 def _say_kept(partial: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from finemoe.checkpoint.huggingface.accounting import model_shapes
+from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finemoe.checkpoint.huggingface.accounting import model_shapes
 from finemoe.checkpoint.kinds import CONFIG, is_imported
+from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.run_state import state as run_state
 from finemoe.checkpoint.storage.safetensors import TensorFolder
-from finemoe.checkpoint.storage.transfer import COMPANIONS, named
 from finemoe.checkpoint.storage.untrusted import TOKENIZER_BYTES, folder_file, parse_json, read_bytes, read_json
 from finemoe.checkpoint.weights.imported import read_imported
-from finemoe.core.config import parse
-from finemoe.core.errors import CheckpointError
+from finemoe.checkpoint.weights.shapes import model_shapes
+from finemoe.core.errors import CheckpointError, named
 from finemoe.model.config import ModelConfig
 from finemoe.text import Tokenizer, exported_tokenizer_config
+from finemoe.text.files import COMPANIONS
 
 _TOKENIZER, _TOKENIZER_CONFIG, _GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 
@@ -112,9 +112,7 @@ def _mend_tokenizer_config(companions: dict[str, bytes], path: Path) -> tuple[st
 def _open_run(path: Path) -> Exportable:
     folder = run_state.newest_checkpoint(path)
     raw = read_json(folder_file(folder, CONFIG))
-    if not isinstance(raw.get("model"), dict):
-        raise CheckpointError(f"{folder / CONFIG}: holds no `model`, so this is no checkpoint of a run")
-    config = parse(ModelConfig, raw["model"], str(folder / CONFIG))
+    config = model_of(raw, folder / CONFIG)
     tensors = TensorFolder.of_files([folder_file(folder, run_state.MODEL)])
     data = raw.get("data")
     length = data.get("sequence_length") if isinstance(data, dict) else None

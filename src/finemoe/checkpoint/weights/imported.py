@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Self, final
 
 from finemoe.checkpoint.kinds import CONFIG, MANIFEST, SOURCE
+from finemoe.checkpoint.own_config import model_of
+from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.safetensors import TensorFolder
-from finemoe.checkpoint.storage.store import TensorSpec, TensorStore, WrittenFile, write_file
+from finemoe.checkpoint.storage.store import TensorStore, WrittenFile, write_file
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
-from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError
 from finemoe.core.files import sha256
 from finemoe.model.config import ModelConfig
@@ -59,6 +60,28 @@ class Imported:
         return record
 
 
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did."""
+
+    path: Path
+    family: str
+    config: ModelConfig
+    loaded: int
+    """Source tensors that fill the model, copies included."""
+    dequantized: int
+    """Of these, FP8 ones."""
+    carried: Mapping[str, str]
+    """Source tensors kept verbatim -> why."""
+    nbytes: int
+    """Of the new folder."""
+    resumed: int
+    """Source tensors that an interrupted import had done."""
+    seconds: float
+    notes: tuple[str, ...]
+    """What else a careful reader wants to know."""
+
+
 def read_imported(path: Path, *, checksums: bool = False) -> Imported:
     """Open an imported folder.
 
@@ -81,14 +104,7 @@ def read_imported(path: Path, *, checksums: bool = False) -> Imported:
         raise CheckpointError(f"{path / CONFIG}: `source` must name `family` and `format`; import again")
     carried = f"{CARRIED}.safetensors"
     extra = TensorFolder.of_files([folder_file(path, carried)] if carried in names else [])
-    return Imported(path, _model_config(model, path / CONFIG), family, kind, TensorFolder.open(path), extra)
-
-
-def _model_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
-    try:
-        return parse(ModelConfig, raw, str(path))
-    except RecursionError as error:
-        raise CheckpointError(f"{path}: `model` is nested too deeply") from error
+    return Imported(path, model_of(raw, path / CONFIG), family, kind, TensorFolder.open(path), extra)
 
 
 def _check_manifest(path: Path, checksums: bool) -> set[str]:
