@@ -77,6 +77,6 @@ def test_grouped_experts_hand_their_limit_to_the_kernel(kernel: str) -> None:
         torch.nn.init.normal_(parameter)
     free.load_state_dict(limited.state_dict())
     rows, counts = grown(5, 3), torch.tensor([2, 3])
-    assert not torch.allclose(limited.on_rows(rows, counts), free.on_rows(rows, counts))
+    assert not torch.allclose(limited(rows, counts), free(rows, counts))
     expected = EXPERT_KERNELS[kernel](rows, counts, limited.gate_up_proj, limited.down_proj, 0.3)
-    assert torch.equal(limited.on_rows(rows, counts), expected)
+    assert torch.equal(limited(rows, counts), expected)

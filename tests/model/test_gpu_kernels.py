@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finemoe.model.moe.dispatch import arrange
+from finemoe.model.moe.dispatch import LocalDispatch
 from finemoe.model.moe.experts import EXPERT_KERNELS, GroupedExperts
+from finemoe.model.moe.layer import routed_output
+from oracles.models import decision_of
 
 
 @pytest.mark.gpu
@@ -26,7 +28,8 @@ def test_values_and_gradients_are_those_of_the_loop_on_the_cpu(
         experts.to(device)
         inputs = [tensor.to(device, kind).requires_grad_() for tensor in (states, gates)]
         with torch.autocast(device, torch.bfloat16, enabled=kind == torch.bfloat16):
-            output = experts(inputs[0], arrange(expert_ids.to(device), 16, None), inputs[1])
+            decision = decision_of(expert_ids.to(device), 16)
+            output = routed_output(LocalDispatch(), experts, inputs[0], decision, None, inputs[1])
         leaves = (*inputs, *experts.parameters())
         results.append([output, *torch.autograd.grad(output.float().square().sum(), leaves)])
     for ours, expected in zip(results[1], results[0], strict=True):

@@ -13,15 +13,16 @@ from torch.nn import functional as F
 from finemoe.model import native
 from finemoe.model.config import Kernels
 from finemoe.model.feed_forward import SwiGLU, swiglu
-from finemoe.model.moe.dispatch import Ticket, arrange, combine, spread
+from finemoe.model.moe.dispatch import LocalDispatch
 from finemoe.model.moe.experts import GroupedExperts, automatic, grouped_mm, loop, sorted_slices
 from finemoe.model.moe.experts import native as native_kernel
+from finemoe.model.moe.layer import routed_output
 from finemoe.model.native.experts import sort_by_expert, top_k
 from finemoe.model.native.experts import swiglu as native_swiglu
 from finemoe.model.native.linear import linear
 from finemoe.model.projection import Projection
 from finemoe.model.transformer import Transformer
-from oracles.models import small_config
+from oracles.models import decision_of, small_config
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler: plain torch runs")
 
@@ -106,14 +107,14 @@ def test_whole_layer(ids: list[list[int]], hidden: int, width: int, dropping: bo
     keep = torch.rand(tokens, k) < 0.6 if dropping else None
     if keep is not None:
         keep[0, 0] = True
-    ticket = arrange(expert_ids, 8, keep)
 
     def on(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(states: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
             experts = GroupedExperts(8, hidden, width, kernel, limit)
             del experts.gate_up_proj, experts.down_proj  # tensors with a graph take the parameters' place
             experts.gate_up_proj, experts.down_proj = gate_up, down  # type: ignore[assignment]
-            return experts(states, ticket, gates if keep is None else gates * keep)
+            masked = gates if keep is None else gates * keep
+            return routed_output(LocalDispatch(), experts, states, decision_of(expert_ids, 8), keep, masked)
 
         return run
 
@@ -131,7 +132,7 @@ def test_kernel_on_rows(counts: list[int]) -> None:
 
 def test_result_does_not_depend_on_the_number_of_threads() -> None:
     expert_ids = torch.randint(0, 4, (700, 1))
-    ticket = arrange(expert_ids, 4, None)
+    decision = decision_of(expert_ids, 4)
     experts = GroupedExperts(4, 48, 32, native_kernel)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
@@ -139,7 +140,7 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        output = experts(states, ticket, gates)
+        output = routed_output(LocalDispatch(), experts, states, decision, None, gates)
         found.append((output, *torch.autograd.grad(output.sum(), (states, gates, *experts.parameters()))))
     torch.set_num_threads(1)
     for others in found[1:]:
@@ -162,13 +163,15 @@ def test_an_expert_that_does_not_exist_is_an_error(wrong: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_take_the_torch_path(dtype: torch.dtype) -> None:
-    ticket: Ticket = arrange(torch.tensor([[0, 1], [1, 2], [1, 0]]), 3, None)
+    decision = decision_of(torch.tensor([[0, 1], [1, 2], [1, 0]]), 3)
     states, gates = torch.randn(3, 8, dtype=dtype), torch.rand(3, 2, dtype=dtype)
     experts = {kernel: GroupedExperts(3, 8, 4, kernel).to(dtype) for kernel in (native_kernel, sorted_slices)}
     for parameter in experts[native_kernel].parameters():
         torch.nn.init.normal_(parameter)
     experts[sorted_slices].load_state_dict(experts[native_kernel].state_dict())
-    found, expected = (layer(states, ticket, gates) for layer in experts.values())
+    found, expected = (
+        routed_output(LocalDispatch(), layer, states, decision, None, gates) for layer in experts.values()
+    )
     assert found.dtype == dtype
     assert torch.equal(found, expected)
 
@@ -197,10 +200,23 @@ def test_modules_under_autocast_give_its_dtype() -> None:
             assert module(torch.randn(2, 4)).dtype == torch.bfloat16
 
 
-def test_spread_and_combine_are_what_the_whole_form_replaces() -> None:
-    ticket = arrange(torch.tensor([[0, 1], [1, 0], [2, 1]]), 3, None)
-    states, gates = torch.randn(3, 4), torch.rand(3, 2)
-    torch.testing.assert_close(combine(spread(states, ticket), ticket, gates), gates.sum(1, keepdim=True) * states)
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_the_whole_form_without_any_row_keeps_the_graph(tokens: int) -> None:
+    experts = GroupedExperts(4, 5, 3, native_kernel)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    states, gates, keep = drawn(tokens, 5), drawn(tokens, 2), torch.zeros(tokens, 2, dtype=torch.bool)
+    torch.full((1 << 16,), math.nan)  # what is freed here may be what an unfilled gradient shows
+    assert experts.fuses(states, gates)
+    decision = decision_of(torch.zeros(tokens, 2, dtype=torch.int64), 4)
+    output = routed_output(LocalDispatch(), experts, states, decision, keep, gates * keep)
+    leaves = (states, gates, *experts.parameters())
+    found = torch.autograd.grad(output.sum(), leaves)
+    assert output.shape == (tokens, 5)
+    assert not output.any()
+    assert all(
+        gradient.shape == leaf.shape and not gradient.any() for gradient, leaf in zip(found, leaves, strict=True)
+    )
 
 
 @pytest.mark.parametrize(("rows", "columns", "k"), [(1, 1, 1), (5, 3, 3), (200, 64, 7), (70, 256, 8), (0, 4, 2)])

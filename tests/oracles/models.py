@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finemoe.model.config import Kernels, ModelConfig, ModelRecipe, expand
 from finemoe.model.initialize import initialize
+from finemoe.model.moe.decision import RoutingDecision
 from finemoe.model.moe.layer import MoELayer
 from finemoe.model.transformer import Transformer
 
@@ -63,6 +65,12 @@ def build(config: ModelConfig, seed: int = 0, **kernels: Any) -> Transformer:
     model = Transformer(config, Kernels(**kernels))
     initialize(model, seed, token_frequencies=lambda: torch.ones(config.vocab_size, dtype=torch.int64))
     return model
+
+
+def decision_of(expert_ids: Tensor, num_experts: int, gates: Tensor | None = None) -> RoutingDecision:
+    """A router's decision for these experts `[tokens, k]`, with weights of 1 unless others are given."""
+    scores = torch.zeros(len(expert_ids), num_experts, device=expert_ids.device)
+    return RoutingDecision(expert_ids, torch.ones(expert_ids.shape) if gates is None else gates, scores, None)
 
 
 def moe_layer(table: dict[str, Any], seed: int = 0, experts: str = "sorted_slices") -> MoELayer:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finemoe.model.attention.latent import LatentAttention
 from finemoe.model.moe.decision import RoutingConstraint, RoutingDecision
-from finemoe.model.moe.dispatch import combine, dispatch
+from finemoe.model.moe.dispatch import LocalDispatch
 from finemoe.model.moe.routers import ROUTERS
 from finemoe.model.moe.routers.hash_layer import HashLayerConfig, HashLayerRouter
 from finemoe.model.moe.routers.select import GroupsConfig, select
@@ -213,9 +213,12 @@ def test_combine_after_dispatch_is_the_identity(tokens: int, k: int, spare: int,
     hidden = torch.randn(tokens, 5, generator=random(seed), dtype=torch.float64)
     ids = torch.rand(tokens, k + spare, generator=random(seed)).topk(k).indices
     gates = torch.full((tokens, k), 1 / k, dtype=torch.float64)
-    rows, counts, ticket = dispatch(hidden, RoutingDecision(ids, gates, torch.zeros(tokens, k + spare), None), None)
+    local = LocalDispatch()
+    rows, counts, ticket = local.dispatch(
+        hidden, RoutingDecision(ids, gates, torch.zeros(tokens, k + spare), None), None
+    )
     assert counts.sum() == len(rows) == tokens * k
-    torch.testing.assert_close(combine(rows, ticket, gates), hidden, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(local.combine(rows, ticket, gates), hidden, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", MODELS)

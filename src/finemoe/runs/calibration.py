@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from finemoe.core.logs import logger
 from finemoe.model import native
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.feed_forward import DenseConfig, SwiGLU
-from finemoe.model.moe.dispatch import arrange
+from finemoe.model.moe.decision import RoutingDecision
+from finemoe.model.moe.dispatch import LocalDispatch
 from finemoe.model.moe.experts import EXPERT_KERNELS, GroupedExperts
-from finemoe.model.moe.layer import MoEConfig
+from finemoe.model.moe.layer import MoEConfig, routed_output
 
 _ROUNDS, _SECONDS = 7, 1.5  # of measuring; whichever ends first, after two rounds
 _MOST_TOKENS, _MOST_WEIGHTS = 4096, 1 << 26  # of what is measured; experts are left out of layers that are larger
@@ -113,7 +115,7 @@ class _Setting:
             for name in ("native", "torch"):
                 module = self._drawn(SwiGLU(self.hidden_size, width))
                 module.native = name == "native"  # type: ignore[assignment]
-                made[name] = self._step(module, self._states(self.tokens))
+                made[name] = self._step(module, module, self._states(self.tokens))
             return made
 
         return self._remembered("products", f"swiglu {width}", candidates)
@@ -127,15 +129,16 @@ class _Setting:
         tokens = max(1, round(share * count / k))
 
         def candidates() -> Candidates:
-            scores = torch.rand(tokens, count, generator=torch.Generator().manual_seed(0))
-            ticket = arrange(scores.topk(k).indices.to(self.device), count, None)
+            scores = torch.rand(tokens, count, generator=torch.Generator().manual_seed(0)).to(self.device)
             gates = torch.full((tokens, k), 1 / k, device=self.device)
+            decision = RoutingDecision(scores.topk(k).indices, gates, scores, logits=None)
             made = {}
             for name in self._names():
                 layer = self._drawn(
                     GroupedExperts(count, self.hidden_size, moe.expert_hidden_size, EXPERT_KERNELS[name])
                 )
-                made[name] = self._step(layer, self._states(tokens), ticket, gates)
+                forward = partial(_routed, layer, decision)
+                made[name] = self._step(layer, forward, self._states(tokens))
             return made
 
         what = f"{count} experts of {moe.expert_hidden_size}, {k} a token"
@@ -157,12 +160,12 @@ class _Setting:
             nn.init.normal_(parameter, std=0.02, generator=generator)
         return module.to(self.device)
 
-    def _step(self, module: nn.Module, states: Tensor, *others: Any) -> Callable[[], object]:
+    def _step(self, module: nn.Module, forward: Callable[[Tensor], Tensor], states: Tensor) -> Callable[[], object]:
         def run() -> None:
             module.zero_grad()
             states.grad = None
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                output = module(states, *others)
+                output = forward(states)
             output.backward(torch.ones_like(output))
 
         return run
@@ -193,6 +196,10 @@ class _Setting:
                 found = {name: round(value, 6) for name, value in self.timer(candidates(), self.device).items()}
                 _write(path, {**_read(path), key: found})
             return found
+
+
+def _routed(experts: GroupedExperts, decision: RoutingDecision, states: Tensor) -> Tensor:
+    return routed_output(LocalDispatch(), experts, states, decision, None, decision.gate_weights)
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,12 @@ class RoutingDecision:
     """[tokens, experts] float32: the score of every expert, before selection."""
     logits: Tensor | None
     """[tokens, experts] float32 before the score function; None for a router that learns nothing."""
+
+    def load(self) -> Tensor:
+        """[experts] int64: assignments each expert was chosen for, whatever capacity then makes of them."""
+        chosen = self.expert_ids.reshape(-1)
+        # Not bincount, which on an accelerator waits for the largest id.
+        return chosen.new_zeros(self.scores.shape[1]).scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 @dataclass(frozen=True)

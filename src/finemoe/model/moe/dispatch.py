@@ -1,13 +1,13 @@
 """dispatch sorts token copies by expert; combine brings expert outputs back and weighs them.
 
-Both directions of both are gathers: a scatter-add over the hidden states is several times slower on a CPU, and its
+Here both directions of both are gathers: a scatter-add over the hidden states is several times slower on a CPU, and its
 order of additions would depend on the number of threads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,61 +32,69 @@ class Ticket:
     """Nothing was dropped."""
 
 
-def arrange(expert_ids: Tensor, num_experts: int, keep: Tensor | None) -> Ticket:
-    """Sort the assignments `expert_ids [tokens, k]` by expert; `keep` as in `dispatch`."""
-    flat = expert_ids.reshape(-1).contiguous()  # one column of a wider tensor stays a view
-    k = expert_ids.shape[1]
-    if keep is None and expert_ids.device.type == "cpu" and available():
-        return Ticket(*sort_by_expert(flat, num_experts), k, complete=True)
-    if keep is None:
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=num_experts)
-    else:
-        kept = keep.reshape(-1)
-        # Dropped assignments sort behind the last expert and are cut off.
-        order = torch.where(kept, flat, num_experts).argsort(stable=True)[: int(kept.sum())]
-        counts = torch.bincount(flat[kept], minlength=num_experts)
-    slots = torch.full_like(flat, -1)
-    slots[order] = torch.arange(len(order), device=flat.device)
-    return Ticket(order, slots, counts, k, complete=keep is None)
+class Dispatch(Protocol):
+    """How token states reach their experts, and how outputs come back. A layer holds one and does not ask which."""
+
+    def dispatch(self, hidden: Tensor, decision: RoutingDecision, keep: Tensor | None) -> tuple[Tensor, Tensor, Any]:
+        """Copy each token once for each of its experts, experts in order.
+
+        Args:
+            hidden: [tokens, hidden].
+            decision: who goes where.
+            keep: [tokens, k] bool, False where capacity dropped the assignment; None when dropless.
+
+        Returns:
+            rows [rows, hidden] for the experts that the layer holds, sorted by expert; counts [experts] of rows of
+            each; the ticket for `combine`, which means nothing to anybody else.
+        """
+
+    def combine(self, rows: Tensor, ticket: Any, gate_weights: Tensor) -> Tensor:
+        """Sum of gate times expert output for each token, with a graph even where there is no row.
+
+        Args:
+            rows: [rows, hidden] expert outputs in the order of `dispatch`.
+            ticket: from `dispatch`.
+            gate_weights: [tokens, k]; 0 where dropped.
+
+        Returns:
+            [tokens, hidden].
+        """
+
+    def in_place(self, decision: RoutingDecision, keep: Tensor | None) -> Ticket | None:
+        """What a kernel needs that reads token states where they lie, weighs and adds; None where rows must travel."""
 
 
-def dispatch(hidden: Tensor, decision: RoutingDecision, keep: Tensor | None) -> tuple[Tensor, Tensor, Ticket]:
-    """Copy each token once for each of its experts, experts in order.
+@dataclass(frozen=True)
+class LocalDispatch:
+    """Every expert is here."""
 
-    Args:
-        hidden: [tokens, hidden].
-        decision: who goes where.
-        keep: [tokens, k] bool, False where capacity dropped the assignment; None when dropless.
+    def dispatch(self, hidden: Tensor, decision: RoutingDecision, keep: Tensor | None) -> tuple[Tensor, Tensor, Ticket]:
+        """One gather of the rows."""
+        ticket = self.in_place(decision, keep)
+        rows: Tensor = _Spread.apply(hidden, ticket)
+        return rows, ticket.counts, ticket
 
-    Returns:
-        rows [kept, hidden] sorted by expert; counts [experts] of rows per expert; the ticket for `combine`.
-    """
-    ticket = arrange(decision.expert_ids, decision.scores.shape[1], keep)
-    return spread(hidden, ticket), ticket.counts, ticket
+    def combine(self, rows: Tensor, ticket: Ticket, gate_weights: Tensor) -> Tensor:
+        """One gather back, and a small product for each token."""
+        gathered = _Return.apply(rows, ticket).view(len(gate_weights), ticket.experts_per_token, rows.shape[1])
+        return (gate_weights.to(rows.dtype)[:, None, :] @ gathered).squeeze(1)
 
-
-def spread(hidden: Tensor, ticket: Ticket) -> Tensor:
-    """`hidden [tokens, hidden]` to rows [kept, hidden] sorted by expert."""
-    rows: Tensor = _Spread.apply(hidden, ticket)
-    return rows
-
-
-def combine(rows: Tensor, ticket: Ticket, gate_weights: Tensor) -> Tensor:
-    """Sum of gate times expert output for each token.
-
-    Args:
-        rows: [kept, hidden] expert outputs in dispatch order.
-        ticket: from `dispatch`.
-        gate_weights: [tokens, k]; 0 where dropped.
-
-    Returns:
-        [tokens, hidden].
-    """
-    if not len(rows):  # every assignment dropped
-        return rows.new_zeros(len(gate_weights), rows.shape[1])
-    gathered = _Return.apply(rows, ticket).view(-1, ticket.experts_per_token, rows.shape[1])
-    return (gate_weights.to(rows.dtype)[:, None, :] @ gathered).squeeze(1)
+    def in_place(self, decision: RoutingDecision, keep: Tensor | None) -> Ticket:
+        """Assignments sorted by expert."""
+        flat = decision.expert_ids.reshape(-1).contiguous()  # one column of a wider tensor stays a view
+        k, num_experts = decision.expert_ids.shape[1], decision.scores.shape[1]
+        if keep is None and flat.device.type == "cpu" and available():
+            return Ticket(*sort_by_expert(flat, num_experts), k, complete=True)
+        if keep is None:
+            order, counts = flat.argsort(stable=True), decision.load()
+        else:
+            kept = keep.reshape(-1)
+            # Dropped assignments sort behind the last expert and are cut off.
+            order = torch.where(kept, flat, num_experts).argsort(stable=True)[: int(kept.sum())]
+            counts = torch.bincount(flat[kept], minlength=num_experts)
+        slots = torch.full_like(flat, -1)
+        slots[order] = torch.arange(len(order), device=flat.device)
+        return Ticket(order, slots, counts, k, complete=keep is None)
 
 
 class _Spread(torch.autograd.Function):
@@ -100,12 +108,11 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         ticket: Ticket = ctx.ticket
-        if not len(grad):
-            return grad.new_zeros(len(ticket.slots) // ticket.experts_per_token, grad.shape[1]), None
         copies = _by_assignment(grad, ticket)
         if not ticket.complete:
             copies = copies * (ticket.slots >= 0)[:, None]
-        return copies.view(-1, ticket.experts_per_token, grad.shape[1]).sum(1), None
+        shape = (len(ticket.slots) // ticket.experts_per_token, ticket.experts_per_token, grad.shape[1])
+        return copies.view(shape).sum(1), None
 
 
 class _Return(torch.autograd.Function):
@@ -122,5 +129,7 @@ class _Return(torch.autograd.Function):
 
 
 def _by_assignment(rows: Tensor, ticket: Ticket) -> Tensor:
-    """[tokens · k, hidden]: the row of each assignment, any row for a dropped one."""
+    """[tokens · k, hidden]: the row of each assignment, any row for a dropped one, zeros where there is none at all."""
+    if not len(rows):
+        return rows.new_zeros(len(ticket.slots), rows.shape[1])
     return rows.index_select(0, ticket.slots if ticket.complete else ticket.slots.clamp(min=0))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finemoe.model.feed_forward import swiglu
-from finemoe.model.moe.dispatch import Ticket, combine, spread
+from finemoe.model.moe.dispatch import Ticket
 from finemoe.model.native import usable
 from finemoe.model.native.experts import experts as native_experts
 
@@ -166,20 +166,7 @@ class GroupedExperts(nn.Module):
         self.kernel = kernel
         self.limit = limit
 
-    def forward(self, hidden: Tensor, ticket: Ticket, gate_weights: Tensor) -> Tensor:
-        """Each token's experts, weighed and added.
-
-        Args:
-            hidden: [tokens, hidden].
-            ticket: which rows go where, from `dispatch.arrange`.
-            gate_weights: [tokens, k]; 0 where dropped.
-        """
-        if self.kernel in _WHOLE and len(ticket.order) and usable(hidden, gate_weights, self.gate_up_proj):
-            index = (ticket.order, ticket.slots, ticket.counts)
-            return native_experts(hidden, *index, gate_weights, self.gate_up_proj, self.down_proj, self.limit)
-        return combine(self.on_rows(spread(hidden, ticket), ticket.counts), ticket, gate_weights)
-
-    def on_rows(self, rows: Tensor, counts: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """`rows [rows, hidden]` sorted by expert, `counts [experts]`; `[rows, hidden]` out, not weighed."""
         gate_up: Tensor = self.gate_up_proj
         down: Tensor = self.down_proj
@@ -188,3 +175,12 @@ class GroupedExperts(nn.Module):
             dtype = torch.get_autocast_dtype(device)
             rows, gate_up, down = rows.to(dtype), gate_up.to(dtype), down.to(dtype)
         return self.kernel(rows, counts, gate_up, down, self.limit)
+
+    def fuses(self, hidden: Tensor, gate_weights: Tensor) -> bool:
+        """Whether `fused` can take these."""
+        return self.kernel in _WHOLE and usable(hidden, gate_weights, self.gate_up_proj)
+
+    def fused(self, hidden: Tensor, ticket: Ticket, gate_weights: Tensor) -> Tensor:
+        """Copying out, experts, weighing and adding in one call: `[tokens, hidden]` in and out, gates `[tokens, k]`."""
+        index = (ticket.order, ticket.slots, ticket.counts)
+        return native_experts(hidden, *index, gate_weights, self.gate_up_proj, self.down_proj, self.limit)

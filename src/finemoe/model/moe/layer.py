@@ -14,7 +14,7 @@ from finemoe.model.feed_forward import SwiGLU
 from finemoe.model.moe.balance import BALANCE_TERMS, BalanceConfig, Layout, balance_terms
 from finemoe.model.moe.capacity import exempt_sequences, kept_assignments, kept_on_devices
 from finemoe.model.moe.decision import RoutingConstraint, RoutingDecision, RoutingRecord
-from finemoe.model.moe.dispatch import arrange
+from finemoe.model.moe.dispatch import Dispatch, LocalDispatch
 from finemoe.model.moe.experts import ExpertKernel, GroupedExperts
 from finemoe.model.moe.routers import ROUTERS, RouterConfig
 from finemoe.model.moe.routers.select import GroupsConfig
@@ -117,8 +117,31 @@ class MoEConfig(Config):
         return router + gate + 3 * hidden_size * self.expert_hidden_size * (routed + self.num_shared_experts)
 
 
+def routed_output(
+    dispatch: Dispatch,
+    experts: GroupedExperts,
+    hidden: Tensor,
+    decision: RoutingDecision,
+    keep: Tensor | None,
+    gate_weights: Tensor,
+) -> Tensor:
+    """Dispatch, experts, combine: `[tokens, hidden]` in and out.
+
+    All at once where the kernel can and no row has to travel: nothing is copied then.
+    """
+    if experts.fuses(hidden, gate_weights):
+        ticket = dispatch.in_place(decision, keep)
+        if ticket is not None:
+            return experts.fused(hidden, ticket, gate_weights)
+    rows, counts, ticket = dispatch.dispatch(hidden, decision, keep)
+    return dispatch.combine(experts(rows, counts), ticket, gate_weights)
+
+
 class MoELayer(nn.Module):
-    """A feed-forward layer of many experts. Shared experts are one SwiGLU of their summed width: the same function."""
+    """A feed-forward layer of many experts. Shared experts are one SwiGLU of their summed width: the same function.
+
+    `dispatch` may be exchanged for one that reaches experts elsewhere; `experts` then holds those that are here.
+    """
 
     def __init__(self, config: MoEConfig, hidden_size: int, vocab_size: int, kernel: ExpertKernel) -> None:
         super().__init__()
@@ -127,6 +150,7 @@ class MoELayer(nn.Module):
         num_experts = config.num_routed_experts
         self.router = router(config.router, hidden_size, num_experts, config.experts_per_token, vocab_size)
         width, limit = config.expert_hidden_size, config.swiglu_limit
+        self.dispatch: Dispatch = LocalDispatch()
         self.experts = GroupedExperts(num_experts, hidden_size, width, kernel, limit)
         shared = config.num_shared_experts
         self.shared_experts = SwiGLU(hidden_size, shared * width, limit) if shared else None
@@ -141,24 +165,22 @@ class MoELayer(nn.Module):
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
         decision = self.router(flat, tokens.reshape(-1), constraint)
-        gates, num_experts = decision.gate_weights, self.config.num_routed_experts
-        dropped = torch.zeros((), dtype=torch.int64, device=flat.device)
+        gates, dropped = decision.gate_weights, torch.zeros((), dtype=torch.int64, device=flat.device)
         keep = self._kept(decision, tokens)
         if keep is not None:
             gates, dropped = gates * keep, (~keep).sum()
-        ticket = arrange(decision.expert_ids, num_experts, keep)
         constraint = constraint or RoutingConstraint()
-        output = self.experts(flat, ticket, gates).view_as(hidden) if constraint.routed else torch.zeros_like(hidden)
+        if constraint.routed:
+            output = routed_output(self.dispatch, self.experts, flat, decision, keep, gates).view_as(hidden)
+        else:
+            output = torch.zeros_like(hidden)
         if self.shared_experts is not None and constraint.shared:
             shared = self.shared_experts(hidden)
             output = output + (shared if self.shared_gate is None else F.sigmoid(self.shared_gate(hidden)) * shared)
-        load = ticket.counts
-        if keep is not None:  # what was wanted, not what was served
-            load = torch.bincount(decision.expert_ids.reshape(-1), minlength=num_experts)
         balance = {}
         if self.training:
             balance = balance_terms(self.config.balance, decision, hidden.shape[0], self.config.layout)
-        return output, RoutingRecord(load, dropped, balance, decision if record else None)
+        return output, RoutingRecord(decision.load(), dropped, balance, decision if record else None)
 
     def _kept(self, decision: RoutingDecision, tokens: Tensor) -> Tensor | None:
         """[tokens, k] bool: assignments within capacity; None where nothing is dropped."""

@@ -2,6 +2,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -68,12 +69,13 @@ Experts describe(const Tensor& states, const std::optional<Tensor>& order, const
   }
   TORCH_CHECK(x.rows() == (order ? order->numel() : x.tokens), "counts do not add up to the rows");
   if (!order) return x;
-  TORCH_CHECK(slots && gates && slots->numel() == gates->numel() && x.tokens > 0 && slots->numel() % x.tokens == 0,
+  TORCH_CHECK(slots && gates && slots->numel() == gates->numel() && slots->numel() % std::max<int64_t>(x.tokens, 1) == 0,
               "order, slots and gates do not go together");
-  x.order = ids(*order, "order");
+  static const int64_t nothing = 0;  // an empty tensor has no address, and no address would mean: one row a token
+  x.order = x.rows() ? ids(*order, "order") : &nothing;
   x.slots = ids(*slots, "slots");
   x.gates = numbers(*gates, "gates");
-  x.k = slots->numel() / x.tokens;
+  x.k = slots->numel() / std::max<int64_t>(x.tokens, 1);
   return x;
 }
 
