@@ -67,6 +67,7 @@ def generate(
     texts = _read_prompts(prompts or [], file, chat, system)
     kind_of(source)  # a path that holds nothing is refused before a second of imports
     sampling = _sampling(draw)
+
     from finemoe.checkpoint.language_model import open_language_model
     from finemoe.generation import engine_for
 
