@@ -54,6 +54,8 @@ def _arm(name: str, seeds: int, draw: random.Random) -> dict[str, Any]:
         raw = [[math.exp(draw.gauss(0, skew)) for _ in range(experts)] for _ in range(LAYERS)]
         load = [[value / sum(row) for value in row] for row in raw]
     vio = [max(row) * experts - 1 for row in load or []]
+    if vio:
+        curve[POINTS]["max_vio"] = sum(vio) / len(vio)  # of the first seed's last validation, whose load is shown
     return {
         "label": label, "routing": routing, "validation_loss": _stat(finals),
         "bits_per_byte": _stat([value / 2.31 for value in finals]),

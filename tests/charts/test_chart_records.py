@@ -15,9 +15,9 @@ from finemoe.charts.records import (
     curve,
     load_records,
     loss_window,
-    max_violation,
     mean_curves,
     paper_differences,
+    shown_max_vio,
     spread,
     unit_for,
     visible,
@@ -115,11 +115,16 @@ def test_paper_differences_use_dense_and_the_pair_the_right_way_round():
     assert all(row["low"] < row["ours"] < row["high"] < 0 for row in rows)
 
 
-def test_relative_load_and_max_violation():
+def test_relative_load():
     load = [[0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25]]
     assert [row["relative"] for row in load_records(load)][:4] == [2.0, 1.0, 1.0, 0.0]
-    assert max_violation(load) == pytest.approx(0.5)
-    assert max_violation(None) is None
+
+
+def test_the_max_vio_beside_the_load_is_that_of_the_same_validation():
+    points = [{"seed": 3, "max_vio": 0.9}, {"seed": 3, "max_vio": 0.5}, {"seed": 4, "max_vio": 0.1}]
+    assert shown_max_vio({"curve": points}) == 0.5
+    assert shown_max_vio({"curve": [{"seed": 3}]}) is None  # dense
+    assert shown_max_vio({}) is None
 
 
 def test_names_are_unique_and_short():

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 
 from finemoe.checkpoint.huggingface.importing import import_hf
 from finemoe.checkpoint.open import load_model
-from finemoe.cli.generate import _Opened
 from finemoe.generation import Engine, SamplingConfig
-from finemoe.text import ChatTemplate, Tokenizer, TokenizerSettings
+from finemoe.text import Tokenizer
 
 FEW = ("--max-new-tokens", "8", "--seed", "5")
 
@@ -177,15 +176,11 @@ def test_a_broken_template_is_refused_with_its_line(command: Any, talker: Path) 
     assert "line 2: division by zero" in " ".join(result.stderr.split())
 
 
-def test_only_models_from_elsewhere_begin_with_the_beginning_token(run_directory: Path) -> None:
-    content = (run_directory / "tokenizer.json").read_text()
-    settings = TokenizerSettings({"bos_token": "<|end_of_text|>"}, add_bos_token=True)
-    tokenizer = Tokenizer.parse(content, "test", settings)
-    plain, end = tokenizer.encode("def"), tokenizer.end_of_text_id
-    for own, expected in ((True, plain), (False, [end, *plain])):
-        opened = _Opened(None, tokenizer, ChatTemplate.of("{{ messages[0].content }}"), Path(), own)  # type: ignore[arg-type]
-        assert opened.encode(["def"], None, None) == (["def"], [tuple(expected)])
-        assert opened.encode([], "def", None) == (["def"], [tuple(plain)])
+def test_a_damaged_template_is_told_even_where_a_prompt_needs_none(command: Any, talker: Path) -> None:
+    (talker / "tokenizer_config.json").write_text(json.dumps({**TALKER, "chat_template": 3}))
+    result = command("generate", talker, "-p", "x", *FEW)
+    assert result.exit_code == 2
+    assert "chat_template must be text" in " ".join(result.stderr.split())
 
 
 @pytest.fixture(scope="module")

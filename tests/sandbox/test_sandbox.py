@@ -133,7 +133,44 @@ def test_failures_say_why(name: str) -> None:
     done = run(program)
     assert done.verdict == "failed"
     assert note in done.note
-    assert "sandbox_harness" not in done.output  # the program's own lines, not ours
+    assert "/sandbox/" not in done.output  # the program's own lines, not ours
+
+
+OURS = sorted(path.stem for path in Path(sandbox.__file__).parent.glob("[!_]*.py"))
+
+
+def test_our_modules_cannot_be_imported_by_a_program() -> None:
+    """The folder of the sandbox was on the path when its parts were loaded: nothing of that is left."""
+    assert {"harness", "kernel"} <= set(OURS)
+    program = (
+        f"import sys\nfor name in {[*OURS, 'finemoe']}:\n"
+        "    assert name not in sys.modules, name\n"
+        "    try: __import__(name)\n    except ModuleNotFoundError: pass\n    else: raise AssertionError(name)\n"
+    )
+    done = run(program)
+    assert done.verdict == "passed", done.note
+
+
+def test_a_program_may_call_its_own_modules_as_ours_are_called() -> None:
+    program = (
+        f"import os, sys\nsys.path.insert(0, os.getcwd())\nfor name in {OURS}:\n"
+        "    with open(name + '.py', 'w') as file: file.write('WHO = \\'mine\\'\\n')\n"
+        "    assert __import__(name).WHO == 'mine'\n"
+    )
+    done = run(program)
+    assert done.verdict == "passed", done.note
+
+
+def test_modules_under_our_names_do_not_change_the_verdict() -> None:
+    """The end is judged by what was loaded before the program began."""
+    forged = f"import sys, types\nfor name in {OURS}: sys.modules[name] = types.ModuleType(name)\n"
+    assert run(forged).verdict == "passed"
+    assert run(forged + "assert 1 == 2, 'one is not two'").note == "AssertionError: one is not two"
+
+
+def test_our_modules_hide_none_of_the_library() -> None:
+    """While they load, their folder stands first on the path."""
+    assert not set(OURS) & set(sys.stdlib_module_names)
 
 
 TESTS = "\nassert 1 == 2"

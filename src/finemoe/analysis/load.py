@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from finemoe.analysis.passages import Observed, Passages, observe, read_passages, require_experts
-from finemoe.analysis.usage import Counts, lift, load_figures, max_vio, mean, pair_counts, strongest_pairs
+from finemoe.analysis.usage import Counts, lift, load_figures, mean, pair_counts, strongest_pairs
 from finemoe.checkpoint.kinds import kind_of
 from finemoe.checkpoint.language_model import LanguageModel, open_language_model
 from finemoe.checkpoint.run_state.state import checkpoint_folders, find_damage
 from finemoe.core.files import storage_error
 from finemoe.core.logs import logger, read_json_lines
+from finemoe.model.moe.balance import max_violation
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.training.alerts import ENOUGH, STARVED, Knobs, advice, alert_for, imbalance, routed_layers
 
@@ -66,7 +67,7 @@ class Tally:
                 load = np.bincount(chosen.reshape(-1), minlength=experts)
             domains = self.load.setdefault(number, {})
             domains[one.domain] = domains.get(one.domain, 0) + load
-            self.batch_max_vio.setdefault(number, []).append((count, max_vio(load)))
+            self.batch_max_vio.setdefault(number, []).append((count, max_violation(load)))
 
     def total(self, number: int) -> Counts:
         """Load of a layer over all domains."""
@@ -250,8 +251,8 @@ def alerts(opened: LanguageModel, counted: Tally) -> Iterator[dict[str, Any]]:
         layer, load = counted.layers[number], counted.total(number)
         found = imbalance(load, layer.experts_per_token)
         if not layer.router.learned:
-            if max_vio(load) >= _UNEVEN_HASH and layer.router.table != "balanced":
-                said = f"layer {number}: MaxVio {max_vio(load):.2f}. {advice(layer, None)[1]}"
+            if max_violation(load) >= _UNEVEN_HASH and layer.router.table != "balanced":
+                said = f"layer {number}: MaxVio {max_violation(load):.2f}. {advice(layer, None)[1]}"
                 yield {"layer": number, "level": "note", "message": said}
         elif found is not None and found.level:
             alert = alert_for(0, number, layer, found, found.level, knobs)

@@ -11,16 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from finemoe.model.moe.balance import max_violation
 from finemoe.training.alerts import STARVED, effective_experts
 
 Counts = NDArray[np.int64]
-
-
-def max_vio(load: ArrayLike) -> float:
-    """(largest - mean load) / mean load of one layer (Wang et al., 2408.15664); 0 is even, and for no load."""
-    counts = np.asarray(load, dtype=np.float64)
-    mean = counts.mean()
-    return float((counts.max() - mean) / mean) if mean else 0.0
 
 
 def entropy(load: ArrayLike) -> float:
@@ -48,7 +42,7 @@ def load_figures(load: ArrayLike, starved: float = STARVED) -> dict[str, Any]:
     counts = np.asarray(load, dtype=np.int64)
     return {
         "load": counts.tolist(),
-        "max_vio": max_vio(counts),
+        "max_vio": max_violation(counts),
         "entropy": entropy(counts),
         "effective_experts": effective_experts(counts),
         "variation": variation(counts),

@@ -156,8 +156,7 @@ def load_records(load: Sequence[Sequence[Any]] | None) -> list[dict[str, Any]]:
     ]
 
 
-def max_violation(load: Sequence[Sequence[Any]] | None) -> float | None:
-    """MaxVio, (max load - mean load) / mean load, averaged over the layers of `load`."""
-    layers = [[finite(value) or 0.0 for value in row] for row in load or [] if row]
-    each = [max(row) * len(row) / sum(row) - 1 for row in layers if sum(row) > 0]
-    return sum(each) / len(each) if each else None
+def shown_max_vio(arm: Mapping[str, Any]) -> float | None:
+    """MaxVio, mean of the layers, of the load that is shown: that of the first seed's last validation."""
+    points = arm.get("curve") or []
+    return next((finite(p.get("max_vio")) for p in reversed(points) if p.get("seed") == points[0].get("seed")), None)

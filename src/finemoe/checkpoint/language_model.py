@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from finemoe.checkpoint.kinds import kind_of
-from finemoe.checkpoint.open import load_model, load_tokenizer
-from finemoe.core.errors import RunError
+from finemoe.checkpoint.open import load_chat_template, load_model, load_tokenizer
+from finemoe.core.errors import DataError, RunError
 from finemoe.model.config import Kernels
 from finemoe.model.transformer import Transformer
+from finemoe.text.chat import ChatTemplate
 from finemoe.text.tokenizer import Tokenizer
 
 Dtype = Literal["fp32", "bf16", "stored"]
@@ -43,6 +46,26 @@ class LanguageModel:
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt: with the beginning token where the model's own tokenizer puts one."""
         return self.tokenizer.encode(text) if self.own else self.tokenizer.encode_prompt(text)
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """Its chat template, read from `source` when it is first asked for; None where it was not made to answer.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        return load_chat_template(self.source)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
+        """What the template makes of `messages`, up to where the model answers: the text and its ids.
+
+        Raises:
+            DataError: there is no template, or it fails.
+        """
+        if self.template is None:
+            raise DataError(f"{self.source}: has no chat template, so it was not made to answer: use --prompt")
+        text = self.template.render(messages, add_generation_prompt=True)
+        return text, self.tokenizer.encode_template(text)
 
     @property
     def first_id(self) -> int:

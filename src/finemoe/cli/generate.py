@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,8 +13,9 @@ import typer
 from finemoe.cli.output import Json, print_json, printable
 
 if TYPE_CHECKING:
+    from finemoe.checkpoint.language_model import LanguageModel
     from finemoe.generation import Engine, SamplingConfig, Sequence
-    from finemoe.text import ChatTemplate, Tokenizer
+    from finemoe.text import Tokenizer
 
 
 def generate(
@@ -67,14 +67,19 @@ def generate(
     texts = _read_prompts(prompts or [], file, chat, system)
     kind_of(source)  # a path that holds nothing is refused before a second of imports
     sampling = _sampling(draw)
-    opened = _open(source, dtype)
-    texts, ids = opened.encode(texts, chat, system)
+
+    from finemoe.checkpoint.language_model import open_language_model
+    from finemoe.generation import engine_for
+
+    opened = open_language_model(source, dtype)
+    texts, ids = _encoded(opened, texts, chat, system)
+    engine = engine_for(opened)
     _say_what_is_odd(ids, sampling, opened)
     started = time.monotonic()
     if len(ids) == 1 and not as_json:
-        sequences = [_stream(opened, texts[0], ids[0], sampling, chat is not None)]
+        sequences = [_stream(opened, engine, texts[0], ids[0], sampling, chat is not None)]
     else:
-        sequences = _complete(opened.engine, ids, sampling)
+        sequences = _complete(engine, ids, sampling)
         _print(texts, sequences, opened.tokenizer, as_json, chat is not None)
     _say_speed(sequences, time.monotonic() - started)
 
@@ -144,60 +149,23 @@ def _prompt_of(line: str, source: str) -> str:
     return prompt
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """A model and how it reads and writes text."""
-
-    engine: Engine
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    source: Path
-    own: bool
-    """It was trained here, on documents without a beginning token."""
-    reach: int | None = None
-    """Longest sequence that it was trained on, or is made for, where that is known."""
-
-    def encode(self, texts: list[str], chat: str | None, system: str | None) -> tuple[list[str], list[tuple[int, ...]]]:
-        """What the model continues, as text and as ids: `texts`, or the message in its template.
-
-        Raises:
-            DataError: a message without a template, or a template that fails.
-        """
-        from finemoe.core.errors import DataError
-
-        if chat is None:
-            encode = self.tokenizer.encode if self.own else self.tokenizer.encode_prompt
-            return texts, [tuple(encode(text)) for text in texts]
-        if self.template is None:
-            raise DataError(f"{self.source}: has no chat template, so it was not made to answer: use --prompt")
-        spoken = [("system", system), ("user", chat)]
-        messages = [{"role": role, "content": content} for role, content in spoken if content is not None]
-        text = self.template.render(messages, add_generation_prompt=True)
-        return [text], [tuple(self.tokenizer.encode_template(text))]
-
-
-def _open(source: Path, dtype: Literal["fp32", "bf16", "stored"]) -> _Opened:
-    """The model on the fastest device here, its tokenizer and its chat template.
+def _encoded(
+    opened: LanguageModel, texts: list[str], chat: str | None, system: str | None
+) -> tuple[list[str], list[tuple[int, ...]]]:
+    """What the model continues, as text and as ids: `texts`, or the message in its template.
 
     Raises:
-        FinemoeError: nothing that can be opened, or one whose tokenizer is another's.
+        DataError: a message without a template, or a template that is damaged or fails.
     """
-    from finemoe.checkpoint.language_model import open_language_model
-    from finemoe.checkpoint.open import load_chat_template
-    from finemoe.generation import Engine
-
-    opened = open_language_model(source, dtype)
-    tokenizer, template = opened.tokenizer, load_chat_template(source)
-    engine = Engine(
-        opened.model,
-        end_of_text_id=tokenizer.end_of_text_id,
-        stop_ids=tokenizer.stop_ids,
-        vocab_size=tokenizer.vocab_size,
-    )
-    return _Opened(engine, tokenizer, template, source, opened.own, opened.reach)
+    _ = opened.template  # a damaged one is told whether it is needed or not
+    if chat is None:
+        return texts, [tuple(opened.encode(text)) for text in texts]
+    spoken = [("system", system), ("user", chat)]
+    text, ids = opened.encode_chat([{"role": role, "content": words} for role, words in spoken if words is not None])
+    return [text], [tuple(ids)]
 
 
-def _say_what_is_odd(ids: list[tuple[int, ...]], sampling: SamplingConfig, opened: _Opened) -> None:
+def _say_what_is_odd(ids: list[tuple[int, ...]], sampling: SamplingConfig, opened: LanguageModel) -> None:
     """Empty prompts, and sequences longer than the model is made for. Nothing is ever truncated."""
     from finemoe.core.logs import logger
 
@@ -214,15 +182,17 @@ def _say_what_is_odd(ids: list[tuple[int, ...]], sampling: SamplingConfig, opene
         )
 
 
-def _stream(opened: _Opened, text: str, ids: tuple[int, ...], sampling: SamplingConfig, answers: bool) -> Sequence:
+def _stream(
+    opened: LanguageModel, engine: Engine, text: str, ids: tuple[int, ...], sampling: SamplingConfig, answers: bool
+) -> Sequence:
     """Write the prompt and its completion to stdout, token by token; of an answer, the answer alone."""
     from finemoe.generation import Request
 
-    opened.engine.submit(Request(ids, sampling))
+    engine.submit(Request(ids, sampling))
     if not answers:
         _write(text, bold=True)
     decoder = opened.tokenizer.decoder(continues=not answers)
-    for event in opened.engine.events():
+    for event in engine.events():
         if event.sequence.finish_reason != "stop":
             _write(decoder.push(event.token_id))
     _write(decoder.finish() + "\n")

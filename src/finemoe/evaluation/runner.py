@@ -39,11 +39,11 @@ from finemoe.generation.scoring import (
     Windows,
     WindowScore,
     continuation_windows,
-    middle_ids,
     reach_of,
     score,
     text_windows,
 )
+from finemoe.text.fill_in_the_middle import middle_marks
 
 _FORMAT = 1
 """Raise it when answers to the same request change: the old ones are then no longer found."""
@@ -214,7 +214,7 @@ def require_middle(opened: LanguageModel, task: str, items: Sequence[Item]) -> N
     """
     if any(isinstance(request, Generate) and request.suffix is not None for i in items for request in i.requests):
         try:
-            middle_ids(opened, "", "", 1)
+            middle_marks(opened.tokenizer)
         except ConfigError as error:
             raise ConfigError(f"{task}: {error}") from error
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import DataError
 from finemoe.generation.sampling import SamplingConfig, pick
 from finemoe.generation.sequence import Sequence
@@ -203,6 +204,17 @@ class Engine:
         self._running[row], self._running[other] = self._running[other], self._running[row]
         for layer in self._cache:
             layer.swap(row, other)
+
+
+def engine_for(opened: LanguageModel) -> Engine:
+    """An engine for a model as it was opened: it stops where the model's own tokenizer ends a text or a turn."""
+    tokenizer = opened.tokenizer
+    return Engine(
+        opened.model,
+        end_of_text_id=tokenizer.end_of_text_id,
+        stop_ids=tokenizer.stop_ids,
+        vocab_size=tokenizer.vocab_size,
+    )
 
 
 def _passes(widths: list[int]) -> Iterator[tuple[int, int]]:

@@ -19,7 +19,7 @@ from finemoe.core.errors import ConfigError
 from finemoe.generation.logprobs import token_logprobs
 from finemoe.generation.steady import FEW_ROWS, LEAST_WIDTH, width_for
 from finemoe.model.transformer import Transformer
-from finemoe.text.tokenizer import Tokenizer
+from finemoe.text.fill_in_the_middle import middle_marks
 
 MOST_TOKENS = 8192
 """Of one pass, padding included, unless a single row is longer."""
@@ -27,12 +27,6 @@ DEFAULT_REACH = 2048
 """Window of a model that does not say how long its sequences may be."""
 _MOST_LOGITS = 1 << 21
 """Logits at once: 8 MiB in float32."""
-_FILL_IN_THE_MIDDLE = (
-    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-)
-"""How tokenizers call what stands before the prefix, before the suffix, and before the middle."""
 
 
 @dataclass(frozen=True)
@@ -131,26 +125,14 @@ def middle_ids(opened: LanguageModel, prefix: str, suffix: str, room: int) -> tu
     Raises:
         ConfigError: the tokenizer has no tokens for it.
     """
-    begin, hole, end = _middle_marks(opened.tokenizer)
+    mark = middle_marks(opened.tokenizer)
     before, after = opened.tokenizer.encode(prefix), opened.tokenizer.encode(suffix)
-    lead = [*opened.encode(""), begin]
+    lead = [*opened.encode(""), mark.begin]
     marks = len(lead) + 2
     behind = after[: max(1, room // 4, room - marks - len(before))]
     kept = max(0, room - marks - len(behind))
     cut = len(behind) < len(after) or kept < len(before)
-    return [*lead, *before[len(before) - min(kept, len(before)) :], hole, *behind, end], cut
-
-
-def _middle_marks(tokenizer: Tokenizer) -> list[int]:
-    for names in _FILL_IN_THE_MIDDLE:
-        marks = [mark for name in names if (mark := tokenizer.id_of(name)) is not None]
-        if len(marks) == len(names):
-            return marks
-    raise ConfigError(
-        "the model's tokenizer has no fill-in-the-middle tokens "
-        f"(such as {_FILL_IN_THE_MIDDLE[0][0]} or {_FILL_IN_THE_MIDDLE[1][0]}), so it was never taught to infill: "
-        "leave such tasks out"
-    )
+    return [*lead, *before[len(before) - min(kept, len(before)) :], mark.hole, *behind, mark.end], cut
 
 
 @torch.inference_mode()

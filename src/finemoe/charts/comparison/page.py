@@ -21,7 +21,7 @@ from finemoe.charts.numbers import (
     scientific,
 )
 from finemoe.charts.page import Bullets, Card, Cards, Code, Details, Figure, Section, Table, Text, render_page
-from finemoe.charts.records import above_window, max_violation, mean_curves
+from finemoe.charts.records import above_window, mean_curves, shown_max_vio
 from finemoe.charts.words import (
     Results,
     arm_names,
@@ -207,7 +207,7 @@ def _load(results: Results) -> Section | None:
     names, arms = arm_names(results), results["arms"]
     figures = []
     for arm, chart in maps.items():
-        violation = fixed(max_violation(arms[arm]["load"]), 2)
+        violation = fixed(shown_max_vio(arms[arm]), 2)
         caption = f"{names[arm]}: MaxVio {violation} in this run"
         if (mean := fixed(stat(arms[arm], "max_vio").get("mean"), 2)) != NOTHING:
             caption += f", {mean} over seeds"

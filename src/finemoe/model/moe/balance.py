@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
@@ -118,7 +120,8 @@ def balance_terms(
     }
 
 
-def max_violation(load: Tensor) -> float:
+def max_violation(load: Tensor | NDArray[Any]) -> float:
     """MaxVio of one layer (2408.15664): (max load - mean load) / mean load; 0 when all is even, or nothing routed."""
-    mean = load.double().mean().item()
-    return (load.max().item() - mean) / mean if mean else 0.0
+    counts = torch.as_tensor(load)
+    mean = counts.double().mean().item()
+    return (counts.max().item() - mean) / mean if mean else 0.0
