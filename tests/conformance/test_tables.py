@@ -60,6 +60,7 @@ MODELS = {
     },
     "latent, everything on": small_config(attention=LATENT),
     "biases": small_config(attention={**GROUPED_QUERY, "qkv_bias": True}),
+    "half of each head": small_config(attention={**GROUPED_QUERY, "rotary_dim": 4}),
     "norm of each head": small_config(attention={**GROUPED_QUERY, "qk_norm": "head"}),
     "norm of projections": small_config(attention={**GROUPED_QUERY, "qk_norm": "projection", "qkv_bias": True}),
     "gated shared experts": small_config(feed_forward=moe_table(gate_shared_experts=True, num_shared_experts=2)),
