@@ -20,7 +20,6 @@ from finemoe.model.moe.experts import EXPERT_KERNELS
 from finemoe.model.moe.layer import MoELayer
 from finemoe.model.moe.routers import ROUTERS
 from finemoe.model.moe.routers.select import GroupsConfig
-from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedRouter
 from finemoe.model.presets import PRESETS, resolve
 from finemoe.model.rope import SCALINGS
 from finemoe.model.size import measure
@@ -67,6 +66,7 @@ MODELS = {
     },
     "latent, everything on": small_config(attention=LATENT),
     "biases": small_config(attention={**GROUPED_QUERY, "qkv_bias": True}),
+    "half of each head": small_config(attention={**GROUPED_QUERY, "rotary_dim": 4}),
     "norm of each head": small_config(attention={**GROUPED_QUERY, "qk_norm": "head"}),
     "norm of projections": small_config(attention={**GROUPED_QUERY, "qk_norm": "projection", "qkv_bias": True}),
     "gated shared experts": small_config(feed_forward=moe_table(gate_shared_experts=True, num_shared_experts=2)),
@@ -110,7 +110,7 @@ def test_model_survives_json_and_hashes(config: ModelConfig) -> None:
 
 def count(module: nn.Module) -> int:
     """Parameters, and the biases of routers: no gradient moves them, and checkpoints hold them with the weights."""
-    biases = [m.selection_bias for m in module.modules() if isinstance(m, SigmoidBiasedRouter)]
+    biases = [value for name, value in module.named_buffers() if name.endswith("selection_bias")]
     return sum(value.numel() for value in (*module.parameters(), *biases))
 
 
@@ -176,6 +176,23 @@ def test_a_router_learns_if_it_says_so(kind: str) -> None:
     assert isinstance(built, router)
     assert any(True for _ in built.parameters()) == config.learned  # type: ignore[attr-defined]
     assert count(built) == config().num_parameters(16, 6)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_a_router_has_a_bias_if_it_says_so_and_resets_what_it_holds(kind: str) -> None:
+    config, _ = ROUTERS[kind]
+    router: Any = build(MODELS[f"router {kind}"]).blocks[1].feed_forward.router
+    held = dict(router.named_buffers())
+    assert ("selection_bias" in held) == config.selects_with_bias  # type: ignore[attr-defined]
+    if config.selects_with_bias:  # type: ignore[attr-defined]
+        assert held["selection_bias"].shape == (6,)
+    for value in held.values():
+        value.fill_(77)
+    router.reset(torch.Generator().manual_seed(1), None)
+    first = {name: value.clone() for name, value in held.items()}
+    assert not any((value == 77).any() for value in first.values())
+    router.reset(torch.Generator().manual_seed(1), None)
+    assert all(torch.equal(value, first[name]) for name, value in held.items())
 
 
 @pytest.mark.parametrize("kind", ROUTERS)

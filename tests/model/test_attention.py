@@ -82,6 +82,12 @@ MODULES: dict[str, dict[str, Any]] = {
     "norm of the projection": {"num_kv_heads": 2, "qk_norm": "projection", "qkv_bias": True},
     "interleaved": {"num_kv_heads": 2, "rope": {"theta": 500.0, "layout": "interleaved"}},
     "YaRN": {"num_kv_heads": 2, "rope": {"theta": 500.0, "scaling": YARN}},
+    "half of each head": {"num_kv_heads": 2, "rotary_dim": 4},
+    "a pair, interleaved": {"num_kv_heads": 2, "rotary_dim": 2, "rope": {"theta": 500.0, "layout": "interleaved"}},
+    "half, normed, YaRN": {
+        **{"num_kv_heads": 2, "rotary_dim": 4, "qk_norm": "head", "qkv_bias": True},
+        "rope": {"theta": 500.0, "scaling": YARN},
+    },
 }
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 10, 11]])
 
@@ -100,11 +106,18 @@ def expected_output(module: GroupedQueryAttention, hidden: Tensor) -> Tensor:
         return oracle.norm(heads, scale, 1e-3) if config.qk_norm == "head" and scale is not None else heads
 
     scaling, theta = config.rope.scaling, config.rope.theta
-    frequencies, scale = rope.plain(DIM, theta), 1 / math.sqrt(DIM)
+    turning = config.rotary_dim or DIM
+    frequencies, scale = rope.plain(turning, theta), 1 / math.sqrt(DIM)
     if scaling is not None:
-        frequencies = rope.yarn(DIM, theta, scaling.factor, scaling.original_max_positions, scaling.beta_fast)
+        frequencies = rope.yarn(turning, theta, scaling.factor, scaling.original_max_positions, scaling.beta_fast)
         scale *= (0.1 * math.log(scaling.factor) + 1) ** 2
-    query, key = (rope.rotate(projected(name), POSITIONS, frequencies, config.rope.layout) for name in "qk")
+
+    def turned(name: str) -> Tensor:
+        states = projected(name)
+        first = rope.rotate(states[..., :turning], POSITIONS, frequencies, config.rope.layout)
+        return torch.cat((first, states[..., turning:]), -1)
+
+    query, key = turned("q"), turned("k")
     mixed = oracle.attention(query, key, projected("v"), oracle.causal(BATCH, 4, SEQ), scale)
     return mixed.transpose(1, 2).flatten(2) @ weights["o_proj.weight"].T
 
@@ -125,6 +138,12 @@ def test_module_is_projections_rotation_loops_and_output(changes: dict[str, Any]
     wanted = torch.autograd.grad((expected * direction).sum(), list(leaves.values()))
     for name, gradient, want in zip(leaves, gradients, wanted, strict=True):
         torch.testing.assert_close(gradient, want, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("dim", "message"), [(8, "leave it out"), (9, "leave it out"), (3, "odd"), (0, "greater than")])
+def test_impossible_rotary_dims_are_refused(dim: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GroupedQueryConfig(num_heads=4, num_kv_heads=2, head_dim=8, rotary_dim=dim)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -24,6 +24,8 @@ GROUPED: dict[str, dict[str, Any]] = {
     "MQA, interleaved": {"num_kv_heads": 1, "rope": {"layout": "interleaved", "scaling": YARN}},
     "biases": {"num_kv_heads": 2, "qkv_bias": True},
     "norm of each head": {"num_kv_heads": 2, "qk_norm": "head"},
+    "half of each head": {"num_kv_heads": 2, "rotary_dim": 4},
+    "a pair of each head, biases": {"num_kv_heads": 2, "rotary_dim": 2, "qkv_bias": True, "qk_norm": "head"},
     "norm of the projection": {"num_kv_heads": 2, "qk_norm": "projection", "qkv_bias": True},
 }
 LATENTS: dict[str, dict[str, Any]] = {

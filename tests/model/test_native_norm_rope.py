@@ -72,20 +72,23 @@ def angles(batch: int, seq: int, pairs: int, shared: bool) -> tuple[Tensor, Tens
 
 
 @pytest.mark.parametrize("layout", ["half_split", "interleaved"])
-@pytest.mark.parametrize("kept", [0, 3])
+@pytest.mark.parametrize(("kept", "first"), [(0, False), (3, False), (3, True)], ids=["all", "the last", "the first"])
 @pytest.mark.parametrize("pairs", [1, 2, 5, 8, 16, 35])
 @pytest.mark.parametrize(("batch", "heads", "seq"), [(1, 1, 1), (2, 3, 7), (1, 2, 0)], ids=str)
-def test_rotation_and_its_gradient(batch: int, heads: int, seq: int, pairs: int, kept: int, layout: Any) -> None:
+def test_rotation_and_its_gradient(
+    batch: int, heads: int, seq: int, pairs: int, kept: int, first: bool, layout: Any
+) -> None:
     turned = angles(batch, seq, pairs, shared=kept == 0)
     states = torch.randn(batch, seq, heads, 2 * pairs + kept).transpose(1, 2).requires_grad_()
-    found, expected = (rotate(states, *turned, layout, native=use) for use in (True, False))
+    found, expected = (rotate(states, *turned, layout, first=first, native=use) for use in (True, False))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(found[..., :kept], states[..., :kept])
+    alike = slice(2 * pairs, None) if first else slice(0, kept)
+    assert torch.equal(found[..., alike], states[..., alike])
     direction = torch.randn_like(expected)
     gradients = [torch.autograd.grad((x * direction).sum(), states)[0] for x in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        assert torch.equal(rotate(states, *turned, layout), found)
+        assert torch.equal(rotate(states, *turned, layout, first=first), found)
 
 
 def test_rotation_of_rows_that_are_not_contiguous() -> None:

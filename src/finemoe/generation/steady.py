@@ -73,7 +73,8 @@ def _is_uneven(numbers: int) -> bool:
 def _sigmoid_widths(model: Transformer) -> set[int]:
     """How many numbers of a token go through PyTorch's sigmoid at once."""
     configs = [layer.config for layer in model.moe_layers.values()]
-    routers = {c.num_routed_experts for c in configs if c.router.kind == "sigmoid_biased"}
+    # Scores that do not sum to one are taken expert by expert.
+    routers = {c.num_routed_experts for c in configs if not c.router.scores_sum_to_one}
     return routers | ({1} if any(c.gate_shared_experts for c in configs) else set())
 
 

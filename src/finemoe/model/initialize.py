@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finemoe.core.seeds import generator
-from finemoe.model.moe.routers.hash_layer import HashLayerRouter
-from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedRouter
+from finemoe.model.moe.layer import MoELayer
 from finemoe.model.norm import RMSNorm
 from finemoe.model.transformer import Transformer
 
@@ -27,11 +27,9 @@ def initialize(model: Transformer, seed: int, token_frequencies: Callable[[], Te
         token_frequencies: gives [vocab] counts of the training text; called for balanced hash tables only.
     """
     for name, module in model.named_modules():
-        if isinstance(module, HashLayerRouter):
-            counts = token_frequencies() if token_frequencies and module.config.table == "balanced" else None
-            module.fill_table(generator(seed, "hash", name), counts)
-        if isinstance(module, SigmoidBiasedRouter):
-            module.selection_bias.zero_()
+        if isinstance(module, MoELayer):
+            router: Any = module.router
+            router.reset(generator(seed, "hash", f"{name}.router"), token_frequencies)
         for key, parameter in module.named_parameters(prefix=name, recurse=False):
             if isinstance(module, RMSNorm):
                 nn.init.ones_(parameter)

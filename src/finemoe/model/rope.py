@@ -93,8 +93,9 @@ class YarnScaling(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.beta_fast <= self.beta_slow:
-            raise ValueError(f"beta_fast {self.beta_fast} must be above beta_slow {self.beta_slow}")
+        # Equal ones blend over the one component between the rounded edges (Kimi K2).
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast {self.beta_fast} must not be below beta_slow {self.beta_slow}")
         return self
 
     def inverse_frequencies(self, plain: Tensor, theta: float) -> Tensor:
@@ -177,19 +178,26 @@ def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     return theta**-exponent
 
 
-def rotate(states: Tensor, cosine: Tensor, sine: Tensor, layout: RopeLayout, *, native: bool = True) -> Tensor:
-    """Rotate the last components of `states [batch, heads, seq, dim]` by angles `[batch, seq, pairs]`, keep the others.
+def rotate(
+    states: Tensor, cosine: Tensor, sine: Tensor, layout: RopeLayout, *, first: bool = False, native: bool = True
+) -> Tensor:
+    """Rotate components of `states [batch, heads, seq, dim]` by angles `[batch, seq, pairs]`, and keep the others.
 
+    Where there are more components than angles turn, the last ones turn (latent attention), or the `first` (GLM-4.5).
     `native` allows the C++ kernel where it can run.
     """
     if native and usable(states, cosine, sine):
-        return native_rotate(states.transpose(1, 2), cosine, sine, layout == "interleaved").transpose(1, 2)
+        return native_rotate(states.transpose(1, 2), cosine, sine, layout == "interleaved", first).transpose(1, 2)
     cosine, sine = cosine[:, None].to(states.dtype), sine[:, None].to(states.dtype)
     turning = 2 * cosine.shape[-1]
-    if turning < states.shape[-1]:
-        plain, states = states.split((states.shape[-1] - turning, turning), dim=-1)
-        return torch.cat((plain, _turn(states, cosine, sine, layout)), dim=-1)
-    return _turn(states, cosine, sine, layout)
+    kept = states.shape[-1] - turning
+    if not kept:
+        return _turn(states, cosine, sine, layout)
+    if first:
+        states, plain = states.split((turning, kept), dim=-1)
+        return torch.cat((_turn(states, cosine, sine, layout), plain), dim=-1)
+    plain, states = states.split((kept, turning), dim=-1)
+    return torch.cat((plain, _turn(states, cosine, sine, layout)), dim=-1)
 
 
 def _turn(states: Tensor, cosine: Tensor, sine: Tensor, layout: RopeLayout) -> Tensor:

@@ -21,7 +21,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from finemoe.model.config import ModelConfig
 from finemoe.model.moe.layer import MoEConfig
-from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedConfig
 
 STARVED = 0.1
 """An expert with less than this share of an even load is starved."""
@@ -122,7 +121,7 @@ def advice(layer: MoEConfig, knobs: Knobs | None) -> tuple[str, str]:
     if not layer.router.learned:
         knob = "model.feed_forward.router.table"
         return knob, f'A hash router learns nothing: {knob} = "balanced" deals tokens out by how frequent they are'
-    if isinstance(layer.router, SigmoidBiasedConfig):
+    if layer.router.selects_with_bias:
         knob = "balancing.rate"
         now = f" (now {knobs.balancing_rate:g})" if knobs is not None and knobs.balancing_rate is not None else ""
         said = f"Raise {knob}{now} or model.feed_forward.balance.sequence (now {table.sequence:g})"

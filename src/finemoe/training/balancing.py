@@ -17,7 +17,6 @@ from torch import Tensor
 from finemoe.core.config import Config
 from finemoe.model.config import BlockConfig, ModelConfig
 from finemoe.model.moe.layer import MoEConfig
-from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedConfig, SigmoidBiasedRouter
 from finemoe.model.transformer import Transformer
 
 
@@ -47,13 +46,13 @@ def has_selection_bias(model: ModelConfig) -> bool:
 
 def _is_biased(block: BlockConfig) -> bool:
     layer = block.feed_forward
-    return isinstance(layer, MoEConfig) and isinstance(layer.router, SigmoidBiasedConfig)
+    return isinstance(layer, MoEConfig) and layer.router.selects_with_bias
 
 
 def selection_biases(model: Transformer) -> dict[int, Tensor]:
     """The bias `[experts]` of every layer that has one, by layer index."""
-    routers = {number: layer.router for number, layer in model.moe_layers.items()}
-    return {n: router.selection_bias for n, router in routers.items() if isinstance(router, SigmoidBiasedRouter)}
+    layers = model.moe_layers.items()
+    return {n: layer.router.selection_bias for n, layer in layers if layer.config.router.selects_with_bias}
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from finemoe.model.attention.grouped_query import GroupedQueryConfig
 from finemoe.model.attention.latent import LatentConfig
 from finemoe.model.config import BlockConfig, ModelConfig
 from finemoe.model.moe.layer import MoEConfig
-from finemoe.model.moe.routers.group_limited import GroupLimitedConfig
-from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedConfig
+from finemoe.model.moe.routers.select import GroupsConfig
 from finemoe.model.rope import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 from finemoe.model.size import measure
 from finemoe.text.files import COMPANIONS
@@ -73,7 +72,7 @@ def _experts(layer: MoEConfig) -> str:
 def _router(layer: MoEConfig) -> str:
     router = layer.router
     text = str(router.kind)
-    if isinstance(router, SigmoidBiasedConfig | GroupLimitedConfig) and router.num_groups > 1:
+    if isinstance(router, GroupsConfig) and router.num_groups > 1:
         text += f", {router.groups_per_token} of {router.num_groups} groups"
     scale = router.model_dump().get("route_scale", 1)
     return text if scale == 1 else f"{text}, gates times {scale:g}"
@@ -147,7 +146,7 @@ def training_of(config: ModelConfig) -> list[str]:
             f"balance.{name} {value:g}": None for name, value in values.items() if value and name != "num_devices"
         }
     said.append("balance losses: " + (", ".join(terms) if terms else "none"))
-    biased = [layer for layer in layers if isinstance(layer.router, SigmoidBiasedConfig)]
+    biased = [layer for layer in layers if layer.router.selects_with_bias]
     if biased:
         said.append(
             f"selection bias moves after each step in {number(len(biased), 'layer')} ([balancing] of the recipe)"

@@ -19,7 +19,6 @@ from finemoe.model.attention.latent import LatentConfig
 from finemoe.model.config import BlockConfig, ModelConfig
 from finemoe.model.feed_forward import DenseConfig
 from finemoe.model.moe.layer import MoEConfig
-from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedConfig
 
 Turn = Literal["same", "interleaved", "transposed"]
 Index = tuple[int | slice, ...]
@@ -200,7 +199,7 @@ def _swiglu(theirs: str, suffix: str, ours: str, hidden: int, width: int) -> Ite
 def _experts(theirs: str, ours: str, config: MoEConfig, hidden: int, variants: Variants) -> Iterator[Stored]:
     count, width = config.num_routed_experts, config.expert_hidden_size
     yield _whole(f"{theirs}ffn_gate_inp.weight", f"{ours}router.weight", (count, hidden), precise=True)
-    if isinstance(config.router, SigmoidBiasedConfig) and variants.selection_bias:
+    if config.router.selects_with_bias and variants.selection_bias:
         yield _whole(f"{theirs}exp_probs_b.bias", f"{ours}router.selection_bias", (count,))
     gate_up, down = f"{ours}experts.gate_up_proj", f"{ours}experts.down_proj"
     if variants.fused_experts:

@@ -27,6 +27,8 @@ class GroupedQueryConfig(Config):
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
     rope: RopeConfig = RopeConfig()
+    rotary_dim: PositiveInt | None = None
+    """How many components of a head have positions, counted from its first (GLM-4.5: half); None: all."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
     qk_norm: Literal["none", "head", "projection"] = "none"
@@ -39,8 +41,20 @@ class GroupedQueryConfig(Config):
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: "
                 "every key head must serve the same number of query heads"
             )
-        self.rope.check_dim(self.head_dim, "head_dim")
+        if self.rotary_dim is None:
+            self.rope.check_dim(self.head_dim, "head_dim")
+        elif self.rotary_dim >= self.head_dim:
+            raise ValueError(
+                f"rotary_dim {self.rotary_dim} is not below head_dim {self.head_dim}: leave it out where all components turn"
+            )
+        else:
+            self.rope.check_dim(self.rotary_dim, "rotary_dim")
         return self
+
+    @property
+    def turning(self) -> int:
+        """How many components of a head turn."""
+        return self.rotary_dim or self.head_dim
 
     def num_parameters(self, hidden_size: int) -> int:
         """Query, key, value and output projections, with what biases and norms there are."""
@@ -129,10 +143,10 @@ class GroupedQueryAttention(Native, nn.Module):
         if cache is not None and fast and decodes(hidden, cache.keys, self.q_proj.weight):
             return self._decode(hidden, places, cache)
         rope, mask = self.config.rope, places.mask
-        rotary = places.rotation(self.config.head_dim, rope)
+        rotary = places.rotation(self.config.turning, rope)
         query, key = self._heads(self.q_proj(hidden), self.q_norm), self._heads(self.k_proj(hidden), self.k_norm)
         value = self._heads(self.v_proj(hidden), None)
-        query, key = (rotate(states, *rotary, rope.layout, native=self.native) for states in (query, key))
+        query, key = (rotate(states, *rotary, rope.layout, first=True, native=self.native) for states in (query, key))
         if cache is not None:
             key, value, mask = cache.update(key, value, places)
         mixed = self.attend(query, key, value, mask, self.scale, native=self.native)
@@ -147,7 +161,7 @@ class GroupedQueryAttention(Native, nn.Module):
             *(hidden.contiguous(), self.q_proj.weight, self.k_proj.weight, self.v_proj.weight),
             *(self.q_proj.bias, self.k_proj.bias, self.v_proj.bias),
             *(None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight),
-            *(0.0 if q_norm is None else q_norm.eps, *places.rotation(self.config.head_dim, self.config.rope)),
+            *(0.0 if q_norm is None else q_norm.eps, *places.rotation(self.config.turning, self.config.rope)),
             *(self.config.rope.layout == "interleaved", places.positions, cache.keys, cache.values),
             *(self.scale, self.o_proj.weight, output),
         )

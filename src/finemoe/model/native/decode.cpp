@@ -86,6 +86,7 @@ struct Tokens {
 
   int64_t count() const { return batch * seq; }
 
+  // The first components of x, where there are more than turn.
   void turn(int64_t token, float* x) const {
     const float *c = cosine + token * pairs, *s = sine + token * pairs;
     interleaved ? turn_neighbours(x, c, s, 1.0f, pairs, x) : turn_halves(x, c, s, 1.0f, pairs, x);
@@ -130,7 +131,7 @@ void decode_grouped_query(const Tensor& hidden, const Tensor& q_proj, const Tens
   x.heads = q.outputs / x.width;
   TORCH_CHECK(q.inputs == inputs && k.inputs == inputs && v.inputs == inputs && k.outputs == x.kv_heads * x.width &&
                   v.outputs == k.outputs && q.outputs == x.heads * x.width && x.heads % x.kv_heads == 0 &&
-                  2 * tokens.pairs == x.width && values.sizes() == keys.sizes() &&
+                  2 * tokens.pairs <= x.width && values.sizes() == keys.sizes() &&
                   o_proj.size(1) == q.outputs,
               "the shapes of hidden, weights and cache do not go together");
   x.key = cache_heads(keys, "keys", x.batch), x.value = cache_heads(values, "values", x.batch);

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 
-def rotate(states: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
-    """The last components of `states [batch, seq, heads, dim]` turned by angles `[batch, seq, pairs]`, others kept."""
+def rotate(states: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, first: bool) -> Tensor:
+    """The last, or first, components of `states [batch, seq, heads, dim]` turned by angles `[batch, seq, pairs]`."""
     if torch.is_grad_enabled() and states.requires_grad:
-        turned: Tensor = _Rotate.apply(states, cosine, sine, interleaved)
+        turned: Tensor = _Rotate.apply(states, cosine, sine, interleaved, first)
         return turned
-    return _turned(states, cosine, sine, interleaved, False)
+    return _turned(states, cosine, sine, interleaved, first, False)
 
 
-def _turned(states: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, back: bool) -> Tensor:
+def _turned(states: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, first: bool, back: bool) -> Tensor:
     output = states.new_empty(states.shape)
     states = states if states.stride(-1) == 1 else states.contiguous()
-    torch.ops.finemoe.rotate(states, cosine, sine, interleaved, back, output)
+    torch.ops.finemoe.rotate(states, cosine, sine, interleaved, first, back, output)
     return output
 
 
@@ -27,12 +27,12 @@ class _Rotate(torch.autograd.Function):
     """The gradient turns by the negative angles."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
+    def forward(ctx: Any, states: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, first: bool) -> Tensor:
         ctx.save_for_backward(cosine, sine)
-        ctx.interleaved = interleaved
-        return _turned(states, cosine, sine, interleaved, False)
+        ctx.interleaved, ctx.first = interleaved, first
+        return _turned(states, cosine, sine, interleaved, first, False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         cosine, sine = ctx.saved_tensors
-        return _turned(grad, cosine, sine, ctx.interleaved, True), None, None, None
+        return _turned(grad, cosine, sine, ctx.interleaved, ctx.first, True), None, None, None, None

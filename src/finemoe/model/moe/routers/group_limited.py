@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -18,6 +19,7 @@ class GroupLimitedConfig(GroupsConfig):
     kind: Literal["group_limited"] = "group_limited"
     learned: ClassVar[bool] = True
     scores_sum_to_one: ClassVar[bool] = True
+    selects_with_bias: ClassVar[bool] = False
     route_scale: PositiveFloat = 1.0
     """Multiply the gates."""
 
@@ -41,6 +43,9 @@ class GroupLimitedRouter(nn.Module):
         self.config = config
         self.experts_per_token = experts_per_token
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def reset(self, draw: torch.Generator, frequencies: Callable[[], Tensor] | None) -> None:
+        """Nothing is held beside the weights."""
 
     def forward(self, hidden: Tensor, tokens: Tensor, constraint: RoutingConstraint | None) -> RoutingDecision:
         """`hidden [tokens, hidden]`; `tokens [tokens]` ids, unused here."""

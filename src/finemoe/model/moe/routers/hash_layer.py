@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -18,6 +19,7 @@ class HashLayerConfig(Config):
     kind: Literal["hash_layer"] = "hash_layer"
     learned: ClassVar[bool] = False
     scores_sum_to_one: ClassVar[bool] = True
+    selects_with_bias: ClassVar[bool] = False
     table: Literal["random", "balanced"] = "random"
 
     def num_parameters(self, hidden_size: int, num_experts: int) -> int:
@@ -43,6 +45,14 @@ class HashLayerRouter(nn.Module):
         self.num_experts = num_experts
         # Part of the weights: a checkpoint without its table would route every token elsewhere.
         self.register_buffer("expert_of_token", torch.zeros(vocab_size, experts_per_token, dtype=torch.int64))
+
+    def reset(self, draw: torch.Generator, frequencies: Callable[[], Tensor] | None) -> None:
+        """Draw the table; `frequencies` gives [vocab] counts of the training text and is called when balanced.
+
+        Raises:
+            ValueError: a balanced table without frequencies.
+        """
+        self.fill_table(draw, frequencies() if frequencies and self.config.table == "balanced" else None)
 
     def fill_table(self, generator: torch.Generator, frequencies: Tensor | None) -> None:
         """Draw the table. `frequencies [vocab]`: token counts of the training text, needed when balanced.

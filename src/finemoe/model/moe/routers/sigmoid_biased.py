@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -21,6 +22,7 @@ class SigmoidBiasedConfig(GroupsConfig):
     kind: Literal["sigmoid_biased"] = "sigmoid_biased"
     learned: ClassVar[bool] = True
     scores_sum_to_one: ClassVar[bool] = False
+    selects_with_bias: ClassVar[bool] = True
     score_function: Literal["sigmoid", "sqrtsoftplus"] = "sigmoid"
     """`sqrtsoftplus` is DeepSeek-V4's."""
     normalize_gates: bool = True
@@ -52,6 +54,10 @@ class SigmoidBiasedRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         # Not a parameter: no gradient reaches it. Part of the weights all the same, always in fp32.
         self.register_buffer("selection_bias", torch.zeros(num_experts))
+
+    def reset(self, draw: torch.Generator, frequencies: Callable[[], Tensor] | None) -> None:
+        """No expert is preferred."""
+        self.selection_bias.zero_()
 
     def forward(self, hidden: Tensor, tokens: Tensor, constraint: RoutingConstraint | None) -> RoutingDecision:
         """`hidden [tokens, hidden]`; `tokens [tokens]` ids, unused here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -19,6 +20,7 @@ class SoftmaxTopKConfig(Config):
     kind: Literal["softmax_topk"] = "softmax_topk"
     learned: ClassVar[bool] = True
     scores_sum_to_one: ClassVar[bool] = True
+    selects_with_bias: ClassVar[bool] = False
     normalize_gates: bool = False
     """Divide the chosen gates by their sum."""
     route_scale: PositiveFloat = 1.0
@@ -44,6 +46,9 @@ class SoftmaxTopKRouter(nn.Module):
         self.config = config
         self.experts_per_token = experts_per_token
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def reset(self, draw: torch.Generator, frequencies: Callable[[], Tensor] | None) -> None:
+        """Nothing is held beside the weights."""
 
     def forward(self, hidden: Tensor, tokens: Tensor, constraint: RoutingConstraint | None) -> RoutingDecision:
         """`hidden [tokens, hidden]`; `tokens [tokens]` ids, unused here."""
