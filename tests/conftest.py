@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+pytest.register_assert_rewrite("runs.tiny_runs")  # it asserts, and many folders import it
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that puts the tests in the background has their Ctrl-C ignored, and every process they start inherits it.
