@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_architecture import FLOORS
 from typer.main import get_command
 
 from finemoe.charts.paper.page import summary_markdown
@@ -144,3 +146,17 @@ else:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_pictures_are_those_of_the_source():
+    """Drawn again they are the same, and they show the packages that there are, on their floors."""
+    spec = importlib.util.spec_from_file_location("draw", ROOT / "docs/pictures/draw.py")
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    for name, made in draw.PICTURES.items():
+        assert made() == (ROOT / "docs/pictures" / name).read_text(encoding="utf-8"), (
+            f"run docs/pictures/draw.py: {name}"
+        )
+    packages = {path.parent.name for path in (ROOT / "src/finemoe").glob("*/__init__.py")}
+    drawn = {package: floor for floor, rooms in enumerate(draw.FLOORS) for package, _ in rooms}
+    assert drawn == {package: FLOORS[package] for package in packages}
