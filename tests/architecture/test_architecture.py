@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,18 @@ FLOORS = {
     "server": 5,
     "studies": 6,
     "cli": 7,
+}
+# Within a package the same: what stands to the right imports what stands to the left, and never a neighbour.
+INNER_FLOORS = {
+    "checkpoint": (
+        {"storage"},
+        {"kinds.py", "own_config.py"},
+        {"run_state"},
+        {"weights"},
+        {"huggingface", "gguf"},
+        {"open.py"},
+        {"language_model.py", "selection.py", "doctor", "proof"},
+    ),
 }
 FRONT = {"__init__.py", "__main__.py"}  # the package's front door opens on every floor
 
@@ -74,6 +86,56 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
 
 
+def imports_that_run(tree: ast.AST) -> Iterator[str]:
+    """The names that `imports` gives, without those that are for type checkers alone."""
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in for_types:
+            yield from (module for module, _ in imports(node))
+
+
+def file_of(module: str) -> str | None:
+    """The file of ours that `finemoe.package.module.name` lies in."""
+    parts = module.split(".")
+    if parts[0] != "finemoe":
+        return None
+    for end in range(len(parts), 1, -1):
+        for name in ("/".join(parts[1:end]) + ".py", "/".join([*parts[1:end], "__init__.py"])):
+            if name in FILES:
+                return name
+    return None
+
+
+def rooms_of(folder: str) -> dict[str, set[str]]:
+    """What lies in a folder of the package, files and folders, each with those of its neighbours that it imports."""
+
+    def room(name: str) -> str:
+        return name.removeprefix(f"{folder}/").split("/")[0]
+
+    rooms: dict[str, set[str]] = {}
+    for name, tree in TREES.items():
+        if name.startswith(f"{folder}/"):
+            used = {file for module in imports_that_run(tree) if (file := file_of(module)) is not None}
+            neighbours = {room(file) for file in used if file.startswith(f"{folder}/")}
+            rooms.setdefault(room(name), set()).update(neighbours - {room(name)})
+    return rooms
+
+
+def circle_in(rooms: Mapping[str, set[str]]) -> list[str]:
+    """What imports each other in a circle, itself or through others; empty where all arrows can point down."""
+    left = {name: set(used) for name, used in rooms.items()}
+    while lowest := [name for name, used in left.items() if not used & left.keys()]:
+        for name in lowest:
+            del left[name]
+    return sorted(left)
+
+
 def functions(tree: ast.AST) -> Iterator[FunctionNode]:
     return (node for node in ast.walk(tree) if isinstance(node, FunctionNode))
 
@@ -104,6 +166,30 @@ def test_imports_go_down(name: str) -> None:
         if (other := ours(module)) is not None and other != own and FLOORS.get(other, 99) >= FLOORS[own]
     ]
     assert not upward, f"{own} is on floor {FLOORS[own]} and may import lower floors only"
+
+
+@pytest.mark.parametrize("folder", sorted({str(Path(name).parent) for name in FILES} - {"."}))
+def test_no_circle_of_imports_in_a_folder(folder: str) -> None:
+    assert not circle_in(rooms_of(folder)), "these import each other in a circle, or what does"
+
+
+def test_a_circle_of_imports_is_seen() -> None:
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+    assert circle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+@pytest.mark.parametrize("package", INNER_FLOORS)
+def test_rooms_of_a_package_import_lower_ones(package: str) -> None:
+    floors = {room: floor for floor, rooms in enumerate(INNER_FLOORS[package]) for room in rooms}
+    found = rooms_of(package)
+    assert found.keys() - {"__init__.py"} == floors.keys(), "a new room needs a floor"
+    upward = [
+        f"{room} imports {used}"
+        for room, neighbours in found.items()
+        for used in neighbours
+        if room not in FRONT and floors.get(used, 99) >= floors[room]
+    ]
+    assert not upward, f"rooms of {package} may import lower ones only"
 
 
 def test_imports_are_absolute() -> None:

@@ -1,4 +1,7 @@
-"""Files that are whole or not there: written under a temporary name, synced, renamed."""
+"""Files that are whole or not there: written under a temporary name, synced, renamed, and the folder synced.
+
+Without the last a power cut may undo the renaming, long after the file was read and others were written by it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _PATIENCE_SECONDS = 10.0
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step.
+    """Replace `path` by `text` in one step; when this returns, a power cut does not bring the old file back.
 
     Raises:
         RunError: the disk is full or the folder unwritable; an old file stays as it was.
@@ -29,6 +32,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise storage_error(path, error) from error
@@ -69,13 +73,25 @@ def sole_writer(directory: Path) -> Iterator[None]:
     """
     with ExitStack() as held:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            make_folder(directory)
             held.enter_context(exclusive_lock(directory / ".lock", patience=_PATIENCE_SECONDS))
         except TimeoutError as error:
             raise RunError(f"{directory}: another process is at work there; wait for it, or end it") from error
         except OSError as error:
             raise storage_error(directory, error) from error
         yield
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and what is missing above it, so that a power cut takes none of them away again.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in made:
+        sync(path.parent)
 
 
 def storage_error(path: Path, error: OSError) -> RunError:

@@ -23,7 +23,7 @@ from finemoe.checkpoint.storage.store import writing
 from finemoe.checkpoint.weights.exportable import Exportable, open_exportable
 from finemoe.core.config import did_you_mean
 from finemoe.core.errors import CheckpointError, DataError, RunError, named
-from finemoe.core.files import sync
+from finemoe.core.files import make_folder, sync
 from finemoe.core.locks import exclusive_lock
 from finemoe.core.logs import mebibytes
 from finemoe.text.settings import TOKENIZER_CONFIG
@@ -199,7 +199,7 @@ def _appearing(place: Path, nbytes: int) -> Iterator[Path]:
     partial, lock = (place.with_name(f".{place.name}.{end}") for end in ("partial", "lock"))
     try:
         with writing(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(place.parent)
             free = shutil.disk_usage(place.parent).free
         if nbytes + _SLACK_BYTES > free:
             needed = nbytes + _SLACK_BYTES

@@ -26,7 +26,7 @@ from finemoe.checkpoint.kinds import CONFIG, MANIFEST, STATE
 from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.storage.streaming import AbandonedError, Recorded, write_bytes, write_tensors
 from finemoe.core.errors import CheckpointError, RunError
-from finemoe.core.files import sha256, storage_error, sync
+from finemoe.core.files import make_folder, sha256, storage_error, sync
 from finemoe.core.logs import logger
 from finemoe.model.config import Kernels
 from finemoe.model.transformer import Transformer
@@ -82,7 +82,7 @@ def save(
     if final.exists() and find_damage(final) is None:
         return final  # of an earlier process; taking it away first would leave a moment with nothing
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        make_folder(checkpoints)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         _write(fresh, run, stop)
