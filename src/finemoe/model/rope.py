@@ -14,8 +14,6 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from torch import Tensor
 
 from finemoe.core.config import Config, union_of
-from finemoe.model.native import usable
-from finemoe.model.native.rope import rotate as native_rotate
 
 RopeLayout = Literal["half_split", "interleaved"]
 
@@ -177,13 +175,8 @@ def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     return theta**-exponent
 
 
-def rotate(states: Tensor, cosine: Tensor, sine: Tensor, layout: RopeLayout, *, native: bool = True) -> Tensor:
-    """Rotate the last components of `states [batch, heads, seq, dim]` by angles `[batch, seq, pairs]`, keep the others.
-
-    `native` allows the C++ kernel where it can run.
-    """
-    if native and usable(states, cosine, sine):
-        return native_rotate(states.transpose(1, 2), cosine, sine, layout == "interleaved").transpose(1, 2)
+def rotate(states: Tensor, cosine: Tensor, sine: Tensor, layout: RopeLayout) -> Tensor:
+    """Rotate the last components of `states [batch, heads, seq, dim]` by angles `[batch, seq, pairs]`, keep others."""
     cosine, sine = cosine[:, None].to(states.dtype), sine[:, None].to(states.dtype)
     turning = 2 * cosine.shape[-1]
     if turning < states.shape[-1]:
