@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -221,15 +222,18 @@ def test_modules_under_autocast_give_its_dtype() -> None:
             assert module(torch.randn(2, 4)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["ticket", "order without memory"])
 @pytest.mark.parametrize("tokens", [0, 3])
-def test_the_whole_form_without_any_row_keeps_the_graph(tokens: int) -> None:
+def test_the_whole_form_without_any_row_keeps_the_graph(tokens: int, own: bool) -> None:
     experts = GroupedExperts(4, 5, 3, experts_by("native"))
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     states, gates, keep = drawn(tokens, 5), drawn(tokens, 2), torch.zeros(tokens, 2, dtype=torch.bool)
     assert experts.fuses(states, gates)
-    decision = decision_of(torch.zeros(tokens, 2, dtype=torch.int64), 4)
-    output = routed_output(LocalDispatch(), experts, states, decision, keep, gates * keep)
+    ticket = LocalDispatch().in_place(decision_of(torch.zeros(tokens, 2, dtype=torch.int64), 4), keep)
+    if own:
+        ticket = replace(ticket, order=torch.empty(0, dtype=torch.int64))
+    output = experts.fused(states, ticket, gates * keep)
     leaves = (states, gates, *experts.parameters())
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN, as a gradient that nobody wrote would show
     try:
