@@ -15,8 +15,8 @@ from benchmarks.speed.timing import Contestant, Samples, calling, calls_needed, 
 from torch import Tensor
 from torch.nn import functional as F
 
+from finemoe.model.backends import EXPERT_KERNELS
 from finemoe.model.config import Kernels
-from finemoe.model.moe.experts import EXPERT_KERNELS
 from finemoe.model.native import available
 
 WIDE = LayerShape(hidden=512, tokens=2048, experts=63, width=344, top_k=7)

@@ -15,8 +15,8 @@ from benchmarks.speed.shapes import LayerShape
 from benchmarks.speed.table import Row
 from benchmarks.speed.timing import Contestant, Samples, calling, calls_needed, fastest, interleave
 
+from finemoe.model.backends import EXPERT_KERNELS
 from finemoe.model.config import Kernels
-from finemoe.model.moe.experts import EXPERT_KERNELS
 from finemoe.model.size import training_flops_per_token
 
 BASE = LayerShape(hidden=512, tokens=1024, experts=64, width=344, top_k=7)

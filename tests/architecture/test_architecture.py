@@ -68,7 +68,7 @@ EXTRAS = {
     "uvicorn",
     "wandb",
 }
-BASES = {"Config", "FinemoeError", "Native", "RunError"}  # the classes of ours that others derive from
+BASES = {"Config", "FinemoeError", "RunError"}  # the classes of ours that others derive from
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -271,6 +271,24 @@ def test_model_objects_change_no_attribute_after_construction() -> None:
         if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self"
     ]
     assert not found
+
+
+def test_backends_alone_ask_whether_native_kernels_take_the_tensors_at_hand() -> None:
+    # A module holds one backend and calls its operations: a second way to reach C++ would forget `kernels.products`.
+    files = {name: path for name, path in FILES.items() if not name.startswith("model/native/")}
+    found = {name for name in files for node in ast.walk(TREES[name]) if "usable" in imported_or_named(node)}
+    assert found == {"model/backends.py"}
+    calling = [name for name in files if "torch.ops" in files[name].read_text(encoding="utf-8")]
+    assert set(calling) <= {"core/extension.py", "model/attention/grouped_query.py", "model/attention/latent.py"}
+
+
+def imported_or_named(node: ast.AST) -> set[str]:
+    """What a node imports from the native package, or reads of it."""
+    if isinstance(node, ast.ImportFrom) and node.module == "finemoe.model.native":
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == "native":
+        return {node.attr}
+    return set()
 
 
 def test_only_the_command_line_prints_to_standard_output() -> None:

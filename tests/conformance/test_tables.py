@@ -13,10 +13,9 @@ from torch import nn
 from finemoe.core.config import Config, to_json
 from finemoe.methods import METHODS
 from finemoe.model.attention import ATTENTIONS
-from finemoe.model.attention.kernels import ATTENTION_KERNELS
+from finemoe.model.backends import ATTENTION_KERNELS, EXPERT_KERNELS
 from finemoe.model.config import Kernels, ModelConfig, expand
 from finemoe.model.moe.balance import BALANCE_TERMS, BalanceConfig
-from finemoe.model.moe.experts import EXPERT_KERNELS
 from finemoe.model.moe.layer import MoELayer
 from finemoe.model.moe.routers import ROUTERS
 from finemoe.model.moe.routers.select import GroupsConfig

@@ -93,9 +93,10 @@ def test_switched_off_nothing_is_loaded_and_results_are_torchs() -> None:
     code = """
 import torch
 from finemoe.model import native
+from finemoe.model.backends import NATIVE
 from finemoe.model.projection import Projection
 assert not native.available()
-layer = Projection(4, 3)
+layer = Projection(4, 3, NATIVE)
 torch.nn.init.normal_(layer.weight)
 states = torch.randn(2, 4)
 assert torch.equal(layer(states), states @ layer.weight.t())

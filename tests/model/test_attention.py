@@ -6,7 +6,6 @@ The package computes these in float32 whatever the input, so the tolerances are 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,10 +13,13 @@ import torch
 from torch import Tensor
 
 from finemoe.model.attention.grouped_query import GroupedQueryAttention, GroupedQueryCache, GroupedQueryConfig
-from finemoe.model.attention.kernels import ATTENTION_KERNELS, Attend, Mask
 from finemoe.model.attention.places import Places, within_documents
+from finemoe.model.backend import Attend
+from finemoe.model.backends import ATTENTION_KERNELS, NATIVE, backend_for
+from finemoe.model.config import Kernels
 from finemoe.model.norm import RMSNorm
 from finemoe.model.rope import RopeConfig
+from finemoe.model.spans import Mask
 from oracles import attention as oracle
 from oracles import rope
 from oracles.models import YARN
@@ -31,10 +33,7 @@ def document_mask() -> Tensor:
     return same & oracle.causal(BATCH, 1, SEQ)
 
 
-KERNELS: dict[str, Attend] = {
-    **{name: partial(attend, native=False) for name, attend in ATTENTION_KERNELS.items()},
-    "native": partial(ATTENTION_KERNELS["sdpa"], native=True),
-}
+KERNELS: dict[str, Attend] = {**ATTENTION_KERNELS, "native": NATIVE.attend}
 MASKS: dict[str, Mask] = {"causal": None, "documents": document_mask(), "spans": within_documents(DOCUMENTS)}
 
 
@@ -126,7 +125,9 @@ def expected_output(module: GroupedQueryAttention, hidden: Tensor) -> Tensor:
 @pytest.mark.parametrize("changes", MODULES.values(), ids=MODULES)
 def test_module_is_projections_rotation_loops_and_output(changes: dict[str, Any], kernel: str) -> None:
     fields = {"num_heads": 4, "head_dim": DIM, "rope": {"theta": 500.0}, **changes}
-    module = GroupedQueryAttention(GroupedQueryConfig.model_validate(fields), 12, 1e-3, ATTENTION_KERNELS[kernel])
+    module = GroupedQueryAttention(
+        GroupedQueryConfig.model_validate(fields), 12, 1e-3, backend_for(Kernels.model_validate({"attention": kernel}))
+    )
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     hidden = torch.randn(BATCH, SEQ, 12, requires_grad=True)
@@ -150,7 +151,7 @@ def test_impossible_rotary_dims_are_refused(dim: int, message: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_divides_by_the_root_mean_square(dtype: torch.dtype) -> None:
-    norm = RMSNorm(6, eps=1e-3)
+    norm = RMSNorm(6, 1e-3, NATIVE)
     torch.nn.init.normal_(norm.weight)
     hidden = torch.randn(4, 6).to(dtype).requires_grad_()
     wide = hidden.double()

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from finemoe.model.backends import EXPERT_KERNELS, backend_for
+from finemoe.model.config import Kernels
 from finemoe.model.moe.capacity import kept_assignments
 from finemoe.model.moe.dispatch import LocalDispatch, _Return, _Spread
-from finemoe.model.moe.experts import EXPERT_KERNELS, GroupedExperts, sorted_slices
+from finemoe.model.moe.experts import GroupedExperts, sorted_slices
 from oracles import moe
 from oracles.models import decision_of
 
@@ -121,7 +123,7 @@ def test_kernel_gradients_when_one_input_is_frozen(kernel: str, frozen: int) -> 
 
 @pytest.mark.parametrize("kernel", EXPERT_KERNELS)
 def test_experts_follow_autocast_and_keep_float32_gradients(kernel: str) -> None:
-    experts = GroupedExperts(2, 3, 4, EXPERT_KERNELS[kernel])
+    experts = GroupedExperts(2, 3, 4, backend_for(Kernels.model_validate({"experts": kernel})))
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     with torch.autocast("cpu", torch.bfloat16):

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from finemoe.model.backends import EXPERT_KERNELS
 from finemoe.model.moe.decision import RoutingConstraint, RoutingDecision, RoutingRecord
 from finemoe.model.moe.dispatch import Ticket
-from finemoe.model.moe.experts import EXPERT_KERNELS, GroupedExperts
+from finemoe.model.moe.experts import GroupedExperts
 from finemoe.model.moe.layer import MoELayer
 from oracles.models import VOCAB, moe_layer, moe_table
 
@@ -76,9 +77,9 @@ class TwoRanks:
 
 def shard(layer: MoELayer, rank: int, mail: Mail) -> MoELayer:
     """The layer as that rank has it: its half of the experts, the rest shared."""
-    found = MoELayer(layer.config, HIDDEN, VOCAB, layer.experts.kernel)
+    found = MoELayer(layer.config, HIDDEN, VOCAB, layer.experts.backend)
     found.router, found.shared_experts = layer.router, layer.shared_experts
-    found.experts = GroupedExperts(HALF, HIDDEN, layer.config.expert_hidden_size, layer.experts.kernel)
+    found.experts = GroupedExperts(HALF, HIDDEN, layer.config.expert_hidden_size, layer.experts.backend)
     for name, parameter in layer.experts.named_parameters():
         delattr(found.experts, name)  # a view takes the parameter's place, so that gradients arrive in the whole layer
         setattr(found.experts, name, parameter[rank * HALF : (rank + 1) * HALF])

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from finemoe.model.backends import EXPERT_KERNELS, NATIVE, backend_for
+from finemoe.model.config import Kernels
 from finemoe.model.feed_forward import SwiGLU, swiglu
-from finemoe.model.moe.experts import EXPERT_KERNELS, GroupedExperts
+from finemoe.model.moe.experts import GroupedExperts
 from oracles import moe as oracle
 
 LIMITS = [None, 0.5, 100.0]
@@ -30,7 +32,7 @@ def test_clamp_bounds_the_gate_from_above_and_the_linear_part_on_both_sides() ->
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_dense_layer_is_the_formula(limit: float | None) -> None:
-    layer = SwiGLU(5, 7, limit).double()
+    layer = SwiGLU(5, 7, NATIVE, limit).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     hidden = grown(2, 3, 5)
@@ -72,7 +74,8 @@ def test_gradcheck_with_values_beyond_the_limit(counts: list[int], kernel: str) 
 
 @pytest.mark.parametrize("kernel", EXPERT_KERNELS)
 def test_grouped_experts_hand_their_limit_to_the_kernel(kernel: str) -> None:
-    limited, free = (GroupedExperts(2, 3, 4, EXPERT_KERNELS[kernel], limit).double() for limit in (0.3, None))
+    backend = backend_for(Kernels.model_validate({"experts": kernel}))
+    limited, free = (GroupedExperts(2, 3, 4, backend, limit).double() for limit in (0.3, None))
     for parameter in limited.parameters():
         torch.nn.init.normal_(parameter)
     free.load_state_dict(limited.state_dict())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from finemoe.model.backends import EXPERT_KERNELS, backend_for
+from finemoe.model.config import Kernels
 from finemoe.model.moe.dispatch import LocalDispatch
-from finemoe.model.moe.experts import EXPERT_KERNELS, GroupedExperts
+from finemoe.model.moe.experts import GroupedExperts
 from finemoe.model.moe.layer import routed_output
 from oracles.models import decision_of
 
@@ -22,7 +24,7 @@ def test_values_and_gradients_are_those_of_the_loop_on_the_cpu(
     states, gates = torch.randn(512, 64), torch.rand(expert_ids.shape)
     results = []
     for device, name, kind in (("cpu", "loop", torch.float32), ("cuda", kernel, dtype)):
-        experts = GroupedExperts(16, 64, 32, EXPERT_KERNELS[name])
+        experts = GroupedExperts(16, 64, 32, backend_for(Kernels.model_validate({"experts": name})))
         for seed, parameter in enumerate(experts.parameters()):
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(seed))
         experts.to(device)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from finemoe.model.attention.kernels import ATTENTION_KERNELS
 from finemoe.model.attention.latent import LatentAttention, LatentCache, LatentConfig
 from finemoe.model.attention.places import Places
+from finemoe.model.backends import ATTENTION_KERNELS, backend_for
+from finemoe.model.config import Kernels
 from oracles import attention as oracle
 from oracles import rope
 from oracles.models import LATENT, YARN
@@ -47,7 +48,7 @@ def drawn(
 ) -> LatentAttention:
     """A module whose attention is far from even, and whose norms are not 1."""
     config = LatentConfig.model_validate({**LATENT, **changes})
-    module = LatentAttention(config, hidden, 1.0, ATTENTION_KERNELS[kernel], form)
+    module = LatentAttention(config, hidden, 1.0, backend_for(Kernels.model_validate({"attention": kernel})), form)
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5, generator=generator)

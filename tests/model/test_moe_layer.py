@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from finemoe.model.backends import EXPERT_KERNELS
 from finemoe.model.moe.decision import RoutingConstraint
-from finemoe.model.moe.experts import EXPERT_KERNELS
 from finemoe.model.moe.layer import MoELayer
 from oracles import moe, routing
 from oracles.models import GROUPS, VOCAB, moe_layer, moe_table

@@ -231,3 +231,25 @@ def test_sequences_that_leave_no_position_are_refused(seq: int) -> None:
 
 def test_a_model_without_modules_has_nothing_ahead() -> None:
     assert build(small_config())(tokens(), mtp=True).mtp_hidden == ()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_module_runs_all_of_itself_within_its_own_forward(recompute: bool) -> None:
+    # Whoever shards a module gathers its weights when its forward begins, and lets go of them when it ends.
+    model = build(v3_config(), recompute=recompute).train()
+    calls: list[tuple[str, bool]] = []
+    for depth, module in enumerate(model.mtp):
+        inside: list[str] = []
+        module.register_forward_pre_hook(lambda *_, inside=inside: inside.append("forward"))
+        module.register_forward_hook(lambda *_, inside=inside: inside.clear())
+        for name, part in module.named_children():
+            part.register_forward_pre_hook(
+                lambda *_, inside=inside, key=f"{depth}.{name}": calls.append((key, bool(inside)))
+            )
+    output = model(torch.randint(VOCAB, (2, 9)), mtp=True)
+    assert {key for key, _ in calls} == {f"{depth}.{name}" for depth in range(2) for name, _ in module.named_children()}
+    assert all(within for _, within in calls)
+    forward = len(calls)
+    output.mtp_hidden[-1].sum().backward()
+    again = [key for key, _ in calls[forward:]]
+    assert again == (["1.block", "0.block"] if recompute else [])

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from finemoe.model import native
-from finemoe.model.attention.kernels import Spans, reference, sdpa
+from finemoe.model.attention.kernels import reference
 from finemoe.model.attention.places import within_documents
+from finemoe.model.backends import NATIVE
 from finemoe.model.native.attention import attention
+from finemoe.model.spans import Spans
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 
@@ -146,11 +148,11 @@ def test_memory_of_training_grows_with_tokens_not_with_their_square() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions_take_torchs_path(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finemoe.model.attention.kernels.native_attention", None)
+    monkeypatch.setattr("finemoe.model.backends.native_attention", None)
     states = [torch.randn(1, 2, 5, 8).to(dtype) for _ in range(3)]
     expected = reference(*states, None, 0.3)
     tolerance = 1e-5 if dtype == torch.float64 else 2e-2
-    torch.testing.assert_close(sdpa(*states, None, 0.3), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(NATIVE.attend(*states, None, 0.3), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from finemoe.model import native
 from finemoe.model.attention.grouped_query import GroupedQueryAttention, GroupedQueryConfig
-from finemoe.model.attention.kernels import reference, sdpa
 from finemoe.model.attention.latent import LatentAttention, LatentConfig
 from finemoe.model.attention.places import Places
+from finemoe.model.backend import Backend
+from finemoe.model.backends import NATIVE, TORCH, backend_for
+from finemoe.model.config import Kernels
 from oracles.models import LATENT, YARN
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
@@ -38,12 +40,12 @@ LATENTS: dict[str, dict[str, Any]] = {
 
 def grouped(changes: dict[str, Any]) -> GroupedQueryAttention:
     config = GroupedQueryConfig.model_validate({"num_heads": 4, "head_dim": 10, **changes})
-    return filled(GroupedQueryAttention(config, HIDDEN, 1e-3, sdpa))
+    return filled(GroupedQueryAttention(config, HIDDEN, 1e-3, NATIVE))
 
 
 def latent(changes: dict[str, Any]) -> LatentAttention:
     config = LatentConfig.model_validate({**LATENT, **changes})
-    return filled(LatentAttention(config, HIDDEN, 1e-3, sdpa, form="absorbed"))
+    return filled(LatentAttention(config, HIDDEN, 1e-3, NATIVE, form="absorbed"))
 
 
 def filled(module: Any) -> Any:
@@ -59,12 +61,11 @@ MODULES = {
 EVERY = pytest.mark.parametrize(("make", "changes"), MODULES.values(), ids=MODULES)
 
 
-def run(module: Any, hidden: Tensor, starts: list[int], width: int, use_native: bool) -> tuple[Tensor, list[Tensor]]:
+def run(module: Any, hidden: Tensor, starts: list[int], width: int, backend: Backend) -> tuple[Tensor, list[Tensor]]:
     """A cache half full of noise, then `hidden` in pieces of `width` tokens from each row's start."""
-    module.native = use_native
     for part in module.modules():
-        if isinstance(part, native.Native):
-            part.native = use_native
+        if "backend" in vars(part):
+            part.backend = backend
     cache = module.new_cache(len(hidden) + 1, CAPACITY).rows(1, len(hidden) + 1)
     kept = [value for value in vars(cache).values() if isinstance(value, Tensor)]
     for value in kept:
@@ -83,8 +84,8 @@ def test_output_and_cache_are_torchs(make: Any, changes: dict[str, Any], batch: 
     module, starts = make(changes), [0, 280, 40, 7, 100, 1, 2, 250][:batch]
     hidden = torch.randn(batch, 2 * width + 1, HIDDEN)
     with torch.no_grad():
-        expected, stored = run(module, hidden, starts, width, use_native=False)
-        found, cached = run(module, hidden, starts, width, use_native=True)
+        expected, stored = run(module, hidden, starts, width, TORCH)
+        found, cached = run(module, hidden, starts, width, NATIVE)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(cached, stored, rtol=1e-5, atol=1e-5)
 
@@ -109,7 +110,7 @@ def test_gradients_many_tokens_and_other_precisions_go_step_by_step(
         module.double()(
             torch.randn(1, 1, HIDDEN).double(), places=Places(torch.tensor([[0]])), cache=module.new_cache(1, 2)
         )
-    assert module.native
+    assert module.backend is NATIVE
 
 
 @EVERY
@@ -118,6 +119,5 @@ def test_the_reference_kernel_is_used_where_it_was_asked_for(
 ) -> None:
     module = make(changes)
     monkeypatch.setattr(type(module), "_decode", lambda *_: pytest.fail("took the native call"))
-    module.attend = reference
     with torch.no_grad():
-        run(module, torch.randn(1, 1, HIDDEN), [3], 1, use_native=True)
+        run(module, torch.randn(1, 1, HIDDEN), [3], 1, backend_for(Kernels(attention="reference")))

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finemoe.model import native
+from finemoe.model.backends import NATIVE, TORCH
 from finemoe.model.native.norm import rms_norm
 from finemoe.model.norm import RMSNorm
-from finemoe.model.rope import rotate
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 
@@ -55,13 +55,11 @@ def test_norm_gradients_do_not_depend_on_the_number_of_threads() -> None:
 
 
 def test_norm_takes_torchs_path_when_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    norm, hidden = RMSNorm(6, 1e-3), torch.randn(4, 6)
-    expected = norm(hidden)
-    monkeypatch.setattr("finemoe.model.norm.rms_norm", None)
-    norm.native = False
-    torch.testing.assert_close(norm(hidden), expected)
-    norm.native = True
-    assert norm.double()(hidden.double()).dtype == torch.float64
+    plain, quick, hidden = RMSNorm(6, 1e-3, TORCH), RMSNorm(6, 1e-3, NATIVE), torch.randn(4, 6)
+    expected = quick(hidden)
+    monkeypatch.setattr("finemoe.model.backends.native_rms_norm", None)
+    torch.testing.assert_close(plain(hidden), expected)
+    assert quick.double()(hidden.double()).dtype == torch.float64
 
 
 def angles(batch: int, seq: int, pairs: int, shared: bool) -> tuple[Tensor, Tensor]:
@@ -80,7 +78,7 @@ def test_rotation_and_its_gradient(
 ) -> None:
     turned = angles(batch, seq, pairs, shared=kept == 0)
     states = torch.randn(batch, seq, heads, 2 * pairs + kept).transpose(1, 2).requires_grad_()
-    found, expected = (rotate(states, *turned, layout, first=first, native=use) for use in (True, False))
+    found, expected = (backend.rotate(states, *turned, layout, first=first) for backend in (NATIVE, TORCH))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     alike = slice(2 * pairs, None) if first else slice(0, kept)
     assert torch.equal(found[..., alike], states[..., alike])
@@ -88,18 +86,18 @@ def test_rotation_and_its_gradient(
     gradients = [torch.autograd.grad((x * direction).sum(), states)[0] for x in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        assert torch.equal(rotate(states, *turned, layout, first=first), found)
+        assert torch.equal(NATIVE.rotate(states, *turned, layout, first=first), found)
 
 
 def test_rotation_of_rows_that_are_not_contiguous() -> None:
     states, turned = torch.randn(1, 2, 8, 5).transpose(2, 3), angles(1, 5, 4, shared=True)
     torch.testing.assert_close(
-        rotate(states, *turned, "interleaved"), rotate(states.contiguous(), *turned, "interleaved")
+        NATIVE.rotate(states, *turned, "interleaved"), NATIVE.rotate(states.contiguous(), *turned, "interleaved")
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_rotation_of_other_precisions_takes_torchs_path(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finemoe.model.rope.native_rotate", None)
+    monkeypatch.setattr("finemoe.model.backends.native_rotate", None)
     states = torch.randn(1, 2, 5, 8).to(dtype)
-    assert rotate(states, *angles(1, 5, 4, shared=True), "half_split").dtype == dtype
+    assert NATIVE.rotate(states, *angles(1, 5, 4, shared=True), "half_split").dtype == dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,20 +12,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finemoe.model import native
+from finemoe.model.backend import Backend
+from finemoe.model.backends import NATIVE, TORCH, backend_for
+from finemoe.model.backends import native as native_kernel
 from finemoe.model.config import Kernels
 from finemoe.model.feed_forward import SwiGLU, swiglu
 from finemoe.model.moe.dispatch import LocalDispatch
-from finemoe.model.moe.experts import GroupedExperts, automatic, grouped_mm, loop, sorted_slices
-from finemoe.model.moe.experts import native as native_kernel
+from finemoe.model.moe.experts import GroupedExperts, grouped_mm, loop
 from finemoe.model.moe.layer import routed_output
-from finemoe.model.native.experts import sort_by_expert, top_k
+from finemoe.model.native.exact import sort_by_expert, top_k
 from finemoe.model.native.experts import swiglu as native_swiglu
 from finemoe.model.native.linear import linear
 from finemoe.model.projection import Projection
 from finemoe.model.transformer import Transformer
-from oracles.models import decision_of, small_config
+from oracles.models import build, decision_of, small_config
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler: plain torch runs")
+
+
+def experts_by(name: str) -> Backend:
+    return backend_for(Kernels.model_validate({"experts": name}))
 
 
 def drawn(*shape: int) -> Tensor:
@@ -108,9 +115,9 @@ def test_whole_layer(ids: list[list[int]], hidden: int, width: int, dropping: bo
     if keep is not None:
         keep[0, 0] = True
 
-    def on(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def on(kernel: str) -> Callable[..., Tensor]:
         def run(states: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-            experts = GroupedExperts(8, hidden, width, kernel, limit)
+            experts = GroupedExperts(8, hidden, width, experts_by(kernel), limit)
             del experts.gate_up_proj, experts.down_proj  # tensors with a graph take the parameters' place
             experts.gate_up_proj, experts.down_proj = gate_up, down  # type: ignore[assignment]
             masked = gates if keep is None else gates * keep
@@ -119,8 +126,8 @@ def test_whole_layer(ids: list[list[int]], hidden: int, width: int, dropping: bo
         return run
 
     inputs = (drawn(tokens, hidden), drawn(tokens, k), drawn(8, 2 * width, hidden), drawn(8, hidden, width))
-    assert_equal_to_float64(on(native_kernel), on(loop), inputs)
-    torch.testing.assert_close(on(automatic)(*inputs), on(native_kernel)(*inputs), rtol=0, atol=0)
+    assert_equal_to_float64(on("native"), on("loop"), inputs)
+    torch.testing.assert_close(on("auto")(*inputs), on("native")(*inputs), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 1, 0], [40, 0, 200, 9]])
@@ -133,7 +140,7 @@ def test_kernel_on_rows(counts: list[int]) -> None:
 def test_result_does_not_depend_on_the_number_of_threads() -> None:
     expert_ids = torch.randint(0, 4, (700, 1))
     decision = decision_of(expert_ids, 4)
-    experts = GroupedExperts(4, 48, 32, native_kernel)
+    experts = GroupedExperts(4, 48, 32, experts_by("native"))
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     states, gates = drawn(700, 48), drawn(700, 1)
@@ -165,10 +172,10 @@ def test_an_expert_that_does_not_exist_is_an_error(wrong: int) -> None:
 def test_other_dtypes_take_the_torch_path(dtype: torch.dtype) -> None:
     decision = decision_of(torch.tensor([[0, 1], [1, 2], [1, 0]]), 3)
     states, gates = torch.randn(3, 8, dtype=dtype), torch.rand(3, 2, dtype=dtype)
-    experts = {kernel: GroupedExperts(3, 8, 4, kernel).to(dtype) for kernel in (native_kernel, sorted_slices)}
-    for parameter in experts[native_kernel].parameters():
+    experts = {name: GroupedExperts(3, 8, 4, experts_by(name)).to(dtype) for name in ("native", "sorted_slices")}
+    for parameter in experts["native"].parameters():
         torch.nn.init.normal_(parameter)
-    experts[sorted_slices].load_state_dict(experts[native_kernel].state_dict())
+    experts["sorted_slices"].load_state_dict(experts["native"].state_dict())
     found, expected = (
         routed_output(LocalDispatch(), layer, states, decision, None, gates) for layer in experts.values()
     )
@@ -183,35 +190,56 @@ def test_grouped_mm_in_bf16_is_the_loop_to_bf16_rounding() -> None:
     torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-1)
 
 
-def test_products_torch_switches_every_module_off() -> None:
-    config = small_config()
-    plain, quick = Transformer(config, Kernels(products="torch")), Transformer(config, Kernels(products="native"))
-    for model, wanted in ((plain, False), (quick, True)):
-        flags = [module.native for module in model.modules() if isinstance(module, native.Native)]
-        assert len(flags) > 3
-        assert all(flag is wanted for flag in flags)
+def test_one_backend_is_held_by_every_module() -> None:
+    config = small_config(mtp_depth=1)
+    for products, operations in (("torch", TORCH), ("native", NATIVE)):
+        model = Transformer(config, Kernels.model_validate({"products": products}))
+        held = [vars(module)["backend"] for module in model.modules() if "backend" in vars(module)]
+        assert len(held) > 20
+        assert all(backend is model.backend for backend in held)
+        for name in ("linear", "rms_norm", "swiglu", "rotate", "attend", "cross_entropy_sum", "decodes"):
+            assert getattr(model.backend, name) is getattr(operations, name)
+
+
+def test_products_torch_takes_no_native_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(small_config(mtp_depth=1), products="torch", experts="sorted_slices")
+    for name in ("linear", "rms_norm", "swiglu", "rotate", "attention", "experts", "cross_entropy_sum"):
+        monkeypatch.setattr(f"finemoe.model.backends.native_{name}", None)
+    tokens = torch.arange(8)[None]
+    output = model(tokens, mtp=True)
+    model.logits(output.hidden)
+    weights = torch.ones(8)
+    model.backend.cross_entropy_sum(output.hidden[0], model.head_weight, tokens[0], weights).backward()
+    with torch.no_grad():
+        model.eval()(tokens[:, :1], cache=model.new_cache(1, 4))
 
 
 def test_modules_under_autocast_give_its_dtype() -> None:
-    for module in (Projection(4, 3), SwiGLU(4, 5)):
+    for module in (Projection(4, 3, NATIVE), SwiGLU(4, 5, NATIVE)):
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter)
         with torch.autocast("cpu", torch.bfloat16):
             assert module(torch.randn(2, 4)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["ticket", "order without memory"])
 @pytest.mark.parametrize("tokens", [0, 3])
-def test_the_whole_form_without_any_row_keeps_the_graph(tokens: int) -> None:
-    experts = GroupedExperts(4, 5, 3, native_kernel)
+def test_the_whole_form_without_any_row_keeps_the_graph(tokens: int, own: bool) -> None:
+    experts = GroupedExperts(4, 5, 3, experts_by("native"))
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     states, gates, keep = drawn(tokens, 5), drawn(tokens, 2), torch.zeros(tokens, 2, dtype=torch.bool)
-    torch.full((1 << 16,), math.nan)  # what is freed here may be what an unfilled gradient shows
     assert experts.fuses(states, gates)
-    decision = decision_of(torch.zeros(tokens, 2, dtype=torch.int64), 4)
-    output = routed_output(LocalDispatch(), experts, states, decision, keep, gates * keep)
+    ticket = LocalDispatch().in_place(decision_of(torch.zeros(tokens, 2, dtype=torch.int64), 4), keep)
+    if own:
+        ticket = replace(ticket, order=torch.empty(0, dtype=torch.int64))
+    output = experts.fused(states, ticket, gates * keep)
     leaves = (states, gates, *experts.parameters())
-    found = torch.autograd.grad(output.sum(), leaves)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN, as a gradient that nobody wrote would show
+    try:
+        found = torch.autograd.grad(output.sum(), leaves)
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert output.shape == (tokens, 5)
     assert not output.any()
     assert all(

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from finemoe.model.attention.kernels import ATTENTION_KERNELS
+from finemoe.model.backends import ATTENTION_KERNELS, EXPERT_KERNELS
 from finemoe.model.config import ModelConfig
 from finemoe.model.moe.decision import RoutingConstraint
-from finemoe.model.moe.experts import EXPERT_KERNELS
 from finemoe.model.transformer import Transformer
 from oracles.models import GROUPS, LATENT, VOCAB, build, moe_table, small_config, v3_config
 

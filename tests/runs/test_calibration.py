@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from finemoe.model import native
+from finemoe.model.backends import EXPERT_KERNELS
 from finemoe.model.config import Kernels, ModelConfig
-from finemoe.model.moe.experts import EXPERT_KERNELS
 from finemoe.runs.calibration import Candidates, choose, seconds_of
 from oracles.models import moe_table, small_config
 

@@ -14,7 +14,6 @@ from finemoe.core.errors import TrainingError
 from finemoe.data.batch import TokenBatch
 from finemoe.model.transformer import Transformer
 from finemoe.training.gradients import Clip
-from finemoe.training.losses.cross_entropy import cross_entropy_sum
 from finemoe.training.losses.next_token import NextToken
 from finemoe.training.method import Figures, Group, Method
 from finemoe.training.objective import Terms, balance_sums
@@ -49,7 +48,7 @@ class Surprise:
     def terms(self, model: Transformer, batch: TokenBatch) -> Terms:
         output = model(batch.tokens)
         inputs = (output.hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())
-        loss = cross_entropy_sum(*inputs, torch.ones(batch.num_tokens))
+        loss = model.backend.cross_entropy_sum(*inputs, torch.ones(batch.num_tokens))
         return Terms({"surprise": loss, "twice": 2 * loss.detach()} | balance_sums(output.routing), output.routing)
 
 

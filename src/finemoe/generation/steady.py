@@ -17,8 +17,8 @@ from torch import Tensor
 from finemoe.generation.sampling import pick
 from finemoe.generation.sequence import Sequence
 from finemoe.model.attention import AttentionCache
+from finemoe.model.backends import all_native
 from finemoe.model.moe.layer import MoELayer
-from finemoe.model.native import usable
 from finemoe.model.transformer import Transformer
 
 FEW_ROWS = 8
@@ -38,11 +38,8 @@ def steady(model: Transformer) -> bool:
 
     True of the C++ kernels; the libraries behind PyTorch choose how to add up by the shape of the whole pass.
     """
-    kernels = model.kernels
-    chosen = kernels.products != "torch" and kernels.attention == "sdpa" and kernels.experts in ("auto", "native")
-    return chosen and usable(
-        model.embedding.weight, *(p for layer in model.moe_layers.values() for p in _experts(layer))
-    )
+    experts = (tensor for layer in model.moe_layers.values() for tensor in _experts(layer))
+    return all_native(model.kernels, model.embedding.weight, *experts)
 
 
 def _experts(layer: MoELayer) -> Iterable[Tensor]:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finemoe.core.config import Config
-from finemoe.model.native import Native, usable
-from finemoe.model.native.experts import swiglu as native_swiglu
+from finemoe.model.backend import Backend
 from finemoe.model.projection import Projection
 
 
@@ -39,20 +38,23 @@ def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
     return F.silu(gate) * up
 
 
-class SwiGLU(Native, nn.Module):
+def feed_forward(hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, limit: float | None) -> Tensor:
+    """`hidden [..., hidden]` through the weights `gate` and `up [width, hidden]` and `down [hidden, width]`."""
+    return F.linear(swiglu(F.linear(hidden, gate), F.linear(hidden, up), limit), down)
+
+
+class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)), no biases."""
 
-    def __init__(self, hidden_size: int, ffn_hidden_size: int, limit: float | None = None) -> None:
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, backend: Backend, limit: float | None = None) -> None:
         super().__init__()
+        self.backend = backend
         self.limit = limit
-        self.gate_proj = Projection(hidden_size, ffn_hidden_size)
-        self.up_proj = Projection(hidden_size, ffn_hidden_size)
-        self.down_proj = Projection(ffn_hidden_size, hidden_size)
+        self.gate_proj = Projection(hidden_size, ffn_hidden_size, backend)
+        self.up_proj = Projection(hidden_size, ffn_hidden_size, backend)
+        self.down_proj = Projection(ffn_hidden_size, hidden_size, backend)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` to `[..., hidden]`."""
-        if self.native and usable(hidden, self.gate_proj.weight):
-            weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-            return native_swiglu(hidden, *weights, self.limit)
-        output: Tensor = self.down_proj(swiglu(self.gate_proj(hidden), self.up_proj(hidden), self.limit))
-        return output
+        weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return self.backend.swiglu(hidden, *weights, self.limit)

@@ -6,22 +6,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finemoe.model.native import Native, usable
-from finemoe.model.native.norm import rms_norm
+from finemoe.model.backend import Backend
 
 
-class RMSNorm(Native, nn.Module):
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`hidden [..., size]` divided by the root of its mean square, times `weight [size]`; same shape and dtype out."""
+    # fp32 statistics: a mean of squares in bf16 loses three digits.
+    return F.rms_norm(hidden.float(), weight.shape, weight.float(), eps).to(hidden.dtype)
+
+
+class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang and Sennrich, 2019)."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, backend: Backend) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.backend = backend
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise `hidden [..., size]`; same shape and dtype out."""
-        if self.native and usable(hidden, self.weight):
-            return rms_norm(hidden, self.weight, self.eps)
-        # fp32 statistics: a mean of squares in bf16 loses three digits.
-        normed = F.rms_norm(hidden.float(), self.weight.shape, self.weight.float(), self.eps)
-        return normed.to(hidden.dtype)
+        return self.backend.rms_norm(hidden, self.weight, self.eps)

@@ -8,25 +8,21 @@ from __future__ import annotations
 from typing import final
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from finemoe.model.native import Native, usable
-from finemoe.model.native.linear import linear
+from finemoe.model.backend import Backend
 
 
 @final
-class Projection(Native, nn.Linear):
+class Projection(nn.Linear):
     """x Wᵀ + b with uninitialised weights; no bias unless asked for."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+    def __init__(self, in_features: int, out_features: int, backend: Backend, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias)
+        self.backend = backend
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        if not (self.native and usable(input, self.weight)):
-            return F.linear(input, self.weight, self.bias)
-        output = linear(input, self.weight)
-        return output if self.bias is None else output + self.bias
+        return self.backend.linear(input, self.weight, self.bias)
 
     def reset_parameters(self) -> None:
         """Nothing: see above."""

@@ -14,8 +14,6 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from torch import Tensor
 
 from finemoe.core.config import Config, union_of
-from finemoe.model.native import usable
-from finemoe.model.native.rope import rotate as native_rotate
 
 RopeLayout = Literal["half_split", "interleaved"]
 
@@ -178,16 +176,11 @@ def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     return theta**-exponent
 
 
-def rotate(
-    states: Tensor, cosine: Tensor, sine: Tensor, layout: RopeLayout, *, first: bool = False, native: bool = True
-) -> Tensor:
+def rotate(states: Tensor, cosine: Tensor, sine: Tensor, layout: RopeLayout, *, first: bool = False) -> Tensor:
     """Rotate components of `states [batch, heads, seq, dim]` by angles `[batch, seq, pairs]`, and keep the others.
 
     Where there are more components than angles turn, the last ones turn (latent attention), or the `first` (GLM-4.5).
-    `native` allows the C++ kernel where it can run.
     """
-    if native and usable(states, cosine, sine):
-        return native_rotate(states.transpose(1, 2), cosine, sine, layout == "interleaved", first).transpose(1, 2)
     cosine, sine = cosine[:, None].to(states.dtype), sine[:, None].to(states.dtype)
     turning = 2 * cosine.shape[-1]
     kept = states.shape[-1] - turning

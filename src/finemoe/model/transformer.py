@@ -8,19 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from finemoe.model.attention import ATTENTIONS, AttentionCache
-from finemoe.model.attention.kernels import ATTENTION_KERNELS
 from finemoe.model.attention.places import Places, within_documents
+from finemoe.model.backend import Backend
+from finemoe.model.backends import backend_for
 from finemoe.model.config import BlockConfig, Kernels, ModelConfig
 from finemoe.model.feed_forward import DenseConfig, SwiGLU
 from finemoe.model.moe.decision import RoutingConstraint, RoutingRecord
-from finemoe.model.moe.experts import EXPERT_KERNELS
 from finemoe.model.moe.layer import MoELayer
-from finemoe.model.native import Native, usable
-from finemoe.model.native.linear import linear
 from finemoe.model.norm import RMSNorm
 from finemoe.model.projection import Projection, TokenEmbedding
 
@@ -42,20 +39,18 @@ class ModelOutput:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: BlockConfig, model: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: BlockConfig, model: ModelConfig, backend: Backend) -> None:
         super().__init__()
         attention: Any = ATTENTIONS[config.attention.kind][1]
-        self.attention_norm = RMSNorm(model.hidden_size, model.norm_eps)
-        attend = ATTENTION_KERNELS[kernels.attention]
-        self.attention = attention(config.attention, model.hidden_size, model.norm_eps, attend)
-        self.feed_forward_norm = RMSNorm(model.hidden_size, model.norm_eps)
+        self.attention_norm = RMSNorm(model.hidden_size, model.norm_eps, backend)
+        self.attention = attention(config.attention, model.hidden_size, model.norm_eps, backend)
+        self.feed_forward_norm = RMSNorm(model.hidden_size, model.norm_eps, backend)
         self.feed_forward: SwiGLU | MoELayer
         if isinstance(config.feed_forward, DenseConfig):
             dense = config.feed_forward
-            self.feed_forward = SwiGLU(model.hidden_size, dense.ffn_hidden_size, dense.swiglu_limit)
+            self.feed_forward = SwiGLU(model.hidden_size, dense.ffn_hidden_size, backend, dense.swiglu_limit)
         else:
-            kernel = EXPERT_KERNELS[kernels.experts]
-            self.feed_forward = MoELayer(config.feed_forward, model.hidden_size, model.vocab_size, kernel)
+            self.feed_forward = MoELayer(config.feed_forward, model.hidden_size, model.vocab_size, backend)
 
     def forward(
         self,
@@ -82,40 +77,58 @@ class MTPModule(nn.Module):
     The projection reads the embedding first, then the state: the order of the released weights, not of Eq. 21.
     """
 
-    def __init__(self, config: BlockConfig, model: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: BlockConfig, model: ModelConfig, backend: Backend, recompute: bool) -> None:
         super().__init__()
-        self.embedding_norm = RMSNorm(model.hidden_size, model.norm_eps)
-        self.hidden_norm = RMSNorm(model.hidden_size, model.norm_eps)
-        self.projection = Projection(2 * model.hidden_size, model.hidden_size)
-        self.block = Block(config, model, kernels)
-        self.norm = RMSNorm(model.hidden_size, model.norm_eps)
+        self.recompute = recompute
+        self.embedding_norm = RMSNorm(model.hidden_size, model.norm_eps, backend)
+        self.hidden_norm = RMSNorm(model.hidden_size, model.norm_eps, backend)
+        self.projection = Projection(2 * model.hidden_size, model.hidden_size, backend)
+        self.block = Block(config, model, backend)
+        self.norm = RMSNorm(model.hidden_size, model.norm_eps, backend)
 
-    def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """`hidden [batch, seq, hidden]` and the embeddings of the tokens that follow: the input of the block."""
+    def forward(
+        self,
+        hidden: Tensor,
+        embedded: Tensor,
+        tokens: Tensor,
+        places: Places,
+        constraint: RoutingConstraint | None,
+        record: bool,
+    ) -> tuple[Tensor, Tensor, RoutingRecord | None]:
+        """`hidden [batch, seq, hidden]`, and embeddings and ids of the tokens that follow.
+
+        Returns the state that the next depth reads, the same after the last norm, and the block's routing record.
+        """
         joined = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
-        output: Tensor = self.projection(joined)
-        return output
+        inputs = (self.projection(joined), tokens, places, None, constraint, record)
+        output, routed = run_block(self.block, self.recompute, *inputs)
+        return output, self.norm(output), routed
 
 
-class Transformer(Native, nn.Module):
+def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> tuple[Tensor, RoutingRecord | None]:
+    """`Block.forward`, run again in the backward pass where wanted instead of keeping its activations."""
+    if recompute and block.training and torch.is_grad_enabled():
+        again: tuple[Tensor, RoutingRecord | None] = checkpoint(block, *inputs, use_reentrant=False)
+        return again
+    once: tuple[Tensor, RoutingRecord | None] = block(*inputs)
+    return once
+
+
+class Transformer(nn.Module):
     """A decoder-only language model. Weights are uninitialised: `initialize` draws them, a checkpoint fills them."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels | None = None) -> None:
         super().__init__()
         self.config = config
         self.kernels = kernels or Kernels()
+        self.backend = backend_for(self.kernels)
         self.embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(block, config, self.kernels) for block in config.blocks)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mtp = nn.ModuleList(MTPModule(block, config, self.kernels) for block in config.mtp)
-        self.head = None if config.tie_embeddings else Projection(config.hidden_size, config.vocab_size)
-        self.use_native(self.kernels.products != "torch")
-
-    def use_native(self, wanted: bool) -> None:
-        """Whether modules that have a native path take it where they can."""
-        for module in self.modules():
-            if isinstance(module, Native):
-                module.native = wanted
+        self.blocks = nn.ModuleList(Block(block, config, self.backend) for block in config.blocks)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, self.backend)
+        recompute = self.kernels.recompute
+        self.mtp = nn.ModuleList(MTPModule(block, config, self.backend, recompute) for block in config.mtp)
+        tied = config.tie_embeddings
+        self.head = None if tied else Projection(config.hidden_size, config.vocab_size, self.backend)
 
     @property
     def head_weight(self) -> Tensor:
@@ -182,21 +195,12 @@ class Transformer(Native, nn.Module):
             layer_cache = None if cache is None else cache[layer]
             layer_constraint = None if constraint is None else constraint.get(layer)
             inputs = (hidden, tokens, places, layer_cache, layer_constraint, record)
-            hidden = self._block(block, layer, inputs, routing)
+            hidden, routed = run_block(block, self.kernels.recompute, *inputs)
+            if routed is not None:
+                routing[layer] = routed
         output = self.norm(hidden)
         ahead = self._ahead(output, tokens, places, constraint, record, routing) if mtp else ()
         return ModelOutput(output, routing, tuple(ahead), tuple(given))
-
-    def _block(self, block: nn.Module, layer: int, inputs: Sequence[Any], routing: dict[int, RoutingRecord]) -> Tensor:
-        """Run one block, recomputed in the backward pass where wanted; its routing record goes into `routing`."""
-        if self.kernels.recompute and self.training and torch.is_grad_enabled():
-            hidden, routed = checkpoint(block, *inputs, use_reentrant=False)
-        else:
-            hidden, routed = block(*inputs)
-        if routed is not None:
-            routing[layer] = routed
-        result: Tensor = hidden
-        return result
 
     def _ahead(
         self,
@@ -212,14 +216,13 @@ class Transformer(Native, nn.Module):
             length = tokens.shape[1] - depth
             layer = len(self.blocks) + depth - 1
             following = tokens[:, depth:]  # the token that state i may read at this depth is i + depth
-            joined = module(hidden[:, :length], self.embedding(following))
             layer_constraint = None if constraint is None else constraint.get(layer)
-            inputs = (joined, following, places.cut(length), None, layer_constraint, record)
-            hidden = self._block(module.block, layer, inputs, routing)  # type: ignore[arg-type, union-attr]
-            yield module.norm(hidden)  # type: ignore[operator, union-attr]
+            inputs = (following, places.cut(length), layer_constraint, record)
+            hidden, normed, routed = module(hidden[:, :length], self.embedding(following), *inputs)
+            if routed is not None:
+                routing[layer] = routed
+            yield normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` to `[..., vocab]`."""
-        if self.native and usable(hidden, self.head_weight):
-            return linear(hidden, self.head_weight)
-        return F.linear(hidden, self.head_weight)
+        return self.backend.linear(hidden, self.head_weight, None)

@@ -25,11 +25,12 @@ from finemoe.core.environment import cache_folder, processor
 from finemoe.core.locks import exclusive_lock
 from finemoe.core.logs import logger
 from finemoe.model import native
+from finemoe.model.backends import EXPERT_KERNELS, backend_for
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.feed_forward import DenseConfig, SwiGLU
 from finemoe.model.moe.decision import RoutingDecision
 from finemoe.model.moe.dispatch import LocalDispatch
-from finemoe.model.moe.experts import EXPERT_KERNELS, GroupedExperts
+from finemoe.model.moe.experts import GroupedExperts
 from finemoe.model.moe.layer import MoEConfig, routed_output
 
 _ROUNDS, _SECONDS = 7, 1.5  # of measuring; whichever ends first, after two rounds
@@ -113,8 +114,7 @@ class _Setting:
         def candidates() -> Candidates:
             made = {}
             for name in ("native", "torch"):
-                module = self._drawn(SwiGLU(self.hidden_size, width))
-                module.native = name == "native"  # type: ignore[assignment]
+                module = self._drawn(SwiGLU(self.hidden_size, width, backend_for(Kernels(products=name))))
                 made[name] = self._step(module, module, self._states(self.tokens))
             return made
 
@@ -135,7 +135,12 @@ class _Setting:
             made = {}
             for name in self._names():
                 layer = self._drawn(
-                    GroupedExperts(count, self.hidden_size, moe.expert_hidden_size, EXPERT_KERNELS[name])
+                    GroupedExperts(
+                        count,
+                        self.hidden_size,
+                        moe.expert_hidden_size,
+                        backend_for(Kernels.model_validate({"experts": name})),
+                    )
                 )
                 forward = partial(_routed, layer, decision)
                 made[name] = self._step(layer, forward, self._states(tokens))

@@ -13,7 +13,6 @@ from torch import Tensor
 from finemoe.data.batch import TokenBatch
 from finemoe.model.moe.balance import max_violation
 from finemoe.model.transformer import Transformer
-from finemoe.training.losses.cross_entropy import cross_entropy_sum
 from finemoe.training.report import dead_share, mean_max_vio
 
 
@@ -68,7 +67,8 @@ def validate(
         documents = batch.documents if isolate_documents else None
         output = model(batch.tokens, positions=batch.positions, documents=documents)
         hidden = output.hidden.flatten(0, 1)
-        total += cross_entropy_sum(hidden, model.head_weight, batch.targets.flatten(), batch.weights.flatten()).item()
+        targets, weights = batch.targets.flatten(), batch.weights.flatten()
+        total += model.backend.cross_entropy_sum(hidden, model.head_weight, targets, weights).item()
         weight += batch.weights.sum().item()
         for layer, record in output.routing.items():
             load[layer] = load[layer] + record.load.cpu() if layer in load else record.load.cpu()

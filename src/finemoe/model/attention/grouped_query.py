@@ -10,13 +10,12 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from finemoe.core.config import Config
-from finemoe.model.attention.kernels import Attend, Spans, sdpa
 from finemoe.model.attention.places import Places, store
-from finemoe.model.native import Native
-from finemoe.model.native.decode import decodes
+from finemoe.model.backend import Backend
 from finemoe.model.norm import RMSNorm
 from finemoe.model.projection import Projection
-from finemoe.model.rope import RopeConfig, rotate
+from finemoe.model.rope import RopeConfig
+from finemoe.model.spans import Spans
 
 
 class GroupedQueryConfig(Config):
@@ -113,23 +112,23 @@ class GroupedQueryCache:
             states[[first, second]] = states[[second, first]]
 
 
-class GroupedQueryAttention(Native, nn.Module):
+class GroupedQueryAttention(nn.Module):
     """Causal self-attention with rotary positions."""
 
-    def __init__(self, config: GroupedQueryConfig, hidden_size: int, norm_eps: float, attend: Attend) -> None:
+    def __init__(self, config: GroupedQueryConfig, hidden_size: int, norm_eps: float, backend: Backend) -> None:
         super().__init__()
         self.config = config
-        self.attend = attend
+        self.backend = backend
         self.scale = config.rope.softmax_factor / math.sqrt(config.head_dim)
         query_size, key_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = Projection(hidden_size, query_size, bias=config.qkv_bias)
-        self.k_proj = Projection(hidden_size, key_size, bias=config.qkv_bias)
-        self.v_proj = Projection(hidden_size, key_size, bias=config.qkv_bias)
-        self.o_proj = Projection(query_size, hidden_size)
+        self.q_proj = Projection(hidden_size, query_size, backend, bias=config.qkv_bias)
+        self.k_proj = Projection(hidden_size, key_size, backend, bias=config.qkv_bias)
+        self.v_proj = Projection(hidden_size, key_size, backend, bias=config.qkv_bias)
+        self.o_proj = Projection(query_size, hidden_size, backend)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if config.qk_norm != "none":
-            self.q_norm, self.k_norm = (RMSNorm(size, norm_eps) for size in config.norm_sizes())
+            self.q_norm, self.k_norm = (RMSNorm(size, norm_eps, backend) for size in config.norm_sizes())
 
     def new_cache(self, batch: int, capacity: int) -> GroupedQueryCache:
         """An empty cache in the weights' dtype and device."""
@@ -139,17 +138,16 @@ class GroupedQueryAttention(Native, nn.Module):
 
     def forward(self, hidden: Tensor, *, places: Places, cache: GroupedQueryCache | None) -> Tensor:
         """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
-        fast = self.native and self.attend is sdpa  # `reference` was asked for to be used
-        if cache is not None and fast and decodes(hidden, cache.keys, self.q_proj.weight):
+        if cache is not None and self.backend.decodes(hidden, cache.keys, self.q_proj.weight):
             return self._decode(hidden, places, cache)
         rope, mask = self.config.rope, places.mask
         rotary = places.rotation(self.config.turning, rope)
         query, key = self._heads(self.q_proj(hidden), self.q_norm), self._heads(self.k_proj(hidden), self.k_norm)
         value = self._heads(self.v_proj(hidden), None)
-        query, key = (rotate(states, *rotary, rope.layout, first=True, native=self.native) for states in (query, key))
+        query, key = (self.backend.rotate(states, *rotary, rope.layout, first=True) for states in (query, key))
         if cache is not None:
             key, value, mask = cache.update(key, value, places)
-        mixed = self.attend(query, key, value, mask, self.scale, native=self.native)
+        mixed = self.backend.attend(query, key, value, mask, self.scale)
         output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return output
 

@@ -16,13 +16,12 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from finemoe.core.config import Config
-from finemoe.model.attention.kernels import Attend, Mask, Spans, sdpa
 from finemoe.model.attention.places import Places, store
-from finemoe.model.native import Native
-from finemoe.model.native.decode import decodes
+from finemoe.model.backend import Backend
 from finemoe.model.norm import RMSNorm
 from finemoe.model.projection import Projection
-from finemoe.model.rope import RopeConfig, rotate
+from finemoe.model.rope import RopeConfig
+from finemoe.model.spans import Mask, Spans
 
 LatentForm = Literal["auto", "expanded", "absorbed"]
 
@@ -112,31 +111,31 @@ class LatentCache:
         self.states[[first, second]] = self.states[[second, first]]
 
 
-class LatentAttention(Native, nn.Module):
+class LatentAttention(nn.Module):
     """Causal self-attention over latents. `form` says which of the two forms runs; "auto" takes the cheaper."""
 
     def __init__(
-        self, config: LatentConfig, hidden_size: int, norm_eps: float, attend: Attend, form: LatentForm = "auto"
+        self, config: LatentConfig, hidden_size: int, norm_eps: float, backend: Backend, form: LatentForm = "auto"
     ) -> None:
         super().__init__()
         self.config = config
-        self.attend = attend
+        self.backend = backend
         self.form = form
         self.scale = config.rope.softmax_factor / math.sqrt(config.qk_head_dim)
         queries = config.num_heads * config.qk_head_dim
         self.q_down_proj: nn.Linear | None = None
         self.q_norm: RMSNorm | None = None
         if config.q_lora_rank is None:
-            self.q_proj = Projection(hidden_size, queries)
+            self.q_proj = Projection(hidden_size, queries, backend)
         else:
-            self.q_down_proj = Projection(hidden_size, config.q_lora_rank)
-            self.q_norm = RMSNorm(config.q_lora_rank, config.latent_norm_eps)
-            self.q_proj = Projection(config.q_lora_rank, queries)
-        self.kv_down_proj = Projection(hidden_size, config.kv_lora_rank + config.qk_rope_head_dim)
-        self.kv_norm = RMSNorm(config.kv_lora_rank, config.latent_norm_eps)
+            self.q_down_proj = Projection(hidden_size, config.q_lora_rank, backend)
+            self.q_norm = RMSNorm(config.q_lora_rank, config.latent_norm_eps, backend)
+            self.q_proj = Projection(config.q_lora_rank, queries, backend)
+        self.kv_down_proj = Projection(hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, backend)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, config.latent_norm_eps, backend)
         width = config.num_heads * (config.qk_nope_head_dim + config.v_head_dim)
-        self.kv_up_proj = Projection(config.kv_lora_rank, width)
-        self.o_proj = Projection(config.num_heads * config.v_head_dim, hidden_size)
+        self.kv_up_proj = Projection(config.kv_lora_rank, width, backend)
+        self.o_proj = Projection(config.num_heads * config.v_head_dim, hidden_size, backend)
 
     def new_cache(self, batch: int, capacity: int) -> LatentCache:
         """An empty cache in the weights' dtype and device."""
@@ -146,17 +145,16 @@ class LatentAttention(Native, nn.Module):
     def forward(self, hidden: Tensor, *, places: Places, cache: LatentCache | None) -> Tensor:
         """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
         absorbs = self._absorbs(cache is not None, hidden.shape[1])
-        fast = self.native and self.attend is sdpa  # `reference` was asked for to be used
-        if cache is not None and absorbs and fast and decodes(hidden, cache.states, self.q_proj.weight):
+        if cache is not None and absorbs and self.backend.decodes(hidden, cache.states, self.q_proj.weight):
             return self._decode(hidden, places, cache)
         config, rope, mask = self.config, self.config.rope, places.mask
         rotary = places.rotation(config.qk_rope_head_dim, rope)
         query = hidden if self.q_down_proj is None or self.q_norm is None else self.q_norm(self.q_down_proj(hidden))
         query = self.q_proj(query).unflatten(-1, (config.num_heads, config.qk_head_dim)).transpose(1, 2)
-        query = rotate(query, *rotary, rope.layout, native=self.native)
+        query = self.backend.rotate(query, *rotary, rope.layout)
         latent, key = self.kv_down_proj(hidden).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         latent = self.kv_norm(latent)
-        key = rotate(key[:, None], *rotary, rope.layout, native=self.native)[:, 0]  # one head, shared by all
+        key = self.backend.rotate(key[:, None], *rotary, rope.layout)[:, 0]  # one head, shared by all
         states: Tensor | None = None
         if cache is not None:
             states, mask = cache.update(latent, key, places)
@@ -192,7 +190,7 @@ class LatentAttention(Native, nn.Module):
         heads = self.kv_up_proj(latent).unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
         plain_key, value = heads.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
         shared = key[:, None].expand(-1, config.num_heads, -1, -1)
-        return self.attend(query, torch.cat((plain_key, shared), dim=-1), value, mask, self.scale, native=self.native)
+        return self.backend.attend(query, torch.cat((plain_key, shared), dim=-1), value, mask, self.scale)
 
     def _absorbed(self, query: Tensor, states: Tensor, mask: Mask) -> Tensor:
         """W_UK moves to the queries, W_UV to the outputs: score = (q W_UK) · c + q_R · k_R, one key for all heads."""
@@ -202,5 +200,5 @@ class LatentAttention(Native, nn.Module):
         up_key, up_value = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         query = torch.cat((plain @ up_key, turning), dim=-1)
         keys = states[:, None]
-        mixed = self.attend(query, keys, keys[..., : config.kv_lora_rank], mask, self.scale, native=self.native)
+        mixed = self.backend.attend(query, keys, keys[..., : config.kv_lora_rank], mask, self.scale)
         return mixed @ up_value.transpose(1, 2)

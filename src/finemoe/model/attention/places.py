@@ -7,17 +7,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from finemoe.model.attention.kernels import Mask, Spans
-from finemoe.model.native import usable
-from finemoe.model.native.attention import store as native_store
+from finemoe.model.native import exact
 from finemoe.model.rope import RopeConfig, rotation
+from finemoe.model.spans import Mask, Spans
 
 
 class Places:
     """Made anew for every forward pass; what one layer computes here, the others find."""
 
     def __init__(self, positions: Tensor, mask: Mask = None) -> None:
-        """`positions [batch, seq]` int64; `mask` as in `kernels.Mask`, of no effect on cached attention."""
+        """`positions [batch, seq]` int64; `mask` as in `spans.Mask`, of no effect on cached attention."""
         self.positions = positions
         self.mask = mask
         self._rotations: dict[tuple[int, RopeConfig], tuple[Tensor, Tensor]] = {}
@@ -69,8 +68,4 @@ def store(states: Tensor, places: Places, cache: Tensor) -> None:
     capacity = cache.shape[2]
     if places.reach > capacity:
         raise IndexError(f"position {places.reach - 1} is beyond the cache's capacity of {capacity} tokens")
-    if usable(states, cache) and not states.requires_grad:
-        native_store(states, places.positions, cache)
-    else:
-        index = places.positions[:, None, :, None].expand_as(states)
-        cache.scatter_(2, index, states.to(cache.dtype))
+    exact.store(states, places.positions, cache)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from finemoe.model.moe.decision import RoutingDecision
-from finemoe.model.native import available
-from finemoe.model.native.experts import sort_by_expert
+from finemoe.model.native.exact import sort_by_expert
 
 
 @dataclass(frozen=True)
@@ -81,20 +80,15 @@ class LocalDispatch:
 
     def in_place(self, decision: RoutingDecision, keep: Tensor | None) -> Ticket:
         """Assignments sorted by expert."""
-        flat = decision.expert_ids.reshape(-1).contiguous()  # one column of a wider tensor stays a view
         k, num_experts = decision.expert_ids.shape[1], decision.scores.shape[1]
-        if keep is None and flat.device.type == "cpu" and available():
-            return Ticket(*sort_by_expert(flat, num_experts), k, complete=True)
         if keep is None:
-            order, counts = flat.argsort(stable=True), decision.load()
-        else:
-            kept = keep.reshape(-1)
-            # Dropped assignments sort behind the last expert and are cut off.
-            order = torch.where(kept, flat, num_experts).argsort(stable=True)[: int(kept.sum())]
-            counts = torch.bincount(flat[kept], minlength=num_experts)
+            return Ticket(*sort_by_expert(decision.expert_ids, num_experts), k, complete=True)
+        flat, kept = decision.expert_ids.reshape(-1), keep.reshape(-1)
+        # Dropped assignments sort behind the last expert and are cut off.
+        order = torch.where(kept, flat, num_experts).argsort(stable=True)[: int(kept.sum())]
         slots = torch.full_like(flat, -1)
         slots[order] = torch.arange(len(order), device=flat.device)
-        return Ticket(order, slots, counts, k, complete=keep is None)
+        return Ticket(order, slots, torch.bincount(flat[kept], minlength=num_experts), k, complete=False)
 
 
 class _Spread(torch.autograd.Function):

@@ -1,25 +1,21 @@
 """The routed experts of one layer: stacked SwiGLU weights, and the kernels that run them over sorted rows.
 
-Every kernel computes, for the rows of expert e, down_e(swiglu(gate_e x, up_e x)). `loop` is the oracle. A kernel may
-also have a whole form, which reads the token states where they are, and weighs and adds what the experts return.
+Every kernel computes, for the rows of expert e, down_e(swiglu(gate_e x, up_e x)). `loop` is the oracle. The native one
+also has a fused form, which reads the token states where they are, and weighs and adds what the experts return.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finemoe.model.backend import Backend
 from finemoe.model.feed_forward import swiglu
 from finemoe.model.moe.dispatch import Ticket
-from finemoe.model.native import usable
 from finemoe.model.native.experts import experts as native_experts
-
-ExpertKernel = Callable[[Tensor, Tensor, Tensor, Tensor, float | None], Tensor]
-"""(rows [rows, hidden] sorted by expert, counts [experts], gate_up_proj, down_proj, SwiGLU limit) -> [rows, hidden]."""
 
 
 def loop(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, limit: float | None = None) -> Tensor:
@@ -119,32 +115,6 @@ def _grouped_mm_takes(rows: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> 
     )
 
 
-def native(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, limit: float | None = None) -> Tensor:
-    """The C++ products, on a CPU in float32; `sorted_slices` for anything else."""
-    if not usable(rows, gate_up_proj, down_proj):
-        return sorted_slices(rows, counts, gate_up_proj, down_proj, limit)
-    return native_experts(rows, None, None, counts, None, gate_up_proj, down_proj, limit)
-
-
-def automatic(
-    rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, limit: float | None = None
-) -> Tensor:
-    """`grouped_mm` for bf16 on CUDA; elsewhere `native`, which falls back by itself."""
-    kernel = grouped_mm if rows.device.type == "cuda" and rows.dtype == torch.bfloat16 else native
-    return kernel(rows, counts, gate_up_proj, down_proj, limit)
-
-
-EXPERT_KERNELS: dict[str, ExpertKernel] = {
-    "auto": automatic,
-    "loop": loop,
-    "sorted_slices": sorted_slices,
-    "grouped_mm": grouped_mm,
-    "native": native,
-}
-_WHOLE = (automatic, native)
-"""Kernels that have a whole form where the native one is usable."""
-
-
 class GroupedExperts(nn.Module):
     """All routed experts of a layer as two stacked tensors.
 
@@ -157,13 +127,13 @@ class GroupedExperts(nn.Module):
         num_experts: int,
         hidden_size: int,
         expert_hidden_size: int,
-        kernel: ExpertKernel,
+        backend: Backend,
         limit: float | None = None,
     ) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_hidden_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_hidden_size))
-        self.kernel = kernel
+        self.backend = backend
         self.limit = limit
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
@@ -174,11 +144,11 @@ class GroupedExperts(nn.Module):
         if torch.is_autocast_enabled(device):  # a hand-written gradient is out of autocast's sight
             dtype = torch.get_autocast_dtype(device)
             rows, gate_up, down = rows.to(dtype), gate_up.to(dtype), down.to(dtype)
-        return self.kernel(rows, counts, gate_up, down, self.limit)
+        return self.backend.experts(rows, counts, gate_up, down, self.limit)
 
     def fuses(self, hidden: Tensor, gate_weights: Tensor) -> bool:
         """Whether `fused` can take these."""
-        return self.kernel in _WHOLE and usable(hidden, gate_weights, self.gate_up_proj)
+        return self.backend.fuses(hidden, gate_weights, self.gate_up_proj)
 
     def fused(self, hidden: Tensor, ticket: Ticket, gate_weights: Tensor) -> Tensor:
         """Copying out, experts, weighing and adding in one call: `[tokens, hidden]` in and out, gates `[tokens, k]`."""

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finemoe.core.config import Config
+from finemoe.model.backend import Backend
 from finemoe.model.feed_forward import SwiGLU
 from finemoe.model.moe.balance import BALANCE_TERMS, BalanceConfig, Layout, balance_terms
 from finemoe.model.moe.capacity import exempt_sequences, kept_assignments, kept_on_devices
 from finemoe.model.moe.decision import RoutingConstraint, RoutingDecision, RoutingRecord
 from finemoe.model.moe.dispatch import Dispatch, LocalDispatch
-from finemoe.model.moe.experts import ExpertKernel, GroupedExperts
+from finemoe.model.moe.experts import GroupedExperts
 from finemoe.model.moe.routers import ROUTERS, RouterConfig
 from finemoe.model.moe.routers.select import GroupsConfig
 from finemoe.model.projection import Projection
@@ -143,7 +144,7 @@ class MoELayer(nn.Module):
     `dispatch` may be exchanged for one that reaches experts elsewhere; `experts` then holds those that are here.
     """
 
-    def __init__(self, config: MoEConfig, hidden_size: int, vocab_size: int, kernel: ExpertKernel) -> None:
+    def __init__(self, config: MoEConfig, hidden_size: int, vocab_size: int, backend: Backend) -> None:
         super().__init__()
         self.config = config
         router: Any = ROUTERS[config.router.kind][1]
@@ -151,10 +152,10 @@ class MoELayer(nn.Module):
         self.router = router(config.router, hidden_size, num_experts, config.experts_per_token, vocab_size)
         width, limit = config.expert_hidden_size, config.swiglu_limit
         self.dispatch: Dispatch = LocalDispatch()
-        self.experts = GroupedExperts(num_experts, hidden_size, width, kernel, limit)
+        self.experts = GroupedExperts(num_experts, hidden_size, width, backend, limit)
         shared = config.num_shared_experts
-        self.shared_experts = SwiGLU(hidden_size, shared * width, limit) if shared else None
-        self.shared_gate = Projection(hidden_size, 1) if config.gate_shared_experts else None
+        self.shared_experts = SwiGLU(hidden_size, shared * width, backend, limit) if shared else None
+        self.shared_gate = Projection(hidden_size, 1, backend) if config.gate_shared_experts else None
 
     def forward(
         self, hidden: Tensor, tokens: Tensor, *, constraint: RoutingConstraint | None, record: bool

@@ -15,13 +15,6 @@ from finemoe.core import extension
 from finemoe.core.logs import logger
 
 
-class Native:
-    """Marks a module that takes its native path where `usable` allows it."""
-
-    native: bool = True
-    """False: always plain torch. `Transformer` sets it from its kernels."""
-
-
 @cache
 def available() -> bool:
     """Whether the kernels can be used on this machine; compiles them if that has not been done.

@@ -9,25 +9,6 @@ import torch
 from torch import Tensor
 
 
-def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Assignments `expert_ids [tokens, k]` sorted by expert, stably and without comparing.
-
-    Returns order [tokens · k], slots [tokens · k] (its inverse) and counts [experts].
-    """
-    flat = expert_ids.reshape(-1)
-    order, slots = torch.empty_like(flat), torch.empty_like(flat)
-    counts = flat.new_empty(num_experts)
-    torch.ops.finemoe.sort_by_expert(flat, order, slots, counts)
-    return order, slots, counts
-
-
-def top_k(scores: Tensor, k: int) -> Tensor:
-    """The ids `[tokens, k]` of the largest of `scores [tokens, experts]`, largest first, of equals the first."""
-    chosen = torch.empty(len(scores), k, dtype=torch.int64)
-    torch.ops.finemoe.top_k(scores.contiguous(), chosen)
-    return chosen
-
-
 def experts(
     states: Tensor,
     order: Tensor | None,

@@ -13,7 +13,6 @@ from finemoe.core.config import Config
 from finemoe.data.batch import TokenBatch
 from finemoe.model.moe.balance import BALANCE_TERMS
 from finemoe.model.transformer import Transformer
-from finemoe.training.losses.cross_entropy import cross_entropy_sum
 from finemoe.training.objective import Terms, balance_sums
 
 CROSS_ENTROPY = "cross_entropy"
@@ -64,11 +63,11 @@ class NextToken:
         )
         head = model.head_weight
         hidden = output.hidden.flatten(0, 1)
-        targets, weights, native = batch.targets.flatten(), batch.weights.flatten(), model.native
-        sums: dict[str, Tensor] = {CROSS_ENTROPY: cross_entropy_sum(hidden, head, targets, weights, native=native)}
+        targets, weights, loss = batch.targets.flatten(), batch.weights.flatten(), model.backend.cross_entropy_sum
+        sums: dict[str, Tensor] = {CROSS_ENTROPY: loss(hidden, head, targets, weights)}
         for (name, targets, weights), ahead in zip(self._ahead(batch), output.mtp_hidden, strict=True):
             states = ahead.flatten(0, 1)
-            sums[name] = cross_entropy_sum(states, head, targets.flatten(), weights.flatten(), native=native)
+            sums[name] = loss(states, head, targets.flatten(), weights.flatten())
         return Terms(sums | balance_sums(output.routing), output.routing)
 
     def _ahead(self, batch: TokenBatch) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from finemoe.core.config import Config
 from finemoe.model.moe.decision import RoutingConstraint
-from finemoe.model.native import usable
-from finemoe.model.native.experts import top_k
+from finemoe.model.native.exact import top_k
 
 SCORE_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(dim=-1),
@@ -70,28 +69,23 @@ class GroupsConfig(Config, ABC):
             )
 
 
-def best_experts(scores: Tensor, k: int) -> Tensor:
-    """The ids `[tokens, k]` of the k highest of `scores [tokens, experts]`, best first."""
-    return top_k(scores, k) if usable(scores) else scores.topk(k, dim=-1).indices
-
-
 def select(scores: Tensor, k: int, constraint: RoutingConstraint | None) -> Tensor:
     """The ids `[tokens, k]` of the best-scored experts of `scores [tokens, experts]`, best first.
 
     Disallowed experts stand at minus infinity, never at 0: a score may itself be negative.
     """
     if constraint is None:
-        return best_experts(scores, k)
+        return top_k(scores, k)
     if constraint.replay is not None:
         return constraint.replay
-    return best_experts(permitted(scores, constraint), constraint.num_active or k)
+    return top_k(permitted(scores, constraint), constraint.num_active or k)
 
 
 def permitted(scores: Tensor, constraint: RoutingConstraint) -> Tensor:
     """`scores [tokens, experts]` with minus infinity where the constraint leaves an expert out."""
     scores = _allowed(scores, constraint)
     if constraint.num_masked:
-        scores = scores.scatter(-1, best_experts(scores, constraint.num_masked), -torch.inf)
+        scores = scores.scatter(-1, top_k(scores, constraint.num_masked), -torch.inf)
     return scores
 
 
@@ -122,7 +116,7 @@ def select_in_groups(
         k = constraint.num_active or k
         starved = limited.isfinite().sum(dim=-1, keepdim=True) < k
         limited = torch.where(starved, scores, limited)
-    return best_experts(limited, k)
+    return top_k(limited, k)
 
 
 def _within_groups(scores: Tensor, groups: GroupsConfig, best: int) -> Tensor:

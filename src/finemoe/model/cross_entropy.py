@@ -11,17 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finemoe.model.native import usable
-
 _CHUNK_ELEMENTS = {"cpu": 1 << 19}
 """Logits a chunk holds, by device: 2 MiB in float32 on a CPU, which stays within a core's cache."""
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 26
 """On an accelerator: 256 MiB, enough to fill it."""
 
 
-def cross_entropy_sum(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor, *, native: bool = True
-) -> Tensor:
+def cross_entropy_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Sum over tokens of weight · -log p(target), in float32.
 
     Args:
@@ -29,31 +25,11 @@ def cross_entropy_sum(
         head_weight: [vocab, hidden].
         targets: [tokens] int64.
         weights: [tokens] float; 0 leaves a token out.
-        native: take the C++ kernel where it can run.
     """
     # Decided out here: within a Function's forward, gradients are off and no_grad does not show.
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
-    chunked: Any = _NativeCrossEntropy if native and usable(hidden, head_weight, weights) else _ChunkedCrossEntropy
-    loss: Tensor = chunked.apply(hidden, head_weight, targets, weights, wants_gradient)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, head_weight, targets, weights, wants_gradient)
     return loss
-
-
-class _NativeCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor, wants_gradient: bool
-    ) -> Tensor:
-        hidden = hidden.contiguous()
-        grads = (torch.empty_like(hidden), torch.empty_like(head_weight)) if wants_gradient else (None, None)
-        inputs = (hidden, head_weight, targets.contiguous(), weights.contiguous())
-        total = torch.ops.finemoe.cross_entropy(*inputs, *grads)
-        ctx.save_for_backward(*grads)
-        return torch.tensor(total, dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

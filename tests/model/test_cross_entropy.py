@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finemoe.model import native
-from finemoe.training.losses import cross_entropy
-from finemoe.training.losses.cross_entropy import cross_entropy_sum
+from finemoe.model import cross_entropy, native
+from finemoe.model.backend import Backend
+from finemoe.model.backends import NATIVE, TORCH
 
 TOKENS, HIDDEN, VOCAB = 37, 8, 53
 
@@ -29,12 +29,13 @@ def oracle(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Te
     return (weights * F.cross_entropy(hidden @ head.t(), targets, reduction="none")).sum()
 
 
-@pytest.fixture(params=[False, True], ids=["torch", "native"])
-def path(request: pytest.FixtureRequest) -> bool:
+@pytest.fixture(params=[TORCH, NATIVE], ids=["torch", "native"])
+def path(request: pytest.FixtureRequest) -> Backend:
     """Both ways, where there is a compiler."""
-    if request.param and not native.available():
+    if request.param is NATIVE and not native.available():
         pytest.skip("no C++ compiler: plain torch runs")
-    return bool(request.param)
+    backend: Backend = request.param
+    return backend
 
 
 def gradients(loss: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -45,16 +46,16 @@ def gradients(loss: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 def test_value_and_gradients_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", {"cpu": elements})
     hidden, head, targets, weights = inputs()
-    ours = cross_entropy_sum(hidden, head, targets, weights, native=False)
+    ours = TORCH.cross_entropy_sum(hidden, head, targets, weights)
     theirs = oracle(hidden, head, targets, weights)
     torch.testing.assert_close(ours, theirs)
     for mine, expected in zip(gradients(ours, hidden, head), gradients(theirs, hidden, head), strict=True):
         torch.testing.assert_close(mine, expected)
 
 
-def test_gradients_by_finite_differences(path: bool) -> None:
+def test_gradients_by_finite_differences(path: Backend) -> None:
     hidden, head, targets, weights = inputs()
-    loss = cross_entropy_sum(hidden, head, targets, weights, native=path)
+    loss = path.cross_entropy_sum(hidden, head, targets, weights)
     (gradient,) = torch.autograd.grad(loss, hidden)
     direction = torch.randn_like(hidden)
     with torch.no_grad():
@@ -64,25 +65,25 @@ def test_gradients_by_finite_differences(path: bool) -> None:
     )
 
 
-def test_tokens_of_weight_zero_do_not_matter(path: bool) -> None:
+def test_tokens_of_weight_zero_do_not_matter(path: Backend) -> None:
     hidden, head, targets, weights = inputs()
-    (gradient,) = torch.autograd.grad(cross_entropy_sum(hidden, head, targets, weights, native=path), hidden)
+    (gradient,) = torch.autograd.grad(path.cross_entropy_sum(hidden, head, targets, weights), hidden)
     assert not gradient[weights == 0].any()
     changed = torch.where((weights == 0)[:, None], hidden + 5, hidden)
-    before = cross_entropy_sum(hidden, head, targets, weights, native=path)
-    assert torch.equal(cross_entropy_sum(changed, head, targets, weights, native=path), before)
+    before = path.cross_entropy_sum(hidden, head, targets, weights)
+    assert torch.equal(path.cross_entropy_sum(changed, head, targets, weights), before)
 
 
-def test_large_logits_do_not_overflow(path: bool) -> None:
+def test_large_logits_do_not_overflow(path: Backend) -> None:
     hidden, head, targets, weights = inputs()
-    loss = cross_entropy_sum(hidden * 1000, head, targets, weights, native=path)
+    loss = path.cross_entropy_sum(hidden * 1000, head, targets, weights)
     torch.testing.assert_close(loss, oracle(hidden * 1000, head, targets, weights))
 
 
 def test_bf16_autocast_is_near_and_accumulates_in_float32() -> None:
     hidden, head, targets, weights = inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = cross_entropy_sum(hidden, head, targets, weights)
+        ours = NATIVE.cross_entropy_sum(hidden, head, targets, weights)
     theirs = oracle(hidden, head, targets, weights)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=0)
@@ -91,21 +92,21 @@ def test_bf16_autocast_is_near_and_accumulates_in_float32() -> None:
         torch.testing.assert_close(mine, expected, rtol=5e-2, atol=2e-2)
 
 
-def test_without_gradients_the_same_value_and_no_gradient_work(path: bool) -> None:
+def test_without_gradients_the_same_value_and_no_gradient_work(path: Backend) -> None:
     hidden, head, targets, weights = inputs()
     with torch.no_grad(), LargestTensor() as seen:
-        loss = cross_entropy_sum(hidden, head, targets, weights, native=path)
+        loss = path.cross_entropy_sum(hidden, head, targets, weights)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, oracle(hidden, head, targets, weights))
     assert not {"aten.addmm_.default", "aten.scatter_add_.default"} & seen.operations
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_one_side_may_be_frozen(frozen: int, path: bool) -> None:
+def test_one_side_may_be_frozen(frozen: int, path: Backend) -> None:
     tensors = list(inputs())
     tensors[frozen] = tensors[frozen].detach()
     trained = tensors[1 - frozen]
-    ours = cross_entropy_sum(*tensors, native=path)
+    ours = path.cross_entropy_sum(*tensors)
     torch.testing.assert_close(gradients(ours, trained), gradients(oracle(*tensors), trained))
 
 
@@ -133,7 +134,7 @@ def test_logits_are_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -> No
     head = torch.randn(vocab, 4, requires_grad=True)
     targets, weights = torch.randint(vocab, (tokens,)), torch.ones(tokens)
     with LargestTensor() as seen:
-        cross_entropy_sum(hidden, head, targets, weights, native=False).backward()
+        TORCH.cross_entropy_sum(hidden, head, targets, weights).backward()
     assert seen.elements == chunk * vocab
     with LargestTensor() as whole:
         oracle(hidden, head, targets, weights)
@@ -146,7 +147,7 @@ def test_native_chunks(tokens: int, vocab: int) -> None:
     hidden = torch.randn(tokens, 4, requires_grad=True)
     head = torch.randn(vocab, 4, requires_grad=True)
     targets, weights = torch.randint(vocab, (tokens,)), torch.rand(tokens)
-    ours, theirs = cross_entropy_sum(hidden, head, targets, weights), oracle(hidden, head, targets, weights)
+    ours, theirs = NATIVE.cross_entropy_sum(hidden, head, targets, weights), oracle(hidden, head, targets, weights)
     exact_hidden, exact_head = (x.detach().double().requires_grad_() for x in (hidden, head))
     exact = oracle(exact_hidden, exact_head, targets, weights.double())
     found = (ours, *gradients(ours, hidden, head))
@@ -163,4 +164,4 @@ def test_a_target_outside_the_vocabulary_is_an_error(wrong: int) -> None:
     hidden, head, targets, weights = inputs()
     targets[5] = wrong
     with pytest.raises(RuntimeError, match=f"target {wrong} is outside the vocabulary of {VOCAB}"):
-        cross_entropy_sum(hidden, head, targets, weights)
+        NATIVE.cross_entropy_sum(hidden, head, targets, weights)

@@ -1,0 +1,61 @@
+"""Backend: the operations that a model is computed with. Chosen once, from its kernels, and held by every module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from finemoe.model.rope import RopeLayout
+from finemoe.model.spans import Mask
+
+
+class Attend(Protocol):
+    """Attention itself, without projections."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+        """softmax(scale · q kᵀ) v: `[batch, heads, seq, value_dim]`.
+
+        Args:
+            query: [batch, heads, seq, head_dim].
+            key: [batch, kv_heads, keys, head_dim].
+            value: [batch, kv_heads, keys, value_dim].
+            mask: what each query sees.
+            scale: multiplies q kᵀ before the softmax.
+        """
+
+
+class Rotate(Protocol):
+    """Rotary positions."""
+
+    def __call__(
+        self, states: Tensor, cosine: Tensor, sine: Tensor, layout: RopeLayout, *, first: bool = False
+    ) -> Tensor:
+        """`states [batch, heads, seq, dim]` turned by angles `[batch, seq, pairs]`, as in `model.rope.rotate`."""
+
+
+ExpertKernel = Callable[[Tensor, Tensor, Tensor, Tensor, float | None], Tensor]
+"""(rows [rows, hidden] sorted by expert, counts [experts], gate_up_proj, down_proj, SwiGLU limit) -> [rows, hidden]."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One function an operation. Whether C++ can take the tensors at hand is decided inside, call by call."""
+
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    """(states [..., in], weight [out, in], bias [out] or None) -> [..., out]"""
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    """(states [..., size], weight [size], eps) -> [..., size]"""
+    swiglu: Callable[[Tensor, Tensor, Tensor, Tensor, float | None], Tensor]
+    """(states [..., hidden], gate, up and down weights, limit) -> [..., hidden]"""
+    rotate: Rotate
+    attend: Attend
+    experts: ExpertKernel
+    cross_entropy_sum: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """(hidden [tokens, hidden], head [vocab, hidden], targets and weights [tokens]) -> sum of weight · -log p"""
+    decodes: Callable[..., bool]
+    """Whether a whole attention layer and its cache may be one native call for `hidden` and these other tensors."""
+    fuses: Callable[..., bool]
+    """Whether a whole expert layer may be one native call for these tensors: copy, products, weighing and adding."""

@@ -1,0 +1,43 @@
+"""Moving and ordering: nothing is rounded, so that there is nothing to choose, and C++ runs wherever it can."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from finemoe.model.native import available, usable
+from finemoe.model.native.attention import store as native_store
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Ids `[tokens, k]` of the largest of `scores [tokens, experts]`, largest first. In C++, of equals the first."""
+    if not usable(scores):
+        return scores.topk(k, dim=-1).indices
+    chosen = torch.empty(len(scores), k, dtype=torch.int64)
+    torch.ops.finemoe.top_k(scores.contiguous(), chosen)
+    return chosen
+
+
+def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Assignments `expert_ids [tokens, k]` sorted by expert, stably.
+
+    Returns order [tokens · k], slots [tokens · k] (its inverse) and counts [experts].
+    """
+    flat = expert_ids.reshape(-1).contiguous()  # one column of a wider tensor stays a view
+    if flat.device.type != "cpu" or not available():
+        order = flat.argsort(stable=True)
+        slots = torch.empty_like(order)
+        slots[order] = torch.arange(len(order), device=flat.device)
+        return order, slots, flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
+    order, slots = torch.empty_like(flat), torch.empty_like(flat)
+    counts = flat.new_empty(num_experts)
+    torch.ops.finemoe.sort_by_expert(flat, order, slots, counts)
+    return order, slots, counts
+
+
+def store(states: Tensor, positions: Tensor, cache: Tensor) -> None:
+    """Write `states [batch, heads, seq, width]` into `cache [batch, heads, capacity, width]` at [batch, seq] places."""
+    if usable(states, cache) and not states.requires_grad:
+        native_store(states, positions, cache)
+    else:
+        cache.scatter_(2, positions[:, None, :, None].expand_as(states), states.to(cache.dtype))
