@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint.released_configs import RELEASED
-from finemoe.checkpoint.huggingface.config import family_of
+from finemoe.checkpoint.huggingface.families import family_of
 from finemoe.checkpoint.open import load_model
 from finemoe.checkpoint.proof import twin as verify
 from finemoe.checkpoint.proof import witness

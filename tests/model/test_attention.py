@@ -140,7 +140,9 @@ def test_module_is_projections_rotation_loops_and_output(changes: dict[str, Any]
         torch.testing.assert_close(gradient, want, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize(("dim", "message"), [(8, "leave it out"), (9, "leave it out"), (3, "odd"), (0, "greater than")])
+@pytest.mark.parametrize(
+    ("dim", "message"), [(8, "leave it out"), (9, "leave it out"), (3, "odd"), (0, "greater than")]
+)
 def test_impossible_rotary_dims_are_refused(dim: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GroupedQueryConfig(num_heads=4, num_kv_heads=2, head_dim=8, rotary_dim=dim)
