@@ -16,7 +16,6 @@ from finemoe.checkpoint.doctor.files import check_manifest
 from finemoe.checkpoint.doctor.findings import Findings, few
 from finemoe.checkpoint.gguf import opening as gguf
 from finemoe.checkpoint.gguf.codec import decode
-from finemoe.checkpoint.gguf.config import Facts
 from finemoe.checkpoint.gguf.keys import stored_tensors
 from finemoe.checkpoint.huggingface import keys as hf_keys
 from finemoe.checkpoint.huggingface.accounting import check_count, split_copies
@@ -302,7 +301,7 @@ def _open_gguf(subject: Subject, found: Findings, deep: bool, quiet: bool) -> No
     with found.guard("config"):
         subject.config = opened.config
         subject.spare = opened.dropped
-        stored = stored_tensors(opened.config, Facts(opened.tensors.keys(), opened.config.vocab_size, None).variants())
+        stored = stored_tensors(opened.config, opened.variants)
         subject.places = {entry.name: Place(entry.source.ours, entry.shape) for entry in stored}
 
 

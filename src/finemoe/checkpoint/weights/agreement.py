@@ -8,6 +8,8 @@ from typing import Any, Final
 
 from finemoe.model.config import BlockConfig, ModelConfig
 from finemoe.model.moe.layer import MoEConfig
+from finemoe.model.moe.routers.group_limited import GroupLimitedConfig
+from finemoe.model.moe.routers.select import GroupsConfig
 from finemoe.model.rope import Llama3Scaling, NTKScaling, RopeConfig
 
 EXACT: Final = 1e-9
@@ -36,8 +38,21 @@ def _block(block: BlockConfig) -> dict[str, Any]:
     layer, attention = block.feed_forward, block.attention
     return {
         "attention": {**attention.model_dump(), "rope": _rope(attention.rope, attention.turning)},
-        "feed_forward": (layer.without_training() if isinstance(layer, MoEConfig) else layer).model_dump(),
+        "feed_forward": _routed(layer) if isinstance(layer, MoEConfig) else layer.model_dump(),
     }
+
+
+def _routed(layer: MoEConfig) -> dict[str, Any]:
+    """Without what concerns training; groups that are all used are none."""
+    table = layer.without_training().model_dump()
+    router = layer.router
+    if isinstance(router, GroupsConfig) and router.num_groups == router.groups_per_token:
+        table["router"] |= {"num_groups": 1, "groups_per_token": 1}
+        if isinstance(router, GroupLimitedConfig):
+            plain = {"kind": "softmax_topk", "normalize_gates": False}
+            left = {key: value for key, value in table["router"].items() if key not in GroupsConfig.model_fields}
+            table["router"] = {**left, **plain}
+    return table
 
 
 def _rope(rope: RopeConfig, dim: int) -> dict[str, Any]:
