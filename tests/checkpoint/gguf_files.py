@@ -25,6 +25,8 @@ TEMPLATE = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
 MERGES = ("Ġ t", "h e", "Ġt he", "i n", "a n", "Ġ a")
 
 QUERIES = {"kind": "grouped_query", "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+QWEN3 = {**QUERIES, "head_dim": 24, "qk_norm": "head"}
+NORMALISED = {"kind": "softmax_topk", "normalize_gates": True}
 DENSE = {"kind": "dense", "ffn_hidden_size": 96}
 LATENT = {
     "kind": "latent",
@@ -72,7 +74,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-yarn": recipe(
         {**QUERIES, "rope": {"scaling": {"kind": "yarn", "factor": 4.0, "original_max_positions": 128}}}, DENSE
     ),
-    "mixtral": recipe(QUERIES, moe({"kind": "softmax_topk", "normalize_gates": True}, 0)),
+    "qwen2": recipe({**QUERIES, "qkv_bias": True}, DENSE),
+    "qwen2-yarn-tied": recipe(
+        {
+            **{**QUERIES, "qkv_bias": True},
+            "rope": {"theta": 1e6, "scaling": {"kind": "yarn", "factor": 4.0, "original_max_positions": 128}},
+        },
+        DENSE,
+        tie_embeddings=True,
+    ),
+    "qwen3": recipe(QWEN3, DENSE),
+    "qwen2moe": recipe(
+        {**QUERIES, "qkv_bias": True}, {**moe({"kind": "softmax_topk"}, 3), "gate_shared_experts": True}
+    ),
+    "qwen3moe": recipe(QWEN3, moe(NORMALISED, 0)),
+    "olmoe": recipe({**QUERIES, "num_kv_heads": 4, "qk_norm": "projection"}, moe({"kind": "softmax_topk"}, 0)),
+    "mixtral": recipe(QUERIES, moe(NORMALISED, 0)),
     "deepseek": recipe(QUERIES, moe({"kind": "softmax_topk"}), leading=LEAD),
     "deepseek2-v2": recipe(
         {**LATENT, "rope": {"layout": "interleaved", "scaling": YARN}},

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finemoe.checkpoint.huggingface.config import FAMILIES
+from finemoe.checkpoint.huggingface.families import FAMILIES
 from finemoe.checkpoint.huggingface.fp8 import scale_shape
-from finemoe.checkpoint.huggingface.keys import placements
 from finemoe.checkpoint.storage.safetensors import TensorFolder, raw_bytes
 from finemoe.text import Tokenizer
 
@@ -85,7 +84,7 @@ def tensors_of(raw: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     found: dict[str, Tensor] = {}
     originals: dict[str, str] = {}
-    for placement in placements(family.to_config(raw), family.name):
+    for placement in family.placements(family.to_config(raw)):
         key = placement.theirs
         original = originals.setdefault(placement.ours + str(placement.index), key)
         if original != key:

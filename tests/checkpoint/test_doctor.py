@@ -155,7 +155,7 @@ def test_the_facts_of_a_v3_folder(originals: Path) -> None:
     assert facts["tokenizer"]["faithful"]
     assert facts["template"]["rendered"] == "Hello<|end_of_text|>"
     possible = {entry["family"]: entry for entry in facts["exports"] if entry["possible"]}
-    assert set(possible) == {"deepseek_v3", "deepseek2"}
+    assert set(possible) == {"deepseek_v3", "kimi_k2", "deepseek2"}
     assert possible["deepseek_v3"]["lost"] == []
     assert "multi-token prediction" in possible["deepseek2"]["lost"][0]
     assert all(entry["reason"] for entry in facts["exports"] if not entry["possible"])

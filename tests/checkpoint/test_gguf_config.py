@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint.gguf_files import DENSE, LATENT, MODELS, QUERIES, SIGMOID, YARN, config_of, moe, recipe
+from checkpoint.gguf_files import (
+    DENSE,
+    LATENT,
+    MODELS,
+    NORMALISED,
+    QUERIES,
+    QWEN3,
+    SIGMOID,
+    YARN,
+    config_of,
+    moe,
+    recipe,
+)
 from finemoe.checkpoint.gguf.config import Facts, llama3_scaling, model_config
 from finemoe.checkpoint.gguf.keys import stored_tensors
 from finemoe.checkpoint.gguf.metadata import describe
@@ -112,6 +124,17 @@ def test_the_published_families_have_a_place() -> None:
         ("mixtral", "expert_shared_feed_forward_length", 64, "0 times"),
         ("mixtral", "expert_used_count", 9, "experts_per_token"),
         ("deepseek", "expert_weights_norm", True, "does otherwise for deepseek"),
+        ("qwen2", "attention__head_count", 2, "heads of embedding_length / head_count"),
+        ("qwen2", "expert_count", 8, "has dense layers only"),
+        ("qwen3", "attention__sliding_window", 512, "only 0"),
+        ("qwen2moe", "expert_count", None, "has experts only"),
+        ("qwen2moe", "expert_shared_feed_forward_length", 65, "times 32"),
+        ("qwen2moe", "expert_weights_norm", True, "does otherwise for qwen2moe"),
+        ("qwen3moe", "leading_dense_block_count", 1, "every layer of qwen3moe routes"),
+        ("qwen3moe", "expert_shared_count", 1, "must be 0 times"),
+        ("qwen3moe", "expert_weights_scale", 2.5, "only 1.0"),
+        ("olmoe", "expert_feed_forward_length", 16, "have feed_forward_length"),
+        ("olmoe", "attention__head_count_kv", 2, "a key for each of its 4 heads"),
         ("deepseek", "expert_gating_func", 2, "only softmax"),
         ("deepseek2-v3", "expert_gating_func", 3, r"1 \(softmax\) and 2 \(sigmoid\)"),
         ("deepseek2-v3", "expert_gating_func", 1, "exp_probs_b"),
@@ -132,9 +155,9 @@ def test_keys_that_cannot_be_honoured_are_named(model: str, key: str, value: Any
 @pytest.mark.parametrize(
     ("general", "words"),
     [
-        ({"general.architecture": "qwen2"}, "'qwen2'; llama, deepseek, deepseek2 are read"),
+        ({"general.architecture": "gemma"}, "'gemma'; qwen2, .* deepseek2 are read"),
         ({"general.architecture": ["llama"]}, "are read"),
-        ({}, "None; llama"),
+        ({}, "is None; "),
         ({"general.architecture": "llama", "general.type": "adapter"}, "only whole models"),
     ],
 )
@@ -186,7 +209,18 @@ def yarn(layout: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (queries(qk_norm="head"), "no qk_norm 'head'"),
+        (queries(qk_norm="projection"), "no qk_norm 'projection' in llama"),
+        (queries(qk_norm="head", rope={"layout": "interleaved"}), "no qk_norm 'head' in llama"),
+        (queries(rotary_dim=8), "whole heads, not rotary_dim 8"),
+        (recipe({**QUERIES, "qk_norm": "head"}, moe({"kind": "softmax_topk"}, 0)), "no qk_norm 'head' in deepseek"),
+        (recipe({**QUERIES, "qk_norm": "projection"}, moe({"kind": "softmax_topk"}, 0)), "no qk_norm 'projection'"),
+        (recipe(QWEN3, moe({"kind": "softmax_topk", "normalize_gates": True})), "neither shared experts"),
+        (
+            recipe(QWEN3, moe({"kind": "softmax_topk", "normalize_gates": True, "route_scale": 2.0}, 0)),
+            "no route_scale",
+        ),
+        (recipe(QWEN3, moe(NORMALISED, 0), leading=LEAD), "in qwen3moe llama.cpp has no dense layers before"),
+        (recipe(QUERIES, {**moe({"kind": "softmax_topk"}), "gate_shared_experts": True}), "no gate .* in deepseek"),
         (queries(rope=yarn("half_split")), "mscale 1 and mscale_all_dim 0"),
         (queries(rope=yarn("half_split", mscale=1.0, mscale_all_dim=0.0, beta_fast=16.0)), "beta_fast 32"),
         (queries(rope=yarn("half_split", mscale=1.0, mscale_all_dim=0.0, truncate=False)), "whole components"),
@@ -197,7 +231,6 @@ def yarn(layout: str, **changes: Any) -> dict[str, Any]:
         (recipe(QUERIES, moe({"kind": "softmax_topk", "normalize_gates": True})), "neither shared experts"),
         (recipe(QUERIES, moe({"kind": "softmax_topk", "normalize_gates": True}, 0), leading=LEAD), "no dense layers"),
         (recipe({**QUERIES, "head_dim": 32}, moe({"kind": "softmax_topk"})), "as wide as hidden_size"),
-        (recipe(QUERIES, {**moe({"kind": "softmax_topk"}), "gate_shared_experts": True}), "no gate"),
         (latent(latent_norm_eps=1e-5), "latent_norm_eps 1e-05 is not norm_eps 1e-06"),
         (latent(rope={"layout": "half_split"}), "must be interleaved"),
         (latent(rope=yarn("interleaved", mscale=1.0)), "are equal"),
@@ -215,6 +248,18 @@ def yarn(layout: str, **changes: Any) -> dict[str, Any]:
 def test_models_that_llama_cpp_does_not_have_are_refused(raw: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=f"cannot be written to GGUF: .*{words}"):
         describe(config_of(raw))
+
+
+def test_a_model_is_written_under_the_name_of_its_family() -> None:
+    for name in MODELS:
+        assert describe(config_of(MODELS[name])).architecture == name.partition("-")[0].replace("mixtral", "llama")
+
+
+def test_groups_that_are_all_used_are_none() -> None:
+    """They are left out of the file, and what is read back computes the same."""
+    config = config_of(recipe(LATENT, moe({**SIGMOID, "groups_per_token": 4}), leading=LEAD))
+    assert "deepseek2.expert_group_count" not in describe(config).values
+    assert read_back(config).blocks[1].feed_forward.router.num_groups == 1
 
 
 def test_layers_that_differ_are_refused_by_number() -> None:

@@ -145,7 +145,7 @@ def changed(whole: bytes, old: bytes, new: bytes) -> bytes:
         (b"blk.1.ffn_up_exps.weight", b"blk.1.ffn_xy_exps.weight", "are missing: blk.1.ffn_up_exps.weight [8, 32, 64]"),
         (b"blk.0.attn_norm.weight", b"blk.7.attn_norm.weight", "are missing: blk.0.attn_norm.weight"),
         (b"deepseek2.expert_shared_count", b"deepseek2.expert_shared_cuont", "not known here"),
-        (b"general.architecture", b"general.architectuer", "None; llama"),
+        (b"general.architecture", b"general.architectuer", "general.architecture is None"),
         (
             b"deepseek2.attention.kv_lora_rank",
             b"deepseek2.attention.kv_lora_ramk",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint.released_configs import RELEASED
-from finemoe.checkpoint.huggingface.config import FAMILIES, family_of, representable_as
+from finemoe.checkpoint.huggingface.families import FAMILIES, family_of, representable_as
 from finemoe.checkpoint.huggingface.fields import IRRELEVANT, TRAINING_ONLY
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import ModelConfig, ModelRecipe, expand
@@ -54,12 +54,12 @@ def test_published_configs_are_written_back(name: str) -> None:
     raw = RELEASED[name]
     family = family_of(raw)
     config = family.to_config(raw)
-    ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}
+    ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     back = family.from_config(config, **ids, dtype="bfloat16")
     assert family.to_config(back) == config
     left = {"auto_map", "is_llama_config", "transformers.js_config", "transformers_version", "quantization_config"}
     left |= {"max_window_layers", "sliding_window", "use_mrope", "output_router_logits", "clip_qkv", "rope_interleaved"}
-    left |= set(TRAINING_ONLY) | ({"aux_loss_alpha", "seq_aux"} if family.name == "deepseek_v3" else set())
+    left |= set(TRAINING_ONLY) | ({"aux_loss_alpha", "seq_aux"} if family.name in ("deepseek_v3", "kimi_k2") else set())
     if len(config.moe_layers) == len(config.blocks) and "moe_intermediate_size" in raw:
         left.add("intermediate_size")  # of the dense layers, of which there are none
     same = raw.keys() - left
@@ -73,7 +73,7 @@ def test_what_is_not_taken_over_is_said(name: str) -> None:
     raw = RELEASED[name]
     notes = family_of(raw).read(raw).notes
     expected = {key for key in ("router_aux_loss_coef",) if key in raw}
-    expected |= {"aux_loss_alpha", "FP8"} if name == "deepseek-v3" else set()
+    expected |= {"aux_loss_alpha", "FP8"} if name in ("deepseek-v3", "kimi-k2") else set()
     assert len(notes) == len(expected)
     assert all(any(key in note for note in notes) for key in expected)
 
@@ -179,6 +179,17 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "weight_block_size"),
     ("deepseek_v3", {"quantization_config": "fp8"}, "`quantization_config`"),
     ("deepseek_v3", {"num_mtp_layers": 2}, "`num_mtp_layers`"),
+    ("glm4_moe", {"partial_rotary_factor": 1.5}, "`partial_rotary_factor` is 1.5: a share of 128"),
+    ("glm4_moe", {"partial_rotary_factor": 0.01}, "`partial_rotary_factor` is 0.01"),
+    ("glm4_moe", {"partial_rotary_factor": 0.18}, "rotary_dim 23 is odd"),
+    ("glm4_moe", {"partial_rotary_factor": "half"}, "`partial_rotary_factor`"),
+    ("glm4_moe", {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "keep one"),
+    ("glm4_moe", {"num_mtp_layers": 2}, "`num_mtp_layers`"),
+    ("glm4_moe", {"n_group": 3}, "num_groups 3"),
+    ("glm4_moe", {"use_qk_norm": "yes"}, "`use_qk_norm`"),
+    ("kimi_k2", {"scoring_func": "softmax"}, "`scoring_func`"),
+    ("qwen3", {"use_qk_norm": False}, "`use_qk_norm`"),
+    ("olmoe", {"use_qk_norm": False}, "`use_qk_norm`"),
 ]
 
 
@@ -195,6 +206,37 @@ def test_half_of_an_mscale_is_ambiguous(drop: str) -> None:
     rope = {**rope, **({"mscale": 0.707} if drop == "mscale_all_dim" else {})}
     with pytest.raises(CheckpointError, match="mscale"):
         FAMILIES["deepseek_v2"].read(changed("deepseek_v2", rope_scaling=rope))
+
+
+def test_kimi_k2_is_deepseek_v3_in_every_field() -> None:
+    """A blend of YaRN whose edges are one, too."""
+    raw = BY_FAMILY["kimi_k2"]
+    config = FAMILIES["kimi_k2"].to_config(raw)
+    assert config == FAMILIES["deepseek_v3"].to_config({**raw, "model_type": "deepseek_v3"})
+    scaling = config.blocks[0].attention.rope.scaling
+    assert scaling.beta_fast == scaling.beta_slow == 1
+    assert FAMILIES["kimi_k2"].from_config(config)["model_type"] == "kimi_k2"
+
+
+def test_where_the_share_of_turning_components_stands() -> None:
+    """Beside the rope settings, as released; among them, as transformers 5 writes it; or nowhere: half."""
+    config = FAMILIES["glm4_moe"].to_config(BY_FAMILY["glm4_moe"])
+    assert config.blocks[0].attention.rotary_dim == 64
+    inside = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
+    spelt = changed("glm4_moe", rope_parameters=inside, rope_scaling=..., rope_theta=..., partial_rotary_factor=...)
+    for raw in (spelt, changed("glm4_moe", partial_rotary_factor=...)):
+        assert FAMILIES["glm4_moe"].to_config(raw) == config
+    whole = FAMILIES["glm4_moe"].to_config(changed("glm4_moe", partial_rotary_factor=1.0))
+    assert whole.blocks[0].attention.rotary_dim is None
+    assert FAMILIES["glm4_moe"].from_config(whole)["partial_rotary_factor"] == 1
+
+
+def test_settings_that_a_family_never_looks_at() -> None:
+    """Qwen3-Coder ships with them; another value is reported, not refused, as its code would run."""
+    idle = {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}
+    family, raw = FAMILIES["qwen3_moe"], BY_FAMILY["qwen3_moe"]
+    assert family.read({**raw, **idle}) == family.read(raw)
+    assert any("`qkv_bias` true is unknown" in note for note in family.read({**raw, **idle, "qkv_bias": True}).notes)
 
 
 def test_another_model_type_is_refused() -> None:

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.checkpoint.huggingface.config import FAMILIES
-from finemoe.checkpoint.huggingface.keys import ignorable, placements, without_absent_mtp
+from finemoe.checkpoint.huggingface.families import FAMILIES
+from finemoe.checkpoint.huggingface.keys import ignorable, without_absent_mtp
 from finemoe.checkpoint.storage.safetensors import span
 from finemoe.checkpoint.weights.placement import Placement
 from finemoe.core.errors import CheckpointError
@@ -39,18 +39,21 @@ def tiny(family: str, draw: Any) -> ModelConfig:
         "shared_expert_intermediate_size": 5 * draw(st.integers(1, 2)),
         "tie_word_embeddings": draw(flag),
     }
-    if family in ("deepseek_v2", "deepseek_v3"):
+    if family in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
         rank = draw(st.none() | st.just(9))
         raw |= {"num_key_value_heads": heads, "q_lora_rank": rank, "kv_lora_rank": 3, "n_group": 2, "topk_group": 1}
         raw |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 2, "v_head_dim": 13}
         raw |= {"topk_method": draw(st.sampled_from(["greedy", "group_limited_greedy"]))}
-        if family == "deepseek_v3":
+        if family != "deepseek_v2":
             raw |= {"num_nextn_predict_layers": draw(st.integers(0, 2)), "topk_method": "noaux_tc"}
     elif family not in ("olmoe", "deepseek"):
         raw |= {"head_dim": 6}
     if family in ("qwen2_moe", "qwen3_moe"):
         raw |= {"decoder_sparse_step": draw(st.integers(1, 2)), "mlp_only_layers": draw(st.sampled_from([[], [0]]))}
-    if family.startswith("deepseek"):
+    if family == "glm4_moe":
+        raw |= {"use_qk_norm": draw(flag), "attention_bias": draw(flag), "partial_rotary_factor": 2 / 3}
+        raw |= {"num_nextn_predict_layers": draw(st.integers(0, 2))}
+    if family.startswith(("deepseek", "kimi", "glm")):
         raw |= {"first_k_dense_replace": draw(st.integers(0, 3))}
     return FAMILIES[family].to_config({**raw, "num_attention_heads": heads if 12 % heads == 0 else 1})
 
@@ -59,7 +62,7 @@ def split(config: ModelConfig, family: str) -> tuple[list[Placement], list[Place
     """Placements, and those that name a place again."""
     seen: dict[tuple[str, str], str] = {}
     first, again = [], []
-    for placement in placements(config, family):
+    for placement in FAMILIES[family].placements(config):
         key = (placement.ours, str(placement.index))
         (again if key in seen else first).append(placement)
         seen[key] = placement.theirs
@@ -115,7 +118,7 @@ def test_names_of_a_prediction_module() -> None:
     }
     config = FAMILIES["deepseek_v3"].to_config(raw)
     assert len(config.mtp) == 1  # what the family's code takes where the file says nothing
-    names = {placement.theirs: placement for placement in placements(config, "deepseek_v3")}
+    names = {placement.theirs: placement for placement in FAMILIES["deepseek_v3"].placements(config)}
     assert names["model.layers.4.eh_proj.weight"].ours == "mtp.0.projection.weight"
     assert names["model.layers.4.shared_head.norm.weight"].ours == "mtp.0.norm.weight"
     assert (
@@ -130,18 +133,18 @@ def test_names_of_a_prediction_module() -> None:
     kept, notes = without_absent_mtp(config, [name for name in names if not name.startswith("model.layers.4.")])
     assert kept.mtp == ()
     assert "1 multi-token prediction module" in notes[0]
-    assert not any(p.theirs.startswith("model.layers.4.") for p in placements(kept, "deepseek_v3"))
+    assert not any(p.theirs.startswith("model.layers.4.") for p in FAMILIES["deepseek_v3"].placements(kept))
     # One tensor left is damage, not absence.
     assert without_absent_mtp(config, ["model.layers.4.enorm.weight"]) == (config, ())
 
 
 def test_only_computed_buffers_may_be_left_unused() -> None:
     for key in ("model.layers.3.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"):
-        assert "rotary" in (ignorable(key, "llama") or "")
+        assert "rotary" in (ignorable(key) or "")
     for key in ("model.layers.3.self_attn.q_proj.bias", "lm_head.weight", "model.layers.3.mlp.gate.weight"):
-        assert ignorable(key, "llama") is None
+        assert ignorable(key) is None
 
 
 def test_hash_tables_have_no_name() -> None:
     with pytest.raises(CheckpointError, match="hash"):
-        placements(small_config(feed_forward=moe_table("hash_layer")), "deepseek")
+        FAMILIES["deepseek"].placements(small_config(feed_forward=moe_table("hash_layer")))

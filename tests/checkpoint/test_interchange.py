@@ -30,8 +30,8 @@ from checkpoint.published import (
     write_weights,
 )
 from finemoe.checkpoint.huggingface import exporting, importing
-from finemoe.checkpoint.huggingface.config import FAMILIES
 from finemoe.checkpoint.huggingface.exporting import export_hf
+from finemoe.checkpoint.huggingface.families import FAMILIES
 from finemoe.checkpoint.huggingface.fp8 import dequantize
 from finemoe.checkpoint.huggingface.importing import import_hf
 from finemoe.checkpoint.kinds import is_imported

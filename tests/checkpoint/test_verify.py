@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint.released_configs import RELEASED
-from finemoe.checkpoint.huggingface.config import family_of
+from finemoe.checkpoint.huggingface.families import family_of
 from finemoe.checkpoint.open import load_model
 from finemoe.checkpoint.proof import twin as verify
 from finemoe.checkpoint.proof import witness
@@ -47,10 +47,12 @@ def test_a_twin_is_small_and_has_every_switch(name: str) -> None:
     assert len(twin.blocks) <= 4
     assert bool(twin.moe_layers) == bool(config.moe_layers)
     routed = twin.blocks[-1].feed_forward
-    if config.moe_layers and routed.router.kind in ("group_limited", "sigmoid_biased"):
+    if not config.moe_layers:
+        return
+    assert 1 < routed.experts_per_token < routed.num_routed_experts
+    if config.blocks[-1].feed_forward.router.model_dump().get("num_groups", 1) > 1:
         assert routed.router.num_groups > 1
         assert routed.router.groups_per_token < routed.router.num_groups
-        assert 1 < routed.experts_per_token < routed.num_routed_experts
 
 
 def test_a_dense_layer_among_routed_ones_stays() -> None:
@@ -70,7 +72,7 @@ def test_verified() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in RELEASED if name != "deepseek-moe-16b"])
+@pytest.mark.parametrize("name", [name for name in RELEASED if name not in ("deepseek-moe-16b", "kimi-k2")])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_published_config_is_verified(name: str, seed: int) -> None:
     result = verify_twin(RELEASED[name], seed=seed)

@@ -16,8 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finemoe.checkpoint.huggingface.config import family_of
-from finemoe.checkpoint.huggingface.keys import placements
+from finemoe.checkpoint.huggingface.families import FAMILIES, family_of
 from finemoe.model.config import ModelConfig
 from finemoe.model.transformer import Transformer
 
@@ -64,6 +63,20 @@ YARN: dict[str, Any] = {
 _SHARP = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}
 _V2_GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0}
 _V3 = {**_LATENT, "q_lora_rank": 9, "n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 0}
+_GLM: dict[str, Any] = {
+    **_GROUPED,
+    "head_dim": 12,
+    "use_qk_norm": True,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 12,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 14,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "num_mtp_layers": 0,
+}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", _GROUPED),
@@ -153,6 +166,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek_v3-dense": ("DeepseekV3", {**_V3, "first_k_dense_replace": 3}),
+    "deepseek_v3-yarn-of-kimi": (
+        "DeepseekV3",
+        {
+            **{**_V3, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827},
+            "rope_parameters": {**YARN, "beta_fast": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "glm4_moe": ("Glm4Moe", _GLM),
+    "glm4_moe-air": ("Glm4Moe", {**_GLM, "attention_bias": True, "use_qk_norm": False, "n_group": 1, "topk_group": 1}),
+    "glm4_moe-three-quarters": (
+        "Glm4Moe",
+        {
+            **{**_GLM, "head_dim": 16, "n_shared_experts": 2, "norm_topk_prob": False, "attention_bias": True},
+            "rope_parameters": {**YARN, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "glm4_moe-whole-heads": (
+        "Glm4Moe",
+        {**_GLM, "rope_parameters": {"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 1.0}},
+    ),
 }
 
 
@@ -210,7 +243,7 @@ def fill(config: ModelConfig, family: str, weights: Mapping[str, Tensor]) -> Tra
     """Our model from a file's tensors, placement by placement; every tensor must have its place."""
     model = Transformer(config)
     state = {name: torch.full_like(tensor, torch.nan) for name, tensor in model.state_dict().items()}
-    places = {placement.theirs: placement for placement in placements(config, family)}
+    places = {placement.theirs: placement for placement in FAMILIES[family].placements(config)}
     for name, tensor in weights.items():
         placement = places[name]
         assert tensor.shape == placement.shape
@@ -230,7 +263,7 @@ def ours(folder: Path) -> Transformer:
 def take(model: Transformer, family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under our names, as a file of `family` holds them; copies left out."""
     seen, found = set(), {}
-    for placement in placements(model.config, family):
+    for placement in FAMILIES[family].placements(model.config):
         place = (placement.ours, str(placement.index))
         if place not in seen:
             seen.add(place)

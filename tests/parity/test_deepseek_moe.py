@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finemoe.checkpoint.huggingface.config import FAMILIES
+from finemoe.checkpoint.huggingface.families import FAMILIES
 from parity import deepseek_moe_oracle
 from parity.foreign_models import ours, relative, take, write_folder
 from parity.record_deepseek_moe import CASES, GOLDEN, IDS, weights

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import MtpModel
 
-from finemoe.checkpoint.huggingface.config import FAMILIES
+from finemoe.checkpoint.huggingface.families import FAMILIES
 from finemoe.core.errors import CheckpointError
 from parity.foreign_models import make, ours, randomize, read_folder, relative, reload, take, tokens, write_folder
 

@@ -10,7 +10,20 @@ import torch
 from parity.foreign_models import gradients_as_file, make, ours, relative, take, tokens
 
 
-@pytest.mark.parametrize("case", ["llama", "llama-tied", "deepseek_v2", "deepseek_v3", "qwen2_moe", "olmoe", "qwen3"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama",
+        "llama-tied",
+        "deepseek_v2",
+        "deepseek_v3",
+        "qwen2_moe",
+        "olmoe",
+        "qwen3",
+        "glm4_moe",
+        "glm4_moe-three-quarters",
+    ],
+)
 def test_gradients(case: str, tmp_path: Path) -> None:
     theirs, ids = make(case), tokens()
     theirs.save_pretrained(tmp_path / "weights")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from finemoe.checkpoint.huggingface.config import FAMILIES, family_of
 from finemoe.checkpoint.huggingface.exporting import export_hf
+from finemoe.checkpoint.huggingface.families import FAMILIES, family_of
 from finemoe.checkpoint.huggingface.importing import import_hf
 from finemoe.checkpoint.open import load_model
 from parity.foreign_models import CASES, fill, make, read_folder, relative, reload, tokens, write_folder

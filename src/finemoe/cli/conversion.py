@@ -77,7 +77,7 @@ def check_twin(config: ModelConfig, raw: Mapping[str, Any] | None, quiet: bool) 
 
 
 def _as_family(config: ModelConfig) -> dict[str, Any] | None:
-    from finemoe.checkpoint.huggingface.config import FAMILIES, representable_as
+    from finemoe.checkpoint.huggingface.families import FAMILIES, representable_as
 
     names = [name for name, refused in representable_as(config).items() if refused is None]
     return FAMILIES[names[0]].from_config(config, max_positions=4096) if names else None

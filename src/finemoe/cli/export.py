@@ -223,7 +223,7 @@ def _lines(facts: Mapping[str, Any], out: Path) -> Iterator[tuple[str, str]]:
 
 
 def _say_next(form: Format, family: str, out: Path) -> None:
-    from finemoe.checkpoint.huggingface.config import FAMILIES
+    from finemoe.checkpoint.huggingface.families import FAMILIES
 
     name = shlex.quote(str(out))
     typer.echo(f"\nNext: finemoe doctor {name}")

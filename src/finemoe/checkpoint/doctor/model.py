@@ -8,7 +8,7 @@ from finemoe.checkpoint.doctor.findings import Findings, number
 from finemoe.checkpoint.doctor.subject import Subject
 from finemoe.checkpoint.gguf.metadata import describe
 from finemoe.checkpoint.gguf.tokenizer import metadata_of
-from finemoe.checkpoint.huggingface.config import FAMILIES
+from finemoe.checkpoint.huggingface.families import FAMILIES
 from finemoe.checkpoint.huggingface.layers import training_only
 from finemoe.checkpoint.storage.untrusted import TOKENIZER_BYTES, folder_file, read_bytes
 from finemoe.core.errors import CheckpointError, DataError, FinemoeError

@@ -16,11 +16,10 @@ from finemoe.checkpoint.doctor.files import check_manifest
 from finemoe.checkpoint.doctor.findings import Findings, few
 from finemoe.checkpoint.gguf import opening as gguf
 from finemoe.checkpoint.gguf.codec import decode
-from finemoe.checkpoint.gguf.config import Facts
 from finemoe.checkpoint.gguf.keys import stored_tensors
 from finemoe.checkpoint.huggingface import keys as hf_keys
 from finemoe.checkpoint.huggingface.accounting import check_count, split_copies
-from finemoe.checkpoint.huggingface.config import family_of
+from finemoe.checkpoint.huggingface.families import family_of
 from finemoe.checkpoint.kinds import CONFIG, JOURNAL, MANIFEST, SOURCE, Kind, likely_kind, require_there
 from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.run_state import state as run_state
@@ -144,10 +143,10 @@ def _open_huggingface(subject: Subject, found: Findings, deep: bool, quiet: bool
                 for text in absent:
                     found.warning("mtp", f"{text}: opened without; speculative decoding and MTP training need them")
                 check_count(subject.config, len(names))
-            loaded, again, _ = split_copies(hf_keys.placements(subject.config, subject.family))
+            loaded, again, _ = split_copies(family.placements(subject.config))
             subject.places = {name: Place(p.ours, p.shape) for name, p in loaded.items()}
             subject.places |= {name: Place(p.ours, p.shape, True) for name, p in again.items()}
-            reasons = ((name, hf_keys.ignorable(name, subject.family)) for name in names)
+            reasons = ((name, hf_keys.ignorable(name)) for name in names)
             subject.spare = {name: reason for name, reason in reasons if reason is not None}
 
 
@@ -302,7 +301,7 @@ def _open_gguf(subject: Subject, found: Findings, deep: bool, quiet: bool) -> No
     with found.guard("config"):
         subject.config = opened.config
         subject.spare = opened.dropped
-        stored = stored_tensors(opened.config, Facts(opened.tensors.keys(), opened.config.vocab_size, None).variants())
+        stored = stored_tensors(opened.config, opened.variants)
         subject.places = {entry.name: Place(entry.source.ours, entry.shape) for entry in stored}
 
 

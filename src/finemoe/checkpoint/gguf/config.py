@@ -1,4 +1,4 @@
-"""From the metadata of a GGUF file to a ModelConfig, for `llama`, `deepseek` and `deepseek2`.
+"""From the metadata of a GGUF file to a ModelConfig, for every architecture in the table.
 
 Meaning is what llama.cpp computes. A key that says something this model cannot do, or that is not known here, is
 refused by its name: a model that is nearly right would answer all the same.
@@ -9,18 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from finemoe.checkpoint.gguf.architectures import ARCHITECTURES, Architecture, Experts
 from finemoe.checkpoint.gguf.keys import EMBEDDING, OUTPUT, Variants
 from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError, ConfigError
 from finemoe.model.config import ModelConfig
 
-Architecture = Literal["llama", "deepseek", "deepseek2"]
-ARCHITECTURES: tuple[Architecture, ...] = ("llama", "deepseek", "deepseek2")
 LOG_MULTIPLIER = 0.1
 """`rope.scaling.yarn_log_multiplier` holds this times `mscale_all_dim`."""
 SOFTMAX, SIGMOID = 1, 2
@@ -120,11 +119,15 @@ class Facts:
     rope_factors: Tensor | None
     """What every rotary frequency is divided by."""
 
-    def variants(self) -> Variants:
-        """In what form the file holds what can be held in several."""
+    def variants(self, architecture: str) -> Variants:
+        """In what form the file holds what can be held in several; `architecture` is one that is known."""
         ends = {name.split(".", 2)[-1] for name in self.names if name.startswith("blk.")}
-        fused = "ffn_gate_up_exps.weight" in ends
-        return Variants("attn_kv_b.weight" not in ends, fused, "exp_probs_b.bias" in ends)
+        return Variants(
+            split_latent="attn_kv_b.weight" not in ends,
+            fused_experts="ffn_gate_up_exps.weight" in ends,
+            selection_bias="exp_probs_b.bias" in ends,
+            neighbours=ARCHITECTURES[architecture].neighbours,
+        )
 
 
 def model_config(metadata: Mapping[str, Any], facts: Facts, where: str) -> ModelConfig:
@@ -136,14 +139,15 @@ def model_config(metadata: Mapping[str, Any], facts: Facts, where: str) -> Model
     kind = metadata.get("general.type", "model")
     if kind != "model":
         raise CheckpointError(f"{where}: general.type is {kind!r}, but only whole models are read")
-    architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise CheckpointError(f"{where}: general.architecture is {architecture!r}; {', '.join(ARCHITECTURES)} are read")
-    keys = _Keys(metadata, architecture, where)
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise CheckpointError(f"{where}: general.architecture is {name!r}; {', '.join(ARCHITECTURES)} are read")
+    architecture = ARCHITECTURES[name]
+    keys = _Keys(metadata, name, where)
     num_layers = keys.count("block_count")
     if num_layers > len(facts.names):
         raise keys.refuse("block_count", f"the file has only {len(facts.names)} tensors")
-    attention = _latent(keys, facts) if architecture == "deepseek2" else _grouped_query(keys, facts)
+    attention = _latent(keys, facts) if architecture.latent else _grouped_query(keys, architecture, facts)
     feed_forwards = _feed_forwards(keys, architecture, num_layers, facts)
     named = keys.count("vocab_size", facts.vocab_size)
     if named != facts.vocab_size:
@@ -163,19 +167,26 @@ def model_config(metadata: Mapping[str, Any], facts: Facts, where: str) -> Model
         raise CheckpointError(f"{error}: the metadata do not describe a possible model") from error
 
 
-def _grouped_query(keys: _Keys, facts: Facts) -> dict[str, Any]:
+def _grouped_query(keys: _Keys, architecture: Architecture, facts: Facts) -> dict[str, Any]:
     heads = keys.count("attention.head_count")
     hidden = keys.count("embedding_length")
     head_dim = keys.count("attention.key_length", hidden // heads)
     if keys.count("attention.value_length", head_dim) != head_dim:
         raise keys.refuse("attention.value_length", f"must be attention.key_length, {head_dim}")
+    if not architecture.own_head_dim and heads * head_dim != hidden:
+        raise keys.refuse("attention.key_length", f"{architecture.name} has heads of embedding_length / head_count")
+    kv_heads = keys.count("attention.head_count_kv", heads)
+    if not architecture.shared_keys and kv_heads != heads:
+        raise keys.refuse("attention.head_count_kv", f"{architecture.name} has a key for each of its {heads} heads")
+    factors = facts.rope_factors if architecture.frequencies else None
     return {
         "kind": "grouped_query",
         "num_heads": heads,
-        "num_kv_heads": keys.count("attention.head_count_kv", heads),
+        "num_kv_heads": kv_heads,
         "head_dim": head_dim,
-        "qkv_bias": "blk.0.attn_q.bias" in facts.names,
-        "rope": {"layout": "half_split", **_rope(keys, head_dim, facts.rope_factors, latent=False)},
+        "qkv_bias": "blk.0.attn_q.bias" in facts.names if architecture.bias is None else architecture.bias,
+        "qk_norm": architecture.qk_norm,
+        "rope": {"layout": "half_split", **_rope(keys, head_dim, factors, latent=False)},
     }
 
 
@@ -275,50 +286,92 @@ def _candidates(plain: Tensor, kept: Tensor) -> list[tuple[float, int]]:
     return [(high, original) for high, original in found if high > 1 and original >= 1]
 
 
-def _feed_forwards(keys: _Keys, architecture: str, num_layers: int, facts: Facts) -> list[dict[str, Any]]:
-    experts = keys.count("expert_count", 0, least=0)
+def _feed_forwards(keys: _Keys, architecture: Architecture, num_layers: int, facts: Facts) -> list[dict[str, Any]]:
+    width, count = keys.count("feed_forward_length"), keys.count("expert_count", 0, least=0)
     used = keys.count("expert_used_count", 0, least=0)
-    width = keys.count("feed_forward_length")
     leading = keys.count("leading_dense_block_count", 0, least=0)
-    shared = keys.count("expert_shared_count", 0, least=0)
-    expert_width = keys.count("expert_feed_forward_length", width)
-    router = _router(keys, architecture, facts)
     dense = {"kind": "dense", "ffn_hidden_size": width}
-    if not experts:
+    experts = architecture.experts
+    if not count and architecture.dense:
+        if experts is not None:  # what a file says of experts that it does not have must make sense all the same
+            keys.count("expert_feed_forward_length", width)
+            _shared(keys, experts, 0, width)
+            _router(keys, architecture, experts, facts)
         return [dense] * num_layers
-    if keys.count("expert_shared_feed_forward_length", shared * expert_width, least=0) != shared * expert_width:
-        raise keys.refuse("expert_shared_feed_forward_length", f"must be {shared} times {expert_width}")
+    if not count or experts is None:
+        raise keys.refuse("expert_count", f"{architecture.name} has {'dense layers' if count else 'experts'} only")
+    if leading and not experts.leading:
+        raise keys.refuse("leading_dense_block_count", f"every layer of {architecture.name} routes")
+    default = width // max(used, 1) if experts.divided else width
+    expert_width = keys.count("expert_feed_forward_length", default)
+    if not experts.own_width and expert_width != width:
+        raise keys.refuse("expert_feed_forward_length", f"experts of {architecture.name} have feed_forward_length")
     moe = {
         "kind": "moe",
-        "num_routed_experts": experts,
+        "num_routed_experts": count,
         "experts_per_token": used,
         "expert_hidden_size": expert_width,
-        "num_shared_experts": shared,
-        "router": router,
+        "num_shared_experts": _shared(keys, experts, width, expert_width),
+        "gate_shared_experts": experts.shared == "gated",
+        "router": _router(keys, architecture, experts, facts),
     }
     return [dense] * min(leading, num_layers) + [moe] * max(0, num_layers - leading)
 
 
-def _router(keys: _Keys, architecture: str, facts: Facts) -> dict[str, Any]:
-    scale = keys.number("expert_weights_scale", 1.0) or 1.0  # llama.cpp takes 0 for "do not scale"
-    normalized = keys.flag("expert_weights_norm", architecture == "llama")
-    gating = keys.count("expert_gating_func", SOFTMAX, least=0) or SOFTMAX
-    groups, used = keys.count("expert_group_count", 1, least=0), keys.count("expert_group_used_count", 1, least=0)
-    grouped = {"num_groups": groups, "groups_per_token": used} if groups > 1 else {}
-    if architecture != "deepseek2":
-        if normalized != (architecture == "llama"):
-            raise keys.refuse("expert_weights_norm", f"llama.cpp does otherwise for {architecture}")
-        if gating != SOFTMAX or grouped:
-            raise keys.refuse("expert_gating_func", f"only softmax without groups exists for {architecture}")
-        return {"kind": "softmax_topk", "normalize_gates": normalized, "route_scale": scale}
+def _shared(keys: _Keys, experts: Experts, width: int, expert_width: int) -> int:
+    """How many shared experts there are: counted, or by the width of all of them together."""
+    total, told = "expert_shared_feed_forward_length", keys.has("expert_shared_count")
+    default = keys.count("expert_shared_count", 0, least=0) * expert_width
+    if experts.shared == "gated" and not told:
+        default = width
+    found = keys.count(total, default, least=0)
+    if experts.shared == "none" and found:
+        raise keys.refuse(total if keys.has(total) else "expert_shared_count", f"must be 0 times {expert_width}")
+    if found % expert_width or (told and found != default):
+        raise keys.refuse(total, f"must be {default // expert_width} times {expert_width}")
+    return found // expert_width
+
+
+def _router(keys: _Keys, architecture: Architecture, experts: Experts, facts: Facts) -> dict[str, Any]:
+    return _described(keys, facts) if architecture.latent else _softmax(keys, architecture.name, experts)
+
+
+def _softmax(keys: _Keys, name: str, experts: Experts) -> dict[str, Any]:
+    """The router of an architecture that has one kind."""
+    if keys.flag("expert_weights_norm", experts.normalized) != experts.normalized:
+        raise keys.refuse("expert_weights_norm", f"llama.cpp does otherwise for {name}")
+    gating, _, grouped = _gating(keys)
+    if gating != SOFTMAX or grouped:
+        raise keys.refuse("expert_gating_func", f"only softmax without groups exists for {name}")
+    scale = _scale(keys)
+    if scale != 1 and not experts.scaled:
+        raise keys.refuse("expert_weights_scale", f"only 1.0 is read for {name}")
+    return {"kind": "softmax_topk", "normalize_gates": experts.normalized, "route_scale": scale}
+
+
+def _described(keys: _Keys, facts: Facts) -> dict[str, Any]:
+    """A router whose kind the metadata say."""
+    normalized, scale = keys.flag("expert_weights_norm", False), _scale(keys)
+    gating, groups, grouped = _gating(keys)
     if gating == SIGMOID:
-        return {"kind": "sigmoid_biased", "normalize_gates": normalized, "route_scale": scale, **grouped}
+        return {"kind": "sigmoid_biased", "normalize_gates": normalized, "route_scale": scale, **groups}
     if gating != SOFTMAX:
         raise keys.refuse("expert_gating_func", "1 (softmax) and 2 (sigmoid) are read")
-    if facts.variants().selection_bias:
+    if any(name.endswith("exp_probs_b.bias") for name in facts.names):
         raise keys.refuse("expert_gating_func", "a softmax router has no selection bias, but exp_probs_b is there")
     if not grouped:
         return {"kind": "softmax_topk", "normalize_gates": normalized, "route_scale": scale}
     if normalized:
         raise keys.refuse("expert_weights_norm", "gates of group-limited softmax routing are not normalised")
-    return {"kind": "group_limited", "route_scale": scale, **grouped}
+    return {"kind": "group_limited", "route_scale": scale, **groups}
+
+
+def _scale(keys: _Keys) -> float:
+    return keys.number("expert_weights_scale", 1.0) or 1.0  # llama.cpp takes 0 for "do not scale"
+
+
+def _gating(keys: _Keys) -> tuple[int, dict[str, int], bool]:
+    """The function of the scores, the groups as a router's settings, and whether there are any."""
+    gating = keys.count("expert_gating_func", SOFTMAX, least=0) or SOFTMAX
+    groups, used = keys.count("expert_group_count", 1, least=0), keys.count("expert_group_used_count", 1, least=0)
+    return gating, {"num_groups": groups, "groups_per_token": used} if groups > 1 else {}, groups > 1

@@ -83,7 +83,7 @@ def export_gguf(
     with named(opened.path):
         description = describe(opened.config, opened.max_positions)
     metadata, missing = _tokenizer(opened, tokenizer)
-    stored = list(stored_tensors(opened.config))
+    stored = list(stored_tensors(opened.config, description.variants))
     plan, fallbacks = _plan(stored, description, dtype)
     values: dict[str, Any] = {
         "general.type": "model",

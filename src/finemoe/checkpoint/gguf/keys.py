@@ -1,8 +1,8 @@
 """Where each tensor of a GGUF file lies in ours, under llama.cpp's names, and how its rows are turned on the way.
 
-`llama` and `deepseek` files hold queries and keys with the rows of each head interleaved, because llama.cpp rotates
-neighbouring components; ours, like Hugging Face's, are half-split. In `deepseek2` files the up-projection of the
-latents is split in two, the keys' part transposed, so that it can be absorbed.
+Where llama.cpp rotates neighbouring components (`llama`, `deepseek`), files hold queries and keys with the rows of each
+head interleaved; ours, like Hugging Face's, are half-split. In `deepseek2` files the up-projection of the latents is
+split in two, the keys' part transposed, so that it can be absorbed.
 """
 
 from __future__ import annotations
@@ -124,6 +124,8 @@ class Variants:
     """ffn_gate_up_exps, not ffn_gate_exps and ffn_up_exps."""
     selection_bias: bool = True
     """A file may leave out biases that are all 0."""
+    neighbours: bool = True
+    """llama.cpp turns neighbouring components of a head, so half-split rows are interleaved."""
 
 
 def stored_tensors(config: ModelConfig, variants: Variants = Variants()) -> Iterator[Stored]:
@@ -145,7 +147,7 @@ def _block(layer: int, block: BlockConfig, hidden: int, variants: Variants) -> I
     theirs, ours = f"blk.{layer}.", f"blocks.{layer}."
     yield _whole(f"{theirs}attn_norm.weight", f"{ours}attention_norm.weight", (hidden,))
     if isinstance(block.attention, GroupedQueryConfig):
-        yield from _grouped_query(theirs, f"{ours}attention.", block.attention, hidden)
+        yield from _grouped_query(theirs, f"{ours}attention.", block.attention, hidden, variants)
     else:
         yield from _latent(theirs, f"{ours}attention.", block.attention, hidden, variants)
     yield _whole(f"{theirs}ffn_norm.weight", f"{ours}feed_forward_norm.weight", (hidden,))
@@ -156,9 +158,11 @@ def _block(layer: int, block: BlockConfig, hidden: int, variants: Variants) -> I
         yield from _experts(theirs, f"{ours}feed_forward.", block.feed_forward, hidden, variants)
 
 
-def _grouped_query(theirs: str, ours: str, config: GroupedQueryConfig, hidden: int) -> Iterator[Stored]:
+def _grouped_query(
+    theirs: str, ours: str, config: GroupedQueryConfig, hidden: int, variants: Variants
+) -> Iterator[Stored]:
     head_dim = config.head_dim
-    turn: Turn = "interleaved" if config.rope.layout == "half_split" else "same"
+    turn: Turn = "interleaved" if config.rope.layout == "half_split" and variants.neighbours else "same"
     sizes = {"q": config.num_heads * head_dim, "k": config.num_kv_heads * head_dim, "v": config.num_kv_heads * head_dim}
     for letter, size in sizes.items():
         rotary: Turn = turn if letter != "v" else "same"
@@ -167,6 +171,8 @@ def _grouped_query(theirs: str, ours: str, config: GroupedQueryConfig, hidden: i
                 part = Part(f"{ours}{letter}_proj.{kind}", shape, (), rotary, head_dim)
                 yield Stored(f"{theirs}attn_{letter}.{kind}", shape, part, kind == "bias")
     yield _whole(f"{theirs}attn_output.weight", f"{ours}o_proj.weight", (hidden, sizes["q"]))
+    for letter, width in zip("qk", config.norm_sizes(), strict=False):
+        yield _whole(f"{theirs}attn_{letter}_norm.weight", f"{ours}{letter}_norm.weight", (width,))
 
 
 def _latent(theirs: str, ours: str, config: LatentConfig, hidden: int, variants: Variants) -> Iterator[Stored]:
@@ -212,3 +218,6 @@ def _experts(theirs: str, ours: str, config: MoEConfig, hidden: int, variants: V
     yield Stored(f"{theirs}ffn_down_exps.weight", (count, hidden, width), Stacked(down, "same", 0, None))
     if config.num_shared_experts:
         yield from _swiglu(theirs, "_shexp", f"{ours}shared_experts.", hidden, config.num_shared_experts * width)
+    if config.gate_shared_experts:
+        gate = Part(f"{ours}shared_gate.weight", (1, hidden))
+        yield Stored(f"{theirs}ffn_gate_inp_shexp.weight", (hidden,), gate, precise=True)

@@ -1,6 +1,7 @@
 """From a ModelConfig to the metadata of a GGUF file that llama.cpp loads and computes our logits from.
 
-What GGUF cannot say, or llama.cpp would compute otherwise, is refused with the reason.
+What GGUF cannot say, or llama.cpp would compute otherwise, is refused with the reason. What is written is read back by
+our own reader and compared, so that no setting is lost because nobody here knows it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finemoe.checkpoint.gguf.config import LOG_MULTIPLIER, SIGMOID, SOFTMAX, Architecture
+from finemoe.checkpoint.gguf.architectures import ARCHITECTURES, Architecture, Experts, architecture_of
+from finemoe.checkpoint.gguf.config import LOG_MULTIPLIER, SIGMOID, SOFTMAX, Facts, model_config
+from finemoe.checkpoint.gguf.keys import Variants, stored_tensors
+from finemoe.checkpoint.weights.agreement import SINGLE, differences
 from finemoe.core.errors import CheckpointError
 from finemoe.model.attention.grouped_query import GroupedQueryConfig
 from finemoe.model.attention.latent import LatentConfig
@@ -21,12 +25,12 @@ from finemoe.model.feed_forward import DenseConfig
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.moe.routers.group_limited import GroupLimitedConfig
 from finemoe.model.moe.routers.select import GroupsConfig
-from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedConfig
 from finemoe.model.moe.routers.softmax_topk import SoftmaxTopKConfig
 from finemoe.model.rope import LinearScaling, Llama3Scaling, NTKScaling, RopeConfig, YarnScaling
 
 _MAX_EXPERTS = 512  # llama.cpp's LLAMA_MAX_EXPERTS
 _LITE_LAYERS = (26, 27)  # llama.cpp takes deepseek2 models of so many layers for ones without query compression
+_SHOWN = 3
 _CONTEXT = 4096  # of a model that does not say; some programs reserve memory for all of it
 
 
@@ -34,25 +38,51 @@ _CONTEXT = 4096  # of a model that does not say; some programs reserve memory fo
 class Description:
     """What a file says of a model."""
 
-    architecture: Architecture
+    architecture: str
     values: Mapping[str, Any]
     """Metadata by full key, but for the tokenizer and `general.`."""
     rope_factors: Tensor | None
     """For `rope_freqs.weight`."""
+    variants: Variants
+    """In what form the tensors are written."""
     notes: tuple[str, ...]
     """What is lost or computed otherwise, in words."""
 
 
 def describe(config: ModelConfig, context: int | None = None) -> Description:
-    """The metadata of `config`; `context` is its longest sequence where the model does not say.
+    """The metadata of `config`, read back; `context` is its longest sequence where the model does not say.
 
     Raises:
         CheckpointError: llama.cpp has no such model; says why.
     """
+    found = _describe(config, context)
+    names = {stored.name for stored in stored_tensors(config, found.variants)}
+    facts = Facts(names, config.vocab_size, found.rope_factors)
+    try:
+        again = model_config({"general.architecture": found.architecture, **found.values}, facts, "read again")
+    except CheckpointError as error:
+        raise _refuse(str(error)) from error
+    lost = differences(_as_written(config, found.variants), again, SINGLE)
+    if lost:
+        more = f", and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        raise _refuse(f"the format has no place for {', '.join(lost[:_SHOWN])}{more}")
+    return found
+
+
+def _as_written(config: ModelConfig, variants: Variants) -> ModelConfig:
+    """The model that a file holds: without prediction modules, and half-split where the rows are turned."""
+    blocks = config.blocks
+    if variants.neighbours:
+        halves = {"rope": blocks[0].attention.rope.model_copy(update={"layout": "half_split"})}
+        attention = blocks[0].attention.model_copy(update=halves)
+        blocks = tuple(block.model_copy(update={"attention": attention}) for block in blocks)
+    return config.model_copy(update={"blocks": blocks, "mtp": ()})
+
+
+def _describe(config: ModelConfig, context: int | None) -> Description:
     leading, dense, moe = _feed_forwards(config)
     attention = config.blocks[0].attention
-    latent = isinstance(attention, LatentConfig)
-    architecture: Architecture = "deepseek2" if latent else _grouped_architecture(moe)
+    architecture = _architecture(config.hidden_size, attention, moe)
     notes = [] if not config.mtp else ["the multi-token prediction modules are left out: GGUF has no place for them"]
     width = dense.ffn_hidden_size if dense is not None else 0
     values: dict[str, Any] = {
@@ -63,23 +93,25 @@ def describe(config: ModelConfig, context: int | None = None) -> Description:
         "feed_forward_length": width or (moe.expert_hidden_size if moe is not None else 0),
         "attention.layer_norm_rms_epsilon": config.norm_eps,
     }
-    if latent:
+    if isinstance(attention, LatentConfig):
         values |= _latent(attention, config)
     else:
         values |= _grouped_query(attention, architecture, config.hidden_size)
     values |= _rope(attention.rope, attention, notes)
-    if architecture == "llama" and moe is not None and leading:
-        raise _refuse("with normalised softmax gates llama.cpp has no dense layers before the MoE layers")
-    if architecture != "llama":
+    experts = architecture.experts
+    if experts is not None and experts.leading:
         values["leading_dense_block_count"] = leading
-    if moe is not None:
-        values |= _experts(moe, architecture)
-    elif latent:  # llama.cpp asks a deepseek2 file for these even where no layer routes
+    elif moe is not None and leading:
+        raise _refuse(f"in {architecture.name} llama.cpp has no dense layers before the MoE layers")
+    if moe is not None and experts is not None:
+        values |= _experts(moe, architecture, experts)
+    elif architecture.latent:  # llama.cpp asks a deepseek2 file for these even where no layer routes
         values |= {"expert_feed_forward_length": width, "expert_shared_count": 0}
     return Description(
-        architecture,
-        {f"{architecture}.{key}": value for key, value in values.items()},
+        architecture.name,
+        {f"{architecture.name}.{key}": value for key, value in values.items()},
         _llama3_factors(attention),
+        Variants(neighbours=architecture.neighbours),
         tuple(notes),
     )
 
@@ -115,24 +147,27 @@ def _as_computed(block: BlockConfig) -> BlockConfig:
     return block.model_copy(update={"feed_forward": block.feed_forward.without_training()})
 
 
-def _grouped_architecture(moe: MoEConfig | None) -> Architecture:
-    if moe is None:
-        return "llama"
-    if not isinstance(moe.router, SoftmaxTopKConfig):
+def _architecture(hidden: int, attention: GroupedQueryConfig | LatentConfig, moe: MoEConfig | None) -> Architecture:
+    """The one that suits the model; else the one that comes nearest, which then refuses it with the reason."""
+    found = architecture_of(attention, moe, hidden)
+    if found is not None:
+        return found
+    if moe is not None and not isinstance(moe.router, SoftmaxTopKConfig):
         raise _refuse(f"with this attention llama.cpp routes by softmax_topk only, not by {moe.router.kind}")
-    if moe.router.normalize_gates:
-        return "llama"
-    return "deepseek"
+    normalized = moe is None or moe.router.normalize_gates
+    return ARCHITECTURES["llama" if normalized else "deepseek"]
 
 
 def _grouped_query(attention: GroupedQueryConfig, architecture: Architecture, hidden: int) -> dict[str, Any]:
-    if attention.qk_norm != "none":
-        raise _refuse(f"llama.cpp has no qk_norm {attention.qk_norm!r} in this architecture")
-    if architecture == "deepseek":
-        if attention.num_heads * attention.head_dim != hidden:
-            raise _refuse(f"in deepseek llama.cpp wants heads that together are as wide as hidden_size, {hidden}")
-        if isinstance(attention.rope.scaling, Llama3Scaling):
-            raise _refuse("llama.cpp has no llama3 rope scaling in deepseek")
+    name = architecture.name
+    if attention.rotary_dim is not None:
+        raise _refuse(f"in {name} llama.cpp turns whole heads, not rotary_dim {attention.rotary_dim}")
+    if attention.qk_norm != architecture.qk_norm:
+        raise _refuse(f"llama.cpp has no qk_norm {attention.qk_norm!r} in {name}")
+    if not architecture.own_head_dim and attention.num_heads * attention.head_dim != hidden:
+        raise _refuse(f"in {name} llama.cpp wants heads that together are as wide as hidden_size, {hidden}")
+    if isinstance(attention.rope.scaling, Llama3Scaling) and not architecture.frequencies:
+        raise _refuse(f"llama.cpp has no llama3 rope scaling in {name}")
     return {
         "attention.head_count": attention.num_heads,
         "attention.head_count_kv": attention.num_kv_heads,
@@ -167,9 +202,8 @@ def _latent(attention: LatentConfig, config: ModelConfig) -> dict[str, Any]:
 
 def _rope(rope: RopeConfig, attention: GroupedQueryConfig | LatentConfig, notes: list[str]) -> dict[str, Any]:
     latent = isinstance(attention, LatentConfig)
-    dim = attention.qk_rope_head_dim if isinstance(attention, LatentConfig) else attention.head_dim
     theta, scaling = float(rope.theta), rope.scaling
-    values: dict[str, Any] = {"rope.dimension_count": dim}
+    values: dict[str, Any] = {"rope.dimension_count": attention.turning}
     if isinstance(scaling, LinearScaling | Llama3Scaling) and latent:
         raise _refuse(f"llama.cpp computes {scaling.kind} rope scaling otherwise with latent attention")
     if isinstance(scaling, LinearScaling):
@@ -177,7 +211,7 @@ def _rope(rope: RopeConfig, attention: GroupedQueryConfig | LatentConfig, notes:
     elif isinstance(scaling, YarnScaling):
         values |= _yarn(scaling, latent)
     elif isinstance(scaling, NTKScaling):
-        theta = scaling.scaled_theta(theta, dim)
+        theta = scaling.scaled_theta(theta, attention.turning)
         notes.append(f"NTK scaling is written as the rotary base {theta:.8g}, which is the same")
     return {**values, "rope.freq_base": theta}
 
@@ -208,9 +242,10 @@ def _llama3_factors(attention: GroupedQueryConfig | LatentConfig) -> Tensor | No
     return (plain / scaling.inverse_frequencies(plain, theta)).float()
 
 
-def _experts(moe: MoEConfig, architecture: Architecture) -> dict[str, Any]:
-    if moe.gate_shared_experts:
-        raise _refuse("llama.cpp has no gate on the shared experts here")
+def _experts(moe: MoEConfig, architecture: Architecture, experts: Experts) -> dict[str, Any]:
+    name = architecture.name
+    if moe.gate_shared_experts != (experts.shared == "gated"):
+        raise _refuse(f"llama.cpp has no gate on the shared experts in {name}")
     if moe.num_routed_experts > _MAX_EXPERTS:
         raise _refuse(f"llama.cpp has at most {_MAX_EXPERTS} experts, not {moe.num_routed_experts}")
     values: dict[str, Any] = {
@@ -220,23 +255,26 @@ def _experts(moe: MoEConfig, architecture: Architecture) -> dict[str, Any]:
     router: Any = moe.router
     if not router.learned:
         raise _refuse(f"llama.cpp has no router like {router.kind}")
-    if architecture == "llama":
-        if moe.num_shared_experts or router.route_scale != 1:
-            raise _refuse("with normalised softmax gates llama.cpp has neither shared experts nor a route_scale")
-        return values
-    if not moe.num_shared_experts:
-        raise _refuse(f"llama.cpp wants shared experts in {architecture}, and there are none")
-    values |= {
-        "expert_feed_forward_length": moe.expert_hidden_size,
-        "expert_shared_count": moe.num_shared_experts,
-        "expert_weights_scale": float(router.route_scale),
-    }
-    return values if architecture == "deepseek" else {**values, **_gating(moe)}
+    if moe.num_shared_experts and experts.shared == "none":
+        raise _refuse(f"in {name} llama.cpp has neither shared experts nor a route_scale")
+    if router.route_scale != 1 and not experts.scaled:
+        raise _refuse(f"in {name} llama.cpp has no route_scale")
+    if not moe.num_shared_experts and experts.shared != "none":
+        raise _refuse(f"llama.cpp wants shared experts in {name}, and there are none")
+    if experts.own_width:
+        values["expert_feed_forward_length"] = moe.expert_hidden_size
+    if experts.shared == "plain":
+        values["expert_shared_count"] = moe.num_shared_experts
+    elif experts.shared == "gated":
+        values["expert_shared_feed_forward_length"] = moe.num_shared_experts * moe.expert_hidden_size
+    if experts.scaled:
+        values["expert_weights_scale"] = float(router.route_scale)
+    return {**values, **_gating(moe)} if architecture.latent else values
 
 
 def _gating(moe: MoEConfig) -> dict[str, Any]:
     router: Any = moe.router
-    if isinstance(router, SigmoidBiasedConfig):
+    if router.selects_with_bias:
         if router.score_function != "sigmoid":
             raise _refuse(f"llama.cpp has no score_function {router.score_function!r} here")
         values: dict[str, Any] = {"expert_gating_func": SIGMOID, "expert_weights_norm": router.normalize_gates}

@@ -20,7 +20,7 @@ from torch import Tensor
 from finemoe.checkpoint.gguf.codec import PLAIN, decode
 from finemoe.checkpoint.gguf.config import Facts, model_config
 from finemoe.checkpoint.gguf.file import GGUFFile, StoredTensor, read_header
-from finemoe.checkpoint.gguf.keys import EMBEDDING, ROPE_FACTORS, Stored, stored_tensors
+from finemoe.checkpoint.gguf.keys import EMBEDDING, ROPE_FACTORS, Stored, Variants, stored_tensors
 from finemoe.checkpoint.gguf.tokenizer import LISTS, companions_of, has_tokenizer, template_of, tokenizer_of
 from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.safetensors import check_finite
@@ -80,6 +80,11 @@ class GGUFSource:
         """Of every tensor of ours, by name."""
         return model_shapes(self.config)
 
+    @property
+    def variants(self) -> Variants:
+        """In what form the file holds what can be held in several."""
+        return Facts(self.tensors.keys(), self.config.vocab_size, None).variants(self.architecture)
+
     @cached_property
     def account(self) -> Mapping[str, Stored]:
         """Every tensor that fills the model, by name, in the order of the file's bytes.
@@ -87,14 +92,13 @@ class GGUFSource:
         Raises:
             CheckpointError: as `config`, or tensors that are missing, mis-shaped or unknown.
         """
-        facts = Facts(self.tensors.keys(), self.config.vocab_size, None)
-        wanted = {stored.name: stored for stored in stored_tensors(self.config, facts.variants())}
+        wanted = {stored.name: stored for stored in stored_tensors(self.config, self.variants)}
         absent = [f"{name} {list(stored.shape)}" for name, stored in wanted.items() if name not in self.tensors]
         self._refuse(absent, "are missing")
         misshaped = [
             f"{name} ({list(self.tensors[name].shape)} instead of {list(stored.shape)})"
             for name, stored in wanted.items()
-            if self.tensors[name].shape != stored.shape
+            if self.tensors[name].shape not in (stored.shape, (1, *stored.shape))
         ]
         self._refuse(misshaped, "have another shape than the metadata give them")
         strange = [name for name in self.tensors if name not in wanted and name not in self.dropped]

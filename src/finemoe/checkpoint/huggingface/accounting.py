@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from finemoe.checkpoint.huggingface import keys as hf_keys
+from finemoe.checkpoint.huggingface.family import Family
 from finemoe.checkpoint.huggingface.fp8 import scale_shape
 from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder, span
@@ -40,14 +41,14 @@ class Account:
     notes: tuple[str, ...]
 
 
-def take_account(tensors: TensorFolder, config: ModelConfig, family: str) -> Account:
+def take_account(tensors: TensorFolder, config: ModelConfig, family: Family) -> Account:
     """Decide what becomes of each tensor of a `family` checkpoint of `config`.
 
     Raises:
         CheckpointError: tensors missing, mis-shaped, of an unfit dtype, or unknown; the first few are named.
     """
     check_count(config, len(tensors.tensors))
-    loaded, again, originals = split_copies(hf_keys.placements(config, family))
+    loaded, again, originals = split_copies(family.placements(config))
     present = {name: placement for name, placement in again.items() if name in tensors.tensors}
     wanted = {**loaded, **present}
     _refuse("missing", [f"{n} {list(p.shape)}" for n, p in loaded.items() if n not in tensors.tensors])
@@ -65,7 +66,7 @@ def take_account(tensors: TensorFolder, config: ModelConfig, family: str) -> Acc
             notes.append(f"{name} should equal {original}, which our model uses for both, but does not; kept, not used")
     for name in tensors.tensors:
         if name not in wanted and name not in carried:
-            reason = hf_keys.ignorable(name, family)
+            reason = hf_keys.ignorable(name)
             if reason is None:
                 unknown.append(f"{name} {_facts(tensors, name)}")
             else:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finemoe.checkpoint.huggingface import keys as hf_keys
 from finemoe.checkpoint.huggingface.accounting import FP8, SCALE_SUFFIX, split_copies
-from finemoe.checkpoint.huggingface.config import FAMILIES, representable_as
+from finemoe.checkpoint.huggingface.families import FAMILIES, representable_as
 from finemoe.checkpoint.huggingface.fp8 import BLOCK, quantize, scale_shape
 from finemoe.checkpoint.kinds import SOURCE
 from finemoe.checkpoint.storage.layout import TensorSpec
@@ -208,7 +208,7 @@ def _keys(opened: Exportable, name: str, account: Mapping[str, Any]) -> dict[str
     Of the copies those that the import found; in a new checkpoint those of prediction modules, which others open with
     the module, and not the head of tied embeddings.
     """
-    ours, again, _ = split_copies(hf_keys.placements(opened.config, name))
+    ours, again, _ = split_copies(FAMILIES[name].placements(opened.config))
     found = {key for key, entry in account.items() if entry["status"] == "loaded"}
     copies = found if account else {key for key in again if key != "lm_head.weight"}
     return ours | {key: placement for key, placement in again.items() if key in copies}

@@ -164,6 +164,14 @@ class Fields:
         if found is not None and not _among(found, allowed):
             self.refuse(name, found, why)
 
+    def idle(self, name: str, value: Any) -> None:
+        """Take note of a field that the family's code does not look at and that says what it does anyway, `value`.
+
+        With another value it stays unknown, and is reported at the end.
+        """
+        if _among(self._raw.get(name), (value,)):
+            self._read.add(name)
+
     def refuse(self, name: str, value: Any, why: str) -> NoReturn:
         """Raise with the field, its value and the reason."""
         raise CheckpointError(f"config.json: `{name}` is {shown(value)}: {why}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finemoe.checkpoint.huggingface import keys as hf_keys
 from finemoe.checkpoint.huggingface.accounting import Account, our_specs, take_account
-from finemoe.checkpoint.huggingface.config import family_of
+from finemoe.checkpoint.huggingface.families import family_of
 from finemoe.checkpoint.huggingface.fp8 import BLOCK, dequantize
 from finemoe.checkpoint.kinds import CONFIG
 from finemoe.checkpoint.storage.layout import TensorSpec
@@ -64,7 +64,7 @@ def open_source(path: Path) -> Source:
     tensors = TensorFolder.open(path)
     with named(path):
         config, absent = hf_keys.without_absent_mtp(understood.config, tensors.tensors.keys())
-        account = take_account(tensors, config, family.name)
+        account = take_account(tensors, config, family)
     notes = (*understood.notes, *absent, *tensors.notes, *account.notes)
     return Source(path, family.name, raw, config, tensors, account, notes)
 

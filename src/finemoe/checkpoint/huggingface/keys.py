@@ -1,4 +1,4 @@
-"""Which tensor of a Hugging Face file fills which of ours: the placements of a model, family by family.
+"""Which tensor of a Hugging Face file fills which of ours: the placements of a model, in the spelling of a family.
 
 The n-th multi-token prediction module is layer num_layers + n - 1 of the file, as in the released DeepSeek-V3.
 """
@@ -16,13 +16,11 @@ from finemoe.model.attention.latent import LatentConfig
 from finemoe.model.config import BlockConfig, ModelConfig
 from finemoe.model.feed_forward import DenseConfig
 from finemoe.model.moe.layer import MoEConfig
-from finemoe.model.moe.routers.hash_layer import HashLayerConfig
-from finemoe.model.moe.routers.sigmoid_biased import SigmoidBiasedConfig
 
 
 @dataclass(frozen=True)
-class _Names:
-    """How a family spells the parts of an MoE layer."""
+class Spellings:
+    """How the files of a family name the parts of an MoE layer."""
 
     moe: str = "mlp"
     gate: str = "gate_proj"
@@ -31,22 +29,19 @@ class _Names:
     shared: str = "shared_experts"
 
 
-_PLAIN = _Names()
-_SPELLINGS = {
-    "mixtral": _Names("block_sparse_moe", "w1", "w3", "w2"),
-    "qwen2_moe": _Names(shared="shared_expert"),
-}
+PLAIN = Spellings()
+"""Those of DeepSeek, and of most."""
 _INV_FREQ = re.compile(r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
-def placements(config: ModelConfig, family: str) -> list[Placement]:
-    """Where each tensor of a `family` file lies in `Transformer(config).state_dict()`.
+def placements(config: ModelConfig, names: Spellings = PLAIN) -> list[Placement]:
+    """Where each tensor of a file lies in `Transformer(config).state_dict()`.
 
     Every part of every entry occurs once; at the end, parts occur again under keys that a file may have as copies: the
     head of tied embeddings, and the embedding and head that DeepSeek-V3's prediction modules share.
 
     Raises:
-        CheckpointError: the model has a hash table, for which no family has a name.
+        CheckpointError: the model has a router that learns nothing, for which no family has a name.
     """
     vocabulary, hidden = (config.vocab_size, config.hidden_size), (config.hidden_size,)
     found = [
@@ -56,21 +51,21 @@ def placements(config: ModelConfig, family: str) -> list[Placement]:
     if not config.tie_embeddings:
         found.append(Placement("lm_head.weight", "head.weight", vocabulary))
     for index, block in enumerate(config.blocks):
-        found += _block(f"model.layers.{index}", f"blocks.{index}", block, config.hidden_size, family)
+        found += _block(f"model.layers.{index}", f"blocks.{index}", block, config.hidden_size, names)
     for depth, block in enumerate(config.mtp):
-        found += _mtp(f"model.layers.{len(config.blocks) + depth}", f"mtp.{depth}", block, config.hidden_size, family)
+        found += _mtp(f"model.layers.{len(config.blocks) + depth}", f"mtp.{depth}", block, config.hidden_size, names)
     return found + list(_copies(config))
 
 
-def _mtp(theirs: str, ours: str, block: BlockConfig, hidden: int, family: str) -> Iterator[Placement]:
+def _mtp(theirs: str, ours: str, block: BlockConfig, hidden: int, names: Spellings) -> Iterator[Placement]:
     yield Placement(f"{theirs}.enorm.weight", f"{ours}.embedding_norm.weight", (hidden,))
     yield Placement(f"{theirs}.hnorm.weight", f"{ours}.hidden_norm.weight", (hidden,))
     yield Placement(f"{theirs}.eh_proj.weight", f"{ours}.projection.weight", (hidden, 2 * hidden))
     yield Placement(f"{theirs}.shared_head.norm.weight", f"{ours}.norm.weight", (hidden,))
-    yield from _block(theirs, f"{ours}.block", block, hidden, family)
+    yield from _block(theirs, f"{ours}.block", block, hidden, names)
 
 
-def _block(theirs: str, ours: str, block: BlockConfig, hidden: int, family: str) -> Iterator[Placement]:
+def _block(theirs: str, ours: str, block: BlockConfig, hidden: int, names: Spellings) -> Iterator[Placement]:
     yield Placement(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight", (hidden,))
     yield Placement(f"{theirs}.post_attention_layernorm.weight", f"{ours}.feed_forward_norm.weight", (hidden,))
     attention = block.attention
@@ -82,7 +77,6 @@ def _block(theirs: str, ours: str, block: BlockConfig, hidden: int, family: str)
     if isinstance(layer, DenseConfig):
         yield from _swiglu(f"{theirs}.mlp", f"{ours}.feed_forward", layer.ffn_hidden_size, hidden)
     else:
-        names = _SPELLINGS.get(family, _PLAIN)
         yield from _moe(f"{theirs}.{names.moe}", f"{ours}.feed_forward", layer, hidden, names)
 
 
@@ -120,12 +114,12 @@ def _swiglu(theirs: str, ours: str, width: int, hidden: int) -> Iterator[Placeme
         yield Placement(f"{theirs}.{name}.weight", f"{ours}.{name}.weight", shape)
 
 
-def _moe(theirs: str, ours: str, config: MoEConfig, hidden: int, names: _Names) -> Iterator[Placement]:
-    if isinstance(config.router, HashLayerConfig):
-        raise CheckpointError(f"{ours}.router: no Hugging Face family has hash tables")
+def _moe(theirs: str, ours: str, config: MoEConfig, hidden: int, names: Spellings) -> Iterator[Placement]:
+    if not config.router.learned:
+        raise CheckpointError(f"{ours}.router: no Hugging Face family has a {config.router.kind} router")
     experts, width = config.num_routed_experts, config.expert_hidden_size
     yield Placement(f"{theirs}.gate.weight", f"{ours}.router.weight", (experts, hidden))
-    if isinstance(config.router, SigmoidBiasedConfig):
+    if config.router.selects_with_bias:
         yield Placement(f"{theirs}.gate.e_score_correction_bias", f"{ours}.router.selection_bias", (experts,))
     gate_up, down = f"{ours}.experts.gate_up_proj", f"{ours}.experts.down_proj"
     inner, outer = (width, hidden), (hidden, width)
@@ -153,8 +147,8 @@ def _copies(config: ModelConfig) -> Iterator[Placement]:
         yield Placement(f"{layer}.shared_head.head.weight", head, vocabulary)
 
 
-def ignorable(key: str, family: str) -> str | None:
-    """Why a tensor that has no placement in `family` may be left unused; None where nothing is known of it."""
+def ignorable(key: str) -> str | None:
+    """Why a tensor that has no placement may be left unused; None where nothing is known of it."""
     if _INV_FREQ.fullmatch(key):
         return "rotary frequencies, which follow from config.json"
     return None

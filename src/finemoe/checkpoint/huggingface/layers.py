@@ -95,6 +95,105 @@ def dense(width: int) -> dict[str, Any]:
     return {"kind": "dense", "ffn_hidden_size": width}
 
 
+def read_leading(
+    fields: Fields, attention: dict[str, Any], router: dict[str, Any], *, balance: float = 0.0, num_mtp: int = 0
+) -> ModelConfig:
+    """`first_k_dense_replace` dense layers, then MoE layers to the end, the prediction modules included.
+
+    Raises:
+        CheckpointError: as `build`.
+    """
+    fields.only("moe_layer_freq", 1, why="transformers and DeepSeek's code read that differently; only 1 is clear")
+    num_layers, first = fields.integer("num_hidden_layers"), fields.integer("first_k_dense_replace", 0)
+    plain = dense(fields.integer("intermediate_size")) if first else None
+    fields.has("intermediate_size")
+    if first < num_layers + num_mtp and fields.value("n_routed_experts") is None:
+        first = num_layers + num_mtp
+        plain = dense(fields.integer("intermediate_size"))
+    moe: dict[str, Any] = {}
+    names = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts")
+    if first < num_layers + num_mtp:
+        moe = {
+            "kind": "moe",
+            "num_routed_experts": fields.integer("n_routed_experts"),
+            "experts_per_token": fields.integer("num_experts_per_tok"),
+            "expert_hidden_size": fields.integer("moe_intermediate_size"),
+            "num_shared_experts": fields.optional_integer("n_shared_experts", 0) or 0,
+            "router": router,
+            "balance": {"expert": balance},
+        }
+    else:
+        for name in names:
+            fields.has(name)
+    return build(fields, Layers(attention, lambda i: plain if plain and i < first else moe, num_layers, num_mtp))
+
+
+def write_leading(config: ModelConfig) -> tuple[dict[str, Any], MoEConfig | None]:
+    """The same fields for a model, and its one MoE layer; None where none routes.
+
+    Raises:
+        CheckpointError: dense layers lie elsewhere, or layers differ.
+    """
+    blocks = [*config.blocks, *config.mtp]
+    routed = [isinstance(block.feed_forward, MoEConfig) for block in blocks]
+    first = routed.index(True) if any(routed) else len(blocks)
+    if not all(routed[first:]):
+        raise CheckpointError("it has dense layers after its first MoE layer, and the family has them at the bottom")
+    plain, moe = the_dense(blocks), the_moe(blocks)
+    values: dict[str, Any] = {"first_k_dense_replace": first}
+    if plain is not None:
+        values["intermediate_size"] = plain.ffn_hidden_size
+    if moe is not None:
+        values |= {
+            "moe_intermediate_size": moe.expert_hidden_size,
+            "n_routed_experts": moe.num_routed_experts,
+            "n_shared_experts": moe.num_shared_experts,
+            "num_experts_per_tok": moe.experts_per_token,
+        }
+        values.setdefault("intermediate_size", moe.expert_hidden_size)
+    return values, moe
+
+
+def read_listed(fields: Fields, attention: dict[str, Any], moe: dict[str, Any]) -> ModelConfig:
+    """Layers that are dense where `mlp_only_layers` or `decoder_sparse_step` says so (Qwen).
+
+    Raises:
+        CheckpointError: as `build`.
+    """
+    num_layers, step = fields.integer("num_hidden_layers"), fields.integer("decoder_sparse_step")
+    listed = fields.value("mlp_only_layers") or []
+    if not isinstance(listed, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in listed):
+        fields.refuse("mlp_only_layers", listed, "a list of layer numbers is needed")
+    plain = set(listed)
+    routed = [i not in plain and (i + 1) % step == 0 for i in range(min(num_layers, 1 << 20))]
+    width = fields.integer("intermediate_size") if not all(routed) else fields.value("intermediate_size")
+    return build(fields, Layers(attention, lambda i: moe if routed[i] else dense(width), num_layers))
+
+
+def write_listed(config: ModelConfig, plain: DenseConfig | None, moe: MoEConfig) -> dict[str, Any]:
+    """The same fields for a model, and the sizes of its layers."""
+    return {
+        "decoder_sparse_step": 1,
+        "intermediate_size": plain.ffn_hidden_size if plain is not None else moe.expert_hidden_size,
+        "mlp_only_layers": [i for i in range(len(config.blocks)) if i not in config.moe_layers],
+        "moe_intermediate_size": moe.expert_hidden_size,
+        "num_experts_per_tok": moe.experts_per_token,
+    }
+
+
+def renamed(fields: Fields, name: str, alias: str) -> int:
+    """A whole number with two names.
+
+    Raises:
+        CheckpointError: both are there and differ.
+    """
+    if fields.has(alias) and not fields.has(name):
+        return fields.integer(alias, 0)
+    found = fields.integer(name, 0)
+    fields.only(alias, found, why=f"`{name}` is {found}; keep one")
+    return found
+
+
 def write_common(config: ModelConfig, max_positions: int | None) -> dict[str, Any]:
     """The fields that all families share.
 

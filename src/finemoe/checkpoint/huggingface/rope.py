@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from finemoe.checkpoint.huggingface.fields import Fields, shown
@@ -43,19 +44,39 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
 _EVERYWHERE = {"type", "rope_type", "rope_theta", "finetuned"}
 
 
-def read_rope(fields: Fields, dim: int, layout: RopeLayout, meaning: Meaning, max_positions: int) -> dict[str, Any]:
-    """The RopeConfig, as keywords, of a model that rotates `dim` components.
+@dataclass(frozen=True)
+class Rope:
+    """Rotary settings as read."""
+
+    settings: dict[str, Any]
+    """Of a RopeConfig, as keywords."""
+    dim: int
+    """How many components turn."""
+
+
+def read_rope(fields: Fields, dim: int, layout: RopeLayout, meaning: Meaning, *, share: float | None = None) -> Rope:
+    """The rotary settings of heads of `dim` components.
+
+    Args:
+        fields: of the file.
+        dim: components that have positions, or of which `share` has.
+        layout: which of them are pairs.
+        meaning: whose code says what the settings mean.
+        share: of the components that turn, where the file says none; None: all turn, in every file of the family.
 
     Raises:
         CheckpointError: a type or value that our model cannot compute, or that is ambiguous.
     """
     name, table = _table(fields)
+    if share is not None:
+        dim = _turning(fields, name, table, dim, share)
+    max_positions = fields.integer("max_position_embeddings")
     kind = table.get("rope_type") or table.get("type") or "default"
     if kind not in _KEYS:
         fields.refuse(f"{name}.rope_type", kind, f"only {', '.join(_KEYS)} are known")
     reader = _Table(name, table)
     for key in table:
-        if key == "partial_rotary_factor" and table[key] in (None, 1):
+        if key == "partial_rotary_factor" and (share is not None or table[key] in (None, 1)):
             continue
         if key == "attn_factor":
             fields.refuse(
@@ -91,7 +112,23 @@ def read_rope(fields: Fields, dim: int, layout: RopeLayout, meaning: Meaning, ma
             f"rope type dynamic, factor {factor:g}: equal to plain rotation up to {max_positions} positions; "
             "finemoe does not stretch beyond them"
         )
-    return rope
+    return Rope(rope, dim)
+
+
+def _turning(fields: Fields, name: str, table: Mapping[str, Any], dim: int, share: float) -> int:
+    """How many components turn: `partial_rotary_factor`, which lies among the rope settings or beside them."""
+    key = "partial_rotary_factor"
+    reader, beside = _Table(name, table), fields.has(key)
+    if reader.has(key):
+        share = reader.number(key)
+        if beside:
+            fields.only(key, share, why=f"`{name}.{key}` is {share:g}; keep one")
+    elif beside:
+        share = fields.number(key)
+    turning = int(dim * share)
+    if share > 1 or turning < 2:
+        fields.refuse(key, share, f"a share of {dim} components, above 0 and at most 1, is needed")
+    return turning
 
 
 def _table(fields: Fields) -> tuple[str, Mapping[str, Any]]:

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finemoe.checkpoint.huggingface.config import Family, family_of
+from finemoe.checkpoint.huggingface.families import family_of
+from finemoe.checkpoint.huggingface.family import Family
 from finemoe.checkpoint.huggingface.fields import IRRELEVANT
-from finemoe.checkpoint.huggingface.keys import placements
 from finemoe.checkpoint.open import load_model
 from finemoe.checkpoint.proof import witness
 from finemoe.model.config import ModelConfig
@@ -120,7 +120,7 @@ def _positions(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     if raw.get("original_max_position_embeddings"):
         found["original_max_position_embeddings"] = _POSITIONS
     found["max_position_embeddings"] = round(_POSITIONS * min(ratio, 1024.0))
-    if raw.get("model_type") == "mixtral" and raw.get("sliding_window"):
+    if raw.get("sliding_window"):
         found["sliding_window"] = found["max_position_embeddings"]  # idle, as it was
     return found
 
@@ -180,7 +180,7 @@ def _write(folder: Path, family: Family, raw: Mapping[str, Any], seed: int) -> T
     generator = torch.Generator().manual_seed(seed)
     weights = {
         placement.theirs: _draw(placement.theirs, placement.shape, raw, generator)
-        for placement in placements(family.to_config(raw), family.name)
+        for placement in family.placements(family.to_config(raw))
         if placement.theirs != "lm_head.weight" or not raw.get("tie_word_embeddings")
     }
     tokens = torch.randint(_VOCAB, (2, _SEQ), generator=generator)

@@ -7,12 +7,10 @@ as a conversion made now.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +22,12 @@ from finemoe.checkpoint.huggingface.accounting import SCALE_SUFFIX, our_dtype
 from finemoe.checkpoint.huggingface.fp8 import BLOCK, dequantize, quantize
 from finemoe.checkpoint.huggingface.importing import Source, open_source
 from finemoe.checkpoint.storage.safetensors import Index, TensorFolder, raw_bytes
+from finemoe.checkpoint.weights.agreement import differences
 from finemoe.checkpoint.weights.exportable import Exportable, open_exportable
 from finemoe.checkpoint.weights.imported import Imported, read_imported
 from finemoe.core.errors import CheckpointError
 from finemoe.core.logs import mebibytes
-from finemoe.model.config import ModelConfig
-from finemoe.model.rope import NTKScaling
 
-_NO_FUNCTION = frozenset(
-    {"balance", "capacity_factor", "capacity_level", "capacity_exempt", "init_std", "max_positions"}
-)
 _Check = tuple[str, int, Callable[[], bool]]
 """Name of a tensor, its bytes, and whether both sides agree on it."""
 
@@ -163,8 +157,9 @@ def _gguf_imported(path: Path, imported: Imported) -> Iterator[_Check]:
 
 
 def _hf_exported(opened: Exportable, written: Source) -> Iterator[_Check]:
-    if not _same_function(opened.config, written.config):
-        raise CheckpointError(f"{written.path}: read again, its config.json describes another model")
+    lost = differences(opened.config, written.config)
+    if lost:
+        raise CheckpointError(f"{written.path}: read again, its config.json describes another model: {lost[0]}")
     for name, placement in written.account.loaded.items():
 
         def agree(name: str = name, ours: str = placement.ours, index: Index = placement.index) -> bool:
@@ -181,22 +176,6 @@ def _hf_exported(opened: Exportable, written: Source) -> Iterator[_Check]:
     for name in written.account.carried:
         if name not in factors and name in opened.carried.tensors:
             yield name, written.tensors.info(name).nbytes, _same(opened.carried, written.tensors, name)
-
-
-def _same_function(ours: ModelConfig, theirs: ModelConfig) -> bool:
-    """Whether both compute the same: training and rounded settings aside, and NTK scaling, which becomes a base."""
-    stretched = any(isinstance(block.attention.rope.scaling, NTKScaling) for block in ours.blocks)
-    return _agree(ours.model_dump(), theirs.model_dump(), _NO_FUNCTION | ({"rope"} if stretched else set()))
-
-
-def _agree(one: Any, other: Any, aside: Set[str]) -> bool:
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_agree(one[key], other[key], aside) for key in one.keys() - aside)
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(_agree(a, b, aside) for a, b in zip(one, other, strict=True))
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=1e-9)
-    return bool(one == other)
 
 
 def _same_fp8(opened: Exportable, written: Source, name: str, ours: str, index: Index) -> bool:

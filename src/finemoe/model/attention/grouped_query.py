@@ -44,7 +44,7 @@ class GroupedQueryConfig(Config):
             self.rope.check_dim(self.head_dim, "head_dim")
         elif self.rotary_dim >= self.head_dim:
             raise ValueError(
-                f"rotary_dim {self.rotary_dim} is not below head_dim {self.head_dim}: leave it out where all components turn"
+                f"rotary_dim {self.rotary_dim} is not below head_dim {self.head_dim}: leave it out where all turn"
             )
         else:
             self.rope.check_dim(self.rotary_dim, "rotary_dim")

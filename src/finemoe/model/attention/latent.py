@@ -54,6 +54,11 @@ class LatentConfig(Config):
         """Width of a head's whole query."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
+    @property
+    def turning(self) -> int:
+        """How many components of a head turn."""
+        return self.qk_rope_head_dim
+
     def num_parameters(self, hidden_size: int) -> int:
         """Every projection and the norms on the latents."""
         queries = self.num_heads * self.qk_head_dim

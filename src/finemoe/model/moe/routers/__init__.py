@@ -1,10 +1,10 @@
 """Routers. A new one is a file with its frozen config and module, and a line in ROUTERS.
 
 Every router is built as `Router(config, hidden_size, num_experts, experts_per_token, vocab_size)` and called as
-`router(hidden [tokens, hidden], tokens [tokens], constraint) -> RoutingDecision`. `router.reset(draw, frequencies)` gives
-what it holds beside its weights its first values. Its config says `learned`, `scores_sum_to_one`, `selects_with_bias`
-(then the module has a buffer `selection_bias [experts]`) and `num_parameters(hidden_size, num_experts)`; one that limits
-groups is a `GroupsConfig`. Everybody else asks these, and knows no router by its name.
+`router(hidden [tokens, hidden], tokens [tokens], constraint) -> RoutingDecision`; `router.reset(draw, frequencies)`
+gives what it holds beside its weights first values. Its config says `learned`, `scores_sum_to_one`,
+`num_parameters(hidden_size, num_experts)` and `selects_with_bias` (then the module has a buffer `selection_bias
+[experts]`); one that limits groups is a `GroupsConfig`. Everybody else asks these, and knows no router by its name.
 """
 
 from __future__ import annotations
