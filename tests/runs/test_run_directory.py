@@ -152,7 +152,7 @@ def refused(raw: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> FinemoeErro
         raise AssertionError("work began")
 
     before = {path: path.stat().st_mtime_ns for path in out.parent.rglob("*")}
-    monkeypatch.setattr(start_module.methods, "build", work)
+    monkeypatch.setattr(start_module, "build", work)
     with pytest.raises(FinemoeError) as caught:
         train(raw, out=out, quiet=True)
     assert before == {path: path.stat().st_mtime_ns for path in out.parent.rglob("*")}

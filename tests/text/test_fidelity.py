@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from finemoe.core.errors import DataError
-from finemoe.text import Tokenizer, TokenizerSettings, class_problem, exported_tokenizer_config, fidelity
+from finemoe.text import (
+    Tokenizer,
+    TokenizerSettings,
+    class_problem,
+    exported_tokenizer_config,
+    fidelity,
+    require_faithful,
+)
 
 BOS, EOS, USER = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>"
 TURN_END = "<|im_end|>"
@@ -175,7 +182,7 @@ def test_sentencepiece_is_read_but_never_trained_on() -> None:
     assert tokenizer.encode_prompt("a b") == [1, *tokenizer.encode("a b")]
     assert 2 not in tokenizer.encode("</s>")
     with pytest.raises(DataError, match="not byte-level, and only byte-level BPE gives every text back"):
-        tokenizer.self_test()
+        require_faithful(tokenizer)
     found = fidelity(tokenizer)
     assert found.problems == ()
     assert any("not byte-level" in note for note in found.notes)

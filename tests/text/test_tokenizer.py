@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from finemoe.core.errors import DataError
-from finemoe.text import END_OF_TEXT, Tokenizer, files
+from finemoe.text import END_OF_TEXT, Tokenizer, files, require_faithful
 
 TEXTS = ["def f(x):\n    if x:\n        return x + 12345\n" * 20, "naïve café 床前明月光 " * 20]
 TOKENIZER = Tokenizer.train(TEXTS, 300)
@@ -97,7 +97,7 @@ def test_save_and_load(tmp_path: Path) -> None:
         assert loaded.fingerprint() == TOKENIZER.fingerprint()
         assert loaded.encode(TEXTS[0]) == TOKENIZER.encode(TEXTS[0])
         assert loaded.end_of_text_id == TOKENIZER.end_of_text_id
-        loaded.self_test(TEXTS)
+        require_faithful(loaded, TEXTS)
 
 
 def test_encode_batch_is_encode() -> None:
@@ -110,7 +110,7 @@ def test_foreign_byte_level_tokenizer(tmp_path: Path) -> None:
     byte_level("<｜end▁of▁sentence｜>").save(str(path))
     loaded = Tokenizer.load(path)
     assert loaded.end_of_text_id == 256
-    loaded.self_test()
+    require_faithful(loaded)
     assert 256 not in loaded.encode("<｜end▁of▁sentence｜>")
 
 
@@ -119,14 +119,14 @@ def test_self_test_names_the_text_that_is_lost(tmp_path: Path) -> None:
     byte_level("</s>", normalizers.Lowercase()).save(str(path))
     loaded = Tokenizer.load(path)
     with pytest.raises(DataError, match="LOUD"):
-        loaded.self_test(["quiet LOUD quiet"])
+        require_faithful(loaded, ["quiet LOUD quiet"])
 
 
 def test_self_test_finds_normalisation_without_samples(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     byte_level("</s>", normalizers.NFC()).save(str(path))
     with pytest.raises(DataError, match="does not give this text back"):
-        Tokenizer.load(path).self_test()
+        require_faithful(Tokenizer.load(path))
 
 
 def test_unusable_tokenizers_are_refused(tmp_path: Path) -> None:

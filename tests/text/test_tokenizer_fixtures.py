@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finemoe.text import Tokenizer, fidelity, tokenizer_from_vocabulary, vocabulary_of
+from finemoe.text import Tokenizer, fidelity, require_faithful, tokenizer_from_vocabulary, vocabulary_of
 
 SHARED = Path(os.environ.get("FINEMOE_SHARED_DATA") or Path(__file__).parents[3] / "shared" / "data")
 FOLDER = SHARED / "tokenizers"
@@ -46,7 +46,7 @@ def test_ids_are_llama_cpps_and_the_vocabulary_comes_back(name: str) -> None:
     wrong = [text for text, ids in cases(name) if tokenizer.encode(text) != ids]
     assert not wrong
     assert fidelity(tokenizer).problems == ()
-    tokenizer.self_test(text for text, _ in cases(name))
+    require_faithful(tokenizer, (text for text, _ in cases(name)))
     assert tokenizer.adds_bos == name.startswith("deepseek")
     assert tokenizer.vocab_size == len(facts["tokens"])
     back = vocabulary_of(tokenizer)

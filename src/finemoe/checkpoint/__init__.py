@@ -1,1 +1,1 @@
-"""Floor 2: what a run leaves on disk and how it is opened again."""
+"""Floor 2: runs, Hugging Face folders and GGUF files, in and out; seven rooms, each uses those before it."""

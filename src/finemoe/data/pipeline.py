@@ -32,7 +32,7 @@ from finemoe.data.documents import SkipReport, falls_within
 from finemoe.data.loader import Loader, Packing, TokenArray, TokenShards, TokenSource, pack
 from finemoe.data.scan import SIDES, Scan, scan_corpus
 from finemoe.data.shards import FORMAT_VERSION, TokenWriter, open_streams
-from finemoe.text import Tokenizer
+from finemoe.text import Tokenizer, require_faithful
 from finemoe.text.tokenizer import TRAINER_VERSION
 
 _FINGERPRINT = "fingerprint.txt"
@@ -151,7 +151,7 @@ def prepare(config: DataConfig) -> PreparedData:
     scan = scan_corpus(config.corpus, config.validation_share, config.max_skipped_share)
     cache = Path(config.cache_dir or os.environ.get("FINEMOE_CACHE") or "~/.cache/finemoe").expanduser()
     tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else _trained_tokenizer(config, scan, cache)
-    tokenizer.self_test(scan.samples)
+    require_faithful(tokenizer, scan.samples)
     folder = cache / "tokens" / _key(FORMAT_VERSION, scan.digest(), tokenizer.fingerprint())
     streams = open_or_build(folder, open_streams, lambda fresh: _tokenise(config, scan, tokenizer, fresh))
     train, validation = (_shards(config.corpus, side, streams) for side in SIDES)
@@ -179,7 +179,7 @@ def _trained_tokenizer(config: DataConfig, scan: Scan, cache: Path) -> Tokenizer
     def build(fresh: Path) -> None:
         started = time.perf_counter()
         tokenizer = Tokenizer.train(_tokenizer_sample(config, scan), config.vocab_size)
-        tokenizer.self_test(scan.samples)
+        require_faithful(tokenizer, scan.samples)
         tokenizer.save(fresh)
         (fresh / _FINGERPRINT).write_text(tokenizer.fingerprint(), encoding="utf-8")
         logger.info("trained a tokenizer of %d in %.1f s", tokenizer.vocab_size, time.perf_counter() - started)

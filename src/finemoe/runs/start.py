@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from finemoe import methods
 from finemoe.core.errors import ConfigError, RunError
+from finemoe.methods import build
 from finemoe.model.size import measure
 from finemoe.runs.config import RunConfig, TrainingConfig
 from finemoe.runs.trackers import require_tracker
@@ -54,7 +54,7 @@ def build_method(config: RunConfig) -> Method[Any]:
     Raises:
         ConfigError, DataError: it does not fit.
     """
-    method = methods.build(config.method, config.setting)
+    method = build(config.method, config.setting)
     ids = method.data.tokenizer.vocab_size
     if ids > config.model.vocab_size:
         raise ConfigError(

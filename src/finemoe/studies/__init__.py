@@ -1,1 +1,1 @@
-"""Floor 5: studies that train and compare many models."""
+"""Floor 6: studies that train and compare many models."""

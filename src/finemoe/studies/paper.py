@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import finemoe
 from finemoe.charts.numbers import clean
 from finemoe.charts.paper.figures import save_figures
 from finemoe.charts.paper.page import paper_page, summary_markdown
@@ -159,7 +158,7 @@ def _results(
     command, overrides, out = asked
     return {
         "schema": 1,
-        "finemoe_version": finemoe.__version__,
+        "finemoe_version": comparison["finemoe_version"],
         "title": config.title,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": command,

@@ -11,7 +11,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import finemoe
 from finemoe.charts.comparison.figures import save_figures
 from finemoe.charts.comparison.page import comparison_page
 from finemoe.checkpoint.run_state.state import load_model
@@ -57,7 +56,7 @@ def build_results(
     base = measure_all(arms, config.data.sequence_length)
     return {
         "schema": 1,
-        "finemoe_version": finemoe.__version__,
+        "finemoe_version": environment()["packages"]["finemoe"],
         "title": config.title,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": command,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from finemoe.text.tokenizer import Tokenizer
+from finemoe.core.errors import DataError
+from finemoe.text.tokenizer import Tokenizer
 
 MOST_PROBLEMS = 8
 
@@ -44,6 +43,23 @@ def fidelity(tokenizer: Tokenizer, samples: Iterable[str] = ()) -> Fidelity:
     if len(problems) > MOST_PROBLEMS:
         problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more of the same kinds"]
     return Fidelity(tuple(problems), tuple(_notes(tokenizer)))
+
+
+def require_faithful(tokenizer: Tokenizer, samples: Iterable[str] = ()) -> None:
+    """Encode and decode built-in awkward texts and `samples`, as must succeed before anything is trained.
+
+    Raises:
+        DataError: it is not byte-level; or names the first text that does not come back, or that yields the end-of-text
+            token.
+    """
+    if not tokenizer.byte_level:
+        raise DataError(
+            "the tokenizer is not byte-level, and only byte-level BPE gives every text back unchanged: train "
+            "with one of those, or leave `tokenizer` out and have one trained"
+        )
+    problem = next(losses(tokenizer, samples), None)
+    if problem is not None:
+        raise DataError(f"{problem}: use a byte-level tokenizer without normalisation")
 
 
 def losses(tokenizer: Tokenizer, samples: Iterable[str] = ()) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 Training and encoding are done by the `tokenizers` library. What this module adds: ordinary text never turns
 into a special token unless asked for, decoding works on bytes (so that streaming and whole decoding cannot
-disagree), and `self_test` admits to training only byte-level tokenizers that prove the round trip.
+disagree), and `fidelity.require_faithful` admits to training only byte-level tokenizers that prove the round trip.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from finemoe.core.errors import DataError
 from finemoe.text.decoding import Decoding, bytes_of_tokens, decoding_of
-from finemoe.text.fidelity import losses
 from finemoe.text.files import TOKENIZER_LIMIT, parse_object, read_beside, read_bounded
 from finemoe.text.settings import TokenizerSettings
 
@@ -233,22 +232,6 @@ class Tokenizer:
     def decoder(self, continues: bool = False) -> StreamDecoder:
         """A decoder for ids that arrive one at a time; `continues` as in `decode`."""
         return StreamDecoder(self, drop_space=self._decoding.drops_first_space and not continues)
-
-    def self_test(self, samples: Iterable[str] = ()) -> None:
-        """Encode and decode built-in awkward texts and `samples`, as must succeed before anything is trained.
-
-        Raises:
-            DataError: it is not byte-level; or names the first text that does not come back, or that yields the
-                end-of-text token.
-        """
-        if not self.byte_level:
-            raise DataError(
-                "the tokenizer is not byte-level, and only byte-level BPE gives every text back unchanged: train "
-                "with one of those, or leave `tokenizer` out and have one trained"
-            )
-        problem = next(losses(self, samples), None)
-        if problem is not None:
-            raise DataError(f"{problem}: use a byte-level tokenizer without normalisation")
 
     @cached_property
     def _recognising(self) -> tokenizers.Tokenizer:

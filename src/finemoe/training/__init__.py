@@ -1,1 +1,1 @@
-"""Floor 3: one trainer, and the four slots that a method of training fills."""
+"""Floor 3: one trainer, and what a way of training fills in."""
