@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from checkpoint.published import V3_FP8, publish
+from checkpoint.huggingface.published import V3_FP8, publish
 from finemoe.cli.doctor import nbytes
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from checkpoint.published import LLAMA, V3_FP8, contents_of, publish
+from checkpoint.huggingface.published import LLAMA, V3_FP8, contents_of, publish
 from finemoe.checkpoint.huggingface import importing
 from finemoe.checkpoint.proof import twin as verify
 from finemoe.checkpoint.proof.twin import TwinResult

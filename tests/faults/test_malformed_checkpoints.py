@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint.published import LLAMA, MIXTRAL, V3_FP8, publish, tensors_of, write_weights
+from checkpoint.huggingface.published import LLAMA, MIXTRAL, V3_FP8, publish, tensors_of, write_weights
 from finemoe.checkpoint.huggingface.exporting import export_hf
 from finemoe.checkpoint.huggingface.importing import import_hf
 from finemoe.core.errors import CheckpointError, FinemoeError

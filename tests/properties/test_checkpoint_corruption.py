@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint.published import LLAMA, MIXTRAL, V3_FP8, publish
+from checkpoint.huggingface.published import LLAMA, MIXTRAL, V3_FP8, publish
 from finemoe.checkpoint.huggingface.exporting import export_hf
 from finemoe.checkpoint.huggingface.importing import import_hf
 from finemoe.checkpoint.storage.safetensors import TensorFolder

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint.released_configs import RELEASED
+from checkpoint.huggingface.released_configs import RELEASED
 from finemoe.checkpoint.huggingface.families import FAMILIES, family_of, representable_as
 from finemoe.checkpoint.huggingface.fields import IRRELEVANT, TRAINING_ONLY
 from finemoe.core.errors import CheckpointError

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint.gguf_files import (
+from checkpoint.gguf.gguf_files import (
     DENSE,
     LATENT,
     MODELS,

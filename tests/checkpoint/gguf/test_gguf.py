@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoint.gguf_files import (
+from checkpoint.gguf.gguf_files import (
     LATENT,
     MODELS,
     QUERIES,

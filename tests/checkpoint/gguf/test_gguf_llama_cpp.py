@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint.gguf_files import DENSE, LATENT, MODELS, QUERIES, SIGMOID, import_folder, moe, random_model, recipe
+from checkpoint.gguf.gguf_files import DENSE, LATENT, MODELS, QUERIES, SIGMOID, import_folder, moe, random_model, recipe
 from finemoe.checkpoint.gguf.exporting import export_gguf
 from finemoe.checkpoint.gguf.opening import load_gguf
 

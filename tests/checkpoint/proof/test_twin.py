@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint.released_configs import RELEASED
+from checkpoint.huggingface.released_configs import RELEASED
 from finemoe.checkpoint.huggingface.families import family_of
 from finemoe.checkpoint.open import load_model
 from finemoe.checkpoint.proof import twin as verify

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint.published import (
+from checkpoint.huggingface.published import (
     COPIES,
     LLAMA,
     MIXTRAL,

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint.gguf_files import MODELS, companions, import_folder, random_model, spelt, text
+from checkpoint.gguf.gguf_files import MODELS, companions, import_folder, random_model, spelt, text
 from finemoe.checkpoint.gguf.exporting import export_gguf
 from finemoe.checkpoint.gguf.opening import import_gguf, load_gguf, open_gguf
 from finemoe.core.errors import CheckpointError, FinemoeError

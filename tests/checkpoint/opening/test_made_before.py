@@ -23,7 +23,7 @@ from finemoe.generation.engine import Engine
 from finemoe.generation.sampling import SamplingConfig
 from finemoe.runs.run import resume
 
-FORMATS = Path(__file__).parents[1] / "fixtures" / "formats"
+FORMATS = Path(__file__).parents[2] / "fixtures" / "formats"
 EXPECTED: dict[str, Any] = json.loads((FORMATS / "expected.json").read_text())
 RUNS, IMPORTED = ("run", "run-plain"), ("imported", "imported-gguf")
 RELATIVE = 2e-4  # another CPU adds in another order

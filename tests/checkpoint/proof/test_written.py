@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from checkpoint.published import LLAMA, TIED, V3, V3_FP8, publish
+from checkpoint.huggingface.published import LLAMA, TIED, V3, V3_FP8, publish
 from finemoe.checkpoint.gguf.exporting import export_gguf
 from finemoe.checkpoint.gguf.opening import import_gguf
 from finemoe.checkpoint.huggingface.exporting import export_hf

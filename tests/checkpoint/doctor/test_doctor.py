@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from checkpoint.published import LLAMA, MIXTRAL, V3, V3_FP8, publish, tensors_of, write_weights
+from checkpoint.huggingface.published import LLAMA, MIXTRAL, V3, V3_FP8, publish, tensors_of, write_weights
 from finemoe.checkpoint.doctor.examine import Diagnosis, examine
 from finemoe.checkpoint.gguf.exporting import export_gguf
 from finemoe.checkpoint.huggingface.importing import import_hf, open_source
