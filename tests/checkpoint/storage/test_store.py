@@ -1,11 +1,10 @@
-"""Safetensors read by header and written in parts, against the safetensors library."""
+"""Safetensors written in parts, in any order and through kills, against the safetensors library."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -21,35 +20,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from finemoe.checkpoint.storage import safetensors as tensors
-from finemoe.checkpoint.storage import store as store_module
+from checkpoint.storage.drawn import drawn, folder_of, same
 from finemoe.checkpoint.storage.layout import TensorSpec
-from finemoe.checkpoint.storage.safetensors import DTYPES, TensorFolder, raw_bytes, read_header, span
+from finemoe.checkpoint.storage.safetensors import DTYPES, TensorFolder, raw_bytes, read_header
 from finemoe.checkpoint.storage.store import TensorStore
 from finemoe.checkpoint.storage.workspace import workspace
 from finemoe.core.errors import CheckpointError, RunError
 
 NewStore = Callable[..., TensorStore]
-
-
-def drawn(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Any bytes are a tensor, except for bool."""
-    if dtype == torch.bool:
-        return torch.randint(0, 2, shape) > 0
-    raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8)
-    return raw.view(dtype).reshape(shape)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and raw_bytes(a) == raw_bytes(b)
-
-
-def folder_of(folder: Path, contents: dict[str, Tensor]) -> TensorFolder:
-    save_file(contents, folder / "model.safetensors")
-    return TensorFolder.open(folder)
 
 
 @pytest.fixture
@@ -81,150 +62,6 @@ def test_every_dtype_is_read_and_written_as_the_library_does(tmp_path: Path, new
     assert all(info.offset % info.dtype.itemsize == 0 for info in again.tensors.values())
     assert read_header(tmp_path / "model.safetensors")[1] == {"format": "pt"}
     assert again.nbytes == sum(tensor.nbytes for tensor in contents.values())
-
-
-INDICES = st.tuples(st.integers(0, 3), st.integers(0, 4)).map(lambda ab: slice(min(ab), max(ab) + 1))
-
-
-@pytest.mark.parametrize(
-    "index",
-    [
-        *((), (0,), (3,), (2, 4), (1, slice(1, 3)), (slice(0, 4),), (slice(2, 3),), (1, 2, 1)),
-        *((slice(1, 1),), (slice(2, None),)),
-    ],
-)
-def test_parts(tmp_path: Path, index: tuple[Any, ...]) -> None:
-    whole = drawn(torch.float16, 4, 5, 2)
-    read = folder_of(tmp_path, {"x": whole})
-    assert same(read.read("x", index), whole[index])
-    start, count, shape = span((4, 5, 2), index)
-    assert shape == whole[index].shape
-    assert same(whole.flatten()[start : start + count], whole[index].flatten())
-    for max_bytes in (1, 10, 1000):
-        for multiple in (1, 2):
-            chunks = list(read.chunks("x", index, max_bytes=max_bytes, multiple=multiple))
-            assert same(torch.cat(chunks) if chunks[0].dim() else chunks[0], whole[index])
-            assert all(len(chunk) % multiple == 0 for chunk in chunks[:-1])
-
-
-@pytest.mark.parametrize(
-    "index",
-    [
-        *((4,), (-1,), (0, 0, 0, 0), (slice(0, 2), 1), (slice(0, 4, 2),), (slice(0, 5),), (slice(3, 1),)),
-        *((slice(0, 4), slice(0, 1)), (2, slice(0, 6))),
-    ],
-)
-def test_what_is_no_part_is_refused(index: tuple[Any, ...]) -> None:
-    with pytest.raises(ValueError, match="index"):
-        span((4, 5, 2), index)
-
-
-def header(entries: Any, *, length: int | None = None, data: bytes = b"") -> bytes:
-    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
-    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
-
-
-def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-
-EIGHT = b"\x00" * 8
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "truncated, or not safetensors"),
-        (b"\x01\x00\x00", "truncated, or not safetensors"),
-        (header({"a": entry()}, length=1 << 40, data=EIGHT), "ends within its header"),
-        (b"PK\x03\x04" + b"\x00" * 100, "not safetensors"),
-        (header(b"", data=EIGHT), "not valid JSON"),
-        (header([]), "holds a JSON list"),
-        (header(b'{"a":' * 1000), "levels deep"),
-        (header({"a": entry()}), "truncated: "),
-        (header({"a": entry()}, data=b"\x00" * 7), "truncated: "),
-        (header({"a": entry()}, data=b"\x00" * 9), "more bytes than its header says"),
-        (header({}, data=EIGHT), "more bytes than its header says"),
-        (header({"a": entry("F99")}, data=EIGHT), "dtype 'F99' is unknown"),
-        (header({"a": entry(["F32"])}, data=EIGHT), "is unknown"),
-        (header({"a": entry(shape=[3])}, data=EIGHT), "takes 12 bytes, not 8"),
-        (header({"a": entry(shape=[-2])}, data=EIGHT), "is not possible"),
-        (header({"a": entry(shape=[2.0])}, data=EIGHT), "is not possible"),
-        (header({"a": entry(shape=[True, 2])}, data=EIGHT), "is not possible"),
-        (header({"a": entry(shape="2")}, data=EIGHT), "is not possible"),
-        (header({"a": entry(shape=[1] * 99 + [2])}, data=EIGHT), "is not possible"),
-        (header({"a": entry(shape=[0, 1 << 70], offsets=[0, 0])}), "is not possible"),
-        (header({"a": entry(offsets=[0, 8, 9])}, data=EIGHT), "not a range of bytes"),
-        (header({"a": entry(offsets=[8, 0])}, data=EIGHT), "not a range of bytes"),
-        (header({"a": entry(offsets=[0, "8"])}, data=EIGHT), "not a range of bytes"),
-        (header({"a": entry(offsets=[1, 9])}, data=EIGHT + b"\x00"), "leaves a gap or overlaps"),
-        (header({"a": entry(), "b": entry()}, data=EIGHT), "leaves a gap or overlaps"),
-        (header({"a": entry(), "b": entry(offsets=[4, 12])}, data=EIGHT * 2), "leaves a gap or overlaps"),
-        (header({"a": entry(), "b": entry(offsets=[12, 20])}, data=EIGHT * 3), "leaves a gap or overlaps"),
-        (header({"a": {**entry(), "x": 1}}, data=EIGHT), "exactly its dtype, shape and data_offsets"),
-        (header({"a": {"dtype": "F32"}}, data=EIGHT), "exactly its dtype, shape and data_offsets"),
-        (header({"a": 3}), "exactly its dtype, shape and data_offsets"),
-        (header({"__metadata__": {"a": 1}}), "must be a table of strings"),
-        (header({"__metadata__": []}), "must be a table of strings"),
-        (header(b'{"a": 1, "a": 2}'), "occurs twice"),
-    ],
-)
-def test_headers_that_are_refused(tmp_path: Path, content: bytes, reason: str) -> None:
-    (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=reason) as caught:
-        TensorFolder.open(tmp_path)
-    assert "model.safetensors" in str(caught.value)
-
-
-def test_a_header_bomb_is_refused_unread(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes((1 << 30).to_bytes(8, "little"))
-    os.truncate(path, 2 << 30)  # sparse
-    with pytest.raises(CheckpointError, match="at most 100000000 are read"):
-        TensorFolder.open(tmp_path)
-
-
-def test_a_file_cut_short_after_opening_is_an_error_and_no_crash(tmp_path: Path) -> None:
-    read = folder_of(tmp_path, {"x": torch.ones(10_000)})
-    os.truncate(tmp_path / "model.safetensors", 5000)
-    with pytest.raises(CheckpointError, match="ends within tensor 'x'"):
-        read.read("x")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="has gone"):
-        read.read("x")
-    (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(RunError, match="try again"):
-        read.read("x")
-    with pytest.raises(CheckpointError, match="no tensor 'y'"):
-        read.read("y")
-
-
-def test_index_and_files_must_agree(tmp_path: Path) -> None:
-    a, b = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-
-    def table(**weights: str) -> None:
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
-
-    save_file({"x": torch.ones(2)}, tmp_path / a)
-    save_file({"y": torch.ones(3), "z": torch.ones(1)}, tmp_path / b)
-    table(x=a, y=b, z=b)
-    assert {name: info.path.name for name, info in TensorFolder.open(tmp_path).tensors.items()} == {
-        "x": a,
-        "y": b,
-        "z": b,
-    }
-    for weights, reason in (
-        ({"x": a, "y": b}, "holds tensor 'z', of which the index says nothing"),
-        ({"x": a, "y": b, "z": a}, "says that model-00001-of-00002.safetensors holds tensor 'z'"),
-        ({"x": a, "y": b, "z": b, "w": b}, "holds tensor 'w', but it does not"),
-    ):
-        table(**weights)
-        with pytest.raises(CheckpointError, match=reason):
-            TensorFolder.open(tmp_path)
-    save_file({"x": torch.ones(3), "z": torch.ones(1)}, tmp_path / b)
-    table(x=a, z=b)
-    with pytest.raises(CheckpointError, match=r"'x' is in model-00001-of-00002\.safetensors too"):
-        TensorFolder.open(tmp_path)
 
 
 SPECS = [
@@ -422,61 +259,6 @@ def test_killed_again_and_again_it_comes_to_the_same_end(tmp_path: Path) -> None
     assert not (tmp_path / "out.partial").exists()
 
 
-def interrupted(out: Path, error: BaseException) -> None:
-    """Work that ends in the middle."""
-    with workspace(out, "s", 10) as folder:
-        (folder / "file").write_text("x")
-        raise error
-
-
-def test_a_workspace_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    out = tmp_path / "a" / "b" / "out"
-    with pytest.raises(CheckpointError, match="no good"):
-        interrupted(out, CheckpointError("no good"))
-    assert list(tmp_path.iterdir()) == []
-    for interruption in (KeyboardInterrupt, RunError):
-        with pytest.raises(interruption):
-            interrupted(out, interruption())
-        assert [path.name for path in out.parent.iterdir()] == ["out.partial"]
-    with pytest.raises(CheckpointError, match="interrupted conversion of another source"), workspace(out, "t", 10):
-        pass
-    with workspace(out, "s", 10) as folder:
-        assert (folder / "file").read_text() == "x"
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-    assert [path.name for path in out.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize(
-    ("prepare", "reason"),
-    [
-        (lambda out: out.write_text("x"), "exists already"),
-        (lambda out: (out / "x").mkdir(parents=True), "exists already"),
-        (lambda out: (out / "manifest.json").mkdir(parents=True), "is complete already"),
-        (lambda out: Path(f"{out}.partial/x").mkdir(parents=True), "in the way"),
-        (lambda out: out.with_name("out.partial").touch(), "in the way"),
-    ],
-)
-def test_a_workspace_takes_nobodys_place(tmp_path: Path, prepare: Callable[[Path], Any], reason: str) -> None:
-    prepare(tmp_path / "out")
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(CheckpointError, match=reason), workspace(tmp_path / "out", "s", 10):
-        pass
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_an_empty_folder_is_a_place_to_write_to(tmp_path: Path) -> None:
-    with workspace(tmp_path, "s", 10) as folder:
-        (folder / "x").touch()
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-
-
-def test_a_disk_too_small_is_known_before(tmp_path: Path) -> None:
-    message = r"not enough disk: [0-9.]+ GB are needed and [0-9.]+ GB are free"
-    with pytest.raises(CheckpointError, match=message), workspace(tmp_path / "out", "s", 1 << 60):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
 @given(st.data())
 def test_any_plan_written_in_any_order_reads_back(data: st.DataObject) -> None:
     specs = [
@@ -493,20 +275,3 @@ def test_any_plan_written_in_any_order_reads_back(data: st.DataObject) -> None:
         if specs:
             read = TensorFolder.open(folder)
             assert all(same(read.read(name), tensor) for name, tensor in contents.items())
-
-
-def test_memory_stays_at_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    largest = 0
-    original = tensors._fill
-
-    def watched(raw: Tensor, *rest: Any) -> None:
-        nonlocal largest
-        largest = max(largest, raw.numel())
-        original(raw, *rest)
-
-    monkeypatch.setattr(tensors, "_fill", watched)
-    read = folder_of(tmp_path, {"x": torch.ones(1000, 100)})
-    for chunk in read.chunks("x", max_bytes=4000):
-        assert chunk.nbytes <= 4000
-    assert largest == 4000
-    assert store_module.SHARD_BYTES == 5_000_000_000
