@@ -68,7 +68,10 @@ class Place:
 
 @dataclass
 class Subject:
-    """Filled step by step while it is opened."""
+    """A checkpoint of any kind, opened as far as its damage allows: any part of it may be missing.
+
+    Filled step by step; whatever fails on the way is a finding.
+    """
 
     path: Path
     kind: Kind

@@ -47,7 +47,10 @@ _REDUNDANT = {
 
 @final
 class GGUFSource:
-    """A GGUF file, understood from its header. What is derived from it is derived when asked for."""
+    """A GGUF file as others wrote it: tensors under their names, and an account of what becomes of each.
+
+    Understood from its header, and what is derived when asked for. `Source` is the same of a Hugging Face folder.
+    """
 
     def __init__(self, file: GGUFFile) -> None:
         self.path = file.path

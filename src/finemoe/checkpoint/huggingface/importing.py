@@ -33,7 +33,10 @@ from finemoe.text.files import COMPANIONS
 
 @dataclass(frozen=True)
 class Source:
-    """A Hugging Face folder, understood from its config.json and headers."""
+    """A Hugging Face folder as others wrote it: tensors under their names, and an account of what becomes of each.
+
+    Understood from config.json and headers alone. `GGUFSource` is the same of a GGUF file.
+    """
 
     path: Path
     family: str

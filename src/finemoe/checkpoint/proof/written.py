@@ -1,7 +1,7 @@
 """Is what was written what was read? Tensor by tensor, from the files of both sides, whatever the writer remembers.
 
-Both sides are read again from the disk. What was only moved must be the same bytes; what was converted, the same bytes
-as a conversion made now.
+`finemoe import --verify` and `finemoe export --verify` ask it. Both sides are read again from the disk. What was only
+moved must be the same bytes; what was converted, the same bytes as a conversion made now.
 """
 
 from __future__ import annotations

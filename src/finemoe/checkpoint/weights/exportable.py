@@ -25,7 +25,10 @@ _TOKENIZER, _TOKENIZER_CONFIG, _GENERATION = "tokenizer.json", "tokenizer_config
 
 @dataclass(frozen=True)
 class Exportable:
-    """Weights under our names, and what was known of them when they were imported."""
+    """Where an export starts, an import or a run alike: tensors under our names, all that the model needs.
+
+    Beside them is what a foreign format asks for: text files ready to be written, ids, and what an import knew.
+    """
 
     path: Path
     config: ModelConfig

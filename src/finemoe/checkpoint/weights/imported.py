@@ -31,7 +31,10 @@ _OWN_JSON_BYTES = 256 << 20  # source.json has a line for each source tensor, ma
 @final
 @dataclass(frozen=True)
 class Imported:
-    """An imported folder, opened by its headers."""
+    """A folder that an import finished: tensors under our names, and what else its source had, kept as it was.
+
+    Opened by its headers. It says nothing of where tensors came from; `source()` reads that.
+    """
 
     path: Path
     config: ModelConfig
