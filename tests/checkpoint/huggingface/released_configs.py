@@ -4,22 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-_LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "model_type": "llama",
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.33.1",
-    "use_cache": True,
-}
+from checkpoint.huggingface.released_dense import DENSE, QWEN
+
 _DEEPSEEK: dict[str, Any] = {
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -52,16 +38,6 @@ _YARN: dict[str, Any] = {
     "type": "yarn",
 }
 _LATENT: dict[str, Any] = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-_QWEN: dict[str, Any] = {
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-06,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "use_sliding_window": False,
-}
 
 _GLM: dict[str, Any] = {
     "architectures": ["Glm4MoeForCausalLM"],
@@ -93,102 +69,7 @@ _GLM: dict[str, Any] = {
 }
 
 RELEASED: dict[str, dict[str, Any]] = {
-    "deepseek-llm-7b": {
-        **_LLAMA,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "max_position_embeddings": 4096,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 30,
-        "num_key_value_heads": 32,
-        "vocab_size": 102400,
-    },
-    "deepseek-coder-6.7b": {
-        **_LLAMA,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "max_position_embeddings": 16384,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 32,
-        "rope_scaling": {"factor": 4.0, "type": "linear"},
-        "rope_theta": 100000,
-        "vocab_size": 32256,
-    },
-    "deepseek-r1-distill-llama-8b": {
-        **_LLAMA,
-        "head_dim": 128,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "mlp_bias": False,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "factor": 8.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-        "rope_theta": 500000.0,
-        "vocab_size": 128256,
-    },
-    "smollm2-135m": {
-        **_LLAMA,
-        "hidden_size": 576,
-        "initializer_range": 0.041666666666666664,
-        "intermediate_size": 1536,
-        "is_llama_config": True,
-        "max_position_embeddings": 8192,
-        "mlp_bias": False,
-        "num_attention_heads": 9,
-        "num_hidden_layers": 30,
-        "num_key_value_heads": 3,
-        "rms_norm_eps": 1e-05,
-        "rope_interleaved": False,
-        "rope_theta": 100000,
-        "tie_word_embeddings": True,
-        "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}},
-        "vocab_size": 49152,
-    },
-    "deepseek-r1-distill-qwen-1.5b": {
-        **_QWEN,
-        "architectures": ["Qwen2ForCausalLM"],
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "max_position_embeddings": 131072,
-        "max_window_layers": 21,
-        "model_type": "qwen2",
-        "num_attention_heads": 12,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 2,
-        "rope_theta": 10000,
-        "sliding_window": 4096,
-        "use_mrope": False,
-        "vocab_size": 151936,
-    },
-    "qwen3-0.6b": {
-        **_QWEN,
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
-        "head_dim": 128,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "max_position_embeddings": 40960,
-        "max_window_layers": 28,
-        "model_type": "qwen3",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 8,
-        "rope_scaling": None,
-        "rope_theta": 1000000,
-        "sliding_window": None,
-        "tie_word_embeddings": True,
-        "vocab_size": 151936,
-    },
+    **DENSE,
     "mixtral-8x7b": {
         "architectures": ["MixtralForCausalLM"],
         "attention_dropout": 0.0,
@@ -239,7 +120,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         "vocab_size": 50304,
     },
     "qwen1.5-moe-a2.7b": {
-        **_QWEN,
+        **QWEN,
         "architectures": ["Qwen2MoeForCausalLM"],
         "decoder_sparse_step": 1,
         "hidden_size": 2048,
@@ -262,7 +143,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
     },
     "qwen3-30b-a3b": {
-        **_QWEN,
+        **QWEN,
         "architectures": ["Qwen3MoeForCausalLM"],
         "attention_bias": False,
         "decoder_sparse_step": 1,
