@@ -26,6 +26,7 @@ def _tally(outcomes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def claim_row(claim: Mapping[str, Any]) -> list[str]:
+    """The cells of a claim, under `COLUMNS`."""
     decimals = 2 if claim["unit"] == "MaxVio" else 3
     ours = f"{plus_minus(claim['a'], decimals)} against {plus_minus(claim['b'], decimals)}"
     span = _span(claim, decimals)
