@@ -14,7 +14,7 @@ from scipy import stats
 from torch.nn import functional as F
 
 from finemoe.analysis import knockout as laboratory
-from finemoe.analysis.knockout import active_losses, knockout, masked_losses, without_shared
+from finemoe.analysis.knockout import active_losses, masked_losses, run_experiments, without_shared
 from finemoe.analysis.passages import Passages
 from finemoe.analysis.sweep import Variation, estimate, sweep
 from finemoe.checkpoint.language_model import LanguageModel
@@ -82,7 +82,7 @@ def without(experts: int, *left_out: int) -> RoutingConstraint:
 )
 def test_every_experiment_equals_whole_passes(name: str, isolated: bool) -> None:
     model, text = opened(MODELS[name], isolated=isolated), passages()
-    found = knockout(model, text, rows=4, pairs=3, progress=False)
+    found = run_experiments(model, text, rows=4, pairs=3, progress=False)
     assert found["complete"]
     assert found["intact"]["loss"]["mean"] == pytest.approx(plain_loss(model, text, None), abs=1e-5)
     for made in found["experiments"].values():
@@ -109,7 +109,7 @@ def rebuilt(said: dict[str, Any]) -> dict[int, RoutingConstraint]:
 
 def test_only_the_blocks_from_the_change_on_and_the_windows_that_chose_the_expert_are_run() -> None:
     model, text = opened(small_config(num_layers=4, feed_forward=moe_table(num_routed_experts=40))), passages()
-    found = knockout(model, text, ["experts"], rows=3, progress=False)["experiments"]["experts"]
+    found = run_experiments(model, text, ["experts"], rows=3, progress=False)["experiments"]["experts"]
     chosen = {}
     with torch.no_grad():
         for passage in text:
@@ -130,13 +130,13 @@ def test_only_the_blocks_from_the_change_on_and_the_windows_that_chose_the_exper
 
 def test_groups_that_lose_an_unchosen_expert_are_run_all_the_same() -> None:
     model, text = opened(MODELS["V3"]), passages()
-    found = knockout(model, text, ["experts"], progress=False)["experiments"]["experts"]
+    found = run_experiments(model, text, ["experts"], progress=False)["experiments"]["experts"]
     assert {one["windows_run"] for one in found["records"]} == {8}
 
 
 def test_shares_are_of_the_text_alone() -> None:
     model, text = opened(MODELS["DeepSeekMoE"]), passages(domains=1, windows=2, filled=1)
-    found = knockout(model, text, ["experts"], progress=False)["experiments"]["experts"]["records"]
+    found = run_experiments(model, text, ["experts"], progress=False)["experiments"]["experts"]["records"]
     counts: dict[tuple[int, int], int] = {}
     with torch.no_grad():
         for window, real in zip(text[0].windows.astype(np.int64), (LENGTH, 1), strict=True):
@@ -149,7 +149,9 @@ def test_shares_are_of_the_text_alone() -> None:
 
 def test_interaction_is_what_two_cost_together_beyond_each_alone() -> None:
     model, text = opened(MODELS["DeepSeekMoE"]), passages()
-    found = knockout(model, text, ["pairs"], layers=[2], experts=[0, 3, 5], progress=False)["experiments"]["pairs"]
+    found = run_experiments(model, text, ["pairs"], layers=[2], experts=[0, 3, 5], progress=False)["experiments"][
+        "pairs"
+    ]
     assert [one["experts"] for one in found["records"]] == [[0, 3], [0, 5], [3, 5]]
     assert found["experts"] == {"2": [0, 3, 5]}
     base = plain_loss(model, text, None)
@@ -163,7 +165,7 @@ def test_interaction_is_what_two_cost_together_beyond_each_alone() -> None:
 def test_pairs_are_of_the_most_used_experts_of_the_middle_layer() -> None:
     model, text = opened(MODELS["DeepSeekMoE"]), passages()
     usage = sweep(model, text, []).load[2]
-    found = knockout(model, text, ["pairs"], pairs=3, progress=False)["experiments"]["pairs"]
+    found = run_experiments(model, text, ["pairs"], pairs=3, progress=False)["experiments"]["pairs"]
     assert found["experts"] == {"2": sorted(usage.argsort(kind="stable")[::-1][:3].tolist())}
 
 
@@ -232,37 +234,37 @@ def test_dense_models_and_unknown_names_are_refused() -> None:
     dense = opened(small_config(feed_forward={"kind": "dense", "ffn_hidden_size": 8}, leading=None))
     model, text = opened(MODELS["DeepSeekMoE"]), passages()
     with pytest.raises(ConfigError, match="dense"):
-        knockout(dense, text, progress=False)
+        run_experiments(dense, text, progress=False)
     with pytest.raises(ConfigError, match="`expert`, did you mean `experts`"):
-        knockout(model, text, ["expert"], progress=False)
+        run_experiments(model, text, ["expert"], progress=False)
     with pytest.raises(ConfigError, match="layer 0 has no routed experts; the MoE layers of this model are 1, 2"):
-        knockout(model, text, ["experts"], layers=[0], progress=False)
+        run_experiments(model, text, ["experts"], layers=[0], progress=False)
     with pytest.raises(ConfigError, match="expert 6 does not exist: they are numbered 0 to 5"):
-        knockout(model, text, ["experts"], experts=[6], progress=False)
+        run_experiments(model, text, ["experts"], experts=[6], progress=False)
     with pytest.raises(ConfigError, match="pairs 1"):
-        knockout(model, text, ["pairs"], pairs=1, progress=False)
+        run_experiments(model, text, ["pairs"], pairs=1, progress=False)
 
 
 def test_what_a_model_has_not_is_skipped_with_a_reason() -> None:
     text = passages()
-    found = knockout(opened(MODELS["hash"]), text, ["masked", "active", "shared"], progress=False)
+    found = run_experiments(opened(MODELS["hash"]), text, ["masked", "active", "shared"], progress=False)
     assert set(found["experiments"]) == {"active", "shared"}
     assert "fixed table" in found["skipped"]["masked"]
     alone = opened(small_config(feed_forward=moe_table(num_shared_experts=0)))
-    found = knockout(alone, text, ["shared", "layers"], progress=False)
+    found = run_experiments(alone, text, ["shared", "layers"], progress=False)
     assert set(found["skipped"]) == {"shared"}
     assert {one["part"] for one in found["experiments"]["layers"]["records"]} == {"routed"}
     with pytest.raises(ConfigError, match="nothing to knock out: shared"):
-        knockout(alone, text, ["shared"], progress=False)
+        run_experiments(alone, text, ["shared"], progress=False)
     narrow = opened(small_config(feed_forward=moe_table(experts_per_token=5)))
-    found = knockout(narrow, text, ["masked"], fractions=(1 / 16, 0.5), progress=False)["experiments"]["masked"]
+    found = run_experiments(narrow, text, ["masked"], fractions=(1 / 16, 0.5), progress=False)["experiments"]["masked"]
     assert len(found["records"]) == 1
     assert "fewer left than the 5" in found["notes"][0]
 
 
 def test_layers_where_every_expert_is_chosen_go_on_with_one_less() -> None:
     model, text = opened(small_config(feed_forward=moe_table(experts_per_token=6))), passages()
-    found = knockout(model, text, ["experts"], experts=[2], progress=False)["experiments"]["experts"]["records"]
+    found = run_experiments(model, text, ["experts"], experts=[2], progress=False)["experiments"]["experts"]["records"]
     allowed = without(6, 2).allowed
     constraint = {1: RoutingConstraint(allowed=allowed, num_active=5)}
     assert found[0]["loss"]["mean"] == pytest.approx(plain_loss(model, text, constraint), abs=1e-5)
@@ -273,7 +275,7 @@ def test_an_interrupted_sweep_keeps_what_is_finished(monkeypatch: pytest.MonkeyP
         raise KeyboardInterrupt
 
     monkeypatch.setitem(laboratory.EXPERIMENTS, "experts", interrupted)
-    found = knockout(opened(MODELS["DeepSeekMoE"]), passages(), ["active", "experts", "layers"], progress=False)
+    found = run_experiments(opened(MODELS["DeepSeekMoE"]), passages(), ["active", "experts", "layers"], progress=False)
     assert not found["complete"]
     assert set(found["experiments"]) == {"active"}
     assert found["intact"] is not None

@@ -17,7 +17,7 @@ import torch
 from test_architecture import FLOORS
 from typer.main import get_command
 
-from finemoe.charts.paper.page import summary_markdown
+from finemoe.charts.paper.words import summary_markdown
 from finemoe.cli.main import app
 from finemoe.core.config import read_toml
 from finemoe.model.moe.decision import RoutingConstraint

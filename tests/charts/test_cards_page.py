@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from finemoe.charts.cards.page import cards_page, figures, leading, widget_data
+from finemoe.charts.cards.figures import figures
+from finemoe.charts.cards.page import SCRIPT, cards_page, widget_data
+from finemoe.charts.cards.words import leading
 from finemoe.charts.page import Details, Section, Text, Widget, render_page
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -111,7 +113,7 @@ def test_without_a_fragment_every_card_is_there_most_specialised_first(browse):
     ],
 )
 def test_search_sort_and_filters_by_fragment(browse, fragment, expected):
-    widget = Widget("experts", widget_data(results()), "cards")
+    widget = Widget(SCRIPT, widget_data(results()), "cards")
     document, console = browse(render_page("Cards", [Section("Experts", [widget])]), fragment)
     assert console == ""
     assert facts(document) == ("ready", len(expected))
@@ -137,7 +139,7 @@ def test_hostile_text_stays_text(browse):
 
 
 def test_many_experts_are_made_only_when_looked_at(browse):
-    widget = Widget("experts", widget_data(results(layers=28, experts=64)), "cards")
+    widget = Widget(SCRIPT, widget_data(results(layers=28, experts=64)), "cards")
     document, console = browse(render_page("Many", [Section("Experts", [widget])]), "#L27E60")
     assert console == ""
     assert facts(document) == ("ready", 1792)
@@ -147,14 +149,14 @@ def test_many_experts_are_made_only_when_looked_at(browse):
 
 
 def test_a_script_that_fails_says_so_in_its_place(browse):
-    page = render_page("x", [Section("y", [Widget("experts", {"domains": []}, "broken")])])
+    page = render_page("x", [Section("y", [Widget(SCRIPT, {"domains": []}, "broken")])])
     document, _ = browse(page)
     assert 'data-state="failed"' in document
     assert "This part of the page could not be made" in document
 
 
 def test_the_policy_runs_the_widgets_script_and_without_charts_nothing_is_compiled():
-    page = render_page("x", [Section("y", [Details("z", [Widget("experts", widget_data(results()), "cards")])])])
+    page = render_page("x", [Section("y", [Details("z", [Widget(SCRIPT, widget_data(results()), "cards")])])])
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
     assert policy is not None
     assert policy[1].count("sha256-") == 1

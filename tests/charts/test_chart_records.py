@@ -10,7 +10,7 @@ from fake_results import fake_results
 
 from finemoe.charts import theme
 from finemoe.charts.numbers import clean, count, duration, percent, plus_minus, scientific
-from finemoe.charts.records import (
+from finemoe.charts.comparison.records import (
     above_window,
     curve,
     load_records,
@@ -22,7 +22,7 @@ from finemoe.charts.records import (
     unit_for,
     visible,
 )
-from finemoe.charts.words import arm_names, pair_sentence, summary
+from finemoe.charts.comparison.words import arm_names, pair_sentence, summary
 
 
 @pytest.mark.parametrize(

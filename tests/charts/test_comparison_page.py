@@ -9,7 +9,8 @@ import re
 import pytest
 from fake_results import fake_results
 
-from finemoe.charts.comparison.figures import figures, save_figures
+from finemoe.charts import theme
+from finemoe.charts.comparison.figures import figures
 from finemoe.charts.comparison.page import comparison_page
 
 ALLOWED_ADDRESSES = ("http://www.w3.org/", "https://vega.github.io/schema/")
@@ -111,7 +112,7 @@ def test_gaps_do_not_break_the_page(kind):
 
 def test_figures_are_saved_as_svg_and_png(tmp_path):
     results = fake_results(seeds=2)
-    paths = save_figures(results, tmp_path / "figures")
+    paths = theme.save(figures(results), tmp_path / "figures")
     assert {path.stem for path in paths} == set(figures(results))
     for path in paths:
         head = path.read_bytes()[:300]

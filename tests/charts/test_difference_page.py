@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from finemoe.charts.difference.figures import figures
-from finemoe.charts.difference.page import difference_page, summary
+from finemoe.charts.difference.page import difference_page
+from finemoe.charts.difference.words import summary
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 

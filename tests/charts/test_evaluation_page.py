@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from finemoe.charts.evaluation.page import difference_chart, evaluation_page, figures
+from finemoe.charts.evaluation.figures import difference_chart, figures
+from finemoe.charts.evaluation.page import evaluation_page
 from finemoe.charts.evaluation.words import difference_text, interval_text, p_text, score_text, short_duration
 from finemoe.charts.theme import spec
 

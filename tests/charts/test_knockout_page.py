@@ -13,8 +13,10 @@ import pytest
 
 from finemoe.charts import theme
 from finemoe.charts.knockout import figures as charts
-from finemoe.charts.knockout.page import by_size, change, knockout_page, signed, verdict
-from finemoe.charts.relevance.page import relevance_chart, relevance_page
+from finemoe.charts.knockout.page import knockout_page
+from finemoe.charts.knockout.words import by_size, change, signed, verdict
+from finemoe.charts.relevance.figures import relevance_chart
+from finemoe.charts.relevance.page import relevance_page
 
 DOMAINS = ("prose", "code <b>")
 HEAD: dict[str, Any] = {

@@ -12,7 +12,8 @@ import pytest
 
 from finemoe.charts import theme
 from finemoe.charts.load import figures as load
-from finemoe.charts.load.page import load_page, summary
+from finemoe.charts.load.page import load_page
+from finemoe.charts.load.words import summary
 
 
 def layer(rng: random.Random, experts: int, domains: tuple[str, ...]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import pytest
 
 from finemoe.analysis.knockout import PAPER
 from finemoe.analysis.passages import observe, read_passages
-from finemoe.charts.paper.figures import PRINTED_ACTIVE, PRINTED_MASKED, every_claim
-from finemoe.charts.paper.page import counted, paper_page, summary_markdown
+from finemoe.charts.paper.figures import PRINTED_ACTIVE, PRINTED_MASKED
+from finemoe.charts.paper.page import paper_page
+from finemoe.charts.paper.words import counted, every_claim, summary_markdown
 from finemoe.checkpoint.language_model import open_language_model
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, RunError
@@ -22,8 +23,7 @@ from finemoe.studies import knockouts
 from finemoe.studies.arms import ARMS, solve
 from finemoe.studies.claims import EXPERIMENTS, MARGIN, Claim, Quantity
 from finemoe.studies.config import CompareConfig, resolve_comparison
-from finemoe.studies.paper import Paper, _outcome, judge, paper
-from finemoe.studies.paper import _write as write_results
+from finemoe.studies.paper import Paper, _outcome, judge, paper, write_results
 from finemoe.studies.scales import SCALES
 from finemoe.studies.statistics import Interval, interval
 from studies.in_process import run_here

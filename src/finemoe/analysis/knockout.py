@@ -172,7 +172,7 @@ def _without_shared(opened: LanguageModel, *, replaced: bool) -> Variation:
 # ---- the experiments ----
 
 
-def knockout(
+def run_experiments(
     opened: LanguageModel,
     passages: Sequence[Passages],
     experiments: Sequence[str] | None = None,

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 NOTHING = "–"
+Results = Mapping[str, Any]
+"""What a results.json holds; which keys is the affair of each kind of report."""
 
 
 def finite(value: Any) -> float | None:

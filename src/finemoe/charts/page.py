@@ -1,6 +1,6 @@
 """One HTML file that opens offline: text, tables and interactive charts, with the chart library inside.
 
-A page is a list of `Section`s made of the blocks below; `templates/` lays them out. Everything handed in is untrusted
+A page is a list of `Section`s made of the blocks below; `templates/` lays them out, for every report alike. Everything handed in is untrusted
 text: jinja2 escapes it, data for scripts travels as escaped JSON, and the page's content policy runs only the scripts
 whose hashes it names and forbids every connection.
 """
@@ -12,6 +12,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jinja2
@@ -100,18 +101,24 @@ class Details:
 
 @dataclass(frozen=True)
 class Widget:
-    """Something to search or click through, made by a script of this package: `templates/NAME.js` and `NAME.css`.
+    """Something to search or click through, made by a script that lies beside the report's page.
 
     The script is the body of a function of `root`, an empty element, and `data`; it runs once for each widget. It must
     put text into the page as text (`textContent`), never as HTML. When it throws, the page says so in its place.
     """
 
-    name: str
+    files: Path
+    """The script without its ending: FILES.js, and FILES.css with what it looks like."""
     data: Any
     """Values for JSON."""
     label: str
     """What it is, for those who cannot see it."""
     kind: ClassVar[str] = "widget"
+
+    @property
+    def name(self) -> str:
+        """What the page calls its maker."""
+        return self.files.name
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,7 @@ def render_page(
     charts: list[dict[str, Any]] = []
     found = list(_every(block for section in sections for block in section.blocks))
     widgets = [block for block in found if isinstance(block, Widget)]
-    names = tuple(dict.fromkeys(widget.name for widget in widgets))
+    makers = tuple(dict.fromkeys(widget.files for widget in widgets))
 
     def place(chart: Any, caption: str) -> int:
         charts.append(_fluid(theme.spec(chart), caption))
@@ -149,8 +156,8 @@ def render_page(
 
     has_charts = any(isinstance(block, Figure) and block.charts for block in found)
     scripts = [_bundle(), _template_text("page.js")] if has_charts else []
-    if names:
-        scripts.append(_widget_script(names))
+    if makers:
+        scripts.append(_widget_script(makers))
     return (
         _environment()
         .get_template("page.html.j2")
@@ -165,7 +172,7 @@ def render_page(
             chart_data=after_body,
             has_charts=has_charts,
             widget_data=clean([widget.data for widget in widgets]),
-            style=Markup("\n".join(map(_template_text, ("page.css", *(f"{name}.css" for name in names))))),
+            style=Markup("\n".join((_template_text("page.css"), *(_text(files, ".css") for files in makers)))),
             scripts=[Markup(script) for script in scripts],
             policy=Markup(_policy(scripts, compiles=has_charts)),
         )
@@ -180,10 +187,10 @@ def _every(blocks: Iterable[Any]) -> Iterator[Any]:
             yield from _every(block.blocks)
 
 
-def _widget_script(names: Sequence[str]) -> str:
+def _widget_script(makers: Sequence[Path]) -> str:
     """One script that makes every widget; what the makers declare stays inside of them."""
-    makers = ",\n".join(f'"{name}"(root, data) {{\n' + _template_text(f"{name}.js") + "\n}" for name in names)
-    return _template_text("widgets.js").replace("/* makers */", makers)
+    made = ",\n".join(f'"{files.name}"(root, data) {{\n' + _text(files, ".js") + "\n}" for files in makers)
+    return _template_text("widgets.js").replace("/* makers */", made)
 
 
 def _fluid(spec: dict[str, Any], caption: str) -> dict[str, Any]:
@@ -218,6 +225,11 @@ def _environment() -> jinja2.Environment:
     return jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+
+
+@functools.cache
+def _text(files: Path, ending: str) -> str:
+    return files.with_suffix(ending).read_text(encoding="utf-8").strip()
 
 
 @functools.cache

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,15 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from finemoe.cli.analyze.options import MODEL, Report
-from finemoe.cli.output import Json, Quiet, check_report, print_json, print_rich, printable, say_where
+from finemoe.cli.output import Json, Quiet, deliver, print_json, print_rich, printable
 from finemoe.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from finemoe.evaluation.results import Evaluated
     from finemoe.evaluation.runner import Settings
-    from finemoe.evaluation.task import Item, Task
-
-    Loaded = dict[str, tuple[Sequence[Item], int]]
+    from finemoe.evaluation.task import Task
 
 _SHOWN = 1  # item whose prompt --show prints
 _Models = Annotated[list[Path] | None, typer.Argument(metavar="MODEL...", help=MODEL + " Several are compared.")]
@@ -85,24 +81,23 @@ def evaluate(
     if list_:
         _print_list(as_json)
         return
-    chosen = _tasks(tasks, samples, temperature)
+    from finemoe.evaluation.tasks import choose_tasks
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    chosen = choose_tasks(names, samples, temperature)
     sources = _sources(data or [], [task.name for task in chosen])
     if show:
         _print_prompts({task.name: _shown(task, sources[task.name], shots) for task in chosen}, as_json)
         return
-    check_report(out, "evaluation", ours=("answers",))
-    _check(models, batch, limit, shots)
+    settings = _settings(models, batch, limit, shots, seed)
+    from finemoe.evaluation import evaluate as library
 
-    from finemoe.evaluation.runner import Settings
-
-    settings = Settings(batch, limit, shots, seed)
-    sampling = {"samples": samples, "temperature": temperature} if samples is not None else {}
     with _told_what_is_kept(out):
-        found = _run(models or [], chosen, sources, settings, sampling, dtype, out, quiet)
-    if as_json:
-        print_json(found)
-    else:
-        _print_results(found, out)
+        found = library.evaluate(
+            models or [], names, sources, settings,
+            samples=samples, temperature=temperature, dtype=dtype, out=out, quiet=quiet,
+        )  # fmt: skip
+    deliver(found, out, as_json, _print_results)
 
 
 @contextmanager
@@ -115,7 +110,12 @@ def _told_what_is_kept(out: Path | None) -> Iterator[None]:
         raise
 
 
-def _check(models: list[Path] | None, batch: int, limit: int | None, shots: int | None) -> None:
+def _settings(models: list[Path] | None, batch: int, limit: int | None, shots: int | None, seed: int) -> Settings:
+    """How to ask.
+
+    Raises:
+        ConfigError: nothing to ask, or a number that cannot work.
+    """
     if not models:
         raise ConfigError("no model given: name one, as in `finemoe evaluate runs/tiny --tasks hellaswag --data sets/`")
     if batch < 1:
@@ -125,25 +125,9 @@ def _check(models: list[Path] | None, batch: int, limit: int | None, shots: int 
     if shots is not None and shots < 0:
         raise ConfigError(f"--shots is {shots}: 0 or more worked examples")
 
+    from finemoe.evaluation.runner import Settings
 
-def _tasks(names: str | None, samples: int | None, temperature: float | None) -> list[Task]:
-    """The tasks of `--tasks`, with `--samples` where it is given.
-
-    Raises:
-        ConfigError: none, an unknown one, or sampling that has no effect.
-    """
-    from finemoe.evaluation.tasks import find_task, sampled
-
-    wanted = list(dict.fromkeys(name.strip() for name in (names or "").split(",") if name.strip()))
-    if not wanted:
-        raise ConfigError("no task given: add --tasks hellaswag,lambada or others; --list names all")
-    if temperature is not None and samples is None:
-        raise ConfigError(f"--temperature {temperature:g} does nothing without --samples N, for code")
-    found = [find_task(name) for name in wanted]
-    if samples is None:
-        return found
-    heat = temperature if temperature is not None else 0.8 if samples > 1 else 0.0
-    return [sampled(task, samples, heat) for task in found]
+    return Settings(batch, limit, shots, seed)
 
 
 def _sources(given: list[str], names: list[str]) -> dict[str, Path | None]:
@@ -167,99 +151,6 @@ def _sources(given: list[str], names: list[str]) -> dict[str, Path | None]:
         else:
             common = Path(text)
     return {name: named.get(name, common) for name in names}
-
-
-def _run(
-    models: list[Path],
-    tasks: list[Task],
-    sources: dict[str, Path | None],
-    settings: Settings,
-    sampling: dict[str, Any],
-    dtype: _Dtype,
-    out: Path | None,
-    quiet: bool,
-) -> dict[str, Any]:
-    """Ask every model everything; the results, written to `out` where there is one."""
-    from contextlib import nullcontext
-
-    from finemoe.checkpoint.kinds import kind_of
-    from finemoe.core.files import sole_writer
-    from finemoe.evaluation.output import write
-    from finemoe.evaluation.results import results
-
-    for model in models:
-        kind_of(model)  # a path that holds nothing is refused before the first model is read
-    names = _names(models)
-    # A set that is missing, or a system that runs no code, is told before a model has worked for hours.
-    loaded = {task.name: task.items(sources[task.name], settings.shots, settings.limit) for task in tasks}
-    sandbox = _layers(tasks, loaded)
-    with nullcontext() if out is None else sole_writer(out):
-        done = []
-        for name, path in zip(names, models, strict=True):
-            done.append(_ask_one(name, path, tasks, loaded, settings, dtype, out, quiet))
-            command = shlex.join(["finemoe", *sys.argv[1:]])
-            found = results(done, settings, command=command, sandbox=sandbox, sampling=sampling)
-            if out is not None:  # after each model: an interruption loses nothing that was told
-                write(out, found, done)
-    return found
-
-
-def _ask_one(
-    name: str,
-    path: Path,
-    tasks: list[Task],
-    loaded: Loaded,
-    settings: Settings,
-    dtype: _Dtype,
-    out: Path | None,
-    quiet: bool,
-) -> Evaluated:
-    from finemoe.checkpoint.language_model import open_language_model
-    from finemoe.evaluation.results import Evaluated
-    from finemoe.evaluation.runner import Answers, ask, describe_model, fingerprint, require_middle
-
-    opened = open_language_model(path, dtype)
-    for task in tasks:
-        require_middle(opened, task.name, loaded[task.name][0])
-    key = fingerprint(opened)
-    asked = {}
-    for task in tasks:
-        answers = Answers(None if out is None else out / "answers" / f"{task.name}.jsonl")
-        try:
-            asked[task.name] = ask(
-                opened, task, None, settings, answers, model_key=key, quiet=quiet, loaded=loaded[task.name]
-            )
-        finally:
-            answers.close()
-    return Evaluated(name, describe_model(opened, key), asked)
-
-
-def _names(models: list[Path]) -> list[str]:
-    """What to call each model: the last part of its path, or as much as tells it from the others."""
-    parts = [path.resolve().parts for path in models]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(own[-count:]) for own in parts]
-        if len(set(names)) == len(names):
-            return names
-    repeated = next(str(path) for path in models if models.count(path) > 1)
-    raise ConfigError(f"{repeated} is named twice: name each model once")
-
-
-def _layers(tasks: list[Task], loaded: Loaded) -> dict[str, str] | None:
-    """The layers of the sandbox and which are active, where a task runs code.
-
-    Raises:
-        ConfigError: code would be run, and cannot be run here.
-    """
-    from finemoe.evaluation.tasks import runs_code
-    from finemoe.sandbox.sandbox import layers, supported
-
-    running = [task.name for task in tasks if runs_code(task, loaded[task.name][0])]
-    if not running:
-        return None
-    if (why := supported()) is not None:
-        raise ConfigError(f"{', '.join(running)}: {why}")
-    return dict(layers())
 
 
 def _print_prompts(shown: dict[str, str], as_json: bool) -> None:
@@ -301,7 +192,7 @@ def _print_list(as_json: bool) -> None:
     print_rich(table)
 
 
-def _print_results(found: dict[str, Any], out: Path | None) -> None:
+def _print_results(found: Mapping[str, Any]) -> None:
     from rich.text import Text
 
     from finemoe.evaluation.tables import difference_table, notes, score_table
@@ -310,5 +201,3 @@ def _print_results(found: dict[str, Any], out: Path | None) -> None:
     if found["differences"]:
         print_rich(difference_table(found))
     print_rich(*(Text(note) for note in notes(found)))
-    if out is not None:
-        say_where(out)

@@ -13,7 +13,7 @@ import typer
 from finemoe.cli.output import Json, print_json, printable
 
 if TYPE_CHECKING:
-    from finemoe.checkpoint.language_model import LanguageModel
+    from finemoe.checkpoint.language_model import Dtype, LanguageModel
     from finemoe.generation import Engine, SamplingConfig, Sequence
     from finemoe.text import Tokenizer
 
@@ -67,13 +67,8 @@ def generate(
     texts = _read_prompts(prompts or [], file, chat, system)
     kind_of(source)  # a path that holds nothing is refused before a second of imports
     sampling = _sampling(draw)
-
-    from finemoe.checkpoint.language_model import open_language_model
-    from finemoe.generation import engine_for
-
-    opened = open_language_model(source, dtype)
+    opened, engine = _open(source, dtype)
     texts, ids = _encoded(opened, texts, chat, system)
-    engine = engine_for(opened)
     _say_what_is_odd(ids, sampling, opened)
     started = time.monotonic()
     if len(ids) == 1 and not as_json:
@@ -147,6 +142,14 @@ def _prompt_of(line: str, source: str) -> str:
     if not isinstance(prompt, str):
         raise DataError(f'{source}: needs {{"prompt": "text"}}')
     return prompt
+
+
+def _open(source: Path, dtype: Dtype) -> tuple[LanguageModel, Engine]:
+    from finemoe.checkpoint.language_model import open_language_model
+    from finemoe.generation import engine_for
+
+    opened = open_language_model(source, dtype)
+    return opened, engine_for(opened)
 
 
 def _encoded(

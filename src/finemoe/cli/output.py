@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,21 +38,16 @@ def check_recipe(recipe: Path, overrides: Sequence[str]) -> None:
         with_overrides(read_toml(recipe), overrides)
 
 
-def check_report(out: Path | None, kind: str, *, ours: Sequence[str] = ()) -> None:
-    """Before any work: that a report of this kind may be written to `out`.
-
-    Raises:
-        RunError: there is something else.
-    """
-    from finemoe.core.files import require_report_folder
-
+def deliver(
+    results: Mapping[str, Any], out: Path | None, as_json: bool, show: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """Print results as JSON and nothing else; or with `show`, and then where the report and its data are."""
+    if as_json:
+        print_json(results)
+        return
+    show(results)
     if out is not None:
-        require_report_folder(out, kind, ours=ours)
-
-
-def say_where(out: Path) -> None:
-    """Where a report is, and its data."""
-    typer.echo(f"\nOpen  {out / 'report.html'} in a browser; it works offline\nData  {out / 'results.json'}")
+        typer.echo(f"\nOpen  {out / 'report.html'} in a browser; it works offline\nData  {out / 'results.json'}")
 
 
 def print_json(value: Any) -> None:

@@ -77,7 +77,7 @@ def paper(
 
 
 def _say_where(study: Paper) -> None:
-    from finemoe.charts.paper.page import counted
+    from finemoe.charts.paper.words import counted
 
     results, directory = study.results, study.directory
     print_rich("", counted(results), f"Scale {results['scale']}: {results['scale_about']}.")

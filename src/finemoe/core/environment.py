@@ -1,10 +1,12 @@
-"""What a result was made with: versions, machine, git revision; and where what can be made again is kept."""
+"""What a result was made with: versions, machine, git revision; by which command; and where what can be made again is kept."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,14 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "git_revision": _git_revision(),
     }
+
+
+def command_line() -> str:
+    """The `finemoe` command that runs, for a result to be repeated by; empty where Python called."""
+    program = Path(sys.argv[0])
+    if program.stem != "finemoe" and program.parent.name != "finemoe":  # the script, or python -m finemoe
+        return ""
+    return shlex.join(["finemoe", *sys.argv[1:]])
 
 
 def cache_folder() -> Path:

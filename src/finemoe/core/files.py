@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -36,30 +35,6 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise storage_error(path, error) from error
-
-
-def require_report_folder(folder: Path, kind: str, *, ours: Collection[str] = ()) -> None:
-    """Check that a report may be written to `folder`: it is new, empty, or holds an earlier one of the same kind.
-
-    Args:
-        folder: may not exist yet.
-        kind: what results.json of such a report says under `kind`.
-        ours: entries that only an unfinished report of this kind leaves.
-
-    Raises:
-        RunError: it holds something else, which would be written over.
-    """
-    try:
-        inside = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.exists() else set()
-        if not inside or inside & set(ours):
-            return
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8")) if "results.json" in inside else None
-    except OSError as error:
-        raise storage_error(folder, error) from error
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or found.get("kind") != kind:
-        raise RunError(f"{folder} is not empty and holds no report of this kind ({kind}); choose another --out")
 
 
 @contextmanager

@@ -17,10 +17,8 @@ from finemoe.charts.evaluation.words import (
     short_duration,
     short_metric,
 )
-from finemoe.charts.numbers import count
+from finemoe.charts.numbers import Results, count
 from finemoe.charts.words import listed
-
-Results = Mapping[str, Any]
 
 
 def score_table(results: Results) -> Table:

@@ -6,7 +6,6 @@ done again, so experiments can be added one by one. The results: results.json, s
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import time
@@ -15,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finemoe.charts.numbers import clean
-from finemoe.charts.paper.figures import save_figures
-from finemoe.charts.paper.page import paper_page, summary_markdown
+from finemoe.charts.paper.figures import figures
+from finemoe.charts.paper.page import paper_page
+from finemoe.charts.paper.words import summary_markdown
+from finemoe.charts.report import write_report
 from finemoe.core.config import did_you_mean, to_json, with_overrides
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.files import sole_writer, write_text
@@ -101,13 +101,13 @@ def paper(
         asked = [quantity for experiment in wanted.values() for quantity in experiment.quantities()]
         knocked = {quantity.arm for quantity in asked if quantity.needs_knockout and not interrupted}
         try:
-            figures = gather(directory, arms, config, EXPERIMENTS.values(), quiet=quiet, measure=knocked)
+            quantities = gather(directory, arms, config, EXPERIMENTS.values(), quiet=quiet, measure=knocked)
         except KeyboardInterrupt:
             interrupted = True
-            figures = gather(directory, arms, config, EXPERIMENTS.values(), quiet=True, measure=())
+            quantities = gather(directory, arms, config, EXPERIMENTS.values(), quiet=True, measure=())
         passes = config.budget.value / data.report["tokens"]["train"]
-        results = _results(scale, config, arms, comparison, figures, failures, passes, (command, overrides, out))
-        _write(results, directory)
+        results = _results(scale, config, arms, comparison, quantities, failures, passes, (command, overrides, out))
+        write_results(results, directory)
     return Paper(directory, results, interrupted, failures)
 
 
@@ -277,8 +277,6 @@ def judge(claim: Claim, difference: Interval | None, seeds: int) -> tuple[str, s
     return "undecided", f"{span} contains {shown}"
 
 
-def _write(results: dict[str, Any], directory: Path) -> None:
-    write_text(directory / "results.json", json.dumps(clean(results), indent=1, ensure_ascii=False))
-    write_text(directory / "summary.md", summary_markdown(results))
-    write_text(directory / "report.html", paper_page(results))
-    save_figures(results, directory / "figures")
+def write_results(results: dict[str, Any], directory: Path) -> None:
+    """results.json, summary.md, report.html, figures/."""
+    write_report(directory, results, paper_page, figures, beside={"summary.md": summary_markdown(results)})

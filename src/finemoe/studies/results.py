@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Mapping
@@ -11,11 +10,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from finemoe.charts.comparison.figures import save_figures
+from finemoe.charts.comparison.figures import figures
 from finemoe.charts.comparison.page import comparison_page
+from finemoe.charts.report import write_report
 from finemoe.checkpoint.run_state.state import load_model
 from finemoe.core.environment import environment
-from finemoe.core.files import write_text
 from finemoe.core.logs import read_json_lines
 from finemoe.generation import Engine, SamplingConfig
 from finemoe.model.size import ModelSize, measure
@@ -116,10 +115,7 @@ def notes(config: CompareConfig, failures: Mapping[str, str]) -> list[str]:
 
 def write_results(results: dict[str, Any], directory: Path) -> None:
     """results.json, results.csv, report.html, figures/."""
-    write_text(directory / "results.json", json.dumps(results, indent=1, ensure_ascii=False))
-    write_text(directory / "results.csv", comparison_csv(results))
-    write_text(directory / "report.html", comparison_page(results))
-    save_figures(results, directory / "figures")
+    write_report(directory, results, comparison_page, figures, beside={"results.csv": comparison_csv(results)})
 
 
 def _finished(directory: Path, seeds: tuple[int, ...]) -> Runs:

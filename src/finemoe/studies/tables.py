@@ -12,8 +12,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from finemoe.charts.numbers import clean, count, decimals_for, finite, plus_minus, scientific
-from finemoe.charts.words import Pair, Results, arm_names, by_loss, known_pairs, pair_sentence, stat
+from finemoe.charts.comparison.words import Pair, arm_names, by_loss, known_pairs, pair_sentence, stat
+from finemoe.charts.numbers import Results, clean, count, decimals_for, finite, plus_minus, scientific
 
 NAME_WIDTH = 19  # with every other column at its widest, the line ends at column 80
 MOST_PAIRS = 12  # more of them scroll the table away; the page and the CSV have all

@@ -1,1 +1,1 @@
-"""The report of one kind (cards): figures, words and page together."""
+"""The report of `finemoe analyze experts`: a card for each expert."""

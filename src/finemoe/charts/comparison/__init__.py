@@ -1,1 +1,1 @@
-"""The report of one kind (comparison): figures, words and page together."""
+"""The report of `finemoe compare`."""

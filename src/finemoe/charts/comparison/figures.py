@@ -7,14 +7,12 @@ Losses are in nats per token.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import altair as alt
 
 from finemoe.charts import theme
-from finemoe.charts.numbers import clean, finite, fixed
-from finemoe.charts.records import (
+from finemoe.charts.comparison.records import (
     load_records,
     loss_window,
     mean_curves,
@@ -23,7 +21,8 @@ from finemoe.charts.records import (
     unit_for,
     visible,
 )
-from finemoe.charts.words import Results, arm_names, by_loss, known_pairs, stat
+from finemoe.charts.comparison.words import arm_names, by_loss, known_pairs, stat
+from finemoe.charts.numbers import Results, clean, finite, fixed
 
 AnyChart = alt.LayerChart | alt.FacetChart  # altair's own annotation of `properties`
 Against = Literal["tokens", "flops", "seconds"]
@@ -45,11 +44,6 @@ def figures(results: Results) -> dict[str, Any]:
     made["paper"] = alt.hconcat(*(panel.properties(width=260) for panel in panels), spacing=36) if panels else None
     made["load"] = alt.vconcat(*heat.values(), spacing=28) if heat else None
     return {name: chart for name, chart in made.items() if chart is not None}
-
-
-def save_figures(results: Results, folder: Path) -> list[Path]:
-    """Write every figure as SVG and PNG on white into `folder`; return the paths."""
-    return theme.save(figures(results), folder)
 
 
 # ---- loss curves ----

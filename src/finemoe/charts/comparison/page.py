@@ -6,9 +6,29 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finemoe.charts.comparison import figures as comparison
+from finemoe.charts.comparison.figures import (
+    AXES,
+    final_losses,
+    load_maps,
+    loss_curves,
+    pair_differences,
+    paper_panels,
+)
+from finemoe.charts.comparison.records import above_window, mean_curves, shown_max_vio
+from finemoe.charts.comparison.words import (
+    arm_names,
+    by_loss,
+    interval_name,
+    known_pairs,
+    loss,
+    pair_sentence,
+    seed_count,
+    stat,
+    summary,
+)
 from finemoe.charts.numbers import (
     NOTHING,
+    Results,
     clean,
     count,
     decimals_for,
@@ -21,20 +41,7 @@ from finemoe.charts.numbers import (
     scientific,
 )
 from finemoe.charts.page import Bullets, Card, Cards, Code, Details, Figure, Section, Table, Text, render_page
-from finemoe.charts.records import above_window, mean_curves, shown_max_vio
-from finemoe.charts.words import (
-    Results,
-    arm_names,
-    by_loss,
-    interval_name,
-    known_pairs,
-    listed,
-    loss,
-    pair_sentence,
-    seed_count,
-    stat,
-    summary,
-)
+from finemoe.charts.words import footer, listed
 
 MAX_VIO = "MaxVio is (largest − mean load) ÷ mean load of a layer's routed experts, averaged over layers; 0 is even."
 
@@ -52,9 +59,12 @@ def comparison_page(results: Results) -> str:
     subtitle = " · ".join(
         part for part in (str(results.get("date") or "")[:10], _budget(results), _seeds(results)) if part
     )
-    footer = f"Made by finemoe {results.get('finemoe_version') or ''}".rstrip() + ". This file needs no network."
     return render_page(
-        str(results.get("title") or "Comparison"), sections, subtitle=subtitle, banner=banner, footer=footer
+        str(results.get("title") or "Comparison"),
+        sections,
+        subtitle=subtitle,
+        banner=banner,
+        footer=footer(results.get("finemoe_version")),
     )
 
 
@@ -119,8 +129,8 @@ def _dead(record: Mapping[str, Any]) -> str:
 
 def _curves(results: Results) -> Section | None:
     figures = []
-    for axis, title in comparison.AXES.items():
-        chart = comparison.loss_curves(results, axis)
+    for axis, title in AXES.items():
+        chart = loss_curves(results, axis)
         if chart is None:
             continue
         caption = f"Validation loss against {title}"
@@ -139,7 +149,7 @@ def _curves(results: Results) -> Section | None:
 
 
 def _final(results: Results) -> Section | None:
-    chart = comparison.final_losses(results)
+    chart = final_losses(results)
     if chart is None:
         return None
     caption = "Final validation loss. Marker: mean"
@@ -164,7 +174,7 @@ def _pairs(results: Results) -> Section | None:
     columns = ["Pair", "Difference", "Interval", "Verdict", "Why"]
     table = Table("Difference in validation loss of each pair (nats per token)", columns, rows, (1, 2))
     blocks: list[Any] = [table if len(rows) <= 15 else Details(f"All {len(rows)} pairs in figures", [table])]
-    if (chart := comparison.pair_differences(results)) is not None:
+    if (chart := pair_differences(results)) is not None:
         caption = "Left of the zero marks the first-named arm is better. Filled: decided; hollow: undecided."
         figure = Figure([chart], caption)
         blocks.insert(0, figure if len(rows) <= 15 else Details(f"All {len(rows)} pairs as a figure", [figure]))
@@ -195,13 +205,13 @@ def _paper(results: Results) -> Section | None:
         rows,
         (2, 3),
     )
-    panels = comparison.paper_panels(results)
+    panels = paper_panels(results)
     caption = "Difference from the baseline, on separate scales; further left is better. Bars, where present: interval."
     return Section("Beside the paper", [Text([caveat]), *([Figure(panels, caption)] if panels else []), table])
 
 
 def _load(results: Results) -> Section | None:
-    maps = comparison.load_maps(results)
+    maps = load_maps(results)
     if not maps:
         return None
     names, arms = arm_names(results), results["arms"]

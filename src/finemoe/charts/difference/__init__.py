@@ -1,1 +1,1 @@
-"""The report of one kind (difference): figures, words and page together."""
+"""The report of `finemoe analyze difference`."""

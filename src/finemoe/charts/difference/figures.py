@@ -8,9 +8,9 @@ from typing import Any
 import altair as alt
 
 from finemoe.charts import theme
-from finemoe.charts.numbers import clean, fixed
+from finemoe.charts.difference.words import percent
+from finemoe.charts.numbers import Results, clean, fixed
 
-Results = Mapping[str, Any]
 CAUSES = {
     "flip_rate": "everything",
     "flip_rate_router": "only the router",
@@ -54,7 +54,7 @@ def flip_chart(results: Results) -> Any:
         mean = theme.base(whole).mark_tick(thickness=2.5, size=22).encode(x, y)
         bar = theme.base(whole).mark_rule(strokeWidth=2.4).encode(_x("low:Q"), y, alt.X2("high:Q"))
         layers = [bar.transform_filter("datum.low !== null"), mean, *layers]
-    said = ", ".join(f"layer {row['layer']} {_percent(row['flip'])}" for row in whole)
+    said = ", ".join(f"layer {row['layer']} {percent(row['flip'])}" for row in whole)
     return _wide(alt.layer(*layers), results, f"Choices of experts that changed: {said}.")
 
 
@@ -70,7 +70,7 @@ def cause_chart(results: Results) -> Any:
     tips = [alt.Tooltip("arm:N", title="when"), alt.Tooltip("layer:O"), alt.Tooltip("flip:Q", format=".1%")]
     dots = theme.base(rows).mark_point(size=85, filled=True, opacity=1)
     chart = dots.encode(x, y, *_identity(list(CAUSES.values())), tooltip=tips)
-    said = ", ".join(f"layer {row['layer']}, {row['arm']}: {_percent(row['flip'])}" for row in rows[:6])
+    said = ", ".join(f"layer {row['layer']}, {row['arm']}: {percent(row['flip'])}" for row in rows[:6])
     return _wide(chart, results, f"Choices of experts that changed with a part of the second model: {said}.")
 
 
@@ -130,10 +130,6 @@ def loss_chart(results: Results) -> Any:
 
 def _domains(results: Results) -> list[str]:
     return [each["domain"] for each in results["domains"][1:]]
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
 
 
 def _x(field: str) -> alt.X:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finemoe.charts.difference import figures as difference
-from finemoe.charts.numbers import NOTHING, clean, count, fixed
+from finemoe.charts.difference.figures import cause_chart, flip_chart, load_chart, loss_chart
+from finemoe.charts.difference.words import percent, plus_interval, summary
+from finemoe.charts.numbers import NOTHING, Results, clean, count, fixed
 from finemoe.charts.page import Bullets, Code, Details, Figure, Section, Table, Text, render_page
+from finemoe.charts.words import footer
 
-Results = Mapping[str, Any]
 _MOST = 20  # experts in each list
-_VERDICTS = ("gained", "lost", "undecided", "removed")
 
 _READING = (
     "Both models read the same tokens. Layers and experts are numbered from 0, as in the model.",
@@ -42,47 +42,9 @@ def difference_page(results: Results) -> str:
     ]
     names = f"{results['before']} → {results['after']}"
     subtitle = " · ".join((names, f"{count(results['tokens'])} tokens", str(results.get("date") or "")[:10]))
-    footer = f"Made by finemoe {results.get('finemoe_version') or ''}".rstrip() + ". This file needs no network."
-    return render_page("Routing, before and after", sections, subtitle=subtitle, footer=footer)
-
-
-def summary(results: Results) -> list[str]:
-    """What changed, in a few plain sentences."""
-    layers = [(each["layer"], each["domains"]["all"]) for each in results["layers"]]
-    rates = [found["flip_rate"]["mean"] for _, found in layers]
-    mean = sum(rates) / len(rates)
-    most = max(layers, key=lambda found: found[1]["flip_rate"]["mean"])
-    lines = [
-        f"{_percent(mean)} of the choices of experts changed (mean of {len(layers)} layers), most in layer {most[0]}: "
-        f"{_percent(most[1]['flip_rate']['mean'])}. There, {_percent(most[1]['any_change'])} of the tokens have some "
-        f"other expert and {_percent(most[1]['top1_flip_rate'])} another first one."
-    ]
-    router, states = (
-        sum(found[key] for _, found in layers) / len(layers) for key in ("flip_rate_router", "flip_rate_states")
+    return render_page(
+        "Routing, before and after", sections, subtitle=subtitle, footer=footer(results.get("finemoe_version"))
     )
-    lines.append(
-        f"With only the routers of the second model {_percent(router)} would have changed, and "
-        f"{_percent(states)} with only the states that they read."
-    )
-    words = [each["verdict"] for each in results["experts"]]
-    tally = ", ".join(f"{words.count(word)} {word}" for word in _VERDICTS if word in words)
-    lines.append(f"Load of the {len(words)} experts: {tally}.")
-    whole = results["domains"][0]
-    lines.append(
-        f"Loss {fixed(whole['loss_a'])} → {fixed(whole['loss_b'])} nats per token: {_change(whole['difference'])}."
-    )
-    return [*lines, *map(str, results["notes"])]
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _change(stat: Mapping[str, Any]) -> str:
-    """`−0.192 (−0.205 to −0.178)`."""
-    if stat["low"] is None:
-        return f"{fixed(stat['mean'])} (too few windows for an interval)"
-    return f"{fixed(stat['mean'])} ({fixed(stat['low'])} to {fixed(stat['high'])})"
 
 
 def _flips(results: Results) -> Section:
@@ -92,8 +54,8 @@ def _flips(results: Results) -> Section:
         flip = found["flip_rate"]
         half = "" if flip["low"] is None else f" ± {100 * (flip['high'] - flip['low']) / 2:.1f}"
         rows.append([
-            f"L{each['layer']}", f"{100 * flip['mean']:.1f}{half} %", _percent(found["any_change"]),
-            _percent(found["top1_flip_rate"]),
+            f"L{each['layer']}", f"{100 * flip['mean']:.1f}{half} %", percent(found["any_change"]),
+            percent(found["top1_flip_rate"]),
             *(fixed(found[key]) for key in ("gate_shift", "gate_a", "gate_b")),
         ])  # fmt: skip
     columns = ["Layer", "Choices changed", "Tokens with any change", "First choice changed", "Shift of gate weight",
@@ -101,12 +63,12 @@ def _flips(results: Results) -> Section:
     names = [each["domain"] for each in results["domains"][1:]]
     caption = "Choices that changed, by layer and domain; the upright stroke is all text, with its 95 % interval."
     blocks: list[Any] = [
-        Figure([difference.flip_chart(results)], caption),
+        Figure([flip_chart(results)], caption),
         Table("Each layer, over all text", columns, rows, range(1, 7)),
     ]
     if len(names) > 1:
         each_domain = [
-            [f"L{each['layer']}", *(_percent(each["domains"][name]["flip_rate"]["mean"]) for name in names)]
+            [f"L{each['layer']}", *(percent(each["domains"][name]["flip_rate"]["mean"]) for name in names)]
             for each in results["layers"]
         ]
         blocks.append(Table("Choices changed, by domain", ["Layer", *names], each_domain, range(1, 1 + len(names))))
@@ -116,19 +78,19 @@ def _flips(results: Results) -> Section:
 def _causes(results: Results) -> Section:
     caption = "Choices that changed when all of the second model is used, only its routers, or only what they read."
     rows = [
-        [f"L{each['layer']}", _percent(found["flip_rate"]["mean"]), _percent(found["flip_rate_router"]),
-         _percent(found["flip_rate_states"])]
+        [f"L{each['layer']}", percent(found["flip_rate"]["mean"]), percent(found["flip_rate_router"]),
+         percent(found["flip_rate_states"])]
         for each in results["layers"]
         for found in [each["domains"]["all"]]
     ]  # fmt: skip
     columns = ["Layer", "Everything", "Only the router", "Only the states"]
     table = Table("Choices that changed, over all text", columns, rows, range(1, 4))
-    return Section("Where the flips come from", [Figure([difference.cause_chart(results)], caption), table])
+    return Section("Where the flips come from", [Figure([cause_chart(results)], caption), table])
 
 
 def _loads(results: Results) -> Section:
     caption = "Change of each expert's load, as a part of the uniform load: orange took more, blue less."
-    blocks: list[Any] = [Figure([difference.load_chart(results)], caption)]
+    blocks: list[Any] = [Figure([load_chart(results)], caption)]
     for word, title in (("gained", "Experts that gained"), ("lost", "Experts that lost"), ("removed", "Removed")):
         found = sorted(
             (each for each in results["experts"] if each["verdict"] == word), key=lambda each: -abs(each["change"])
@@ -161,7 +123,7 @@ def _experts(caption: str, found: list[Mapping[str, Any]]) -> Table:
 def _losses(results: Results) -> Section:
     rows = [
         [str(each["domain"]), count(each["tokens"]), fixed(each["loss_a"]), fixed(each["loss_b"]),
-         _change(each["difference"])]
+         plus_interval(each["difference"])]
         for each in results["domains"]
     ]  # fmt: skip
     columns = ["Domain", "Tokens", "Loss before", "Loss after", "Difference (95 % interval)"]
@@ -170,7 +132,7 @@ def _losses(results: Results) -> Section:
         "Loss",
         [
             Figure(
-                [difference.loss_chart(results)],
+                [loss_chart(results)],
                 "Loss after less loss before, paired, with 95 % intervals; below 0 the second is better.",
             ),
             table,

@@ -1,1 +1,1 @@
-"""The report of one kind (evaluation): figures, words and page together."""
+"""The report of `finemoe evaluate`."""

@@ -12,9 +12,8 @@ from typing import Any
 import altair as alt
 
 from finemoe.charts import theme
-from finemoe.charts.numbers import clean, finite, fixed
+from finemoe.charts.numbers import Results, clean, finite, fixed
 
-Results = Mapping[str, Any]
 Row = dict[str, Any]
 RISE = "rise in loss (nats per token)"
 _HEIGHT = 230

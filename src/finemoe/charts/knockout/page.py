@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from finemoe.charts.knockout import figures as charts
-from finemoe.charts.numbers import NOTHING, clean, count, finite, fixed
+from finemoe.charts.knockout.figures import (
+    curves,
+    domain_curves,
+    expert_map,
+    expert_maps_by_domain,
+    layer_dots,
+    layer_dots_by_domain,
+    pair_maps,
+    records,
+    shared_dots,
+    usage_dots,
+)
+from finemoe.charts.knockout.words import by_size, change, signed, verdict
+from finemoe.charts.numbers import NOTHING, Results, clean, finite, fixed
 from finemoe.charts.page import Bullets, Code, Details, Figure, Section, Table, Text, render_page
+from finemoe.charts.words import footer, model_and_text
 
-Results = Mapping[str, Any]
 TOP_EXPERTS = 15
 TOP_PAIRS = 8
 _INTERVAL = "95 % interval"
@@ -18,28 +30,6 @@ _PAIRED = (
     "(Student's t, domains as strata) is over the windows' differences. Windows of one document are not independent, "
     "so that intervals over few documents are somewhat too narrow."
 )
-
-
-def change(effect: Mapping[str, Any] | None, decimals: int = 3) -> str:
-    """`+0.173 (+0.152 to +0.195)`, or only the mean where there is no interval."""
-    mean, low, high = (finite((effect or {}).get(key)) for key in ("mean", "low", "high"))
-    if mean is None:
-        return NOTHING
-    if mean == low == high == 0:
-        return "0"
-    shown = signed(mean, decimals)
-    return shown if low is None or high is None else f"{shown} ({signed(low, decimals)} to {signed(high, decimals)})"
-
-
-def signed(value: float, decimals: int = 3) -> str:
-    """A number with its sign, a true minus, and none on what rounds to 0."""
-    text = fixed(value, decimals)
-    return text.removeprefix("−") if not float(text.replace("−", "-")) else text if text[0] == "−" else f"+{text}"
-
-
-def by_size(found: Sequence[Mapping[str, Any]], effect: str = "difference") -> list[Mapping[str, Any]]:
-    """Records, the largest effect first."""
-    return sorted(found, key=lambda one: -(finite(one[effect]["mean"]) or 0.0))
 
 
 def knockout_page(results: Results) -> str:
@@ -60,23 +50,15 @@ def knockout_page(results: Results) -> str:
     return render_page(
         "What the model loses without its experts",
         [_summary(results), *done, _how(results)],
-        subtitle=subtitle(results),
+        subtitle=model_and_text(results),
         banner=banner,
-        footer=f"Made by finemoe {results.get('finemoe_version') or ''}. This file needs no network.",
+        footer=footer(results.get("finemoe_version")),
     )
-
-
-def subtitle(results: Results) -> str:
-    """Model, text and date in one line."""
-    domains = results["text"]["domains"]
-    tokens = sum(domain["tokens"] for domain in domains.values())
-    read = f"{count(tokens)} tokens in {len(domains)} domain{'s' if len(domains) > 1 else ''}"
-    return " · ".join((results["model"]["source"], read, str(results.get("date") or "")[:10]))
 
 
 def _summary(results: Results) -> Section:
     whole, lines = results["intact"]["loss"], []
-    masked, paper = charts.records(results, "masked"), results["paper"]
+    masked, paper = records(results, "masked"), results["paper"]
     if masked:
         best, most = masked[0], masked[-1]
         printed = paper["masked"]["DeepSeekMoE"]
@@ -86,30 +68,30 @@ def _summary(results: Results) -> Section:
             for one in ((best, most) if most is not best else (best,))
         ]
         lines += said
-    for one in charts.records(results, "shared"):
+    for one in records(results, "shared"):
         if one["replaced"]:
             printed = paper["shared"]["replaced"] - paper["shared"]["intact"]
             lines.append(
                 f"Without the shared experts, replaced by routed ones, loss rises by {change(one['difference'])}; in "
                 f"the paper by +{printed:.3f}."
             )
-    if active := [one for one in charts.records(results, "active") if one["constraint"]["layers"]]:
+    if active := [one for one in records(results, "active") if one["constraint"]["layers"]]:
         fewest = min(active, key=lambda one: one["count"])
         lines.append(f"With {fewest['count']} active routed experts it rises by {change(fewest['difference'])}.")
-    if experts := charts.records(results, "experts"):
+    if experts := records(results, "experts"):
         worst = by_size(experts)[0]
         needed = sum((finite(one["difference"]["low"]) or 0.0) > 0 for one in experts)
         lines.append(
             f"{needed} of {len(experts)} single experts have an interval above 0 ({_by_chance(len(experts))}); the "
             f"most missed, expert {worst['expert']} of layer {worst['layer']}: {change(worst['difference'], 4)}."
         )
-    if pairs := charts.records(results, "pairs"):
+    if pairs := records(results, "pairs"):
         signs = [verdict(one["interaction"]) for one in pairs]
         lines.append(
             f"Of {len(pairs)} tested pairs {signs.count('redundant')} have an interaction above 0, covering for each "
             f"other ({_by_chance(len(pairs))}), and {signs.count('work together')} below 0, working together."
         )
-    if layers := charts.records(results, "layers"):
+    if layers := records(results, "layers"):
         worst = by_size(layers)[0]
         lines.append(f"Of whole layers the most missed: {worst['label']}, {change(worst['difference'])}.")
     left = [f"Not run: {name}: {why}" for name, why in results["skipped"].items()]
@@ -133,7 +115,7 @@ def _notes(results: Results, experiment: str) -> list[Any]:
 
 
 def _table(results: Results, experiment: str, caption: str, paper: Callable[[dict[str, Any]], str] | None) -> Table:
-    found = charts.records(results, experiment)
+    found = records(results, experiment)
     columns = ["Constraint", "Loss (nats per token)", f"Rise ({_INTERVAL})"]
     rows = [[one["label"], fixed(one["loss"]["mean"]), change(one["difference"])] for one in found]
     if paper is not None:
@@ -143,7 +125,7 @@ def _table(results: Results, experiment: str, caption: str, paper: Callable[[dic
 
 
 def _domains(results: Results, experiment: str, drawn: list[Any]) -> list[Any]:
-    found = charts.records(results, experiment)
+    found = records(results, experiment)
     names = list(found[0]["by_domain"])
     if len(names) < 2:
         return []
@@ -167,8 +149,8 @@ def _masked(results: Results) -> Section:
         "best of the rest. The steeper the rise, the less the others can stand in: the paper's Figure 4 measures by "
         "this how little its experts are redundant. The two panels have scales of their own."
     )
-    domains = _domains(results, "masked", charts.domain_curves(results, "masked"))
-    figure = Figure(charts.curves(results, "masked"), "Rise in loss with the best experts of each token left out.")
+    domains = _domains(results, "masked", domain_curves(results, "masked"))
+    figure = Figure(curves(results, "masked"), "Rise in loss with the best experts of each token left out.")
     table = _table(results, "masked", "The best experts left out", paper)
     return Section(
         "The best experts masked (Figure 4)",
@@ -194,8 +176,8 @@ def _active(results: Results) -> Section:
         f"The model was trained with {trained} active routed experts a token and meets other numbers for the first "
         "time. The paper's model, trained with 7, still equals a fully active GShard with 4 (1.868 against 1.867)."
     )
-    domains = _domains(results, "active", charts.domain_curves(results, "active"))
-    figure = Figure(charts.curves(results, "active"), "Rise in loss with fewer or more active routed experts.")
+    domains = _domains(results, "active", domain_curves(results, "active"))
+    figure = Figure(curves(results, "active"), "Rise in loss with fewer or more active routed experts.")
     table = _table(results, "active", "Other numbers of active experts", paper)
     return Section(
         "Fewer active experts (Figure 5)",
@@ -219,13 +201,13 @@ def _shared(results: Results) -> Section:
         "The shared experts are taken out of every layer. Replaced: as many more routed experts are active, so that "
         "the compute stays the same; the paper's model goes from 1.808 to 2.414."
     )
-    figure = Figure([charts.shared_dots(results)], "Rise in loss without the shared experts. Bars are 95 % intervals.")
+    figure = Figure([shared_dots(results)], "Rise in loss without the shared experts. Bars are 95 % intervals.")
     table = _table(results, "shared", "Without the shared experts", paper)
     return Section("Without the shared experts", [Text([text]), figure, table, *_notes(results, "shared")])
 
 
 def _experts(results: Results) -> Section:
-    found = by_size(charts.records(results, "experts"))
+    found = by_size(records(results, "experts"))
     columns = ["Expert", "Load", f"Rise ({_INTERVAL})", "Most in", "Rise there"]
     rows = []
     for one in found[:TOP_EXPERTS]:
@@ -242,15 +224,15 @@ def _experts(results: Results) -> Section:
         "worse without it, blue better. Among many experts some seem to matter by chance: about one in forty of those "
         "that do nothing has an interval above 0."
     )
-    maps = charts.expert_maps_by_domain(results)
+    maps = expert_maps_by_domain(results)
     domains = [Details("By domain", [Figure([each], "") for each in maps])] if maps else []
     return Section(
         "Every single expert",
         [
             Text([text]),
-            Figure([charts.expert_map(results)], "Change in loss with one expert left out."),
+            Figure([expert_map(results)], "Change in loss with one expert left out."),
             table,
-            Figure([charts.usage_dots(results)], "How much an expert is used, and what leaving it out costs."),
+            Figure([usage_dots(results)], "How much an expert is used, and what leaving it out costs."),
             *_notes(results, "experts"),
             *domains,
         ],
@@ -258,7 +240,7 @@ def _experts(results: Results) -> Section:
 
 
 def _pairs(results: Results) -> Section:
-    found = by_size(charts.records(results, "pairs"), "interaction")
+    found = by_size(records(results, "pairs"), "interaction")
     columns = ["Pair", f"Interaction ({_INTERVAL})", "Both out", "What it says"]
     shown = found if len(found) <= 2 * TOP_PAIRS else [*found[:TOP_PAIRS], *found[-TOP_PAIRS:]]
     rows = [
@@ -278,24 +260,14 @@ def _pairs(results: Results) -> Section:
     )
     caption = "Interaction of pairs of experts of one layer."
     table = Table("Pairs, most redundant first", columns, rows, (1, 2))
-    return Section("Pairs of experts", [Text([text]), Figure(charts.pair_maps(results), caption), table])
-
-
-def verdict(effect: Mapping[str, Any]) -> str:
-    """What an interaction says of a pair."""
-    low, high = finite(effect.get("low")), finite(effect.get("high"))
-    if low is not None and low > 0:
-        return "redundant"
-    if high is not None and high < 0:
-        return "work together"
-    return "undecided"
+    return Section("Pairs of experts", [Text([text]), Figure(pair_maps(results), caption), table])
 
 
 def _layers(results: Results) -> Section:
     text = "In one layer at a time the routed experts, the shared ones or both add nothing; attention stays."
-    figure = Figure([charts.layer_dots(results)], "Rise in loss without one layer's experts. Bars are 95 % intervals.")
+    figure = Figure([layer_dots(results)], "Rise in loss without one layer's experts. Bars are 95 % intervals.")
     table = _table(results, "layers", "Without the experts of one layer", None)
-    domains = _domains(results, "layers", charts.layer_dots_by_domain(results))
+    domains = _domains(results, "layers", layer_dots_by_domain(results))
     return Section(
         "Whole layers",
         [Text([text]), figure, table, *domains],
@@ -323,6 +295,6 @@ def _how(results: Results) -> Section:
         [
             Table(f"The text, in windows of {results['text']['length']} tokens", columns, rows, (1, 2, 3)),
             Text([_PAIRED, saving, f"The paper: {results['paper']['source']}. Measured on {where}."]),
-            Code(str(results.get("command") or ""), "The command"),
+            *([Code(str(command), "The command")] if (command := results.get("command")) else []),
         ],
     )

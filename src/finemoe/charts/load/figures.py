@@ -13,9 +13,8 @@ from typing import Any
 import altair as alt
 
 from finemoe.charts import theme
-from finemoe.charts.numbers import finite, fixed
+from finemoe.charts.numbers import Results, finite, fixed
 
-Results = Mapping[str, Any]
 HOTTEST = 4.0  # a load of four times even or more has the last colour: a hotter outlier would flatten the rest
 MOST_LAYERS = 12
 """Layers that get a chart each; more are thinned evenly."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finemoe.charts.load import figures as load
-from finemoe.charts.numbers import NOTHING, clean, count, fixed
+from finemoe.charts.load.figures import domain_maps, evenness, frames_of, heat_map, lift_maps, over_training
+from finemoe.charts.load.words import summary
+from finemoe.charts.numbers import NOTHING, Results, clean, count, fixed
 from finemoe.charts.page import Bullets, Code, Details, Figure, Section, Table, Text, render_page
+from finemoe.charts.words import footer
 
 MEANINGS = (
     "Load: how often an expert was chosen. Even share: what each would get if all got the same.",
@@ -22,7 +24,7 @@ MEANINGS = (
 )
 
 
-def load_page(results: Mapping[str, Any]) -> str:
+def load_page(results: Results) -> str:
     """The whole report as one self-contained HTML document."""
     results = clean(results)
     makers = (_summary, _layers, _movie, _over, _domains, _together, _meaning, _set_up)
@@ -34,29 +36,12 @@ def load_page(results: Mapping[str, Any]) -> str:
     )
     alarming = [alert for alert in last["alerts"] if alert["level"] != "note"]
     banner = f"{len(alarming)} of {len(last['layers'])} layers do not use their experts: see below." if alarming else ""
-    footer = f"Made by finemoe {results.get('finemoe_version') or ''}".rstrip() + ". This file needs no network."
-    return render_page("Expert load", sections, subtitle=subtitle, banner=banner, footer=footer)
+    return render_page(
+        "Expert load", sections, subtitle=subtitle, banner=banner, footer=footer(results.get("finemoe_version"))
+    )
 
 
-def summary(results: Mapping[str, Any]) -> list[str]:
-    """Sentences about the last model and what it says of collapse."""
-    last = results["series"][-1]
-    worst = max(last["layers"], key=lambda number: last["layers"][number]["max_vio"])
-    lines = [
-        f"{last['name']}: MaxVio {fixed(last['max_vio'], 2)} over all the text and {fixed(last['max_vio_batch'], 2)} "
-        f"in a batch (mean of {len(last['layers'])} layers), highest in layer {worst} "
-        f"({fixed(last['layers'][worst]['max_vio'], 2)}).",
-        f"{last['dead']} of {last['experts']} experts got no token at all, {last['starved']} less than a tenth of the "
-        "even share.",
-    ]
-    if not last["enough"]:
-        lines.append("Too little text to say whether the experts are used: an even load would give each fewer than 50.")
-    elif not last["alerts"]:
-        lines.append("Nothing to worry about: no layer has stopped using its experts.")
-    return lines + [alert["message"] for alert in last["alerts"]]
-
-
-def _summary(results: Mapping[str, Any]) -> Section:
+def _summary(results: Results) -> Section:
     blocks: list[Any] = [Bullets(summary(results))]
     if said := results["alerts_in_training"]:
         items = [f"Step {alert['step']}: {alert['message']}" for alert in said]
@@ -67,7 +52,7 @@ def _summary(results: Mapping[str, Any]) -> Section:
     return Section("Summary", blocks)
 
 
-def _layers(results: Mapping[str, Any]) -> Section:
+def _layers(results: Results) -> Section:
     series = results["series"]
     last = series[-1]
     rows = [[f"Layer {number}", *_cells(layer)] for number, layer in last["layers"].items()]
@@ -105,24 +90,24 @@ def _cells(layer: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _mean_loss(results: Mapping[str, Any], one: Mapping[str, Any]) -> float | None:
+def _mean_loss(results: Results, one: Mapping[str, Any]) -> float | None:
     tokens = results["text"]["tokens"]
     known = [(tokens[domain], loss) for domain, loss in one["loss"].items() if domain in tokens and loss is not None]
     total = sum(weight for weight, _ in known)
     return sum(weight * loss for weight, loss in known) / total if total else None
 
 
-def _movie(results: Mapping[str, Any]) -> Section:
-    frames = load.frames_of(results)
-    chart = load.heat_map(results, frames, slider=True)
+def _movie(results: Results) -> Section:
+    frames = frames_of(results)
+    chart = heat_map(results, frames, slider=True)
     caption = "Load of every expert relative to an even share."
     if len(frames) > 1:
         caption += " The slider below the chart moves through the moments; it stands at the last."
     return Section("Load", [Figure([chart], caption)])
 
 
-def _over(results: Mapping[str, Any]) -> Section | None:
-    maps, curves = load.over_training(results), load.evenness(results)
+def _over(results: Results) -> Section | None:
+    maps, curves = over_training(results), evenness(results)
     blocks = []
     if curves:
         caption = "How even the load is. Line: mean of the layers; band: lowest to highest layer."
@@ -137,15 +122,15 @@ def _over(results: Mapping[str, Any]) -> Section | None:
     return Section("Over training", blocks) if blocks else None
 
 
-def _domains(results: Mapping[str, Any]) -> Section | None:
-    maps = load.domain_maps(results)
+def _domains(results: Results) -> Section | None:
+    maps = domain_maps(results)
     if not maps:
         return None
     caption = f"{results['series'][-1]['name']}: load of each expert within one domain, relative to an even share."
     return Section("By domain", [Figure(maps, caption)])
 
 
-def _together(results: Mapping[str, Any]) -> Section | None:
+def _together(results: Results) -> Section | None:
     layers = results["series"][-1]["layers"]
     rows = [
         [f"Layer {number}", f"{pair['a']} and {pair['b']}", count(pair["count"]), fixed(pair["lift"], 2)]
@@ -157,7 +142,7 @@ def _together(results: Mapping[str, Any]) -> Section | None:
     columns = ["Layer", "Experts", "Tokens", "Together ÷ chance"]
     note = "Pairs that are, or by their load should be, together in at least 20 tokens."
     blocks: list[Any] = []
-    if maps := load.lift_maps(results):
+    if maps := lift_maps(results):
         caption = "How often two experts are chosen for the same token, over chance; the last colours: ≤ ¼ and ≥ 4."
         blocks.append(Figure(maps, caption))
     table = Table("The pairs most above chance", columns, rows, (2, 3), note)
@@ -174,11 +159,11 @@ def _together(results: Mapping[str, Any]) -> Section | None:
     return Section("Chosen together", blocks)
 
 
-def _meaning(results: Mapping[str, Any]) -> Section:
+def _meaning(results: Results) -> Section:
     return Section("What the words mean", [Bullets(MEANINGS)])
 
 
-def _set_up(results: Mapping[str, Any]) -> Section:
+def _set_up(results: Results) -> Section:
     blocks: list[Any] = []
     text = results["text"]
     each = ", ".join(f"{domain} {count(tokens)}" for domain, tokens in text["tokens"].items())

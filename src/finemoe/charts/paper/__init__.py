@@ -1,1 +1,1 @@
-"""The report of one kind (paper): figures, words and page together."""
+"""The report of `finemoe paper`."""

@@ -6,15 +6,14 @@ Each function takes the `results` of `finemoe paper` and returns an altair chart
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import altair as alt
 
 from finemoe.charts import theme
 from finemoe.charts.comparison.figures import final_losses
-from finemoe.charts.numbers import clean, finite, fixed
-from finemoe.charts.words import Results
+from finemoe.charts.numbers import Results, clean, finite, fixed
+from finemoe.charts.paper.words import every_claim
 
 PRINTED_MASKED = {
     "DeepSeekMoE": {0: 1.808, 1 / 16: 7.468, 2 / 16: 8.196, 3 / 16: 8.706, 4 / 16: 9.071},
@@ -36,11 +35,6 @@ def figures(results: Results) -> dict[str, Any]:
         name: alt.hconcat(*panels, spacing=36) for name, panels in (("masked", masked), ("active", active)) if panels
     }
     return {name: chart for name, chart in made.items() if chart is not None}
-
-
-def save_figures(results: Results, folder: Path) -> list[Path]:
-    """Write every figure as SVG and PNG on white into `folder`; return the paths."""
-    return theme.save(figures(results), folder)
 
 
 def differences(results: Results) -> Any:
@@ -143,8 +137,3 @@ def _panels(
             )
         )
     return panels
-
-
-def every_claim(results: Results) -> list[Mapping[str, Any]]:
-    """The claims of all experiments, in order, with the name of their experiment."""
-    return [{**claim, "experiment": name} for name, one in results["experiments"].items() for claim in one["claims"]]

@@ -1,42 +1,30 @@
-"""The page of `finemoe paper`: each claim, the printed figure, ours, and the verdict; and the same as Markdown."""
+"""The page of `finemoe paper`: each claim, the printed figure, ours, and the verdict."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from finemoe.charts.comparison.figures import final_losses
-from finemoe.charts.numbers import NOTHING, clean, count, decimals_for, duration, fixed, plus_minus, scientific
+from finemoe.charts.comparison.words import arm_names, by_loss, stat
+from finemoe.charts.numbers import Results, clean, count, decimals_for, duration, plus_minus, scientific
 from finemoe.charts.page import Bullets, Code, Figure, Section, Table, Text, render_page
-from finemoe.charts.paper import figures as paper
-from finemoe.charts.words import Results, arm_names, by_loss, listed, stat
-
-_ORDER = ("contradicted", "reproduced", "undecided", "not run")
+from finemoe.charts.paper.figures import active_panels, differences, masked_panels
+from finemoe.charts.paper.words import COLUMNS, claim_row, counted, every_claim
+from finemoe.charts.words import footer
 
 
 def paper_page(results: Results) -> str:
     """The whole report as one self-contained HTML document."""
     results = clean(results)
     sections = [_verdicts(results), _claims(results), *_figures(results), _arms(results), _how(results)]
-    waiting = sum(claim["verdict"] == "not run" for claim in paper.every_claim(results))
+    waiting = sum(claim["verdict"] == "not run" for claim in every_claim(results))
     banner = f"{waiting} claims are not judged: their runs were not asked for, or have not finished." if waiting else ""
     seeds = len(results["seeds"])
     subtitle = f"{results['date'][:10]} · scale {results['scale']} · {seeds} seeds · {_tokens(results)} tokens a run"
-    footer = f"Made by finemoe {results['finemoe_version']}. This file needs no network."
-    return render_page(results["title"], sections, subtitle=subtitle, banner=banner, footer=footer)
-
-
-def counted(results: Results) -> str:
-    """One sentence: how many claims came out how."""
-    claims = paper.every_claim(results)
-    twins = [claim["on_training_text"] for claim in claims if claim["on_training_text"]]
-    first = f"By held-out text, of {len(claims)} claims: {_tally(claims)}."
-    return f"{first} By the text they train on, of the {len(twins)} that compare two arms' losses: {_tally(twins)}."
-
-
-def _tally(outcomes: Sequence[Mapping[str, Any]]) -> str:
-    counts = {verdict: sum(outcome["verdict"] == verdict for outcome in outcomes) for verdict in _ORDER}
-    return listed([f"{number} {verdict}" for verdict, number in counts.items() if number])
+    return render_page(
+        results["title"], sections, subtitle=subtitle, banner=banner, footer=footer(results["finemoe_version"])
+    )
 
 
 def _tokens(results: Results) -> str:
@@ -45,10 +33,10 @@ def _tokens(results: Results) -> str:
 
 def _verdicts(results: Results) -> Section:
     blocks: list[Any] = [Text([counted(results), f"Scale {results['scale']}: {results['scale_about']}."])]
-    outcomes = [(claim["statement"], claim) for claim in paper.every_claim(results)]
+    outcomes = [(claim["statement"], claim) for claim in every_claim(results)]
     outcomes += [
         (f"{claim['statement']}, on training text", claim["on_training_text"])
-        for claim in paper.every_claim(results)
+        for claim in every_claim(results)
         if claim["on_training_text"]
     ]
     kinds = {
@@ -80,29 +68,6 @@ def _smaller(results: Results) -> str:
     return f": models {fewer} times smaller than the paper's, trained on {less} times less text"
 
 
-def _row(claim: Mapping[str, Any]) -> list[str]:
-    decimals = 2 if claim["unit"] == "MaxVio" else 3
-    ours = f"{plus_minus(claim['a'], decimals)} against {plus_minus(claim['b'], decimals)}"
-    span = _span(claim, decimals)
-    twin = claim.get("on_training_text")
-    training = f"{_span(twin, decimals)}: {twin['verdict']}" if twin else NOTHING
-    seeds = str(len(claim["seeds"])) if claim["seeds"] else NOTHING
-    return [claim["statement"], claim["verdict"], claim["printed"], ours, span, training, claim["source"], seeds]
-
-
-_COLUMNS = ("Claim", "Verdict", "Printed", "Ours", "Difference, 95 %", "On training text", "Source", "Seeds")
-
-
-def _span(outcome: Mapping[str, Any], decimals: int) -> str:
-    """`-0.059 (-0.071 to -0.047)`, as far as there is one."""
-    found = outcome.get("difference") or {}
-    if found.get("mean") is None:
-        return NOTHING
-    if found.get("low") is None:
-        return fixed(found["mean"], decimals)
-    return f"{fixed(found['mean'], decimals)} ({fixed(found['low'], decimals)} to {fixed(found['high'], decimals)})"
-
-
 def _claims(results: Results) -> Section:
     blocks: list[Any] = []
     idle = []
@@ -110,9 +75,9 @@ def _claims(results: Results) -> Section:
         if all(claim["verdict"] == "not run" for claim in one["claims"]):
             idle.append(f"{one['title']}: {one['command']}")
             continue
-        rows = [_row(claim) for claim in one["claims"]]
+        rows = [claim_row(claim) for claim in one["claims"]]
         strong = [number for number, claim in enumerate(one["claims"]) if claim["verdict"] == "contradicted"]
-        blocks.append(Table(one["title"], _COLUMNS, rows, numeric=(7,), note=one["note"], strong=strong, wrap=True))
+        blocks.append(Table(one["title"], COLUMNS, rows, numeric=(7,), note=one["note"], strong=strong, wrap=True))
         blocks.append(Code(one["command"], f"Command for {one['title']}"))
     if idle:
         blocks += [Text(["Not run:"]), Bullets(idle)]
@@ -120,14 +85,14 @@ def _claims(results: Results) -> Section:
 
 
 def _figures(results: Results) -> Iterator[Section]:
-    chart = paper.differences(results)
+    chart = differences(results)
     if chart is not None:
         caption = (
             "Markers: ours, with the 95 % interval over seeds; thick ticks: the printed difference. Left of 0 the "
             "first of the two has the lower loss."
         )
         yield Section("Differences in loss", [Figure([chart], caption)])
-    masked, active = paper.masked_panels(results), paper.active_panels(results)
+    masked, active = masked_panels(results), active_panels(results)
     blocks: list[Any] = []
     if masked:
         blocks.append(
@@ -185,24 +150,3 @@ def _how(results: Results) -> Section:
         *results["notes"],
     ]
     return Section("How it was done", [Text(text), Code(results["command"], "Command for everything")])
-
-
-def summary_markdown(results: Results) -> str:
-    """The table of claims for a document."""
-    results = clean(results)
-    lines = [
-        counted(results),
-        "",
-        f"| {' | '.join(_COLUMNS[:7])} |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for claim in paper.every_claim(results):
-        row = _row(claim)
-        if row[1] == "contradicted":
-            row[1] = "**contradicted**"
-        lines.append(f"| {' | '.join(_escaped(row[:7]))} |")
-    return "\n".join(lines) + "\n"
-
-
-def _escaped(cells: Sequence[str]) -> list[str]:
-    return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]

@@ -1,1 +1,1 @@
-"""The report of one kind (relevance): figures, words and page together."""
+"""The report of `finemoe analyze relevance`."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analyze.options import MODEL, Corpora, Length, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, check_report, print_json, print_rich, say_where
+from finemoe.cli.output import Json, deliver, print_rich
 
 
 def difference(
@@ -37,35 +37,18 @@ def difference(
       finemoe analyze difference runs/base runs/tuned --corpus law=law.jsonl --corpus code=src/
       finemoe analyze difference runs/base runs/tuned --json | jq '.layers[].domains.all'
     """
-    check_report(out, "difference")
-    from finemoe.analysis.difference import pair, routing_difference
-    from finemoe.analysis.passages import read_passages
-    from finemoe.analysis.provenance import provenance, write_report
-    from finemoe.checkpoint.language_model import open_language_model
+    from finemoe.analysis import reports
 
-    first, second = open_language_model(before), open_language_model(after)
-    pair(first, second)  # what cannot be compared is said before any text is read
-    passages = read_passages(first, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length)
-    found = routing_difference(first, second, passages, rows=rows)
-    head = provenance("difference", first, passages)
-    results: dict[str, Any] = {**head, "before": str(before), "after": str(after), **found}
-    if out is not None:
-        from finemoe.charts.difference.figures import figures
-        from finemoe.charts.difference.page import difference_page
-
-        write_report(out, results, difference_page, figures)
-    if as_json:
-        print_json(results)
-        return
-    _print(results)
-    if out is not None:
-        say_where(out)
+    results = reports.difference(
+        before, after, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length, rows=rows, out=out
+    )
+    deliver(results, out, as_json, _print)
 
 
 def _print(results: Mapping[str, Any]) -> None:
     from rich.text import Text
 
-    from finemoe.charts.difference.page import summary
+    from finemoe.charts.difference.words import summary
     from finemoe.charts.numbers import clean
 
     results = clean(results)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analyze.options import Corpora, Length, Model, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, check_report, print_json, print_rich, say_where
+from finemoe.cli.output import Json, deliver, print_rich
 
 _MOST_ROWS = 12
 _FEWEST = 0.25  # times the uniform load: what took less is no example of specialisation
@@ -42,27 +42,19 @@ def experts(
 
     With --out, report.html has all cards with a search; it is one file and works offline.
     """
-    check_report(out, "experts")
-    from finemoe.analysis.cards import expert_cards
-    from finemoe.analysis.passages import read_passages, require_experts
-    from finemoe.analysis.provenance import provenance, write_report
-    from finemoe.checkpoint.language_model import open_language_model
+    from finemoe.analysis import reports
 
-    opened = open_language_model(model)
-    require_experts(opened)
-    passages = read_passages(opened, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length)
-    found = expert_cards(opened, passages, rows=rows, stability=stability)
-    results = {**provenance("experts", opened, passages), **found}
-    if out is not None:
-        from finemoe.charts.cards.page import cards_page, figures
-
-        write_report(out, results, cards_page, figures)
-    if as_json:
-        print_json(results)
-        return
-    _print(results)
-    if out is not None:
-        say_where(out)
+    results = reports.experts(
+        model,
+        texts=texts or (),
+        corpora=corpora or (),
+        tokens=tokens,
+        length=length,
+        rows=rows,
+        stability=stability,
+        out=out,
+    )
+    deliver(results, out, as_json, _print)
 
 
 def _print(results: Mapping[str, Any]) -> None:
@@ -70,7 +62,7 @@ def _print(results: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from finemoe.charts.cards.page import leading
+    from finemoe.charts.cards.words import leading
     from finemoe.charts.numbers import clean, count, fixed
 
     results = clean(results)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from finemoe.cli.analyze.options import Corpora, Length, Model, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, check_report, print_json, print_rich, say_where
+from finemoe.cli.output import Json, deliver, print_rich
 
 _MOST_ROWS = 10
 
@@ -69,42 +68,14 @@ def knockout(
       finemoe analyze knockout runs/mix --experiment experts --layer 2 --json
       finemoe analyze knockout runs/mix --experiment pairs --layer 2 --expert 3 --expert 17
     """
-    check_report(out, "knockout")
-    from finemoe.analysis import knockout as laboratory
-    from finemoe.analysis.passages import read_passages
-    from finemoe.analysis.provenance import provenance
-    from finemoe.checkpoint.language_model import open_language_model
+    from finemoe.analysis import reports
 
     names = None if experiment is None else [name.strip() for name in experiment.split(",") if name.strip()]
-    opened = open_language_model(model)
-    laboratory.check_names(names)
-    laboratory.moe_configs(opened)
-    passages = read_passages(opened, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length)
-    found = laboratory.knockout(
-        opened, passages, names, rows=rows, layers=layer or None, experts=expert or None, pairs=pairs
-    )
-    results = {**provenance("knockout", opened, passages), **found}
-    _deliver(results, out if found["experiments"] else None, as_json)
-
-
-def _deliver(results: Mapping[str, Any], out: Path | None, as_json: bool) -> None:
-    """Write and print.
-
-    Raises:
-        typer.Exit: 130 when it was interrupted.
-    """
-    if out is not None:
-        from finemoe.analysis.provenance import write_report
-        from finemoe.charts.knockout.figures import figures
-        from finemoe.charts.knockout.page import knockout_page
-
-        write_report(out, results, knockout_page, figures)
-    if as_json:
-        print_json(results)
-    else:
-        _print(results)
-    if out is not None and not as_json:
-        say_where(out)
+    results = reports.knockout(
+        model, names, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length, rows=rows,
+        layers=layer or None, experts=expert or None, pairs=pairs, out=out,
+    )  # fmt: skip
+    deliver(results, out if results["experiments"] else None, as_json, _print)
     if not results["complete"]:
         from finemoe.core.logs import console
 
@@ -146,7 +117,7 @@ def _table(title: str, columns: Sequence[str]) -> Any:
 
 
 def _plain(name: str, found: Sequence[Mapping[str, Any]]) -> Any:
-    from finemoe.charts.knockout.page import change
+    from finemoe.charts.knockout.words import change
     from finemoe.charts.numbers import fixed
 
     titles = {
@@ -162,7 +133,7 @@ def _plain(name: str, found: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _experts(name: str, found: Sequence[Mapping[str, Any]]) -> Any:
-    from finemoe.charts.knockout.page import by_size, change
+    from finemoe.charts.knockout.words import by_size, change
 
     shown = by_size(found)[:_MOST_ROWS]
     table = _table(f"Single experts: the {len(shown)} of {len(found)} that are missed most", ("", "load", "rise"))
@@ -173,7 +144,7 @@ def _experts(name: str, found: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _pairs(name: str, found: Sequence[Mapping[str, Any]]) -> Any:
-    from finemoe.charts.knockout.page import by_size, change, verdict
+    from finemoe.charts.knockout.words import by_size, change, verdict
 
     ranked = by_size(found, "interaction")
     shown = ranked if len(ranked) <= _MOST_ROWS else [*ranked[: _MOST_ROWS // 2], *ranked[-_MOST_ROWS // 2 :]]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from finemoe.cli.analyze.options import MODEL, Corpora, Length, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, check_report, print_json, print_rich, say_where
+from finemoe.cli.output import Json, deliver, print_rich
 
 
 def load(
@@ -38,32 +39,18 @@ def load(
       finemoe analyze load runs/tiny --corpus code=src --corpus prose=docs --out reports/load
       finemoe analyze load runs/tiny --last --json
     """
-    check_report(out, "load")
-    from finemoe.analysis.load import save_pairs, study_load
-    from finemoe.analysis.provenance import made_by, write_report
+    from finemoe.analysis import reports
 
-    study = study_load(
-        models, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length, rows=rows, last=last
+    results = reports.load(
+        models, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length, rows=rows, last=last, out=out
     )
-    results = {**study.results, **made_by()}
-    if out is not None:
-        from finemoe.charts.load.figures import figures
-        from finemoe.charts.load.page import load_page
-
-        write_report(out, results, load_page, figures)
-        save_pairs(out / "together.npz", study.last)
-    if as_json:
-        print_json(results)
-        return
-    _print_tables(results)
-    if out is not None:
-        say_where(out)
+    deliver(results, out, as_json, _print)
 
 
-def _print_tables(results: dict[str, Any]) -> None:
+def _print(results: Mapping[str, Any]) -> None:
     from rich.text import Text
 
-    from finemoe.charts.load.page import summary
+    from finemoe.charts.load.words import summary
     from finemoe.charts.numbers import fixed
 
     series, columns = results["series"], ["MaxVio", "in a batch", "entropy", "CV", "starved", "dead"]
@@ -81,7 +68,7 @@ def _print_tables(results: dict[str, Any]) -> None:
         print_rich(Text(line))
 
 
-def _row(layer: dict[str, Any], keys: Any) -> list[str]:
+def _row(layer: Mapping[str, Any], keys: Any) -> list[str]:
     from finemoe.charts.numbers import fixed
 
     return [fixed(layer[key], digits) for key, digits in keys]

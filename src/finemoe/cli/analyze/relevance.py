@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from finemoe.cli.analyze.options import Corpora, Length, Model, Rows, Texts, Tokens
-from finemoe.cli.output import Json, check_report, print_json, print_rich
+from finemoe.cli.output import Json, deliver, print_rich
 
 _Score = Annotated[
     Literal["gate", "token"],
@@ -52,41 +52,21 @@ def relevance(
       finemoe analyze relevance runs/mix --corpus task=task.jsonl --out selection.json
       finemoe analyze relevance runs/mix --corpus task=task.jsonl --score token --p 0.3 --report relevance
     """
-    check_report(report, "relevance")
-    from finemoe.analysis.passages import read_passages, require_experts
-    from finemoe.analysis.provenance import provenance
-    from finemoe.analysis.relevance import expert_relevance, relevance_results, sample_length, select_experts
-    from finemoe.checkpoint.language_model import open_language_model
-    from finemoe.checkpoint.selection import write_selection
     from finemoe.core.errors import ConfigError
 
     if p is not None and not 0 < p <= 1:
         raise ConfigError(f"--p {p}: must be above 0 and at most 1, a share of each layer's relevance")
-    opened = open_language_model(model)
-    require_experts(opened)
-    size = length or sample_length(opened)
-    passages = read_passages(opened, texts=texts or (), corpora=corpora or (), tokens=tokens, length=size)
-    found = expert_relevance(opened, passages, rows=rows)
-    selection = select_experts(opened, found, score, p)
-    results = {**provenance("relevance", opened, passages), **relevance_results(found, selection)}
-    if out is not None:
-        write_selection(out, selection)
-    if report is not None:
-        _write_report(report, results)
-    if as_json:
-        print_json(results)
-    else:
-        _print(results["selection"], out, report)
+
+    from finemoe.analysis import reports
+
+    results = reports.relevance(
+        model, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length, rows=rows,
+        score=score, p=p, selection=out, out=report,
+    )  # fmt: skip
+    deliver(results, report, as_json, lambda found: _print(found["selection"], out))
 
 
-def _write_report(folder: Path, results: Mapping[str, Any]) -> None:
-    from finemoe.analysis.provenance import write_report
-    from finemoe.charts.relevance.page import relevance_chart, relevance_page
-
-    write_report(folder, results, relevance_page, lambda made: {"relevance": relevance_chart(made)})
-
-
-def _print(selection: Mapping[str, Any], out: Path | None, report: Path | None) -> None:
+def _print(selection: Mapping[str, Any], out: Path | None) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -113,5 +93,3 @@ def _print(selection: Mapping[str, Any], out: Path | None, report: Path | None) 
     )
     if out is not None:
         typer.echo(f"\nSelection  {out}")
-    if report is not None:
-        typer.echo(f"Open       {report / 'report.html'} in a browser; it works offline")

@@ -16,7 +16,7 @@ from finemoe.evaluation.tasks.language import LANGUAGE
 from finemoe.evaluation.tasks.mathematics import MATHEMATICS
 from finemoe.evaluation.tasks.programs import PROGRAMS, ProgramTask, pass_at_k
 
-__all__ = ["TASKS", "describe", "find_task", "pass_at_k", "runs_code", "sampled"]
+__all__ = ["TASKS", "choose_tasks", "describe", "find_task", "pass_at_k", "runs_code", "sampled"]
 
 _ALL: Sequence[Task] = (*LANGUAGE, *ENGLISH, *EXAMS, *CHINESE, *CLOSED_BOOK, *MATHEMATICS, *PROGRAMS)
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
@@ -33,6 +33,23 @@ def find_task(name: str) -> Task:
     near = difflib.get_close_matches(name.lower().replace("-", "_"), TASKS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"the tasks are {', '.join(TASKS)}"
     raise ConfigError(f"no task is named {name!r}: {hint}")
+
+
+def choose_tasks(names: Sequence[str], samples: int | None = None, temperature: float | None = None) -> list[Task]:
+    """The tasks of these names, each once; with `samples`, several completions for each problem.
+
+    Raises:
+        ConfigError: none, an unknown one, or sampling that has no effect.
+    """
+    if not names:
+        raise ConfigError("no task given: add --tasks hellaswag,lambada or others; --list names all")
+    if temperature is not None and samples is None:
+        raise ConfigError(f"--temperature {temperature:g} does nothing without --samples N, for code")
+    found = [find_task(name) for name in dict.fromkeys(names)]
+    if samples is None:
+        return found
+    heat = temperature if temperature is not None else 0.8 if samples > 1 else 0.0
+    return [sampled(task, samples, heat) for task in found]
 
 
 def sampled(task: Task, samples: int, temperature: float) -> Task:

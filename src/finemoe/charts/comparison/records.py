@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finemoe.charts.numbers import finite
-from finemoe.charts.words import Results, arm_names, by_loss, known_pairs, loss
+from finemoe.charts.comparison.words import arm_names, by_loss, known_pairs, loss
+from finemoe.charts.numbers import Results, finite
 
 UNITS: Mapping[str, Sequence[tuple[float, str]]] = {
     "tokens": ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1, "tokens")),
