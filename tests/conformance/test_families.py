@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from checkpoint.released_configs import RELEASED
+from finemoe.checkpoint.huggingface import families
 from finemoe.checkpoint.huggingface.accounting import split_copies
 from finemoe.checkpoint.huggingface.families import FAMILIES
 from finemoe.checkpoint.proof.twin import shrink
@@ -26,6 +28,8 @@ TRAINING = {"balance", "capacity_factor", "capacity_level", "capacity_exempt", "
 def test_every_family_has_a_released_config_and_its_own_name() -> None:
     assert {raw["model_type"] for raw in RELEASED.values()} == set(FAMILIES)
     assert all(family.name == name for name, family in FAMILIES.items())
+    files = {path.stem for path in Path(families.__file__).parent.glob("*.py")} - {"__init__"}
+    assert files == set(FAMILIES)
 
 
 @EVERY
