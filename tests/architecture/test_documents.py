@@ -20,6 +20,8 @@ from typer.main import get_command
 from finemoe.charts.paper.words import summary_markdown
 from finemoe.cli.main import app
 from finemoe.core.config import read_toml
+from finemoe.core.errors import CheckpointError
+from finemoe.model.config import ModelConfig
 from finemoe.model.moe.decision import RoutingConstraint
 from finemoe.runs.config import resolve_run
 from finemoe.studies.arms import solve
@@ -109,6 +111,26 @@ def test_the_router_of_the_howto_routes():
     assert decision.expert_ids.shape == (10, 2)
     assert decision.expert_ids.max() < 3
     assert sum(p.numel() for p in router.parameters()) == names["SignConfig"]().num_parameters(8, 6)
+
+
+def test_the_family_of_the_howto_reads_back_what_it_writes():
+    (block,) = blocks(ROOT / "docs/howto/add-a-family.md", "python")
+    names: dict = {"__name__": "moonstone"}
+    exec(compile(block, "moonstone.py", "exec", dont_inherit=True), names)
+    family = names["FAMILY"]
+    raw = {"model_type": "moonstone", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    raw |= {"num_attention_heads": 4, "head_dim": 12, "num_key_value_heads": 2, "moe_intermediate_size": 8}
+    raw |= {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "vocab_size": 50}
+    config = family.to_config(raw)
+    assert config.moe_layers == (1, 2)
+    assert family.to_config(family.from_config(config)) == config
+    keys = {placement.theirs for placement in family.placements(config)}
+    assert {"model.layers.1.moe.always_on.up_proj.weight", "model.layers.0.self_attn.q_norm.weight"} <= keys
+    table = config.model_dump()
+    for moved in table["blocks"]:
+        moved["attention"]["rotary_dim"] = 6  # a setting that the page's writer knows nothing of
+    with pytest.raises(CheckpointError, match=r"no place for blocks\.0\.attention\.rotary_dim 6"):
+        family.from_config(ModelConfig.model_validate(table))
 
 
 def test_the_router_of_the_how_to_works_in_a_recipe(tmp_path):

@@ -9,7 +9,6 @@ import pytest
 from fake_results import fake_results
 
 from finemoe.charts import theme
-from finemoe.charts.numbers import clean, count, duration, percent, plus_minus, scientific
 from finemoe.charts.comparison.records import (
     above_window,
     curve,
@@ -23,6 +22,7 @@ from finemoe.charts.comparison.records import (
     visible,
 )
 from finemoe.charts.comparison.words import arm_names, pair_sentence, summary
+from finemoe.charts.numbers import clean, count, duration, percent, plus_minus, scientific
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,13 @@ def test_transformers_gives_the_padding_token_no_gradient(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("modules", [1, 2])
-def test_v3_prediction_modules_follow_the_last_layer(modules: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["deepseek_v3", "glm4_moe"])
+def test_prediction_modules_follow_the_last_layer(case: str, modules: int, tmp_path: Path) -> None:
     """At index num_layers, embedding before hidden state, the hidden state after the last norm; copies included."""
-    theirs, ids = make("deepseek_v3"), tokens()[:1]
+    theirs, ids = make(case), tokens()[:1]
     theirs.save_pretrained(tmp_path / "main")
     raw, weights = read_folder(tmp_path / "main")
+    raw.pop("num_mtp_layers", None)
     for depth in range(modules):
         layer, template = f"model.layers.{3 + depth}.", "model.layers.2."
         fresh = {layer + k.removeprefix(template): v.clone() for k, v in weights.items() if k.startswith(template)}
@@ -134,7 +136,7 @@ def test_v3_prediction_modules_follow_the_last_layer(modules: int, tmp_path: Pat
             logits = model.logits(found[depth])
             assert relative(logits, main.lm_head(layer.post_norm(hidden))) <= 1e-5 * (1 + 4 * depth)  # rounding adds up
             assert (relative(logits, main.lm_head(chained)) <= 1e-5) == (depth == 0)
-    written = take(model, "deepseek_v3", model.state_dict())
+    written = take(model, case, model.state_dict())
     twice = {f"model.layers.{3 + d}.{name}" for d in range(modules) for name in copies}
     assert written.keys() == weights.keys() - twice
     assert all(torch.equal(written[name], weights[name]) for name in written)

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from finemoe.checkpoint.huggingface.exporting import export_hf
 from finemoe.checkpoint.huggingface.families import FAMILIES, family_of
 from finemoe.checkpoint.huggingface.importing import import_hf
 from finemoe.checkpoint.open import load_model
+from finemoe.core.errors import CheckpointError
+from finemoe.model.config import ModelConfig
 from parity.foreign_models import CASES, fill, make, read_folder, relative, reload, tokens, write_folder
 
 TOLERANCE = 1e-5
@@ -99,6 +102,33 @@ def test_every_setting_counts(case: str, change: dict[str, Any], tmp_path: Path)
     model = fill(family.to_config({**raw, **change, "rope_parameters": rope}), family.name, weights)
     with torch.no_grad():
         assert relative(model.logits(model(ids).hidden), theirs(ids).logits) > 1e-3
+
+
+CLASSES = {case.split("-")[0]: name for case, (name, _) in CASES.items()}
+NEEDED: dict[str, dict[str, Any]] = {"deepseek_v2": {"num_experts_per_tok": 6}, "glm4_moe": {"head_dim": 128}}
+"""What a config needs said, though its class says nothing."""
+OTHERWISE = {"deepseek_v2": {"n_routed_experts", "n_shared_experts"}}
+"""Where DeepSeek's own code takes none, and transformers some."""
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_a_field_that_is_left_out_means_what_transformers_takes(family: str) -> None:
+    """Or it is missing, where the family has no default for it."""
+    theirs = getattr(transformers, f"{CLASSES[family]}Config")(**NEEDED.get(family, {}))
+    full = {key: value for key, value in json.loads(theirs.to_json_string(False)).items() if value is not None}
+    read = FAMILIES[family].to_config
+    expected, left_out = read(full), 0
+    for name in sorted(full.keys() - {"model_type", *NEEDED.get(family, {}), *OTHERWISE.get(family, set())}):
+        try:
+            found: ModelConfig | str = read({key: value for key, value in full.items() if key != name})
+        except CheckpointError as error:
+            found = str(error)
+        if isinstance(found, str):
+            assert f"`{name}` is missing" in found
+        else:
+            left_out += 1
+            assert found == expected, name
+    assert left_out > 10
 
 
 def test_every_native_family_has_a_case() -> None:

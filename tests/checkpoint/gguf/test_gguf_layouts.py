@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,30 @@ def test_queries_and_keys_are_interleaved_as_llama_cpp_rotates_them(tmp_path: Pa
                 np.testing.assert_array_equal(found[:, 2 * pair], plain[:, pair])
                 np.testing.assert_array_equal(found[:, 2 * pair + 1], plain[:, pair + 12])
     np.testing.assert_array_equal(tensors["blk.1.attn_v.weight"], ours["blocks.1.attention.v_proj.weight"].numpy())
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith(("qwen", "olmoe"))])
+def test_where_halves_turn_queries_and_keys_are_as_they_are(tmp_path: Path, name: str) -> None:
+    model = random_model(MODELS[name])
+    tensors, ours = stored(exported(tmp_path, model)), state_of(model)
+    for letter in "qkv":
+        theirs = tensors[f"blk.1.attn_{letter}.weight"]
+        np.testing.assert_array_equal(theirs, ours[f"blocks.1.attention.{letter}_proj.weight"].numpy())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_are_those_of_llama_cpp(tmp_path: Path, name: str) -> None:
+    """As the `gguf` package lists them: the tensors of the architecture, and keys that exist at all."""
+    path = exported(tmp_path, random_model(MODELS[name]))
+    architecture = open_gguf(path).architecture
+    (kind,) = (arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == architecture)
+    known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[kind]}
+    names = {re.sub(r"blk\.\d+\.", "blk.{bid}.", stored).removesuffix(".weight") for stored in open_gguf(path).tensors}
+    assert {stored.removesuffix(".bias") for stored in names} <= known
+    groups = (vars(group).values() for group in vars(gguf.Keys).values() if isinstance(group, type))
+    keys = {key.replace("{arch}", architecture) for group in groups for key in group if isinstance(key, str)}
+    written = {key for key in open_gguf(path).metadata if key.startswith(f"{architecture}.")}
+    assert written <= keys
 
 
 def test_the_up_projection_of_latents_is_split_and_its_keys_transposed(tmp_path: Path) -> None:

@@ -286,11 +286,9 @@ RELEASED: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
     },
     "kimi-k2": {
-        **_DEEPSEEK,
+        **{key: value for key, value in _DEEPSEEK.items() if not key.endswith("_token_id")},
         **_LATENT,
         "architectures": ["DeepseekV3ForCausalLM"],
-        "bos_token_id": 0,
-        "eos_token_id": 1,
         "ep_size": 1,
         "hidden_size": 7168,
         "intermediate_size": 18432,

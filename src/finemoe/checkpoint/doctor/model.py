@@ -60,7 +60,8 @@ def _attention(block: BlockConfig) -> str:
         return f"latent, {number(attention.num_heads, 'head')}, latent of {attention.kv_lora_rank}{query}"
     assert isinstance(attention, GroupedQueryConfig)
     shared = "" if attention.num_kv_heads == attention.num_heads else f", {number(attention.num_kv_heads, 'key head')}"
-    return f"grouped-query, {number(attention.num_heads, 'head')} of {attention.head_dim}{shared}"
+    turning = f", {attention.turning} of them turning" if attention.turning < attention.head_dim else ""
+    return f"grouped-query, {number(attention.num_heads, 'head')} of {attention.head_dim}{turning}{shared}"
 
 
 def _experts(layer: MoEConfig) -> str:

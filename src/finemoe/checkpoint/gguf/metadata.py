@@ -62,15 +62,15 @@ def describe(config: ModelConfig, context: int | None = None) -> Description:
         again = model_config({"general.architecture": found.architecture, **found.values}, facts, "read again")
     except CheckpointError as error:
         raise _refuse(str(error)) from error
-    lost = differences(_as_written(config, found.variants), again, SINGLE)
+    lost = differences(as_written(config, found.variants), again, SINGLE)
     if lost:
         more = f", and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         raise _refuse(f"the format has no place for {', '.join(lost[:_SHOWN])}{more}")
     return found
 
 
-def _as_written(config: ModelConfig, variants: Variants) -> ModelConfig:
-    """The model that a file holds: without prediction modules, and half-split where the rows are turned."""
+def as_written(config: ModelConfig, variants: Variants) -> ModelConfig:
+    """The model that a file of it holds: without prediction modules, and half-split where the rows are turned."""
     blocks = config.blocks
     if variants.neighbours:
         halves = {"rope": blocks[0].attention.rope.model_copy(update={"layout": "half_split"})}

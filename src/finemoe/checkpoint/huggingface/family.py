@@ -136,4 +136,4 @@ class Family:
 
     def lost(self, config: ModelConfig) -> tuple[str, ...]:
         """What `from_config` leaves out, in words: settings of training, which the format has no field for."""
-        return tuple(text for text in training_only(config) if not text.startswith(self.keeps or ("\0",)))
+        return tuple(text for text in training_only(config) if not text.startswith(self.keeps))

@@ -18,11 +18,12 @@ from torch import Tensor
 from finemoe.checkpoint.gguf import opening as gguf
 from finemoe.checkpoint.gguf.codec import decode, encode
 from finemoe.checkpoint.gguf.keys import Part
+from finemoe.checkpoint.gguf.metadata import as_written
 from finemoe.checkpoint.huggingface.accounting import SCALE_SUFFIX, our_dtype
 from finemoe.checkpoint.huggingface.fp8 import BLOCK, dequantize, quantize
 from finemoe.checkpoint.huggingface.importing import Source, open_source
 from finemoe.checkpoint.storage.safetensors import Index, TensorFolder, raw_bytes
-from finemoe.checkpoint.weights.agreement import differences
+from finemoe.checkpoint.weights.agreement import SINGLE, differences
 from finemoe.checkpoint.weights.exportable import Exportable, open_exportable
 from finemoe.checkpoint.weights.imported import Imported, read_imported
 from finemoe.core.errors import CheckpointError
@@ -194,6 +195,9 @@ def _same_fp8(opened: Exportable, written: Source, name: str, ours: str, index: 
 
 def _gguf_exported(opened: Exportable, path: Path) -> Iterator[_Check]:
     written = gguf.open_gguf(path)
+    lost = differences(as_written(opened.config, written.variants), written.config, SINGLE)
+    if lost:
+        raise CheckpointError(f"{path}: read again, its metadata describe another model: {lost[0]}")
     for name, stored in written.account.items():
 
         def agree(name: str = name, parts: tuple[Part, ...] = tuple(stored.parts())) -> bool:
