@@ -140,10 +140,14 @@ def _measure(name: str, seq_len: int | None) -> ModelSize:
 def _measure_folder(path: Path, seq_len: int | None) -> ModelSize:
     """A run, at the length of its sequences; or a checkpoint from elsewhere."""
     from finemoe.checkpoint.kinds import kind_of
+    from finemoe.checkpoint.own_config import refuse_older
     from finemoe.checkpoint.storage.untrusted import read_json
 
     if kind_of(path) == "run":
-        return _measure_file(read_json(path / "config.json"), path / "config.json", seq_len)
+        file = path / "config.json"
+        raw = read_json(file)
+        refuse_older(raw, file)
+        return _measure_file(raw, file, seq_len)
 
     from finemoe.checkpoint.open import read_model_config
     from finemoe.model.size import measure

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from finemoe.checkpoint.doctor.examine import examine
 from finemoe.checkpoint.gguf.exporting import export_gguf
 from finemoe.checkpoint.huggingface.exporting import export_hf
 from finemoe.checkpoint.open import load_model, load_tokenizer, read_model_config
+from finemoe.cli.main import app
 from finemoe.core.errors import FinemoeError
 from finemoe.core.logs import read_json_lines
 from finemoe.generation.engine import Engine
@@ -108,3 +110,11 @@ def test_a_run_of_before_rope_had_a_table_is_refused_in_one_sentence(opener: str
 def test_the_doctor_says_the_same_of_it() -> None:
     (problem,) = examine(FORMATS / "run-before-rope").problems
     assert problem.text.endswith(TOO_OLD)
+
+
+@pytest.mark.parametrize("verb", [("size",), ("resume",), ("generate", "--prompt", "a")], ids=lambda verb: verb[0])
+def test_the_command_line_says_it_and_no_more(verb: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*verb, str(FORMATS / "run-before-rope")])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.rstrip().endswith(TOO_OLD)
