@@ -15,7 +15,7 @@ from checkpoint.gguf.gguf_files import DENSE, LATENT, LLAMA3, MODELS, QUERIES, c
 from finemoe.checkpoint.weights.agreement import SINGLE, differences
 from finemoe.model.config import ModelConfig
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FIELD = """    route_scale: PositiveFloat = 1.0
     temperature: PositiveFloat = 1.0
 """
