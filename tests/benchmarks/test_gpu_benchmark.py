@@ -197,9 +197,9 @@ def test_parts_import_no_more_than_they_say() -> None:
 import sys
 from importlib.metadata import packages_distributions
 # What the packages that are allowed need themselves.
-inner = {{"annotated_types", "pydantic_core", "typing_extensions", "typing_inspection", "markdown_it", "pygments", "tqdm"}}
+inner = {{"annotated_types", "pydantic_core", "typing_extensions", "typing_inspection", "markdown_it", "pygments"}}
 allowed = inner | set({allowed!r}) | {{"benchmarks", "finemoe"}}
-torchs = {{"torchgen", "functorch", "sympy", "mpmath", "jinja2", "filelock", "networkx", "fsspec", "markupsafe"}}
+torchs = {{"torchgen", "functorch", "sympy", "mpmath", "tqdm", "jinja2", "filelock", "networkx", "fsspec", "markupsafe"}}
 refused = set(packages_distributions()) - allowed - torchs
 refused = {{name for name in refused if name not in sys.stdlib_module_names and not name.startswith("_")}}
 assert {{"altair", "scipy", "typer", "pytest", "transformers"}} <= refused
