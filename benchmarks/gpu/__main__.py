@@ -114,24 +114,22 @@ def run_tests(seconds: float, run: Run = limited) -> dict[str, Any]:
     return {"passed": status == 0, "said": lines[-1]}
 
 
-def run_part(name: str, wanted: argparse.Namespace, seconds: float, run: Run = limited) -> dict[str, Any]:
-    """What the part found.
-
-    Raises:
-        RuntimeError: it failed, or its time was over.
-    """
+def run_part(
+    name: str, wanted: argparse.Namespace, seconds: float, run: Run = limited
+) -> tuple[dict[str, Any] | None, str | None]:
+    """What the part found, as far as it came, and why it came no further."""
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "found.json"
         command = [sys.executable, "-m", "benchmarks.gpu.parts", name, "--out", str(out)]
         command += ["--device", wanted.device, "--repeats", str(wanted.repeats), *(["--quick"] if wanted.quick else [])]
         status, _, said = run(command, seconds)
+        found: dict[str, Any] | None = json.loads(out.read_text(encoding="utf-8")) if out.exists() else None
         if status is None:
-            raise RuntimeError(f"stopped after {seconds:.0f} s")
-        if status or not out.exists():
+            return found, f"stopped after {seconds:.0f} s"
+        if status or found is None:
             print(said, file=sys.stderr)
-            raise RuntimeError((said.strip().splitlines() or [f"ended with {status}"])[-1])
-        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        return found
+            return found, (said.strip().splitlines() or [f"ended with {status}"])[-1]
+        return found, None
 
 
 def measure(wanted: argparse.Namespace) -> dict[str, Any]:
@@ -151,11 +149,12 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
             if not results["tests"]["passed"]:
                 results["failed"][name] = results["tests"]["said"]
         else:
-            try:
-                results["parts"][name] = run_part(name, wanted, SECONDS[name])
-            except RuntimeError as error:
-                results["failed"][name] = str(error)
-                print(f"{name} failed: {error}", file=sys.stderr)
+            found, problem = run_part(name, wanted, SECONDS[name])
+            if found is not None:
+                results["parts"][name] = found
+            if problem is not None:
+                results["failed"][name] = problem
+                print(f"{name} failed: {problem}", file=sys.stderr)
         results["cards"][name] = {"before": before, "after": card()}
     return results
 

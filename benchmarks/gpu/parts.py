@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -281,8 +281,11 @@ def _step_rows(samples: Samples, flops: float) -> list[Row]:
     return [*rows, _share("step", OURS, [flops / seconds for seconds in samples[OURS]])]
 
 
-def compiled(setting: Setting) -> list[Row]:
-    """Whether torch.compile helps: an MoE layer, its dense peer, and every block of a model in a training step."""
+def compiled(setting: Setting) -> Iterator[Row]:
+    """Whether torch.compile helps: an MoE layer, its dense peer, and every block of a model in a training step.
+
+    One after the other, so that what is there when time is over is not lost.
+    """
     shape = TINY if setting.quick else LAYER
     grouped, dense = with_kernel(moe_layer(shape, setting), "grouped_mm"), dense_layer(shape, setting)
     attempts: dict[str, Callable[[], Row]] = {
@@ -292,15 +295,13 @@ def compiled(setting: Setting) -> list[Row]:
         DENSE: lambda: _compiled_call(DENSE, dense, dense.parameters(), shape, setting),
         "training step": lambda: _compiled_step(setting),
     }
-    rows = []
     for name, attempt in attempts.items():
         try:
-            rows.append(attempt())
+            yield attempt()
         except Exception as error:  # what the compiler cannot do is what this part is to find out
             traceback.print_exc()
             lines = str(error).strip().splitlines() or [""]
             setting.notes.append(f"torch.compile of the {name} failed: {type(error).__name__}: {lines[0]}")
-    return rows
 
 
 def _compiled_call(
@@ -328,7 +329,7 @@ def _compiled_step(setting: Setting) -> Row:
     return row("compile", "training step, compiled / eager", samples, COMPILED, OURS)
 
 
-PARTS: dict[str, Callable[[Setting], list[Row]]] = {"layer": layer, "step": step, "compile": compiled}
+PARTS: dict[str, Callable[[Setting], Iterable[Row]]] = {"layer": layer, "step": step, "compile": compiled}
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -343,11 +344,20 @@ def main(given: Sequence[str] | None = None) -> int:
     os.environ["FINEMOE_NATIVE"] = "0"  # our C++ is for CPUs: no time to compile it here
     setting = Setting(wanted.device, wanted.quick, wanted.repeats)
     setting.measure_peaks()
-    rows = PARTS[wanted.part](setting)
+    rows: list[Row] = []
+    for one in PARTS[wanted.part](setting):
+        rows.append(one)
+        _write(wanted.out, rows, setting)
     setting.measure_peaks()
-    found = {"rows": [asdict(one) for one in rows], **asdict(setting)}
-    wanted.out.write_text(json.dumps(found), encoding="utf-8")
+    _write(wanted.out, rows, setting)
     return 0
+
+
+def _write(out: Path, rows: Sequence[Row], setting: Setting) -> None:
+    """In one rename: whoever is stopped leaves a whole file or none."""
+    half = out.with_suffix(".half")
+    half.write_text(json.dumps({"rows": [asdict(one) for one in rows], **asdict(setting)}), encoding="utf-8")
+    half.replace(out)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Own:
         None: what `finemoe train` chooses. `compiled`: those whose blocks go through torch.compile.
         """
         keep_freed_pages()
-        self.batch = batch_of(tokens)
+        self.batch = batch_of(tokens).to(torch.device(self.device))
         weights = self.model.state_dict(keep_vars=True)
         config = self.model.config
         for name, given in kernels.items():

@@ -97,12 +97,14 @@ def measured(monkeypatch: pytest.MonkeyPatch, run: gpu.Run, given: Sequence[str]
     return gpu.main(list(given))
 
 
-def writing(failing: str | None = None, stopped: str | None = None) -> gpu.Run:
-    """A run of every part that writes `FOUND`."""
+def writing(failing: str | None = None, stopped: str | None = None, half: bool = False) -> gpu.Run:
+    """A run of every part that writes `FOUND`; a stopped one before, or after, it had something to write."""
 
     def run(command: Sequence[str], seconds: float) -> gpu.Finished:
         name = command[3]
         if name == stopped:
+            if half:
+                Path(command[command.index("--out") + 1]).write_text(json.dumps(FOUND))
             return None, "", ""
         if "pytest" in command:
             return 0, "....\n4 passed in 1.00s\n", ""
@@ -130,11 +132,14 @@ def test_a_whole_run_writes_its_results(
         assert text in printed
 
 
-def test_a_part_that_fails_or_never_ends_costs_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("half", [False, True])
+def test_a_part_that_fails_or_never_ends_costs_its_own_rows(
+    half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.json")
-    assert measured(monkeypatch, writing(failing="layer", stopped="compile"), []) == 1
+    assert measured(monkeypatch, writing(failing="layer", stopped="compile", half=half), []) == 1
     written = json.loads((tmp_path / "gpu.json").read_text())
-    assert set(written["parts"]) == {"step"}
+    assert set(written["parts"]) == ({"step", "compile"} if half else {"step"})
     assert written["failed"] == {
         "layer": "RuntimeError: loop is off by 3.0e-01 of the norm",
         "compile": f"stopped after {gpu.SECONDS['compile']:.0f} s",
@@ -198,8 +203,9 @@ import sys
 from importlib.metadata import packages_distributions
 # What the packages that are allowed need themselves.
 inner = {{"annotated_types", "pydantic_core", "typing_extensions", "typing_inspection", "markdown_it", "pygments"}}
+inner.add("markupsafe")
 allowed = inner | set({allowed!r}) | {{"benchmarks", "finemoe"}}
-torchs = {{"torchgen", "functorch", "sympy", "mpmath", "tqdm", "jinja2", "filelock", "networkx", "fsspec", "markupsafe"}}
+torchs = {{"torchgen", "functorch", "sympy", "mpmath", "jinja2", "filelock", "networkx", "fsspec", "tqdm"}}
 refused = set(packages_distributions()) - allowed - torchs
 refused = {{name for name in refused if name not in sys.stdlib_module_names and not name.startswith("_")}}
 assert {{"altair", "scipy", "typer", "pytest", "transformers"}} <= refused
@@ -216,7 +222,7 @@ import benchmarks.gpu.parts, benchmarks.speed.own
 
 def test_the_layer_part_has_every_kernel_and_the_dense_peer() -> None:
     here = setting()
-    rows = parts.layer(here)
+    rows = list(parts.layer(here))
     assert {row.ours.name for row in rows} == set(parts.KERNELS)
     assert {row.peer.name for row in rows if row.peer is not None} == {parts.DENSE}
     assert rows[-1].of == "gemm"
@@ -246,7 +252,7 @@ def test_another_kernel_has_the_same_weights_and_the_same_gradients() -> None:
 @pytest.mark.slow
 def test_the_step_part_runs_both_programs() -> None:
     here = setting()
-    rows = parts.step(here)
+    rows = list(parts.step(here))
     assert [row.what for row in rows][:2] == [
         f"training step / transformers, {name}" for name in ("grouped_mm", "eager")
     ]
