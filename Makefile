@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup check golden bench build clean
+.PHONY: demo test setup check golden bench gpu build clean
 
 demo: setup  ## train five architectures at matched compute and open the report (under ten minutes on two cores)
 	$(BIN)/finemoe compare recipes/demo.toml --out runs/demo
@@ -31,6 +31,11 @@ golden: setup  ## re-record the golden trajectories; review the difference befor
 
 bench: setup  ## speed beside transformers and llama.cpp, 15 to 20 minutes; PEER=python that has them, ARGS=--quick
 	$(BIN)/python -m benchmarks.speed $(if $(PEER),--peer $(PEER)) $(ARGS)
+
+gpu:  ## gpu tests, then speed on a CUDA device beside transformers, under nine minutes; installs nothing where torch is there
+	@python=$$(for python in $(PYTHON) $(BIN)/python; do $$python -c 'import torch' 2>/dev/null && echo $$python && break; done); \
+	if [ -z "$$python" ]; then $(MAKE) setup && python=$(BIN)/python || exit; fi; \
+	PYTHONPATH="src:.$${PYTHONPATH:+:$$PYTHONPATH}" $$python -m benchmarks.gpu $(ARGS)
 
 build: setup  ## the wheel, in dist/
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.speed.device import device_memory, forget_peak
 from benchmarks.speed.serving import memory, serve
 from benchmarks.speed.training import batch_of, chosen_kernels, loss_of, make_trainer, step
 
@@ -28,27 +30,38 @@ class Own:
         self.model: Transformer
         self.batch: TokenBatch
         self.trainers: dict[str, Trainer] = {}
+        self.device = "cpu"
 
-    def open(self, path: str) -> dict[str, Any]:
+    def open(self, path: str, device: str = "cpu") -> dict[str, Any]:
         """Load a run, as `finemoe generate` does."""
-        self.model = load_model(Path(path))
+        self.model = load_model(Path(path)).to(device)
+        self.device = device
         return {}
 
-    def train(self, tokens: list[list[int]], kernels: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+    def train(
+        self,
+        tokens: list[list[int]],
+        kernels: dict[str, dict[str, Any] | None],
+        bf16: bool = False,
+        compiled: Sequence[str] = (),
+    ) -> dict[str, Any]:
         """Get ready for training: one trainer for each choice of kernels, on the same weights and optimizer state.
 
-        None: what `finemoe train` chooses.
+        None: what `finemoe train` chooses. `compiled`: those whose blocks go through torch.compile.
         """
         keep_freed_pages()
-        self.batch = batch_of(tokens)
+        self.batch = batch_of(tokens).to(torch.device(self.device))
         weights = self.model.state_dict(keep_vars=True)
         config = self.model.config
         for name, given in kernels.items():
-            chosen = chosen_kernels(config, self.batch) if given is None else Kernels(**given)
+            chosen = chosen_kernels(config, self.batch, self.device, bf16) if given is None else Kernels(**given)
             with torch.device("meta"):
                 model = Transformer(config, chosen)
             model.load_state_dict(weights, assign=True)
-            self.trainers[name] = make_trainer(model, self.batch)
+            if name in compiled:
+                for block in model.blocks:
+                    block.compile()
+            self.trainers[name] = make_trainer(model, self.batch, bf16)
         first = next(iter(self.trainers.values()))
         for trainer in self.trainers.values():
             trainer.optimizers = first.optimizers  # the parameters are the same objects
@@ -56,7 +69,8 @@ class Own:
 
     def loss(self, trainer: str) -> dict[str, Any]:
         """Mean cross-entropy of the batch."""
-        return {"loss": loss_of(self.trainers[trainer].model, self.batch)}
+        with self.trainers[trainer].autocast():
+            return {"loss": loss_of(self.trainers[trainer].model, self.batch)}
 
     def step(self, trainer: str) -> dict[str, Any]:
         """One training step."""
@@ -70,7 +84,12 @@ class Own:
 
     def memory(self) -> dict[str, Any]:
         """Resident bytes, now and at most."""
-        return dict(memory())
+        return {**memory(), **device_memory(self.device)}
+
+    def measured_step(self, trainer: str) -> dict[str, Any]:
+        """One training step whose memory on the device is counted."""
+        forget_peak(self.device)
+        return {**self.step(trainer), **device_memory(self.device)}
 
     def generate(self, prompt: list[int], count: int) -> dict[str, Any]:
         """Greedy decoding: seconds to the first token, and seconds of one of the `count` that follow."""
@@ -99,6 +118,7 @@ def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
     own = Own()
     methods = (own.open, own.train, own.loss, own.step, own.validate, own.memory, own.generate, own.prefill, own.logits)
+    methods = (*methods, own.measured_step)
     serve({method.__name__: method for method in methods}, versions={"torch": torch.__version__})
 
 

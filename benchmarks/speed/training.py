@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+from benchmarks.speed.device import settle
 
 from finemoe.data.batch import TokenBatch
 from finemoe.model.config import Kernels, ModelConfig
@@ -30,9 +31,10 @@ def batch_of(tokens: list[list[int]]) -> TokenBatch:
     return TokenBatch(ids, ids.roll(-1, 1), weights, positions, torch.zeros_like(ids))
 
 
-def chosen_kernels(config: ModelConfig, batch: TokenBatch) -> Kernels:
+def chosen_kernels(config: ModelConfig, batch: TokenBatch, device: str = "cpu", bf16: bool = False) -> Kernels:
     """What `finemoe train` chooses by measuring."""
-    return choose(config, Kernels(), tokens=batch.tokens.numel(), device=torch.device("cpu"), bf16=False).kernels
+    where = torch.device(device)
+    return choose(config, Kernels(), tokens=batch.tokens.numel(), device=where, bf16=bf16).kernels
 
 
 class _Same:
@@ -45,14 +47,14 @@ class _Same:
         return self._batch
 
 
-def make_trainer(model: Transformer, batch: TokenBatch) -> Trainer:
-    """A trainer whose every step is on `batch`."""
+def make_trainer(model: Transformer, batch: TokenBatch, bf16: bool = False) -> Trainer:
+    """A trainer whose every step is on `batch`, where the model is."""
     plan = Plan(
         total_steps=1_000_000,
         sequences_per_step=batch.num_sequences,
         sequences_per_micro_batch=batch.num_sequences,
-        device=torch.device("cpu"),
-        bf16=False,
+        device=model.embedding.weight.device,
+        bf16=bf16,
     )
     method = Method(_Same(batch), OBJECTIVE, lambda model: Figures({}), before_update=(Clip(1.0),))
     schedule = MultiStepConfig(warmup_share=0.0, milestones=())
@@ -62,12 +64,14 @@ def make_trainer(model: Transformer, batch: TokenBatch) -> Trainer:
 @torch.no_grad()
 def loss_of(model: Transformer, batch: TokenBatch) -> float:
     """Mean cross-entropy."""
-    terms = OBJECTIVE.terms(model, batch)
+    terms = OBJECTIVE.terms(model, batch.to(model.embedding.weight.device))
     return float(terms.sums[CROSS_ENTROPY] / batch.weights.sum())
 
 
 def step(trainer: Trainer, batch: TokenBatch) -> float:
     """Seconds of one step."""
+    settle(trainer.plan.device)
     started = time.perf_counter()
     trainer.step([batch])
+    settle(trainer.plan.device)
     return time.perf_counter() - started

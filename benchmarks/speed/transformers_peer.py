@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from benchmarks.speed.device import device_memory, forget_peak, settle
 from benchmarks.speed.serving import memory, serve
 
 LEARNING_RATE = 1e-5
@@ -31,17 +32,20 @@ class Peer:
         self.model: Any
         self.tokens: torch.Tensor
         self.optimizer: torch.optim.Optimizer
+        self.device = "cpu"
+        self.bf16 = False
 
-    def open(self, path: str) -> dict[str, Any]:
+    def open(self, path: str, device: str = "cpu") -> dict[str, Any]:
         """Load a folder with everything that the library chooses by itself, in float32."""
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
+        self.device = device
         config = self.model.config
         self.model.generation_config.eos_token_id = None
         return {"experts": config._experts_implementation, "attention": config._attn_implementation}
 
-    def train(self, tokens: list[list[int]]) -> dict[str, Any]:
-        """Get ready for training: AdamW as ours, fused and with two groups."""
-        self.tokens = torch.tensor(tokens)
+    def train(self, tokens: list[list[int]], bf16: bool = False) -> dict[str, Any]:
+        """Get ready for training: AdamW as ours, fused and with two groups; bf16 under autocast, as ours."""
+        self.tokens, self.bf16 = torch.tensor(tokens, device=self.device), bf16
         self.model.train()
         parameters = list(self.model.parameters())
         groups = [
@@ -59,23 +63,35 @@ class Peer:
     @torch.no_grad()
     def loss(self) -> dict[str, Any]:
         """Mean cross-entropy of the batch."""
-        return {"loss": self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.item()}
+        return {"loss": self._loss().item()}
+
+    def _loss(self) -> torch.Tensor:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            loss: torch.Tensor = self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
+            return loss
 
     def step(self, experts: str) -> dict[str, Any]:
         """One training step."""
         self.use(experts)
+        settle(self.device)
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
+        loss = self._loss()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         found = {"loss": loss.item(), "norm": norm.item()}
+        settle(self.device)
         return {"seconds": time.perf_counter() - started, **found}
+
+    def measured_step(self, experts: str) -> dict[str, Any]:
+        """One training step whose memory on the device is counted."""
+        forget_peak(self.device)
+        return {**self.step(experts), **device_memory(self.device)}
 
     def memory(self) -> dict[str, Any]:
         """Resident bytes, now and at most."""
-        return dict(memory())
+        return {**memory(), **device_memory(self.device)}
 
     @torch.no_grad()
     def generate(self, prompt: list[int], count: int) -> dict[str, Any]:
@@ -111,7 +127,7 @@ def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
     peer = Peer()
     methods = (peer.open, peer.train, peer.use, peer.loss, peer.step, peer.memory, peer.generate, peer.prefill)
-    operations = {method.__name__: method for method in (*methods, peer.logits)}
+    operations = {method.__name__: method for method in (*methods, peer.logits, peer.measured_step)}
     serve(operations, versions={"transformers": transformers.__version__, "transformers' torch": torch.__version__})
 
 
