@@ -172,6 +172,13 @@ def test_keys_that_only_describe_are_ignored() -> None:
     assert read_back(config, feed_forward_length=[96, 96, 96], attention__head_count=[4, 4, 4]) == config
 
 
+def test_widths_of_experts_that_early_files_leave_out() -> None:
+    """Qwen1.5-MoE: the experts of a token together, and the shared ones, are as wide as feed_forward_length."""
+    config = config_of(MODELS["qwen2moe"])
+    left_out = {"expert_feed_forward_length": None, "expert_shared_feed_forward_length": None}
+    assert read_back(config, feed_forward_length=3 * 32, **left_out) == config
+
+
 def test_linear_scaling_under_its_old_name() -> None:
     config = config_of(MODELS["llama-linear"])
     old = {"rope__scaling__type": None, "rope__scaling__factor": None, "rope__scale_linear": 4.0}
