@@ -81,6 +81,11 @@ def test_no_shared_experts(case: str, tmp_path: Path) -> None:
         ("deepseek_v2", {"topk_group": 3}),
         ("deepseek_v2", {"num_experts_per_tok": 2}),
         ("deepseek_v3", {"n_group": 6}),
+        ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 1 / 3}}),
+        ("glm4_moe", {"topk_group": 3}),
+        ("glm4_moe", {"norm_topk_prob": False}),
+        ("glm4_moe", {"routed_scaling_factor": 2.4}),
+        ("glm4_moe-whole-heads", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
         ("deepseek_v3", {"norm_topk_prob": False}),
         ("deepseek_v3", {"rope_interleave": False}),
         ("deepseek_v3-yarn-two", {"rope_parameters": {"mscale": 1.0}}),
@@ -97,7 +102,8 @@ def test_every_setting_counts(case: str, change: dict[str, Any], tmp_path: Path)
     raw, weights = read_folder(tmp_path)
     rope = {**raw["rope_parameters"], **change.get("rope_parameters", {})}
     if rope["rope_type"] == "default":
-        rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+        kept = ("rope_type", "rope_theta", "partial_rotary_factor")
+        rope = {key: rope[key] for key in kept if key in rope}
     family = family_of(raw)
     model = fill(family.to_config({**raw, **change, "rope_parameters": rope}), family.name, weights)
     with torch.no_grad():
