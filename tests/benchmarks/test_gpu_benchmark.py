@@ -154,7 +154,9 @@ def test_what_is_no_whole_run_is_written_on_request_alone(
     assert measured(monkeypatch, writing(), given) == 0
     assert not (tmp_path / "gpu.json").exists()
     assert gpu.main([*given, "--out", str(tmp_path / "other.json")]) == 0
-    assert json.loads((tmp_path / "other.json").read_text())["quick"] is ("--quick" in given)
+    other = json.loads((tmp_path / "other.json").read_text())
+    assert other["quick"] is ("--quick" in given)
+    assert (other["tests"] is not None) == (given == ["--quick"])
 
 
 def test_a_machine_without_our_packages_loses_parts_and_writes_nothing(
