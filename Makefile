@@ -3,13 +3,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup check golden bench gpu build clean
+.PHONY: demo test slow mutants coverage setup check golden bench gpu build clean
 
 demo: setup  ## train five architectures at matched compute and open the report (under ten minutes on two cores)
 	$(BIN)/finemoe compare recipes/demo.toml --out runs/demo
 
 test: setup  ## the default test suite
 	$(BIN)/pytest -n auto
+
+slow: setup  ## the tests that take minutes: narrower vectors, every published configuration, llama.cpp where it is installed
+	$(BIN)/pytest -m slow
+
+mutants: setup  ## break one line at a time and see the tests notice, about ten minutes; ARGS="--only NAME"
+	$(BIN)/python tests/mutants/run.py $(ARGS)
+
+coverage: setup  ## which lines the default suite runs
+	$(BIN)/pip install --quiet --constraint constraints.txt coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n auto -q
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --ignore-errors --skip-covered
 
 setup: $(VENV)/.installed  ## create .venv and install finemoe with its development tools
 

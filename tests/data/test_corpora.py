@@ -167,6 +167,20 @@ def test_malformed_records_are_skipped_one_by_one(tmp_path: Path, caplog: pytest
         scan_corpus(files(path), 0.5, 0.01)
 
 
+def test_parquet_rows_without_text_or_domain_are_skipped_one_by_one(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "text": pa.array([b"first", b"\xff\xfe", None, b"no domain", b"last"], pa.binary()).view(pa.string()),
+            "lang": ["x", "x", "x", None, "y"],
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    documents, report = read(files(tmp_path / "a.parquet", domain_field="lang"))
+    assert [(item.document.text, item.document.domain) for item in documents] == [("first", "x"), ("last", "y")]
+    reasons = {skipped.name.rpartition(":")[2]: skipped.reason for skipped in report.skipped}
+    assert reasons == {"2": "not UTF-8", "3": "field `text` holds no text", "4": "field `lang` holds no domain"}
+
+
 def test_undecodable_file_counts_against_the_threshold(tmp_path: Path) -> None:
     for i in range(9):
         (tmp_path / f"{i}.txt").write_text(f"text {i}")

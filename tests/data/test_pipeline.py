@@ -13,36 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 
+from data.documents import document
 from finemoe.core.errors import DataError
 from finemoe.data import DataConfig, FilesCorpus, PreparedData, StdlibCorpus, prepare
-from finemoe.data import shards as shards_module
-from finemoe.data.cache import DamagedError, open_or_build
-from finemoe.data.shards import TokenWriter, open_streams
+from finemoe.data.cache import open_or_build
+from finemoe.data.shards import TokenWriter
 from finemoe.text import END_OF_TEXT, Tokenizer
-
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "iota",
-    "kappa",
-    "lambda",
-    "mu",
-]
-
-
-def document(number: int, words: int = 60) -> str:
-    chosen = (WORDS[(number * 7 + i * i) % len(WORDS)] + str(number % 10) for i in range(words))
-    return " ".join(chosen) + f" é{number}\n"
 
 
 @pytest.fixture
@@ -150,6 +128,23 @@ def test_a_damaged_tokenizer_is_trained_again(config: DataConfig, caplog: pytest
     assert "recorded hash" in caplog.text
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone", "no record", "record of nothing"])
+def test_a_tokenizer_that_cannot_be_read_is_trained_again(config: DataConfig, damage: str) -> None:
+    before = prepare(config).tokenizer.fingerprint()
+    path = next((Path(str(config.cache_dir)) / "tokenizers").glob("*/tokenizer.json"))
+    record = path.with_name("fingerprint.txt")
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "gone":
+        path.unlink()
+    elif damage == "no record":
+        record.unlink()
+    else:
+        record.write_bytes(b"\xff")
+    assert prepare(config).tokenizer.fingerprint() == before
+    assert record.read_text() == before
+
+
 def test_killed_between_write_and_rename(config: DataConfig) -> None:
     code = (
         "import os, sys, finemoe.data.cache as cache\n"
@@ -245,6 +240,20 @@ def test_frequencies_count_the_training_tokens(config: DataConfig) -> None:
     assert frequencies[data.tokenizer.end_of_text_id] == data.report["documents"]["train"]
 
 
+def test_frequencies_are_of_all_parts_and_of_the_whole_stream(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finemoe.data.pipeline._COUNT_BLOCK", 100)
+    (tmp_path / "other.txt").write_text("other words " * 300)
+    (tmp_path / "held.txt").write_text("held out " * 30)
+    other = {"kind": "files", "paths": [str(tmp_path / "other.txt")], "validation_paths": [str(tmp_path / "held.txt")]}
+    parts = [{"weight": 1, "corpus": config.corpus.model_dump()}, {"weight": 1, "corpus": other}]  # type: ignore[union-attr]
+    data = prepare(DataConfig.model_validate({**config.model_dump(), "corpus": {"kind": "mixture", "parts": parts}}))
+    tokens = np.concatenate([source.tokens for source in data.train.sources])
+    assert len(data.train.sources) == 2
+    assert np.array_equal(data.token_frequencies(), np.bincount(tokens, minlength=data.tokenizer.vocab_size))
+
+
 def test_validation_is_fixed_bounded_and_drawn_evenly(config: DataConfig) -> None:
     data = prepare(config.model_copy(update={"max_validation_tokens": 160}))
     rows = torch.cat([batch.tokens for batch in data.validation_batches(3)])
@@ -301,6 +310,26 @@ def test_mixtures_keep_their_parts_apart(config: DataConfig, tmp_path: Path) -> 
     ]
 
 
+def test_a_part_too_short_to_validate_on_is_said_and_left_out(
+    config: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, text in {"train": "one " * 400, "validation": "two"}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    short = {"paths": [str(tmp_path / "train.txt")], "validation_paths": [str(tmp_path / "validation.txt")]}
+    mixture = {
+        "kind": "mixture",
+        "parts": [
+            {"weight": 1, "corpus": config.corpus.model_dump()},  # type: ignore[union-attr]
+            {"weight": 1, "corpus": {"kind": "files", **short}},
+        ],
+    }
+    with caplog.at_level(logging.WARNING, "finemoe"):
+        data = prepare(DataConfig.model_validate({**config.model_dump(), "corpus": mixture}))
+    assert "too little text to validate on in: 1-files" in caplog.text
+    rows = torch.cat([batch.tokens for batch in data.validation_batches(8)])
+    assert not any("two" in data.tokenizer.decode(row.tolist()) for row in rows)
+
+
 def test_sampling_the_tokenizer_text(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(config.corpus, FilesCorpus)
     path = Path(config.corpus.paths[0])
@@ -317,79 +346,6 @@ def test_sampling_the_tokenizer_text(config: DataConfig, monkeypatch: pytest.Mon
     data = prepare(config.model_copy(update={"tokenizer_sample_bytes": 200_000}))
     assert data.report["bytes"]["train"] > 1_000_000
     assert 100_000 < sizes[0] < 300_000
-
-
-def test_long_texts_are_encoded_in_pieces_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "_BLOCK_CHARS", 100)
-    tokenizer = Tokenizer.train([document(1)], 300)
-    texts = ["line\n" * 95, "no line ends " * 50, "short", "x" * 100]
-    with TokenWriter(tmp_path, ["a", "b"], tokenizer) as writer:
-        for text in texts:
-            writer.add("a", text)
-        writer.finish()
-    opened = open_streams(tmp_path)
-    assert tokenizer.decode(opened["a"].tolist()) == END_OF_TEXT.join([*texts, ""])
-    assert (opened["a"] == tokenizer.end_of_text_id).sum() == 4
-    assert isinstance(opened["a"], np.memmap)
-    assert opened["a"].dtype == np.uint16
-    assert len(opened["b"]) == 0
-
-
-def test_blocks_are_written_in_order_whatever_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = Tokenizer.train([document(1)], 300)
-    documents = [("ab"[(i * i) % 3 % 2], document(i, 1 + i % 7)) for i in range(60)]
-    expected: dict[str, list[int]] = {"a": [], "b": []}
-    for name, text in documents:
-        expected[name] += [*tokenizer.encode(text), tokenizer.end_of_text_id]
-    for chars, texts in ((1, 1), (37, 1000), (1 << 20, 7), (1 << 20, 60), (1 << 20, 1000)):
-        monkeypatch.setattr(shards_module, "_BLOCK_CHARS", chars)
-        monkeypatch.setattr(shards_module, "_BLOCK_TEXTS", texts)
-        monkeypatch.setattr(shards_module, "_pieces", lambda text: [text])  # whose tokens depend on where it is cut
-        folder = tmp_path / f"{chars}-{texts}"
-        folder.mkdir()
-        with TokenWriter(folder, ["a", "b"], tokenizer) as writer:
-            for name, text in documents:
-                writer.add(name, text)
-            writer.finish()
-        assert {name: ids.tolist() for name, ids in open_streams(folder).items()} == expected
-        monkeypatch.undo()
-
-
-def test_an_error_in_the_thread_that_tokenises_is_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-        raise MemoryError("too much")
-
-    monkeypatch.setattr(Tokenizer, "encode_batch", fail)
-    before = threading.active_count()
-    with TokenWriter(tmp_path, ["a"], Tokenizer.train(["x"], 300)) as writer:
-        writer.add("a", "text")
-        with pytest.raises(MemoryError, match="too much"):
-            writer.finish()
-    assert threading.active_count() == before
-
-
-def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {char: 70_000 + i for i, char in enumerate(alphabet)}
-    inner = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([END_OF_TEXT])
-    inner.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.load(tmp_path)
-    with TokenWriter(tmp_path, ["a"], tokenizer) as writer:
-        writer.add("a", "text")
-        writer.finish()
-    opened = open_streams(tmp_path)["a"]
-    assert opened.dtype == np.uint32
-    assert tokenizer.decode(opened[:4].tolist()) == "text"
-    assert opened.min() >= 256
-
-
-def test_a_foreign_format_is_damage(tmp_path: Path) -> None:
-    (tmp_path / "meta.json").write_text(json.dumps({"format": 0, "dtype": "<u2", "streams": {}}))
-    with pytest.raises(DamagedError, match="format 0"):
-        open_streams(tmp_path)
 
 
 def test_the_default_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from finemoe.core.errors import TrainingError
 from finemoe.model.config import Kernels
 from finemoe.runs import run as run_module
 from finemoe.runs.calibration import Chosen
+from finemoe.runs.config import RunConfig
 from finemoe.runs.run import resume, train
+from finemoe.training.method import Method
 from finemoe.training.optimizers import OPTIMIZERS
 from finemoe.training.report import StepReport
 from finemoe.training.trainer import Trainer
@@ -176,6 +181,34 @@ def test_any_optimizer_resumes_to_the_bit(
     broken = trained(corpus, tmp_path / "broken", "deepseek-moe", **table)
     resume(broken, quiet=True)
     assert_same_run(unbroken, broken)
+
+
+def test_what_draws_from_the_default_generator_resumes_where_it_was(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As dropout would, or a mask that is drawn anew in each step."""
+
+    def noise(parameters: Mapping[str, nn.Parameter], norm: Tensor) -> dict[str, float]:
+        for parameter in parameters.values():
+            assert parameter.grad is not None
+            parameter.grad.add_(torch.randn_like(parameter.grad), alpha=0.01)
+        return {"drawn": torch.rand(()).item()}
+
+    original = run_module.build_method
+
+    def noisy(config: RunConfig) -> Method[Any]:
+        method = original(config)
+        return replace(method, before_update=(*method.before_update, noise))
+
+    monkeypatch.setattr(run_module, "build_method", noisy)
+    unbroken = trained(corpus, tmp_path / "unbroken", "dense")
+    stop_after(monkeypatch, 3)
+    broken = trained(corpus, tmp_path / "broken", "dense")
+    torch.manual_seed(99)
+    resume(broken, quiet=True)
+    assert_same_run(unbroken, broken)
+    drawn = [step["figures"]["drawn"] for step in steps(unbroken)]
+    assert len(set(drawn)) == len(drawn)
 
 
 def test_stopping_after_every_single_step_still_gives_the_unbroken_run(

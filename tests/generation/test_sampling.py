@@ -23,6 +23,12 @@ def test_greedy_takes_the_largest_and_logprobs_are_the_models_own() -> None:
     torch.testing.assert_close(logprobs, LOGITS.log_softmax(-1)[[0, 0]])
 
 
+@pytest.mark.parametrize("changes", [{"temperature": 0.4}, {"top_k": 2}, {"top_p": 0.3}], ids=str)
+def test_logprobs_are_those_before_temperature_and_cuts(changes: dict[str, float]) -> None:
+    ids, logprobs = pick(LOGITS[None], SamplingConfig(**changes), [seeds.generator(0, "test")])
+    torch.testing.assert_close(logprobs, LOGITS.log_softmax(-1)[ids])
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_follow_the_softmax(temperature: float) -> None:
     count = 4000

@@ -21,11 +21,13 @@ from finemoe.model.moe.dispatch import LocalDispatch
 from finemoe.model.moe.experts import GroupedExperts, grouped_mm, loop
 from finemoe.model.moe.layer import routed_output
 from finemoe.model.native.exact import sort_by_expert, top_k
+from finemoe.model.native.experts import experts as native_experts
 from finemoe.model.native.experts import swiglu as native_swiglu
 from finemoe.model.native.linear import linear
 from finemoe.model.projection import Projection
 from finemoe.model.transformer import Transformer
 from oracles.models import build, decision_of, small_config
+from oracles.rounding import rounding_error
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler: plain torch runs")
 
@@ -41,7 +43,10 @@ def drawn(*shape: int) -> Tensor:
 def assert_equal_to_float64(
     found: Callable[..., Tensor], expected: Callable[..., Tensor], inputs: Sequence[Tensor]
 ) -> None:
-    """`found(*inputs)` in float32 and its gradients are those of `expected` in float64, as near as torch comes."""
+    """`found(*inputs)` in float32 and its gradients are those of `expected` in float64, but for rounding.
+
+    Allowed is what roundings of that many additions come to (`oracles.rounding`), or 2e-6 of the largest value.
+    """
     output = found(*inputs)
     direction = torch.randn_like(output)
 
@@ -50,11 +55,11 @@ def assert_equal_to_float64(
         result = function(*leaves)
         return result, *torch.autograd.grad((result * direction.to(dtype)).sum(), leaves)
 
-    ours, plain = with_gradients(found, torch.float32), with_gradients(expected, torch.float32)
-    for mine, torchs, exact in zip(ours, plain, with_gradients(expected, torch.float64), strict=True):
-        scale = max(1e-30, exact.abs().max().item())
-        error, allowed = (((x.double() - exact).abs().max().item() / scale) for x in (mine, torchs))
-        assert error < max(2e-6, 2 * allowed)
+    exact = with_gradients(expected, torch.float64)
+    rounding = rounding_error(lambda: with_gradients(expected, torch.float64), exact)
+    for mine, truth, allowed in zip(with_gradients(found, torch.float32), exact, rounding, strict=True):
+        error = (mine.double() - truth).abs().max().item()
+        assert error < max(2e-6 * max(1e-30, truth.abs().max().item()), allowed)
     with torch.no_grad():  # the path without a graph is another one
         torch.testing.assert_close(found(*inputs), output, rtol=0, atol=0)
 
@@ -128,6 +133,15 @@ def test_whole_layer(ids: list[list[int]], hidden: int, width: int, dropping: bo
     inputs = (drawn(tokens, hidden), drawn(tokens, k), drawn(8, 2 * width, hidden), drawn(8, hidden, width))
     assert_equal_to_float64(on("native"), on("loop"), inputs)
     torch.testing.assert_close(on("auto")(*inputs), on("native")(*inputs), rtol=0, atol=0)
+
+
+def test_a_dropped_assignment_gives_its_gate_no_gradient() -> None:
+    keep = torch.tensor([[True, False], [False, True], [True, True]])
+    ticket = LocalDispatch().in_place(decision_of(torch.tensor([[0, 1], [1, 2], [2, 0]]), 3), keep)
+    gates, weights = torch.rand(3, 2, requires_grad=True), (torch.randn(3, 8, 6), torch.randn(3, 6, 4))
+    output = native_experts(torch.randn(3, 6), ticket.order, ticket.slots, ticket.counts, gates, *weights, None)
+    [gradient] = torch.autograd.grad(output.sum(), gates)
+    assert torch.equal(gradient == 0, ~keep)
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 1, 0], [40, 0, 200, 9]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ def test_the_directory_holds_all_it_should(finished: Run) -> None:
     config = read_config(finished.directory / "config.json")
     assert Tokenizer.load(finished.directory).fingerprint() == prepare(config.data).tokenizer.fingerprint()
     assert json.loads((finished.directory / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+
+
+def test_the_last_step_is_saved_whatever_the_interval(corpus: Path, tmp_path: Path) -> None:
+    run = train(recipe(corpus, "dense", training={"steps": 5, "checkpoint_every": 3}), out=tmp_path / "r", quiet=True)
+    assert [path.name for path in checkpoints(run.directory)] == ["step-00000003", "step-00000005"]
 
 
 def test_every_summary_field_is_there_with_its_type(finished: Run) -> None:
@@ -112,18 +118,29 @@ def test_load_and_balance_figures_stand_a_recount(finished: Run) -> None:
         assert record["terms"]["cross_entropy"] == record["loss"]
 
 
-def test_validation_loss_stands_a_recount_by_the_saved_model(finished: Run) -> None:
-    model = load_model(finished.directory)
-    data = prepare(read_config(finished.directory / "config.json").data)
-    losses, load = [], torch.zeros(15, dtype=torch.int64)
+@pytest.mark.parametrize("packing", ["concatenate", "isolate"])
+def test_validation_loss_stands_a_recount_by_the_saved_model(corpus: Path, tmp_path: Path, packing: str) -> None:
+    # A capacity under which training drops tokens: validation must not, and its weights are not all 1.
+    tables = {"data": {"packing": packing}, "model": {"feed_forward": {"capacity_factor": 0.5}}}
+    run = train(recipe(corpus, "deepseek-moe", **tables), out=tmp_path / "run", quiet=True)
+    assert all(record["dropped"] > 0 for record in steps(run.directory))
+    model = load_model(run.directory)
+    data = prepare(read_config(run.directory / "config.json").data)
+    total, weight, load = 0.0, 0.0, torch.zeros(15, dtype=torch.int64)
     with torch.no_grad():
         for batch in data.validation_batches(5):
-            output = model(batch.tokens)
+            documents = batch.documents if packing == "isolate" else None
+            output = model(batch.tokens, positions=batch.positions, documents=documents)
             logits = model.logits(output.hidden).flatten(0, 1)
-            losses.append(torch.nn.functional.cross_entropy(logits, batch.targets.flatten(), reduction="none"))
+            losses = torch.nn.functional.cross_entropy(logits, batch.targets.flatten(), reduction="none")
+            total += (losses * batch.weights.flatten()).sum().item()
+            weight += batch.weights.sum().item()
             load += output.routing[1].load
-    assert torch.cat(losses).mean().item() == pytest.approx(finished.summary["final_validation_loss"], rel=1e-5)
-    validation = [record for record in records(finished.directory) if record["kind"] == "validation"][-1]
+    assert total / weight == pytest.approx(run.summary["final_validation_loss"], rel=1e-5)
+    assert run.summary["bits_per_byte"] == pytest.approx(
+        total / weight / math.log(2) / data.validation_bytes_per_token, rel=1e-5
+    )
+    validation = [record for record in records(run.directory) if record["kind"] == "validation"][-1]
     assert validation["load"]["1"] == load.tolist()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,14 @@ def test_one_seed_and_no_seed_decide_nothing() -> None:
 def test_a_max_vio_has_no_margin_in_nats() -> None:
     one = Claim("x", "x", "x", "x", Quantity("dense", "max_vio"), Quantity("hash", "max_vio"), "no_higher")
     assert judge(one, Interval(0.004, 0.003, 0.005), 3)[0] == "contradicted"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_knock_outs() -> Iterator[None]:
+    """A few windows show what these tests ask for; the default takes half a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knockouts, "TOKENS", 512)
+        yield
 
 
 @pytest.fixture(scope="module")

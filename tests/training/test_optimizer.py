@@ -113,3 +113,13 @@ def test_clip_is_torch_s_over_all_parameters(max_norm: float) -> None:
     assert all(torch.equal(ours[name].grad, theirs[name].grad) for name in ours)
     after = torch.cat([parameter.grad.flatten() for parameter in ours.values()]).norm()
     assert after.item() == pytest.approx(min(max_norm, joint.item()), rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.55, 0.9, 0.999])
+def test_clip_acts_as_soon_as_the_norm_is_above_its_bound(share: float) -> None:
+    named = parameters()
+    give_gradients(named)
+    norm = gradient_norm(named.values())
+    bound = share * norm.item()
+    Clip(bound)(named, norm)
+    assert gradient_norm(named.values()).item() == pytest.approx(bound, rel=1e-4)

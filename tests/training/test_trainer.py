@@ -150,6 +150,15 @@ def test_terms_are_sums_so_that_parts_add_up() -> None:
         assert torch.equal(record.load, parts[0].routing[layer].load + parts[1].routing[layer].load)
 
 
+def test_balance_terms_of_all_layers_add_up() -> None:
+    model = build(small_config(num_layers=4, feed_forward=FEED_FORWARDS["top-k"]))
+    terms = NextToken(True).terms(model, batch_at(0, 4))
+    assert len(terms.routing) == 3
+    for name in ("expert", "z"):
+        each = [record.balance[name].item() for record in terms.routing.values()]
+        assert terms.sums[name].item() == pytest.approx(sum(each))
+
+
 def test_state_counts_steps_tokens_and_sequences() -> None:
     trained = trainer(build(small_config()), micro=3)
     reports = run(trained, 2)

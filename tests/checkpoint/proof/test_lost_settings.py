@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import finemoe
 from checkpoint.gguf.gguf_files import DENSE, LATENT, LLAMA3, MODELS, QUERIES, config_of, recipe
 from finemoe.checkpoint.weights.agreement import SINGLE, differences
 from finemoe.model.config import ModelConfig
@@ -63,7 +64,7 @@ assert lost in exports["deepseek"]["reason"] and lost in exports["gguf"]["reason
 
 def test_a_new_field_of_a_router_is_never_lost_in_silence(tmp_path: Path) -> None:
     """Somebody adds a temperature to a router, in a copy of the package, and thinks of no writer."""
-    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(finemoe.__file__).parents[1], tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
     router = tmp_path / "src/finemoe/model/moe/routers/softmax_topk.py"
     text = router.read_text()
     assert FIELD.splitlines(keepends=True)[0] in text

@@ -1,0 +1,41 @@
+"""What a run shows while it trains: a live line on a terminal of 80 columns, plain lines on a pipe."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from finemoe.runs import observers
+from finemoe.runs.run import train
+from runs.tiny_runs import recipe, steps
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def test_a_terminal_has_one_live_line_that_fits(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(observers, "console", lambda: Console(file=screen, force_terminal=True, width=80))
+    run = train(recipe(corpus, training={"evaluate_every": 2}), out=tmp_path / "run")
+    lines = [line.rstrip() for line in re.split(r"[\r\n]", ESCAPES.sub("", screen.getvalue())) if line.strip()]
+    assert lines
+    assert max(map(len, lines)) <= 80
+    last = steps(run.directory)[-1]
+    assert f"loss {last['loss']:.3f} val {run.summary['final_validation_loss']:.3f}" in lines[-1]
+    assert f"MaxVio {last['max_vio']:.2f}" in lines[-1]
+    assert "6/6" in lines[-1]
+
+
+def test_a_pipe_has_a_plain_line_at_the_end(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "finemoe"):
+        run = train(recipe(corpus, "dense"), out=tmp_path / "run")
+    shown = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step ")]
+    assert len(shown) == 1
+    assert shown[0].startswith(f"step 6/6  loss {run.summary['final_training_loss']:.4f}  validation ")
+    assert f"validation {run.summary['final_validation_loss']:.4f}" in shown[0]
+    assert "MaxVio" not in shown[0]  # nothing is routed
+    assert shown[0].endswith(" 0 s left")
