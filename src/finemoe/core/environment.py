@@ -1,4 +1,4 @@
-"""What a result was made with: versions, machine, git revision; by which command; and where what can be made again is kept."""
+"""What a result was made with: versions, machine, git revision, command; where what can be made again is kept."""
 
 from __future__ import annotations
 
