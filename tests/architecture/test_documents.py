@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -33,7 +34,8 @@ RECIPES = sorted(ROOT.glob("recipes/**/*.toml"))
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [block for named, block in found if named == language]
 
 
 def commands() -> list[str]:
@@ -49,6 +51,15 @@ def commands() -> list[str]:
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), f"{path.name} links to {target}, which does not exist"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_imports_in_examples_work(path):
+    for block in blocks(path, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(alias.name in vars(module) for alias in node.names), ast.unparse(node)
 
 
 @pytest.mark.parametrize("command", commands())
@@ -182,3 +193,47 @@ def test_the_pictures_are_those_of_the_source():
     packages = {path.parent.name for path in (ROOT / "src/finemoe").glob("*/__init__.py")}
     drawn = {package: floor for floor, rooms in enumerate(draw.FLOORS) for package, _ in rooms}
     assert drawn == {package: FLOORS[package] for package in packages}
+
+
+def test_the_task_of_the_how_to_is_asked(tmp_path):
+    """The file and the line that the page asks for, put into a copy of the package; then the page's own command."""
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    tasks = tmp_path / "src/finemoe/evaluation/tasks"
+    page = ROOT / "docs/howto/add-a-task.md"
+    (tasks / "science.py").write_text(blocks(page, "python")[0])
+    table = (tasks / "__init__.py").read_text()
+    imported = "from finemoe.evaluation.tasks.science import SCIENCE\n"
+    table = table.replace("\n__all__", imported + "\n__all__", 1).replace("(*LANGUAGE,", "(*SCIENCE, *LANGUAGE,", 1)
+    (tasks / "__init__.py").write_text(table)
+    sets = tmp_path / "sets/SciQ"
+    sets.mkdir(parents=True)
+    row = {"question": "What gas do plants take in?", "correct_answer": "carbon dioxide", "support": "Plants grow."}
+    row |= {"distractor1": "oxygen", "distractor2": "helium", "distractor3": "neon"}
+    rows = [row, {**row, "question": "Which melts last?"}, {"question": "What is missing here?"}]
+    (sets / "test.json").write_text(json.dumps(rows))
+    command = next(c for block in blocks(page, "") for c in block.splitlines() if "--show" in c)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "sciq SciQ/test.json:1: requests 4, worked examples 0" in done.stdout, done.stdout
+    assert "Question: What gas do plants take in?\nAnswer:" in done.stdout
+    assert "' carbon dioxide'" in done.stdout
+    code = """
+from pathlib import Path
+from finemoe.evaluation.task import Scored
+from finemoe.evaluation.tasks import TASKS
+
+task = TASKS["sciq"]
+items, skipped = task.items(Path("sets"), None, None)
+assert (len(items), skipped) == (2, 1), (items, skipped)
+answers = [Scored(value, 2, False) for value in (-3.0, -4.0, -5.0, -6.0)]
+assert task.judge(items[0], answers).scores["accuracy"] == 1.0
+assert task.judge(items[0], answers[::-1]).scores["accuracy"] == 0.0
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr

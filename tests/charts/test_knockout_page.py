@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 from finemoe.charts import theme
-from finemoe.charts.knockout import figures as charts
+from finemoe.charts.knockout.figures import (
+    curves,
+    domain_curves,
+    expert_map,
+    expert_maps_by_domain,
+    figures,
+    layer_dots,
+    pair_maps,
+    shared_dots,
+)
 from finemoe.charts.knockout.page import knockout_page
 from finemoe.charts.knockout.words import by_size, change, signed, verdict
 from finemoe.charts.relevance.figures import relevance_chart
@@ -133,7 +142,7 @@ def test_each_experiment_stands_alone(results: dict[str, Any], only: str) -> Non
     page = knockout_page(results)
     assert "Not run: other: there is no reason" in page
     assert page.count("<section") == 3  # summary, the one, how
-    assert charts.figures(results)
+    assert figures(results)
 
 
 def test_no_interval_and_no_domain_are_borne(results: dict[str, Any]) -> None:
@@ -146,15 +155,15 @@ def test_no_interval_and_no_domain_are_borne(results: dict[str, Any]) -> None:
                 one["interaction"] = effect(math.nan)
     text = text_of(knockout_page(results))
     assert "nan" not in text.lower().replace("nano", "")
-    assert set(charts.figures(results)) == {"masked", "active", "shared", "experts", "usage", "pairs", "layers"}
+    assert set(figures(results)) == {"masked", "active", "shared", "experts", "usage", "pairs", "layers"}
 
 
 def test_every_figure_is_drawn(results: dict[str, Any], tmp_path: Path) -> None:
-    figures = charts.figures(results)
-    assert set(figures) == {
+    made = figures(results)
+    assert set(made) == {
         "masked", "masked_domains", "active", "active_domains", "shared", "experts", "usage", "pairs", "layers",
     }  # fmt: skip
-    few = {name: figures[name] for name in ("masked", "experts", "pairs", "layers")}
+    few = {name: made[name] for name in ("masked", "experts", "pairs", "layers")}
     for path in theme.save(few, tmp_path, "dark"):
         assert path.stat().st_size > 1000
     assert "nats per token" in (tmp_path / "masked.svg").read_text()
@@ -170,18 +179,18 @@ def values(chart: Any) -> list[dict[str, Any]]:
 
 
 def test_curves_are_rises_over_the_intact_model(results: dict[str, Any]) -> None:
-    ours, paper = charts.curves(results, "masked")
+    ours, paper = curves(results, "masked")
     assert {(row["x"], round(row["rise"], 6)) for row in values(ours)} == {(0, 0.0), (1, 0.1), (4, 0.4)}
     printed = {(row["series"], row["x"]): row["rise"] for row in values(paper)}
     assert printed["DeepSeekMoE", 1] == pytest.approx(5.66)
     assert printed["GShard×1.5", 4] == pytest.approx(5.913)
-    ours, paper = charts.curves(results, "active")
+    ours, paper = curves(results, "active")
     assert {row["x"] for row in values(ours)} == {3, 5}
     assert {round(row["rise"], 3) for row in values(paper)} == {0.148, 0.0}
 
 
 def test_small_multiples_share_one_scale(results: dict[str, Any]) -> None:
-    panels = charts.domain_curves(results, "masked")
+    panels = domain_curves(results, "masked")
     assert [panel.title for panel in panels] == list(DOMAINS)
     scales = {
         json.dumps(re.findall(r'"domain": \[[^]]*\]', json.dumps(theme.spec(panel)["layer"][0]["encoding"]["y"])))
@@ -194,7 +203,7 @@ def test_small_multiples_share_one_scale(results: dict[str, Any]) -> None:
 def test_colours_of_maps_are_even_on_both_sides_of_zero(results: dict[str, Any]) -> None:
     results["experiments"]["experts"]["records"][0]["difference"]["mean"] = 5.0  # one that would flatten the rest
     results["experiments"]["experts"]["records"] *= 6
-    scale = theme.spec(charts.expert_map(results))["encoding"]["color"]["scale"]
+    scale = theme.spec(expert_map(results))["encoding"]["color"]["scale"]
     low, high = scale["domain"]
     assert low == -high
     assert scale["clamp"]
@@ -206,21 +215,21 @@ def test_maps_of_domains_share_a_scale_that_reaches_what_domains_have(results: d
     for number, one in enumerate(results["experiments"]["experts"]["records"]):
         for each in one["by_domain"].values():
             each["difference"]["mean"] = 2.0 + 0.1 * number
-    maps = charts.expert_maps_by_domain(results)
+    maps = expert_maps_by_domain(results)
     ends = {theme.spec(chart)["encoding"]["color"]["scale"]["domain"][1] for chart in maps}
     assert len(ends) == 1
     assert ends.pop() >= 2.0
 
 
 def test_matrix_of_pairs_is_symmetric_and_marks_what_is_sure(results: dict[str, Any]) -> None:
-    rows = {(row["a"], row["b"]): row for row in values(charts.pair_maps(results)[0])}
+    rows = {(row["a"], row["b"]): row for row in values(pair_maps(results)[0])}
     assert len(rows) == 6
     assert all(rows[a, b]["value"] == rows[b, a]["value"] for a, b in rows)
     assert {pair for pair, row in rows.items() if row["mark"]} == {(0, 1), (1, 0), (1, 2), (2, 1)}
 
 
 def test_charts_have_descriptions_and_units(results: dict[str, Any]) -> None:
-    for chart in (*charts.curves(results, "masked"), charts.shared_dots(results), charts.layer_dots(results)):
+    for chart in (*curves(results, "masked"), shared_dots(results), layer_dots(results)):
         spec = theme.spec(chart)
         assert "nats per token" in json.dumps(spec)
         assert spec["description"]

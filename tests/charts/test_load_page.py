@@ -11,22 +11,31 @@ from typing import Any
 import pytest
 
 from finemoe.charts import theme
-from finemoe.charts.load import figures as load
+from finemoe.charts.load.figures import (
+    domain_maps,
+    evenness,
+    figures,
+    frames_of,
+    heat_map,
+    lift_maps,
+    over_training,
+    thinned,
+)
 from finemoe.charts.load.page import load_page
 from finemoe.charts.load.words import summary
 
 
 def layer(rng: random.Random, experts: int, domains: tuple[str, ...]) -> dict[str, Any]:
-    def figures() -> dict[str, Any]:
+    def counted() -> dict[str, Any]:
         counts = [rng.randrange(1, 200) for _ in range(experts)]
         return {
             "load": counts, "max_vio": max(counts) * experts / sum(counts) - 1, "entropy": 0.93,
             "effective_experts": 5.5, "variation": 0.4, "dead": 0, "starved": 1,
         }  # fmt: skip
 
-    by_domain = {domain: figures() for domain in domains}
+    by_domain = {domain: counted() for domain in domains}
     pairs = [{"a": 1, "b": 2, "count": 40, "lift": 2.5}]
-    return figures() | {
+    return counted() | {
         "experts": experts, "experts_per_token": 2, "max_vio_batch": 1.5, "domains": by_domain, "pairs": pairs,
         "domain_pairs": dict.fromkeys(domains, pairs),
     }  # fmt: skip
@@ -64,8 +73,8 @@ def data(chart: Any) -> list[dict[str, Any]]:
 
 def test_the_heat_map_shows_load_relative_to_an_even_share():
     results = fake()
-    frames = load.frames_of(results)
-    rows = data(load.heat_map(results, frames, slider=True))
+    frames = frames_of(results)
+    rows = data(heat_map(results, frames, slider=True))
     assert len(rows) == 3 * 2 * 8
     for row in rows:
         counts = frames[row["frame"]]["layers"][str(row["layer"])]["load"]
@@ -74,7 +83,7 @@ def test_the_heat_map_shows_load_relative_to_an_even_share():
 
 
 def test_the_slider_reaches_every_moment_and_names_it():
-    spec = theme.spec(load.heat_map(fake(), load.frames_of(fake()), slider=True))
+    spec = theme.spec(heat_map(fake(), frames_of(fake()), slider=True))
     (param,) = spec["params"]
     assert (param["bind"]["min"], param["bind"]["max"], param["value"]) == (0, 2, 2)
     assert spec["title"]["text"]["expr"] == "['step 10', 'step 20', 'step 30'][frame]"
@@ -82,61 +91,61 @@ def test_the_slider_reaches_every_moment_and_names_it():
 
 def test_a_single_model_needs_no_slider_and_no_curves():
     results = fake(moments=1)
-    assert "params" not in theme.spec(load.heat_map(results, load.frames_of(results), slider=True))
-    assert load.over_training(results) == load.evenness(results) == []
+    assert "params" not in theme.spec(heat_map(results, frames_of(results), slider=True))
+    assert over_training(results) == evenness(results) == []
 
 
 def test_what_a_run_recorded_makes_a_movie_of_a_single_model():
     results = fake(moments=1, recorded=4)
-    assert [frame["step"] for frame in load.frames_of(results)] == [5, 10, 15, 20, 10]
-    assert len({row["step"] for row in data(load.over_training(results)[0])}) == 4
-    assert len(load.over_training(results)) == 2
-    assert len(load.evenness(results)) == 3
+    assert [frame["step"] for frame in frames_of(results)] == [5, 10, 15, 20, 10]
+    assert len({row["step"] for row in data(over_training(results)[0])}) == 4
+    assert len(over_training(results)) == 2
+    assert len(evenness(results)) == 3
 
 
 def test_models_of_several_trainings_are_no_curve():
     results = fake(moments=4)
     results["series"][1]["step"] = 40  # as if of another run
-    assert load.over_training(results) == load.evenness(results) == []
-    assert len(data(load.heat_map(results, load.frames_of(results), slider=True))) == 4 * 2 * 8
+    assert over_training(results) == evenness(results) == []
+    assert len(data(heat_map(results, frames_of(results), slider=True))) == 4 * 2 * 8
     results = fake(moments=4)
     results["series"][0]["layers"].pop("2")
-    assert load.over_training(results) == load.evenness(results) == []
+    assert over_training(results) == evenness(results) == []
     assert "Over training" not in load_page(results)
 
 
 def test_frames_of_a_large_model_are_thinned_and_keep_the_ends(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(load, "_MOST_CELLS", 3 * 16)
+    monkeypatch.setattr("finemoe.charts.load.figures._MOST_CELLS", 3 * 16)
     results = fake(moments=9)
-    rows = data(load.heat_map(results, load.frames_of(results), slider=True))
+    rows = data(heat_map(results, frames_of(results), slider=True))
     assert {row["frame"] for row in rows} == {0, 1, 2}
-    assert load.thinned(range(9), 3) == [0, 4, 8]
-    assert load.thinned(range(9), 1) == [8]
+    assert thinned(range(9), 3) == [0, 4, 8]
+    assert thinned(range(9), 1) == [8]
 
 
 def test_names_cannot_break_out_of_the_title():
     results = fake()
     results["series"][0]["name"] = "a'] + alert(1) + ['"
-    spec = theme.spec(load.heat_map(results, load.frames_of(results), slider=True))
+    spec = theme.spec(heat_map(results, frames_of(results), slider=True))
     assert spec["title"]["text"]["expr"].startswith("['a�� � alert�1� � ��', ")
 
 
 def test_domains_lie_below_each_other_and_one_domain_needs_no_map():
-    charts = load.domain_maps(fake())
+    charts = domain_maps(fake())
     assert len(charts) == 2
     assert {row["domain"] for row in data(charts[0])} == {"prose", "code"}
-    assert load.domain_maps(fake(domains=("prose",))) == []
+    assert domain_maps(fake(domains=("prose",))) == []
 
 
 def test_lift_is_drawn_on_a_logarithm_and_never_together_has_the_last_colour():
-    rows = {(row["a"], row["b"]): row["log"] for row in data(load.lift_maps(fake())[0])}
+    rows = {(row["a"], row["b"]): row["log"] for row in data(lift_maps(fake())[0])}
     assert rows[(0, 1)] == -2
     assert rows[(1, 2)] == pytest.approx(2)
     assert (3, 3) not in rows
 
 
 def test_a_deep_model_gets_a_dozen_charts():
-    assert len(load.domain_maps(fake(layers=30))) == 12
+    assert len(domain_maps(fake(layers=30))) == 12
 
 
 def test_the_page_has_every_part():
@@ -186,7 +195,7 @@ def test_a_model_whose_tokens_have_one_expert_has_no_pairs():
 
 
 def test_every_figure_is_written(tmp_path: Path):
-    paths = theme.save(load.figures(fake()), tmp_path)
+    paths = theme.save(figures(fake()), tmp_path)
     names = {"load", "load_over_training", "evenness", "domains", "together"}
     assert {path.name for path in paths} == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
     assert all(path.stat().st_size > 1000 for path in paths)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +95,14 @@ def test_what_is_something_else_is_not_written_over(inside: dict[str, str], tmp_
         (tmp_path / name).write_text(text)
     with pytest.raises(RunError, match="is not empty and holds no report of this kind"):
         require_report_folder(tmp_path, "load")
+
+
+def test_what_the_terminal_says_needs_no_altair() -> None:
+    """It takes half a second to load: words, numbers and the check of a folder do without."""
+    charts = Path(theme.__file__).parent
+    names = [".".join(path.with_suffix("").relative_to(charts).parts) for path in charts.rglob("words.py")]
+    modules = ", ".join(f"finemoe.charts.{name}" for name in (*names, "numbers", "report"))
+    code = f"import sys, {modules}; print([name for name in ('altair', 'vl_convert', 'jinja2') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(names) >= 6
+    assert done.stdout.strip() == "[]"

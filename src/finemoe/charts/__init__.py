@@ -1,5 +1,7 @@
-"""Floor 1: plain records to charts and self-contained HTML pages.
+"""Floor 1: plain records to charts, self-contained HTML pages and the folder of a report.
 
-`theme` colours, `page` lays out, and one module a report fills them (`comparison`, `comparison_page`). `numbers` and
-`words` hold what the terminal shares; they, and this file, never import altair, so that the command line starts fast.
+A folder a report (`comparison/`, `knockout/` ...): `page` is its HTML, `figures` its charts, `words` the sentences
+that the terminal says too. What all share is here: `report` writes the folder, `page` lays out, `theme` draws and
+colours, `numbers` and `words` speak. `report`, `numbers` and every `words` import no altair, so that the command line
+starts fast.
 """

@@ -1,8 +1,8 @@
 """One HTML file that opens offline: text, tables and interactive charts, with the chart library inside.
 
-A page is a list of `Section`s made of the blocks below; `templates/` lays them out, for every report alike. Everything handed in is untrusted
-text: jinja2 escapes it, data for scripts travels as escaped JSON, and the page's content policy runs only the scripts
-whose hashes it names and forbids every connection.
+A page is a list of `Section`s made of the blocks below; `templates/` lays them out, for every report alike. Everything
+handed in is untrusted text: jinja2 escapes it, data for scripts travels as escaped JSON, and the page's content policy
+runs only the scripts whose hashes it names and forbids every connection.
 """
 
 from __future__ import annotations

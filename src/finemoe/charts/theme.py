@@ -92,6 +92,34 @@ def arm_shape(names: Sequence[str]) -> alt.Shape:
     return alt.Shape("arm:N", scale=alt.Scale(domain=list(names), range=arm_shapes(len(names))), legend=None)
 
 
+FEW_TICKS = alt.Axis(tickCount=6, grid=True, labelOverlap="parity", labelSeparation=6, labelFlush=False)
+HOTTEST = 4.0
+"""A load of four times even or more has the last colour: a hotter outlier would flatten the rest."""
+
+
+def expert_ticks(experts: int) -> list[int]:
+    """Numbers of the experts that have a label on an axis: evenly, and at most seventeen of up to a thousand."""
+    every = next(step for step in (1, 2, 4, 8, 16, 32, 64) if experts <= 17 * step or step == 64)
+    return list(range(0, experts, every))
+
+
+def load_color(field: str, top: float, title: str, *, length: int = 220, legend: bool = True) -> alt.Color:
+    """Colours of a load relative to an even one: 1 has the paper's, `top` and beyond the last."""
+    scale = alt.Scale(domain=[0, top], domainMid=1, clamp=True, interpolate="lab")
+    shown = alt.Legend(title=title, orient="top", gradientLength=length, values=[0, 1, *range(2, int(top) + 1)])
+    return alt.Color(field, scale=scale, legend=shown if legend else None)
+
+
+def decided_dots(marks: Any, x: alt.X, y: alt.Y, **more: Any) -> list[Any]:
+    """A marker for each pair by the field `decided`: filled where the pair is decided, hollow where it is not."""
+    return [
+        marks.transform_filter(f"datum.decided === '{decided}'")
+        .mark_point(size=80, filled=filled, opacity=1, strokeWidth=2, yOffset=8)
+        .encode(x, y, **more)
+        for decided, filled in (("decided", True), ("undecided", False))
+    ]
+
+
 def base(records: Sequence[Mapping[str, Any]]) -> alt.Chart:
     """A chart over plain records. NaN and infinities become null, which JSON can say and Vega leaves out."""
     return alt.Chart(alt.InlineData(values=[clean(record) for record in records]))

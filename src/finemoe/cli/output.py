@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,6 +64,28 @@ def print_rich(*renderables: Any) -> None:
     screen = Console(highlight=False)
     for renderable in renderables:
         screen.print(renderable)
+
+
+def plain_table(
+    padding: tuple[int, int] | tuple[int, int, int, int] = (0, 1, 0, 0), *, show_edge: bool = False, **title: Any
+) -> Any:
+    """A table with no line but the one under its head."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(box=SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=show_edge, **title)
+
+
+def number_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
+    """`plain_table` of untrusted text; all but the first column are numbers."""
+    from rich.text import Text
+
+    made = plain_table((0, 1))
+    for number, column in enumerate(columns):
+        made.add_column(Text(column), justify="right" if number else "left")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
 
 
 def report_run(run: Any, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finemoe.cli.output import Json, Out, Quiet, print_json, print_rich
+from finemoe.cli.output import Json, Out, Quiet, plain_table, print_json, print_rich
 from finemoe.core.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -106,12 +106,9 @@ def _list(as_json: bool) -> None:
 
 def _table(results: dict[str, Any]) -> Any:
     """One line a claim, for 80 columns."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from finemoe.charts.numbers import fixed
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = plain_table()
     table.add_column("Claim", max_width=33)
     table.add_column("Difference (95 %)", justify="right", no_wrap=True)
     table.add_column("Held out", no_wrap=True)

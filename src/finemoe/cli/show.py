@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finemoe.cli.output import IN_NATS, Json, measured_keys, print_json, print_rich, title_of
+from finemoe.cli.output import IN_NATS, Json, measured_keys, plain_table, print_json, print_rich, title_of
 
 
 def show(
@@ -52,8 +52,6 @@ def _summary(directory: Path) -> dict[str, Any]:
 
 
 def _print_table(runs: dict[str, dict[str, Any]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
     from finemoe.charts.numbers import count, duration, fixed
@@ -75,7 +73,7 @@ def _print_table(runs: dict[str, dict[str, Any]]) -> None:
     ]
     layers = sorted({layer for s in runs.values() for layer in s.get("max_vio_per_layer", {})}, key=int)
     rows[-1:-1] = [(f"MaxVio, layer {layer}", _max_vio_of(layer)) for layer in layers]
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    table = plain_table((0, 1))
     table.add_column("", no_wrap=True)
     for name in runs:
         table.add_column(Text(name), justify="right", overflow="fold")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finemoe.cli.output import Json, print_json, print_rich
+from finemoe.cli.output import Json, plain_table, print_json, print_rich
 
 if TYPE_CHECKING:
     from finemoe.model.size import ModelSize
@@ -200,11 +200,9 @@ def _measure_file(recipe: dict[str, Any], path: Path, seq_len: int | None) -> Mo
 
 
 def _print_table(columns: list[_Sized]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    table = plain_table((0, 1))
     table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(Text(column.name), justify="right", overflow="fold")

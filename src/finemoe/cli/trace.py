@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analyze.options import Corpora, Length, Model, Rows, Texts, Tokens
-from finemoe.cli.output import Json, print_json, print_rich
+from finemoe.cli.output import Json, number_table, print_json, print_rich
 
 
 def trace(
@@ -91,18 +91,17 @@ def _check_out(out: Path) -> None:
 
 def _print(result: dict[str, Any]) -> None:
     from finemoe.charts.numbers import fixed
-    from finemoe.cli.analyze.load import table
 
     if "summary" in result:
         found = result["summary"]
         domains = [[name, f"{tokens:,}", fixed(found["loss"].get(name))] for name, tokens in result["tokens"].items()]
-        print_rich(table(["Domain", "tokens", "loss, nats"], domains), "")
+        print_rich(number_table(["Domain", "tokens", "loss, nats"], domains), "")
         keys = (("max_vio", 2), ("entropy", 3), ("starved", 0), ("dead", 0))
         layers = [
             [f"layer {number}", str(layer["experts"]), *(fixed(layer[key], digits) for key, digits in keys)]
             for number, layer in found["layers"].items()
         ]
-        print_rich(table(["", "experts", "MaxVio", "entropy of load", "starved", "dead"], layers), "")
+        print_rich(number_table(["", "experts", "MaxVio", "entropy of load", "starved", "dead"], layers), "")
     size = result["bytes"] / 2**20
     typer.echo(f"Rows  {result['rows']:,}, one for each token and MoE layer, {size:.1f} MiB")
     typer.echo(f"File  {result['file']}")

@@ -1,4 +1,4 @@
-"""What a result was made with: versions, machine, git revision; by which command; and where what can be made again is kept."""
+"""What a result was made with: versions, machine, git revision, command; where what can be made again is kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
 
 def command_line() -> str:
     """The `finemoe` command that runs, for a result to be repeated by; empty where Python called."""
-    program = Path(sys.argv[0])
+    program = Path(sys.argv[0] if sys.argv else "")  # an embedded Python has no argv
     if program.stem != "finemoe" and program.parent.name != "finemoe":  # the script, or python -m finemoe
         return ""
     return shlex.join(["finemoe", *sys.argv[1:]])

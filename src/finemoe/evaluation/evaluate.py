@@ -1,4 +1,4 @@
-"""Evaluate models: everything from names of tasks and paths of models to the results, and the folder that holds them."""
+"""Evaluate models: from names of tasks and paths of models to the results, and to the folder that holds them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def evaluate(
     models: Sequence[Source],
     tasks: Sequence[str],
     data: Mapping[str, Source | None] | Source | None = None,
-    settings: Settings = Settings(),
+    settings: Settings | None = None,
     *,
     samples: int | None = None,
     temperature: float | None = None,
@@ -46,7 +46,7 @@ def evaluate(
         models: run directories, imported or Hugging Face folders, GGUF files. Several are compared, item by item.
         tasks: names of TASKS.
         data: a file or folder for all tasks, or one by task; where there is none, the hub.
-        settings: how they are asked.
+        settings: how they are asked; as in the papers when None.
         samples: completions of each problem, of tasks that run code.
         temperature: of those samples; 0.8 for several when None.
         dtype: of the weights in memory.
@@ -61,6 +61,7 @@ def evaluate(
         FinemoeError: nothing to open, no data, a task that cannot be asked, or a folder that holds something else.
     """
     folder = require_report_folder(out, "evaluation", ours=("answers",))
+    settings = settings or Settings()
     chosen = choose_tasks(tasks, samples, temperature)
     for model in models:
         kind_of(Path(model))  # a path that holds nothing is refused before the first model is read

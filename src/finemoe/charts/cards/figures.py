@@ -11,8 +11,6 @@ import altair as alt
 from finemoe.charts import theme
 from finemoe.charts.numbers import Results, clean, fixed
 
-HOTTEST = 4.0
-
 
 def figures(results: Results) -> dict[str, Any]:
     """Every figure, by file name: a heat map for each layer, specialisation by layer, overlap over training."""
@@ -102,26 +100,23 @@ def domain_maps(results: Results) -> dict[int, Any]:
         rows.setdefault(card["layer"], []).extend(
             {"expert": card["expert"], **each} for each in card["domains"] if card["assignments"]
         )
-    top = min(HOTTEST, max([2.0, *(row["lift"] for found in rows.values() for row in found)]))
+    top = min(theme.HOTTEST, max([2.0, *(row["lift"] for found in rows.values() for row in found)]))
     return {layer: _map(layer, found, top) for layer, found in rows.items()}
 
 
 def _map(layer: int, rows: Sequence[Mapping[str, Any]], top: float) -> Any:
     experts = max((row["expert"] for row in rows), default=0) + 1
-    every = next(step for step in (1, 2, 4, 8, 16, 32, 64) if experts <= 17 * step or step == 64)
-    axis = alt.Axis(labelAngle=0, values=list(range(0, experts, every)), labelOverlap="parity", labelSeparation=5)
+    axis = alt.Axis(labelAngle=0, values=theme.expert_ticks(experts), labelOverlap="parity", labelSeparation=5)
     title = "lift"
     if max((row["lift"] for row in rows), default=0.0) > top:
         title += f" (last colour: {top:g} or more)"
-    scale = alt.Scale(domain=[0, top], domainMid=1, clamp=True, interpolate="lab")
-    legend = alt.Legend(title=title, orient="top", gradientLength=220, values=[0, 1, *range(2, int(top) + 1)])
     tips = [alt.Tooltip("domain:N"), alt.Tooltip("expert:O"), alt.Tooltip("lift:Q", format=".2f"),
             alt.Tooltip("share:Q", title="share of the expert's tokens", format=".1%"),
             alt.Tooltip("rate:Q", title="share of the domain's tokens", format=".1%")]  # fmt: skip
     chart = theme.base(rows).mark_rect().encode(
         alt.X("expert:O", title="routed expert", axis=axis, scale=alt.Scale(paddingInner=0.06)),
         alt.Y("domain:N", title=None, sort=None, scale=alt.Scale(paddingInner=0.06), axis=alt.Axis(labelLimit=130)),
-        alt.Color("lift:Q", scale=scale, legend=legend),
+        theme.load_color("lift:Q", top, title),
         tooltip=tips,
     )  # fmt: skip
     sharpest = max(rows, key=lambda row: row["lift"], default=None)

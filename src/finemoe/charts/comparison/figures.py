@@ -33,7 +33,6 @@ AXES: Mapping[Against, str] = {
 }
 HEIGHT = 340
 LOSS = "validation loss (nats per token)"
-HOTTEST = 4.0  # a load of four times uniform or more has the last colour: a hotter outlier would flatten the rest
 
 
 def figures(results: Results) -> dict[str, Any]:
@@ -67,7 +66,7 @@ def loss_curves(results: Results, against: Against, *, hidden: bool = True) -> A
     y_scale = alt.Scale(domain=list(window), zero=False, nice=False)
     furthest = 1.012 * max(point["x"] for point in points)  # room for the last marker
     x_scale = alt.Scale(domain=[0, furthest], nice=False)
-    x = alt.X("x:Q", title=f"{AXES[against]} ({unit})", scale=x_scale, axis=_FEW_TICKS)
+    x = alt.X("x:Q", title=f"{AXES[against]} ({unit})", scale=x_scale, axis=theme.FEW_TICKS)
     y = alt.Y("loss:Q", title=LOSS, scale=y_scale)
     color = theme.arm_color(names)
     # Ctrl with the wheel (a pinch is the same event) leaves plain scrolling to the page.
@@ -145,7 +144,7 @@ def final_losses(results: Results) -> AnyChart | None:
     numbers = [row[key] for row in [*rows, *seeds] for key in ("loss", "low", "high") if row.get(key) is not None]
     pad = 0.08 * (max(numbers) - min(numbers)) or 0.05
     x_scale = alt.Scale(domain=[min(numbers) - pad, max(numbers) + pad], nice=False)
-    x = alt.X("loss:Q", title=LOSS, scale=x_scale, axis=_FEW_TICKS)
+    x = alt.X("loss:Q", title=LOSS, scale=x_scale, axis=theme.FEW_TICKS)
     y = _rows([names[arm] for arm in order])
     color = theme.arm_color(list(names.values()))
     marks = theme.base(rows)
@@ -168,9 +167,6 @@ def final_losses(results: Results) -> AnyChart | None:
         height=alt.Step(38),
         description=f"Final {LOSS}: " + ", ".join(f"{row['arm']} {row['text']}" for row in rows) + ".",
     )
-
-
-_FEW_TICKS = alt.Axis(tickCount=6, grid=True, labelOverlap="parity", labelSeparation=6, labelFlush=False)
 
 
 def _rows(names: Sequence[str]) -> alt.Y:
@@ -197,7 +193,7 @@ def pair_differences(results: Results) -> AnyChart | None:
     if not rows:
         return None
     title = "difference in validation loss (nats per token)"
-    x = alt.X("difference:Q", title=title, scale=alt.Scale(zero=True), axis=_FEW_TICKS)
+    x = alt.X("difference:Q", title=title, scale=alt.Scale(zero=True), axis=theme.FEW_TICKS)
     y = alt.Y("pair:N", title=None, axis=None, scale=alt.Scale(domain=[row["pair"] for row in rows]))
     marks = theme.base(rows)
     # A piece of the zero line in each row: a whole one would run through the names.
@@ -209,12 +205,7 @@ def pair_differences(results: Results) -> AnyChart | None:
         alt.Tooltip("pair:N"),
         *(alt.Tooltip(f"{k}:Q", format=".4f") for k in ("difference", "low", "high")),
     ]
-    dots = [
-        marks.transform_filter(f"datum.decided === '{decided}'")
-        .mark_point(size=80, filled=filled, opacity=1, strokeWidth=2, yOffset=8)
-        .encode(x, y, tooltip=tooltip)
-        for decided, filled in (("decided", True), ("undecided", False))
-    ]
+    dots = theme.decided_dots(marks, x, y, tooltip=tooltip)
     text = marks.mark_text(align="left", dy=-9).encode(y, x=alt.value(2), text="text:N")
     return alt.layer(zero, bar, *dots, text).properties(
         width=theme.WIDTH - 20,
@@ -244,7 +235,7 @@ def paper_panels(results: Results) -> list[AnyChart]:
         reached = [0.0, *(row[key] for row in rows for key in reaches[field] if row[key] is not None)]
         pad = 0.1 * (max(reached) - min(reached)) or 0.05  # room for the numbers over the outermost markers
         scale = alt.Scale(domain=[min(reached) - pad, max(reached) + pad], nice=False)
-        x = alt.X(f"{field}:Q", title=minus, scale=scale, axis=_FEW_TICKS)
+        x = alt.X(f"{field}:Q", title=minus, scale=scale, axis=theme.FEW_TICKS)
         y = _rows(order)
         marks = theme.base(rows)
         color = theme.arm_color(names)
@@ -272,16 +263,13 @@ def load_maps(results: Results) -> dict[str, alt.Chart]:
     records = {arm: load_records(record.get("load")) for arm, record in results["arms"].items()}
     records = {arm: rows for arm, rows in records.items() if rows}
     hottest = max((row["relative"] for rows in records.values() for row in rows), default=1.0)
-    top = min(max(2.0, hottest), HOTTEST)
+    top = min(max(2.0, hottest), theme.HOTTEST)
     maps: dict[str, alt.Chart] = {}
     for arm, rows in records.items():
         layers = max(row["layer"] for row in rows)
         experts = max(row["expert"] for row in rows) + 1
-        scale = alt.Scale(domain=[0, top], domainMid=1, clamp=True, interpolate="lab")
-        title = "load ÷ uniform load" + (f" (last colour: {HOTTEST:g} or more)" if hottest > top else "")
-        legend = alt.Legend(title=title, orient="top", gradientLength=220, values=[0, 1, *range(2, int(top) + 1)])
-        every = next(step for step in (1, 2, 4, 8, 16, 32, 64) if experts <= 17 * step or step == 64)
-        axis = alt.Axis(labelAngle=0, values=list(range(0, experts, every)), labelOverlap=True)
+        title = "load ÷ uniform load" + (f" (last colour: {theme.HOTTEST:g} or more)" if hottest > top else "")
+        axis = alt.Axis(labelAngle=0, values=theme.expert_ticks(experts), labelOverlap=True)
         maps[arm] = (
             theme.base(rows)
             .mark_rect()
@@ -293,7 +281,7 @@ def load_maps(results: Results) -> dict[str, alt.Chart]:
                     axis=alt.Axis(labelOverlap=True),
                     scale=alt.Scale(paddingInner=0.06),
                 ),
-                alt.Color("relative:Q", scale=scale, legend=None if maps else legend),
+                theme.load_color("relative:Q", top, title, legend=not maps),
                 tooltip=[
                     alt.Tooltip("layer:O"),
                     alt.Tooltip("expert:O"),

@@ -82,8 +82,7 @@ def load_chart(results: Results) -> Any:
         for each in results["experts"]
     ]  # fmt: skip
     experts = max(row["expert"] for row in rows) + 1
-    every = next(step for step in (1, 2, 4, 8, 16, 32, 64) if experts <= 17 * step or step == 64)
-    axis = alt.Axis(labelAngle=0, values=list(range(0, experts, every)), labelOverlap="parity", labelSeparation=5)
+    axis = alt.Axis(labelAngle=0, values=theme.expert_ticks(experts), labelOverlap="parity", labelSeparation=5)
     largest = max(abs(row["change"]) for row in rows)
     top = min(_LOADS, max(0.1, largest))
     title = "change of load ÷ uniform load" + (f" (last colours: {top:g} or more)" if largest > top else "")

@@ -32,9 +32,8 @@ def summary(results: Results) -> list[str]:
     tally = ", ".join(f"{words.count(word)} {word}" for word in _VERDICTS if word in words)
     lines.append(f"Load of the {len(words)} experts: {tally}.")
     whole = results["domains"][0]
-    lines.append(
-        f"Loss {fixed(whole['loss_a'])} → {fixed(whole['loss_b'])} nats per token: {plus_interval(whole['difference'])}."
-    )
+    moved = plus_interval(whole["difference"])
+    lines.append(f"Loss {fixed(whole['loss_a'])} → {fixed(whole['loss_b'])} nats per token: {moved}.")
     return [*lines, *map(str, results["notes"])]
 
 

@@ -14,9 +14,6 @@ from finemoe.charts.numbers import Results, clean, finite
 _ROW = 30
 
 
-_FEW_TICKS = alt.Axis(tickCount=6, grid=True, labelOverlap="parity", labelSeparation=6, labelFlush=False)
-
-
 def figures(results: Results) -> dict[str, Any]:
     """Every figure that `results` can fill, by file name."""
     results = clean(results)
@@ -74,7 +71,7 @@ def _chart(results: Results, rows: Sequence[Mapping[str, Any]]) -> Any:
     # Beyond 0 and 100 %, so that a marker there keeps clear of the names and of the edge.
     domain = [least - pad, most + pad]
     scale = alt.Scale(domain=domain, nice=False)
-    x = alt.X("value:Q", title=title, scale=scale, axis=_FEW_TICKS)
+    x = alt.X("value:Q", title=title, scale=scale, axis=theme.FEW_TICKS)
     band = alt.Scale(type="band", domain=[row["row"] for row in rows], paddingInner=0, paddingOuter=0.2)
     y = alt.Y("row:N", title=None, scale=band, axis=alt.Axis(grid=True, ticks=False, domain=False, labelLimit=220))
     marks = theme.base(rows)
@@ -109,18 +106,13 @@ def difference_chart(results: Results) -> Any:
     if not rows:
         return None
     title = "difference in score (percentage points)"
-    x = alt.X("value:Q", title=title, scale=alt.Scale(zero=True), axis=_FEW_TICKS)
+    x = alt.X("value:Q", title=title, scale=alt.Scale(zero=True), axis=theme.FEW_TICKS)
     y = alt.Y("row:N", title=None, axis=None, scale=alt.Scale(domain=[row["row"] for row in rows]))
     marks = theme.base(rows)
     zero = marks.mark_tick(thickness=1.5, size=20, yOffset=8, opacity=0.6).encode(x=alt.datum(0), y=y)
     bar = marks.transform_filter("datum.low !== null").mark_rule(strokeWidth=2.4, yOffset=8)
     bar = bar.encode(alt.X("low:Q", title=title), y, alt.X2("high:Q"))
-    dots = [
-        marks.transform_filter(f"datum.decided === '{decided}'")
-        .mark_point(size=80, filled=filled, opacity=1, strokeWidth=2, yOffset=8)
-        .encode(x, y)
-        for decided, filled in (("decided", True), ("undecided", False))
-    ]
+    dots = theme.decided_dots(marks, x, y)
     text = marks.mark_text(align="left", dy=-9).encode(y, x=alt.value(2), text="text:N")
     return alt.layer(zero, bar, *dots, text).properties(
         width=theme.WIDTH - 20, height=alt.Step(40), description="; ".join(str(row["text"]) for row in rows) + "."

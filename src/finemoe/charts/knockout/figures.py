@@ -211,8 +211,7 @@ def expert_map(results: Results, domain: str | None = None) -> Any | None:
     tooltip += [alt.Tooltip(f"{key}:Q", format="+.5f") for key in ("rise", "low", "high")]
     experts = sorted({row["expert"] for row in rows})
     layers = len({row["layer"] for row in rows})
-    every = next(step for step in (1, 2, 4, 8, 16, 32, 64) if len(experts) <= 17 * step or step == 64)
-    labels = experts[::every]
+    labels = [experts[number] for number in theme.expert_ticks(len(experts))]
     worst = max(rows, key=lambda row: finite(row["rise"]) or 0.0)
     return (
         theme.base(rows)

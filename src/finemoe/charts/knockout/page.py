@@ -137,6 +137,13 @@ def _domains(results: Results, experiment: str, drawn: list[Any]) -> list[Any]:
     return [*small, Details("By domain, as a table", [table])]
 
 
+def _curve(results: Results, experiment: str, text: str, caption: str, table: Table) -> list[Any]:
+    """What both figures of the paper have here: the curve beside the printed one, the table, and each domain."""
+    domains = _domains(results, experiment, domain_curves(results, experiment))
+    figure = Figure(curves(results, experiment), caption)
+    return [Text([text]), figure, table, *_notes(results, experiment), *domains]
+
+
 def _masked(results: Results) -> Section:
     printed = results["paper"]["masked"]["DeepSeekMoE"]
 
@@ -149,19 +156,9 @@ def _masked(results: Results) -> Section:
         "best of the rest. The steeper the rise, the less the others can stand in: the paper's Figure 4 measures by "
         "this how little its experts are redundant. The two panels have scales of their own."
     )
-    domains = _domains(results, "masked", domain_curves(results, "masked"))
-    figure = Figure(curves(results, "masked"), "Rise in loss with the best experts of each token left out.")
     table = _table(results, "masked", "The best experts left out", paper)
-    return Section(
-        "The best experts masked (Figure 4)",
-        [
-            Text([text]),
-            figure,
-            table,
-            *_notes(results, "masked"),
-            *domains,
-        ],
-    )
+    caption = "Rise in loss with the best experts of each token left out."
+    return Section("The best experts masked (Figure 4)", _curve(results, "masked", text, caption, table))
 
 
 def _active(results: Results) -> Section:
@@ -176,19 +173,9 @@ def _active(results: Results) -> Section:
         f"The model was trained with {trained} active routed experts a token and meets other numbers for the first "
         "time. The paper's model, trained with 7, still equals a fully active GShard with 4 (1.868 against 1.867)."
     )
-    domains = _domains(results, "active", domain_curves(results, "active"))
-    figure = Figure(curves(results, "active"), "Rise in loss with fewer or more active routed experts.")
     table = _table(results, "active", "Other numbers of active experts", paper)
-    return Section(
-        "Fewer active experts (Figure 5)",
-        [
-            Text([text]),
-            figure,
-            table,
-            *_notes(results, "active"),
-            *domains,
-        ],
-    )
+    caption = "Rise in loss with fewer or more active routed experts."
+    return Section("Fewer active experts (Figure 5)", _curve(results, "active", text, caption, table))
 
 
 def _shared(results: Results) -> Section:

@@ -15,7 +15,6 @@ import altair as alt
 from finemoe.charts import theme
 from finemoe.charts.numbers import Results, finite, fixed
 
-HOTTEST = 4.0  # a load of four times even or more has the last colour: a hotter outlier would flatten the rest
 MOST_LAYERS = 12
 """Layers that get a chart each; more are thinned evenly."""
 _MOST_CELLS = 60_000  # of the movie: frames are thinned, for a page that opens at once
@@ -188,19 +187,16 @@ def _cells(layers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _top(results: Results) -> float:
     hottest = max(1 + layer["max_vio"] for frame in frames_of(results) for layer in frame["layers"].values())
-    return min(max(2.0, math.ceil(hottest)), HOTTEST)
+    return min(max(2.0, math.ceil(hottest)), theme.HOTTEST)
 
 
 def _load_color(top: float) -> alt.Color:
-    scale = alt.Scale(domain=[0, top], domainMid=1, clamp=True, interpolate="lab")
-    title = "load ÷ even share" + (f" (last colour: ≥ {top:g})" if top >= HOTTEST else "")
-    shown = alt.Legend(title=title, orient="top", gradientLength=200, values=[0, 1, *range(2, int(top) + 1)])
-    return alt.Color("relative:Q", scale=scale, legend=shown)
+    title = "load ÷ even share" + (f" (last colour: ≥ {top:g})" if top >= theme.HOTTEST else "")
+    return theme.load_color("relative:Q", top, title, length=200)
 
 
 def _expert_axis(channel: Any, experts: int) -> Any:
-    every = next(step for step in (1, 2, 4, 8, 16, 32, 64) if experts <= 17 * step or step == 64)
-    axis = alt.Axis(labelAngle=0, values=list(range(0, experts, every)), labelOverlap=True)
+    axis = alt.Axis(labelAngle=0, values=theme.expert_ticks(experts), labelOverlap=True)
     return channel("expert:O", title="routed expert", axis=axis)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analyze.options import MODEL, Corpora, Length, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, deliver, print_rich
+from finemoe.cli.output import Json, deliver, plain_table, print_rich
 
 
 def difference(
@@ -85,10 +85,7 @@ def _domain_table(results: Mapping[str, Any]) -> Any:
 
 
 def _table(first: str, *others: str) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = plain_table()
     table.add_column(first, no_wrap=True, overflow="ellipsis", max_width=18)
     for title in others:
         table.add_column(title, justify="right")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analyze.options import Corpora, Length, Model, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, deliver, print_rich
+from finemoe.cli.output import Json, deliver, plain_table, print_rich
 
 _MOST_ROWS = 12
 _FEWEST = 0.25  # times the uniform load: what took less is no example of specialisation
@@ -58,8 +58,6 @@ def experts(
 
 
 def _print(results: Mapping[str, Any]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
     from finemoe.charts.cards.words import leading
@@ -67,7 +65,7 @@ def _print(results: Mapping[str, Any]) -> None:
 
     results = clean(results)
     several = len(results["domains"]) > 1
-    layers = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    layers = plain_table()
     for title in ("Layer", "Experts", "Per token", "Specialisation", "Bits of domain", "by chance"):
         layers.add_column(title, justify="right")
     for each in results["layers"]:
@@ -79,7 +77,7 @@ def _print(results: Mapping[str, Any]) -> None:
         layers.add_row(f"L{each['layer']}", str(each["experts"]), str(each["experts_per_token"]), *measured)
     cards = [card for card in results["cards"] if card["relative_load"] >= _FEWEST]
     cards.sort(key=lambda card: -(card["specialization"] if several else card["relative_load"]))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = plain_table()
     for title, width in (("Expert", 7), ("Load", 5), ("Spec.", 5), ("Domain", 11), ("Tokens, by lift", 42)):
         side: Any = "right" if title in ("Load", "Spec.") else "left"
         table.add_column(title, width=width, justify=side, no_wrap=True, overflow="ellipsis")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analyze.options import Corpora, Length, Model, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, deliver, print_rich
+from finemoe.cli.output import Json, deliver, plain_table, print_rich
 
 _MOST_ROWS = 10
 
@@ -105,12 +105,7 @@ def _print(results: Mapping[str, Any]) -> None:
 
 
 def _table(title: str, columns: Sequence[str]) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
-    )
+    table = plain_table((0, 1), show_edge=True, title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
     return table

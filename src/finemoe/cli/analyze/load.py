@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.analyze.options import MODEL, Corpora, Length, Report, Rows, Texts, Tokens
-from finemoe.cli.output import Json, deliver, print_rich
+from finemoe.cli.output import Json, deliver, number_table, print_rich
 
 
 def load(
@@ -57,13 +57,13 @@ def _print(results: Mapping[str, Any]) -> None:
     keys = (("max_vio", 2), ("max_vio_batch", 2), ("entropy", 3), ("variation", 2), ("starved", 0), ("dead", 0))
     if len(series) > 1:
         shown = [[one["name"], *(fixed(one[key], digits) for key, digits in keys)] for one in series]
-        print_rich(table(["Mean or sum", *columns], shown), "")
+        print_rich(number_table(["Mean or sum", *columns], shown), "")
     last = series[-1]
     by_layer = [
         [f"layer {number}, {layer['experts_per_token']} of {layer['experts']}", *_row(layer, keys)]
         for number, layer in last["layers"].items()
     ]
-    print_rich(table([last["name"], *columns], by_layer), "")
+    print_rich(number_table([last["name"], *columns], by_layer), "")
     for line in summary(results):
         print_rich(Text(line))
 
@@ -72,17 +72,3 @@ def _row(layer: Mapping[str, Any], keys: Any) -> list[str]:
     from finemoe.charts.numbers import fixed
 
     return [fixed(layer[key], digits) for key, digits in keys]
-
-
-def table(columns: list[str], rows: list[list[str]]) -> Any:
-    """A table for a terminal of 80 columns; all but the first column are numbers."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
-    for number, column in enumerate(columns):
-        made.add_column(Text(column), justify="right" if number else "left")
-    for row in rows:
-        made.add_row(*map(Text, row))
-    return made

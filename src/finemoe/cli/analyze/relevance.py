@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from finemoe.cli.analyze.options import Corpora, Length, Model, Rows, Texts, Tokens
-from finemoe.cli.output import Json, deliver, print_rich
+from finemoe.cli.output import Json, deliver, plain_table, print_rich
 
 _Score = Annotated[
     Literal["gate", "token"],
@@ -67,19 +67,12 @@ def relevance(
 
 
 def _print(selection: Mapping[str, Any], out: Path | None) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from finemoe.charts.numbers import count
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for name, justify in (
-        ("layer", "right"),
-        ("experts", "right"),
-        ("reached", "right"),
-        ("which, best first", "left"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table = plain_table((0, 1), show_edge=True)
+    for name in ("layer", "experts", "reached"):
+        table.add_column(name, justify="right")
+    table.add_column("which, best first")
     for layer in selection["layers"]:
         reached = f"{100 * sum(layer['scores']):.1f} %"
         table.add_row(str(layer["layer"]), str(len(layer["experts"])), reached, " ".join(map(str, layer["experts"])))

@@ -12,18 +12,9 @@ from typing import Any
 from finemoe.evaluation.records import Record, Unreadable, choice_of, text_of, texts_of
 from finemoe.evaluation.tasks.choices import ChoiceTask
 from finemoe.evaluation.tasks.finding import TEST, TRAIN, VALIDATION, DataForm, Hub
-from finemoe.evaluation.tasks.questions import Question, QuestionReader, put
+from finemoe.evaluation.tasks.questions import Question, QuestionReader, put, question_of
 
 _TEXT_LINES = 6  # of a HellaSwag task in the text form: context, index of the right ending, four endings
-
-
-def question_of(
-    record: Record, context: str, options: Iterable[str], gold: int, group: str | None = None, blank: str = " "
-) -> Question:
-    """A question whose options all follow the same context, after `blank`."""
-    pairs = tuple((context, blank + option) for option in options)
-    name = record.value.get("id", record.value.get("ind", record.name))
-    return Question(str(name), context, "".join(pairs[gold]), group, pairs, {"gold": gold})
 
 
 def _mosaic(record: Record) -> tuple[str, tuple[str, ...], int] | None:

@@ -37,6 +37,15 @@ class Question:
     suffix: str | None = None
 
 
+def question_of(
+    record: Record, context: str, options: Iterable[str], gold: int, group: str | None = None, blank: str = " "
+) -> Question:
+    """A question whose options all follow the same context, after `blank`."""
+    pairs = tuple((context, blank + option) for option in options)
+    name = record.value.get("id", record.value.get("ind", record.name))
+    return Question(str(name), context, "".join(pairs[gold]), group, pairs, {"gold": gold})
+
+
 def whole(record: Record) -> Iterable[Record]:
     """A record that is one question."""
     return (record,)
