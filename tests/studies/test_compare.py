@@ -170,7 +170,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(
         "from pathlib import Path\n"
         "from finemoe import compare\n"
         "from finemoe.studies import results\n"
-        "results.save_figures = lambda *arguments: None\n"
+        "results.figures = lambda results: {}\n"
         "def watch():\n"
         "    while not list(Path(sys.argv[1]).glob('arms/*/*/summary.json')): time.sleep(0.01)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -187,7 +187,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(
     assert partial["complete"] is False
     before = {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in done}
     monkeypatch.setattr("finemoe.studies.study.run_fleet", run_here)
-    monkeypatch.setattr("finemoe.studies.results.save_figures", lambda *arguments: None)
+    monkeypatch.setattr("finemoe.studies.results.figures", lambda results: {})
     resumed = compare(merge(raw, {"parallel_runs": 1}), out=out, quiet=True)
     assert before == {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in done}
     (arms, pairs, _, complete), (expected_arms, expected_pairs, _, _) = (
