@@ -172,3 +172,21 @@ def test_no_two_of_sixteen_arms_look_alike():
     dashes = [tuple(dash) for dash in theme.arm_dashes(16)]
     assert len(set(zip(colors, dashes, strict=True))) == 16
     assert len(set(zip(colors, theme.arm_shapes(16), strict=True))) == 16
+
+
+@pytest.mark.parametrize(
+    ("experts", "every", "labels"), [(8, 1, 8), (17, 1, 17), (18, 2, 9), (64, 4, 16), (160, 16, 10)]
+)
+def test_at_most_seventeen_experts_have_a_label(experts, every, labels):
+    assert theme.expert_ticks(experts) == list(range(0, experts, every))
+    assert len(theme.expert_ticks(experts)) == labels <= 17
+
+
+def test_a_decided_pair_has_a_filled_marker():
+    import altair as alt
+
+    x, y = alt.X("value:Q"), alt.Y("row:N")
+    marks = theme.base([{"row": "a", "value": 1, "decided": "decided"}])
+    made = [theme.spec(dots) for dots in theme.decided_dots(marks, x, y)]
+    filled = {one["transform"][0]["filter"]: one["mark"]["filled"] for one in made}
+    assert filled == {"datum.decided === 'decided'": True, "datum.decided === 'undecided'": False}

@@ -13,6 +13,7 @@ from finemoe.checkpoint.run_state.state import RunState, save
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.evaluation.evaluate import evaluate
 from finemoe.evaluation.runner import Settings
+from finemoe.evaluation.tasks import choose_tasks
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,16 @@ def test_what_cannot_work_is_said_before_a_model_is_read(runs: list[Path], data:
     (data / "results.json").write_text('{"kind": "load"}')
     with pytest.raises(RunError, match=r"holds no report of this kind \(evaluation\)"):
         evaluate([nowhere], ["hellaswag"], out=data)
+
+
+def test_several_samples_are_drawn_at_the_papers_temperature_unless_another_is_given() -> None:
+    drawn = {
+        (samples, heat): choose_tasks(["humaneval"], samples, heat)[0]
+        for samples, heat in ((1, None), (5, None), (5, 0.3))
+    }
+    assert {asked: (task.samples, task.temperature) for asked, task in drawn.items()} == {
+        (1, None): (1, 0.0), (5, None): (5, 0.8), (5, 0.3): (5, 0.3)
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="does nothing without --samples"):
+        choose_tasks(["humaneval"], None, 0.3)
+    assert [task.name for task in choose_tasks(["text", "hellaswag", "text"])] == ["text", "hellaswag"]
