@@ -54,4 +54,4 @@ build: setup  ## the wheel, in dist/
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:  ## remove everything that is made here, runs excepted
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
