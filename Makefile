@@ -12,7 +12,7 @@ test: setup  ## the default test suite
 	$(BIN)/pytest -n auto
 
 slow: setup  ## the tests that take minutes: narrower vectors, every published configuration, llama.cpp where it is installed
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n auto -m slow
 
 mutants: setup  ## break one line at a time and see the tests notice, about ten minutes; ARGS="--only NAME"
 	$(BIN)/python tests/mutants/run.py $(ARGS)
@@ -54,4 +54,4 @@ build: setup  ## the wheel, in dist/
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:  ## remove everything that is made here, runs excepted
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

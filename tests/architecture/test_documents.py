@@ -29,7 +29,7 @@ from finemoe.studies.arms import solve
 from finemoe.studies.config import resolve_comparison
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
 RECIPES = sorted(ROOT.glob("recipes/**/*.toml"))
 
 
