@@ -36,6 +36,7 @@ from finemoe.model.moe.layer import MoEConfig, routed_output
 _ROUNDS, _SECONDS = 7, 1.5  # of measuring; whichever ends first, after two rounds
 _MOST_TOKENS, _MOST_WEIGHTS = 4096, 1 << 26  # of what is measured; experts are left out of layers that are larger
 
+_FORMAT = 2  # of what is remembered; answers of version 0.1.0 had "torch" products multiply in C++
 _PATIENCE = 60.0  # seconds to wait for another process that measures
 
 Candidates = Mapping[str, Callable[[], object]]
@@ -181,7 +182,7 @@ class _Setting:
         machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor()
         parts = (machine, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", what)
         shape = (f"{self.tokens} tokens of {self.hidden_size}", "bf16" if self.bf16 else "fp32")
-        key = ", ".join((kind, *parts, *shape, "native" if native.available() else "no native"))
+        key = ", ".join((f"{kind} {_FORMAT}", *parts, *shape, "native" if native.available() else "no native"))
         seconds = _read(path).get(key) or self._measured(path, key, candidates)
         best = min(seconds, key=lambda name: seconds[name])
         times = ", ".join(f"{name} {seconds[name] * 1e3:.3g} ms" for name in sorted(seconds, key=lambda n: seconds[n]))

@@ -58,7 +58,7 @@ class StepReport:
         }
         if self.load:
             violations = self.max_vio()
-            record["max_vio"] = sum(violations.values()) / len(violations)
+            record["max_vio"] = mean_max_vio(self.load)
             record["max_vio_per_layer"] = {str(layer): round(value, 4) for layer, value in violations.items()}
             record["dead_experts"] = dead_share(self.load)
             record["dead_experts_per_layer"] = {

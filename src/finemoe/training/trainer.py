@@ -210,7 +210,7 @@ class Trainer:
         objective = self.method.objective
         terms: dict[str, float] = {}
         load: dict[int, Tensor] = {}
-        dropped = 0
+        dropped = torch.zeros((), dtype=torch.int64, device=self.plan.device)  # read once: reading makes a GPU wait
         weights = objective.weights(self.progress())
         for batch in batches:
             with self.autocast():
@@ -224,9 +224,9 @@ class Trainer:
                 terms[name] = terms.get(name, 0.0) + part.item()
             for layer, record in result.routing.items():
                 load[layer] = load[layer] + record.load if layer in load else record.load
-                dropped += int(record.dropped)
+                dropped = dropped + record.dropped
         load = {layer: one.cpu() for layer, one in self.world.sum_tensors(load).items()}
-        return _Accumulated(self.world.sum(terms), load, int(self.world.sum({"dropped": dropped})["dropped"]))
+        return _Accumulated(self.world.sum(terms), load, int(self.world.sum({"dropped": dropped.item()})["dropped"]))
 
     def _update(self, load: Mapping[int, Tensor]) -> float:
         rate = self.peak_learning_rate * learning_rate_factor(self.schedule, self.state.step, self.plan.total_steps)
