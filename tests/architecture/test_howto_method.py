@@ -102,7 +102,7 @@ def test_resumed_it_is_the_unbroken_run_to_the_bit(trained: tuple[Path, dict[str
     assert kept[0].keys() == kept[1].keys()
     assert all(torch.equal(tensor, kept[1][name]) for name, tensor in kept[0].items())
     state = json.loads((checkpoints(folder / "broken")[-1] / "state.json").read_text())
-    assert state["method"] == {"preference": {"seen": 24}}
+    assert state["method"] == {"preference": {"updates": 6}}
 
 
 def test_its_reference_stays_where_the_run_began(trained: tuple[Path, dict[str, Any]]) -> None:

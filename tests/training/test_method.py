@@ -201,11 +201,11 @@ def test_after_update_is_told_the_load_and_the_progress_before_the_step() -> Non
 
 
 def test_prepare_comes_before_anything_is_selected() -> None:
-    def widen(model: Transformer) -> None:
+    def widen(model: Transformer, begins: bool) -> None:
         model.register_parameter("adapter", nn.Parameter(torch.ones(3)))
 
     model = build(small_config())
-    method = method_of(NextToken(True), prepare=widen, select=lambda n: Group() if n == "adapter" else None)
+    method = method_of(NextToken(True), prepare=(widen,), select=lambda n: Group() if n == "adapter" else None)
     made = with_method(model, method)
     assert list(made.parameters) == ["adapter"]
     assert not model.embedding.weight.requires_grad

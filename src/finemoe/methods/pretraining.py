@@ -39,7 +39,7 @@ def build(config: PretrainingConfig, setting: Setting) -> Method[TokenBatch]:
     Raises:
         DataError: the corpus cannot be read, or is smaller than one batch.
     """
-    data = PackedDocuments.read(setting)
+    data, live = PackedDocuments.read(setting), live_terms(setting)
     return Method(
         data=data,
         objective=NextToken(
@@ -50,7 +50,7 @@ def build(config: PretrainingConfig, setting: Setting) -> Method[TokenBatch]:
         measure=HeldOutLoss(data.prepared),
         before_update=(Clip(setting.max_gradient_norm),),
         after_update=(MoveBiases(setting.balancing),),
-        notes=tuple(live_terms(setting)),
+        notes=(f"balance and look-ahead: {', '.join(live)}",) if live else (),
     )
 
 

@@ -16,6 +16,8 @@ class Setting:
 
     model: ModelConfig
     data: DataConfig
+    start_from: str | None
+    """What the run began with, where it was opened: a reference can be opened again from there."""
     seed: int
     """Of the run; a method derives streams of its own from it (`core.seeds.derive`)."""
     total_steps: int

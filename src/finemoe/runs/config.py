@@ -133,6 +133,7 @@ class RunConfig(Config):
         return Setting(
             model=self.model,
             data=self.data,
+            start_from=self.start_from,
             seed=self.seed,
             total_steps=self.training.total_steps,
             sequences_per_step=self.sequences_per_step,

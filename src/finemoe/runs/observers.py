@@ -27,7 +27,6 @@ class Evaluate:
     """Measure every `every` steps and after the last one."""
 
     every: int
-    measure: Callable[[], Measured]
     emit: Callable[[Record], None]
     latest: Measured | None = None
 
@@ -35,8 +34,7 @@ class Evaluate:
         """Measure when it is time."""
         if report.step % self.every and report.step != trainer.plan.total_steps:
             return
-        with trainer.autocast():
-            self.latest = self.measure()
+        self.latest = trainer.measure()
         head = {"kind": "validation", "step": report.step, "tokens": report.tokens, "seconds": round(report.seconds, 4)}
         self.emit({**head, **self.latest.to_record()})
 

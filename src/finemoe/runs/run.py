@@ -85,7 +85,7 @@ def train(
     with sole_writer(directory):
         _require_free(directory, config)
         _describe(directory, config, method.data)
-        return _run(config, method, directory, resumed=None, quiet=quiet)
+        return _run(config, method, directory, resuming=False, quiet=quiet)
 
 
 def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
@@ -116,18 +116,27 @@ def _resume(directory: Path, config: RunConfig, quiet: bool) -> Run:
             "put it back, or start a new run"
         )
     _describe(directory, config, method.data)  # whatever a kill left out while the directory was being made
+    return _run(config, method, directory, resuming=True, quiet=quiet)
+
+
+def _newest(directory: Path, config: RunConfig) -> RunState | None:
+    """What the newest undamaged checkpoint holds; None where the run had not come to its first.
+
+    Raises:
+        RunError: it is of another run than `config` says.
+    """
     checkpoints = directory / "checkpoints"
-    started = checkpoints.is_dir() and any(checkpoints.glob("step-*"))
-    resumed = load_latest(checkpoints) if started else None
-    if resumed is not None:
-        _compare_configurations(directory, config, parse(RunConfig, json.loads(resumed.config), str(checkpoints)))
-    return _run(config, method, directory, resumed=resumed, quiet=quiet)
+    if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
+        return None
+    saved = load_latest(checkpoints)
+    _compare_configurations(directory, config, parse(RunConfig, json.loads(saved.config), str(checkpoints)))
+    return saved
 
 
 def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig) -> None:
     """An edited config.json: another model or corpus is refused, anything else is said."""
     changed = [name for name in RunConfig.model_fields if getattr(config, name) != getattr(saved, name)]
-    if {"model", "data", "seed"} & set(changed):
+    if {"model", "data", "seed", "method"} & set(changed) or config.optimizer.kind != saved.optimizer.kind:
         raise RunError(f"{directory}/config.json: {', '.join(changed)} differ from the checkpoint's; put them back")
     if changed:
         logger.warning("%s differ from the checkpoint's: this is no longer the run that began here", ", ".join(changed))
@@ -168,13 +177,36 @@ def _describe(directory: Path, config: RunConfig, data: TrainingData[Batch]) -> 
         raise storage_error(directory, error) from error
 
 
-def _run(config: RunConfig, method: Method[Any], directory: Path, *, resumed: RunState | None, quiet: bool) -> Run:
+def _run(config: RunConfig, method: Method[Any], directory: Path, *, resuming: bool, quiet: bool) -> Run:
+    trainer, reason = _trainer(config, method, directory, resuming)
+    metrics = directory / "metrics.jsonl"
+    _cut_metrics(metrics, trainer.state.step)
+    if not quiet:
+        _announce(config, trainer, directory, reason)
+    trackers = [open_tracker(name, directory, config.model_dump(mode="json")) for name in config.training.trackers]
+    with Log(metrics, trackers) as log, Save(config, directory, log) as save:
+        evaluate = Evaluate(_evaluate_every(config), log.emit)
+        shown: list[Observer] = [] if quiet else [Show(evaluate, trainer.plan.total_steps)]
+        trainer.observers = (evaluate, log, Warn(_watch(config, metrics), log.emit), *shown, save)
+        finished = _train(trainer, save, directory)
+    if not finished:
+        return Run(directory, {}, interrupted=True)
+    if evaluate.latest is None:  # resumed after the last step: its record may be lost
+        evaluate.latest = trainer.measure()
+    summary = _summary(config, trainer, evaluate.latest, metrics)
+    write_text(directory / "summary.json", json.dumps(summary, indent=2))
+    return Run(directory, summary, interrupted=False)
+
+
+def _trainer(config: RunConfig, method: Method[Any], directory: Path, resuming: bool) -> tuple[Trainer, str]:
+    """The trainer where the run stands, and what its kernels were chosen for."""
     memory.keep_freed_pages()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     device, bf16 = resolve_device(config.training)
-    chosen = _kernels(config, device, bf16, resumed)
-    model = _first_model(config, method.data, chosen.kernels, resumed is not None)
+    saved = _newest(directory, config) if resuming else None
+    chosen = _kernels(config, device, bf16, saved)
+    model = _first_model(config, method.data, chosen.kernels, saved is not None)
     torch.manual_seed(derive(config.seed, "torch"))  # for whatever draws from the default generator during training
     plan = Plan(
         total_steps=config.training.total_steps,
@@ -183,26 +215,11 @@ def _run(config: RunConfig, method: Method[Any], directory: Path, *, resumed: Ru
         device=device,
         bf16=bf16,
     )
-    trainer = Trainer(model.to(device), method, config.optimizer, config.schedule, plan)
-    metrics = directory / "metrics.jsonl"
-    if resumed is not None:
-        restore(trainer, resumed, directory)
-    _cut_metrics(metrics, trainer.state.step)
-    if not quiet:
-        _announce(config, trainer, directory, chosen.reason)
-    trackers = [open_tracker(name, directory, config.model_dump(mode="json")) for name in config.training.trackers]
-    with Log(metrics, trackers) as log, Save(config, directory, log) as save:
-        evaluate = Evaluate(_evaluate_every(config), lambda: method.measure(model), log.emit)
-        shown: list[Observer] = [] if quiet else [Show(evaluate, plan.total_steps)]
-        trainer.observers = (evaluate, log, Warn(_watch(config, metrics), log.emit), *shown, save)
-        finished = _train(trainer, save, directory)
-    if not finished:
-        return Run(directory, {}, interrupted=True)
-    if evaluate.latest is None:  # resumed after the last step: its record may be lost
-        evaluate.latest = evaluate.measure()
-    summary = _summary(config, trainer, evaluate.latest, metrics)
-    write_text(directory / "summary.json", json.dumps(summary, indent=2))
-    return Run(directory, summary, interrupted=False)
+    begins = saved is None
+    trainer = Trainer(model.to(device), method, config.optimizer, config.schedule, plan, begins=begins)
+    if saved is not None:
+        restore(trainer, saved, directory)
+    return trainer, chosen.reason
 
 
 def _train(trainer: Trainer, save: Save, directory: Path) -> bool:
@@ -214,10 +231,12 @@ def _train(trainer: Trainer, save: Save, directory: Path) -> bool:
     try:
         trainer.run()
     except TrainingError as error:
-        save.save(trainer)
+        if not trainer.method.state:  # it may have counted the refused step; the last regular checkpoint did not
+            save.save(trainer)
         report = {"step": trainer.state.step + 1, "position": trainer.state.position, "message": str(error)}
         write_text(directory / "failure.json", json.dumps(report, indent=2))
-        raise TrainingError(f"{error} The state before that step is in {directory}.") from error
+        where = "What was saved last" if trainer.method.state else "The state before that step"
+        raise TrainingError(f"{error} {where} is in {directory}.") from error
     finished = trainer.state.step >= trainer.plan.total_steps
     if not finished:
         save.save(trainer)
@@ -302,7 +321,8 @@ def _announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str)
         logger.info("kernels chosen by measuring: %s", reason)
     logger.info("%d steps of %d tokens", trainer.plan.total_steps, config.training.tokens_per_step)
     if trainer.method.notes:
-        logger.info("balance and look-ahead: %s", ", ".join(trainer.method.notes))
+        for note in trainer.method.notes:
+            logger.info("%s", note)
     if trainer.state.step:
         logger.info("resuming after step %d", trainer.state.step)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Mapping
@@ -171,7 +172,8 @@ def state_of(trainer: Trainer, config: RunConfig) -> RunState:
             "rng": {device: bytes(one.tolist()).hex() for device, one in state.rng.items()},
             "threads": torch.get_num_threads(),
             "kernels": trainer.model.kernels.model_dump(include={"experts", "products"}),
-            "method": {name: dict(part.values) for name, part in parts.items()},
+            # a copy, since the thread writes it while training goes on; what is not JSON is found here
+            "method": json.loads(json.dumps({name: dict(part.values) for name, part in parts.items()})),
         },
         config=to_json(config),
     )
@@ -181,10 +183,14 @@ def restore(trainer: Trainer, saved: RunState, source: Path) -> None:
     """Put the trainer where `state_of` found it.
 
     Raises:
-        CheckpointError: the weights are of another model, or the method kept another state; names `source`.
+        CheckpointError: the weights are of another model, other parameters were trained, or the method kept another
+            state; names `source`.
     """
     load_weights(trainer.model, saved.model, str(source))
-    load_optimizer_tensors(trainer.optimizers, trainer.parameters, saved.optimizer)
+    try:
+        load_optimizer_tensors(trainer.optimizers, trainer.parameters, saved.optimizer)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}; put back what was trained when the run began") from error
     state = dict(saved.state)
     _restore_method(trainer, saved.method, state.pop("method", {}), source)
     rng = _generators(state.pop("rng"))

@@ -22,6 +22,6 @@ class Clip:
 
     def __call__(self, parameters: Mapping[str, nn.Parameter], norm: Tensor) -> dict[str, float]:
         """Gradients below the bound are read once, for the norm, and not written."""
-        if not norm <= self.max_norm:
+        if norm > self.max_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.max_norm, norm)
         return {}

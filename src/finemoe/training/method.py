@@ -103,11 +103,18 @@ class Measured(Protocol):
         ...
 
 
+_TAKEN = {"kind", "step", "tokens", "seconds", "training_loss"}
+
+
 @dataclass(frozen=True)
 class Figures:
     """A measurement that is a few numbers by name, the first of them its headline."""
 
     values: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        if wrong := sorted(_TAKEN & set(self.values)):
+            raise ValueError(f"the run has figures of that name itself: {', '.join(wrong)}; choose others")
 
     @property
     def headline(self) -> float:
@@ -136,7 +143,7 @@ class Stateful(Protocol):
     """A part of a method that changes while it trains, or that cannot be made again from the recipe."""
 
     def state(self) -> Saved:
-        """All that goes on from here need; the tensors may be its own."""
+        """All that going on from here needs. It may be its own: tensors and values are copied before the next step."""
         ...
 
     def restore(self, saved: Saved) -> None:
@@ -144,8 +151,18 @@ class Stateful(Protocol):
         ...
 
 
-def _untouched(model: Transformer) -> None:
-    """Leave the model as it is."""
+class Prepare(Protocol):
+    """Before anything is selected or optimized, in order, on the model's device and at the precision of training."""
+
+    def __call__(self, model: Transformer, begins: bool) -> None:
+        """Keep a reference, add parameters.
+
+        Args:
+            model: as the run begins with it; where `begins` is False, of the same shapes, with weights that mean
+                nothing: a checkpoint's weights, and the method's state, are put in afterwards.
+            begins: the run begins here. What is costly and saved as state need be computed only then.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -155,15 +172,17 @@ class Method(Generic[BatchT]):
     data: TrainingData[BatchT]
     objective: Objective[BatchT]
     measure: Callable[[Transformer], Measured]
-    """How good the model is now. Leaves it in the mode it was in."""
+    """How good the model is now. Called in eval mode, and what it draws at random leaves no trace."""
     select: Callable[[str], Group | None] = everything
     """By parameter name: how it is trained, or None to freeze it. Experts are stacked: none is chosen alone here."""
-    prepare: Callable[[Transformer], None] = _untouched
-    """Called once with the model of the run's start, on its device, before anything is selected or optimized: to keep a
-    reference, to add parameters. A resumed run calls it too, before the checkpoint's weights are put in."""
+    prepare: tuple[Prepare, ...] = ()
     before_update: tuple[BeforeUpdate, ...] = ()
     after_update: tuple[AfterUpdate, ...] = ()
     state: Mapping[str, Stateful] = field(default_factory=dict)
-    """By a name of its own: saved in every checkpoint, and restored."""
+    """By a name of its own, without a slash: saved in every checkpoint, and restored."""
     notes: tuple[str, ...] = ()
-    """What trains besides the headline, for people: a loss that is silently off costs a run."""
+    """Lines for people at the start of a run: what trains besides the headline. Silently off, it would cost a run."""
+
+    def __post_init__(self) -> None:
+        if wrong := [name for name in self.state if "/" in name]:
+            raise ValueError(f"parts of a method's state are saved as NAME/TENSOR, so no NAME has a slash: {wrong}")

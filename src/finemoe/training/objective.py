@@ -45,7 +45,11 @@ class Objective(Protocol[BatchT_contra]):
         ...
 
     def terms(self, model: Transformer, batch: BatchT_contra) -> Terms:
-        """Numerators by the same names."""
+        """Numerators by the same names.
+
+        Remembers nothing: the step may yet be refused, and what a method counts or averages belongs in its
+        `before_update` and `after_update`.
+        """
         ...
 
 

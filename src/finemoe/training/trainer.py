@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from finemoe.core.errors import TrainingError
+from finemoe.core.errors import ConfigError, TrainingError
 from finemoe.data.batch import Batch
 from finemoe.model.transformer import Transformer
 from finemoe.parallel.world import SOLO, World
 from finemoe.training.balancing import selection_biases
 from finemoe.training.gradients import gradient_norm
-from finemoe.training.method import Method
+from finemoe.training.method import Measured, Method
 from finemoe.training.optimizers import RATE_FACTOR, Selected, build_optimizers
 from finemoe.training.report import StepReport
 from finemoe.training.schedule import learning_rate_factor
@@ -96,11 +96,29 @@ class Trainer:
         plan: Plan,
         observers: Sequence[Observer] = (),
         world: World = SOLO,
+        *,
+        begins: bool = True,
     ) -> None:
         """Let `method` prepare `model`, freeze what it does not select, and build what steps the rest.
 
-        `optimizer` and `schedule` are configurations of OPTIMIZERS and SCHEDULES.
+        Args:
+            model: as the run begins with it, or, where a checkpoint will fill it, of the same shapes.
+            method: how it trains.
+            optimizer: a configuration of OPTIMIZERS.
+            schedule: a configuration of SCHEDULES.
+            plan: how steps are cut.
+            observers: in order.
+            world: the processes that train together.
+            begins: False where a checkpoint will replace weights and state.
+
+        Raises:
+            ConfigError: the sequences of a step cannot be shared evenly.
         """
+        if plan.sequences_per_step % world.size:
+            raise ConfigError(
+                f"{plan.sequences_per_step} sequences a step cannot be shared by {world.size} processes: make "
+                "training.tokens_per_step a multiple of data.sequence_length times the number of processes"
+            )
         self.model = model
         self.method = method
         self.plan = plan
@@ -108,7 +126,9 @@ class Trainer:
         self.observers = observers
         self.world = world
         self.state = TrainState()
-        method.prepare(model)
+        for prepare in method.prepare:
+            with self.autocast():
+                prepare(model, begins)
         selected = []
         for name, parameter in model.named_parameters():
             group = method.select(name)
@@ -131,10 +151,9 @@ class Trainer:
         """
         until = self.plan.total_steps if until is None else min(until, self.plan.total_steps)
         self.model.train()
-        stopped = False
         try:
             with self._stop_on_signal():
-                while self.state.step < until and not (stopped := self.world.any(self._stop)):
+                while self.state.step < until and not self.world.any(self._stop):
                     started = time.perf_counter()
                     report = self.step(self.micro_batches(), started)
                     for observer in self.observers:
@@ -142,7 +161,7 @@ class Trainer:
         finally:
             for observer in self.observers:
                 observer.close()
-        return not (stopped or self._stop)
+        return not self.world.any(self._stop)
 
     def step(self, batches: Sequence[Batch], started: float | None = None) -> StepReport:
         """One optimizer step over `batches`, this rank's micro-batches.
@@ -162,11 +181,12 @@ class Trainer:
         done = self._accumulate(batches, self.world.sum(counts))
         self.world.sum_gradients(self.parameters.values())
         norm = gradient_norm(self.parameters.values())
+        norm_value = norm.item()
+        self._refuse_non_finite({**done.terms, "gradient_norm": norm_value})
         figures: dict[str, float] = {}
         for change in self.method.before_update:
             figures |= change(self.parameters, norm)
-        norm_value = norm.item()
-        self._refuse_non_finite({**done.terms, "gradient_norm": norm_value, **figures})
+        self._refuse_non_finite(figures)
         rate = self._update(done.load)
         seconds = time.perf_counter() - started
         tokens = self._advance(batches, seconds)
@@ -193,6 +213,19 @@ class Trainer:
             self.method.data.batch(first + start, min(size, share - start)).to(self.plan.device)
             for start in range(0, share, size)
         ]
+
+    def measure(self) -> Measured:
+        """What the method measures, in eval mode and at the precision of training.
+
+        What it draws from torch's generators is given back: a run does not depend on how often it is measured.
+        """
+        was_training = self.model.training
+        devices = [torch.cuda.current_device()] if self.plan.device.type == "cuda" else []
+        self.model.eval()
+        with torch.random.fork_rng(devices), self.autocast():
+            measured = self.method.measure(self.model)
+        self.model.train(was_training)
+        return measured
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of matrix products."""
