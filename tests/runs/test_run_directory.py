@@ -274,6 +274,11 @@ def test_same_seed_same_batches_whatever_the_model(corpus: Path) -> None:
     assert torch.equal(*batches)
 
 
+def test_another_seed_reads_the_text_in_another_order(corpus: Path) -> None:
+    first, second = (build_method(resolve_run(recipe(corpus, seed=seed), "recipe")).data.batch(0, 8) for seed in (7, 8))
+    assert not torch.equal(first.tokens, second.tokens)
+
+
 def test_a_second_writer_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finemoe.core.files._PATIENCE_SECONDS", 0.3)
     out = tmp_path / "run"

@@ -224,3 +224,22 @@ def test_state_of_generators_is_by_device() -> None:
     run(made, 1)
     assert torch.equal(made.state.rng["cpu"], torch.get_rng_state())
     assert replace(made.state).rng is made.state.rng
+
+
+def test_a_term_without_anything_to_count_is_left_out() -> None:
+    class Ahead(Surprise):
+        def counts(self, batch: TokenBatch) -> dict[str, float]:
+            return {**Surprise.counts(self, batch), "twice": 0.0}
+
+    [report] = run(with_method(build(small_config()), method_of(Ahead())), 1)
+    assert "twice" not in report.terms
+    assert report.loss > 1
+
+
+def test_a_step_without_anything_to_count_at_all_is_refused() -> None:
+    class Nothing(Surprise):
+        def counts(self, batch: TokenBatch) -> dict[str, float]:
+            return {**Surprise.counts(self, batch), "surprise": 0.0}
+
+    with pytest.raises(TrainingError, match="step 1 is not finite: surprise"):
+        run(with_method(build(small_config()), method_of(Nothing())), 1)

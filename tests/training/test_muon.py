@@ -21,11 +21,11 @@ from oracles.models import build, moe_table, small_config
 CONFIG = MuonConfig(learning_rate=0.02, weight_decay=0.1)
 
 
-def newton_schulz(matrix: Tensor) -> Tensor:
-    """Five steps for one matrix, as printed: X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X."""
+def newton_schulz(matrix: Tensor, iterations: int) -> Tensor:
+    """Steps for one matrix, as printed: X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix / (matrix.norm() + 1e-7)
-    for _ in range(5):
+    for _ in range(iterations):
         x = a * x + b * (x @ x.T) @ x + c * (x @ x.T) @ (x @ x.T) @ x
     return x
 
@@ -33,15 +33,18 @@ def newton_schulz(matrix: Tensor) -> Tensor:
 class ObviousMuon:
     """One matrix: momentum, Nesterov, orthogonal, scaled, decayed."""
 
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.momentum = matrix.clone(), torch.zeros_like(matrix)
+    def __init__(self, matrix: Tensor, config: MuonConfig) -> None:
+        self.matrix, self.momentum, self.config = matrix.clone(), torch.zeros_like(matrix), config
 
     def step(self, gradient: Tensor) -> None:
-        self.momentum = 0.95 * self.momentum + 0.05 * gradient
-        ahead = 0.95 * self.momentum + 0.05 * gradient
-        size = max(self.matrix.shape) ** 0.5
-        update = newton_schulz(ahead.T).T if self.matrix.shape[0] > self.matrix.shape[1] else newton_schulz(ahead)
-        self.matrix = self.matrix * (1 - 0.02 * 0.1) - 0.02 * 0.18 * size * update
+        config, mu = self.config, self.config.momentum
+        self.momentum = mu * self.momentum + (1 - mu) * gradient
+        ahead = mu * self.momentum + (1 - mu) * gradient
+        size = config.update_rms * max(self.matrix.shape) ** 0.5
+        tall = self.matrix.shape[0] > self.matrix.shape[1]
+        update = newton_schulz(ahead.T if tall else ahead, config.iterations)
+        decayed = self.matrix * (1 - config.learning_rate * config.weight_decay)
+        self.matrix = decayed - config.learning_rate * size * (update.T if tall else update)
 
 
 def selected(**tensors: Tensor) -> list[Selected]:
@@ -54,13 +57,17 @@ def pieces(name: str, tensor: Tensor) -> list[Tensor]:
     return [half for m in matrices for half in (m.chunk(2) if name.endswith("gate_up_proj") else (m,))]
 
 
+OTHER = CONFIG.model_copy(update={"momentum": 0.8, "iterations": 3, "update_rms": 0.3, "weight_decay": 0.5})
+
+
+@pytest.mark.parametrize("config", [CONFIG, OTHER], ids=["as V4", "others"])
 @pytest.mark.parametrize("rows", [5, 12])
-def test_every_matrix_moves_as_in_the_obvious_loop(rows: int) -> None:
+def test_every_matrix_moves_as_in_the_obvious_loop(rows: int, config: MuonConfig) -> None:
     torch.manual_seed(1)
     shapes = {"a__weight": (rows, 8), "b__down_proj": (3, rows, 8), "c__gate_up_proj": (3, 2 * rows, 8)}
     parts = selected(**{name: torch.randn(shape) for name, shape in shapes.items()})
-    oracle = {one.name: [ObviousMuon(m) for m in pieces(one.name, one.parameter.detach())] for one in parts}
-    [optimizer] = build_optimizers(CONFIG, parts)
+    oracle = {one.name: [ObviousMuon(m, config) for m in pieces(one.name, one.parameter.detach())] for one in parts}
+    [optimizer] = build_optimizers(config, parts)
     for _ in range(4):
         for one in parts:
             one.parameter.grad = torch.randn(one.parameter.shape)
@@ -151,3 +158,27 @@ def test_factors_of_a_group_hold_for_matrices_too() -> None:
 def test_nothing_selected_is_nothing_to_step() -> None:
     assert build_optimizers(CONFIG, []) == ()
     assert build_optimizers(AdamWConfig(learning_rate=1.0), []) == ()
+
+
+def test_the_rest_is_stepped_as_adamw_would_with_the_same_settings() -> None:
+    settings = {"learning_rate": 0.02, "betas": (0.7, 0.8), "eps": 1e-3, "weight_decay": 0.4}
+    start = torch.randn(6, 4)
+    parts = [Selected("embedding.weight", nn.Parameter(start.clone()), Group()) for _ in range(2)]
+    [ours] = build_optimizers(MuonConfig(**settings), parts[:1])
+    [theirs] = build_optimizers(AdamWConfig(**settings), parts[1:])
+    for _ in range(3):
+        gradient = torch.randn(6, 4)
+        for one, optimizer in zip(parts, (ours, theirs), strict=True):
+            one.parameter.grad = gradient.clone()
+            optimizer.step()
+    assert torch.equal(parts[0].parameter, parts[1].parameter)
+    assert not torch.equal(parts[0].parameter, start)
+
+
+def test_without_a_gradient_nothing_moves_and_a_gradient_of_nought_only_decays() -> None:
+    still, zero = selected(a__weight=torch.ones(3, 4), b__weight=torch.ones(3, 4))
+    [optimizer] = build_optimizers(CONFIG, [still, zero])
+    zero.parameter.grad = torch.zeros(3, 4)
+    optimizer.step()
+    assert torch.equal(still.parameter, torch.ones(3, 4))
+    torch.testing.assert_close(zero.parameter.detach(), torch.full((3, 4), 1 - 0.02 * 0.1))

@@ -17,7 +17,7 @@ import torch
 from test_trainer import OPTIMIZER, SCHEDULE, SEQUENCES, batch_at, method_of
 from torch import Tensor, nn
 
-from finemoe.core.errors import TrainingError
+from finemoe.core.errors import ConfigError, TrainingError
 from finemoe.data.batch import TokenBatch
 from finemoe.model.transformer import Transformer
 from finemoe.parallel.world import SOLO, World
@@ -151,6 +151,29 @@ def test_each_rank_has_its_own_rows_and_the_position_is_everybodys() -> None:
     assert at == also_at == SEQUENCES
     wanted = batch_at(SEQUENCES, SEQUENCES).tokens
     assert torch.equal(torch.cat([*first, *second]), wanted)
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_a_step_that_cannot_be_shared_evenly_is_refused(size: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{SEQUENCES} sequences a step cannot be shared by {size} processes"):
+        made("dense", Rank(Meeting(size), 0), 1)
+
+
+def test_a_request_in_the_last_step_is_answered_alike() -> None:
+    class StopAtTheEnd:
+        def after_step(self, trainer: Trainer, report: StepReport) -> None:
+            if report.step == STEPS and trainer.world.rank == 1:
+                trainer.request_stop()
+
+        def close(self) -> None:
+            pass
+
+    def run(world: World) -> bool:
+        trainer = made("dense", world, 2)
+        trainer.observers = [StopAtTheEnd()]
+        return trainer.run()
+
+    assert together(run) == [False, False]
 
 
 def test_a_request_to_one_rank_stops_both_after_the_same_step() -> None:
