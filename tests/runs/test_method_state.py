@@ -116,7 +116,7 @@ def test_several_parts_resume_to_the_bit(corpus: Path, tmp_path: Path, monkeypat
 
     def two(method: Method[Any]) -> Method[Any]:
         parts = {"a": Counter(), "ab": Counter()}
-        parts["ab"].seen = 100
+        parts["ab"].seen, parts["ab"].sum = 100, torch.full((2,), 50.0)
         made.append(parts)
         return replace(method, before_update=(*method.before_update, *parts.values()), state=parts)
 
