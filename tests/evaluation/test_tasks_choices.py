@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finemoe.core.errors import ConfigError, DataError
+from finemoe.evaluation.forms.choices import ChoiceTask, credit
 from finemoe.evaluation.task import Item, Judged, LogLikelihood, Scored, Task
 from finemoe.evaluation.tasks import TASKS, describe, find_task
-from finemoe.evaluation.tasks.choices import ChoiceTask, credit
 
 CHOICES = [task for task in TASKS.values() if isinstance(task, ChoiceTask)]
 

@@ -1,6 +1,7 @@
 """Floor 2: documents to TokenBatch. `prepare` does all of it; the rest is for those who want a part."""
 
 from finemoe.data.batch import TokenBatch
+from finemoe.data.config import DataConfig
 from finemoe.data.corpora import (
     CORPORA,
     FilesCorpus,
@@ -12,7 +13,7 @@ from finemoe.data.corpora import (
 )
 from finemoe.data.documents import Document, SkipReport
 from finemoe.data.loader import Loader, TokenShards, TokenSource
-from finemoe.data.pipeline import DataConfig, PreparedData, prepare
+from finemoe.data.pipeline import PreparedData, prepare
 
 __all__ = [
     "CORPORA",

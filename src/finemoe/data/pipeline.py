@@ -16,20 +16,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from finemoe.core.config import Config
 from finemoe.core.errors import DataError
 from finemoe.core.logs import logger, progress
 from finemoe.data.batch import TokenBatch
 from finemoe.data.cache import DamagedError, open_or_build
-from finemoe.data.corpora import CorpusConfig, Side, StdlibCorpus, parts_of
+from finemoe.data.config import DataConfig
+from finemoe.data.corpora import CorpusConfig, Side, parts_of
 from finemoe.data.documents import SkipReport, falls_within
-from finemoe.data.loader import Loader, Packing, TokenArray, TokenShards, TokenSource, pack
+from finemoe.data.loader import Loader, TokenArray, TokenShards, TokenSource, pack
 from finemoe.data.scan import SIDES, Scan, scan_corpus
 from finemoe.data.shards import FORMAT_VERSION, TokenWriter, open_streams
 from finemoe.text import Tokenizer, require_faithful
@@ -38,29 +37,6 @@ from finemoe.text.tokenizer import TRAINER_VERSION
 _FINGERPRINT = "fingerprint.txt"
 _SAMPLE_CHARS = 4096  # the tokenizer's sample is drawn in pieces of this size
 _COUNT_BLOCK = 1 << 24
-
-
-class DataConfig(Config):
-    """What to learn from, and how it is cut into sequences."""
-
-    corpus: CorpusConfig = StdlibCorpus()
-    tokenizer: str | None = None
-    """An existing `tokenizer.json`, or the folder that holds it; None trains one on the corpus."""
-    vocab_size: Annotated[int, Field(ge=257)] = 2048
-    """Size of the tokenizer to train."""
-    sequence_length: Annotated[int, Field(ge=1)] = 256
-    packing: Packing = "concatenate"
-    """"concatenate": attention crosses document boundaries, as in the paper. "isolate": it does not."""
-    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the documents kept for validation, where the corpus does not name its own."""
-    max_validation_tokens: Annotated[int, Field(ge=1)] = 65_536
-    """Validate on about this many tokens, drawn evenly over the validation documents."""
-    max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """More unreadable documents than this are an error."""
-    tokenizer_sample_bytes: Annotated[int, Field(ge=100_000)] = 16_000_000
-    """Train the tokenizer on about this much of the training documents."""
-    cache_dir: str | None = None
-    """Where tokens and tokenizers are kept: $FINEMOE_CACHE, or ~/.cache/finemoe."""
 
 
 @final

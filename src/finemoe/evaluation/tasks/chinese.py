@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from finemoe.evaluation.forms.choices import ChoiceTask
+from finemoe.evaluation.forms.finding import TRAIN, VALIDATION, DataForm, Hub
+from finemoe.evaluation.forms.questions import Question, QuestionReader
 from finemoe.evaluation.records import Record, Unreadable, choice_of, text_of, texts_of
-from finemoe.evaluation.tasks.choices import ChoiceTask
-from finemoe.evaluation.tasks.finding import TRAIN, VALIDATION, DataForm, Hub
-from finemoe.evaluation.tasks.questions import Question, QuestionReader
 
 _YES_NO = ("是", "否")
 _BLANK = re.compile(r"#idiom\d*#")

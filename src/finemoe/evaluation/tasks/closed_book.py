@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from finemoe.evaluation.forms.finding import EVERY, TEST, TRAIN, VALIDATION, WORKED, DataForm, Hub
+from finemoe.evaluation.forms.generation import GenerationTask
+from finemoe.evaluation.forms.questions import Question, QuestionReader, put
 from finemoe.evaluation.records import Record, Unreadable, text_of
 from finemoe.evaluation.task import Judged
-from finemoe.evaluation.tasks.finding import EVERY, TEST, TRAIN, VALIDATION, WORKED, DataForm, Hub
-from finemoe.evaluation.tasks.generation import GenerationTask
-from finemoe.evaluation.tasks.questions import Question, QuestionReader, put
 from finemoe.text.answers import drop_exact_match, drop_f1, exact_match, token_f1
 
 

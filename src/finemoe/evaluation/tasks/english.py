@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finemoe.evaluation.forms.choices import ChoiceTask
+from finemoe.evaluation.forms.finding import TEST, TRAIN, VALIDATION, DataForm, Hub
+from finemoe.evaluation.forms.questions import Question, QuestionReader, put, question_of
 from finemoe.evaluation.records import Record, Unreadable, choice_of, text_of, texts_of
-from finemoe.evaluation.tasks.choices import ChoiceTask
-from finemoe.evaluation.tasks.finding import TEST, TRAIN, VALIDATION, DataForm, Hub
-from finemoe.evaluation.tasks.questions import Question, QuestionReader, put, question_of
 
 _TEXT_LINES = 6  # of a HellaSwag task in the text form: context, index of the right ending, four endings
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from finemoe.evaluation.forms.choices import ChoiceTask
+from finemoe.evaluation.forms.finding import EVERY, TEST, DataForm, Hub
+from finemoe.evaluation.forms.questions import Question, QuestionReader
 from finemoe.evaluation.records import Record, Unreadable, choice_of, text_of, texts_of
-from finemoe.evaluation.tasks.choices import ChoiceTask
-from finemoe.evaluation.tasks.finding import EVERY, TEST, DataForm, Hub
-from finemoe.evaluation.tasks.questions import Question, QuestionReader
 
 _LETTERS = "ABCD"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.data.corpora import FilesCorpus
 from finemoe.data.documents import SkipReport
+from finemoe.evaluation.forms.finding import TEST, DataForm, Hub
+from finemoe.evaluation.forms.questions import Question, QuestionReader, spread
 from finemoe.evaluation.records import Record, Unreadable, text_of
 from finemoe.evaluation.task import Answer, Item, Judged, LogLikelihood, Rolling, Scored
-from finemoe.evaluation.tasks.finding import TEST, DataForm, Hub
-from finemoe.evaluation.tasks.questions import Question, QuestionReader, spread
 
 _NOT_FINITE = Judged({}, "error", note="a log probability is missing or not finite")
 

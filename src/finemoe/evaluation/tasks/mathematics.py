@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from finemoe.evaluation.forms.finding import EVERY, TEST, TRAIN, DataForm, Hub
+from finemoe.evaluation.forms.generation import GenerationTask
+from finemoe.evaluation.forms.questions import Question, QuestionReader
 from finemoe.evaluation.records import Record, Unreadable, text_of
 from finemoe.evaluation.task import Judged
-from finemoe.evaluation.tasks.finding import EVERY, TEST, TRAIN, DataForm, Hub
-from finemoe.evaluation.tasks.generation import GenerationTask
-from finemoe.evaluation.tasks.questions import Question, QuestionReader
 from finemoe.text.answers import Equality, boxed, compare_latex, compare_numbers, final_number
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from finemoe.evaluation.forms.finding import DataForm, Hub
+from finemoe.evaluation.forms.generation import written, written_item
+from finemoe.evaluation.forms.questions import Question, QuestionReader, Role
 from finemoe.evaluation.records import Record, Unreadable, text_of, texts_of
 from finemoe.evaluation.task import Answer, Generate, Item, Judged, Outcome
-from finemoe.evaluation.tasks.finding import DataForm, Hub
-from finemoe.evaluation.tasks.generation import written, written_item
-from finemoe.evaluation.tasks.questions import Question, QuestionReader, Role
 from finemoe.sandbox.sandbox import Limits, Verdict, execute
 
 KS = (1, 5, 10, 20, 50, 100)

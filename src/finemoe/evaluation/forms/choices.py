@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finemoe.evaluation.forms.questions import Question, QuestionReader, preface
 from finemoe.evaluation.task import Answer, Item, Judged, LogLikelihood, Scored
-from finemoe.evaluation.tasks.questions import Question, QuestionReader, preface
 
 
 def no_header(group: str | None) -> str:

@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.logs import logger
 from finemoe.data.documents import SkipReport
+from finemoe.evaluation.forms.finding import DataForm
 from finemoe.evaluation.records import Record, Unreadable
-from finemoe.evaluation.tasks.finding import DataForm
 
 Role = Literal["asked", "shot", "neither"]
 T = TypeVar("T")

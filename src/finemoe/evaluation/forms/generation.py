@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finemoe.evaluation.forms.questions import Question, QuestionReader, preface
 from finemoe.evaluation.task import Answer, Generate, Generated, Item, Judged
-from finemoe.evaluation.tasks.questions import Question, QuestionReader, preface
 
 AnswerJudge = Callable[[Mapping[str, Any], str], Judged]
 """The worth of a written answer, given the item's facts."""

@@ -1,0 +1,34 @@
+"""DataConfig: what to learn from, and how it is read, split and cut. `pipeline.prepare` does what it says."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from finemoe.core.config import Config
+from finemoe.data.corpora import CorpusConfig, StdlibCorpus
+from finemoe.data.loader import Packing
+
+
+class DataConfig(Config):
+    """What to learn from, and how it is cut into sequences."""
+
+    corpus: CorpusConfig = StdlibCorpus()
+    tokenizer: str | None = None
+    """An existing `tokenizer.json`, or the folder that holds it; None trains one on the corpus."""
+    vocab_size: Annotated[int, Field(ge=257)] = 2048
+    """Size of the tokenizer to train."""
+    sequence_length: Annotated[int, Field(ge=1)] = 256
+    packing: Packing = "concatenate"
+    """"concatenate": attention crosses document boundaries, as in the paper. "isolate": it does not."""
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the documents kept for validation, where the corpus does not name its own."""
+    max_validation_tokens: Annotated[int, Field(ge=1)] = 65_536
+    """Validate on about this many tokens, drawn evenly over the validation documents."""
+    max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """More unreadable documents than this are an error."""
+    tokenizer_sample_bytes: Annotated[int, Field(ge=100_000)] = 16_000_000
+    """Train the tokenizer on about this much of the training documents."""
+    cache_dir: str | None = None
+    """Where tokens and tokenizers are kept: $FINEMOE_CACHE, or ~/.cache/finemoe."""
