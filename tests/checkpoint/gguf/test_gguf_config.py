@@ -21,8 +21,9 @@ from checkpoint.gguf.gguf_files import (
     moe,
     recipe,
 )
-from finemoe.checkpoint.gguf.config import Facts, llama3_scaling, model_config
+from finemoe.checkpoint.gguf.config import Facts, model_config
 from finemoe.checkpoint.gguf.keys import stored_tensors
+from finemoe.checkpoint.gguf.llama3 import llama3_scaling
 from finemoe.checkpoint.gguf.metadata import describe
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import ModelConfig, expand

@@ -13,6 +13,7 @@ from finemoe.model.attention.grouped_query import GroupedQueryConfig
 from finemoe.model.attention.latent import LatentConfig
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.moe.routers.softmax_topk import SoftmaxTopKConfig
+from finemoe.model.rope import Llama3Scaling
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Architecture:
         return (
             (self.neighbours or attention.rope.layout == "half_split")
             and attention.qk_norm == self.qk_norm
+            and (self.frequencies or not isinstance(attention.rope.scaling, Llama3Scaling))
             and self.bias in (None, attention.qkv_bias)
             and (self.own_head_dim or not wide)
             and (self.shared_keys or attention.num_heads == attention.num_kv_heads)

@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from finemoe.checkpoint.gguf.architectures import ARCHITECTURES, Architecture, Experts
 from finemoe.checkpoint.gguf.keys import EMBEDDING, OUTPUT, Variants
+from finemoe.checkpoint.gguf.llama3 import llama3_scaling
 from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError, ConfigError
 from finemoe.model.config import ModelConfig
@@ -178,7 +178,10 @@ def _grouped_query(keys: _Keys, architecture: Architecture, facts: Facts) -> dic
     kv_heads = keys.count("attention.head_count_kv", heads)
     if not architecture.shared_keys and kv_heads != heads:
         raise keys.refuse("attention.head_count_kv", f"{architecture.name} has a key for each of its {heads} heads")
-    factors = facts.rope_factors if architecture.frequencies else None
+    if facts.rope_factors is not None and not architecture.frequencies:
+        raise CheckpointError(
+            f"{keys.where}: rope_freqs.weight is there, and llama.cpp has none in {architecture.name}"
+        )
     return {
         "kind": "grouped_query",
         "num_heads": heads,
@@ -186,7 +189,7 @@ def _grouped_query(keys: _Keys, architecture: Architecture, facts: Facts) -> dic
         "head_dim": head_dim,
         "qkv_bias": "blk.0.attn_q.bias" in facts.names if architecture.bias is None else architecture.bias,
         "qk_norm": architecture.qk_norm,
-        "rope": {"layout": "half_split", **_rope(keys, head_dim, factors, latent=False)},
+        "rope": {"layout": "half_split", **_rope(keys, head_dim, facts.rope_factors, latent=False)},
     }
 
 
@@ -249,41 +252,6 @@ def _rope(keys: _Keys, dim: int, factors: Tensor | None, *, latent: bool) -> dic
         raise keys.refuse("rope.scaling.type", "without yarn_log_multiplier llama.cpp sharpens attention twice")
     all_dim = round(multiplier / LOG_MULTIPLIER, 6)
     return {"theta": theta, "scaling": {**scaling, "mscale": all_dim or 1.0, "mscale_all_dim": all_dim}}
-
-
-def llama3_scaling(factors: Tensor, theta: float, where: str) -> dict[str, Any]:
-    """Llama 3.1's scaling from the factors that it divides frequencies by: 1, then a blend, then the largest.
-
-    The factors leave the unit of `original_max_positions` open; it is chosen so that `low_freq_factor` is 1.
-
-    Raises:
-        CheckpointError: the factors are of another kind.
-    """
-    dim = 2 * factors.numel()
-    plain = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    found = factors.double().flatten()
-    largest = found.max().item()
-    if math.isfinite(largest) and largest > 1:
-        kept = (1 / found - 1 / largest) / (1 - 1 / largest)
-        blend = (kept > 1e-4) & (kept < 1 - 1e-4)
-        for high, original in _candidates(plain[blend], kept[blend]):
-            turns = original * plain / (2 * math.pi)
-            again = ((turns - 1) / (high - 1)).clamp(0, 1)
-            if torch.allclose(1 / (again + (1 - again) / largest), found, rtol=1e-5, atol=0):
-                scaling = {"kind": "llama3", "factor": float(f"{largest:.7g}"), "low_freq_factor": 1.0}
-                return {**scaling, "high_freq_factor": high, "original_max_positions": original}
-    raise CheckpointError(f"{where}: rope_freqs.weight holds factors that are not Llama 3.1's scaling")
-
-
-def _candidates(plain: Tensor, kept: Tensor) -> list[tuple[float, int]]:
-    """(high_freq_factor, original_max_positions) to try: the published ones, then a line through the blend."""
-    found = [(4.0, 8192)]
-    if len(plain) >= 2:
-        slope, level = torch.linalg.lstsq(torch.stack((plain, torch.ones_like(plain)), 1), kept[:, None]).solution
-        if level.item() < 0:
-            high = round(1 - 1 / level.item(), 4)
-            found.append((high, round(slope.item() * 2 * math.pi * (high - 1))))
-    return [(high, original) for high, original in found if high > 1 and original >= 1]
 
 
 def _feed_forwards(keys: _Keys, architecture: Architecture, num_layers: int, facts: Facts) -> list[dict[str, Any]]:

@@ -239,7 +239,8 @@ def _llama3_factors(attention: GroupedQueryConfig | LatentConfig) -> Tensor | No
         return None
     theta, dim = attention.rope.theta, attention.head_dim
     plain = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    return (plain / scaling.inverse_frequencies(plain, theta)).float()
+    factors = (plain / scaling.inverse_frequencies(plain, theta)).float()
+    return None if bool((factors == 1).all()) else factors
 
 
 def _experts(moe: MoEConfig, architecture: Architecture, experts: Experts) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+import torch
+
 from finemoe.model.config import BlockConfig, ModelConfig
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.moe.routers.group_limited import GroupLimitedConfig
@@ -56,7 +58,7 @@ def _routed(layer: MoEConfig) -> dict[str, Any]:
 
 
 def _rope(rope: RopeConfig, dim: int) -> dict[str, Any]:
-    """One spelling of each rotation: NTK is a larger base, Llama 3's unit of length is free, a factor of 1 is idle."""
+    """One spelling of each rotation: NTK is a larger base, Llama 3's is its frequencies, a factor of 1 is idle."""
     table: dict[str, Any] = rope.model_dump()
     scaling = rope.scaling
     if scaling is not None and scaling.factor == 1:
@@ -64,12 +66,10 @@ def _rope(rope: RopeConfig, dim: int) -> dict[str, Any]:
     if isinstance(scaling, NTKScaling):
         return {**table, "theta": scaling.scaled_theta(rope.theta, dim), "scaling": None}
     if isinstance(scaling, Llama3Scaling):
-        low = scaling.low_freq_factor
-        table["scaling"] |= {
-            "low_freq_factor": 1.0,
-            "high_freq_factor": scaling.high_freq_factor / low,
-            "original_max_positions": scaling.original_max_positions / low,
-        }
+        plain = rope.theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        frequencies = scaling.inverse_frequencies(plain, rope.theta)
+        kept = torch.equal(frequencies, plain)  # all turn often enough within the original context
+        table["scaling"] = None if kept else {"kind": scaling.kind, "frequencies": frequencies.tolist()}
     return table
 
 
