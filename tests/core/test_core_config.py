@@ -188,3 +188,13 @@ def test_did_you_mean() -> None:
     assert did_you_mean("lenght", ["length", "width"]) == ", did you mean `length`?"
     assert did_you_mean("q", ["length", "width"]) == "; known: length, width"
     assert did_you_mean("q", []) == ""
+
+
+def test_what_holds_for_every_item_of_a_list_is_said_once() -> None:
+    bad = {"kind": "box", "width": 0}
+    with pytest.raises(ConfigError) as caught:
+        parse(Drawing, {**GOOD, "more": [bad, bad, bad, {"kind": "circle", "radius": "x"}]}, "r.toml")
+    text = str(caught.value)
+    assert text.count("`more.0.width`") == 1
+    assert "(got 0) (and the same of 2 more); `more.3.radius`" in text
+    assert "more.1" not in text

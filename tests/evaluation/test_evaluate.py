@@ -77,6 +77,11 @@ def test_what_cannot_work_is_said_before_a_model_is_read(runs: list[Path], data:
         evaluate([nowhere], ["hellaswag"], out=data)
 
 
+def test_no_model_is_said() -> None:
+    with pytest.raises(ConfigError, match="no model to evaluate: name at least one"):
+        evaluate([], ["hellaswag"])
+
+
 def test_several_samples_are_drawn_at_the_papers_temperature_unless_another_is_given() -> None:
     drawn = {
         (samples, heat): choose_tasks(["humaneval"], samples, heat)[0]

@@ -245,6 +245,14 @@ def test_it_is_refused_in_plain_words_and_nothing_is_written(
     assert len(str(caught.value)) < 700
 
 
+def test_a_tensor_without_elements_is_carried_and_stops_nothing(tmp_path: Path) -> None:
+    """transformers writes such for shared experts of which there are none."""
+    source = publish(tmp_path / "source", LLAMA, shards=3)
+    replace(LLAMA, **{"model.layers.1.mlp.shared_experts.up_proj.weight": torch.ones(0, 16)})(source)
+    report = import_hf(source, tmp_path / "out", quiet=True)
+    assert report.path == tmp_path / "out"
+
+
 def test_pickles_beside_safetensors_are_ignored_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = publish(tmp_path / "source", LLAMA)
     (source / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))

@@ -10,7 +10,7 @@ from typing import Any
 
 from finemoe.charts.numbers import Results, clean
 from finemoe.core.errors import RunError
-from finemoe.core.files import storage_error, write_text
+from finemoe.core.files import make_folder, storage_error, write_text
 
 Page = Callable[[Results], str]
 Figures = Callable[[Results], Mapping[str, Any]]
@@ -74,5 +74,5 @@ def write_report(
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_text(path, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -50,7 +51,16 @@ def parse(config: type[ConfigT], data: Mapping[str, Any], source: str) -> Config
         return config.model_validate(data)
     except ValidationError as error:
         lines = [_explain(config, detail) for detail in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(dict.fromkeys(lines))) from error
+        raise ConfigError(f"{source}: " + "; ".join(_folded(lines))) from error
+
+
+def _folded(lines: Sequence[str]) -> list[str]:
+    """Each message once: what holds for every item of a list is said of the first, with the number of the others."""
+    alike: dict[str, list[str]] = {}
+    for line in dict.fromkeys(lines):
+        alike.setdefault(re.sub(r"\.\d+(?=[.`])", "", line), []).append(line)
+    more = {key: f" (and the same of {len(found) - 1} more)" if len(found) > 1 else "" for key, found in alike.items()}
+    return [found[0] + more[key] for key, found in alike.items()]
 
 
 def _explain(config: type[BaseModel], detail: Any) -> str:

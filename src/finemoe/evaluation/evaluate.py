@@ -117,6 +117,8 @@ def _ask_one(
 
 def _names(models: Sequence[Path]) -> list[str]:
     """What to call each model: the last part of its path, or as much as tells it from the others."""
+    if not models:
+        raise ConfigError("no model to evaluate: name at least one")
     parts = [path.resolve().parts for path in models]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(own[-count:]) for own in parts]

@@ -66,7 +66,7 @@ def take_account(tensors: TensorFolder, config: ModelConfig, family: Family) -> 
             notes.append(f"{name} should equal {original}, which our model uses for both, but does not; kept, not used")
     for name in tensors.tensors:
         if name not in wanted and name not in carried:
-            reason = hf_keys.ignorable(name)
+            reason = "holds no element" if 0 in tensors.info(name).shape else hf_keys.ignorable(name)
             if reason is None:
                 unknown.append(f"{name} {_facts(tensors, name)}")
             else:

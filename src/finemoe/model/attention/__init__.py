@@ -1,6 +1,6 @@
 """Attention variants. A new one is a file with its config, module and cache, and a line in ATTENTIONS.
 
-Every module is built as `Attention(config, hidden_size, norm_eps, attend)` and called as
+Every module is built as `Attention(config, hidden_size, norm_eps, backend)` and called as
 `attention(hidden [batch, seq, hidden], places=, cache=)`.
 """
 
