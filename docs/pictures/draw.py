@@ -13,7 +13,7 @@ FILLS = ("#f0f4f8", "#e6f6ff", "#e3f8ff", "#effcf6", "#fffbea", "#fff3e0", "#ffe
 FLOORS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("core", "configuration, errors, logs, seeds, files, environment, C++ extensions"),),
     (
-        ("model", "the Transformer, attention, experts"),
+        ("model", "Transformer, attention, experts"),
         ("text", "tokenizers, templates, answers"),
         ("sandbox", "programs that a model wrote"),
         ("charts", "a folder for each report"),
@@ -112,7 +112,7 @@ def batch() -> str:
     step = [
         ("1 counts", "denominators, over the whole step"),
         ("2 terms, backward", "sum / count of each micro-batch"),
-        ("3 before the update", "norm, clip; not finite: stop here"),
+        ("3 before the update", "not finite: stop here; else clip"),
         ("4 update", "AdamW or Muon at the scheduled rate"),
         ("5 after the update", "selection biases move by the load"),
         ("6 report", "loss, terms, load, speed"),

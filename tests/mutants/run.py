@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only:
             mutants = [one for one in mutants if any(part in one.name for part in options.only)]
         if wrong or not mutants:
-            raise ListError("\n".join(wrong) or f"no mutant is called {', '.join(options.only)}")
+            raise ListError("\n".join(wrong) or f"no mutant's name holds {' or '.join(options.only)}")
         if options.check:
             print(f"{len(mutants)} mutants, each at its line")
             return 0

@@ -164,6 +164,14 @@ def test_a_step_that_is_refused_leaves_the_last_regular_checkpoint(
     assert saved(tmp_path / "run") == [{"counter": {"seen": 2}}]
 
 
+def test_where_nothing_was_saved_it_says_so(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = (lambda parameters, norm: {"bad": float("inf")},)
+    method_with(monkeypatch, lambda m: replace(m, before_update=bad, state={"counter": Counter()}))
+    with pytest.raises(TrainingError, match=r"step 1 is not finite: bad.*Nothing was saved before it\."):
+        train(recipe(corpus, "dense"), out=tmp_path / "run", quiet=True)
+    assert not checkpoints(tmp_path / "run")
+
+
 def test_a_method_sees_no_gradient_of_a_step_that_is_refused(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

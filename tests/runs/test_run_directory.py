@@ -279,6 +279,42 @@ def test_another_seed_reads_the_text_in_another_order(corpus: Path) -> None:
     assert not torch.equal(first.tokens, second.tokens)
 
 
+def test_a_checkpoint_is_not_resumed_as_a_run(corpus: Path, tmp_path: Path) -> None:
+    train(recipe(corpus), out=tmp_path / "run", quiet=True)
+    newest = checkpoints(tmp_path / "run")[-1]
+    before = sorted(path.name for path in newest.iterdir())
+    with pytest.raises(RunError, match="is one checkpoint of a run; give the run's own directory"):
+        resume(newest, quiet=True)
+    assert sorted(path.name for path in newest.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"optimizer": {"kind": "lion", "learning_rate": 1.0}},
+            r"unknown `optimizer\.kind` 'lion'; known: adamw, muon",
+        ),
+        ({"training": {"steps": 6, "stpes": 1}}, r"unknown key `training\.stpes`, did you mean `steps`\?"),
+        ({"method": {"kind": "prefr"}}, r"`method`: unknown kind; known: pretraining"),
+        ({"method": "pretraining"}, r'`method`: must be a table such as \{ kind = "pretraining" \}'),
+    ],
+)
+def test_an_edited_configuration_is_refused_in_plain_words(
+    corpus: Path, tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        resolve_run({**recipe(corpus), **change}, "recipe")
+    train(recipe(corpus), out=tmp_path / "run", quiet=True)
+    (tmp_path / "run/summary.json").unlink()
+    path = tmp_path / "run/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ConfigError, match=says) as caught:
+        resume(tmp_path / "run", quiet=True)
+    assert "config.json: not the configuration of a run" in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
 def test_a_second_writer_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finemoe.core.files._PATIENCE_SECONDS", 0.3)
     out = tmp_path / "run"

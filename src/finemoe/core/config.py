@@ -30,11 +30,21 @@ def union_of(configs: Iterable[type[Config]], default: str | None = None) -> Any
     """The union of a table's configurations, told apart by their `kind`; `default` is the kind where none is given."""
     members = tuple(configs)
     if len(members) == 1:
-        return members[0]
+        return Annotated[members[0], BeforeValidator(lambda value: _only_kind(value, members[0]))]
     union: Any = Annotated[typing.Union[members], Field(discriminator="kind")]  # noqa: UP007 - built from a table
     if default is None:
         return union
     return Annotated[union, BeforeValidator(lambda value: _with_kind(value, default))]
+
+
+def _only_kind(value: Any, member: type[Config]) -> Any:
+    """`value`, refused in the words of a table of several where it names another kind."""
+    known = member.model_fields["kind"].default
+    if isinstance(value, Mapping) and value.get("kind", known) != known:
+        raise ValueError(f"unknown kind{did_you_mean(str(value['kind']), [known])}")
+    if not isinstance(value, (Mapping, BaseModel)):
+        raise ValueError(f'must be a table such as {{ kind = "{known}" }}')
+    return value
 
 
 def _with_kind(value: Any, kind: str) -> Any:

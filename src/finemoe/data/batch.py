@@ -18,7 +18,7 @@ class Batch(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the model reads."""
+        """Tokens that the model reads, in all rows: what a run counts as trained on."""
         ...
 
     def to(self, device: torch.device | str) -> Self:

@@ -233,9 +233,12 @@ def read_config(path: Path) -> RunConfig:
     Raises:
         ConfigError: it is not one.
     """
+    what = f"{path}: not the configuration of a run"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        refuse_older(raw, path)
-        return RunConfig.model_validate(raw)
-    except (OSError, ValueError, ValidationError) as error:
-        raise ConfigError(f"{path}: not the configuration of a run: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{what}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{what}: it must hold a JSON object")
+    refuse_older(raw, path)
+    return parse(RunConfig, raw, what)

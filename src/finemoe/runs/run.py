@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from finemoe.checkpoint.open import load_model, text_home
-from finemoe.checkpoint.run_state.state import RunState, load_latest
+from finemoe.checkpoint.run_state.state import RunState, checkpoint_folders, load_latest
 from finemoe.core import memory
 from finemoe.core.config import parse, to_json
 from finemoe.core.environment import environment
@@ -235,12 +235,19 @@ def _train(trainer: Trainer, save: Save, directory: Path) -> bool:
             save.save(trainer)
         report = {"step": trainer.state.step + 1, "position": trainer.state.position, "message": str(error)}
         write_text(directory / "failure.json", json.dumps(report, indent=2))
-        where = "What was saved last" if trainer.method.state else "The state before that step"
-        raise TrainingError(f"{error} {where} is in {directory}.") from error
+        raise TrainingError(f"{error} {_what_is_saved(trainer, directory)}") from error
     finished = trainer.state.step >= trainer.plan.total_steps
     if not finished:
         save.save(trainer)
     return finished
+
+
+def _what_is_saved(trainer: Trainer, directory: Path) -> str:
+    if not trainer.method.state:
+        return f"The state before that step is in {directory}."
+    if not checkpoint_folders(directory / "checkpoints"):
+        return "Nothing was saved before it."
+    return f"What was saved last is in {directory}."
 
 
 def _kernels(config: RunConfig, device: torch.device, bf16: bool, resumed: RunState | None) -> Chosen:

@@ -159,9 +159,10 @@ class _Board:
         elif not self._quiet and time.monotonic() - self._last > _PLAIN_SECONDS:
             self._last = time.monotonic()
             fresh = done - self._before
-            left = (self._last - self._started) * (self._total - done) / fresh if fresh else float("nan")
+            left = (self._last - self._started) * (self._total - done) / fresh if fresh else None
             running = "; ".join(_line(job, states[job.name]) for job in active)
-            logger.info("%s %.0f %%, %.0f s left: %s", self._description, 100 * done / self._total, left, running)
+            until = "" if left is None else f", {left:.0f} s left"
+            logger.info("%s %.0f %%%s: %s", self._description, 100 * done / self._total, until, running)
 
     def _show(self, progress: Progress, active: Sequence[Job], states: dict[str, Any], done: float) -> None:
         for name in [name for name in self._rows if name not in states]:

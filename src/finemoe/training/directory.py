@@ -13,8 +13,10 @@ def require_run(directory: Path) -> None:
     """Check that a run was begun in `directory`.
 
     Raises:
-        RunError: not a run directory.
+        RunError: not a run directory, or one checkpoint of a run.
     """
+    if (directory / "manifest.json").exists() and (directory / "state.json").exists():
+        raise RunError(f"{directory}: is one checkpoint of a run; give the run's own directory, two above it")
     if not (directory / "config.json").exists():
         raise RunError(f"{directory}: not a run directory (no config.json); `finemoe train RECIPE` starts one")
 

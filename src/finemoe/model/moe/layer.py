@@ -63,7 +63,7 @@ class MoEConfig(Config):
         if not self.router.scores_sum_to_one and wrong:
             raise ValueError(
                 f"balance.{min(wrong)} needs scores that sum to 1, and those of router {self.router.kind!r} do not: "
-                "use balance.sequence"
+                f"set balance.{min(wrong)} = 0, and use balance.sequence"
             )
         self._check_devices()
         if self.gate_shared_experts and not self.num_shared_experts:
