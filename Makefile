@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow mutants coverage setup check golden bench gpu build clean
+.PHONY: gpu-packages demo test slow mutants coverage setup check golden bench gpu build clean
 
 demo: setup  ## train five architectures at matched compute and open the report (under ten minutes on two cores)
 	$(BIN)/finemoe compare recipes/demo.toml --out runs/demo
@@ -48,7 +48,11 @@ bench: setup  ## speed beside transformers and llama.cpp, 15 to 20 minutes; PEER
 gpu:  ## gpu tests, then speed on a CUDA device beside transformers, under nine minutes; installs nothing where torch is there
 	@python=$$(for python in $(PYTHON) $(BIN)/python; do $$python -c 'import torch' 2>/dev/null && echo $$python && break; done); \
 	if [ -z "$$python" ]; then $(MAKE) setup && python=$(BIN)/python || exit; fi; \
-	PYTHONPATH="src:.$${PYTHONPATH:+:$$PYTHONPATH}" $$python -m benchmarks.gpu $(ARGS)
+	PYTHONPATH="src:.:.gpu$${PYTHONPATH:+:$$PYTHONPATH}" $$python -m benchmarks.gpu $(ARGS)
+
+gpu-packages: setup  ## what a GPU machine without a package index lacks, into .gpu; FOR=3.12 is its Python, carry the folder along
+	$(BIN)/pip install --quiet --upgrade --target .gpu --python-version $(FOR) --only-binary=:all: pydantic zstandard
+FOR ?= 3.12
 
 build: setup  ## the wheel, in dist/
 	$(BIN)/python -m build --wheel --outdir dist .
