@@ -242,4 +242,5 @@ def main(given: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    os.environ.setdefault("FINEMOE_NATIVE", "0")  # C++ is for float32 on a CPU: compiling it would take its time here
     raise SystemExit(main())

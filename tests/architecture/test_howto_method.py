@@ -73,8 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 
 def test_it_is_short() -> None:
-    lines = [line for line in page_code().splitlines() if line.strip() and not line.startswith(("import ", "from "))]
-    assert len(lines) <= 60
+    assert len([line for line in page_code().splitlines() if line.strip()]) <= 60
 
 
 def test_it_learns_what_it_minimises(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -102,7 +101,7 @@ def test_resumed_it_is_the_unbroken_run_to_the_bit(trained: tuple[Path, dict[str
     assert kept[0].keys() == kept[1].keys()
     assert all(torch.equal(tensor, kept[1][name]) for name, tensor in kept[0].items())
     state = json.loads((checkpoints(folder / "broken")[-1] / "state.json").read_text())
-    assert state["method"] == {"preference": {"updates": 6}}
+    assert state["method"] == {"preference": {}}
 
 
 def test_its_reference_stays_where_the_run_began(trained: tuple[Path, dict[str, Any]]) -> None:

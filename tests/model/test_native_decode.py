@@ -102,7 +102,7 @@ def test_gradients_many_tokens_and_other_precisions_go_step_by_step(
     make: Any, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = make(changes)
-    monkeypatch.setattr(module, "_decode", None)
+    monkeypatch.setattr(module, "_whole", None)
     cache = module.new_cache(1, CAPACITY)
     module(torch.randn(1, 1, HIDDEN), places=Places(torch.tensor([[0]])), cache=cache)
     with torch.no_grad():
@@ -118,6 +118,6 @@ def test_the_reference_kernel_is_used_where_it_was_asked_for(
     make: Any, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = make(changes)
-    monkeypatch.setattr(type(module), "_decode", lambda *_: pytest.fail("took the native call"))
+    monkeypatch.setattr(type(module), "_whole", lambda *_: pytest.fail("took the native call"))
     with torch.no_grad():
         run(module, torch.randn(1, 1, HIDDEN), [3], 1, backend_for(Kernels(attention="reference")))

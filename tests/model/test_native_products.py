@@ -211,7 +211,7 @@ def test_one_backend_is_held_by_every_module() -> None:
         held = [vars(module)["backend"] for module in model.modules() if "backend" in vars(module)]
         assert len(held) > 20
         assert all(backend is model.backend for backend in held)
-        for name in ("linear", "rms_norm", "swiglu", "rotate", "attend", "cross_entropy_sum", "decodes"):
+        for name in ("linear", "rms_norm", "swiglu", "rotate", "attend", "cross_entropy_sum", "decode"):
             assert getattr(model.backend, name) is getattr(operations, name)
 
 

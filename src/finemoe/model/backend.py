@@ -41,6 +41,27 @@ ExpertKernel = Callable[[Tensor, Tensor, Tensor, Tensor, float | None], Tensor]
 
 
 @dataclass(frozen=True)
+class Decode:
+    """A few tokens through a whole attention layer and its cache in one call."""
+
+    takes: Callable[..., bool]
+    """Whether it can take `hidden [batch, seq, hidden]` and these other tensors of the layer."""
+    grouped_query: Callable[..., Tensor]
+    latent: Callable[..., Tensor]
+    """(hidden, what the layer holds, where the tokens stand) -> [batch, seq, hidden], in the order of the C++ call."""
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """A whole expert layer in one call: rows copied out, products, weighed and added."""
+
+    takes: Callable[..., bool]
+    """Whether it can take token states, gate weights and the experts' weights."""
+    run: Callable[..., Tensor]
+    """(hidden [tokens, hidden], order, slots, counts, gate_weights [tokens, k], gate_up_proj, down_proj, limit)"""
+
+
+@dataclass(frozen=True)
 class Backend:
     """One function an operation. Whether C++ can take the tensors at hand is decided inside, call by call."""
 
@@ -55,7 +76,7 @@ class Backend:
     experts: ExpertKernel
     cross_entropy_sum: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """(hidden [tokens, hidden], head [vocab, hidden], targets and weights [tokens]) -> sum of weight · -log p"""
-    decodes: Callable[..., bool]
-    """Whether a whole attention layer and its cache may be one native call for `hidden` and these other tensors."""
-    fuses: Callable[..., bool]
-    """Whether a whole expert layer may be one native call for these tensors: copy, products, weighing and adding."""
+    decode: Decode | None = None
+    """None: attention is always computed operation by operation."""
+    fused_experts: FusedExperts | None = None
+    """None: rows are copied out, multiplied, weighed and added by an operation each."""

@@ -14,15 +14,14 @@ from torch.nn import functional as F
 
 from finemoe.model import norm, rope
 from finemoe.model.attention.kernels import reference, sdpa
-from finemoe.model.backend import Attend, Backend, ExpertKernel
+from finemoe.model.backend import Attend, Backend, Decode, ExpertKernel, FusedExperts
 from finemoe.model.config import Kernels
 from finemoe.model.cross_entropy import cross_entropy_sum
 from finemoe.model.feed_forward import feed_forward
 from finemoe.model.moe.experts import grouped_mm, loop, sorted_slices
-from finemoe.model.native import usable
+from finemoe.model.native import decode, usable
 from finemoe.model.native.attention import attention as native_attention
 from finemoe.model.native.cross_entropy import cross_entropy_sum as native_cross_entropy_sum
-from finemoe.model.native.decode import decodes
 from finemoe.model.native.experts import experts as native_experts
 from finemoe.model.native.experts import swiglu as native_swiglu
 from finemoe.model.native.linear import linear as native_linear
@@ -91,9 +90,7 @@ def _cross_entropy_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, wei
     return chosen(hidden, head_weight, targets, weights)
 
 
-def _never(*tensors: Tensor) -> bool:
-    return False
-
+_FUSED = FusedExperts(usable, native_experts)
 
 TORCH = Backend(
     linear=F.linear,
@@ -103,8 +100,6 @@ TORCH = Backend(
     attend=sdpa,
     experts=sorted_slices,
     cross_entropy_sum=cross_entropy_sum,
-    decodes=_never,
-    fuses=_never,
 )
 """Plain torch throughout."""
 NATIVE = Backend(
@@ -115,8 +110,8 @@ NATIVE = Backend(
     attend=_attend,
     experts=automatic,
     cross_entropy_sum=_cross_entropy_sum,
-    decodes=decodes,
-    fuses=usable,
+    decode=Decode(decode.takes, decode.grouped_query, decode.latent),
+    fused_experts=_FUSED,
 )
 """C++ wherever it can run."""
 
@@ -125,9 +120,9 @@ def backend_for(kernels: Kernels) -> Backend:
     """What `kernels` ask for. Experts are chosen apart from other products: either may be native without the other."""
     chosen = TORCH if kernels.products == "torch" else NATIVE
     if kernels.attention == "reference":  # was asked for to be used
-        chosen = replace(chosen, attend=reference, decodes=_never)
-    fuses = usable if kernels.experts in ("auto", "native") else _never
-    return replace(chosen, experts=EXPERT_KERNELS[kernels.experts], fuses=fuses)
+        chosen = replace(chosen, attend=reference, decode=None)
+    fused = _FUSED if kernels.experts in ("auto", "native") else None
+    return replace(chosen, experts=EXPERT_KERNELS[kernels.experts], fused_experts=fused)
 
 
 def all_native(kernels: Kernels, *weights: Tensor) -> bool:

@@ -327,9 +327,8 @@ def _announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str)
     if reason:
         logger.info("kernels chosen by measuring: %s", reason)
     logger.info("%d steps of %d tokens", trainer.plan.total_steps, config.training.tokens_per_step)
-    if trainer.method.notes:
-        for note in trainer.method.notes:
-            logger.info("%s", note)
+    for note in trainer.method.notes:
+        logger.info("%s", note)
     if trainer.state.step:
         logger.info("resuming after step %d", trainer.state.step)
 

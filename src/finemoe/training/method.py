@@ -172,7 +172,7 @@ class Method(Generic[BatchT]):
     data: TrainingData[BatchT]
     objective: Objective[BatchT]
     measure: Callable[[Transformer], Measured]
-    """How good the model is now. Called in eval mode, and what it draws at random leaves no trace."""
+    """How good the model is now. Called in eval mode without gradients; what it draws at random leaves no trace."""
     select: Callable[[str], Group | None] = everything
     """By parameter name: how it is trained, or None to freeze it. Experts are stacked: none is chosen alone here."""
     prepare: tuple[Prepare, ...] = ()

@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from finemoe.data.batch import Batch
+from finemoe.model.moe.balance import BALANCE_TERMS
 from finemoe.model.moe.decision import RoutingRecord
 from finemoe.model.transformer import Transformer
 
@@ -51,6 +52,11 @@ class Objective(Protocol[BatchT_contra]):
         `before_update` and `after_update`.
         """
         ...
+
+
+def balance_counts(num_sequences: int) -> dict[str, float]:
+    """Denominators of `balance_sums`: each term is a sum over sequences."""
+    return dict.fromkeys(BALANCE_TERMS, float(num_sequences))
 
 
 def balance_sums(routing: Mapping[int, RoutingRecord]) -> dict[str, Tensor]:

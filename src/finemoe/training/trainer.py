@@ -215,17 +215,18 @@ class Trainer:
         ]
 
     def measure(self) -> Measured:
-        """What the method measures, in eval mode and at the precision of training.
+        """What the method measures, in eval mode, without gradients and at the precision of training.
 
         What it draws from torch's generators is given back: a run does not depend on how often it is measured.
         """
         was_training = self.model.training
         devices = [torch.cuda.current_device()] if self.plan.device.type == "cuda" else []
         self.model.eval()
-        with torch.random.fork_rng(devices), self.autocast():
-            measured = self.method.measure(self.model)
-        self.model.train(was_training)
-        return measured
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices), self.autocast():
+                return self.method.measure(self.model)
+        finally:
+            self.model.train(was_training)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of matrix products."""

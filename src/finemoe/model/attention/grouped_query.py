@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
@@ -138,8 +137,9 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, hidden: Tensor, *, places: Places, cache: GroupedQueryCache | None) -> Tensor:
         """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
-        if cache is not None and self.backend.decodes(hidden, cache.keys, self.q_proj.weight):
-            return self._decode(hidden, places, cache)
+        decode = self.backend.decode
+        if cache is not None and decode is not None and decode.takes(hidden, cache.keys, self.q_proj.weight):
+            return decode.grouped_query(hidden, *self._whole(places, cache))
         rope, mask = self.config.rope, places.mask
         rotary = places.rotation(self.config.turning, rope)
         query, key = self._heads(self.q_proj(hidden), self.q_norm), self._heads(self.k_proj(hidden), self.k_norm)
@@ -151,19 +151,17 @@ class GroupedQueryAttention(nn.Module):
         output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return output
 
-    def _decode(self, hidden: Tensor, places: Places, cache: GroupedQueryCache) -> Tensor:
-        """The same in one call."""
+    def _whole(self, places: Places, cache: GroupedQueryCache) -> tuple[Any, ...]:
+        """All that the layer computes with, for the same in one call."""
         q_norm, k_norm = self.q_norm, self.k_norm
-        output = torch.empty_like(hidden)
-        torch.ops.finemoe.decode_grouped_query(
-            *(hidden.contiguous(), self.q_proj.weight, self.k_proj.weight, self.v_proj.weight),
+        return (
+            *(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight),
             *(self.q_proj.bias, self.k_proj.bias, self.v_proj.bias),
             *(None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight),
             *(0.0 if q_norm is None else q_norm.eps, *places.rotation(self.config.turning, self.config.rope)),
             *(self.config.rope.layout == "interleaved", places.positions, cache.keys, cache.values),
-            *(self.scale, self.o_proj.weight, output),
+            *(self.scale, self.o_proj.weight),
         )
-        return output
 
     def _heads(self, states: Tensor, norm: RMSNorm | None) -> Tensor:
         """`[batch, seq, heads · head_dim]` to `[batch, heads, seq, head_dim]`, normalised on the way."""

@@ -9,7 +9,7 @@ decoding absorbed.
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import PositiveFloat, PositiveInt, model_validator
@@ -150,8 +150,9 @@ class LatentAttention(nn.Module):
     def forward(self, hidden: Tensor, *, places: Places, cache: LatentCache | None) -> Tensor:
         """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
         absorbs = self._absorbs(cache is not None, hidden.shape[1])
-        if cache is not None and absorbs and self.backend.decodes(hidden, cache.states, self.q_proj.weight):
-            return self._decode(hidden, places, cache)
+        decode = self.backend.decode if absorbs else None
+        if cache is not None and decode is not None and decode.takes(hidden, cache.states, self.q_proj.weight):
+            return decode.latent(hidden, *self._whole(places, cache))
         config, rope, mask = self.config, self.config.rope, places.mask
         rotary = places.rotation(config.qk_rope_head_dim, rope)
         query = hidden if self.q_down_proj is None or self.q_norm is None else self.q_norm(self.q_down_proj(hidden))
@@ -171,18 +172,16 @@ class LatentAttention(nn.Module):
         output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return output
 
-    def _decode(self, hidden: Tensor, places: Places, cache: LatentCache) -> Tensor:
-        """The absorbed form in one call."""
+    def _whole(self, places: Places, cache: LatentCache) -> tuple[Any, ...]:
+        """All that the layer computes with, for the absorbed form in one call."""
         config, down, norm = self.config, self.q_down_proj, self.q_norm
-        output = torch.empty_like(hidden)
-        torch.ops.finemoe.decode_latent(
-            *(hidden.contiguous(), None if down is None else down.weight, None if norm is None else norm.weight),
+        return (
+            *(None if down is None else down.weight, None if norm is None else norm.weight),
             *(self.q_proj.weight, self.kv_down_proj.weight, self.kv_norm.weight, self.kv_up_proj.weight),
             *(config.latent_norm_eps, config.num_heads, *places.rotation(config.qk_rope_head_dim, config.rope)),
             *(config.rope.layout == "interleaved", places.positions, cache.states),
-            *(self.scale, self.o_proj.weight, output),
+            *(self.scale, self.o_proj.weight),
         )
-        return output
 
     def _absorbs(self, cached: bool, num_queries: int) -> bool:
         if self.form == "auto":

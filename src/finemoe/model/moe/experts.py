@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from finemoe.model.backend import Backend
 from finemoe.model.feed_forward import swiglu
 from finemoe.model.moe.dispatch import Ticket
-from finemoe.model.native.experts import experts as native_experts
 
 
 def loop(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, limit: float | None = None) -> Tensor:
@@ -148,9 +147,12 @@ class GroupedExperts(nn.Module):
 
     def fuses(self, hidden: Tensor, gate_weights: Tensor) -> bool:
         """Whether `fused` can take these."""
-        return self.backend.fuses(hidden, gate_weights, self.gate_up_proj)
+        whole = self.backend.fused_experts
+        return whole is not None and whole.takes(hidden, gate_weights, self.gate_up_proj)
 
     def fused(self, hidden: Tensor, ticket: Ticket, gate_weights: Tensor) -> Tensor:
         """Copying out, experts, weighing and adding in one call: `[tokens, hidden]` in and out, gates `[tokens, k]`."""
+        whole = self.backend.fused_experts
+        assert whole is not None  # as `fuses` says
         index = (ticket.order, ticket.slots, ticket.counts)
-        return native_experts(hidden, *index, gate_weights, self.gate_up_proj, self.down_proj, self.limit)
+        return whole.run(hidden, *index, gate_weights, self.gate_up_proj, self.down_proj, self.limit)

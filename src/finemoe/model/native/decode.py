@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,21 @@ from finemoe.model.native import usable
 MOST_TOKENS = 8
 
 
-def decodes(hidden: Tensor, *others: Tensor) -> bool:
+def takes(hidden: Tensor, *others: Tensor) -> bool:
     """Whether `hidden [batch, seq, hidden]` and the layer's own tensors may take that way: few tokens, no gradient."""
     few = hidden.shape[0] * hidden.shape[1] <= MOST_TOKENS
     return few and not torch.is_grad_enabled() and usable(hidden, *others)
+
+
+def grouped_query(hidden: Tensor, *layer: Any) -> Tensor:
+    """`hidden [batch, seq, hidden]` through grouped-query attention; `layer` in the order of decode.cpp."""
+    output = torch.empty_like(hidden)
+    torch.ops.finemoe.decode_grouped_query(hidden.contiguous(), *layer, output)
+    return output
+
+
+def latent(hidden: Tensor, *layer: Any) -> Tensor:
+    """`hidden [batch, seq, hidden]` through absorbed latent attention; `layer` in the order of decode.cpp."""
+    output = torch.empty_like(hidden)
+    torch.ops.finemoe.decode_latent(hidden.contiguous(), *layer, output)
+    return output

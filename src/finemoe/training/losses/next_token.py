@@ -11,9 +11,8 @@ from torch import Tensor
 
 from finemoe.core.config import Config
 from finemoe.data.batch import TokenBatch
-from finemoe.model.moe.balance import BALANCE_TERMS
 from finemoe.model.transformer import Transformer
-from finemoe.training.objective import Terms, balance_sums
+from finemoe.training.objective import Terms, balance_counts, balance_sums
 
 CROSS_ENTROPY = "cross_entropy"
 
@@ -44,9 +43,8 @@ class NextToken:
 
     def counts(self, batch: TokenBatch) -> dict[str, float]:
         """Weighted tokens for the cross-entropies, sequences for each balance term."""
-        sequences = float(batch.tokens.shape[0])
         ahead = {name: weights.sum().item() for name, _, weights in self._ahead(batch)}
-        return {CROSS_ENTROPY: batch.weights.sum().item(), **ahead, **dict.fromkeys(BALANCE_TERMS, sequences)}
+        return {CROSS_ENTROPY: batch.weights.sum().item(), **ahead, **balance_counts(batch.num_sequences)}
 
     def weights(self, progress: float) -> Mapping[str, float]:
         """Multi-token prediction counts lambda / depths for each depth (V3 Eq. 25)."""
