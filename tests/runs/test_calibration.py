@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finemoe.model import native
+from finemoe.model import backends, native
 from finemoe.model.backends import EXPERT_KERNELS
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.runs.calibration import Candidates, choose, seconds_of
@@ -61,6 +61,29 @@ def test_products_are_measured_too() -> None:
 def test_native_may_win() -> None:
     found = chosen(FakeTimer(native=0.1))
     assert (found.experts, found.products) == ("native", "native")
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler: plain torch runs")
+def test_products_are_judged_by_all_that_they_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SwiGLU alone may be faster in torch where norms, attention and loss make the whole slower."""
+    operations = ("linear", "rms_norm", "swiglu", "rotate", "attention", "cross_entropy_sum")
+    called: list[str] = []
+    for name in operations:
+        original = vars(backends)[f"native_{name}"]
+        monkeypatch.setattr(
+            backends, f"native_{name}", lambda *args, name=name, run=original: called.append(name) or run(*args)
+        )
+
+    def timer(candidates: Candidates, device: torch.device) -> Mapping[str, float]:
+        if set(candidates) == {"native", "torch"}:
+            candidates["torch"]()
+            assert called == []
+            candidates["native"]()
+            assert set(called) == set(operations)
+        return dict.fromkeys(candidates, 1.0)
+
+    choose(small_config(feed_forward=moe_table()), Kernels(), tokens=64, device=CPU, bf16=False, timer=timer)
+    assert called
 
 
 def test_measured_once_and_again_for_another_shape_or_thread_count(cache: Path) -> None:

@@ -26,17 +26,20 @@ from finemoe.core.locks import exclusive_lock
 from finemoe.core.logs import logger
 from finemoe.model import native
 from finemoe.model.backends import EXPERT_KERNELS, backend_for
-from finemoe.model.config import Kernels, ModelConfig
-from finemoe.model.feed_forward import DenseConfig, SwiGLU
+from finemoe.model.config import BlockConfig, Kernels, ModelConfig
+from finemoe.model.feed_forward import DenseConfig
 from finemoe.model.moe.decision import RoutingDecision
 from finemoe.model.moe.dispatch import LocalDispatch
 from finemoe.model.moe.experts import GroupedExperts
 from finemoe.model.moe.layer import MoEConfig, routed_output
+from finemoe.model.transformer import Transformer
 
 _ROUNDS, _SECONDS = 7, 1.5  # of measuring; whichever ends first, after two rounds
 _MOST_TOKENS, _MOST_WEIGHTS = 4096, 1 << 26  # of what is measured; experts are left out of layers that are larger
 
-_FORMAT = 2  # of what is remembered; answers of version 0.1.0 had "torch" products multiply in C++
+_MOST_VOCABULARY, _MOST_SEQUENCE, _MOST_BLOCK_TOKENS = 8192, 256, 1024  # of the block that products are chosen by
+_PRODUCTS = ("native", "torch")
+_FORMAT = 3  # of what is remembered; the first measured a SwiGLU alone, and had "torch" multiply in C++
 _PATIENCE = 60.0  # seconds to wait for another process that measures
 
 Candidates = Mapping[str, Callable[[], object]]
@@ -91,7 +94,7 @@ def choose(
     if kernels.products == "auto":
         width = moe.expert_hidden_size * max(1, moe.num_shared_experts) if moe else 0
         dense = next((layer for layer in layers if isinstance(layer, DenseConfig)), None)
-        changes["products"], reason = setting.products(dense.ffn_hidden_size if dense else width)
+        changes["products"], reason = setting.products(config, kernels, dense.ffn_hidden_size if dense else width)
         reasons.append(reason)
     if kernels.experts == "auto" and moe is not None:
         changes["experts"], reason = setting.experts(moe)
@@ -107,19 +110,27 @@ class _Setting:
     bf16: bool
     timer: Timer
 
-    def products(self, width: int) -> tuple[str, str]:
-        """torch or native, for a SwiGLU of this width; nothing to choose where native cannot run."""
+    def products(self, config: ModelConfig, kernels: Kernels, width: int) -> tuple[str, str]:
+        """torch or native, for all that they decide: a block of the model with a SwiGLU of this width, and the loss.
+
+        A SwiGLU alone would mislead: norms, rotation, attention and the loss change with it, and gain more. Nothing to
+        choose where native cannot run.
+        """
         if self.device.type != "cpu" or self.bf16 or not native.available():
             return "torch", ""
+        attention = config.blocks[0].attention
+        block = BlockConfig(attention=attention, feed_forward=DenseConfig(ffn_hidden_size=width))
+        vocab = min(config.vocab_size, _MOST_VOCABULARY)
+        small = config.model_copy(update={"blocks": (block,), "mtp": (), "vocab_size": vocab})
+        length = min(self.tokens, _MOST_SEQUENCE)
+        tokens = torch.arange(max(1, min(self.tokens, _MOST_BLOCK_TOKENS) // length) * length).view(-1, length) % vocab
 
         def candidates() -> Candidates:
-            made = {}
-            for name in ("native", "torch"):
-                module = self._drawn(SwiGLU(self.hidden_size, width, backend_for(Kernels(products=name))))
-                made[name] = self._step(module, module, self._states(self.tokens))
-            return made
+            chosen = {name: kernels.model_copy(update={"products": name, "recompute": False}) for name in _PRODUCTS}
+            return {name: partial(_pass, self._drawn(Transformer(small, one)), tokens) for name, one in chosen.items()}
 
-        return self._remembered("products", f"swiglu {width}", candidates)
+        what = f"block of {attention.kind} {attention.num_heads} and swiglu {width}, vocabulary {vocab}"
+        return self._remembered("products", what, candidates)
 
     def experts(self, moe: MoEConfig) -> tuple[str, str]:
         """The fastest of EXPERT_KERNELS, every expert taking its even share of the tokens."""
@@ -206,6 +217,14 @@ class _Setting:
 
 def _routed(experts: GroupedExperts, decision: RoutingDecision, states: Tensor) -> Tensor:
     return routed_output(LocalDispatch(), experts, states, decision, None, decision.gate_weights)
+
+
+def _pass(model: Transformer, tokens: Tensor) -> None:
+    """Forward, loss and backward."""
+    model.zero_grad()
+    hidden = model(tokens).hidden.flatten(0, 1)
+    weights = torch.ones(len(hidden))
+    model.backend.cross_entropy_sum(hidden, model.head_weight, tokens.flatten(), weights).backward()
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
