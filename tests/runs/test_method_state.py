@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from finemoe.core.errors import CheckpointError, RunError, TrainingError
 from finemoe.model.transformer import Transformer
 from finemoe.runs import run as run_module
+from finemoe.runs import saving
 from finemoe.runs.config import RunConfig
 from finemoe.runs.run import resume, train
 from finemoe.training.method import Figures, Group, Method, Saved
@@ -147,8 +149,15 @@ def test_damage_to_the_state_of_a_method_is_damage(
 def test_a_step_that_is_refused_leaves_the_last_regular_checkpoint(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights can be those before the step; what a method has counted since then nobody can take back."""
+    """Weights can be those before the step; what a method has counted since then nobody can take back.
+
+    The thread that writes the checkpoint is slow here: what is said of it is said when it is there.
+    """
     counter = Counter()
+
+    def slowly(*arguments: Any, **named: Any) -> Any:
+        time.sleep(0.5)
+        return write(*arguments, **named)
 
     def poison(parameters: Any, norm: torch.Tensor) -> dict[str, float]:
         return {"bad": float("nan") if counter.seen == 4 else 0.0}
@@ -156,7 +165,9 @@ def test_a_step_that_is_refused_leaves_the_last_regular_checkpoint(
     def counting(method: Method[Any]) -> Method[Any]:
         return replace(method, before_update=(counter, poison), state={"counter": counter})
 
+    write = saving.save
     with monkeypatch.context() as patch:
+        patch.setattr(saving, "save", slowly)
         method_with(patch, counting)
         with pytest.raises(TrainingError, match=r"step 4 is not finite: bad.*What was saved last is in"):
             train(recipe(corpus, "dense"), out=tmp_path / "run", quiet=True)

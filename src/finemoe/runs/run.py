@@ -231,7 +231,9 @@ def _train(trainer: Trainer, save: Save, directory: Path) -> bool:
     try:
         trainer.run()
     except TrainingError as error:
-        if not trainer.method.state:  # it may have counted the refused step; the last regular checkpoint did not
+        if trainer.method.state:  # it may have counted the refused step; the last regular checkpoint did not
+            save.wait()
+        else:
             save.save(trainer)
         report = {"step": trainer.state.step + 1, "position": trainer.state.position, "message": str(error)}
         write_text(directory / "failure.json", json.dumps(report, indent=2))

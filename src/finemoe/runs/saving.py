@@ -87,6 +87,14 @@ class Save:
         seconds = self._write(trainer.state.step, state)
         self._note(trainer.state.step, _nbytes(state), time.perf_counter() - started, seconds, behind=False)
 
+    def wait(self) -> None:
+        """Wait until what the thread is writing is there.
+
+        Raises:
+            RunError: the disk is full or unwritable.
+        """
+        self._finish()
+
     def close(self) -> None:
         """Nothing yet: a run that failed is still saved after its last step."""
 
