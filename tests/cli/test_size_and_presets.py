@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from checkpoint.huggingface.released_configs import RELEASED
 from finemoe.model.config import expand
 from finemoe.model.presets import GROUPS, PRESETS, resolve
 
@@ -102,6 +103,13 @@ def test_an_imported_folder(command: Any, tmp_path: Path) -> None:
     result = command("size", tmp_path)
     assert result.exit_code == 2
     assert "config.json" in result.stderr
+
+
+def test_a_config_json_alone(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**RELEASED["deepseek-v3"]}))
+    figures = json.loads(command("size", tmp_path / "config.json", "--json").stdout)
+    assert figures["total_parameters"] == 671_026_419_200
+    assert json.loads(command("size", tmp_path, "--json").stdout) == {**figures, "name": str(tmp_path)}
 
 
 def test_published_widths_count_only_for_the_published_model(command: Any, tmp_path: Path) -> None:

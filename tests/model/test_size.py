@@ -292,12 +292,20 @@ def test_flops_as_built_are_counted_from_the_widths_as_built() -> None:
 
 def test_flops_of_latent_attention_are_counted_as_built() -> None:
     # By hand: down, up, down with the rotary key, up, out; scores over 5 + 4 components, mixing over 7.
-    attention = 16 * 9 + 9 + 9 * 3 * 9 + 16 * (6 + 4) + 6 + 6 * 3 * (5 + 7) + 3 * 7 * 16
+    attention = 16 * 9 + 9 * 3 * 9 + 16 * (6 + 4) + 6 * 3 * (5 + 7) + 3 * 7 * 16
     dense, experts = 3 * 16 * 24, 3 * 16 * 8 * (2 + 1)
     config = small_config(attention={**_LATENT, "q_lora_rank": 9})
     expected = 6 * (23 * 16 + 2 * attention + dense + experts) + 2 * 3 * 2 * 10 * 3 * (9 + 7)
     assert training_flops_per_token(config, 10) == expected
     assert measure(config, 10).training_flops_per_sequence == 10 * expected
+
+
+def test_norms_and_biases_are_parameters_and_no_products() -> None:
+    plain = small_config(attention=_GROUPED)
+    for more in ({"qkv_bias": True}, {"qk_norm": "head"}, {"qk_norm": "projection"}):
+        richer = small_config(attention={**_GROUPED, **more})
+        assert measure(richer, 10).total_parameters > measure(plain, 10).total_parameters
+        assert training_flops_per_token(richer, 10) == training_flops_per_token(plain, 10)
 
 
 def test_each_prediction_module_costs_a_block_a_projection_and_a_head() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from finemoe.checkpoint.gguf import opening as gguf
 from finemoe.checkpoint.huggingface.accounting import our_dtype
+from finemoe.checkpoint.huggingface.families import family_of
 from finemoe.checkpoint.huggingface.fp8 import dequantize
 from finemoe.checkpoint.huggingface.importing import Source, open_source
 from finemoe.checkpoint.kinds import CONFIG, STATE, kind_of
@@ -23,6 +24,7 @@ from finemoe.checkpoint.storage.safetensors import check_finite
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.checkpoint.weights.build import Part, build, cast
 from finemoe.checkpoint.weights.imported import Imported, read_imported
+from finemoe.core.errors import CheckpointError, named
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer
 from finemoe.text.chat import ChatTemplate
@@ -91,6 +93,33 @@ def read_model_config(path: str | os.PathLike[str]) -> ModelConfig:
         return open_source(path).config
     file = folder_file(path, CONFIG)
     return model_of(read_json(file), file)
+
+
+def describe_model(path: str | os.PathLike[str]) -> ModelConfig:
+    """The same, for what may have no weights: a config.json, alone or in its folder, or the header of a GGUF file.
+
+    Weights that lie beside it, and can be read, have the last word, as they do when the model is opened.
+
+    Raises:
+        CheckpointError, ConfigError: nothing that describes a model, or not exactly representable.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".json" and path.is_file():
+        if path.name == CONFIG:
+            return describe_model(path.parent)
+        raw = read_json(folder_file(path.parent, path.name))
+        return family_of(raw).to_config(raw) if "model_type" in raw else model_of(raw, path)
+    kind = kind_of(path)
+    if kind == "gguf":
+        return gguf.open_gguf(path, whole=False).config
+    if kind != "huggingface":
+        return read_model_config(path)
+    try:
+        return open_source(path).config
+    except CheckpointError:
+        raw = read_json(folder_file(path, CONFIG))
+        with named(path):
+            return family_of(raw).to_config(raw)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

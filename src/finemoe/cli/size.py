@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,10 +12,6 @@ from finemoe.cli.output import Json, plain_table, print_json, print_rich
 
 if TYPE_CHECKING:
     from finemoe.model.size import ModelSize
-
-
-# Where a model was trained elsewhere nothing says on which length; DeepSeek's own models all began on 4096.
-_ELSEWHERE = 4096
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ def size(
         list[str],
         typer.Argument(
             metavar="NAME|RECIPE|PATH...",
-            help="Preset, .toml recipe, run, imported or Hugging Face folder, GGUF file.",
+            help="Preset, .toml recipe, run, imported or Hugging Face folder, config.json, GGUF file.",
             show_default=False,
         ),
     ],
@@ -66,7 +61,8 @@ def size(
     """Count parameters, FLOPs and cache of a model.
 
     From the configuration alone: nothing is allocated, so the largest preset takes no longer
-    than the smallest. Several models stand side by side, and their caches are compared with the
+    than the smallest, and of a checkpoint its config.json is enough, or the header of its GGUF
+    file: ask before you download. Several models stand side by side, and their caches are compared with the
     first one's. FLOPs are forward and backward, 6 for each active weight, attention without the
     causal saving; per sequence in the papers' convention, per token as built.
 
@@ -76,9 +72,12 @@ def size(
       finemoe size deepseek-moe-145b --seq-len 4096 --json
       finemoe size deepseek-llm-67b deepseek-v2 --cache-bits 16,6
       finemoe size recipes/tiny.toml
+      finemoe size DeepSeek-V3/config.json
     """
     bits = _bits(cache_bits, len(models))
-    sizes = [_measure(name, seq_len) for name in models]
+    from finemoe.runs.sizing import size as measure
+
+    sizes = [measure(name, seq_len) for name in models]
     first = sizes[0].cache_elements_per_token * bits[0]
     columns = [
         _Sized(name, measured, width, measured.cache_elements_per_token * width / first)
@@ -110,93 +109,6 @@ def _bits(text: str, count: int) -> list[float]:
             f"--cache-bits {text!r}: {len(bits)} widths, and {count} to measure; give one, or one for each"
         )
     return bits if len(bits) == count else bits * count
-
-
-def _measure(name: str, seq_len: int | None) -> ModelSize:
-    """A preset by name; else what lies at that path.
-
-    Raises:
-        ConfigError: none of these, or not a valid model.
-    """
-    path = Path(name)
-    if path.suffix == ".toml":  # no preset is called so, and a missing recipe needs none of what follows
-        return _measure_recipe(path, seq_len)
-
-    from finemoe.core.config import did_you_mean
-    from finemoe.core.errors import ConfigError
-    from finemoe.model.presets import PRESETS
-
-    if name in PRESETS:
-        return _measure_table({"preset": name}, name, seq_len or PRESETS[name].seq_len)
-    if path.is_dir() or path.suffix.lower() == ".gguf":
-        return _measure_folder(path, seq_len)
-    if path.exists():
-        return _measure_recipe(path, seq_len)
-    raise ConfigError(
-        f"{name}: neither a recipe, nor a run, nor a checkpoint, nor a preset{did_you_mean(name, sorted(PRESETS))}"
-    )
-
-
-def _measure_folder(path: Path, seq_len: int | None) -> ModelSize:
-    """A run, at the length of its sequences; or a checkpoint from elsewhere."""
-    from finemoe.checkpoint.kinds import kind_of
-    from finemoe.checkpoint.own_config import refuse_older
-    from finemoe.checkpoint.storage.untrusted import read_json
-
-    if kind_of(path) == "run":
-        file = path / "config.json"
-        raw = read_json(file)
-        refuse_older(raw, file)
-        return _measure_file(raw, file, seq_len)
-
-    from finemoe.checkpoint.open import read_model_config
-    from finemoe.model.size import measure
-
-    config = read_model_config(path)
-    return measure(config, seq_len or min(config.max_positions or _ELSEWHERE, _ELSEWHERE))
-
-
-def _measure_table(table: dict[str, Any], source: str, seq_len: int) -> ModelSize:
-    """The size of a `[model]` table. A preset's published widths count only where nothing was changed."""
-    from finemoe.core.config import parse
-    from finemoe.model.config import ModelConfig, expand
-    from finemoe.model.presets import PRESETS, resolve
-    from finemoe.model.size import measure
-
-    if "blocks" in table:
-        return measure(parse(ModelConfig, table, source), seq_len)
-    config = expand(resolve(table, source))
-    if "preset" in table:
-        preset = PRESETS[table["preset"]]
-        if config == expand(resolve(preset.model, source)):
-            return measure(config, seq_len, preset.unrounded, preset.notes)
-    return measure(config, seq_len)
-
-
-def _measure_recipe(path: Path, seq_len: int | None) -> ModelSize:
-    from finemoe.core.config import read_toml
-
-    return _measure_file(read_toml(path), path, seq_len)
-
-
-def _measure_file(recipe: dict[str, Any], path: Path, seq_len: int | None) -> ModelSize:
-    from finemoe.core.errors import ConfigError
-
-    model, data = recipe.get("model"), recipe.get("data", {})
-    if model is None and isinstance(recipe.get("start_from"), str):
-        from finemoe.checkpoint.open import read_model_config
-
-        model = read_model_config(recipe["start_from"]).model_dump(mode="json")
-    if not isinstance(model, dict) or not isinstance(data, dict):
-        raise ConfigError(f'{path}: no [model] table; the smallest is [model] with preset = "tiny-moe"')
-    length = seq_len or data.get("sequence_length")
-    if length is None:
-        from finemoe.data import DataConfig
-
-        length = DataConfig().sequence_length
-    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-        raise ConfigError(f"{path}: `data.sequence_length`: must be a whole number above 0 (got {length!r})")
-    return _measure_table(model, f"{path}: model", length)
 
 
 def _print_table(columns: list[_Sized]) -> None:

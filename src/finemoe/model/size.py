@@ -1,7 +1,7 @@
 """Parameters, training FLOPs and cache size, from configuration alone: nothing is allocated.
 
 FLOPs: 6 for each active weight and token, with one vocabulary matrix counted (the output head, tied or not), norms,
-routers and embedding look-up left out, plus attention scores without the causal saving. The papers' convention, which
+biases, routers and embedding look-up left out, plus attention scores without the causal saving. The papers' convention, which
 reproduces the figures printed in DeepSeekMoE's tables, differs in two points: feed-forward widths are the published
 fractions before rounding, and attention weighs as multi-head even where key heads are shared (DeepSeek 67B).
 
@@ -94,12 +94,13 @@ def measure(
 
 def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Forward and backward FLOPs of one token in a sequence of `seq_len`, for the model as built."""
-    attention = sum(block.attention.num_parameters(config.hidden_size) for block in _all_blocks(config))
+    attention = sum(block.attention.num_product_weights(config.hidden_size) for block in _all_blocks(config))
     return _flops(config, seq_len, attention, {})
 
 
 def _published_flops_per_token(config: ModelConfig, seq_len: int, unrounded: Mapping[int, float]) -> float:
-    attention = sum(block.attention.num_parameters_as_multi_head(config.hidden_size) for block in _all_blocks(config))
+    blocks = _all_blocks(config)
+    attention = sum(block.attention.num_product_weights_as_multi_head(config.hidden_size) for block in blocks)
     return _flops(config, seq_len, attention, unrounded)
 
 

@@ -103,15 +103,19 @@ class GGUFFile:
     files: tuple[Path, ...]
 
 
-def read_header(path: Path) -> GGUFFile:
+def read_header(path: Path, *, whole: bool = True) -> GGUFFile:
     """Open a file, and the other shards where it is the first of several.
+
+    Args:
+        path: of the file.
+        whole: the tensors must follow; else the header is enough, as where a download was stopped after it.
 
     Raises:
         CheckpointError: unreadable, damaged, or not the first shard.
         ConfigError: the `gguf` package is not installed.
     """
     kinds = element_types()
-    first = _Header(path, kinds).read()
+    first = _Header(path, kinds, whole).read()
     count, number = (first.metadata.get(f"split.{key}", default) for key, default in (("count", 1), ("no", 0)))
     if type(count) is not int or type(number) is not int or not 0 <= number < max(1, count) or count > _MAX_ENTRIES:
         raise CheckpointError(f"{path}: split.no {number!r} of split.count {count!r} is no shard")
@@ -126,7 +130,7 @@ def read_header(path: Path) -> GGUFFile:
         raise CheckpointError(f"{path}: is shard {number + 1} of {count}; give the first, {match[1]}-00001-of-...")
     tensors, files = dict(first.tensors), [path]
     for at in range(2, count + 1):
-        shard = _Header(path.with_name(f"{match[1]}-{at:05d}-of-{count:05d}.gguf"), kinds).read()
+        shard = _Header(path.with_name(f"{match[1]}-{at:05d}-of-{count:05d}.gguf"), kinds, whole).read()
         twice = next((name for name in shard.tensors if name in tensors), None)
         if twice is not None:
             raise CheckpointError(f"{shard.path}: tensor {twice!r} is in another shard too")
@@ -142,8 +146,8 @@ def read_header(path: Path) -> GGUFFile:
 class _Header:
     """One pass over a header."""
 
-    def __init__(self, path: Path, kinds: Mapping[int, ElementType]) -> None:
-        self._path, self._kinds = path, kinds
+    def __init__(self, path: Path, kinds: Mapping[int, ElementType], whole: bool) -> None:
+        self._path, self._kinds, self._whole = path, kinds, whole
         self._at = self._size = self._elements = 0
 
     def read(self) -> GGUFFile:
@@ -266,7 +270,7 @@ class _Header:
                 raise CheckpointError(f"{self._path}: tensor {name!r} leaves a gap or overlaps the one before it")
             placed[name] = tensor
             at = tensor.offset + tensor.nbytes
-        if at > self._size:
+        if at > self._size and self._whole:
             raise CheckpointError(f"{self._path}: truncated: {self._size} bytes, but header and tensors are {at}")
         if _padded(at, alignment) < self._size:
             raise CheckpointError(

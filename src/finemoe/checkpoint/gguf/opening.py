@@ -52,7 +52,8 @@ class GGUFSource:
     Understood from its header, and what is derived when asked for. `Source` is the same of a Hugging Face folder.
     """
 
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: GGUFFile, *, whole: bool = True) -> None:
+        self._whole = whole
         self.path = file.path
         self.metadata = file.metadata
         self.tensors: Mapping[str, StoredTensor] = file.tensors
@@ -74,7 +75,7 @@ class GGUFSource:
         embedding = self.tensors.get(EMBEDDING)
         if embedding is None or len(embedding.shape) != 2:
             raise CheckpointError(f"{self.path}: there is no {EMBEDDING} with two dimensions, so this is no model")
-        factors = self.tensors.get(ROPE_FACTORS)
+        factors = self.tensors.get(ROPE_FACTORS) if self._whole else None
         rows = None if factors is None or factors.nbytes > 1 << 20 else factors.read().float()
         return model_config(self.metadata, Facts(self.tensors.keys(), embedding.shape[0], rows), str(self.path))
 
@@ -184,14 +185,19 @@ class GGUFSource:
         return template_of(self.metadata, str(self.path))
 
 
-def open_gguf(path: str | os.PathLike[str]) -> GGUFSource:
+def open_gguf(path: str | os.PathLike[str], *, whole: bool = True) -> GGUFSource:
     """Open a GGUF file, or the first of several shards, by its header.
+
+    Args:
+        path: the file, or the first of its shards.
+        whole: the tensors must follow their header. Where they need not, sizes are those of the model, and rotary
+            frequencies, which a tensor may scale, are plain.
 
     Raises:
         CheckpointError: no GGUF file, or damaged.
         ConfigError: the `gguf` package is not installed.
     """
-    return GGUFSource(read_header(Path(path)))
+    return GGUFSource(read_header(Path(path), whole=whole), whole=whole)
 
 
 def load_gguf(

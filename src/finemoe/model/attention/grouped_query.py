@@ -57,7 +57,11 @@ class GroupedQueryConfig(Config):
     def num_parameters(self, hidden_size: int) -> int:
         """Query, key, value and output projections, with what biases and norms there are."""
         bias = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) if self.qkv_bias else 0
-        return 2 * hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads) + bias + sum(self.norm_sizes())
+        return self.num_product_weights(hidden_size) + bias + sum(self.norm_sizes())
+
+    def num_product_weights(self, hidden_size: int) -> int:
+        """The projections alone: what every token is multiplied by. Biases and norms are no products."""
+        return 2 * hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
 
     def norm_sizes(self) -> tuple[int, ...]:
         """Sizes of the norms of queries and keys."""
@@ -66,8 +70,8 @@ class GroupedQueryConfig(Config):
         heads = (1, 1) if self.qk_norm == "head" else (self.num_heads, self.num_kv_heads)
         return tuple(self.head_dim * count for count in heads)
 
-    def num_parameters_as_multi_head(self, hidden_size: int) -> int:
-        """The same, with a key and a value for every head: how the papers count FLOPs."""
+    def num_product_weights_as_multi_head(self, hidden_size: int) -> int:
+        """The projections, with a key and a value for every head: how the papers count FLOPs."""
         return 4 * hidden_size * self.head_dim * self.num_heads
 
     def flops_per_token(self, seq_len: int) -> int:

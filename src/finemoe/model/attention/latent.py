@@ -61,16 +61,20 @@ class LatentConfig(Config):
 
     def num_parameters(self, hidden_size: int) -> int:
         """Every projection and the norms on the latents."""
+        return self.num_product_weights(hidden_size) + self.kv_lora_rank + (self.q_lora_rank or 0)
+
+    def num_product_weights(self, hidden_size: int) -> int:
+        """The projections alone: what every token is multiplied by. Norms are no products."""
         queries = self.num_heads * self.qk_head_dim
         compressed = self.q_lora_rank
-        query = hidden_size * queries if compressed is None else compressed * (hidden_size + 1 + queries)
+        query = hidden_size * queries if compressed is None else compressed * (hidden_size + queries)
         key_value = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
-        down = hidden_size * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank
+        down = hidden_size * (self.kv_lora_rank + self.qk_rope_head_dim)
         return query + down + self.kv_lora_rank * key_value + self.num_heads * self.v_head_dim * hidden_size
 
-    def num_parameters_as_multi_head(self, hidden_size: int) -> int:
+    def num_product_weights_as_multi_head(self, hidden_size: int) -> int:
         """The papers print no FLOPs of a latent model in another convention: as built."""
-        return self.num_parameters(hidden_size)
+        return self.num_product_weights(hidden_size)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of scores and mixing for one token, expanded, without the causal saving."""
