@@ -7,7 +7,7 @@ asks here and need not know which.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.checkpoint.weights.build import Part, build, cast
 from finemoe.checkpoint.weights.imported import Imported, read_imported
 from finemoe.core.errors import CheckpointError, named
+from finemoe.core.logs import logger
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer
 from finemoe.text.chat import ChatTemplate
@@ -57,11 +58,17 @@ def load_model(
         stored = {name: info.dtype for name, info in imported.tensors.tensors.items()}
         return build(imported.config, kernels, stored, _imported_parts(imported), dtype)
     source = open_source(path)
+    _warn(source.warnings)
     stored = {}
     for name, placement in source.account.loaded.items():
         found = our_dtype(source.tensors.info(name).dtype)
         stored[placement.ours] = torch.promote_types(stored.get(placement.ours, found), found)
     return build(source.config, kernels, stored, _foreign_parts(source), dtype)
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for text in warnings:
+        logger.warning("%s", text)
 
 
 def _imported_parts(imported: Imported) -> Iterator[Part]:

@@ -129,6 +129,7 @@ def _facts(report: ImportReport, source: Path) -> dict[str, Any]:
         "resumed": report.resumed,
         "seconds": report.seconds,
         "notes": list(report.notes),
+        "warnings": list(report.warnings),
     }
 
 
@@ -147,6 +148,8 @@ def _lines(facts: Mapping[str, Any], out: Path) -> Iterator[tuple[str, str]]:
         yield f"  {status}", f"{tensors:,}: {reason}"
     yield "Element types", ", ".join(f"{name} ({number:,})" for name, number in facts["dtypes"].items())
     yield "Written", f"{nbytes(facts['bytes'])} in {duration(facts['seconds'])}"
+    for warning in facts["warnings"]:
+        yield "Warning", warning
     for note in facts["notes"]:
         yield "Note", note
 

@@ -1,9 +1,9 @@
 """Parameters, training FLOPs and cache size, from configuration alone: nothing is allocated.
 
 FLOPs: 6 for each active weight and token, with one vocabulary matrix counted (the output head, tied or not), norms,
-biases, routers and embedding look-up left out, plus attention scores without the causal saving. The papers' convention, which
-reproduces the figures printed in DeepSeekMoE's tables, differs in two points: feed-forward widths are the published
-fractions before rounding, and attention weighs as multi-head even where key heads are shared (DeepSeek 67B).
+biases, routers and embedding look-up left out, plus attention scores without the causal saving. The papers' convention,
+which reproduces the figures printed in DeepSeekMoE's tables, differs in two points: feed-forward widths are the
+published fractions before rounding, and attention weighs as multi-head even where key heads are shared (DeepSeek 67B).
 
 Multi-token prediction modules stand apart, as in V3's own figures: parameters, active ones and the cache are of the
 main model. Training FLOPs include them, with one more head product for each, on every token.

@@ -135,7 +135,7 @@ MILD: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
         "v3",
         lambda f: drop(f, *(name for name in tensors_of(V3_WIDE) if name.startswith("model.layers.2."))),
         "warning",
-        "mtp: config.json promises 1 ",
+        "weights: config.json promises 1 ",
     ),
     "class trap": (
         "v3",

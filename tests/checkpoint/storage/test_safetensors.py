@@ -149,18 +149,50 @@ def test_index_and_files_must_agree(tmp_path: Path) -> None:
         "y": b,
         "z": b,
     }
-    for weights, reason in (
-        ({"x": a, "y": b}, "holds tensor 'z', of which the index says nothing"),
-        ({"x": a, "y": b, "z": a}, "says that model-00001-of-00002.safetensors holds tensor 'z'"),
-        ({"x": a, "y": b, "z": b, "w": b}, "holds tensor 'w', but it does not"),
-    ):
-        table(**weights)
-        with pytest.raises(CheckpointError, match=reason):
-            TensorFolder.open(tmp_path)
-    save_file({"x": torch.ones(3), "z": torch.ones(1)}, tmp_path / b)
-    table(x=a, z=b)
-    with pytest.raises(CheckpointError, match=r"'x' is in model-00001-of-00002\.safetensors too"):
+    assert TensorFolder.open(tmp_path).warnings == ()
+    table(x=a, y=b, z=b, w=b)
+    with pytest.raises(CheckpointError, match="holds tensor 'w', but it does not"):
         TensorFolder.open(tmp_path)
+    table(x=a, y=b, z=a)  # one file holds it, so that nothing is unclear
+    astray = TensorFolder.open(tmp_path)
+    assert astray.info("z").path.name == b
+    assert "not in the file that the index names" in astray.warnings[0]
+    for name in (a, "overlay.safetensors"):
+        save_file({"x": torch.ones(2), "w": torch.ones(2)}, tmp_path / name)
+    table(x=a, y=b, z=b, w=b, v="overlay.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds tensor 'w', but it does not, and .* and overlay\.safetensors do"):
+        TensorFolder.open(tmp_path)
+
+
+def test_the_index_says_which_of_several_counts(tmp_path: Path) -> None:
+    base, over = "model-00001-of-00001.safetensors", "model-overlay.safetensors"
+    save_file({"x": torch.ones(2), "y": torch.ones(3), "old": torch.ones(1)}, tmp_path / base)
+    save_file({"x": torch.zeros(2)}, tmp_path / over)
+    for file, value in ((base, 1), (over, 0)):
+        table = {"weight_map": {"x": file, "y": base, **({"z": over} if file == base else {})}}
+        save_file({"x": torch.zeros(2), "z": torch.zeros(1)}, tmp_path / over)
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(table))
+        opened = TensorFolder.open(tmp_path)
+        assert opened.read("x").tolist() == [value, value]
+        assert "1 tensor is in several files, and the one that the index names counts: x" in opened.warnings
+        # What the index does not name is used by nobody who does not ask for it.
+        assert "old" in opened.unlisted
+        assert "old" not in opened.tensors
+        assert opened.listed({"y"}) is opened
+        asked = opened.listed({"old"})
+        assert asked.read("old").tolist() == [1]
+        assert "missing in the index" in asked.warnings[-1]
+
+
+def test_equal_numbers_in_any_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "CHUNK_BYTES", 16)
+    whole = torch.arange(12.0).view(4, 3)
+    other = whole.clone()
+    other[3, 2] += 1
+    contents = {"a": whole, "b": whole.bfloat16(), "c": other, "d": whole.view(3, 4).clone()}
+    save_file(contents, tmp_path / "model.safetensors")
+    opened = TensorFolder.open(tmp_path)
+    assert [opened.equal("a", name) for name in "abcd"] == [True, True, False, False]
 
 
 def test_memory_stays_at_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,6 +190,14 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     assert found.index == {"x": B, "y": A, "z": A}
 
 
+@pytest.mark.parametrize("left", [B, "model-00002-of-000163.safetensors"])
+def test_shards_that_the_index_does_not_name_are_not_read(tmp_path: Path, left: str) -> None:
+    found = weight_files(index(touch(tmp_path, A, left), {"x": A}))
+    assert [path.name for path in found.files] == [A]
+    assert found.warnings == (f"{left}: not named in model.safetensors.index.json, not read",)
+    assert found.notes == ()
+
+
 def test_what_is_ignored_is_noted(tmp_path: Path) -> None:
     found = weight_files(touch(tmp_path, "model.safetensors", "extra.safetensors", "pytorch_model.bin", "x.PTH"))
     assert found.notes[0] == "extra.safetensors: not part of the weights, ignored"
@@ -204,11 +212,9 @@ def test_what_is_ignored_is_noted(tmp_path: Path) -> None:
         (["model.ckpt", "config.json"], None, "only pickle weights"),
         ([A, B], None, "shards but no model.safetensors.index.json"),
         (["model-00001-of-000163.safetensors"], None, "shards but no model.safetensors.index.json"),
-        ([A, "model-00002-of-000163.safetensors"], {"x": A}, "unclear which weights count"),
         (["weights.safetensors"], None, "weights are called model.safetensors"),
         ([A], {"x": A, "y": B}, "names model-00002-of-00002.safetensors, not in the folder"),
         ([], {"x": A, "y": B}, "and 1 more, not in the folder"),
-        ([A, B], {"x": A}, "model-00002-of-00002.safetensors is not in model.safetensors.index.json"),
         ([A, "model.safetensors"], {"x": A}, "unclear which weights count"),
         ([A], {"x": "../" + A}, "only .safetensors files in the folder itself"),
         ([A], {"x": "/etc/" + A}, "only .safetensors files in the folder itself"),

@@ -88,7 +88,7 @@ def examine(path: str | os.PathLike[str], *, deep: bool = False, quiet: bool = T
     facts["values"] = check_values(subject, found, deep=deep, quiet=quiet)
     if deep and subject.kind == "huggingface" and not found.any_problem:
         with found.guard("weights"):  # the import's own judgement, which compares copies too
-            for note in open_source(subject.path).account.notes:
+            for note in open_source(subject.path).account.warnings:
                 found.warning("weights", note)
     facts["mtp"] = count_mtp(subject)
     facts.update(check_text(subject, found))

@@ -20,6 +20,7 @@ from finemoe.checkpoint.gguf.keys import stored_tensors
 from finemoe.checkpoint.huggingface import keys as hf_keys
 from finemoe.checkpoint.huggingface.accounting import check_count, split_copies
 from finemoe.checkpoint.huggingface.families import family_of
+from finemoe.checkpoint.huggingface.settling import settle_by
 from finemoe.checkpoint.kinds import CONFIG, JOURNAL, MANIFEST, SOURCE, Kind, likely_kind, require_there
 from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.run_state import state as run_state
@@ -142,15 +143,17 @@ def _open_huggingface(subject: Subject, found: Findings, deep: bool, quiet: bool
         names = tensors.tensors.keys()
         with found.guard("config"):
             if subject.whole:
-                subject.config, absent = hf_keys.without_absent_mtp(subject.config, names)
-                for text in absent:
-                    found.warning("mtp", f"{text}: opened without; speculative decoding and MTP training need them")
+                tensors, settled = settle_by(family, subject.raw, tensors)
+                subject.config, subject.held, names = settled.config, held_of(tensors), tensors.tensors.keys()
+                for text in (*tensors.warnings, *settled.warnings):
+                    found.warning("weights", text)
+                subject.spare = dict(settled.aside)
                 check_count(subject.config, len(names))
             loaded, again, _ = split_copies(family.placements(subject.config))
             subject.places = {name: Place(p.ours, p.shape) for name, p in loaded.items()}
             subject.places |= {name: Place(p.ours, p.shape, True) for name, p in again.items()}
             reasons = ((name, hf_keys.ignorable(name)) for name in names)
-            subject.spare = {name: reason for name, reason in reasons if reason is not None}
+            subject.spare = {**subject.spare, **{name: reason for name, reason in reasons if reason is not None}}
 
 
 def _tensors(path: Path, subject: Subject, found: Findings) -> TensorFolder:

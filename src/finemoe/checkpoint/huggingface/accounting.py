@@ -38,11 +38,14 @@ class Account:
     """Kept verbatim -> why."""
     scales: Mapping[str, str]
     """FP8 weight -> the carried tensor with its factors."""
-    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    """Copies that are none."""
 
 
-def take_account(tensors: TensorFolder, config: ModelConfig, family: Family) -> Account:
-    """Decide what becomes of each tensor of a `family` checkpoint of `config`.
+def take_account(
+    tensors: TensorFolder, config: ModelConfig, family: Family, aside: Mapping[str, str] | None = None
+) -> Account:
+    """Decide what becomes of each tensor of a `family` checkpoint of `config`; `aside` are carried for their reason.
 
     Raises:
         CheckpointError: tensors missing, mis-shaped, of an unfit dtype, or unknown; the first few are named.
@@ -56,23 +59,28 @@ def take_account(tensors: TensorFolder, config: ModelConfig, family: Family) -> 
     scales = {name: name + SCALE_SUFFIX for name in wanted if tensors.info(name).dtype == FP8}
     _refuse("of an element type that is not read", _unfit(tensors, wanted, scales))
     carried = {scale: f"FP8 factors of {name}" for name, scale in scales.items()}
-    copies, notes, unknown = {}, [], []
+    copies, warnings, unknown = {}, [], []
     for name in present:
         original = originals[name]
         if _same(tensors, name, original):
             copies[name] = original
+        elif tensors.equal(name, original):
+            carried[name] = f"the numbers of {original}, in another element type"
         else:
             carried[name] = f"should equal {original}, but does not"
-            notes.append(f"{name} should equal {original}, which our model uses for both, but does not; kept, not used")
+            warnings.append(
+                f"{name} should equal {original}, which our model uses for both, but does not; kept, not used"
+            )
     for name in tensors.tensors:
         if name not in wanted and name not in carried:
-            reason = "holds no element" if 0 in tensors.info(name).shape else hf_keys.ignorable(name)
+            reason = (aside or {}).get(name) or hf_keys.ignorable(name)
+            reason = "holds no element" if 0 in tensors.info(name).shape else reason
             if reason is None:
                 unknown.append(f"{name} {_facts(tensors, name)}")
             else:
                 carried[name] = reason
     _refuse("known to no part of the model", unknown)
-    return Account(loaded, copies, carried, scales, tuple(notes))
+    return Account(loaded, copies, carried, scales, tuple(warnings))
 
 
 def check_count(config: ModelConfig, count: int) -> None:

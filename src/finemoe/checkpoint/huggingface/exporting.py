@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finemoe.checkpoint.huggingface import keys as hf_keys
 from finemoe.checkpoint.huggingface.accounting import FP8, SCALE_SUFFIX, split_copies
 from finemoe.checkpoint.huggingface.families import FAMILIES, representable_as
 from finemoe.checkpoint.huggingface.fp8 import BLOCK, quantize, scale_shape
+from finemoe.checkpoint.huggingface.settling import HEAD, settle
 from finemoe.checkpoint.kinds import SOURCE
 from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.safetensors import DTYPES, check_finite
@@ -194,8 +194,8 @@ def _config_json(opened: Exportable, name: str, account: Mapping[str, Any]) -> t
     """The imported config.json while it still says what the model is, else a new one; and which it was."""
     if account:
         with named(opened.path / SOURCE):
-            understood = FAMILIES[name].read(opened.raw).config
-            if hf_keys.without_absent_mtp(understood, account.keys())[0] == opened.config:
+            own_head = "copy_of" not in account.get(HEAD, {})
+            if settle(FAMILIES[name], opened.raw, account.keys(), lambda: own_head).config == opened.config:
                 return dict(opened.raw), True
     with named(opened.path):
         raw = FAMILIES[name].from_config(opened.config, max_positions=opened.max_positions, **opened.token_ids)

@@ -56,6 +56,10 @@ class Family:
     """How its files name the parts of an MoE layer."""
     native: bool = True
     """Whether transformers has a class of its own; else its code lies in the repository."""
+    modules: bool = False
+    """Whether its files may hold multi-token prediction modules after the layers."""
+    switches: Mapping[str, str] = field(default_factory=dict)
+    """Flags that say whether a layer has a tensor, and how the name of that tensor ends: the weights know better."""
     keeps: tuple[str, ...] = ()
     """Settings of training that the format has a field for, by the name in our configuration."""
 

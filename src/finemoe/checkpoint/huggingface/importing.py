@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finemoe.checkpoint.huggingface import keys as hf_keys
 from finemoe.checkpoint.huggingface.accounting import Account, our_specs, take_account
 from finemoe.checkpoint.huggingface.families import family_of
 from finemoe.checkpoint.huggingface.fp8 import BLOCK, dequantize
+from finemoe.checkpoint.huggingface.settling import settle_by
 from finemoe.checkpoint.kinds import CONFIG
 from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder, check_finite, raw_bytes
@@ -47,6 +47,8 @@ class Source:
     account: Account
     notes: tuple[str, ...]
     """What a careful reader wants to know."""
+    warnings: tuple[str, ...]
+    """What everybody must know: where the files contradict each other, and which of them counts."""
 
 
 def open_source(path: Path) -> Source:
@@ -63,13 +65,14 @@ def open_source(path: Path) -> Source:
     _check_quantization(raw.get("quantization_config"), path)
     with named(path):
         family = family_of(raw)
-        understood = family.read(raw)
+        family.read(raw)
     tensors = TensorFolder.open(path)
     with named(path):
-        config, absent = hf_keys.without_absent_mtp(understood.config, tensors.tensors.keys())
-        account = take_account(tensors, config, family)
-    notes = (*understood.notes, *absent, *tensors.notes, *account.notes)
-    return Source(path, family.name, raw, config, tensors, account, notes)
+        tensors, settled = settle_by(family, raw, tensors)
+        account = take_account(tensors, settled.config, family, settled.aside)
+    notes = (*settled.notes, *tensors.notes)
+    warnings = (*tensors.warnings, *settled.warnings, *account.warnings)
+    return Source(path, family.name, raw, settled.config, tensors, account, notes, warnings)
 
 
 def _check_quantization(settings: Any, path: Path) -> None:
@@ -130,6 +133,7 @@ def import_hf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, qu
         resumed=resumed,
         seconds=time.monotonic() - started,
         notes=(*opened.notes, *notes, *ignored),
+        warnings=opened.warnings,
     )
 
 

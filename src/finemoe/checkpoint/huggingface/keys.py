@@ -6,7 +6,7 @@ The n-th multi-token prediction module is layer num_layers + n - 1 of the file, 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from finemoe.checkpoint.weights.placement import Placement
@@ -31,6 +31,7 @@ class Spellings:
 
 PLAIN = Spellings()
 """Those of DeepSeek, and of most."""
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _INV_FREQ = re.compile(r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
@@ -154,6 +155,12 @@ def ignorable(key: str) -> str | None:
     return None
 
 
+def modules_after(names: Iterable[str], first: int) -> list[str]:
+    """Names of the tensors in layers from `first` on, where prediction modules follow the layers."""
+    matches = ((name, _LAYER.match(name)) for name in names)
+    return [name for name, match in matches if match is not None and int(match[1]) >= first]
+
+
 def without_absent_mtp(config: ModelConfig, names: Collection[str]) -> tuple[ModelConfig, tuple[str, ...]]:
     """`config` without the last prediction modules of which a file that holds `names` has no tensor; and a note.
 
@@ -164,5 +171,8 @@ def without_absent_mtp(config: ModelConfig, names: Collection[str]) -> tuple[Mod
         present -= 1
     if present == len(config.mtp):
         return config, ()
-    note = f"config.json promises {len(config.mtp)} multi-token prediction module(s), and the weights hold {present}"
+    note = (
+        f"config.json promises {len(config.mtp)} multi-token prediction module(s), and the weights hold {present}: "
+        "opened without; speculative decoding and MTP training need them"
+    )
     return config.model_copy(update={"mtp": config.mtp[:present]}), (note,)

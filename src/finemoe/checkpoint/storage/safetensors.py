@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -160,24 +160,45 @@ def _counts(values: Any) -> bool:
 class TensorFolder:
     """The tensors of one or more safetensors files by name, opened by their headers."""
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        notes: Sequence[str] = (),
+        warnings: Sequence[str] = (),
+        unlisted: Mapping[str, TensorInfo] | None = None,
+    ) -> None:
         self.tensors = dict(tensors)
         """In the order of files and bytes."""
         self.notes = tuple(notes)
         """What lies in the folder and is not read."""
+        self.warnings = tuple(warnings)
+        """Where files and index disagree, and which of them counts."""
+        self.unlisted = dict(unlisted or {})
+        """What the files hold and the index does not name."""
 
     @staticmethod
     def open(folder: Path) -> TensorFolder:
         """The weights of a folder: `model.safetensors`, or shards with their index.
 
+        The index says which of several files that hold a tensor counts, as where an overlay lies over older shards.
+
         Raises:
-            CheckpointError: as `weight_files` and `read_header`, or index and files disagree.
+            CheckpointError: as `weight_files` and `read_header`, or the index names a tensor that is not there.
         """
         weights = weight_files(folder)
-        together = TensorFolder.of_files(weights.files)
-        if weights.index is not None:
-            _check_index(folder, weights.index, together.tensors)
-        return TensorFolder(together.tensors, weights.notes)
+        if weights.index is None:
+            return TensorFolder(TensorFolder.of_files(weights.files).tensors, weights.notes)
+        tensors, unlisted, warnings = _by_index(folder, weights.index, weights.files)
+        return TensorFolder(tensors, weights.notes, (*weights.warnings, *warnings), unlisted)
+
+    def listed(self, names: Collection[str]) -> TensorFolder:
+        """With those of `unlisted` that are among `names`, and a warning that says so."""
+        found = {name: info for name, info in self.unlisted.items() if name in names}
+        if not found:
+            return self
+        left = {name: info for name, info in self.unlisted.items() if name not in found}
+        warning = f"{_count(found)} missing in the index, and read from where it is all the same: {_few(found)}"
+        return TensorFolder({**self.tensors, **found}, self.notes, (*self.warnings, warning), left)
 
     @staticmethod
     def of_files(files: Sequence[Path]) -> TensorFolder:
@@ -259,6 +280,22 @@ class TensorFolder:
             stop = min(start + rows, shape[0])
             yield self.read(name, [*leading, slice(offset + start, offset + stop)])
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers, whatever their types; read in pieces, up to the first difference.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        if self.info(one).shape != self.info(other).shape:
+            return False
+        width = max(1, *(self.info(name).nbytes // max(1, self.info(name).shape[0]) for name in (one, other)))
+        rows = max(1, CHUNK_BYTES // width)
+        for start in range(0, self.info(one).shape[0], rows):
+            part = (slice(start, min(start + rows, self.info(one).shape[0])),)
+            if not torch.equal(self.read(one, part).double(), self.read(other, part).double()):
+                return False
+        return True
+
     def sha256(self, name: str) -> str:
         """Hex digest of a tensor's bytes, read in pieces.
 
@@ -305,11 +342,54 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def _check_index(folder: Path, index: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
-    for name, file in index.items():
-        info = tensors.get(name)
-        if info is None or info.path.name != file:
-            raise CheckpointError(f"{folder}: the index says that {file} holds tensor {name!r}, but it does not")
-    if len(tensors) > len(index):
-        name = next(name for name in tensors if name not in index)
-        raise CheckpointError(f"{tensors[name].path}: holds tensor {name!r}, of which the index says nothing")
+def _by_index(
+    folder: Path, index: Mapping[str, str], files: Sequence[Path]
+) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo], list[str]]:
+    """What the index names, from the file that it names; what else the files hold once; and warnings."""
+    holders: dict[str, list[TensorInfo]] = {}
+    for path in files:
+        for name, info in read_header(path)[0].items():
+            holders.setdefault(name, []).append(info)
+    tensors: dict[str, TensorInfo] = {}
+    astray, covered = [], []
+    for name, held in holders.items():
+        if name not in index:
+            continue
+        named = [info for info in held if info.path.name == index[name]]
+        if not named and len(held) > 1:
+            raise CheckpointError(
+                f"{folder}: the index says that {index[name]} holds tensor {name!r}, but it does not, and "
+                f"{' and '.join(info.path.name for info in held)} do"
+            )
+        astray += [name] * (not named)
+        covered += [name] * (len(held) > 1)
+        tensors[name] = (named or held)[0]
+    absent = next((name for name in index if name not in holders), None)
+    if absent is not None:
+        raise CheckpointError(f"{folder}: the index says that {index[absent]} holds tensor {absent!r}, but it does not")
+    unlisted = {name: held[0] for name, held in holders.items() if name not in index and len(held) == 1}
+    twice = [name for name, held in holders.items() if name not in index and len(held) > 1]
+    warnings = [
+        f"{_count(names)} {what}: {_few(names)}"
+        for names, what in (
+            (covered, "in several files, and the one that the index names counts"),
+            (astray, "not in the file that the index names, and read from the one that holds it"),
+            (twice, "in several files and not in the index, and not used"),
+        )
+        if names
+    ]
+    return _in_order(tensors, files), unlisted, warnings
+
+
+def _in_order(tensors: Mapping[str, TensorInfo], files: Sequence[Path]) -> dict[str, TensorInfo]:
+    rank = {path: at for at, path in enumerate(files)}
+    return dict(sorted(tensors.items(), key=lambda item: (rank[item[1].path], item[1].offset, item[1].nbytes)))
+
+
+def _count(names: Collection[str]) -> str:
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+
+
+def _few(names: Collection[str]) -> str:
+    shown = list(names)[:3]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -187,6 +187,8 @@ class WeightFiles:
     """Tensor name -> file name, where there is an index."""
     notes: tuple[str, ...]
     """What lies there and is not read, in words."""
+    warnings: tuple[str, ...] = ()
+    """The same of what looks like a part of the weights."""
 
 
 def weight_files(folder: Path) -> WeightFiles:
@@ -208,11 +210,15 @@ def weight_files(folder: Path) -> WeightFiles:
     else:
         _refuse_without_weights(folder, names, tensors)
     files = tuple(folder_file(folder, name) for name in sorted(wanted))
-    notes = [f"{name}: not part of the weights, ignored" for name in sorted(tensors - wanted)]
+    shards = sorted(name for name in tensors - wanted if index is not None and _SHARD.fullmatch(name))
+    warnings = [f"{', '.join(shards[:3])}{' ...' if shards[3:] else ''}: not named in {_INDEX}, not read"] * bool(
+        shards
+    )
+    notes = [f"{name}: not part of the weights, ignored" for name in sorted(tensors - wanted - set(shards))]
     pickles = sorted(name for name in names if Path(name).suffix.lower() in PICKLES)
     if pickles:
         notes.append(f"{', '.join(pickles[:3])}{' ...' if pickles[3:] else ''}: pickle files are never opened, ignored")
-    return WeightFiles(files, index, tuple(notes))
+    return WeightFiles(files, index, tuple(notes), tuple(warnings))
 
 
 def _names(folder: Path) -> list[str]:
@@ -245,10 +251,9 @@ def _check_shards(folder: Path, wanted: set[str], present: set[str]) -> None:
         raise CheckpointError(
             f"{folder / _INDEX}: names {absent[0]}{more}, not in the folder; fetch the whole repository"
         )
-    strangers = sorted(n for n in present - wanted if _SHARD.fullmatch(n) or n == _SINGLE)
-    if strangers:
+    if _SINGLE in present - wanted:  # transformers would read it, and leave the index alone
         raise CheckpointError(
-            f"{folder}: {strangers[0]} is not in {_INDEX}, so it is unclear which weights count; remove one of the two"
+            f"{folder}: {_SINGLE} is not in {_INDEX}, so it is unclear which weights count; remove one of the two"
         )
 
 

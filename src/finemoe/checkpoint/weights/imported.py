@@ -83,6 +83,8 @@ class ImportReport:
     seconds: float
     notes: tuple[str, ...]
     """What else a careful reader wants to know."""
+    warnings: tuple[str, ...] = ()
+    """What everybody must know: where the source contradicted itself, and what was taken for what it does not say."""
 
 
 def read_imported(path: Path, *, checksums: bool = False) -> Imported:

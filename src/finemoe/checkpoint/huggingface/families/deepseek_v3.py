@@ -77,4 +77,4 @@ def write_v3(config: ModelConfig, max_positions: int | None) -> dict[str, Any]:
     return {**values, **router}
 
 
-FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", read_v3, write_v3, defaults=V3_DEFAULTS)
+FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", read_v3, write_v3, defaults=V3_DEFAULTS, modules=True)

@@ -62,4 +62,6 @@ FAMILY = Family(
         "topk_group": 1,
         "use_qk_norm": False,
     },
+    modules=True,
+    switches={"attention_bias": "self_attn.q_proj.bias", "use_qk_norm": "self_attn.q_norm.weight"},
 )

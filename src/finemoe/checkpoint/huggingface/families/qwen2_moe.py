@@ -58,4 +58,5 @@ FAMILY = Family(
         "qkv_bias": True,
     },
     spellings=Spellings(shared="shared_expert"),
+    switches={"qkv_bias": "self_attn.q_proj.bias"},
 )
