@@ -99,6 +99,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": ("Llama", {**_GROUPED, "rope_parameters": YARN}),
     "llama-yarn-untruncated": ("Llama", {**_GROUPED, "rope_parameters": {**YARN, "truncate": False}}),
     "llama-yarn-factor": ("Llama", {**_GROUPED, "rope_parameters": {**YARN, "attention_factor": 1.7}}),
+    "llama-yarn-shrunk": ("Llama", {**_GROUPED, "rope_parameters": {**YARN, "attention_factor": 0.9}}),
+    "llama-yarn-kept": ("Llama", {**_GROUPED, "rope_parameters": {**YARN, "attention_factor": 1.0}}),
+    "llama-linear-idle": (
+        "Llama",
+        {**_GROUPED, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "mscale": 3.0}},
+    ),
     "llama-dynamic": (
         "Llama",
         {**_GROUPED, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
@@ -107,6 +113,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", _GROUPED),
     "qwen2-tied": ("Qwen2", {**_GROUPED, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {**_GROUPED, "head_dim": 12}),
+    "qwen3-of-r1": ("Qwen3", {**_GROUPED, "head_dim": 12, "rope_parameters": {**YARN, "attn_factor": 0.878}}),
+    "qwen2-window-of-no-layer": (
+        "Qwen2",
+        {**_GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3},
+    ),
     "mixtral": ("Mixtral", {**_GROUPED, "num_local_experts": 6, "num_experts_per_tok": 2}),
     "olmoe": ("Olmoe", {**_GROUPED, **_EXPERTS}),
     "olmoe-normalised": ("Olmoe", {**_GROUPED, **_EXPERTS, "norm_topk_prob": True}),

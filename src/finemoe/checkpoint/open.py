@@ -15,12 +15,10 @@ import torch
 from finemoe.checkpoint.gguf import opening as gguf
 from finemoe.checkpoint.huggingface.accounting import our_dtype
 from finemoe.checkpoint.huggingface.families import family_of
-from finemoe.checkpoint.huggingface.fp8 import dequantize
 from finemoe.checkpoint.huggingface.importing import Source, open_source
 from finemoe.checkpoint.kinds import CONFIG, STATE, kind_of
 from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.run_state import state as run_state
-from finemoe.checkpoint.storage.safetensors import check_finite
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.checkpoint.weights.build import Part, build, cast
 from finemoe.checkpoint.weights.imported import Imported, read_imported
@@ -78,12 +76,8 @@ def _imported_parts(imported: Imported) -> Iterator[Part]:
 
 def _foreign_parts(source: Source) -> Iterator[Part]:
     for name, placement in source.account.loaded.items():
-        tensor = source.tensors.read(name)
-        scale = source.account.scales.get(name)
-        if scale is not None:
-            tensor = dequantize(tensor, source.tensors.read(scale))
-        check_finite(tensor, f"{source.path}: {name}")
-        yield placement.ours, placement.index, tensor
+        pieces = [value for _, value in source.values(name)]
+        yield placement.ours, placement.index, pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def read_model_config(path: str | os.PathLike[str]) -> ModelConfig:

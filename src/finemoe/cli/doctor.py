@@ -197,8 +197,10 @@ def nbytes(size: int) -> str:
     return f"{text} bytes" if text.isdigit() else f"{text[:-1]} {'G' if text[-1] == 'B' else text[-1]}B"
 
 
-def _fp8(fp8: Mapping[str, int]) -> str:
-    return f"{fp8['matrices']:,} matrices, {fp8['factors']:,} with factors for {fp8['blocks']:,} blocks of 128 x 128"
+def _fp8(fp8: Mapping[str, Any]) -> str:
+    rows, columns = fp8["block"]
+    blocks = f"{fp8['blocks']:,} blocks of {rows} x {columns}"
+    return f"{fp8['matrices']:,} matrices, {fp8['factors']:,} with factors for {blocks}"
 
 
 def _values(values: Mapping[str, Any]) -> str:

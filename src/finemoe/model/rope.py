@@ -83,7 +83,8 @@ class YarnScaling(Config):
     """Turns within the original context above which a frequency is kept."""
     beta_slow: PositiveFloat = 1.0
     """Turns below which it is divided by `factor`."""
-    mscale: PositiveFloat = 1.0
+    mscale: float = 1.0
+    """At 0 cosines and sines stay, and below they shrink."""
     mscale_all_dim: NonNegativeFloat = 0.0
     """0: the softmax scale stays, and only cosines and sines grow (YaRN's own form)."""
     truncate: bool = True
@@ -94,6 +95,8 @@ class YarnScaling(Config):
         # Equal ones blend over the one component between the rounded edges (Kimi K2).
         if self.beta_fast < self.beta_slow:
             raise ValueError(f"beta_fast {self.beta_fast} must not be below beta_slow {self.beta_slow}")
+        if not 0 < self.rotary_factor < math.inf:
+            raise ValueError(f"mscale {self.mscale} multiplies cosines and sines by {self.rotary_factor:g}")
         return self
 
     def inverse_frequencies(self, plain: Tensor, theta: float) -> Tensor:

@@ -124,12 +124,6 @@ MILD: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
         "warning",
         "router: weights of less than 16 bits",
     ),
-    "a factor of 0": (
-        "fp8",
-        lambda f: drop(f, **{"model.layers.0.mlp.up_proj.weight_scale_inv": torch.zeros(2, 2)}),
-        "warning",
-        "a whole block of weights is lost",
-    ),
     "a matrix of zeros": ("v3", lambda f: drop(f, **{EXPERT: torch.zeros(12, 136)}), "warning", "nothing but zeros"),
     "prediction module lost": (
         "v3",

@@ -85,7 +85,7 @@ def test_no_field_is_passed_over_in_silence(name: str) -> None:
     family = family_of(raw)
     before = family.read(raw)
     # Read together with others: idle here.
-    idle = {"num_key_value_heads", "max_window_layers", "intermediate_size", "sliding_window"}
+    idle = {"num_key_value_heads", "max_window_layers", "intermediate_size", "sliding_window", "use_sliding_window"}
     idle |= {"n_group", "topk_group"} if raw.get("topk_method") == "greedy" else set()
     for key in raw.keys() - IRRELEVANT.keys() - idle:
         try:
@@ -129,7 +129,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_scaling": {"type": "longrope"}}, "`rope_scaling.rope_type`"),
     ("llama", {"rope_scaling": {"rope_type": "linear"}}, "`rope_scaling.factor`"),
     ("llama", {"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2}}, "one name"),
-    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2, "mscale": 1}}, "`rope_scaling.mscale`"),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2, "alpha": 1}}, "`rope_scaling.alpha`"),
     ("llama", {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ("llama", {"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "differ between layers"),
     ("llama", {"rope_scaling": 4}, "`rope_scaling`"),
@@ -137,7 +137,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_theta": 1.0}, "`rope_theta`"),
     (
         "llama",
-        {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 0.9}},
+        {"rope_scaling": {"type": "yarn", "factor": 1.0, "attention_factor": 0.9}},
         "YaRN multiplies cosines and sines by 0.9",
     ),
     (
@@ -145,13 +145,8 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}},
         "no component to blend",
     ),
-    (
-        "qwen3",
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attn_factor": 0.878}},
-        "`rope_scaling.attn_factor`",
-    ),
     ("qwen2", {"use_mrope": True}, "`use_mrope`"),
-    ("qwen2", {"use_sliding_window": True}, "`use_sliding_window`"),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 9}, "`use_sliding_window`"),
     ("qwen3", {"attention_bias": True}, "`attention_bias`"),
     ("mixtral", {"sliding_window": 4096}, "`sliding_window`"),
     ("mixtral", {"num_experts_per_tok": 9}, "experts_per_token 9"),
@@ -198,6 +193,45 @@ def test_refusals(family: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json") as caught:
         FAMILIES[family].read(changed(family, **changes))
     assert message in str(caught.value)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+NAMED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "attn_factor": ("qwen3-0.6b", {"rope_scaling": {**YARN, "attn_factor": 0.878}}, "`rope_scaling.attn_factor` 0.878"),
+    "no original context": ("qwen3-0.6b", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "names no `original"),
+    "a setting of another type": (
+        "qwen3-0.6b",
+        {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}},
+        "`rope_scaling.beta_fast` 3 is no setting of rope type 'linear'",
+    ),
+    "groups": ("deepseek-v3", {"n_group": ..., "topk_group": ...}, "n_group 8, topk_group 4 is taken"),
+    "gates": ("qwen3-30b-a3b", {"norm_topk_prob": ...}, "norm_topk_prob false is taken"),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_what_others_read_differently_or_a_file_leaves_out_is_said_aloud(case: str) -> None:
+    name, changes, says = NAMED[case]
+    raw = {key: value for key, value in {**RELEASED[name], **changes}.items() if value is not ...}
+    (warning,) = family_of(raw).read(raw).warnings
+    assert says in warning
+    assert family_of(raw).read(RELEASED[name]).warnings == ()
+
+
+def test_windows_that_no_layer_has_stop_nothing() -> None:
+    raw = RELEASED["qwen3-0.6b"]
+    plain = family_of(raw).to_config(raw)
+    length, layers = raw["max_position_embeddings"], raw["num_hidden_layers"]
+    for idle in (
+        {"use_sliding_window": True, "sliding_window": None},
+        {"use_sliding_window": True, "sliding_window": length},
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": layers},
+        {"use_sliding_window": True, "sliding_window": 9, "layer_types": ["full_attention"] * layers},
+    ):
+        assert family_of(raw).to_config({**raw, **idle}) == plain
+    used = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": layers - 1}
+    with pytest.raises(CheckpointError, match="layers from 27 on have a window of 9"):
+        family_of(raw).to_config({**raw, **used})
 
 
 @pytest.mark.parametrize("drop", ["mscale", "mscale_all_dim"])

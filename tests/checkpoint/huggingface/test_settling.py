@@ -25,14 +25,14 @@ QWEN2_MOE: dict[str, Any] = {
     **{"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "vocab_size": 24, "hidden_size": 16},
     **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24},
     **{"moe_intermediate_size": 8, "shared_expert_intermediate_size": 16, "num_experts": 3, "num_experts_per_tok": 2},
-    **{"max_position_embeddings": 64, "rms_norm_eps": 1e-6},
+    **{"max_position_embeddings": 64, "rms_norm_eps": 1e-6, "norm_topk_prob": False},
 }
 GLM: dict[str, Any] = {
     **{"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "vocab_size": 24, "hidden_size": 16},
     **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24},
     **{"moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     **{"n_shared_experts": 1, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0, "head_dim": 8},
-    **{"max_position_embeddings": 64, "rms_norm_eps": 1e-5},
+    **{"max_position_embeddings": 64, "rms_norm_eps": 1e-5, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
 }
 
 

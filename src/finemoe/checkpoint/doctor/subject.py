@@ -138,6 +138,8 @@ def _open_huggingface(subject: Subject, found: Findings, deep: bool, quiet: bool
         subject.config = understood.config
         for text in understood.notes:
             found.note("config", text)
+        for text in understood.warnings:
+            found.warning("config", text)
     tensors = _tensors(path, subject, found)
     if subject.config is not None and subject.family is not None:
         names = tensors.tensors.keys()
@@ -146,7 +148,8 @@ def _open_huggingface(subject: Subject, found: Findings, deep: bool, quiet: bool
                 tensors, settled = settle_by(family, subject.raw, tensors)
                 subject.config, subject.held, names = settled.config, held_of(tensors), tensors.tensors.keys()
                 for text in (*tensors.warnings, *settled.warnings):
-                    found.warning("weights", text)
+                    if text not in understood.warnings:  # told already
+                        found.warning("weights", text)
                 subject.spare = dict(settled.aside)
                 check_count(subject.config, len(names))
             loaded, again, _ = split_copies(family.placements(subject.config))

@@ -11,9 +11,12 @@ import torch
 from finemoe.checkpoint.doctor.findings import Findings, few, number
 from finemoe.checkpoint.doctor.subject import Held, Subject
 from finemoe.checkpoint.huggingface.accounting import SCALE_SUFFIX
-from finemoe.checkpoint.huggingface.fp8 import scale_shape
+from finemoe.checkpoint.huggingface.fp8 import BLOCK, FACTOR_TYPES, block_of, scale_shape
+from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES
+from finemoe.core.errors import CheckpointError
 
 _FP8 = "F8_E4M3"
+_FACTORS = frozenset(DTYPE_NAMES[dtype] for dtype in FACTOR_TYPES)
 _READ_AS_FLOATS = frozenset({"BF16", "F16", "F32", "F64", _FP8})
 
 
@@ -83,11 +86,15 @@ def check_fp8(subject: Subject, found: Findings) -> dict[str, Any] | None:
     if not quantized and not factors:
         return None
     alone, wrong = [], []
+    try:
+        block = block_of(subject.raw)
+    except CheckpointError:  # told already, where config.json was read
+        block = BLOCK
     for entry in quantized:
         scale = held.get(entry.name + SCALE_SUFFIX)
         if scale is None:
             alone.append(entry.name)
-        elif len(entry.shape) != 2 or scale.shape != scale_shape(entry.shape) or scale.dtype != "F32":
+        elif len(entry.shape) != 2 or scale.shape != scale_shape(entry.shape, block) or scale.dtype not in _FACTORS:
             wrong.append(f"{scale.name} ({scale.dtype} {list(scale.shape)})")
     matrices = {entry.name for entry in quantized}
     idle = [f.name for f in factors if f.name in subject.held and f.name.removesuffix(SCALE_SUFFIX) not in matrices]
@@ -97,14 +104,12 @@ def check_fp8(subject: Subject, found: Findings) -> dict[str, Any] | None:
         (wrong, "matrix has factors that do not fit it", "matrices have factors that do not fit them"),
         (idle if subject.whole else [], "tensor of factors has no FP8 matrix", "tensors of factors have no FP8 matrix"),
         (bad, "tensor of factors holds NaN or infinity", "tensors of factors hold NaN or infinity"),
+        (lost, "tensor of factors holds 0 or less", "tensors of factors hold 0 or less"),
     ):
         if names:
             found.problem("fp8", f"{number(len(names), one, many)}: {few(names)}")
-    if lost:
-        what = number(len(lost), "tensor of factors holds", "tensors of factors hold")
-        found.warning("fp8", f"{what} 0 or less, so that a whole block of weights is lost: {few(lost)}")
     blocks = sum(math.prod(scale.shape) for scale in factors)
-    return {"matrices": len(quantized), "factors": len(factors), "blocks": blocks}
+    return {"matrices": len(quantized), "factors": len(factors), "blocks": blocks, "block": list(block)}
 
 
 def _factor_values(factors: list[Held], found: Findings) -> tuple[list[str], list[str]]:

@@ -10,7 +10,7 @@ import torch
 
 from finemoe.checkpoint.huggingface import keys as hf_keys
 from finemoe.checkpoint.huggingface.family import Family
-from finemoe.checkpoint.huggingface.fp8 import scale_shape
+from finemoe.checkpoint.huggingface.fp8 import BLOCK, FACTOR_TYPES, Block, scale_shape
 from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder, span
 from finemoe.checkpoint.weights.placement import Placement
@@ -43,9 +43,20 @@ class Account:
 
 
 def take_account(
-    tensors: TensorFolder, config: ModelConfig, family: Family, aside: Mapping[str, str] | None = None
+    tensors: TensorFolder,
+    config: ModelConfig,
+    family: Family,
+    aside: Mapping[str, str] | None = None,
+    block: Block = BLOCK,
 ) -> Account:
-    """Decide what becomes of each tensor of a `family` checkpoint of `config`; `aside` are carried for their reason.
+    """Decide what becomes of each tensor of a `family` checkpoint of `config`.
+
+    Args:
+        tensors: of the checkpoint.
+        config: of the model.
+        family: of the checkpoint.
+        aside: tensors that are carried, for the reason given.
+        block: of weights that share an FP8 factor.
 
     Raises:
         CheckpointError: tensors missing, mis-shaped, of an unfit dtype, or unknown; the first few are named.
@@ -57,7 +68,7 @@ def take_account(
     _refuse("missing", [f"{n} {list(p.shape)}" for n, p in loaded.items() if n not in tensors.tensors])
     _refuse("of another shape than config.json gives", _misshaped(tensors, wanted))
     scales = {name: name + SCALE_SUFFIX for name in wanted if tensors.info(name).dtype == FP8}
-    _refuse("of an element type that is not read", _unfit(tensors, wanted, scales))
+    _refuse("of an element type that is not read", _unfit(tensors, wanted, scales, block))
     carried = {scale: f"FP8 factors of {name}" for name, scale in scales.items()}
     copies, warnings, unknown = {}, [], []
     for name in present:
@@ -134,7 +145,7 @@ def _misshaped(tensors: TensorFolder, wanted: Mapping[str, Placement]) -> list[s
     ]
 
 
-def _unfit(tensors: TensorFolder, wanted: Iterable[str], scales: Mapping[str, str]) -> list[str]:
+def _unfit(tensors: TensorFolder, wanted: Iterable[str], scales: Mapping[str, str], block: Block) -> list[str]:
     found = []
     for name in wanted:
         info = tensors.info(name)
@@ -145,8 +156,9 @@ def _unfit(tensors: TensorFolder, wanted: Iterable[str], scales: Mapping[str, st
         scale = tensors.tensors.get(scales[name])
         if len(info.shape) != 2 or scale is None:
             found.append(f"{name} (F8_E4M3 without {scales[name]})")
-        elif scale.dtype != torch.float32 or scale.shape != scale_shape(info.shape):
-            found.append(f"{scale.name} ({_facts(tensors, scale.name)} instead of F32 {list(scale_shape(info.shape))})")
+        elif scale.dtype not in FACTOR_TYPES or scale.shape != scale_shape(info.shape, block):
+            wanted_shape = list(scale_shape(info.shape, block))
+            found.append(f"{scale.name} ({_facts(tensors, scale.name)} instead of F32 {wanted_shape})")
     return found
 
 

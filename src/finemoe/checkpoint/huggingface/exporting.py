@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finemoe.checkpoint.huggingface.accounting import FP8, SCALE_SUFFIX, split_copies
 from finemoe.checkpoint.huggingface.families import FAMILIES, representable_as
-from finemoe.checkpoint.huggingface.fp8 import BLOCK, quantize, scale_shape
+from finemoe.checkpoint.huggingface.fp8 import BLOCK, Block, block_of, factors_of, quantize, scale_shape
 from finemoe.checkpoint.huggingface.settling import HEAD, settle
 from finemoe.checkpoint.kinds import SOURCE
 from finemoe.checkpoint.storage.layout import TensorSpec
@@ -68,6 +68,7 @@ class _Plan:
     carried: tuple[str, ...]
     specs: tuple[TensorSpec, ...]
     quantized: frozenset[str]
+    block: Block
     power_of_two: bool
     notes: tuple[str, ...]
 
@@ -142,6 +143,7 @@ def _plan(opened: Exportable, family: str | None, dtype: torch.dtype | None, fp8
             raise CheckpointError(f"{opened.path}: has no matrix that would be written as FP8")
     factors = {key + SCALE_SUFFIX for key in came_as_fp8}
     carried = tuple(key for key in opened.carried.tensors if account and key not in factors)
+    block = block_of(opened.raw) if came_as_fp8 else BLOCK
     specs: dict[str, TensorSpec] = {}
     for key in _ordered((*ours, *carried), account):
         if key not in ours:
@@ -150,7 +152,9 @@ def _plan(opened: Exportable, family: str | None, dtype: torch.dtype | None, fp8
         elif key in quantized:
             shape = ours[key].shape
             specs[key] = TensorSpec(key, FP8, shape)
-            specs[key + SCALE_SUFFIX] = TensorSpec(key + SCALE_SUFFIX, torch.float32, scale_shape(shape))
+            specs[key + SCALE_SUFFIX] = TensorSpec(
+                key + SCALE_SUFFIX, _factor_type(opened, key), scale_shape(shape, block)
+            )
         else:
             specs[key] = TensorSpec(key, _dtype(key, ours[key], opened, account, dtype), ours[key].shape)
     settings = _settle(raw, quantized, came_as_fp8, ours, dtype, specs.values(), verbatim)
@@ -171,6 +175,7 @@ def _plan(opened: Exportable, family: str | None, dtype: torch.dtype | None, fp8
         carried=carried,
         specs=tuple(specs.values()),
         quantized=frozenset(quantized),
+        block=block,
         power_of_two=settings.get("scale_fmt") == "ue8m0",
         notes=tuple(notes),
     )
@@ -220,6 +225,12 @@ def _ordered(keys: tuple[str, ...], account: Mapping[str, Any]) -> list[str]:
     return sorted(keys, key=lambda key: rank.get(key, len(rank)))
 
 
+def _factor_type(opened: Exportable, key: str) -> torch.dtype:
+    """Of FP8 factors: as they came."""
+    came = opened.carried.tensors.get(key + SCALE_SUFFIX)
+    return torch.float32 if came is None else came.dtype
+
+
 def _is_router(placement: Placement) -> bool:
     return ".router." in placement.ours
 
@@ -267,7 +278,7 @@ def _settle(
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "quant_method": "fp8",
-            "weight_block_size": [BLOCK, BLOCK],
+            "weight_block_size": list(block_of(raw)),
             "modules_to_not_convert": sorted(key.removesuffix(".weight") for key in left),
         }
     settings: dict[str, Any] = raw["quantization_config"]
@@ -306,23 +317,23 @@ def _write_fp8(opened: Exportable, plan: _Plan, store: TensorStore, key: str, pl
     """One matrix and its factors; how many of these are as they came."""
     came = key + SCALE_SUFFIX
     old = opened.carried.read(came) if came in opened.carried.tensors else None
-    factors = torch.empty(scale_shape(placement.shape))
+    stored = _factor_type(opened, key)
+    factors = torch.empty(scale_shape(placement.shape, plan.block))
     with store.part(key) as part:
-        for first, chunk in _bands(opened, placement):
-            blocks = slice(first // BLOCK, first // BLOCK - (-len(chunk) // BLOCK))
+        for row, chunk in _bands(opened, placement, plan.block):
             check_finite(chunk, f"{opened.path}: {placement.ours}")
-            weight, factors[blocks] = quantize(
-                chunk, None if old is None else old[blocks], power_of_two=plan.power_of_two
-            )
+            given = None if old is None else factors_of(old, row, len(chunk), plan.block)
+            weight, fresh = quantize(chunk, given, power_of_two=plan.power_of_two, block=plan.block, stored=stored)
+            factors_of(factors, row, len(chunk), plan.block).copy_(fresh)
             part.append(weight)
-        kept = 0 if old is None else int((factors == old).sum())
+        kept = 0 if old is None else int((factors == old.float()).sum())
         part.facts.update(kept=kept, new=factors.numel() - kept)
-    store.write(came, factors)
+    store.write(came, factors.to(stored))
     return part.facts
 
 
-def _bands(opened: Exportable, placement: Placement) -> Iterator[tuple[int, Tensor]]:
+def _bands(opened: Exportable, placement: Placement, block: Block) -> Iterator[tuple[int, Tensor]]:
     row = 0
-    for chunk in opened.tensors.chunks(placement.ours, placement.index, multiple=BLOCK):
+    for chunk in opened.tensors.chunks(placement.ours, placement.index, multiple=block[0]):
         yield row, chunk
         row += len(chunk)

@@ -37,6 +37,8 @@ class Understood:
     config: ModelConfig
     notes: tuple[str, ...]
     """What was not taken over, and what is unknown; a sentence each."""
+    warnings: tuple[str, ...] = ()
+    """What others may compute otherwise, and what was taken for what it does not say."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Family:
         fields = Fields(Foreign(raw, {**_COMMON, **self.defaults}))
         read_general(fields)
         config = self.reader(fields)
-        return Understood(config, fields.finish())
+        return Understood(config, *fields.finish())
 
     def to_config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """`read(raw).config`.

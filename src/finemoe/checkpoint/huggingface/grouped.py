@@ -63,10 +63,17 @@ def read_grouped(
 
 
 def no_window(fields: Fields) -> None:
-    """Sliding windows are refused where one is in use; Qwen's configs name a size even where none is."""
+    """Sliding windows are refused where a layer has one; Qwen's configs name a size even where none is in use."""
+    window, first = fields.raw.get("sliding_window", 4096), fields.raw.get("max_window_layers", 28)
     for name in ("sliding_window", "max_window_layers"):
         fields.has(name)
-    fields.only("use_sliding_window", False, why="finemoe has no sliding-window attention")
+    full = isinstance(fields.raw.get("layer_types"), list)  # each layer says what it is, and was looked at before
+    long = window is None or (isinstance(window, int) and window >= fields.integer("max_position_embeddings"))
+    none = isinstance(first, int) and first >= fields.integer("num_hidden_layers")
+    if not (full or long or none):
+        why = f"finemoe has no sliding-window attention, and layers from {first} on have a window of {window}"
+        fields.only("use_sliding_window", False, why=why)
+    fields.has("use_sliding_window")
 
 
 def always_normed(fields: Fields) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finemoe.checkpoint.huggingface.accounting import Account, our_specs, take_account
 from finemoe.checkpoint.huggingface.families import family_of
-from finemoe.checkpoint.huggingface.fp8 import BLOCK, dequantize
+from finemoe.checkpoint.huggingface.fp8 import Block, block_of, dequantize, factors_of
 from finemoe.checkpoint.huggingface.settling import settle_by
 from finemoe.checkpoint.kinds import CONFIG
 from finemoe.checkpoint.storage.layout import TensorSpec
@@ -50,6 +50,29 @@ class Source:
     warnings: tuple[str, ...]
     """What everybody must know: where the files contradict each other, and which of them counts."""
 
+    @property
+    def block(self) -> Block:
+        """Of weights that share an FP8 factor."""
+        return block_of(self.raw)
+
+    def values(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """A tensor in slices of its rows: as it is stored, and as our model has it, FP8 times its factors.
+
+        Raises:
+            CheckpointError: damaged, not a number, or a factor that is none; names the tensor.
+        """
+        scale_name = self.account.scales.get(name)
+        scale = None if scale_name is None else self.tensors.read(scale_name)
+        row = 0
+        for chunk in self.tensors.chunks(name, multiple=1 if scale is None else self.block[0]):
+            value = chunk
+            if scale is not None:
+                with named(f"{self.path}: {scale_name}"):
+                    value = dequantize(chunk, factors_of(scale, row, len(chunk), self.block), block=self.block)
+                row += len(chunk)
+            check_finite(value, f"{self.path}: {name}")
+            yield chunk, value
+
 
 def open_source(path: Path) -> Source:
     """Understand a Hugging Face folder from config.json and headers, without reading a tensor.
@@ -69,7 +92,7 @@ def open_source(path: Path) -> Source:
     tensors = TensorFolder.open(path)
     with named(path):
         tensors, settled = settle_by(family, raw, tensors)
-        account = take_account(tensors, settled.config, family, settled.aside)
+        account = take_account(tensors, settled.config, family, settled.aside, block_of(raw))
     notes = (*settled.notes, *tensors.notes)
     warnings = (*tensors.warnings, *settled.warnings, *account.warnings)
     return Source(path, family.name, raw, settled.config, tensors, account, notes, warnings)
@@ -81,13 +104,8 @@ def _check_quantization(settings: Any, path: Path) -> None:
     method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
     if method != "fp8":
         raise CheckpointError(
-            f"{path / CONFIG}: quantised by {method!r}; only FP8 with blocks of 128x128 is read, "
+            f"{path / CONFIG}: quantised by {method!r}; only FP8 with a factor for each block is read, "
             "so get the checkpoint as bf16"
-        )
-    if settings.get("weight_block_size") != [BLOCK, BLOCK]:
-        raise CheckpointError(
-            f"{path / CONFIG}: `quantization_config.weight_block_size` is {settings.get('weight_block_size')!r}; "
-            f"only [{BLOCK}, {BLOCK}] is read"
         )
 
 
@@ -207,24 +225,10 @@ def _carry(source: Source, store: TensorStore, name: str) -> dict[str, Any]:
 
 def _load(source: Source, store: TensorStore, placement: Placement, dtype: torch.dtype) -> dict[str, Any]:
     """Copy one tensor to its place, looking at every element on the way."""
-    name = placement.theirs
     digest = hashlib.sha256()
-    scale_name = source.account.scales.get(name)
-    scale = None if scale_name is None else source.tensors.read(scale_name)
-    row = 0
     with store.part(placement.ours, placement.index) as part:
-        for chunk in source.tensors.chunks(name, multiple=BLOCK if scale is not None else 1):
+        for chunk, value in source.values(placement.theirs):
             digest.update(raw_bytes(chunk))
-            if scale is not None:
-                with named(f"{source.path}: {name}"):
-                    chunk = _dequantized(chunk, scale, row)
-                row += len(chunk)
-            check_finite(chunk, f"{source.path}: {name}")
-            part.append(chunk.to(dtype))
+            part.append(value.to(dtype))
         part.facts["sha256"] = digest.hexdigest()
     return part.facts
-
-
-def _dequantized(chunk: Tensor, scale: Tensor, row: int) -> Tensor:
-    first = row // BLOCK
-    return dequantize(chunk, scale[first : first - (-len(chunk) // BLOCK)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finemoe.checkpoint.huggingface.fields import MAX_EXPERTS, MAX_LAYERS, Fields, shown
-from finemoe.checkpoint.huggingface.fp8 import BLOCK
+from finemoe.checkpoint.huggingface.fp8 import block_of
 from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError, ConfigError
 from finemoe.model.attention.grouped_query import GroupedQueryConfig
@@ -15,6 +15,15 @@ from finemoe.model.attention.latent import LatentConfig
 from finemoe.model.config import BlockConfig, ModelConfig
 from finemoe.model.feed_forward import DenseConfig
 from finemoe.model.moe.layer import MoEConfig
+
+_E4M3 = ("e4m3", "e4m3fn", "float8_e4m3fn", "float8_e4m3")
+# Beside what is read: activations, how new factors are rounded, and which tensors are plain, where each says its type.
+_QUANTIZATION = frozenset(
+    {
+        *("quant_method", "weight_block_size", "fmt"),
+        *("activation_scheme", "scale_fmt", "ignored_layers", "modules_to_not_convert"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -64,29 +73,28 @@ def read_general(fields: Fields) -> None:
     """
     if fields.has("architectures"):
         names = fields.value("architectures")
-        if not isinstance(names, list) or not any(str(name).endswith("ForCausalLM") for name in names):
+        if not isinstance(names, list) or (names and not any(str(name).endswith("ForCausalLM") for name in names)):
             fields.refuse("architectures", names, "finemoe opens language models (...ForCausalLM) only")
     if fields.has("layer_types"):
         kinds = fields.value("layer_types")
         if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
             fields.refuse("layer_types", kinds, "finemoe has full attention only")
+    window, positions = fields.raw.get("sliding_window"), fields.raw.get("max_position_embeddings")
+    if isinstance(window, int) and isinstance(positions, int) and window >= positions:
+        fields.has("sliding_window")  # no sequence is longer
     if fields.has("quantization_config"):
         _read_quantization(fields)
 
 
 def _read_quantization(fields: Fields) -> None:
     table = fields.value("quantization_config")
-    needed = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
-    if not isinstance(table, dict) or any(table.get(key) != value for key, value in needed.items()):
-        fields.refuse("quantization_config", table, f"only FP8 with a weight_block_size of [{BLOCK}, {BLOCK}] is read")
-    usual = {"activation_scheme": ("dynamic",), "fmt": ("e4m3",), "scale_fmt": ("ue8m0", "float")}
-    for key in sorted(table.keys() - needed.keys()):
-        if key in ("ignored_layers", "modules_to_not_convert"):
-            continue  # every tensor says its own type
-        if key in usual and table[key] not in (None, *usual[key]):
-            fields.refuse(f"quantization_config.{key}", table[key], f"only {' or '.join(usual[key])} is read")
-        if key not in usual:
-            fields.note(f"`quantization_config.{key}` {shown(table[key])} is unknown and not used")
+    if not isinstance(table, dict) or table.get("quant_method") != "fp8" or table.get("weight_block_size") is None:
+        fields.refuse("quantization_config", table, "only FP8 with a `weight_block_size` is read, such as [128, 128]")
+    block_of({"quantization_config": table})
+    if table.get("fmt") not in (None, *_E4M3):
+        fields.refuse("quantization_config.fmt", table["fmt"], f"only {_E4M3[0]} is read")
+    for key in sorted(table.keys() - _QUANTIZATION):
+        fields.note(f"`quantization_config.{key}` {shown(table[key])} is unknown and not used")
     fields.note("weights in FP8 blocks: computed with as bf16 or fp32, and activations are not rounded to FP8")
 
 

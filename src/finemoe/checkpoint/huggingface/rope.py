@@ -41,6 +41,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
         "truncate",
     ),
 }
+_OF_ANY = frozenset(key for keys in _KEYS.values() for key in keys)
 _EVERYWHERE = {"type", "rope_type", "rope_theta", "finetuned"}
 
 
@@ -78,11 +79,15 @@ def read_rope(fields: Fields, dim: int, layout: RopeLayout, meaning: Meaning, *,
     for key in table:
         if key == "partial_rotary_factor" and (share is not None or table[key] in (None, 1)):
             continue
+        if key in _KEYS[kind] or key in _EVERYWHERE or table[key] is None:
+            continue
         if key == "attn_factor":
-            fields.refuse(
-                f"{name}.{key}", table[key], "transformers ignores it, others multiply by it; remove it to ignore it"
+            fields.warn(
+                f"`{name}.{key}` {shown(table[key])} is not used, as in transformers; other programs multiply by it"
             )
-        if key not in _KEYS[kind] and key not in _EVERYWHERE:
+        elif key in _OF_ANY:
+            fields.warn(f"`{name}.{key}` {shown(table[key])} is no setting of rope type {kind!r}, and not used")
+        else:
             fields.refuse(f"{name}.{key}", table[key], f"not a setting of rope type {kind!r}; remove it if it is idle")
     theta = reader.number("rope_theta") if reader.has("rope_theta") else fields.number("rope_theta")
     if fields.has("rope_theta") and fields.number("rope_theta") != theta:
@@ -187,6 +192,12 @@ def _read_yarn(
 ) -> dict[str, Any]:
     # transformers takes the whole context for the original one where that is left out, DeepSeek's code 4096.
     default = max_positions if meaning == "transformers" else None
+    if default is not None and not table.has("original_max_position_embeddings"):
+        default = fields.raw.get("original_max_position_embeddings") or max_positions
+        fields.warn(
+            f"YaRN names no `original_max_position_embeddings`: {default} is taken, as transformers does, which is "
+            "wrong where the model was trained on shorter texts before"
+        )
     original = table.integer("original_max_position_embeddings", default)
     fields.only("original_max_position_embeddings", original, why=f"the rope settings say {original}; keep one")
     factor = table.number("factor")
@@ -243,10 +254,10 @@ def _grouped_mscale(table: _Table, factor: float) -> float:
     else:
         return 1.0
     found = (wanted - 1) / (0.1 * math.log(factor)) if factor > 1 else 1.0
-    if not math.isclose(_root(found, factor), wanted, rel_tol=1e-12) or found <= 0:
+    if not math.isclose(_root(found, factor), wanted, rel_tol=1e-12):
         raise CheckpointError(
             f"config.json: YaRN multiplies cosines and sines by {wanted:g} here; finemoe's YaRN, with factor "
-            f"{factor:g}, only by more than 1"
+            f"{factor:g}, by 1"
         )
     return 1.0 if math.isclose(found, 1.0, rel_tol=1e-12) else found
 

@@ -69,7 +69,7 @@ def settle(family: Family, raw: Mapping[str, Any], names: Collection[str], own_h
     """
     understood = family.read(raw)
     if not names:
-        return Settled(understood.config, understood.notes, (), {})
+        return Settled(understood.config, understood.notes, understood.warnings, {})
     changed = dict(raw)
     warnings = [*_switches(family, changed, names), *_head(understood.config, changed, names, own_head)]
     warnings += _modules(family, understood.config, changed, names)
@@ -84,7 +84,7 @@ def settle(family: Family, raw: Mapping[str, Any], names: Collection[str], own_h
             warnings.append(
                 f"a prediction module after layer {layers - 1} is not whole: its {len(aside)} tensors are left aside"
             )
-    return Settled(understood.config, understood.notes, tuple(warnings), aside)
+    return Settled(understood.config, understood.notes, (*understood.warnings, *warnings), aside)
 
 
 def _head(

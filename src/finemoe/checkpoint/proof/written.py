@@ -20,7 +20,7 @@ from finemoe.checkpoint.gguf.codec import decode, encode
 from finemoe.checkpoint.gguf.keys import Part
 from finemoe.checkpoint.gguf.metadata import as_written
 from finemoe.checkpoint.huggingface.accounting import SCALE_SUFFIX, our_dtype
-from finemoe.checkpoint.huggingface.fp8 import BLOCK, dequantize, quantize
+from finemoe.checkpoint.huggingface.fp8 import dequantize, factors_of, quantize
 from finemoe.checkpoint.huggingface.importing import Source, open_source
 from finemoe.checkpoint.storage.safetensors import Index, TensorFolder, raw_bytes
 from finemoe.checkpoint.weights.agreement import SINGLE, differences
@@ -119,8 +119,9 @@ def _read_out(source: Source, name: str) -> Iterator[Tensor]:
         yield from source.tensors.chunks(name)
         return
     scale, row = source.tensors.read(scale_name), 0
-    for chunk in source.tensors.chunks(name, multiple=BLOCK):
-        yield dequantize(chunk, scale[row // BLOCK : row // BLOCK - (-len(chunk) // BLOCK)], our_dtype(chunk.dtype))
+    block = source.block
+    for chunk in source.tensors.chunks(name, multiple=block[0]):
+        yield dequantize(chunk, factors_of(scale, row, len(chunk), block), our_dtype(chunk.dtype), block)
         row += len(chunk)
 
 
@@ -182,12 +183,14 @@ def _hf_exported(opened: Exportable, written: Source) -> Iterator[_Check]:
 def _same_fp8(opened: Exportable, written: Source, name: str, ours: str, index: Index) -> bool:
     """Whether quantising again, with the factors that were written, gives what was written."""
     factors, row = written.tensors.read(name + SCALE_SUFFIX), 0
+    block, stored = written.block, factors.dtype
     settings = written.raw.get("quantization_config") or {}
-    for chunk in opened.tensors.chunks(ours, index, multiple=BLOCK):
-        blocks = factors[row // BLOCK : row // BLOCK - (-len(chunk) // BLOCK)]
-        weight, again = quantize(chunk, blocks, power_of_two=settings.get("scale_fmt") == "ue8m0")
+    for chunk in opened.tensors.chunks(ours, index, multiple=block[0]):
+        blocks = factors_of(factors, row, len(chunk), block)
+        round_up = settings.get("scale_fmt") == "ue8m0"
+        weight, again = quantize(chunk, blocks, power_of_two=round_up, block=block, stored=stored)
         there = written.tensors.read(name, (slice(row, row + len(chunk)),))
-        if not torch.equal(again, blocks) or not torch.equal(weight.view(torch.uint8), there.view(torch.uint8)):
+        if not torch.equal(again, blocks.float()) or not torch.equal(weight.view(torch.uint8), there.view(torch.uint8)):
             return False
         row += len(chunk)
     return True
