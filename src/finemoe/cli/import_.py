@@ -37,6 +37,14 @@ def import_(
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.", show_default=False)],
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metadata",
+            metavar="KEY=VALUE",
+            help="What a GGUF file does not say and should: expert_group_count=8. May be given again.",
+        ),
+    ] = None,
     verify: Verify = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -52,6 +60,7 @@ def import_(
       finemoe import models/DeepSeek-V2-Lite imported/v2-lite --verify
       finemoe import deepseek-ai/DeepSeek-V2-Lite imported/v2-lite
       finemoe import SmolLM2-135M.gguf imported/smollm2
+      finemoe import R1.gguf out --metadata expert_group_count=8 --metadata expert_group_used_count=4
 
     Exit status: 0 done, 1 imported but not verified, 2 nothing was imported.
     """
@@ -63,8 +72,10 @@ def import_(
     from finemoe.checkpoint.gguf.opening import import_gguf
     from finemoe.checkpoint.huggingface.importing import import_hf
 
-    convert = import_gguf if path.is_file() else import_hf
-    report = convert(path, out, quiet=quiet)
+    added = _metadata(metadata or [], path)
+    report = (
+        import_gguf(path, out, metadata=added, quiet=quiet) if path.is_file() else import_hf(path, out, quiet=quiet)
+    )
     checks = _verify(path, report, quiet) if verify else []
     facts = _facts(report, path)
     if as_json:
@@ -75,6 +86,30 @@ def import_(
     fail_unless_sound(checks)
     if not as_json:
         _say_next(out)
+
+
+def _metadata(given: list[str], path: Path) -> dict[str, Any]:
+    """`--metadata` as keys and values.
+
+    Raises:
+        ConfigError: no `KEY=VALUE`, or for a folder, which has a config.json.
+    """
+    import json
+
+    from finemoe.core.errors import ConfigError
+
+    if given and not path.is_file():
+        raise ConfigError(f"--metadata {given[0]}: is for GGUF files; what {path / 'config.json'} says can be edited")
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"--metadata {text}: write KEY=VALUE, as expert_group_count=8")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
 
 
 def _check_foreign(path: Path) -> None:

@@ -310,6 +310,8 @@ def _open_gguf(subject: Subject, found: Findings, deep: bool, quiet: bool) -> No
     with found.guard("config"):
         subject.config = opened.config
         subject.spare = opened.dropped
+        for text in opened.warnings:
+            found.warning("config", text)
         stored = stored_tensors(opened.config, opened.variants)
         subject.places = {entry.name: Place(entry.source.ours, entry.shape) for entry in stored}
 

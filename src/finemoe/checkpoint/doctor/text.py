@@ -11,6 +11,7 @@ from finemoe.checkpoint.doctor.subject import Subject
 from finemoe.checkpoint.kinds import CONFIG
 from finemoe.checkpoint.open import load_chat_template, load_tokenizer
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
+from finemoe.core.errors import FinemoeError
 from finemoe.text import Tokenizer, class_problem, fidelity
 from finemoe.text.files import COMPANIONS
 
@@ -52,6 +53,12 @@ def _tokenizer(subject: Subject, found: Findings) -> Tokenizer | None:
         only = f"only {_SENTENCEPIECE}, which is not read" if _has(home, _SENTENCEPIECE) else f"no {_TOKENIZER}"
         found.warning("tokenizer", f"{only}: the model runs on token ids alone; get {_TOKENIZER} from its source")
         return None
+    if subject.kind == "gguf":  # the weights open, and are imported, without it
+        try:
+            return load_tokenizer(home)
+        except FinemoeError as error:
+            found.warning("tokenizer", f"{error}; the model runs on token ids alone")
+            return None
     with found.guard("tokenizer"):
         _check_links(home)
         return load_tokenizer(home)
@@ -113,12 +120,22 @@ def _template(subject: Subject, tokenizer: Tokenizer | None, found: Findings) ->
     home = subject.home
     if home.is_dir() and not _has(home, _TOKENIZER_CONFIG, _TEMPLATE):
         return None
+    if subject.kind == "gguf":  # as an import, which leaves it out
+        try:
+            return _rendered(home, tokenizer)
+        except FinemoeError as error:
+            found.warning("template", str(error))
+            return None
     with found.guard("template"):
         _check_links(home)
-        template = load_chat_template(home)
-        if template is None:
-            return None
-        text = template.render(_MESSAGES, add_generation_prompt=True)
-        ids = [] if tokenizer is None else tokenizer.encode_template(text)
-        return {"names": sorted(template.sources), "rendered": text, "tokens": len(ids) if tokenizer else None}
+        return _rendered(home, tokenizer)
     return None
+
+
+def _rendered(home: Path, tokenizer: Tokenizer | None) -> dict[str, Any] | None:
+    template = load_chat_template(home)
+    if template is None:
+        return None
+    text = template.render(_MESSAGES, add_generation_prompt=True)
+    ids = [] if tokenizer is None else tokenizer.encode_template(text)
+    return {"names": sorted(template.sources), "rendered": text, "tokens": len(ids) if tokenizer else None}

@@ -25,6 +25,10 @@ LOG_MULTIPLIER = 0.1
 SOFTMAX, SIGMOID = 1, 2
 """Values of `expert_gating_func`."""
 
+_V3_GROUPS = "DeepSeek-V3 and R1 have 8 groups, of which 4 are used"
+_V2_GROUPS = {160: "DeepSeek-V2 and Coder-V2 have 8 groups, of which 3 are used"}
+"""By number of experts; V2-Lite has none."""
+
 _LARGEST = 1 << 31
 _REQUIRED = object()
 _DESCRIBES = frozenset({"rope.scaling.finetuned", "tensor_data_layout"})  # change nothing that is computed
@@ -57,14 +61,15 @@ class _Keys:
     def __init__(self, metadata: Mapping[str, Any], architecture: str, where: str) -> None:
         prefix = f"{architecture}."
         self._values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-        self._prefix, self.where = prefix, where
+        self.prefix, self.where = prefix, where
         self._asked: set[str] = set()
+        self.warnings: list[str] = []
 
     def _get(self, key: str, kinds: tuple[type, ...], what: str, default: Any) -> Any:
         self._asked.add(key)
         value = self._values.get(key, default)
         if value is _REQUIRED:
-            raise CheckpointError(f"{self.where}: the metadata has no {self._prefix}{key}, which the model needs")
+            raise CheckpointError(f"{self.where}: the metadata has no {self.prefix}{key}, which the model needs")
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]  # one for each layer, and all the same
         if isinstance(value, list):
@@ -94,10 +99,18 @@ class _Keys:
     def has(self, key: str) -> bool:
         return key in self._values
 
+    def assumed(self, key: str, taken: str) -> None:
+        """Say aloud what stands for a key that is missing, where another value would be another model."""
+        if not self.has(key):
+            self.warnings.append(
+                f"{self.prefix}{key} is missing: {taken}, as in llama.cpp; "
+                f"`finemoe import --metadata {self.prefix}{key}=...` says otherwise"
+            )
+
     def refuse(self, key: str, why: str) -> CheckpointError:
         value = str(self._values.get(key))
         shown = value if len(value) <= 80 else value[:80] + " ..."
-        return CheckpointError(f"{self.where}: {self._prefix}{key} is {shown}: {why}")
+        return CheckpointError(f"{self.where}: {self.prefix}{key} is {shown}: {why}")
 
     def check_rest(self) -> None:
         for key, value in self._values.items():
@@ -125,6 +138,7 @@ class Facts:
         return Variants(
             split_latent="attn_kv_b.weight" not in ends,
             fused_experts="ffn_gate_up_exps.weight" in ends,
+            single_experts="ffn_gate.0.weight" in ends,
             selection_bias="exp_probs_b.bias" in ends,
             neighbours=ARCHITECTURES[architecture].neighbours,
         )
@@ -132,6 +146,15 @@ class Facts:
 
 def model_config(metadata: Mapping[str, Any], facts: Facts, where: str) -> ModelConfig:
     """The model of a file; `where` names it in errors.
+
+    Raises:
+        CheckpointError: as `read_model`.
+    """
+    return read_model(metadata, facts, where)[0]
+
+
+def read_model(metadata: Mapping[str, Any], facts: Facts, where: str) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The model of a file, and what was taken for keys that are missing; `where` names it in errors.
 
     Raises:
         CheckpointError: another architecture, or a key that is missing, impossible, unknown or not representable.
@@ -162,7 +185,7 @@ def model_config(metadata: Mapping[str, Any], facts: Facts, where: str) -> Model
     }
     keys.check_rest()
     try:
-        return parse(ModelConfig, raw, where)
+        return parse(ModelConfig, raw, where), tuple(keys.warnings)
     except ConfigError as error:
         raise CheckpointError(f"{error}: the metadata do not describe a possible model") from error
 
@@ -226,7 +249,11 @@ def _rope(keys: _Keys, dim: int, factors: Tensor | None, *, latent: bool) -> dic
     if keys.count("rope.dimension_count", dim) != dim:
         raise keys.refuse("rope.dimension_count", f"only all {dim} components of a head can be rotated")
     theta = float(keys.number("rope.freq_base", 10_000.0))
-    kind = keys.text("rope.scaling.type", "linear" if keys.has("rope.scale_linear") else "none")
+    keys.assumed("rope.freq_base", "10000 is taken")
+    scaled = keys.has("rope.scale_linear") or keys.has("rope.scaling.factor")
+    kind = keys.text("rope.scaling.type", "linear" if scaled else "none")
+    if scaled:
+        keys.assumed("rope.scaling.type", "linear is taken")
     if keys.has("rope.scaling.factor") or not keys.has("rope.scale_linear"):
         factor = float(keys.number("rope.scaling.factor", 0.0))
     else:
@@ -245,6 +272,7 @@ def _rope(keys: _Keys, dim: int, factors: Tensor | None, *, latent: bool) -> dic
         raise keys.refuse("rope.scaling.type", "llama.cpp also sharpens attention then, which nothing here does")
     if kind == "linear":
         return {"theta": theta, "scaling": {"kind": "linear", "factor": factor}}
+    keys.assumed("rope.scaling.original_context_length", f"context_length, {original}, is taken")
     scaling = {"kind": "yarn", "factor": factor, "original_max_positions": original}
     if not latent and multiplier:
         raise keys.refuse("rope.scaling.yarn_log_multiplier", "has a meaning in deepseek2 files only")
@@ -321,6 +349,7 @@ def _described(keys: _Keys, facts: Facts) -> dict[str, Any]:
     """A router whose kind the metadata say."""
     normalized, scale = keys.flag("expert_weights_norm", False), _scale(keys)
     gating, groups, grouped = _gating(keys)
+    _warn_of_routing(keys, gating)
     if gating == SIGMOID:
         return {"kind": "sigmoid_biased", "normalize_gates": normalized, "route_scale": scale, **groups}
     if gating != SOFTMAX:
@@ -332,6 +361,29 @@ def _described(keys: _Keys, facts: Facts) -> dict[str, Any]:
     if normalized:
         raise keys.refuse("expert_weights_norm", "gates of group-limited softmax routing are not normalised")
     return {"kind": "group_limited", "route_scale": scale, **groups}
+
+
+def _warn_of_routing(keys: _Keys, gating: int) -> None:
+    """Files made before llama.cpp wrote a key are read as it computed then, and seldom as the model was trained."""
+    experts = keys.count("expert_count", 0, least=0)
+    if not experts:
+        return
+    keys.assumed("expert_gating_func", "softmax is taken")
+    if gating == SIGMOID:
+        keys.assumed("expert_weights_norm", "gates are not normalised")
+        keys.assumed("expert_weights_scale", "gates are not scaled")
+    published = (
+        "DeepSeek-V3 and R1 have 8 groups, of which 4 are used" if gating == SIGMOID else _V2_GROUPS.get(experts)
+    )
+    if published is not None and not keys.has("expert_group_count"):
+        groups = " ".join(
+            f"--metadata {keys.prefix}{key}=N" for key in ("expert_group_count", "expert_group_used_count")
+        )
+        keys.warnings.append(
+            f"{keys.prefix}expert_group_count is missing, as in files made before autumn 2025: routing over all "
+            f"{experts} experts without groups is read, as llama.cpp computed then; {published}: "
+            f"`finemoe import {groups}` says so"
+        )
 
 
 def _scale(keys: _Keys) -> float:

@@ -122,6 +122,8 @@ class Variants:
     """attn_k_b and attn_v_b, not attn_kv_b."""
     fused_experts: bool = False
     """ffn_gate_up_exps, not ffn_gate_exps and ffn_up_exps."""
+    single_experts: bool = False
+    """A tensor for each expert, as before April 2024."""
     selection_bias: bool = True
     """A file may leave out biases that are all 0."""
     neighbours: bool = True
@@ -208,14 +210,23 @@ def _experts(theirs: str, ours: str, config: MoEConfig, hidden: int, variants: V
     if config.router.selects_with_bias and variants.selection_bias:
         yield _whole(f"{theirs}exp_probs_b.bias", f"{ours}router.selection_bias", (count,))
     gate_up, down = f"{ours}experts.gate_up_proj", f"{ours}experts.down_proj"
-    if variants.fused_experts:
+    if variants.single_experts:
+        for expert in range(count):
+            for name, part in (
+                ("gate", Part(gate_up, (width, hidden), (expert, slice(0, width)))),
+                ("up", Part(gate_up, (width, hidden), (expert, slice(width, 2 * width)))),
+                ("down", Part(down, (hidden, width), (expert,))),
+            ):
+                yield Stored(f"{theirs}ffn_{name}.{expert}.weight", part.shape, part)
+    elif variants.fused_experts:
         shape = (count, 2 * width, hidden)
         yield Stored(f"{theirs}ffn_gate_up_exps.weight", shape, Stacked(gate_up, "same", 0, None))
     else:
         shape = (count, width, hidden)
         yield Stored(f"{theirs}ffn_gate_exps.weight", shape, Stacked(gate_up, "same", 0, 0))
         yield Stored(f"{theirs}ffn_up_exps.weight", shape, Stacked(gate_up, "same", 0, width))
-    yield Stored(f"{theirs}ffn_down_exps.weight", (count, hidden, width), Stacked(down, "same", 0, None))
+    if not variants.single_experts:
+        yield Stored(f"{theirs}ffn_down_exps.weight", (count, hidden, width), Stacked(down, "same", 0, None))
     if config.num_shared_experts:
         yield from _swiglu(theirs, "_shexp", f"{ours}shared_experts.", hidden, config.num_shared_experts * width)
     if config.gate_shared_experts:

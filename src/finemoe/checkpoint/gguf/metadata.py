@@ -284,7 +284,9 @@ def _gating(moe: MoEConfig) -> dict[str, Any]:
     else:
         values = {"expert_gating_func": SOFTMAX, "expert_weights_norm": router.normalize_gates}
     if not isinstance(router, GroupsConfig) or router.groups_per_token == router.num_groups:
-        return values
+        # Without the keys nobody knows whether the model has no groups, or the file is older than they are.
+        sigmoid = router.selects_with_bias and moe.num_routed_experts > 1
+        return {**values, "expert_group_count": 1, "expert_group_used_count": 1} if sigmoid else values
     if moe.num_routed_experts == router.num_groups:
         raise _refuse("llama.cpp wants more than one expert in a group")
     if isinstance(router, GroupLimitedConfig):

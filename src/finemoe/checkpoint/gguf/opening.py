@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from finemoe.checkpoint.gguf.codec import PLAIN, decode
-from finemoe.checkpoint.gguf.config import Facts, model_config
+from finemoe.checkpoint.gguf.config import Facts, read_model
 from finemoe.checkpoint.gguf.file import GGUFFile, StoredTensor, read_header
 from finemoe.checkpoint.gguf.keys import EMBEDDING, ROPE_FACTORS, Stored, Variants, stored_tensors
 from finemoe.checkpoint.gguf.tokenizer import LISTS, companions_of, has_tokenizer, template_of, tokenizer_of
@@ -37,6 +37,7 @@ from finemoe.text.tokenizer import Tokenizer
 
 _BIAS = ".router.selection_bias"
 _SHOWN = 5
+_PREFIXES = frozenset({"general", "tokenizer"})
 # Tensors that some writers add and nobody needs, by how their names end.
 _REDUNDANT = {
     "attn_rot_embd.weight": "rotary frequencies, which are computed",
@@ -52,10 +53,11 @@ class GGUFSource:
     Understood from its header, and what is derived when asked for. `Source` is the same of a Hugging Face folder.
     """
 
-    def __init__(self, file: GGUFFile, *, whole: bool = True) -> None:
+    def __init__(self, file: GGUFFile, *, whole: bool = True, more: Mapping[str, Any] | None = None) -> None:
         self._whole = whole
         self.path = file.path
-        self.metadata = file.metadata
+        self.metadata = {**file.metadata, **_added(file, more or {})}
+        """Of the file, and what somebody added to it."""
         self.tensors: Mapping[str, StoredTensor] = file.tensors
         self.files = file.files
         """All shards."""
@@ -65,19 +67,32 @@ class GGUFSource:
         """As llama.cpp calls it."""
         return str(self.metadata.get("general.architecture", ""))
 
-    @cached_property
+    @property
     def config(self) -> ModelConfig:
         """The model.
 
         Raises:
             CheckpointError: no model, or one that cannot be represented exactly; names the key.
         """
+        return self._read[0]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was taken for keys that are missing, where another value would be another model.
+
+        Raises:
+            CheckpointError: as `config`.
+        """
+        return self._read[1]
+
+    @cached_property
+    def _read(self) -> tuple[ModelConfig, tuple[str, ...]]:
         embedding = self.tensors.get(EMBEDDING)
         if embedding is None or len(embedding.shape) != 2:
             raise CheckpointError(f"{self.path}: there is no {EMBEDDING} with two dimensions, so this is no model")
         factors = self.tensors.get(ROPE_FACTORS) if self._whole else None
         rows = None if factors is None or factors.nbytes > 1 << 20 else factors.read().float()
-        return model_config(self.metadata, Facts(self.tensors.keys(), embedding.shape[0], rows), str(self.path))
+        return read_model(self.metadata, Facts(self.tensors.keys(), embedding.shape[0], rows), str(self.path))
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -127,6 +142,8 @@ class GGUFSource:
         notes = [f"{name} is left out: {why}" for name, why in self.dropped.items()]
         if not has_tokenizer(self.metadata):
             notes.append(f"{self.path}: holds no tokenizer")
+        if self.variants.single_experts:
+            notes.append("experts are stored one by one, as before April 2024; llama.cpp opens such files no longer")
         routers = {block.feed_forward.router.kind for block in self.config.blocks if block.feed_forward.kind == "moe"}
         if "group_limited" in routers:
             notes.append("groups of experts are ranked by their best score, as DeepSeek-V2 does; llama.cpp takes two")
@@ -185,19 +202,40 @@ class GGUFSource:
         return template_of(self.metadata, str(self.path))
 
 
-def open_gguf(path: str | os.PathLike[str], *, whole: bool = True) -> GGUFSource:
+def _added(file: GGUFFile, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata that the file lacks, under their full keys.
+
+    Raises:
+        CheckpointError: it has one of them already.
+    """
+    architecture = file.metadata.get("general.architecture", "")
+    full = {
+        key if "." in key and key.split(".")[0] in _PREFIXES | {architecture} else f"{architecture}.{key}": value
+        for key, value in more.items()
+    }
+    for key in full:
+        if key in file.metadata:
+            there = str(file.metadata[key])[:80]
+            raise CheckpointError(f"{file.path}: {key} is {there} already; only metadata that is missing can be added")
+    return full
+
+
+def open_gguf(
+    path: str | os.PathLike[str], *, whole: bool = True, metadata: Mapping[str, Any] | None = None
+) -> GGUFSource:
     """Open a GGUF file, or the first of several shards, by its header.
 
     Args:
         path: the file, or the first of its shards.
         whole: the tensors must follow their header. Where they need not, sizes are those of the model, and rotary
             frequencies, which a tensor may scale, are plain.
+        metadata: what the file does not say and should, by key, with or without the architecture before it.
 
     Raises:
         CheckpointError: no GGUF file, or damaged.
         ConfigError: the `gguf` package is not installed.
     """
-    return GGUFSource(read_header(Path(path), whole=whole), whole=whole)
+    return GGUFSource(read_header(Path(path), whole=whole), whole=whole, more=metadata)
 
 
 def load_gguf(
@@ -214,10 +252,18 @@ def load_gguf(
         CheckpointError: damaged, or not exactly representable.
     """
     source = open_gguf(path)
+    for text in source.warnings:
+        logger.warning("%s", text)
     return build(source.config, kernels, source.dtypes(), source.parts(), dtype)
 
 
-def import_gguf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, quiet: bool = False) -> ImportReport:
+def import_gguf(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> ImportReport:
     """Convert a GGUF file to an imported folder.
 
     The folder `out` appears when all is done. Interrupted, the work lies in `<out>.partial`, and the same call goes on
@@ -226,22 +272,22 @@ def import_gguf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, 
     Args:
         source: the file, or the first of its shards; never written to.
         out: to make; absent or empty.
+        metadata: what the file does not say and should, by key: `{"expert_group_count": 8}`.
         quiet: no progress on stderr.
 
     Raises:
         CheckpointError: the source is damaged, or cannot be represented exactly; nothing is left behind.
-        DataError: its tokenizer cannot be expressed exactly.
         RunError: the disk is full or unwritable.
     """
     started = time.monotonic()
     place = check_free(Path(out))
-    opened = open_gguf(source)
+    opened = open_gguf(source, metadata=metadata)
     dtypes = opened.dtypes()
     specs = [TensorSpec(name, dtypes[name], shape) for name, shape in opened.shapes.items()]
-    companions = companions_of(opened.metadata, str(opened.path))
+    companions, left = companions_of(opened.metadata, str(opened.path))
     nbytes = sum(spec.nbytes for spec in specs) + sum(len(data) for data in companions.values())
     headers = [(t.name, t.kind.name, t.shape, t.offset) for t in opened.tensors.values()]
-    mark = fingerprint("import", opened.files, headers)
+    mark = fingerprint("import", opened.files, headers, dict(metadata or {}))
     with workspace(place, mark, nbytes) as folder, ImportedWriter(folder, specs, []) as writer:
         sums, resumed = _convert(opened, writer, quiet)
         about = {"family": opened.architecture, "format": "gguf"}
@@ -258,6 +304,7 @@ def import_gguf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, 
         resumed=resumed,
         seconds=time.monotonic() - started,
         notes=opened.notes,
+        warnings=(*opened.warnings, *left),
     )
 
 

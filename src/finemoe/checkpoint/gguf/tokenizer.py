@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from finemoe.core.errors import CheckpointError, DataError
+from finemoe.core.errors import CheckpointError, DataError, FinemoeError
 from finemoe.text.chat import CHAT_TEMPLATE, DEFAULT, ChatTemplate
 from finemoe.text.files import parse_object
 from finemoe.text.from_vocabulary import (
@@ -119,34 +119,46 @@ def _special_tokens(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
     return named
 
 
-def companions_of(metadata: Mapping[str, Any], where: str) -> dict[str, bytes]:
-    """The files that lie beside the weights in other layouts, by name.
+def companions_of(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, bytes], list[str]]:
+    """The files that lie beside the weights in other layouts, by name; and warnings of what cannot be expressed.
 
-    Raises:
-        CheckpointError, DataError: as `tokenizer_of` and `template_of`.
+    A tokenizer or template that cannot be read is left out: the weights need neither.
     """
     files: dict[str, bytes] = {}
-    template = template_of(metadata, where)
+    warnings: list[str] = []
+    template = None
+    try:
+        template = template_of(metadata, where)
+    except FinemoeError as error:
+        warnings.append(f"the chat template is left out: {error}")
     if template is not None and DEFAULT in template.sources:
         files[CHAT_TEMPLATE] = template.sources[DEFAULT].encode()
-    if not has_tokenizer(metadata):
-        return files
+    if has_tokenizer(metadata):
+        try:
+            files |= _tokenizer_files(metadata, template, where)
+        except FinemoeError as error:
+            warnings.append(f"the tokenizer is left out, and the model runs on token ids alone: {error}")
+    return files, warnings
+
+
+def _tokenizer_files(metadata: Mapping[str, Any], template: ChatTemplate | None, where: str) -> dict[str, bytes]:
     tokenizer = tokenizer_of(metadata, where)
     config: dict[str, Any] = {"tokenizer_class": SAFE_CLASS, "add_bos_token": tokenizer.adds_bos}
     config |= _special_tokens(metadata, where)
-    others = {} if template is None else {name: text for name, text in template.sources.items() if name != DEFAULT}
-    if others:
-        config["chat_template"] = [{"name": name, "template": text} for name, text in template.sources.items()]  # type: ignore[union-attr]
+    sources = {} if template is None else dict(template.sources)
+    if sources.keys() - {DEFAULT}:
+        config["chat_template"] = [{"name": name, "template": text} for name, text in sources.items()]
     ids = {name: _value(metadata, name, int, where) for name in ("bos_token_id", "eos_token_id")}
     ids["pad_token_id"] = _value(metadata, "padding_token_id", int, where)
     stops = [stop for key in ("eos_token_id", *_STOPS) if (stop := _value(metadata, key, int, where)) is not None]
     generation: dict[str, Any] = {name: value for name, value in ids.items() if value is not None}
     if len(set(stops)) > 1:
         generation["eos_token_id"] = list(dict.fromkeys(stops))
-    files[FILE_NAME] = tokenizer.to_json().encode()
-    files[TOKENIZER_CONFIG] = _json(config)
-    files[GENERATION_CONFIG] = _json(generation)
-    return files
+    return {
+        FILE_NAME: tokenizer.to_json().encode(),
+        TOKENIZER_CONFIG: _json(config),
+        GENERATION_CONFIG: _json(generation),
+    }
 
 
 def _json(value: Any) -> bytes:

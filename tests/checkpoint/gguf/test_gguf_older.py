@@ -1,0 +1,131 @@
+"""GGUF files that are older than a key or a layout, and ones whose tokenizer nobody here can read."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint.gguf.gguf_files import LATENT, LEAD, MODELS, SIGMOID, config_of, moe, random_model, recipe
+from checkpoint.gguf.written import exported, rewritten, stored
+from finemoe.checkpoint.doctor.examine import examine
+from finemoe.checkpoint.gguf.config import Facts, read_model
+from finemoe.checkpoint.gguf.keys import stored_tensors
+from finemoe.checkpoint.gguf.metadata import describe
+from finemoe.checkpoint.gguf.opening import import_gguf, load_gguf, open_gguf
+from finemoe.checkpoint.open import load_model
+from finemoe.core.errors import CheckpointError
+from finemoe.runs.sizing import size
+
+GROUPS = {"deepseek2.expert_group_count": None, "deepseek2.expert_group_used_count": None}
+V3 = recipe(LATENT, moe(SIGMOID), leading=LEAD)
+
+
+@pytest.fixture(autouse=True)
+def _heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("finemoe"), "propagate", True)
+
+
+def test_groups_that_the_file_does_not_know_are_asked_for(tmp_path: Path, caplog: Any) -> None:
+    model = random_model(V3)
+    whole = exported(tmp_path, model)
+    assert open_gguf(whole).warnings == ()
+    old = rewritten(whole, tmp_path / "old.gguf", GROUPS, stored(whole))
+    (warning,) = open_gguf(old).warnings
+    assert "deepseek2.expert_group_count is missing" in warning
+    with caplog.at_level(logging.WARNING, logger="finemoe"):
+        assert load_gguf(old).config.blocks[1].feed_forward.router.num_groups == 1
+    assert [record.message for record in caplog.records] == [warning]
+    assert warning in [f.text for f in examine(old).findings if f.severity == "warning"]
+    assert import_gguf(old, tmp_path / "plain", quiet=True).warnings == (warning,)
+    # Told what it lacks, it is the model that the weights were made for.
+    added = {"expert_group_count": 4, "deepseek2.expert_group_used_count": 2}
+    report = import_gguf(old, tmp_path / "told", metadata=added, quiet=True)
+    assert report.warnings == ()
+    tokens = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        wanted, plain, told = (
+            m.logits(m(tokens).hidden)
+            for m in (load_gguf(whole), load_model(tmp_path / "plain"), load_model(tmp_path / "told"))
+        )
+    assert torch.equal(told, wanted)
+    assert not torch.allclose(plain, wanted)
+    with pytest.raises(CheckpointError, match=r"expert_count is 8 already"):
+        open_gguf(old, metadata={"expert_count": 4})
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("deepseek2.expert_weights_norm", "gates are not normalised"),
+        ("deepseek2.expert_weights_scale", "gates are not scaled"),
+        ("deepseek2.rope.freq_base", "10000 is taken"),
+    ],
+)
+def test_other_keys_whose_default_is_another_model(key: str, says: str) -> None:
+    config = config_of(V3)
+    found = describe(config)
+    names = {entry.name for entry in stored_tensors(config, found.variants)}
+    values = {"general.architecture": found.architecture, **found.values}
+    assert read_model(values, Facts(names, config.vocab_size, None), "here")[1] == ()
+    del values[key]
+    (warning,) = read_model(values, Facts(names, config.vocab_size, None), "here")[1]
+    assert warning.startswith(f"{key} is missing: {says}")
+
+
+def test_a_factor_without_a_type_stretches_linearly() -> None:
+    config = config_of(MODELS["llama-linear"])
+    found = describe(config)
+    names = {entry.name for entry in stored_tensors(config, found.variants)}
+    values = {"general.architecture": "llama", **found.values}
+    del values["llama.rope.scaling.type"]
+    again, (warning,) = read_model(values, Facts(names, config.vocab_size, None), "here")
+    assert again.blocks[0].attention.rope.scaling.kind == "linear"
+    assert "rope.scaling.type is missing: linear is taken" in warning
+
+
+def test_a_tensor_for_each_expert(tmp_path: Path) -> None:
+    name = next(name for name, raw in MODELS.items() if name.startswith("mixtral"))
+    whole = exported(tmp_path, random_model(MODELS[name]))
+    tensors: dict[str, np.ndarray] = {}
+    for key, tensor in stored(whole).items():
+        part = key.removesuffix("_exps.weight")
+        if part == key:
+            tensors[key] = tensor
+        else:
+            tensors |= {f"{part}.{expert}.weight": tensor[expert] for expert in range(len(tensor))}
+    old = rewritten(whole, tmp_path / "old.gguf", {}, tensors)
+    wanted, found = load_gguf(whole).state_dict(), load_gguf(old).state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    report = import_gguf(old, tmp_path / "imported", quiet=True)
+    assert any("one by one" in note for note in report.notes)
+    assert examine(old).problems == ()
+    del tensors["blk.1.ffn_up.3.weight"]
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing: blk\.1\.ffn_up\.3\.weight"):
+        load_gguf(rewritten(whole, tmp_path / "torn.gguf", {}, tensors))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tokenizer.ggml.pre": "tekken"}, "the tokenizer is left out"),
+        ({"tokenizer.ggml.eos_token_id": 100_000}, "the tokenizer is left out"),
+    ],
+)
+def test_a_tokenizer_that_nobody_here_reads_stops_nothing_else(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    whole = exported(tmp_path, random_model(V3))
+    path = rewritten(whole, tmp_path / "other.gguf", changes, stored(whole))
+    report = import_gguf(path, tmp_path / "imported", quiet=True)
+    assert any(says in warning for warning in report.warnings)
+    assert not (tmp_path / "imported" / "tokenizer.json").exists()
+    wanted, found = load_gguf(whole).state_dict(), load_model(tmp_path / "imported").state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert size(path) == size(whole)
+    assert examine(path).problems == ()
+    assert any("token ids alone" in finding.text for finding in examine(path).findings)
