@@ -13,7 +13,7 @@ from typing import Any, final
 
 from finemoe.core.errors import DataError
 from finemoe.text.files import CONFIG_LIMIT, MEGABYTE, parse_object, read_beside
-from finemoe.text.settings import TOKENIZER_CONFIG, special_tokens_of
+from finemoe.text.settings import TOKENIZER_CONFIG, special_tokens_of, with_older_tokens
 
 CHAT_TEMPLATE = "chat_template.jinja"
 DEFAULT, TOOL_USE = "default", "tool_use"
@@ -77,6 +77,7 @@ class ChatTemplate:
         config = {} if text is None else parse_object(text, str(folder / TOKENIZER_CONFIG))
         jinja = read_beside(folder, CHAT_TEMPLATE, _SOURCE_LIMIT, "chat template")
         name = TOKENIZER_CONFIG if jinja is None else CHAT_TEMPLATE
+        config = with_older_tokens(folder, config)
         return ChatTemplate.from_config(config, f"chat template of {folder / name}", jinja)
 
     def render(

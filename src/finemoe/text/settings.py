@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from finemoe.text.files import CONFIG_LIMIT, parse_object, read_beside
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 SAFE_CLASS = "PreTrainedTokenizerFast"
 
 _READS_AS_IT_IS = (SAFE_CLASS, "TokenizersBackend")
@@ -31,7 +33,7 @@ class TokenizerSettings:
 
     @staticmethod
     def read(folder: Path) -> TokenizerSettings:
-        """From tokenizer_config.json and generation_config.json in `folder`, each where it exists.
+        """From tokenizer_config.json, special_tokens_map.json and generation_config.json in `folder`, where they exist.
 
         Raises:
             DataError: a file that is unreadable or not what its name says.
@@ -40,7 +42,7 @@ class TokenizerSettings:
         for name in (TOKENIZER_CONFIG, GENERATION_CONFIG, "config.json"):
             text = read_beside(folder, name, CONFIG_LIMIT, "file")
             tables[name] = {} if text is None else parse_object(text, str(folder / name))
-        config = tables[TOKENIZER_CONFIG]
+        config = with_older_tokens(folder, tables[TOKENIZER_CONFIG])
         generation = tables[GENERATION_CONFIG] if "eos_token_id" in tables[GENERATION_CONFIG] else tables["config.json"]
         return TokenizerSettings.of(config, generation, str(folder))
 
@@ -59,6 +61,21 @@ class TokenizerSettings:
         if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
             raise DataError(f"{origin}: eos_token_id is {eos!r}, but must be an id or a list of ids")
         return TokenizerSettings(special_tokens_of(config, origin), adds, tuple(i for i in ids if i >= 0))
+
+
+def with_older_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config`, with the special tokens that it leaves out from the special_tokens_map.json of older repositories.
+
+    Nothing else needs that file: what cannot be read in it is as if it were not there.
+    """
+    found: dict[str, Any] = {}
+    with contextlib.suppress(DataError):
+        text = read_beside(folder, SPECIAL_TOKENS_MAP, CONFIG_LIMIT, "file")
+        table = {} if text is None else parse_object(text, str(folder / SPECIAL_TOKENS_MAP))
+        for key in _SPECIAL_KEYS:
+            with contextlib.suppress(DataError):
+                found |= special_tokens_of({key: table.get(key)}, SPECIAL_TOKENS_MAP)
+    return {**found, **{key: value for key, value in config.items() if key not in found or value is not None}}
 
 
 def special_tokens_of(config: Mapping[str, Any], origin: str) -> dict[str, str]:

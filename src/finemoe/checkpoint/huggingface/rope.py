@@ -76,19 +76,7 @@ def read_rope(fields: Fields, dim: int, layout: RopeLayout, meaning: Meaning, *,
     if kind not in _KEYS:
         fields.refuse(f"{name}.rope_type", kind, f"only {', '.join(_KEYS)} are known")
     reader = _Table(name, table)
-    for key in table:
-        if key == "partial_rotary_factor" and (share is not None or table[key] in (None, 1)):
-            continue
-        if key in _KEYS[kind] or key in _EVERYWHERE or table[key] is None:
-            continue
-        if key == "attn_factor":
-            fields.warn(
-                f"`{name}.{key}` {shown(table[key])} is not used, as in transformers; other programs multiply by it"
-            )
-        elif key in _OF_ANY:
-            fields.warn(f"`{name}.{key}` {shown(table[key])} is no setting of rope type {kind!r}, and not used")
-        else:
-            fields.refuse(f"{name}.{key}", table[key], f"not a setting of rope type {kind!r}; remove it if it is idle")
+    _account_for(fields, name, table, kind, partial=share is not None)
     theta = reader.number("rope_theta") if reader.has("rope_theta") else fields.number("rope_theta")
     if fields.has("rope_theta") and fields.number("rope_theta") != theta:
         fields.refuse("rope_theta", fields.value("rope_theta"), f"`{name}.rope_theta` is {theta:g}; keep one")
@@ -118,6 +106,23 @@ def read_rope(fields: Fields, dim: int, layout: RopeLayout, meaning: Meaning, *,
             "finemoe does not stretch beyond them"
         )
     return Rope(rope, dim)
+
+
+def _account_for(fields: Fields, name: str, table: Mapping[str, Any], kind: str, *, partial: bool) -> None:
+    """Every key of the table: a setting of its type, one that is known to be idle and said aloud, or refused."""
+    for key in table:
+        if key == "partial_rotary_factor" and (partial or table[key] in (None, 1)):
+            continue
+        if key in _KEYS[kind] or key in _EVERYWHERE or table[key] is None:
+            continue
+        if key == "attn_factor":
+            fields.warn(
+                f"`{name}.{key}` {shown(table[key])} is not used, as in transformers; other programs multiply by it"
+            )
+        elif key in _OF_ANY:
+            fields.warn(f"`{name}.{key}` {shown(table[key])} is no setting of rope type {kind!r}, and not used")
+        else:
+            fields.refuse(f"{name}.{key}", table[key], f"not a setting of rope type {kind!r}; remove it if it is idle")
 
 
 def _turning(fields: Fields, name: str, table: Mapping[str, Any], dim: int, share: float) -> int:
