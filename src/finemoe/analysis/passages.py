@@ -16,7 +16,7 @@ from finemoe.checkpoint.language_model import LanguageModel, training_data
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.logs import logger, progress
-from finemoe.data import DataConfig, FilesCorpus, StdlibCorpus, TokenBatch, read_corpus
+from finemoe.data import DataConfig, FilesCorpus, StdlibCorpus, TokenBatch, held_out
 from finemoe.data.documents import Document, SkipReport, unique
 from finemoe.data.loader import pack
 from finemoe.generation.logprobs import token_logprobs
@@ -197,9 +197,7 @@ def _own_documents(opened: LanguageModel, report: SkipReport) -> Iterator[Docume
     config = _own_config(opened) if opened.own else DataConfig()
     if not opened.own:
         logger.info("no --corpus given: reading the standard library of this Python")
-    for found in read_corpus(config.corpus, config.validation_share, report):
-        if found.side == "validation":
-            yield found.document
+    yield from held_out(config.corpus, config.validation_share, config.sequence_length, report)
 
 
 def _own_config(opened: LanguageModel) -> DataConfig:

@@ -23,7 +23,8 @@ class DataConfig(Config):
     packing: Packing = "concatenate"
     """"concatenate": attention crosses document boundaries, as in the paper. "isolate": it does not."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the documents kept for validation, where the corpus does not name its own."""
+    """Share of the documents kept for validation, where the corpus does not name its own; of a corpus of few documents,
+    the share of its text that is kept, from the end."""
     max_validation_tokens: Annotated[int, Field(ge=1)] = 65_536
     """Validate on about this many tokens, drawn evenly over the validation documents."""
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01

@@ -124,7 +124,7 @@ def prepare(config: DataConfig) -> PreparedData:
     Raises:
         DataError: an empty or too small corpus, too much that cannot be read, a tokenizer that loses text.
     """
-    scan = scan_corpus(config.corpus, config.validation_share, config.max_skipped_share)
+    scan = scan_corpus(config.corpus, config.validation_share, config.max_skipped_share, config.sequence_length)
     cache = Path(config.cache_dir or os.environ.get("FINEMOE_CACHE") or "~/.cache/finemoe").expanduser()
     tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else _trained_tokenizer(config, scan, cache)
     require_faithful(tokenizer, scan.samples)
@@ -184,7 +184,7 @@ def _open_tokenizer(folder: Path) -> Tokenizer:
 def _tokenizer_sample(config: DataConfig, scan: Scan) -> Iterator[str]:
     """Pieces drawn evenly from the training documents, about `tokenizer_sample_bytes` of them, or all."""
     share = config.tokenizer_sample_bytes / scan.totals["train"].num_bytes
-    for item in Scan(SkipReport(quiet=True)).read(config.corpus, config.validation_share):
+    for item in Scan(SkipReport(quiet=True), tails=scan.tails).read(config.corpus, config.validation_share):
         document = item.document
         if item.side != "train":
             continue
@@ -199,7 +199,7 @@ def _tokenizer_sample(config: DataConfig, scan: Scan) -> Iterator[str]:
 def _tokenise(config: DataConfig, scan: Scan, tokenizer: Tokenizer, folder: Path) -> None:
     """Write every document of the corpus as tokens into `folder`."""
     names = [_stream(part, side) for part in range(len(parts_of(config.corpus))) for side in SIDES]
-    again = Scan(SkipReport(quiet=True))
+    again = Scan(SkipReport(quiet=True), tails=scan.tails)
     with (
         TokenWriter(folder, names, tokenizer) as writer,
         progress("tokenising", scan.skips.kept, "documents") as advance,
