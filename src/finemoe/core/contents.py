@@ -119,21 +119,21 @@ def head_of(path: Path) -> bytes:
         return file.read(HEAD_BYTES)
 
 
-def explanation(path: Path) -> str | None:
-    """What the file at `path` is and what to do, for a reader that wanted something else.
+def explanation(path: Path, wanted: frozenset[str]) -> str | None:
+    """What the file at `path` is and what to do, for a reader that complains and reads the kinds `wanted`.
 
     None: nothing that says more than the reader can say itself, or a file that cannot be read.
     """
     try:
-        return explain(head_of(path))
+        return explain(head_of(path), wanted)
     except OSError:
         return None
 
 
-def explain(head: bytes) -> str | None:
-    """As `explanation`, of the first bytes themselves."""
-    found = contents_of(head)
-    return None if found.kind in _NO_EXPLANATION else found.sentence
+def explain(head: bytes, wanted: frozenset[str]) -> str | None:
+    """As `explanation`, of the first bytes themselves, or of the whole of a small file."""
+    found = contents_of(head[:HEAD_BYTES])
+    return None if found.kind in _NO_EXPLANATION | wanted else found.sentence
 
 
 def contents_of(head: bytes, encoding: str = "utf-8") -> Contents:

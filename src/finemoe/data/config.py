@@ -29,6 +29,9 @@ class DataConfig(Config):
     """Validate on about this many tokens, drawn evenly over the validation documents."""
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """More unreadable documents than this are an error."""
+    max_altered_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """More characters than this that a given tokenizer does not give back are an error. Characters that it only composes
+    (NFC), and a space before a text, are counted and said, and never an error."""
     tokenizer_sample_bytes: Annotated[int, Field(ge=100_000)] = 16_000_000
     """Train the tokenizer on about this much of the training documents."""
     cache_dir: str | None = None

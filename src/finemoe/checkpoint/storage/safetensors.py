@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from finemoe.checkpoint.storage.untrusted import parse_json, weight_files
+from finemoe.core.contents import explanation
 from finemoe.core.errors import CheckpointError, RunError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -48,6 +49,7 @@ CHUNK_BYTES = 64 << 20
 """How much of a tensor is in memory at once where it is worked on in pieces."""
 
 _MAX_RANK = 8
+_OURS = frozenset({"safetensors"})
 _METADATA = "__metadata__"
 
 
@@ -104,9 +106,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if found.st_size < 8 or length > found.st_size - 8:
-                raise CheckpointError(f"{path}: truncated, or not safetensors: the file ends within its header")
+                held = explanation(path, _OURS) or "truncated, or not safetensors: the file ends within its header"
+                raise CheckpointError(f"{path}: {held}")
             if length > HEADER_BYTES:
-                raise CheckpointError(f"{path}: the header says it has {length} bytes; at most {HEADER_BYTES} are read")
+                held = explanation(path, _OURS) or f"the header says it has {length} bytes; at most {HEADER_BYTES} are read"
+                raise CheckpointError(f"{path}: {held}")
             header = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
