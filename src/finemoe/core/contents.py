@@ -81,9 +81,7 @@ _MAGIC: tuple[tuple[str, bytes, str, str], ...] = (
 )
 _POINTER = re.compile(rb"version https?://(?:git-lfs\.github\.com|git-media\.io|hawser\.github\.com)/\S+\n")
 _POINTER_SIZE = re.compile(rb"^size (\d+)\s*$", re.MULTILINE)
-_MARKUP = re.compile(
-    r"(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|meta|title)\b", re.I | re.S
-)
+_MARKUP = re.compile(r"(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|meta|title)\b", re.I | re.S)
 _XML = re.compile(r"<(?:\?xml\b|!doctype\s|svg\b|error>|rss\b|feed\b)", re.I)
 _RECORD = re.compile(r'\{\s*(?:"|\}|\Z)')
 _LIST = re.compile(r'\[\s*(?:\{\s*(?:"|\}|\Z)|"(?:[^"\\\n]|\\.)*(?:"\s*[,\]]|\Z)|\]|\Z)')
@@ -94,8 +92,8 @@ class Contents:
     """What a file holds."""
 
     kind: str
-    """One of PACKED, COLUMNS, WRITTEN, or pointer, packed, table, archive, gguf, safetensors, weights, document, markup,
-    media, program, wide (UTF-16 or UTF-32 without a mark), binary."""
+    """One of PACKED, COLUMNS, WRITTEN, or pointer, packed, table, archive, gguf, safetensors, weights, document,
+    markup, media, program, wide (UTF-16 or UTF-32 without a mark), binary."""
     what: str
     """In words, so that "it is ..." is a sentence."""
     advice: str = ""

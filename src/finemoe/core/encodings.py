@@ -1,4 +1,4 @@
-"""Which encoding a text is in: what its byte order mark says, what its zero bytes give away, or a guess that says so."""
+"""Which encoding a text is in: what its byte order mark says, what its zero bytes give away, or a guess."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ _SAMPLE = 1 << 14
 _CONTROLS = bytes(i for i in range(32) if i not in b"\t\n\r\f\x1b")
 _CYRILLIC = "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфёії"
 
-_HAN = "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里，。、“”：；"
+_HAN = (
+    "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里，。、“”：；"
+)
 
 # What most characters beyond ASCII are in a text of each encoding: its letters, or the most frequent words.
 _USUAL: tuple[tuple[str, str], ...] = (
@@ -26,7 +28,7 @@ _USUAL: tuple[tuple[str, str], ...] = (
     ("cp932", "".join(map(chr, range(0x3041, 0x30FF))) + "。、「」日本人一大年出会中上生国見行"),
     ("euc_jp", "".join(map(chr, range(0x3041, 0x30FF))) + "。、「」日本人一大年出会中上生国見行"),
     ("gb18030", _HAN),
-    ("big5", "的一是不了在人有我他這個們中來上大為和國地到以說時要就出會可也你對生能而子那得於著下自之年過發後作裡，。、「」：；"),
+    ("big5", "的一是不了在人有我他這個們中來上大為和國地到以說時要就出會可也你對生能而子那得於著下自之年過，。、「」"),
     ("cp949", "".join(map(chr, range(0xAC00, 0xD7A4)))),
     ("cp1251", _CYRILLIC),
     ("koi8-r", _CYRILLIC),

@@ -30,8 +30,8 @@ class DataConfig(Config):
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """More unreadable documents than this are an error."""
     max_altered_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """More characters than this that a given tokenizer does not give back are an error. Characters that it only composes
-    (NFC), and a space before a text, are counted and said, and never an error."""
+    """More characters than this that a given tokenizer loses are an error. What it only composes (NFC), and
+    a space before a text, is counted and said, and never an error."""
     tokenizer_sample_bytes: Annotated[int, Field(ge=100_000)] = 16_000_000
     """Train the tokenizer on about this much of the training documents."""
     cache_dir: str | None = None

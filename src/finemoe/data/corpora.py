@@ -247,8 +247,9 @@ def read_corpus(
 ) -> Iterator[SplitDocument]:
     """Every document of `corpus` once, in a fixed order, with its side of the split.
 
-    Of a part in `tails` the tail is held out, and a document may come as two. Else a document is on the validation side iff the hash of its name falls within `validation_share`, or all of
-    those the corpus names for validation are and no other. A text is kept where it is met first and dropped
+    Of a part in `tails` the tail is held out, and a document may come as two. Else a document is on the validation side
+    iff the hash of its name falls within `validation_share`, or all of those the corpus names for validation are and no
+    other. A text is kept where it is met first and dropped
     everywhere after, so no text is in two parts or on both sides. Validation documents that a corpus names
     are met before its others.
     """
@@ -271,7 +272,9 @@ def read_corpus(
             yield SplitDocument(index, "validation" if aside else "train", document)
 
 
-def held_out(corpus: CorpusConfig, validation_share: float, sequence_length: int, report: SkipReport) -> Iterator[Document]:
+def held_out(
+    corpus: CorpusConfig, validation_share: float, sequence_length: int, report: SkipReport
+) -> Iterator[Document]:
     """The documents that a run with these settings validates on."""
     tails = tails_for(_part_totals(corpus, validation_share, sequence_length), validation_share, sequence_length)
     for found in read_corpus(corpus, validation_share, report, tails):

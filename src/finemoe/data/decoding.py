@@ -1,4 +1,4 @@
-"""From the bytes of a file to those of its content in UTF-8: unpacked and decoded on the way, whatever its name says."""
+"""From the bytes of a file to its content in UTF-8: unpacked and decoded on the way, whatever its name says."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _zstd(file: BinaryIO) -> BinaryIO:
 _UNPACKERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     "gzip": lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file, mode="rb")),
     "bzip2": lambda file: cast(BinaryIO, bz2.BZ2File(file)),
-    "xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),
+    "xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),  # noqa: SIM115 - whoever reads closes it
     "zstd": _zstd,
 }
 

@@ -87,7 +87,9 @@ class TextFields:
 
     def columns(self, known: Iterable[str]) -> tuple[list[str], list[str]]:
         """The columns of a table to read, and the fields for which it has none."""
-        there, found, missing = set(known), [], []
+        there = set(known)
+        found: list[str] = []
+        missing: list[str] = []
         for name in self.names:
             column = name if name in there else steps_of(name)[0]
             (found if column in there else missing).append(column if column in there else name)

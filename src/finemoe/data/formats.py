@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,7 +48,7 @@ class TextFile:
     path: Path
     name: str
     domain: str
-    fields: TextFields = TextFields()
+    fields: TextFields = field(default_factory=TextFields)
     domain_field: str | None = None
     encoding: str = "utf-8"
     named: bool = False
@@ -259,7 +259,7 @@ def _read_table(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterato
                 else:
                     yield from record_document(dict(zip(names, cells, strict=True)), file, number, where, report)
         except csv.Error as error:
-            report.skip(f"{file.path}:{number + 1}", f"quotation marks that do not match, the rest is not read: {error}")
+            report.skip(f"{file.path}:{number + 1}", f"quotation marks do not match, so the rest is not read: {error}")
 
 
 def _after(head: str, rest: Iterator[str]) -> Iterator[str]:

@@ -225,9 +225,7 @@ def _shards(corpus: CorpusConfig, side: Side, found: TokenFolder) -> TokenShards
     names = [f"{i}-{part.corpus.kind}" for i, part in enumerate(parts)] if len(parts) > 1 else [parts[0].corpus.kind]
     return TokenShards(
         tuple(
-            TokenSource(
-                name, part.weight, found.streams[_stream(i, side)], found.bytes_per_byte[_stream(i, side)]
-            )
+            TokenSource(name, part.weight, found.streams[_stream(i, side)], found.bytes_per_byte[_stream(i, side)])
             for i, (name, part) in enumerate(zip(names, parts, strict=True))
         )
     )

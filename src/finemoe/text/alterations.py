@@ -15,7 +15,7 @@ from typing import Any
 from finemoe.core.errors import DataError
 from finemoe.text.tokenizer import Tokenizer
 
-_NEAR = 20
+_NEAR = 8
 """Characters of an example, before and after the place."""
 
 
@@ -104,8 +104,8 @@ class Alterations:
         parts = []
         if self.changed:
             parts.append(
-                f"does not give {self.changed:,} of {self.documents:,} documents back as they were: {self.before!r} comes "
-                f"back as {self.after!r}"
+                f"does not give {self.changed:,} of {self.documents:,} documents back as they were: "
+                f"{self.before!a} comes back as {self.after!a}"
             )
             if self.harmless:
                 same = "all" if self.harmless == self.changed else f"{self.harmless:,}"
@@ -122,9 +122,9 @@ class Alterations:
         """
         if self.lost_share > most:
             raise DataError(
-                f"{self.sentence()}. {100 * self.lost_share:.3g} % of all characters are lost, and at most {100 * most:g} % "
-                "may be: take another tokenizer, leave `data.tokenizer` out to have one trained, or accept the loss by "
-                "`data.max_altered_share`"
+                f"{self.sentence()}. {100 * self.lost_share:.3g} % of all characters are lost, and at most "
+                f"{100 * most:g} % may be: take another tokenizer, leave "
+                "`data.tokenizer` out to have one trained, or accept the loss by `data.max_altered_share`"
             )
 
 

@@ -49,7 +49,6 @@ CHUNK_BYTES = 64 << 20
 """How much of a tensor is in memory at once where it is worked on in pieces."""
 
 _MAX_RANK = 8
-_OURS = frozenset({"safetensors"})
 _METADATA = "__metadata__"
 
 
@@ -106,11 +105,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if found.st_size < 8 or length > found.st_size - 8:
-                held = explanation(path, _OURS) or "truncated, or not safetensors: the file ends within its header"
-                raise CheckpointError(f"{path}: {held}")
+                raise CheckpointError(_refusal(path, "the file ends within its header"))
             if length > HEADER_BYTES:
-                held = explanation(path, _OURS) or f"the header says it has {length} bytes; at most {HEADER_BYTES} are read"
-                raise CheckpointError(f"{path}: {held}")
+                long = f"the header says it has {length} bytes; at most {HEADER_BYTES} are read"
+                raise CheckpointError(_refusal(path, long))
             header = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -127,6 +125,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         state = "truncated" if at > found.st_size else "has more bytes than its header says"
         raise CheckpointError(f"{path}: {state}: {found.st_size} bytes, but header and tensors are {at}")
     return {info.name: info for info in infos}, metadata
+
+
+def _refusal(path: Path, problem: str) -> str:
+    held = explanation(path, frozenset({"safetensors"}))
+    return f"{path}: not safetensors: it {held}" if held else f"{path}: truncated, or not safetensors: {problem}"
 
 
 def _metadata(raw: Any, path: Path) -> dict[str, str]:
