@@ -66,13 +66,7 @@ def trace(
     opened = open_language_model(model)
     require_experts(opened)
     read = read_as(corpora, text_field, template, encoding)
-    passages = read_passages(
-        opened,
-        texts=texts or (),
-        corpora=read,
-        tokens=tokens,
-        length=length,
-    )
+    passages = read_passages(opened, texts=texts or (), corpora=read, tokens=tokens, length=length)
     counted = Tally(routed_layers(opened.model.config), pairs=False)
     about = made_by()
     observed = observe(opened, passages, rows=rows, description="tracing")

@@ -172,8 +172,10 @@ def _pointer(head: bytes) -> Contents | None:
 
 
 def _by_magic(head: bytes) -> Contents | None:
+    wordy = not any(code < 9 for code in head[:4096])
     for kind, magic, what, advice in _MAGIC:
-        if head.startswith(magic):
+        # A text may begin with ORC, PARENTS or ID3; what has no zero or control byte is none of those files.
+        if head.startswith(magic) and not (wordy and magic.isalnum()):
             return Contents(kind, what, advice)
     if re.match(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", head):
         return Contents("bzip2", "compressed with bzip2", _UNPACK)

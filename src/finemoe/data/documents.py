@@ -72,6 +72,8 @@ class FieldReport:
             if len(by_size) > 1:
                 both = "\\n".join(f"{{{name}}}" for name in by_size[:2])
                 message += f", or join several by {template_key}, such as '{both}'"
+        elif self.chat is None:
+            message += ", and none of them holds text"
         if self.chat is not None:
             message += (
                 f". `{self.chat}` holds conversations, and a corpus is plain text: write the turns of each into one "
@@ -155,7 +157,7 @@ class SkipReport:
             logger.warning("left out, as no text of the corpus: %s%s", few, more)
         if self.num_skipped <= max_skipped_share * seen:
             return
-        if self.lacking.records * 2 > self.num_skipped:
+        if self.lacking.records * 2 > seen:
             raise DataError(self.lacking.advice(seen, recipe=knob is not None))
         first = "; ".join(f"{skipped.name}: {skipped.reason}" for skipped in self.skipped[:3])
         raise DataError(

@@ -173,7 +173,7 @@ def open_tokens(folder: Path) -> TokenFolder:
         dtype = np.dtype(meta["dtype"])
         table = meta["streams"]
         streams = {name: _open_stream(folder / _bin(name), dtype, facts) for name, facts in table.items()}
-        ratios = {name: facts["text_bytes"] / max(1, facts["token_bytes"]) for name, facts in table.items()}
+        ratios = {name: (facts["text_bytes"] or 1) / (facts["token_bytes"] or 1) for name, facts in table.items()}
         return TokenFolder(streams, ratios, Alterations.from_json(meta["altered"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{folder}: {error}") from error

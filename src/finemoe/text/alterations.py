@@ -32,7 +32,7 @@ class Alterations:
     """Documents in which the end-of-text token stands for ordinary text."""
     characters: int = 0
     lost: int = 0
-    """Characters that do not come back, harmless changes left out."""
+    """Characters that do not come back, not even in a compatible form (NFKC)."""
     before: str = ""
     after: str = ""
     """An example: a place of a text, and how it comes back."""
@@ -77,8 +77,9 @@ class Alterations:
         same = back_composed == composed or back_composed == f" {composed}"
         self._mark("harmless" if same else "changed", text, back)
         if not same:
-            before, after = Counter(composed), Counter(back_composed)
-            self.lost += max((before - after).total(), (after - before).total())
+            # What is folded, as a wide comma or a ligature is, is another character but still there.
+            before, after = (Counter(unicodedata.normalize("NFKC", one)) for one in (text, back))
+            self.lost += (before - after).total() or (after - before).total()
 
     def _mark(self, what: str, text: str, back: str) -> None:
         """Note what happened to the open document, the worst of its pieces, and an example of that."""
