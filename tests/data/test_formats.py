@@ -103,7 +103,7 @@ def test_separated_values_are_records(tmp_path: Path, suffix: str, delimiter: st
     texts, report = read(tmp_path)
     assert texts == TEXTS
     assert report.skipped[0].reason == "1 cells under 2 names"
-    assert "`text_field` or `domain_field` to one of id, text" in refusal(tmp_path, text_field="body")
+    assert "no column body; it has id, text: set `data.corpus.text_field`" in refusal(tmp_path, text_field="body")
 
 
 def test_a_cell_may_be_long_and_quotation_marks_must_match(tmp_path: Path) -> None:

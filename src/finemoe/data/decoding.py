@@ -33,8 +33,8 @@ class UndecodableError(Exception):
     def __init__(self, encoding: str, position: int, error: UnicodeDecodeError) -> None:
         begin = max(0, error.start - 1000) & ~3
         likely = likely_encoding(error.object[begin : begin + 20_000])
-        guess = f'it looks like {likely}, so set `data.corpus.encoding = "{likely}"`' if likely else (
-            "set `data.corpus.encoding` to what it is in, or save it as UTF-8"
+        guess = f'it looks like {likely}, so set `data.corpus.encoding = "{likely}"` (--encoding)' if likely else (
+            "set `data.corpus.encoding` (--encoding) to what it is in, or save it as UTF-8"
         )  # fmt: skip
         name = "UTF-8" if encoding == "utf-8" else encoding
         super().__init__(f"not {name} (byte {position}): {guess}")

@@ -302,10 +302,11 @@ def _check_columns(file: TextFile, known: list[str]) -> list[str]:
         columns += [file.domain_field] if file.domain_field in known else []
         missing += [] if file.domain_field in known else [file.domain_field]
     if missing:
-        raise DataError(
-            f"{file.path}: no column {', '.join(sorted(missing))}: set `text_field` or `domain_field` to one of "
-            f"{shown(known)}, as in `data.corpus.text_field`, or join several by `data.corpus.template`"
-        )
+        fix = "set `data.corpus.text_field` (--text-field) to the one that holds the text, or join several by "
+        fix += "`data.corpus.template` (--template)"
+        if file.domain_field in missing:
+            fix = "set `data.corpus.domain_field` to the one that holds the domain"
+        raise DataError(f"{file.path}: no column {', '.join(sorted(missing))}; it has {shown(known)}: {fix}")
     return list(dict.fromkeys(columns))
 
 

@@ -52,6 +52,11 @@ class TextTask:
             Item(document.name, (Rolling(document.text),), {"bytes": len(document.text.encode())}, document.domain)
             for document in wanted
         ]
+        report.kept = len(items)
+        report.check(1.0)  # says what is no text; what could not be read is counted and judged here
+        if report.lacking.records > len(items):
+            advice = report.lacking.advice(len(items) + report.num_skipped, recipe=False)
+            raise DataError(f"{source}: is it the right folder or file? {advice}")
         if not items:
             raise DataError(f"{source}: no text there ({report.num_skipped} files and records were skipped)")
         if report.num_skipped > len(items) and limit is None:
