@@ -253,3 +253,11 @@ def test_conversations_are_told_honestly(tmp_path: Path) -> None:
     assert "`messages` holds conversations, and a corpus is plain text" in refusal(tmp_path)
     template = "{messages[0][content]} / {messages.1.content}"
     assert read(tmp_path, template=template)[0] == ["hi / hello"]
+
+
+def test_a_few_papers_beside_one_long_text_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("a long text " * 1000)
+    for name in ("a.pdf", "b.html"):
+        (tmp_path / name).write_bytes(BESIDE["paper.pdf" if name == "a.pdf" else "page.html"])
+    scan = scan_corpus(corpus(tmp_path), 0.5, 0.01)
+    assert (scan.skips.kept, scan.skips.num_set_aside) == (1, 2)

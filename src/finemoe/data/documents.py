@@ -15,6 +15,7 @@ from finemoe.data.fields import is_chat, shown
 _NAMED_IN_LOG = 20
 _KEPT_NAMES = 1000
 _KEPT_FIELDS = 50
+_FEW_UNFIT = 4  # beside one long text a few PDFs are no mistake
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class SkipReport:
         seen = self.kept + self.duplicates + self.empty + self.num_skipped
         few = ", ".join(f"{Path(one.name).name} ({one.reason})" for one in self.set_aside[:3])
         more = f" and {self.num_set_aside - 3} more" if self.num_set_aside > 3 else ""
-        if self.num_unfit > seen or (self.num_set_aside and not seen):
+        if self.num_unfit > max(seen, _FEW_UNFIT) or (self.num_set_aside and not seen):
             if self.beside.records * 2 > self.num_set_aside:
                 raise DataError(self.beside.advice(seen + self.num_set_aside, recipe=knob is not None))
             raise DataError(

@@ -238,8 +238,9 @@ def _check_lengths(prepared: PreparedData) -> None:
     short = [source.name for source in prepared.validation.sources if not source.num_windows(length)]
     if len(short) == len(prepared.validation.sources):
         raise DataError(
-            f"{prepared.validation.num_tokens} validation tokens are fewer than one sequence of {length} + 1"
-            ": raise `validation_share`, add text, or lower `sequence_length`"
+            f"{prepared.validation.num_tokens} validation tokens are fewer than one sequence of {length} + 1; there "
+            f"are {prepared.train.num_tokens} to train on: raise `validation_share` from "
+            f"{prepared.config.validation_share:g}, add text, or lower `sequence_length`"
         )
     if short:
         logger.warning("too little text to validate on in: %s", ", ".join(short))
