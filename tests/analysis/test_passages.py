@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.analysis.passages import MOST_DOMAINS, batches, observe, read_passages, require_experts, run_batch
+from finemoe.analysis.passages import MOST_DOMAINS, ReadAs, batches, observe, read_passages, require_experts, run_batch
 from finemoe.checkpoint.language_model import LanguageModel, open_language_model
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.model.config import ModelConfig
@@ -187,3 +187,34 @@ def test_no_setting_is_named_that_a_verb_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="mend or remove them") as error:
         read_passages(opened(), corpora=[str(tmp_path / "odd.jsonl")])
     assert "max_skipped_share" not in str(error.value)
+
+
+def test_fields_and_encodings_of_a_corpus_are_those_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "qa.csv").write_bytes("question,answer\nWas?,Käse\n".encode("cp1252"))
+    options = {"template": "{question} {answer}", "encoding": "cp1252"}
+    (passage,) = read_passages(opened(), corpora=[ReadAs(f"qa={tmp_path / 'qa.csv'}", options)])
+    assert passage.domain == "qa"
+    ids = passage.windows[:, 1:].reshape(-1)[: passage.num_targets - 1]
+    assert TOKENIZER.decode(ids.tolist()) == "Was? Käse"
+    with pytest.raises(DataError, match=r"no column text; it has question, answer.*--text-field"):
+        read_passages(opened(), corpora=[ReadAs(str(tmp_path / "qa.csv"), {"encoding": "cp1252"})])
+    with pytest.raises(ConfigError, match="--corpus x: `encoding`"):
+        read_passages(opened(), corpora=[ReadAs("x", {"encoding": "klingon"})])
+
+
+def test_a_run_that_held_out_a_tail_is_read_on_that_tail(tmp_path: Path) -> None:
+    from finemoe.checkpoint.run_state.state import RunState, save
+    from finemoe.data import DataConfig, prepare
+
+    (tmp_path / "one.txt").write_text("".join(f"line {i} of the only text\n" for i in range(300)))
+    corpus = {"kind": "files", "paths": [str(tmp_path / "one.txt")]}
+    data = {"corpus": corpus, "sequence_length": 8, "vocab_size": 300, "cache_dir": str(tmp_path / "cache")}
+    held = prepare(DataConfig.model_validate(data)).report["bytes"]["validation"]
+    config = small_config(vocab_size=300)
+    text = json.dumps({"model": config.model_dump(mode="json"), "data": data})
+    (tmp_path / "config.json").write_text(text)
+    save(tmp_path / "checkpoints", 1, RunState(build(config).state_dict(), {}, {"step": 1}, text), keep=1)
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    (passage,) = read_passages(open_language_model(tmp_path), tokens=1_000_000)
+    ids = passage.windows[:, 1:].reshape(-1)[: passage.num_targets - 1]
+    assert len(TOKENIZER.bytes_of(ids.tolist())) == held

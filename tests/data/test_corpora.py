@@ -254,10 +254,10 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         scan_corpus(files(tmp_path), 0.5, 0.01)
 
 
-def test_a_side_without_documents_is_refused(tmp_path: Path) -> None:
+def test_a_few_words_are_refused_with_what_is_needed(tmp_path: Path) -> None:
     (tmp_path / "only.txt").write_text("the only text")
-    with pytest.raises(DataError, match=r"none of the 1 documents is on the validation side.*validation_paths"):
-        scan_corpus(files(tmp_path), 1e-9, 0.01)
+    with pytest.raises(DataError, match=r"hold 13 bytes of text, which is too little.*64 \+ 1 tokens.* some 1,040"):
+        scan_corpus(files(tmp_path), 1e-9, 0.01, 64)
 
 
 def test_parquet_without_the_column_is_a_mistake_not_a_skip(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.evaluation.task import LogLikelihood, Rolling, Scored
-from finemoe.evaluation.tasks import TASKS
+from finemoe.evaluation.tasks import TASKS, read_as
 
 
 def write(path: Path, text: str) -> Path:
@@ -65,3 +65,19 @@ def test_a_folder_of_something_else_is_not_scored_by_the_few_texts_in_it(tmp_pat
     (tmp_path / "sets.jsonl").write_text('{"question": "1 + 1?"}\n' * 9 + '{"text": "one text"}\n')
     with pytest.raises(DataError, match="right folder"):
         TASKS["text"].items(tmp_path, None, None)
+
+
+def test_text_is_read_from_the_fields_that_are_named(tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}?", "answer": f"a{i}."} for i in range(3)]
+    source = write(tmp_path / "qa.json", json.dumps(rows))
+    with pytest.raises(
+        DataError, match=r"right folder.*3 of 3 records have no field `text`.*question, answer.*set --text-field"
+    ):
+        TASKS["text"].items(source, None, None)
+    (task,) = read_as([TASKS["text"]], {"template": "{question} {answer}"})
+    items, skipped = task.items(source, None, None)
+    assert ([item.requests for item in items], skipped) == ([(Rolling(f"q{i}? a{i}."),) for i in range(3)], 0)
+    with pytest.raises(ConfigError, match="names no field"):
+        read_as([TASKS["text"]], {"template": "no names"})[0].items(source, None, None)
+    with pytest.raises(ConfigError, match="text_field is of the task `text`"):
+        read_as([TASKS["lambada"]], {"text_field": "body"})

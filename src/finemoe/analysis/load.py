@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from finemoe.analysis.passages import Observed, Passages, observe, read_passages, require_experts
+from finemoe.analysis.passages import Observed, Passages, ReadAs, observe, read_passages, require_experts
 from finemoe.analysis.usage import Counts, lift, load_figures, mean, pair_counts, strongest_pairs
 from finemoe.checkpoint.kinds import kind_of
 from finemoe.checkpoint.language_model import LanguageModel, open_language_model
@@ -156,7 +156,7 @@ def study_load(
     models: Sequence[Path],
     *,
     texts: Sequence[str] = (),
-    corpora: Sequence[str] = (),
+    corpora: Sequence[str | ReadAs] = (),
     tokens: int = 16_384,
     length: int | None = None,
     rows: int = 8,

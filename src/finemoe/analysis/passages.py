@@ -16,7 +16,7 @@ from finemoe.checkpoint.language_model import LanguageModel, training_data
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.logs import logger, progress
-from finemoe.data import DataConfig, FilesCorpus, StdlibCorpus, TokenBatch, read_corpus
+from finemoe.data import DataConfig, FilesCorpus, StdlibCorpus, TokenBatch, held_out
 from finemoe.data.documents import Document, SkipReport, unique
 from finemoe.data.loader import pack
 from finemoe.generation.logprobs import token_logprobs
@@ -26,6 +26,16 @@ from finemoe.model.transformer import ModelOutput, Transformer
 MOST_DOMAINS = 12
 """Domains that a corpus's own labels may make; the rest, by size, are one domain `other`."""
 _DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class ReadAs:
+    """A corpus whose records or encoding are not the usual ones."""
+
+    corpus: str
+    """As `read_passages` takes it."""
+    options: Mapping[str, str]
+    """`text_field`, `template`, `encoding` of a FilesCorpus."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ def read_passages(
     opened: LanguageModel,
     *,
     texts: Sequence[str] = (),
-    corpora: Sequence[str] = (),
+    corpora: Sequence[str | ReadAs] = (),
     tokens: int = 16_384,
     length: int | None = None,
 ) -> list[Passages]:
@@ -71,7 +81,7 @@ def read_passages(
         texts: each a document of the domain `text`.
         corpora: LABEL=PATH (one domain), PATH (its folders or files are the domains) or `stdlib`; PATH is a file, a
             folder or a glob. With neither texts nor corpora: the run's own held-out documents, or `stdlib` for a model
-            that was not trained here.
+            that was not trained here. `ReadAs` says which field holds the text, or its encoding.
         tokens: most targets of each domain.
         length: tokens of a window; the model's own length, at most 512, when None.
 
@@ -168,16 +178,18 @@ def require_experts(opened: LanguageModel) -> None:
         raise ConfigError(f"{opened.source}: this model is dense: there are no experts to look at")
 
 
-def _documents(opened: LanguageModel, texts: Sequence[str], corpora: Sequence[str]) -> Iterator[Document]:
+def _documents(opened: LanguageModel, texts: Sequence[str], corpora: Sequence[str | ReadAs]) -> Iterator[Document]:
     report = SkipReport()
     if not texts and not corpora:
         yield from _own_documents(opened, report)
     for number, text in enumerate(texts, 1):
         yield Document(f"text {number}", "text", text)
     seen: set[bytes] = set()
-    for spec in corpora:
+    for one in corpora:
+        spec, options = (one.corpus, one.options) if isinstance(one, ReadAs) else (one, {})
         label, path = _label_and_path(spec)
-        corpus = StdlibCorpus() if path == "stdlib" else FilesCorpus(paths=(path,))
+        files = {"paths": [path], **options}
+        corpus = StdlibCorpus() if path == "stdlib" else parse(FilesCorpus, files, f"--corpus {spec}")
         for document in unique(corpus.documents(report), seen, report):
             yield Document(document.name, label or document.domain, document.text)
     report.check(0.01)
@@ -197,9 +209,7 @@ def _own_documents(opened: LanguageModel, report: SkipReport) -> Iterator[Docume
     config = _own_config(opened) if opened.own else DataConfig()
     if not opened.own:
         logger.info("no --corpus given: reading the standard library of this Python")
-    for found in read_corpus(config.corpus, config.validation_share, report):
-        if found.side == "validation":
-            yield found.document
+    yield from held_out(config.corpus, config.validation_share, config.sequence_length, report)
 
 
 def _own_config(opened: LanguageModel) -> DataConfig:

@@ -15,7 +15,7 @@ from finemoe.analysis.cards import expert_cards
 from finemoe.analysis.difference import pair, routing_difference
 from finemoe.analysis.knockout import DEFAULT_PAIRS, check_names, moe_configs, run_experiments
 from finemoe.analysis.load import save_pairs, study_load
-from finemoe.analysis.passages import read_passages, require_experts
+from finemoe.analysis.passages import ReadAs, read_passages, require_experts
 from finemoe.analysis.provenance import made_by, provenance
 from finemoe.analysis.relevance import expert_relevance, relevance_results, sample_length, select_experts
 from finemoe.charts.report import require_report_folder, write_report
@@ -30,7 +30,7 @@ def load(
     models: Sequence[Source],
     *,
     texts: Sequence[str] = (),
-    corpora: Sequence[str] = (),
+    corpora: Sequence[str | ReadAs] = (),
     tokens: int = 16_384,
     length: int | None = None,
     rows: int = 8,
@@ -72,7 +72,7 @@ def knockout(
     experiments: Sequence[str] | None = None,
     *,
     texts: Sequence[str] = (),
-    corpora: Sequence[str] = (),
+    corpora: Sequence[str | ReadAs] = (),
     tokens: int = 4096,
     length: int | None = None,
     rows: int = 4,
@@ -112,7 +112,7 @@ def experts(
     model: Source,
     *,
     texts: Sequence[str] = (),
-    corpora: Sequence[str] = (),
+    corpora: Sequence[str | ReadAs] = (),
     tokens: int = 16_384,
     length: int | None = None,
     rows: int = 8,
@@ -150,7 +150,7 @@ def difference(
     after: Source,
     *,
     texts: Sequence[str] = (),
-    corpora: Sequence[str] = (),
+    corpora: Sequence[str | ReadAs] = (),
     tokens: int = 16_384,
     length: int | None = None,
     rows: int = 8,
@@ -186,7 +186,7 @@ def relevance(
     model: Source,
     *,
     texts: Sequence[str] = (),
-    corpora: Sequence[str] = (),
+    corpora: Sequence[str | ReadAs] = (),
     score: Score = "gate",
     p: float | None = None,
     tokens: int = 131_072,

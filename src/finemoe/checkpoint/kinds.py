@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
+from finemoe.core.contents import explanation
 from finemoe.core.errors import CheckpointError
 
 Opened = Literal["run", "imported", "huggingface", "gguf"]
@@ -38,6 +39,8 @@ def kind_of(path: str | os.PathLike[str]) -> Opened:
         if not hint and not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             hint = f"; if it is a name on the hub, `finemoe import {path} DIR` fetches it"
         what = "neither a run, nor an imported or Hugging Face folder (no config.json that says so), nor a .gguf file"
+        if path.is_file() and (held := explanation(path, frozenset())) is not None:
+            what += f"; it {held}"
         raise CheckpointError(f"{path}: {what if path.exists() else 'there is nothing here'}{hint}")
     return "run" if kind == "checkpoint" else kind
 

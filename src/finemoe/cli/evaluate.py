@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from finemoe.cli.analyze.options import MODEL, Report
+from finemoe.cli.analyze.options import MODEL, Encoding, Report, Template, TextField, reading
 from finemoe.cli.output import Json, Quiet, deliver, print_json, print_rich, printable
 from finemoe.core.errors import ConfigError
 
@@ -28,6 +28,10 @@ _Batch = Annotated[
         metavar="N", help="Rows in a pass. In float32 on a CPU it changes no result, elsewhere the last bits."
     ),
 ]
+_Limit = Annotated[
+    int | None, typer.Option(metavar="N", help="Only N items of each task: the first, evenly over its subjects.")
+]
+_Temperature = Annotated[float | None, typer.Option(metavar="T", help="Code: of those samples; 0.8 if unset.")]
 _Data = Annotated[
     list[str] | None,
     typer.Option(
@@ -43,14 +47,13 @@ def evaluate(
     models: _Models = None,
     tasks: Annotated[str | None, typer.Option(metavar="NAME,...", help="What to ask; --list names all.")] = None,
     data: _Data = None,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Only N items of each task: the first, evenly over its subjects.")
-    ] = None,
+    text_field: TextField = None,
+    template: Template = None,
+    encoding: Encoding = None,
+    limit: _Limit = None,
     shots: Annotated[int | None, typer.Option(metavar="N", help="Worked examples; default: as in the papers.")] = None,
     samples: Annotated[int | None, typer.Option(metavar="N", help="Code: completions of each problem.")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(metavar="T", help="Code: of those samples; 0.8 if unset.")
-    ] = None,
+    temperature: _Temperature = None,
     seed: Annotated[int, typer.Option(help="Of samples and of the bootstrap.")] = 0,
     batch: _Batch = 16,
     dtype: _DtypeOption = "fp32",
@@ -81,10 +84,11 @@ def evaluate(
     if list_:
         _print_list(as_json)
         return
-    from finemoe.evaluation.tasks import choose_tasks
+    from finemoe.evaluation.tasks import choose_tasks, read_as
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    chosen = choose_tasks(names, samples, temperature)
+    given = reading(text_field, template, encoding)
+    chosen = read_as(choose_tasks(names, samples, temperature), given)
     sources = _sources(data or [], [task.name for task in chosen])
     if show:
         _print_prompts({task.name: _shown(task, sources[task.name], shots) for task in chosen}, as_json)
@@ -95,7 +99,7 @@ def evaluate(
     with _told_what_is_kept(out):
         found = library.evaluate(
             models or [], names, sources, settings,
-            samples=samples, temperature=temperature, dtype=dtype, out=out, quiet=quiet,
+            samples=samples, temperature=temperature, dtype=dtype, out=out, quiet=quiet, reading=given,
         )  # fmt: skip
     deliver(found, out, as_json, _print_results)
 

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from finemoe.cli.analyze.options import Corpora, Length, Model, Rows, Texts, Tokens
+from finemoe.cli.analyze.options import (
+    Corpora,
+    Encoding,
+    Length,
+    Model,
+    Rows,
+    Template,
+    TextField,
+    Texts,
+    Tokens,
+    read_as,
+)
 from finemoe.cli.output import Json, number_table, print_json, print_rich
 
 
@@ -19,6 +30,9 @@ def trace(
     ],
     texts: Texts = None,
     corpora: Corpora = None,
+    text_field: TextField = None,
+    template: Template = None,
+    encoding: Encoding = None,
     tokens: Tokens = 16_384,
     length: Length = None,
     rows: Rows = 8,
@@ -51,7 +65,8 @@ def trace(
 
     opened = open_language_model(model)
     require_experts(opened)
-    passages = read_passages(opened, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length)
+    read = read_as(corpora, text_field, template, encoding)
+    passages = read_passages(opened, texts=texts or (), corpora=read, tokens=tokens, length=length)
     counted = Tally(routed_layers(opened.model.config), pairs=False)
     about = made_by()
     observed = observe(opened, passages, rows=rows, description="tracing")

@@ -14,6 +14,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from finemoe.core.contents import explain
+from finemoe.core.encodings import decode_text
 from finemoe.core.errors import ConfigError
 
 
@@ -128,10 +130,17 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         ConfigError: when it does not exist, is not text, or is not TOML (with line and column).
     """
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        data = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such recipe") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: not a readable TOML file: {error.strerror or error}") from error
+    try:
+        return tomllib.loads(decode_text(data))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        held = explain(data, frozenset())
+        if held is not None:
+            raise ConfigError(f"{path}: a recipe is TOML, but this {held}") from error
         raise ConfigError(f"{path}: not a readable TOML file: {error}") from error
 
 

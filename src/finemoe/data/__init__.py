@@ -9,6 +9,7 @@ from finemoe.data.corpora import (
     MixtureCorpus,
     MixturePart,
     StdlibCorpus,
+    held_out,
     read_corpus,
 )
 from finemoe.data.documents import Document, SkipReport
@@ -30,6 +31,7 @@ __all__ = [
     "TokenBatch",
     "TokenShards",
     "TokenSource",
+    "held_out",
     "prepare",
     "read_corpus",
 ]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import glob
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from finemoe.core.config import Config, union_of
 from finemoe.core.errors import DataError
 from finemoe.data.documents import Document, SkipReport, falls_within, hash_order, unique
-from finemoe.data.formats import TextFile, read_file, record_document
+from finemoe.data.fields import EncodingName, TemplateText, TextFields, require_one_way
+from finemoe.data.formats import TextFile, read_file, read_text_file, record_document
+from finemoe.data.holdout import NO_TAILS, PartTotals, Tail, divided, may_need_tails, tails_for
 from finemoe.data.hub_rows import rows
 
 Side = Literal["train", "validation"]
@@ -49,7 +51,7 @@ class StdlibCorpus(Config):
         root = Path(sysconfig.get_paths()["stdlib"])
         for name in self._names(root):
             domain = name.split("/")[0].removesuffix(".py")
-            yield from read_file(TextFile(root / name, name, domain, "text", None), report)
+            yield from read_text_file(TextFile(root / name, name, domain), report)
 
     def validation_documents(self, report: SkipReport) -> None:
         """A share of `documents` is set aside."""
@@ -77,17 +79,26 @@ class StdlibCorpus(Config):
 
 
 class FilesCorpus(Config):
-    """Text files, JSON Lines and Parquet, plain or compressed: files, folders and glob patterns."""
+    """Text files, JSON Lines, JSON, CSV, Parquet and Arrow, plain or packed: files, folders and glob patterns."""
 
     kind: Literal["files"] = "files"
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
     """Files, folders (read whole, hidden files left out) and globs, relative to the current directory."""
     text_field: str = "text"
-    """The field or column of a record that holds its text."""
+    """The field or column of a record that holds its text; `outer.inner` for one within another."""
+    template: TemplateText | None = None
+    """Joins several fields instead, by names in braces: "{question}\\n{answer}"."""
     domain_field: str | None = None
     """The field or column that holds its domain; without it the folder or file name is the domain."""
+    encoding: EncodingName = "utf-8"
+    """Of text without a byte order mark, by Python's name: cp1252, gb18030, utf-16-le ..."""
     validation_paths: tuple[str, ...] = ()
     """Validate on these files and split nothing."""
+
+    @model_validator(mode="after")
+    def _one_way_to_the_text(self) -> FilesCorpus:
+        require_one_way(self.text_field, self.template)
+        return self
 
     def documents(self, report: SkipReport) -> Iterator[Document]:
         """One document a text file or record, by file name, then in the file's own order."""
@@ -98,20 +109,25 @@ class FilesCorpus(Config):
         return self._read(self.validation_paths, report) if self.validation_paths else None
 
     def _read(self, patterns: tuple[str, ...], report: SkipReport) -> Iterator[Document]:
-        found: dict[Path, str] = {}  # by resolved path: a file that two patterns name is read once
+        fields = TextFields(self.text_field, self.template)
+        found: dict[Path, tuple[str, bool]] = {}  # by resolved path: a file that two patterns name is read once
         for pattern in patterns:
-            for path, name in _find(pattern):
-                found.setdefault(path.resolve(), name)
-        for path, name in sorted(found.items(), key=lambda item: (item[1], item[0])):
+            for path, name, named in _find(pattern):
+                known, before = found.get(path.resolve(), (name, False))
+                found[path.resolve()] = known, named or before
+        for path, (name, named) in sorted(found.items(), key=lambda item: (item[1][0], item[0])):
             folders = name.split("/")[:-1]
             # Beneath a folder that was named, its first sub-folder tells texts apart; else the folder, else
             # the file.
             domain = folders[min(1, len(folders) - 1)] if folders else name.split(".")[0]
-            yield from read_file(TextFile(path, name, domain, self.text_field, self.domain_field), report)
+            file = TextFile(path, name, domain, fields, self.domain_field, self.encoding, named)
+            yield from read_file(file, report)
 
 
-def _find(pattern: str) -> Iterator[tuple[Path, str]]:
-    """Files behind one pattern, each with a name that does not say where the data lies on this machine."""
+def _find(pattern: str) -> Iterator[tuple[Path, str, bool]]:
+    """Files behind one pattern, each with a name that does not say where the data lies on this machine, and whether
+    the pattern means this very file, or its suffix.
+    """
     try:
         path = Path(pattern).expanduser()
         path.exists()  # raises for a name too long to be one
@@ -121,9 +137,9 @@ def _find(pattern: str) -> Iterator[tuple[Path, str]]:
         for file in path.rglob("*"):
             inside = file.relative_to(path)
             if file.is_file() and not any(part.startswith(".") for part in inside.parts):
-                yield file, (Path(path.resolve().name) / inside).as_posix()
+                yield file, (Path(path.resolve().name) / inside).as_posix(), False
     elif path.exists():
-        yield path, path.name
+        yield path, path.name, True
     elif glob.has_magic(pattern):
         parts = path.parts
         fixed = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
@@ -131,7 +147,7 @@ def _find(pattern: str) -> Iterator[tuple[Path, str]]:
         if not files:
             raise DataError(f"corpus path {pattern}: the pattern matches no file in {Path.cwd()}")
         for file in files:
-            yield file, file.relative_to(fixed).as_posix()
+            yield file, file.relative_to(fixed).as_posix(), file.suffix == path.suffix != ""
     else:
         raise DataError(f"corpus path {pattern}: no such file or folder (relative paths start at {Path.cwd()})")
 
@@ -149,8 +165,15 @@ class HuggingFaceCorpus(Config):
     validation_split: str | None = None
     """Validate on this split of the dataset and split nothing."""
     text_field: str = "text"
+    template: TemplateText | None = None
+    """Joins several columns instead, by names in braces: "{question}\\n{answer}"."""
     domain_field: str | None = None
     """The column that holds the domain; without it the dataset's name is the domain."""
+
+    @model_validator(mode="after")
+    def _one_way_to_the_text(self) -> HuggingFaceCorpus:
+        require_one_way(self.text_field, self.template)
+        return self
 
     def documents(self, report: SkipReport) -> Iterator[Document]:
         """One document a row, in order."""
@@ -163,7 +186,8 @@ class HuggingFaceCorpus(Config):
     def _read(self, split: str, report: SkipReport) -> Iterator[Document]:
         table = rows(self.name, self.config, split, self.revision)
         name = f"{self.name}/{split}"
-        source = TextFile(Path(name), name, self.name, self.text_field, self.domain_field)
+        fields = TextFields(self.text_field, self.template)
+        source = TextFile(Path(name), name, self.name, fields, self.domain_field)
         for number, row in enumerate(table, start=1):
             yield from record_document(row, source, number, f"{name}:{number}", report)
 
@@ -218,11 +242,14 @@ class SplitDocument:
     document: Document
 
 
-def read_corpus(corpus: CorpusConfig, validation_share: float, report: SkipReport) -> Iterator[SplitDocument]:
+def read_corpus(
+    corpus: CorpusConfig, validation_share: float, report: SkipReport, tails: Mapping[int, Tail] = NO_TAILS
+) -> Iterator[SplitDocument]:
     """Every document of `corpus` once, in a fixed order, with its side of the split.
 
-    A document is on the validation side iff the hash of its name falls within `validation_share`, or all of
-    those the corpus names for validation are and no other. A text is kept where it is met first and dropped
+    Of a part in `tails` the tail is held out, and a document may come as two. Else a document is on the validation side
+    iff the hash of its name falls within `validation_share`, or all of those the corpus names for validation are and no
+    other. A text is kept where it is met first and dropped
     everywhere after, so no text is in two parts or on both sides. Validation documents that a corpus names
     are met before its others.
     """
@@ -232,6 +259,40 @@ def read_corpus(corpus: CorpusConfig, validation_share: float, report: SkipRepor
         if validation is not None:
             for document in unique(validation, seen, report):
                 yield SplitDocument(index, "validation", document)
+        before = 0
         for document in unique(part.corpus.documents(report), seen, report):
+            if index in tails:
+                for aside, text in divided(document.text, tails[index], before):
+                    name = f"{document.name}#tail" if aside else document.name
+                    piece = Document(name, document.domain, text)
+                    yield SplitDocument(index, "validation" if aside else "train", piece)
+                before += len(document.text)
+                continue
             aside = validation is None and falls_within(validation_share, "validation", document.name)
             yield SplitDocument(index, "validation" if aside else "train", document)
+
+
+def held_out(
+    corpus: CorpusConfig, validation_share: float, sequence_length: int, report: SkipReport
+) -> Iterator[Document]:
+    """The documents that a run with these settings validates on."""
+    tails = tails_for(_part_totals(corpus, validation_share, sequence_length), validation_share, sequence_length)
+    for found in read_corpus(corpus, validation_share, report, tails):
+        if found.side == "validation":
+            yield found.document
+
+
+def _part_totals(corpus: CorpusConfig, validation_share: float, sequence_length: int) -> list[PartTotals]:
+    """Sizes of all parts; read no further than it takes to see that whole documents are held out."""
+    totals = totals_of(corpus)
+    for number, found in enumerate(read_corpus(corpus, validation_share, SkipReport(quiet=True))):
+        totals[found.part].add(found.side, found.document.text, len(found.document.text.encode()))
+        if number % 64 == 0 and not may_need_tails(totals, sequence_length):
+            break
+    return totals
+
+
+def totals_of(corpus: CorpusConfig) -> list[PartTotals]:
+    """Totals of nothing yet, for each part of `corpus`."""
+    parts = [part.corpus for part in parts_of(corpus)]
+    return [PartTotals(part.validation_documents(SkipReport(quiet=True)) is not None) for part in parts]

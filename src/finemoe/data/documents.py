@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from finemoe.core.errors import DataError
 from finemoe.core.logs import logger
+from finemoe.data.fields import is_chat, shown
 
 _NAMED_IN_LOG = 20
 _KEPT_NAMES = 1000
+_KEPT_FIELDS = 50
+_FEW_UNFIT = 4  # beside one long text a few PDFs are no mistake
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,54 @@ class Skipped:
 
 
 @dataclass
+class FieldReport:
+    """Records that lack a field which was asked for, and what they have instead."""
+
+    records: int = 0
+    asked: list[str] = field(default_factory=list)
+    characters: dict[str, int] = field(default_factory=dict)
+    """Of text, by the field that holds it."""
+    others: dict[str, None] = field(default_factory=dict)
+    """Fields that hold something else."""
+    chat: str | None = None
+    """A field that holds conversations."""
+
+    def add(self, record: Mapping[str, Any], asked: list[str]) -> None:
+        """Take note of one record; `asked` are the fields that would make its text."""
+        self.records += 1
+        self.asked = self.asked or asked
+        for name, value in list(record.items())[:_KEPT_FIELDS]:
+            if isinstance(value, str):
+                self.characters[name] = self.characters.get(name, 0) + len(value)
+            else:
+                self.others[name] = None
+                self.chat = self.chat or (name if is_chat(value) else None)
+
+    def advice(self, seen: int, recipe: bool) -> str:
+        """What went wrong and what to set; `recipe` says whether by keys of a recipe or by options of a command."""
+        field_key, template_key = ("`data.corpus.text_field`", "`data.corpus.template`")
+        if not recipe:
+            field_key, template_key = "--text-field", "--template"
+        by_size = sorted(self.characters, key=lambda name: -self.characters[name])
+        has = shown([*by_size, *(name for name in self.others if name not in self.characters)])
+        lacks = " or ".join(f"`{name}`" for name in self.asked)
+        message = f"{self.records} of {seen} records have no field {lacks}; their fields are {has}"
+        if by_size:
+            message += f": set {field_key} to the one that holds the text, such as {by_size[0]!r}"
+            if len(by_size) > 1:
+                both = "\\n".join(f"{{{name}}}" for name in by_size[:2])
+                message += f", or join several by {template_key}, such as '{both}'"
+        elif self.chat is None:
+            message += ", and none of them holds text"
+        if self.chat is not None:
+            message += (
+                f". `{self.chat}` holds conversations, and a corpus is plain text: write the turns of each into one "
+                f"text field first, or pick single ones by {template_key}, such as '{{{self.chat}[0][content]}}'"
+            )
+        return message
+
+
+@dataclass
 class SkipReport:
     """Counts what reading a corpus kept and left out. Nothing leaves the corpus without passing here."""
 
@@ -43,6 +96,16 @@ class SkipReport:
     """Files and records that could not be read."""
     skipped: list[Skipped] = field(default_factory=list)
     """The first thousand of them, by name."""
+    num_set_aside: int = 0
+    """Files beside the texts that were never meant as text: pictures, a README, the licence."""
+    num_unfit: int = 0
+    """Of those, the ones that somebody may have meant as text: web pages, PDFs, archives."""
+    set_aside: list[Skipped] = field(default_factory=list)
+    """The first thousand of them, by name."""
+    lacking: FieldReport = field(default_factory=FieldReport)
+    """Records that lack a field which was asked for."""
+    beside: FieldReport = field(default_factory=FieldReport)
+    """JSON files of a single object that lacks it, counted in `num_set_aside`: perhaps no record at all."""
     quiet: bool = False
     """Leave the log alone: this is a second reading of a corpus that was reported already."""
 
@@ -57,15 +120,46 @@ class SkipReport:
         if self.num_skipped == _NAMED_IN_LOG:
             logger.warning("more was skipped; further names are in the data report only")
 
+    def skip_record(self, name: str, reason: str, record: Mapping[str, Any], fields: list[str]) -> None:
+        """Count one record without a field that was asked for; the log names the first alone, as they come in hosts."""
+        self.lacking.add(record, fields)
+        quiet, self.quiet = self.quiet, self.quiet or self.lacking.records > 1
+        self.skip(name, reason)
+        self.quiet = quiet
+
+    def leave_out(self, name: str, what: str, unfit: bool) -> None:
+        """Count one file that is no text of the corpus; `unfit` as in `num_unfit`."""
+        self.num_set_aside += 1
+        self.num_unfit += unfit
+        if self.num_set_aside <= _KEPT_NAMES:
+            self.set_aside.append(Skipped(name, what))
+
     def check(self, max_skipped_share: float, knob: str | None = None) -> None:
-        """Accept or refuse what was skipped; `knob` is the setting that the user can raise instead of mending.
+        """Say what was left out, and accept or refuse what was skipped.
+
+        Args:
+            max_skipped_share: more than this of everything seen is an error.
+            knob: the setting of a recipe that the user can raise instead of mending; None: there is no recipe.
 
         Raises:
-            DataError: when more than `max_skipped_share` of everything seen could not be read.
+            DataError: too much could not be read, or most of what is there is no text at all.
         """
         seen = self.kept + self.duplicates + self.empty + self.num_skipped
+        few = ", ".join(f"{Path(one.name).name} ({one.reason})" for one in self.set_aside[:3])
+        more = f" and {self.num_set_aside - 3} more" if self.num_set_aside > 3 else ""
+        if self.num_unfit > max(seen, _FEW_UNFIT) or (self.num_set_aside and not seen):
+            if self.beside.records * 2 > self.num_set_aside:
+                raise DataError(self.beside.advice(seen + self.num_set_aside, recipe=knob is not None))
+            raise DataError(
+                f"{self.num_set_aside} of {seen + self.num_set_aside} files are no text to train on: {few}{more}. Turn "
+                "them into text files or JSON Lines first, or name the files that hold the text"
+            )
+        if self.num_set_aside and not self.quiet:
+            logger.warning("left out, as no text of the corpus: %s%s", few, more)
         if self.num_skipped <= max_skipped_share * seen:
             return
+        if self.lacking.records * 2 > seen:
+            raise DataError(self.lacking.advice(seen, recipe=knob is not None))
         first = "; ".join(f"{skipped.name}: {skipped.reason}" for skipped in self.skipped[:3])
         raise DataError(
             f"{self.num_skipped} of {seen} documents cannot be read ({first}): mend or remove them"

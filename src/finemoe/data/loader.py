@@ -29,6 +29,8 @@ class TokenSource:
     name: str
     weight: float
     tokens: TokenArray
+    bytes_per_byte: float = 1.0
+    """Bytes of its text for each byte that its tokens stand for; other than 1 where the tokenizer changes the text."""
 
     def num_windows(self, sequence_length: int) -> int:
         """How many windows of `sequence_length + 1` tokens, overlapping by one, fit; the tail is left out."""

@@ -28,10 +28,10 @@ from finemoe.data.cache import DamagedError, open_or_build
 from finemoe.data.config import DataConfig
 from finemoe.data.corpora import CorpusConfig, Side, parts_of
 from finemoe.data.documents import SkipReport, falls_within
-from finemoe.data.loader import Loader, TokenArray, TokenShards, TokenSource, pack
+from finemoe.data.loader import Loader, TokenShards, TokenSource, pack
 from finemoe.data.scan import SIDES, Scan, scan_corpus
-from finemoe.data.shards import FORMAT_VERSION, TokenWriter, open_streams
-from finemoe.text import Tokenizer, require_faithful
+from finemoe.data.shards import FORMAT_VERSION, TokenFolder, TokenWriter, open_tokens
+from finemoe.text import Tokenizer, alterations, require_faithful
 from finemoe.text.tokenizer import TRAINER_VERSION
 
 _FINGERPRINT = "fingerprint.txt"
@@ -92,10 +92,14 @@ class PreparedData:
             sizes[token_id] = len(content)
         sizes[self.tokenizer.end_of_text_id] = 0
         num_bytes = num_targets = 0.0
-        for batch in self.validation_batches(64):
-            weights = batch.weights.numpy()
-            num_bytes += float((sizes[batch.targets.numpy()] * weights).sum())
-            num_targets += float(weights.sum())
+        for source, chosen in self._validation_windows():
+            for start in range(0, len(chosen), 64):
+                windows = source.windows(chosen[start : start + 64], self.config.sequence_length)
+                batch = pack(windows, self.config.packing, self.tokenizer.end_of_text_id)
+                weights = batch.weights.numpy()
+                # Bytes of the text as it was written, whatever the tokenizer makes of it.
+                num_bytes += float((sizes[batch.targets.numpy()] * weights).sum()) * source.bytes_per_byte
+                num_targets += float(weights.sum())
         return num_bytes / num_targets
 
     def validation_batches(self, batch_size: int) -> Iterator[TokenBatch]:
@@ -122,18 +126,22 @@ def prepare(config: DataConfig) -> PreparedData:
     can.
 
     Raises:
-        DataError: an empty or too small corpus, too much that cannot be read, a tokenizer that loses text.
+        DataError: an empty or too small corpus, too much that cannot be read, a tokenizer that loses too much text.
     """
-    scan = scan_corpus(config.corpus, config.validation_share, config.max_skipped_share)
+    scan = scan_corpus(config.corpus, config.validation_share, config.max_skipped_share, config.sequence_length)
     cache = Path(config.cache_dir or os.environ.get("FINEMOE_CACHE") or "~/.cache/finemoe").expanduser()
     tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else _trained_tokenizer(config, scan, cache)
-    require_faithful(tokenizer, scan.samples)
+    alterations(tokenizer, scan.samples).require(config.max_altered_share)  # before a large corpus is tokenised
     folder = cache / "tokens" / _key(FORMAT_VERSION, scan.digest(), tokenizer.fingerprint())
-    streams = open_or_build(folder, open_streams, lambda fresh: _tokenise(config, scan, tokenizer, fresh))
-    train, validation = (_shards(config.corpus, side, streams) for side in SIDES)
+    found = open_or_build(folder, open_tokens, lambda fresh: _tokenise(config, scan, tokenizer, fresh))
+    found.altered.require(config.max_altered_share)
+    if (sentence := found.altered.sentence()) is not None:
+        logger.warning("%s", sentence)
+    train, validation = (_shards(config.corpus, side, found) for side in SIDES)
     report = {
         **scan.report(),
         "tokens": {"train": train.num_tokens, "validation": validation.num_tokens},
+        "altered_by_tokenizer": found.altered.as_json(),
         "tokenizer_sha256": tokenizer.fingerprint(),
         "vocab_size": tokenizer.vocab_size,
     }
@@ -184,7 +192,7 @@ def _open_tokenizer(folder: Path) -> Tokenizer:
 def _tokenizer_sample(config: DataConfig, scan: Scan) -> Iterator[str]:
     """Pieces drawn evenly from the training documents, about `tokenizer_sample_bytes` of them, or all."""
     share = config.tokenizer_sample_bytes / scan.totals["train"].num_bytes
-    for item in Scan(SkipReport(quiet=True)).read(config.corpus, config.validation_share):
+    for item in Scan(SkipReport(quiet=True), tails=scan.tails).read(config.corpus, config.validation_share):
         document = item.document
         if item.side != "train":
             continue
@@ -199,7 +207,7 @@ def _tokenizer_sample(config: DataConfig, scan: Scan) -> Iterator[str]:
 def _tokenise(config: DataConfig, scan: Scan, tokenizer: Tokenizer, folder: Path) -> None:
     """Write every document of the corpus as tokens into `folder`."""
     names = [_stream(part, side) for part in range(len(parts_of(config.corpus))) for side in SIDES]
-    again = Scan(SkipReport(quiet=True))
+    again = Scan(SkipReport(quiet=True), tails=scan.tails)
     with (
         TokenWriter(folder, names, tokenizer) as writer,
         progress("tokenising", scan.skips.kept, "documents") as advance,
@@ -212,12 +220,12 @@ def _tokenise(config: DataConfig, scan: Scan, tokenizer: Tokenizer, folder: Path
         raise DataError("the corpus changed while it was being read: start again when nothing writes to it")
 
 
-def _shards(corpus: CorpusConfig, side: Side, streams: dict[str, TokenArray]) -> TokenShards:
+def _shards(corpus: CorpusConfig, side: Side, found: TokenFolder) -> TokenShards:
     parts = parts_of(corpus)
     names = [f"{i}-{part.corpus.kind}" for i, part in enumerate(parts)] if len(parts) > 1 else [parts[0].corpus.kind]
     return TokenShards(
         tuple(
-            TokenSource(name, part.weight, streams[_stream(i, side)])
+            TokenSource(name, part.weight, found.streams[_stream(i, side)], found.bytes_per_byte[_stream(i, side)])
             for i, (name, part) in enumerate(zip(names, parts, strict=True))
         )
     )
@@ -230,8 +238,9 @@ def _check_lengths(prepared: PreparedData) -> None:
     short = [source.name for source in prepared.validation.sources if not source.num_windows(length)]
     if len(short) == len(prepared.validation.sources):
         raise DataError(
-            f"{prepared.validation.num_tokens} validation tokens are fewer than one sequence of {length} + 1"
-            ": raise `validation_share`, add text, or lower `sequence_length`"
+            f"{prepared.validation.num_tokens} validation tokens are fewer than one sequence of {length} + 1; there "
+            f"are {prepared.train.num_tokens} to train on: raise `validation_share` from "
+            f"{prepared.config.validation_share:g}, add text, or lower `sequence_length`"
         )
     if short:
         logger.warning("too little text to validate on in: %s", ", ".join(short))

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,9 +19,9 @@ import numpy as np
 
 from finemoe.data.cache import DamagedError
 from finemoe.data.loader import TokenArray
-from finemoe.text import Tokenizer
+from finemoe.text import Alterations, Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META = "meta.json"
 _BLOCK_CHARS = 1 << 20  # texts are tokenised in blocks of about this size, two at a time: bounds memory, fills cores
 _BLOCK_TEXTS = 4096
@@ -46,8 +47,10 @@ class TokenWriter:
             self._files[name] = self._stack.enter_context((folder / _bin(name)).open("wb"))
         self._hashes = {name: hashlib.sha256() for name in self._files}
         self._counts = dict.fromkeys(self._files, 0)
+        self._bytes = {name: [0, 0] for name in self._files}  # of the texts, and of what their tokens stand for
+        self._altered = Alterations()
         self._encoder = self._stack.enter_context(ThreadPoolExecutor(1, "tokenise"))
-        self._encoding: tuple[list[tuple[str, bool]], Future[list[list[int]]]] | None = None
+        self._encoding: tuple[list[str], list[tuple[str, bool]], Future[list[list[int]]]] | None = None
 
     def add(self, name: str, text: str) -> None:
         """Append a document to the stream `name`."""
@@ -67,7 +70,13 @@ class TokenWriter:
             file.flush()
             os.fsync(file.fileno())
         streams = {
-            name: {"tokens": self._counts[name], "sha256": self._hashes[name].hexdigest()} for name in self._files
+            name: {
+                "tokens": self._counts[name],
+                "sha256": self._hashes[name].hexdigest(),
+                "text_bytes": self._bytes[name][0],
+                "token_bytes": self._bytes[name][1],
+            }
+            for name in self._files
         }
         meta = {
             "format": FORMAT_VERSION,
@@ -75,6 +84,7 @@ class TokenWriter:
             "vocab_size": self._tokenizer.vocab_size,
             "dtype": self._dtype.str,
             "streams": streams,
+            "altered": self._altered.as_json(),
         }
         with open(self._folder / META, "w", encoding="utf-8") as out:
             json.dump(meta, out, indent=1)
@@ -89,7 +99,7 @@ class TokenWriter:
 
     def _encode_block(self) -> None:
         """Send off the block that was collected, and write the one before meanwhile."""
-        encoding = self._places, self._encoder.submit(self._tokenizer.encode_batch, self._texts)
+        encoding = self._texts, self._places, self._encoder.submit(self._tokenizer.encode_batch, self._texts)
         self._texts, self._places, self._block_chars = [], [], 0
         self._write_block()
         self._encoding = encoding
@@ -98,10 +108,12 @@ class TokenWriter:
         """Wait for the block that was sent off, and write it."""
         if self._encoding is None:
             return
-        places, encoded = self._encoding
+        texts, places, encoded = self._encoding
         self._encoding = None
         block: dict[str, list[int]] = {}
-        for (name, ends), ids in zip(places, encoded.result(), strict=True):
+        for text, (name, ends), ids in zip(texts, places, encoded.result(), strict=True):
+            for index, size in enumerate(self._altered.add(self._tokenizer, text, ids, ends)):
+                self._bytes[name][index] += size
             stream = block.setdefault(name, [])
             stream += ids
             if ends:
@@ -131,8 +143,25 @@ def _bin(name: str) -> str:
     return f"{name}.bin"
 
 
+@dataclass(frozen=True)
+class TokenFolder:
+    """What a token folder holds."""
+
+    streams: dict[str, TokenArray]
+    """Memory-mapped, by name."""
+    bytes_per_byte: dict[str, float]
+    """Bytes of a stream's texts for each byte that its tokens stand for: 1 where the tokenizer changes nothing."""
+    altered: Alterations
+    """What the tokenizer changed of the texts."""
+
+
 def open_streams(folder: Path) -> dict[str, TokenArray]:
-    """The streams of a token folder, memory-mapped, by name.
+    """The streams of a token folder alone; as `open_tokens`."""
+    return open_tokens(folder).streams
+
+
+def open_tokens(folder: Path) -> TokenFolder:
+    """Open a token folder.
 
     Raises:
         DamagedError: when version, size or checksum is not as recorded.
@@ -142,7 +171,10 @@ def open_streams(folder: Path) -> dict[str, TokenArray]:
         if meta["format"] != FORMAT_VERSION:
             raise ValueError(f"format {meta['format']} instead of {FORMAT_VERSION}")
         dtype = np.dtype(meta["dtype"])
-        return {name: _open_stream(folder / _bin(name), dtype, facts) for name, facts in meta["streams"].items()}
+        table = meta["streams"]
+        streams = {name: _open_stream(folder / _bin(name), dtype, facts) for name, facts in table.items()}
+        ratios = {name: (facts["text_bytes"] or 1) / (facts["token_bytes"] or 1) for name, facts in table.items()}
+        return TokenFolder(streams, ratios, Alterations.from_json(meta["altered"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{folder}: {error}") from error
 

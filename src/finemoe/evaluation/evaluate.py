@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from finemoe.charts.numbers import clean
@@ -20,7 +21,7 @@ from finemoe.core.files import sole_writer
 from finemoe.evaluation.results import Evaluated, results
 from finemoe.evaluation.runner import Answers, Asked, Settings, ask, describe_model, fingerprint, require_middle
 from finemoe.evaluation.task import Item, Task
-from finemoe.evaluation.tasks import choose_tasks, runs_code
+from finemoe.evaluation.tasks import choose_tasks, read_as, runs_code
 from finemoe.sandbox import sandbox
 
 Source = str | os.PathLike[str]
@@ -39,6 +40,7 @@ def evaluate(
     dtype: Dtype = "fp32",
     out: Source | None = None,
     quiet: bool = False,
+    reading: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Ask every model every task.
 
@@ -53,6 +55,7 @@ def evaluate(
         out: folder for the report, with items/MODEL/TASK.jsonl. answers/ in it keeps every answer as it comes: the same
             call goes on with them where it was interrupted.
         quiet: no progress on stderr.
+        reading: `text_field`, `template` or `encoding` of the files that the task `text` reads.
 
     Returns:
         What results.json holds.
@@ -62,7 +65,7 @@ def evaluate(
     """
     folder = require_report_folder(out, "evaluation", ours=("answers",))
     settings = settings or Settings()
-    chosen = choose_tasks(tasks, samples, temperature)
+    chosen = read_as(choose_tasks(tasks, samples, temperature), reading)
     for model in models:
         kind_of(Path(model))  # a path that holds nothing is refused before the first model is read
     names = _names([Path(model) for model in models])

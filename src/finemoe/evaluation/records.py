@@ -5,26 +5,21 @@ What cannot be read is reported and left out; a file that breaks off gives what 
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import csv
 import io
 import json
-import lzma
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
-import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
+from finemoe.core.contents import COLUMNS, WRITTEN
+from finemoe.data.decoding import DAMAGED, PACKED_SUFFIXES, UndecodableError, open_content
 from finemoe.data.documents import SkipReport
-from finemoe.data.formats import COMPRESSIONS
 
-_DAMAGED = (OSError, EOFError, UnicodeError, lzma.LZMAError, zlib.error, zstandard.ZstdError, pa.ArrowException)
 _LISTS = ("data", "Data", "examples", "rows")
 """Keys under which a JSON object keeps a list of records."""
 
@@ -56,18 +51,13 @@ class Unreadable(Exception):
     """A record that does not hold what a task needs; the message says what is missing."""
 
 
-def _open_bz2(path: Path) -> BinaryIO:
-    return cast(BinaryIO, bz2.open(path, "rb"))
-
-
-OPENERS: dict[str, Callable[[Path], BinaryIO]] = {**COMPRESSIONS, ".bz2": _open_bz2}
 Reader = Callable[[BinaryIO, str, SkipReport, bool], Iterator[tuple[int, Any]]]
 
 
 def kind_of(path: Path) -> tuple[str, str]:
     """The suffix that says the format and the one that says the compression, each "" where there is none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    outer = suffixes.pop() if suffixes and suffixes[-1] in OPENERS else ""
+    outer = suffixes.pop() if suffixes and suffixes[-1] in PACKED_SUFFIXES else ""
     return (suffixes[-1] if suffixes else ""), outer
 
 
@@ -79,11 +69,14 @@ def read_records(
     A CSV without a header gives `{"cells": [...]}`, a text file one record `{"text": ...}`, or with `lines` the JSON of
     each line.
     """
-    inner, outer = kind_of(path)
+    inner, _ = kind_of(path)
     read = _json_lines if lines and inner == ".txt" else READERS.get(inner, _text)
     count = 0
     try:
-        with OPENERS[outer](path) if outer else open(path, "rb") as stream:
+        with open_content(path) as (stream, found):
+            if found.kind not in WRITTEN | COLUMNS:
+                report.skip(str(path), found.sentence)
+                return
             for number, value in read(stream, str(path), report, header):
                 count = number
                 where = f"{path}:{number}"
@@ -91,7 +84,7 @@ def read_records(
                     yield Record(value, where, name, number)
                 else:
                     report.skip(where, f"not an object with named fields but {type(value).__name__}")
-    except (*_DAMAGED, csv.Error) as error:
+    except (*DAMAGED, UndecodableError, UnicodeError, csv.Error) as error:
         report.skip(str(path), f"damaged or unreadable after record {count}: {error}")
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from finemoe.core.errors import DataError
 from finemoe.text.tokenizer import Tokenizer
 
 MOST_PROBLEMS = 8
+_Form = Literal["NFC", "NFKC"]
+_FORMS: tuple[_Form, ...] = ("NFC", "NFKC")
 
 AWKWARD = (
     "",
@@ -39,14 +43,38 @@ class Fidelity:
 
 def fidelity(tokenizer: Tokenizer, samples: Iterable[str] = ()) -> Fidelity:
     """Check `tokenizer` on built-in awkward texts and `samples`, and each of its added tokens."""
-    problems = [*losses(tokenizer, samples), *_confusions(tokenizer), *_absent(tokenizer)]
+    problems: list[str] = []
+    forms: dict[_Form, str] = {}
+    for text, back, sentence in _changes(tokenizer, samples):
+        form = next((form for form in _FORMS if _same(form, text, back)), None)
+        if form is None:
+            problems.append(sentence)
+        else:
+            forms.setdefault(form, sentence)
+    problems += [*_confusions(tokenizer), *_absent(tokenizer)]
     if len(problems) > MOST_PROBLEMS:
         problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more of the same kinds"]
-    return Fidelity(tuple(problems), tuple(_notes(tokenizer)))
+    return Fidelity(tuple(problems), (*_notes(tokenizer), *_form_notes(forms)))
+
+
+def _same(form: _Form, text: str, back: str) -> bool:
+    """Whether two texts are equal in a normal form, but for a space before them."""
+    one, other = unicodedata.normalize(form, text), unicodedata.normalize(form, back)
+    return other in (one, f" {one}")
+
+
+def _form_notes(forms: Mapping[_Form, str]) -> Iterator[str]:
+    """What a normalising family does: as the model was trained, so no fault; a corpus of it is counted."""
+    if "NFC" in forms:
+        yield f"texts are composed (NFC), or get a space before them, as in the model's own training: {forms['NFC']}"
+    if "NFKC" in forms:
+        yield f"texts are brought into compatibility form (NFKC), which rewrites some characters: {forms['NFKC']}"
 
 
 def require_faithful(tokenizer: Tokenizer, samples: Iterable[str] = ()) -> None:
-    """Encode and decode built-in awkward texts and `samples`, as must succeed before anything is trained.
+    """Encode and decode built-in awkward texts and `samples`, as must succeed with a tokenizer that was trained here.
+
+    A tokenizer from elsewhere may normalise what it reads, and is judged by the corpus instead: see `Alterations`.
 
     Raises:
         DataError: it is not byte-level; or names the first text that does not come back, or that yields the end-of-text
@@ -64,6 +92,11 @@ def require_faithful(tokenizer: Tokenizer, samples: Iterable[str] = ()) -> None:
 
 def losses(tokenizer: Tokenizer, samples: Iterable[str] = ()) -> Iterator[str]:
     """Texts that do not come back, or in which the end-of-text token appears by itself; as they are found."""
+    return (sentence for _, _, sentence in _changes(tokenizer, samples))
+
+
+def _changes(tokenizer: Tokenizer, samples: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """The same, each with the text and how it came back."""
     name = tokenizer.token_bytes[tokenizer.end_of_text_id].decode(errors="replace")
     for text in (*AWKWARD, f"literal {name} in a text{name}", *samples):
         ids = tokenizer.encode(text)
@@ -72,9 +105,9 @@ def losses(tokenizer: Tokenizer, samples: Iterable[str] = ()) -> Iterator[str]:
             at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), -1)
             at = at if at >= 0 else min(len(text), len(back))
             near = slice(max(0, at - 20), at + 20)
-            yield f"the tokenizer does not give this text back: {text[near]!r} came back as {back[near]!r}"
+            yield text, back, f"the tokenizer does not give this text back: {text[near]!r} came back as {back[near]!r}"
         if tokenizer.end_of_text_id in ids:
-            yield f"the tokenizer ends a document in the middle of ordinary text: {text[:60]!r}"
+            yield text, "", f"the tokenizer ends a document in the middle of ordinary text: {text[:60]!r}"
 
 
 def _confusions(tokenizer: Tokenizer) -> Iterator[str]:
@@ -110,4 +143,4 @@ def _notes(tokenizer: Tokenizer) -> Iterator[str]:
             "llama.cpp and transformers 4 go by the first, transformers 5 by the second"
         )
     if not tokenizer.byte_level:
-        yield "not byte-level: a space at the beginning of a text may be lost, so no corpus is trained on it"
+        yield "not byte-level: a space at the beginning of a text may be lost; training counts what a corpus loses"

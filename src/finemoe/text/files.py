@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finemoe.core.contents import HEAD_BYTES, JSON, explain
+from finemoe.core.encodings import decode_text
 from finemoe.core.errors import DataError
 
 MEGABYTE = 2**20
@@ -29,7 +31,7 @@ MOST_BRACKETS = 4_000_000
 
 
 def read_bounded(file: Path, limit: int, what: str) -> str:
-    """The UTF-8 text of `file`, which `what` names in errors.
+    """The text of `file`, which `what` names in errors: UTF-8, or what its byte order mark says.
 
     Raises:
         DataError: it cannot be read, is no plain file, or is larger than `limit` bytes.
@@ -42,9 +44,14 @@ def read_bounded(file: Path, limit: int, what: str) -> str:
             raise DataError(
                 f"{what} {file}: {size / MEGABYTE:.0f} MiB is more than the {limit // MEGABYTE} MiB allowed"
             )
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{what} {file}: cannot be read: {error}") from error
+        data = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{what} {file}: cannot be read: {error.strerror or error}") from error
+    try:
+        return decode_text(data)
+    except UnicodeDecodeError as error:
+        held = explain(data, JSON) or f"is not UTF-8 (byte {error.start})"
+        raise DataError(f"{what} {file}: cannot be read: it {held}") from error
 
 
 def read_beside(folder: Path, name: str, limit: int, what: str) -> str | None:
@@ -83,11 +90,12 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
     if text.count("[") + text.count("{") > MOST_BRACKETS:  # those in strings too: no real file comes near
         raise DataError(f"{what}: more than {MOST_BRACKETS} lists and objects, which no real file has")
     try:
-        value = json.loads(text)
+        value = json.loads(text.removeprefix("\ufeff"))
     except RecursionError as error:
         raise DataError(f"{what}: nested too deeply") from error
     except ValueError as error:
-        raise DataError(f"{what}: not JSON: {error}") from error
+        held = explain(text[:HEAD_BYTES].encode("utf-8", "replace"), JSON)
+        raise DataError(f"{what}: it {held}" if held else f"{what}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{what}: must be a JSON object, not {type(value).__name__}")
     return value

@@ -2,7 +2,7 @@
 
 Training and encoding are done by the `tokenizers` library. What this module adds: ordinary text never turns
 into a special token unless asked for, decoding works on bytes (so that streaming and whole decoding cannot
-disagree), and `fidelity.require_faithful` admits to training only byte-level tokenizers that prove the round trip.
+disagree). What a tokenizer changes of a corpus is counted while it is tokenised, by `alterations`.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Tokenizer:
 
     @property
     def byte_level(self) -> bool:
-        """Whether every text comes back unchanged by construction; only such a tokenizer is trained with."""
+        """Whether every byte has a token, so that every text comes back unless it is normalised first."""
         return self._decoding.byte_level
 
     @cached_property
@@ -215,6 +215,15 @@ class Tokenizer:
     def token_bytes(self) -> Mapping[int, bytes]:
         """The bytes each id stands for; added tokens stand for their name."""
         return bytes_of_tokens(self._inner, self._decoding)
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes:
+        """The bytes that ids of this vocabulary stand for, with the space that some families put before a text."""
+        return b"".join(map(self.token_bytes.__getitem__, ids))
+
+    @property
+    def puts_space_first(self) -> bool:
+        """Whether encoding puts a space before a text, which decoding takes away."""
+        return self._decoding.drops_first_space
 
     def decode(self, ids: Iterable[int], continues: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD.

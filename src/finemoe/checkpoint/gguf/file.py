@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from finemoe.checkpoint.gguf.codec import ElementType, decode, element_types
+from finemoe.core.contents import explanation
 from finemoe.core.errors import CheckpointError
 
 _MAGIC = b"GGUF"
@@ -167,7 +168,9 @@ class _Header:
 
     def _parse(self) -> GGUFFile:
         if self._take(4) != _MAGIC:
-            raise CheckpointError(f"{self._path}: not a GGUF file: it does not begin with GGUF")
+            held = explanation(self._path, frozenset({"gguf"}))
+            more = f"; it {held}" if held else ""
+            raise CheckpointError(f"{self._path}: not a GGUF file: it does not begin with GGUF{more}")
         version = self._number("<I")
         if version not in _VERSIONS:
             big = "; it seems to be big-endian" if version & 0xFFFF == 0 else ""

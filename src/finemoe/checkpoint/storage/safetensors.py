@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from finemoe.checkpoint.storage.untrusted import parse_json, weight_files
+from finemoe.core.contents import explanation
 from finemoe.core.errors import CheckpointError, RunError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -105,9 +106,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if found.st_size < 8 or length > found.st_size - 8:
-                raise CheckpointError(f"{path}: truncated, or not safetensors: the file ends within its header")
+                raise CheckpointError(_refusal(path, "the file ends within its header"))
             if length > HEADER_BYTES:
-                raise CheckpointError(f"{path}: the header says it has {length} bytes; at most {HEADER_BYTES} are read")
+                long = f"the header says it has {length} bytes; at most {HEADER_BYTES} are read"
+                raise CheckpointError(_refusal(path, long))
             header = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -124,6 +126,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         state = "truncated" if at > found.st_size else "has more bytes than its header says"
         raise CheckpointError(f"{path}: {state}: {found.st_size} bytes, but header and tensors are {at}")
     return {info.name: info for info in infos}, metadata
+
+
+def _refusal(path: Path, problem: str) -> str:
+    held = explanation(path, frozenset({"safetensors"}))
+    return f"{path}: not safetensors: it {held}" if held else f"{path}: truncated, or not safetensors: {problem}"
 
 
 def _metadata(raw: Any, path: Path) -> dict[str, str]:

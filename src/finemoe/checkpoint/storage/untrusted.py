@@ -6,6 +6,7 @@ is refused with a plain sentence.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from finemoe.core.contents import JSON, explain
+from finemoe.core.encodings import decode_text, mark_of
 from finemoe.core.errors import CheckpointError
 from finemoe.text.files import CONFIG_LIMIT, MOST_BRACKETS, TOKENIZER_LIMIT
 
@@ -44,6 +47,9 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         CheckpointError: not UTF-8, not JSON, not an object, nested too deeply, a key twice, or a number that is not
             finite.
     """
+    if mark_of(data) is not None:  # as editors on Windows save it
+        with contextlib.suppress(UnicodeDecodeError):  # told below, with everything else that is no JSON
+            data = decode_text(data).encode("utf-8")
     _check_brackets(data, where)
     try:
         text = data.decode("utf-8")
@@ -56,7 +62,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         if _SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character could not be written again
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeError are ValueErrors
-        raise CheckpointError(f"{where}: not valid JSON: {_brief(error)}") from error
+        held = explain(data, JSON)
+        raise CheckpointError(f"{where}: {held}" if held else f"{where}: not valid JSON: {_brief(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: holds a JSON {type(value).__name__}, but an object is needed")
     return value

@@ -8,7 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from finemoe.cli.analyze.options import MODEL, Corpora, Length, Report, Rows, Texts, Tokens
+from finemoe.cli.analyze.options import (
+    MODEL,
+    Corpora,
+    Encoding,
+    Length,
+    Report,
+    Rows,
+    Template,
+    TextField,
+    Texts,
+    Tokens,
+    read_as,
+)
 from finemoe.cli.output import Json, deliver, plain_table, print_rich
 
 
@@ -17,6 +29,9 @@ def difference(
     after: Annotated[Path, typer.Argument(metavar="B", help="The one to compare it with.", show_default=False)],
     texts: Texts = None,
     corpora: Corpora = None,
+    text_field: TextField = None,
+    template: Template = None,
+    encoding: Encoding = None,
     tokens: Tokens = 16_384,
     length: Length = None,
     rows: Rows = 8,
@@ -39,8 +54,16 @@ def difference(
     """
     from finemoe.analysis import reports
 
+    read = read_as(corpora, text_field, template, encoding)
     results = reports.difference(
-        before, after, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length, rows=rows, out=out
+        before,
+        after,
+        texts=texts or (),
+        corpora=read,
+        tokens=tokens,
+        length=length,
+        rows=rows,
+        out=out,
     )
     deliver(results, out, as_json, _print)
 

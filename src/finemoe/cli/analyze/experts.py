@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from finemoe.cli.analyze.options import Corpora, Length, Model, Report, Rows, Texts, Tokens
+from finemoe.cli.analyze.options import (
+    Corpora,
+    Encoding,
+    Length,
+    Model,
+    Report,
+    Rows,
+    Template,
+    TextField,
+    Texts,
+    Tokens,
+    read_as,
+)
 from finemoe.cli.output import Json, deliver, plain_table, print_rich
 
 _MOST_ROWS = 12
@@ -18,6 +30,9 @@ def experts(
     model: Model,
     texts: Texts = None,
     corpora: Corpora = None,
+    text_field: TextField = None,
+    template: Template = None,
+    encoding: Encoding = None,
     tokens: Tokens = 16_384,
     length: Length = None,
     rows: Rows = 8,
@@ -47,7 +62,7 @@ def experts(
     results = reports.experts(
         model,
         texts=texts or (),
-        corpora=corpora or (),
+        corpora=read_as(corpora, text_field, template, encoding),
         tokens=tokens,
         length=length,
         rows=rows,

@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from finemoe.cli.analyze.options import Corpora, Length, Model, Report, Rows, Texts, Tokens
+from finemoe.cli.analyze.options import (
+    Corpora,
+    Encoding,
+    Length,
+    Model,
+    Report,
+    Rows,
+    Template,
+    TextField,
+    Texts,
+    Tokens,
+    read_as,
+)
 from finemoe.cli.output import Json, deliver, plain_table, print_rich
 
 _MOST_ROWS = 10
@@ -34,6 +46,9 @@ def knockout(
     model: Model,
     texts: Texts = None,
     corpora: Corpora = None,
+    text_field: TextField = None,
+    template: Template = None,
+    encoding: Encoding = None,
     experiment: _Experiments = None,
     layer: _Layers = None,
     expert: _Experts = None,
@@ -71,8 +86,9 @@ def knockout(
     from finemoe.analysis import reports
 
     names = None if experiment is None else [name.strip() for name in experiment.split(",") if name.strip()]
+    read = read_as(corpora, text_field, template, encoding)
     results = reports.knockout(
-        model, names, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length, rows=rows,
+        model, names, texts=texts or (), corpora=read, tokens=tokens, length=length, rows=rows,
         layers=layer or None, experts=expert or None, pairs=pairs, out=out,
     )  # fmt: skip
     deliver(results, out if results["experiments"] else None, as_json, _print)

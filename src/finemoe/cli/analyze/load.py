@@ -8,7 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from finemoe.cli.analyze.options import MODEL, Corpora, Length, Report, Rows, Texts, Tokens
+from finemoe.cli.analyze.options import (
+    MODEL,
+    Corpora,
+    Encoding,
+    Length,
+    Report,
+    Rows,
+    Template,
+    TextField,
+    Texts,
+    Tokens,
+    read_as,
+)
 from finemoe.cli.output import Json, deliver, number_table, print_rich
 
 
@@ -16,6 +28,9 @@ def load(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help=MODEL, show_default=False)],
     texts: Texts = None,
     corpora: Corpora = None,
+    text_field: TextField = None,
+    template: Template = None,
+    encoding: Encoding = None,
     tokens: Tokens = 16_384,
     length: Length = None,
     rows: Rows = 8,
@@ -41,8 +56,16 @@ def load(
     """
     from finemoe.analysis import reports
 
+    read = read_as(corpora, text_field, template, encoding)
     results = reports.load(
-        models, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length, rows=rows, last=last, out=out
+        models,
+        texts=texts or (),
+        corpora=read,
+        tokens=tokens,
+        length=length,
+        rows=rows,
+        last=last,
+        out=out,
     )
     deliver(results, out, as_json, _print)
 

@@ -8,7 +8,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from finemoe.cli.analyze.options import Corpora, Length, Model, Rows, Texts, Tokens
+from finemoe.cli.analyze.options import (
+    Corpora,
+    Encoding,
+    Length,
+    Model,
+    Rows,
+    Template,
+    TextField,
+    Texts,
+    Tokens,
+    read_as,
+)
 from finemoe.cli.output import Json, deliver, plain_table, print_rich
 
 _Score = Annotated[
@@ -31,6 +42,9 @@ def relevance(
     model: Model,
     texts: Texts = None,
     corpora: Corpora = None,
+    text_field: TextField = None,
+    template: Template = None,
+    encoding: Encoding = None,
     score: _Score = "gate",
     p: _Share = None,
     tokens: Tokens = 131_072,
@@ -59,8 +73,9 @@ def relevance(
 
     from finemoe.analysis import reports
 
+    read = read_as(corpora, text_field, template, encoding)
     results = reports.relevance(
-        model, texts=texts or (), corpora=corpora or (), tokens=tokens, length=length, rows=rows,
+        model, texts=texts or (), corpora=read, tokens=tokens, length=length, rows=rows,
         score=score, p=p, selection=out, out=report,
     )  # fmt: skip
     deliver(results, report, as_json, lambda found: _print(found["selection"], out))

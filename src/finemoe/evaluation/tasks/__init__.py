@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from finemoe.core.errors import ConfigError
@@ -12,11 +12,11 @@ from finemoe.evaluation.tasks.chinese import CHINESE
 from finemoe.evaluation.tasks.closed_book import CLOSED_BOOK
 from finemoe.evaluation.tasks.english import ENGLISH
 from finemoe.evaluation.tasks.exams import EXAMS
-from finemoe.evaluation.tasks.language import LANGUAGE
+from finemoe.evaluation.tasks.language import LANGUAGE, TextTask
 from finemoe.evaluation.tasks.mathematics import MATHEMATICS
 from finemoe.evaluation.tasks.programs import PROGRAMS, ProgramTask, pass_at_k
 
-__all__ = ["TASKS", "choose_tasks", "describe", "find_task", "pass_at_k", "runs_code", "sampled"]
+__all__ = ["TASKS", "choose_tasks", "describe", "find_task", "pass_at_k", "read_as", "runs_code", "sampled"]
 
 _ALL: Sequence[Task] = (*LANGUAGE, *ENGLISH, *EXAMS, *CHINESE, *CLOSED_BOOK, *MATHEMATICS, *PROGRAMS)
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
@@ -67,6 +67,18 @@ def sampled(task: Task, samples: int, temperature: float) -> Task:
         known = ", ".join(program.name for program in PROGRAMS)
         raise ConfigError(f"{task.name}: samples is {samples}, but pass@k is of code that is run: {known}")
     return replace(task, samples=samples, temperature=temperature)
+
+
+def read_as(tasks: Sequence[Task], reading: Mapping[str, str]) -> list[Task]:
+    """The tasks, where the one that reads files of any text reads them so: `text_field`, `template`, `encoding`.
+
+    Raises:
+        ConfigError: no such task is among them.
+    """
+    if reading and not any(isinstance(task, TextTask) for task in tasks):
+        raise ConfigError(f"{', '.join(reading)} is of the task `text`, which is not among {[t.name for t in tasks]}")
+    chosen = tuple(reading.items())
+    return [replace(task, reading=chosen) if isinstance(task, TextTask) else task for task in tasks]
 
 
 def runs_code(task: Task, items: Sequence[Item]) -> bool:

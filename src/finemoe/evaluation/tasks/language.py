@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.data.corpora import FilesCorpus
 from finemoe.data.documents import SkipReport
@@ -28,6 +29,8 @@ class TextTask:
     metric: str = "bits_per_byte"
     shots: int = 0
     chance: float | None = None
+    reading: tuple[tuple[str, str], ...] = ()
+    """`text_field`, `template` and `encoding` of the files, where they are not the usual ones."""
 
     def items(self, source: Path | None, shots: int | None, limit: int | None) -> tuple[Sequence[Item], int]:
         """A document an item, whole; its group is the domain (a folder's or file's name).
@@ -41,13 +44,19 @@ class TextTask:
         if limit is not None and limit < 1:
             raise ConfigError(f"{self.name}: limit is {limit}: 1 or more")
         report = SkipReport()
-        documents = FilesCorpus(paths=(str(source),)).documents(report)
+        files = {"paths": [str(source)], **dict(self.reading)}
+        documents = parse(FilesCorpus, files, f"{self.name} {source}").documents(report)
         written = (document for document in documents if document.text)
         wanted = spread(islice(written, limit if source.is_file() else None), lambda one: one.domain, limit)
         items = [
             Item(document.name, (Rolling(document.text),), {"bytes": len(document.text.encode())}, document.domain)
             for document in wanted
         ]
+        report.kept = len(items)
+        report.check(1.0)  # says what is no text; what could not be read is counted and judged here
+        if report.lacking.records > len(items):
+            advice = report.lacking.advice(len(items) + report.num_skipped, recipe=False)
+            raise DataError(f"{source}: is it the right folder or file? {advice}")
         if not items:
             raise DataError(f"{source}: no text there ({report.num_skipped} files and records were skipped)")
         if report.num_skipped > len(items) and limit is None:
