@@ -124,6 +124,9 @@ def finemoe(
 
 def main() -> None:
     """The console script; ends the process with its status."""
+    if sys.stdout is None or sys.stderr is None:  # closed by whoever started us: what is said goes nowhere
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a model writes any character; no terminal is to fail on one
             stream.reconfigure(errors="replace")
@@ -137,7 +140,7 @@ def _flushed(status: Any) -> Any:
     """`status`, or 1 where the reader of stdout has gone: found out here, while it can be kept quiet."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:  # a pipe that nobody reads, a terminal that is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return status or 1
     return status

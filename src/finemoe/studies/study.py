@@ -49,7 +49,7 @@ class Study:
             for name in self.arms:
                 self._steps(name)
         largest = max((self._job("", name, 0, 1, 1.0).config for name in self.arms), key=checkpoint_bytes)
-        check_start(largest, self.directory, copies=len(self.arms) * len(self.config.seeds))
+        check_start(largest, self.directory, len(self.arms) * len(self.config.seeds), self.parallel)
 
     def example(self) -> RunConfig:
         """The configuration of one run, for what all runs share."""

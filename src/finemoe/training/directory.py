@@ -8,6 +8,9 @@ from typing import Any
 
 from finemoe.core.errors import RunError
 
+COMPARISON = "compare.json"
+"""Of the folder of a comparison, and of a study of the papers' claims: what is compared."""
+
 
 def require_run(directory: Path) -> None:
     """Check that a run was begun in `directory`.
@@ -17,6 +20,11 @@ def require_run(directory: Path) -> None:
     """
     if (directory / "manifest.json").exists() and (directory / "state.json").exists():
         raise RunError(f"{directory}: is one checkpoint of a run; give the run's own directory, two above it")
+    if (directory / COMPARISON).exists():
+        raise RunError(
+            f"{directory}: is a comparison of several runs: `finemoe resume {directory}` on the command line goes on "
+            "with all of them, and each lies in a folder of its own below arms/"
+        )
     if not (directory / "config.json").exists():
         raise RunError(f"{directory}: not a run directory (no config.json); `finemoe train RECIPE` starts one")
 
