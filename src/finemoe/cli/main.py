@@ -25,6 +25,7 @@ from finemoe.cli.import_ import import_
 from finemoe.cli.paper import paper
 from finemoe.cli.presets import presets
 from finemoe.cli.resume import resume
+from finemoe.cli.runs import runs
 from finemoe.cli.show import show
 from finemoe.cli.size import size
 from finemoe.cli.trace import trace
@@ -79,7 +80,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
 )
-_VERBS = (train, resume, show, generate, evaluate, compare, paper, trace, size, presets, import_, export, doctor)
+_VERBS = (train, resume, runs, show, generate, evaluate, compare, paper, trace, size, presets, import_, export, doctor)
 for verb in _VERBS:
     app.command(verb.__name__.rstrip("_"))(verb)  # `import` is a word of the language
 app.add_typer(analyze)

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finemoe.checkpoint.kinds import COMPARISON
 from finemoe.checkpoint.run_state.state import checkpoint_folders
 from finemoe.core.config import parse, to_json, with_overrides
 from finemoe.core.errors import RunError
 from finemoe.core.files import storage_error, write_text
 from finemoe.core.logs import logger
 from finemoe.runs.config import RunConfig, TrainingConfig
-from finemoe.training.directory import COMPARISON, read_summary
+from finemoe.training.directory import read_summary
 from finemoe.training.schedule import learning_rate_factor
 
 _TO_COME = ("schedule", "optimizer", "kernels", "balancing", "mtp")

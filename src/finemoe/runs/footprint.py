@@ -19,7 +19,7 @@ from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure
 from finemoe.runs.config import RunConfig
 
-WITHIN = 2.0
+WITHIN = 1.6
 """Factor between estimate and what a process was seen to take, either way; 0.8 to 1.4 in most settings."""
 
 _VALIDATION_TOKENS = 16_384  # of one forward pass when the run is measured
@@ -64,7 +64,8 @@ def footprint(config: RunConfig, *, bf16: bool = False) -> Footprint:
     head = 2 * 4 * model.vocab_size * model.hidden_size  # the loss makes the head's gradient beside its place
     nbytes = _BESIDE * (2 if bf16 else 4)
     training = int(tokens * elements * nbytes)
-    validating = int(_VALIDATION_TOKENS * (2 * model.hidden_size + max(kept) / 2) * nbytes)  # half of it at a time
+    measured_on = min(_VALIDATION_TOKENS, config.data.max_validation_tokens)
+    validating = int(measured_on * (2 * model.hidden_size + max(kept) / 2) * nbytes)  # half of it at a time
     return Footprint(
         weights=4 * parameters,
         gradients=4 * parameters,

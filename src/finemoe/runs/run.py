@@ -129,7 +129,7 @@ def _resume(directory: Path, before: RunConfig, config: RunConfig, quiet: bool) 
             f"{directory}: the corpus is not the one this run began with ({', '.join(changed)} differ); "
             "put it back, or start a new run"
         )
-    saved = _newest(directory, config)
+    saved = _newest(directory, before)
     if config != before:
         done = saved.state["step"] if saved is not None else 0
         write_changes(directory, before, config, done)

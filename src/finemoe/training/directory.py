@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finemoe.checkpoint.kinds import COMPARISON, models_below
 from finemoe.core.errors import RunError
-
-COMPARISON = "compare.json"
-"""Of the folder of a comparison, and of a study of the papers' claims: what is compared."""
 
 
 def require_run(directory: Path) -> None:
@@ -26,6 +24,9 @@ def require_run(directory: Path) -> None:
             "with all of them, and each lies in a folder of its own below arms/"
         )
     if not (directory / "config.json").exists():
+        if several := models_below(directory):
+            listed = ", ".join(map(str, several[:5])) + (" ..." if len(several) > 5 else "")
+            raise RunError(f"{directory}: holds several runs; name one of them: {listed}")
         raise RunError(f"{directory}: not a run directory (no config.json); `finemoe train RECIPE` starts one")
 
 
