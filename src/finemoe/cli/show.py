@@ -152,7 +152,7 @@ def _shown(name: str, summary: dict[str, Any], cell: Callable[[dict[str, Any]], 
     try:
         return cell(summary)
     except (KeyError, TypeError, ValueError) as error:
-        if summary["state"] != "finished":
+        if not (Path(name) / "summary.json").exists():  # of a run that goes on not everything is known
             return NOTHING
         raise RunError(f"{name}/summary.json: damaged, or not of a run ({error}); leave that run out") from error
 

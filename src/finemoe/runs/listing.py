@@ -86,7 +86,8 @@ def describe(path: Path) -> RunInfo | None:
         words = model_words(_object(path / "config.json").get("model"))
         return RunInfo(path, "imported", words, "finished", None, None, None, _size(path), _changed(path))
     config = _object(path / "config.json")
-    if (path / "checkpoints").is_dir() or isinstance(config.get("training"), Mapping):
+    made = (path / "checkpoints").is_dir() or (path / "summary.json").is_file()
+    if made or isinstance(config.get("training"), Mapping):
         return look_at(path)
     return None
 
