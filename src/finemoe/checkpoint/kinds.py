@@ -62,9 +62,9 @@ def several_models(path: Path) -> str | None:
 
 
 def models_below(path: Path) -> list[Path]:
-    """Runs in the folders within `path` that have a checkpoint."""
-    found = {one.parents[1] for depth in (1, 2, 3) for one in path.glob("/".join("*" * depth) + "/checkpoints/step-*")}
-    return sorted(found)
+    """Runs in the folders within `path`, and in the comparisons there, that have a checkpoint."""
+    places = ("*", "*/*", "arms/*/*", "*/arms/*/*")
+    return sorted({one.parents[1] for place in places for one in path.glob(f"{place}/checkpoints/step-*")})
 
 
 def likely_kind(path: Path) -> Kind:
