@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from finemoe.core.errors import FinemoeError
     from finemoe.model.config import ModelConfig
     from finemoe.model.transformer import Transformer
+    from finemoe.runs.listing import list_runs
     from finemoe.runs.run import Run, resume, train
     from finemoe.studies.compare import Comparison, compare
     from finemoe.text import Tokenizer
@@ -27,6 +28,7 @@ _HOME = {
     "Tokenizer": "finemoe.text",
     "Transformer": "finemoe.model.transformer",
     "compare": "finemoe.studies.compare",
+    "list_runs": "finemoe.runs.listing",
     "load_chat_template": "finemoe.checkpoint.open",
     "load_model": "finemoe.checkpoint.open",
     "load_tokenizer": "finemoe.checkpoint.open",
@@ -42,6 +44,7 @@ __all__ = [
     "Tokenizer",
     "Transformer",
     "compare",
+    "list_runs",
     "load_chat_template",
     "load_model",
     "load_tokenizer",

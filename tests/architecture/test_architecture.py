@@ -383,6 +383,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "Tokenizer",
         "Transformer",
         "compare",
+        "list_runs",
         "load_chat_template",
         "load_model",
         "load_tokenizer",

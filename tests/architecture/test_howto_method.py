@@ -106,7 +106,7 @@ def test_resumed_it_is_the_unbroken_run_to_the_bit(trained: tuple[Path, dict[str
 
 def test_its_reference_stays_where_the_run_began(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = trained
-    old, new = (load_file(c / "method.safetensors") for c in checkpoints(folder / "unbroken"))
+    old, *_, new = (load_file(c / "method.safetensors") for c in checkpoints(folder / "unbroken"))
     weights = load_file(checkpoints(folder / "unbroken")[-1] / "model.safetensors")
     assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
     moved = [name for name, tensor in weights.items() if not torch.equal(tensor, new[f"preference/{name}"])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,60 @@ def test_json_is_the_summaries(finished: list[Path], command: Any) -> None:
 def test_what_is_no_finished_run_is_said(tmp_path: Path, command: Any) -> None:
     result = command("show", tmp_path)
     assert (result.exit_code, "not a run directory" in result.stderr) == (2, True)
-    (tmp_path / "config.json").write_text("{}")
-    assert "finemoe resume" in command("show", tmp_path).stderr
+    assert "finemoe runs" in result.stderr
+
+
+def test_runs_in_every_state_stand_side_by_side(
+    finished: list[Path], command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`finemoe show runs/*`: one that goes on, one that has only begun, and a folder of notes."""
+    home = finished[0].parent
+    config = {"model": {"hidden_size": 16}, "training": {"steps": 20}}
+    records = [
+        {"kind": "validation", "step": 5, "validation_loss": 4.25, "max_vio": 1.5, "dead_experts": 0.25},
+        {"kind": "step", "step": 7, "loss": 4.5, "tokens": 7000, "seconds": 7.0, "tokens_per_second": 1000.0},
+    ]
+    for name, text in (("half", "".join(json.dumps(record) + "\n" for record in records)), ("begun", "")):
+        (home / name).mkdir()
+        (home / name / "config.json").write_text(json.dumps(config))
+        (home / name / "metrics.jsonl").write_text(text)
+    (home / "half" / "failure.json").write_text(json.dumps({"step": 8, "message": "step 8 is not finite"}))
+    (home / "notes").mkdir()
+    monkeypatch.chdir(home)
+    result = command("show", "begun", "half", "notes", "v3")
+    assert result.exit_code == 0, result.stderr
+    assert "notes is left out" in result.stderr
+    rows = {line[:24].strip(): line[24:].split() for line in result.stdout.splitlines()}
+    assert rows["State"] == ["stopped", "failed", "finished"]
+    assert rows["Steps"] == ["0", "of", "20", "7", "of", "20", "10"]
+    assert rows["Validation loss, nats"] == ["–", "4.2500", "3.2500"]
+    shown = json.loads(command("show", "half", "--json").stdout)
+    assert (shown[0]["state"], shown[0]["steps"], shown[0]["planned_steps"]) == ("failed", 7, 20)
+
+
+def test_a_comparison_is_known_wherever_a_model_is_asked_for(run_directory: Path, tmp_path: Path, command: Any) -> None:
+    home = tmp_path / "demo"
+    arm = home / "arms" / "deepseek-moe" / "seed-0"
+    shutil.copytree(run_directory, arm)
+    (home / "arms" / "dense" / "seed-0").mkdir(parents=True)
+    (home / "arms" / "dense" / "seed-0" / "config.json").write_text("{}")  # not begun
+    (home / "compare.json").write_text(json.dumps({"name": "demo", "arms": ["deepseek-moe", "dense"], "seeds": [0]}))
+    for words in (
+        ["generate", home, "-p", "x"],
+        ["analyze", "load", home],
+        ["analyze", "knockout", home],
+        ["analyze", "experts", home / "arms"],
+        ["trace", home, "--text", "x", "--out", tmp_path / "trace"],
+        ["export", home, tmp_path / "out"],
+        ["generate", tmp_path, "-p", "x"],
+    ):
+        result = command(*words)
+        assert result.exit_code == 2, words
+        assert f"name one of them: {arm}" in result.stderr.replace("\n", ""), words
+    assert "State" in command("show", home).stdout
+    assert str(arm) in "".join(command("doctor", home).stdout.split()).replace("\n", "")
+    refused = command("resume", home, "--set", "training.steps=9")
+    assert (refused.exit_code, "is a comparison" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"final_validation_loss": "low"}'])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from finemoe.core.errors import TrainingError
 from finemoe.model.config import Kernels
+from finemoe.runs import kernels as run_kernels
 from finemoe.runs import run as run_module
 from finemoe.runs.calibration import Chosen
 from finemoe.runs.config import RunConfig
@@ -249,7 +250,7 @@ def test_a_resumed_run_keeps_its_kernels_though_another_would_be_chosen_now(
         def choose(config: Any, kernels: Kernels, **where: Any) -> Chosen:
             return Chosen(kernels.model_copy(update={"experts": name, "products": "torch"}), "")
 
-        monkeypatch.setattr(run_module, "choose", choose)
+        monkeypatch.setattr(run_kernels, "choose", choose)
 
     choosing("loop")
     straight = trained(corpus, tmp_path / "straight", "deepseek-moe")

@@ -69,7 +69,7 @@ def test_with_every_checkpoint_damaged_the_run_says_so_and_touches_nothing(unfin
     for folder in checkpoints(unfinished):
         truncate(folder / "model.safetensors")
     before = (unfinished / "metrics.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match="all 2 are damaged; start the run again"):
+    with pytest.raises(CheckpointError, match="all 3 are damaged; start the run again"):
         resume(unfinished, quiet=True)
     assert (unfinished / "metrics.jsonl").read_bytes() == before
 

@@ -43,7 +43,11 @@ def test_the_directory_holds_all_it_should(finished: Run) -> None:
         "summary.json",
         "tokenizer.json",
     ]
-    assert [path.name for path in checkpoints(finished.directory)] == ["step-00000004", "step-00000006"]
+    assert [path.name for path in checkpoints(finished.directory)] == [
+        "step-00000002",
+        "step-00000004",
+        "step-00000006",
+    ]
     config = read_config(finished.directory / "config.json")
     assert Tokenizer.load(finished.directory).fingerprint() == prepare(config.data).tokenizer.fingerprint()
     assert json.loads((finished.directory / "environment.json").read_text())["packages"]["torch"] == torch.__version__

@@ -236,10 +236,16 @@ def test_a_term_without_anything_to_count_is_left_out() -> None:
     assert report.loss > 1
 
 
-def test_a_step_without_anything_to_count_at_all_is_refused() -> None:
+def test_a_step_without_anything_to_count_at_all_is_passed_over() -> None:
     class Nothing(Surprise):
         def counts(self, batch: TokenBatch) -> dict[str, float]:
             return {**Surprise.counts(self, batch), "surprise": 0.0}
 
-    with pytest.raises(TrainingError, match="step 1 is not finite: surprise"):
-        run(with_method(build(small_config()), method_of(Nothing())), 1)
+    trainer = with_method(build(small_config()), method_of(Nothing()))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    [report] = run(trainer, 1)
+    assert report.loss is None
+    assert (report.step, report.skipped, trainer.state.skipped) == (1, 1, 1)
+    assert report.to_record()["kind"] == "skipped"
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert all(not optimizer.state for optimizer in trainer.optimizers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -250,3 +250,48 @@ def test_alone_every_answer_is_the_question() -> None:
     tensor = torch.tensor([1, 2])
     assert SOLO.sum_tensors({3: tensor})[3] is tensor
     assert [SOLO.any(True), SOLO.any(False)] == [True, False]
+
+
+@dataclass(frozen=True)
+class Weightless:
+    """The next token, where no sequence of `empty` counts; sequences are told by their first token."""
+
+    inner: NextToken
+    empty: Callable[[TokenBatch], bool]
+
+    @property
+    def headline(self) -> str:
+        return self.inner.headline
+
+    def counts(self, batch: TokenBatch) -> dict[str, float]:
+        return self.inner.counts(self._weighed(batch))
+
+    def weights(self, progress: float) -> Mapping[str, float]:
+        return self.inner.weights(progress)
+
+    def terms(self, model: Transformer, batch: TokenBatch) -> Terms:
+        return self.inner.terms(model, self._weighed(batch))
+
+    def _weighed(self, batch: TokenBatch) -> TokenBatch:
+        return replace(batch, weights=torch.zeros_like(batch.weights)) if self.empty(batch) else batch
+
+
+def test_a_rank_without_anything_to_count_takes_part_and_a_step_without_is_passed_over_by_all() -> None:
+    """What decides is the sum over ranks and pieces: one that looked at its own would wait for the other."""
+
+    def work(world: World) -> tuple[Transformer, list[StepReport]]:
+        def empty(batch: TokenBatch) -> bool:
+            step = trainer.state.step
+            return step == 2 or (step == 1 and world.rank == 0)
+
+        trainer = made("top-k", world, 1, Weightless(NextToken(True), empty))
+        return trained(trainer)
+
+    (model, reports), (other, others) = together(work)
+    assert [report.loss is None for report in reports] == [False, False, True, False, False, False]
+    assert [report.skipped for report in others] == [0, 0, 1, 1, 1, 1]
+    assert [report.loss for report in reports] == [report.loss for report in others]
+    assert reports[2].tokens - reports[1].tokens == reports[1].tokens - reports[0].tokens
+    for key, tensor in model.state_dict().items():
+        assert tensor.isfinite().all()
+        torch.testing.assert_close(tensor, other.state_dict()[key], rtol=1e-12, atol=1e-12, msg=key)

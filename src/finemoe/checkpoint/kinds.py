@@ -22,8 +22,11 @@ Kind = Literal["run", "checkpoint", "imported", "huggingface", "gguf", "tensors"
 CONFIG, SOURCE, MANIFEST = "config.json", "source.json", "manifest.json"
 STATE = "state.json"
 """Of a checkpoint of a run; an import has none."""
+COMPARISON = "compare.json"
+"""Of the folder of a comparison, and of a study of the papers' claims: what is compared."""
 JOURNAL = ".model.journal"
 """Of a conversion that goes on, or was interrupted."""
+_MOST_NAMED = 10
 
 
 def kind_of(path: str | os.PathLike[str]) -> Opened:
@@ -35,6 +38,8 @@ def kind_of(path: str | os.PathLike[str]) -> Opened:
     path = Path(path)
     kind = _known(path)
     if kind is None or kind == "tensors":
+        if several := several_models(path):
+            raise CheckpointError(f"{path}: {several}")
         hint = _unfinished(path)
         if not hint and not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             hint = f"; if it is a name on the hub, `finemoe import {path} DIR` fetches it"
@@ -43,6 +48,26 @@ def kind_of(path: str | os.PathLike[str]) -> Opened:
             what += f"; it {held}"
         raise CheckpointError(f"{path}: {what if path.exists() else 'there is nothing here'}{hint}")
     return "run" if kind == "checkpoint" else kind
+
+
+def several_models(path: Path) -> str | None:
+    """Where `path` holds several models and is none, a comparison or a folder of runs: what to name instead."""
+    is_comparison = (path / COMPARISON).is_file()
+    models = models_below(path) if path.is_dir() else []
+    if not is_comparison and not models:
+        return None
+    what = "a comparison of several runs" if is_comparison else "a folder of several runs"
+    if not models:
+        return f"{what}, none of which has a checkpoint yet: `finemoe resume {path}` goes on"
+    listed = ", ".join(map(str, models[:_MOST_NAMED]))
+    more = f" and {len(models) - _MOST_NAMED} more" if len(models) > _MOST_NAMED else ""
+    return f"{what}; name one of them: {listed}{more}"
+
+
+def models_below(path: Path) -> list[Path]:
+    """Runs in the folders within `path`, and in the comparisons there, that have a checkpoint."""
+    places = ("*", "*/*", "arms/*/*", "*/arms/*/*")
+    return sorted({one.parents[1] for place in places for one in path.glob(f"{place}/checkpoints/step-*")})
 
 
 def likely_kind(path: Path) -> Kind:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finemoe.cli.output import Json, Out, Overrides, Quiet, check_recipe, print_json, print_rich, printable
 from finemoe.core.errors import TrainingError
+
+if TYPE_CHECKING:
+    from finemoe.studies.compare import Comparison
 
 
 def compare(
@@ -38,10 +41,23 @@ def compare(
     if recipe is not None:
         check_recipe(recipe, overrides or ())
 
-    from finemoe.core.logs import console
     from finemoe.studies.compare import compare as run_comparison
 
     comparison = run_comparison(recipe, out=out, overrides=overrides or (), quiet=quiet)
+    again = ["finemoe", "compare", *([str(recipe)] if recipe else []), "--out", str(comparison.directory)]
+    again += [word for override in overrides or () for word in ("--set", override)]
+    report_comparison(comparison, as_json, shlex.join(again))
+
+
+def report_comparison(comparison: Comparison, as_json: bool, again: str) -> None:
+    """Print what came out, and what to do next.
+
+    Raises:
+        typer.Exit: 130 when it was interrupted, after saying that `again` goes on.
+        TrainingError: some runs failed.
+    """
+    from finemoe.core.logs import console
+
     directory = comparison.directory
     if as_json:
         print_json(comparison.results)
@@ -50,9 +66,7 @@ def compare(
 
         print_rich(comparison_table(comparison.results))
     if comparison.interrupted:
-        again = ["finemoe", "compare", *([str(recipe)] if recipe else []), "--out", str(directory)]
-        again += [word for override in overrides or () for word in ("--set", override)]
-        text = f"Interrupted; what is finished is kept. Go on with: {shlex.join(again)}"
+        text = f"Interrupted; what is finished is kept. Go on with: {again}"
         console().print(text, markup=False, soft_wrap=True)
         raise typer.Exit(130)
     if not as_json:

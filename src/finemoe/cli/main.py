@@ -25,6 +25,7 @@ from finemoe.cli.import_ import import_
 from finemoe.cli.paper import paper
 from finemoe.cli.presets import presets
 from finemoe.cli.resume import resume
+from finemoe.cli.runs import runs
 from finemoe.cli.show import show
 from finemoe.cli.size import size
 from finemoe.cli.trace import trace
@@ -79,7 +80,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
 )
-_VERBS = (train, resume, show, generate, evaluate, compare, paper, trace, size, presets, import_, export, doctor)
+_VERBS = (train, resume, runs, show, generate, evaluate, compare, paper, trace, size, presets, import_, export, doctor)
 for verb in _VERBS:
     app.command(verb.__name__.rstrip("_"))(verb)  # `import` is a word of the language
 app.add_typer(analyze)
@@ -124,6 +125,9 @@ def finemoe(
 
 def main() -> None:
     """The console script; ends the process with its status."""
+    if sys.stdout is None or sys.stderr is None:  # closed by whoever started us: what is said goes nowhere
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a model writes any character; no terminal is to fail on one
             stream.reconfigure(errors="replace")
@@ -137,7 +141,7 @@ def _flushed(status: Any) -> Any:
     """`status`, or 1 where the reader of stdout has gone: found out here, while it can be kept quiet."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:  # a pipe that nobody reads, a terminal that is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return status or 1
     return status

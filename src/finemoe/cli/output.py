@@ -32,10 +32,10 @@ def check_recipe(recipe: Path, overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: no such recipe, no TOML, or an override that is none.
     """
-    from finemoe.core.config import read_toml, with_overrides
+    from finemoe.core.config import read_tables, with_overrides
 
     if recipe.is_file() or not recipe.exists():
-        with_overrides(read_toml(recipe), overrides)
+        with_overrides(read_tables(recipe), overrides)
 
 
 def deliver(
@@ -94,7 +94,7 @@ def report_run(run: Any, as_json: bool) -> None:
     Raises:
         typer.Exit: 130 when it was interrupted, after saying how to go on.
     """
-    from finemoe.charts.numbers import count, duration
+    from finemoe.charts.numbers import count, duration, fixed
     from finemoe.core.logs import console
 
     directory = shlex.quote(str(run.directory))
@@ -107,12 +107,14 @@ def report_run(run: Any, as_json: bool) -> None:
     if as_json:
         return
     summary = run.summary
+    passed = summary.get("skipped_steps")
     total, active = count(summary["total_parameters"]), count(summary["active_parameters"])
     print_rich(
         *(_measured_line(key, summary[key]) for key in measured_keys(summary)),
-        f"Training loss     {summary['final_training_loss']:.4f}",
+        f"Training loss     {fixed(summary['final_training_loss'], 4)}",
         f"Parameters        {total}, {active} active",
         f"Trained on        {count(summary['tokens'])} tokens in {summary['steps']:,} steps",
+        *([f"Passed over       {passed} steps that held nothing to count"] if passed else []),
         f"Time              {duration(summary['seconds'])}, {count(summary['tokens_per_second'])} tokens/s",
     )
     typer.echo(f"Directory         {run.directory}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,42 +13,80 @@ from finemoe.cli.output import IN_NATS, Json, measured_keys, plain_table, print_
 
 def show(
     directories: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Finished run directories.", show_default=False)
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Run directories; a comparison stands for its runs.", show_default=False),
     ],
     as_json: Json = False,
 ) -> None:
-    """Put finished runs side by side: loss, speed, cache, balance.
+    """Put runs side by side: loss, speed, cache, balance.
 
     MaxVio is (largest load - mean load) / mean load of an MoE layer's experts over the validation
-    text: 0 is even. `finemoe compare` is the verb for a fair comparison with intervals.
+    text: 0 is even. A run that is not finished shows how far it came and what it measured last.
+    `finemoe runs` lists a folder; `finemoe compare` is the verb for a fair comparison with
+    intervals.
 
     \b
     Examples:
       finemoe show runs/v1 runs/v2 runs/v3
+      finemoe show runs/demo
       finemoe show runs/* --json
     """
-    runs = {str(directory): _summary(directory) for directory in directories}
+    runs = {str(run): _summary(run) for run in _runs(directories)}
     if as_json:
         print_json([{"directory": name, **summary} for name, summary in runs.items()])
     else:
         _print_table(runs)
 
 
-def _summary(directory: Path) -> dict[str, Any]:
-    """summary.json.
+def _runs(directories: Sequence[Path]) -> list[Path]:
+    """The runs that are asked for, those of comparisons among them; of several paths, what is none is left out.
 
     Raises:
-        RunError: not a run, or not finished.
+        RunError: there is none at all, or the only path is none.
     """
     from finemoe.core.errors import RunError
+    from finemoe.core.logs import logger
+    from finemoe.runs.listing import describe, runs_of
+
+    found: list[Path] = []
+    for directory in directories:
+        known = describe(directory)
+        if known is not None and known.kind in ("comparison", "paper"):
+            found += runs_of(directory)
+        elif known is not None and known.kind == "run":
+            found.append(directory)
+        elif len(directories) > 1 and directory.exists():
+            logger.warning("%s is left out: it is not a run directory", directory)
+        else:
+            raise RunError(f"{directory}: not a run directory; `finemoe runs` lists what there is")
+    if not found:
+        raise RunError(f"{', '.join(map(str, directories))}: no run was begun there yet")
+    return list(dict.fromkeys(found))
+
+
+def _summary(directory: Path) -> dict[str, Any]:
+    """summary.json, with the state of the run; of a run that is not finished what its metrics say.
+
+    Raises:
+        RunError: summary.json cannot be read.
+    """
+    from finemoe.runs.listing import look_at, newest_records
     from finemoe.training.directory import read_summary
 
+    info = look_at(directory)
+    state = {"state": info.state, "steps": info.done, "planned_steps": info.planned}
     summary = read_summary(directory)
-    if summary is None:
-        known = (directory / "config.json").exists()
-        what = f"not finished; go on with `finemoe resume {directory}`" if known else "not a run directory"
-        raise RunError(f"{directory}: {what}")
-    return summary
+    if summary is not None:
+        return {**state, **summary}
+    step, validation = newest_records(directory / "metrics.jsonl")
+    figures = ("tokens", "seconds", "tokens_per_second")
+    return {
+        **state,
+        **{f"final_{key}": value for key, value in validation.items() if key.endswith(("loss", "accuracy"))},
+        **{key: validation[key] for key in ("bits_per_byte", "max_vio", "dead_experts") if key in validation},
+        "final_training_loss": step.get("loss"),
+        **{key: step[key] for key in figures if key in step},
+    }
 
 
 def _print_table(runs: dict[str, dict[str, Any]]) -> None:
@@ -57,6 +95,8 @@ def _print_table(runs: dict[str, dict[str, Any]]) -> None:
     from finemoe.charts.numbers import count, duration, fixed
 
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("State", lambda s: s["state"]),
+        ("Steps", _steps),
         *((title_of(key) + ", nats" * (key in IN_NATS), _measured(key)) for key in _measured_keys(runs)),
         ("Bits per byte", lambda s: fixed(s.get("bits_per_byte"), 4)),
         ("Training loss", lambda s: fixed(s["final_training_loss"], 4)),
@@ -82,6 +122,11 @@ def _print_table(runs: dict[str, dict[str, Any]]) -> None:
     print_rich(table)
 
 
+def _steps(summary: dict[str, Any]) -> str:
+    done, planned = summary["steps"], summary["planned_steps"]
+    return f"{done:,}" if planned in (None, done) else f"{done:,} of {planned:,}"
+
+
 def _measured_keys(runs: dict[str, dict[str, Any]]) -> list[str]:
     """What the last measurements of the runs found, whatever they were trained for."""
     found = dict.fromkeys(key for summary in runs.values() for key in measured_keys(summary))
@@ -101,11 +146,14 @@ def _shown(name: str, summary: dict[str, Any], cell: Callable[[dict[str, Any]], 
     Raises:
         RunError: a figure that every run records is missing, or is none.
     """
+    from finemoe.charts.numbers import NOTHING
     from finemoe.core.errors import RunError
 
     try:
         return cell(summary)
     except (KeyError, TypeError, ValueError) as error:
+        if not (Path(name) / "summary.json").exists():  # of a run that goes on not everything is known
+            return NOTHING
         raise RunError(f"{name}/summary.json: damaged, or not of a run ({error}); leave that run out") from error
 
 

@@ -19,8 +19,11 @@ def train(
 ) -> None:
     """Train the model that a recipe describes.
 
-    A recipe is a TOML file; the smallest names a preset and a number of tokens. Ctrl-C saves
-    and stops; `finemoe resume` goes on where it stopped, bit for bit.
+    A recipe is a TOML file; the smallest names a preset and a number of tokens. The config.json
+    of a run is one too, and computes the same again. Ctrl-C, `kill` and a terminal that is closed
+    save and stop; `finemoe resume` goes on where it stopped, bit for bit. Under nohup, or when
+    nobody reads its output any more, a run goes on in silence. A run is saved four times, and
+    every ten minutes.
 
     \b
     Examples:

@@ -144,6 +144,25 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a readable TOML file: {error}") from error
 
 
+def read_tables(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A recipe in TOML, or, by its suffix, in JSON, as the config.json of a run is.
+
+    Raises:
+        ConfigError: when it does not exist or is neither.
+    """
+    if Path(path).suffix.lower() != ".json":
+        return read_toml(path)
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such recipe") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a readable JSON file: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: must hold a JSON object, not {type(found).__name__}")
+    return found
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with `over` laid on top, table by table. A table of another `kind` replaces instead of merging."""
     merged = dict(base)

@@ -11,6 +11,18 @@ from pathlib import Path
 _POLL_SECONDS = 0.2
 
 
+def is_held(path: Path) -> bool:
+    """Whether some process holds the lock file `path` now. Takes nothing but a look."""
+    try:
+        with path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or none that may be read
+        return False
+    return False
+
+
 @contextmanager
 def exclusive_lock(
     path: Path, *, patience: float | None = None, on_wait: Callable[[], object] | None = None

@@ -1,10 +1,13 @@
 """What people see (rich, on stderr) and what programs read (JSON Lines).
 
-Results go to stdout, everything else to stderr, so that output can be piped.
+Results go to stdout, everything else to stderr, so that output can be piped. When nobody reads stderr any more, work
+goes on in silence: a run writes metrics.jsonl and its checkpoints as always.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -13,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -30,9 +33,40 @@ logger = logging.getLogger("finemoe")
 _PLAIN_INTERVAL = 15.0  # seconds between lines when nobody watches a terminal
 
 
+class _Lasting(io.TextIOBase):
+    """A stream whose reader may go: from then on it takes words and drops them, and whoever speaks works on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            _drop(self._stream)
+        return len(text)
+
+
+def _drop(stream: TextIO) -> None:
+    """Lead what is written to `stream`, whose reader is gone or whose disk is full, nowhere."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # or no file of the system
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def console() -> Console:
-    """The console for people: stderr, plain when piped."""
-    return Console(stderr=True, highlight=False)
+    """The console for people: stderr, plain when piped, silent when nobody reads it any more."""
+    return Console(file=cast(TextIO, _Lasting(sys.stderr)), highlight=False)
 
 
 def set_up(*, debug: bool = False) -> None:
@@ -51,7 +85,7 @@ class _Plain(logging.Handler):
     """Lines on stderr, wherever that points now; not wrapped, as a pipe has no width."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        _Lasting(sys.stderr).write(self.format(record) + "\n")
 
 
 class _Formatter(logging.Formatter):

@@ -86,7 +86,11 @@ class PreparedData:
 
     @cached_property
     def validation_bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for each token that validation predicts; end-of-text tokens stand for none."""
+        """UTF-8 bytes of text for each token that validation predicts; end-of-text tokens stand for none.
+
+        Raises:
+            DataError: it predicts nothing.
+        """
         sizes = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
         for token_id, content in self.tokenizer.token_bytes.items():
             sizes[token_id] = len(content)
@@ -100,6 +104,11 @@ class PreparedData:
                 # Bytes of the text as it was written, whatever the tokenizer makes of it.
                 num_bytes += float((sizes[batch.targets.numpy()] * weights).sum()) * source.bytes_per_byte
                 num_targets += float(weights.sum())
+        if not num_bytes:
+            raise DataError(
+                "the validation documents hold no text to measure the loss on, once they are cut into sequences of "
+                f"{self.config.sequence_length}: name others, or raise `validation_share`"
+            )
         return num_bytes / num_targets
 
     def validation_batches(self, batch_size: int) -> Iterator[TokenBatch]:

@@ -67,10 +67,11 @@ class PackedDocuments:
         """The corpus of `setting`, in the order that its seed decides.
 
         Raises:
-            DataError: it cannot be read, or is smaller than one batch.
+            DataError: it cannot be read, is smaller than one batch, or leaves nothing to validate on.
         """
         prepared = prepare(setting.data)
         prepared.require_batch(setting.sequences_per_step)
+        _ = prepared.validation_bytes_per_token  # nothing to measure on is said now, not after the first steps
         return PackedDocuments(prepared, prepared.train_loader(derive(setting.seed, "data")))
 
     @property

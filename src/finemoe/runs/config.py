@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from finemoe.checkpoint.open import read_model_config, text_home
 from finemoe.checkpoint.own_config import refuse_older
-from finemoe.core.config import Config, merge, parse, read_toml, with_overrides
+from finemoe.core.config import Config, merge, parse, read_tables, with_overrides
 from finemoe.core.errors import ConfigError
 from finemoe.data import DataConfig
 from finemoe.methods import MethodConfig
 from finemoe.methods.pretraining import PretrainingConfig
 from finemoe.methods.setting import Setting
-from finemoe.model.config import Kernels, ModelConfig, expand, with_balance
+from finemoe.model.config import Kernels, ModelConfig, equal_but_for_balance, expand, with_balance
 from finemoe.model.moe.balance import BalanceConfig
 from finemoe.model.presets import resolve
 from finemoe.runs.trackers import TrackerName
@@ -29,6 +29,9 @@ from finemoe.training.schedule import MultiStepConfig, ScheduleConfig
 
 DEFAULT_LEARNING_RATE = 4e-3
 """Best of the tuning in docs/log.md for models of hidden size 64; larger ones want less (papers: 1.08e-3 at 1280)."""
+
+MOST_STEPS_UNSAVED = 500
+"""Between checkpoints, where a recipe does not say."""
 
 
 class TrainingConfig(Config):
@@ -43,14 +46,20 @@ class TrainingConfig(Config):
     """Tokens in memory at once; the step is accumulated from such pieces. None: up to 16,384."""
     evaluate_every: PositiveInt | None = None
     """Steps between validations. None: ten over the run."""
-    checkpoint_every: PositiveInt = 500
-    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
-    keep_checkpoints: PositiveInt = 2
+    checkpoint_every: PositiveInt | None = None
+    """Steps between checkpoints; one is always written at the end and on Ctrl-C. None: four over the run, and never
+    more than 500 steps apart."""
+    checkpoint_minutes: NonNegativeFloat = 10.0
+    """Longest time without a checkpoint, however long a step takes; 0: steps alone decide. It changes no result."""
+    keep_checkpoints: PositiveInt = 3
+    """The newest ones; older ones are deleted."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 products on CUDA, float32 elsewhere (bf16 is slower than float32 on most CPUs)."""
     threads: NonNegativeInt = 0
     """CPU threads; 0: all cores."""
+    memory_check: bool = True
+    """Refuse to start what is estimated to need more memory than is available; false goes on regardless."""
     trackers: tuple[TrackerName, ...] = ()
     """Mirrors of metrics.jsonl; each needs its package from the [track] extra."""
 
@@ -64,6 +73,11 @@ class TrainingConfig(Config):
     def total_steps(self) -> int:
         """Optimizer steps of the run."""
         return self.steps if self.steps is not None else (self.tokens or 0) // self.tokens_per_step
+
+    @property
+    def steps_between_checkpoints(self) -> int:
+        """As given; else a quarter of the run, at most `MOST_STEPS_UNSAVED`."""
+        return self.checkpoint_every or min(MOST_STEPS_UNSAVED, -(-self.total_steps // 4))
 
 
 class RunConfig(Config):
@@ -163,7 +177,9 @@ def read_recipe(
     if isinstance(recipe, Mapping):
         return with_overrides(recipe, overrides), "recipe"
     path = Path(recipe)
-    return with_overrides({"name": path.stem, **read_toml(path)}, overrides), str(path)
+    tables = read_tables(path)
+    refuse_older(tables, path)  # the config.json of a run is a recipe too
+    return with_overrides({"name": path.stem, **tables}, overrides), str(path)
 
 
 def resolve_run(raw: Mapping[str, Any], source: str) -> RunConfig:
@@ -190,9 +206,12 @@ def _resolve_model(raw: Mapping[str, Any], source: str) -> ModelConfig:
     """The model that `start_from` holds, or what [model] describes."""
     model = raw.get("model")
     if raw.get("start_from") is not None:
-        if model is not None:
-            raise ConfigError(f"{source}: `start_from` brings its own model: leave [model] out")
         path = Path(str(raw["start_from"]))
+        if model is not None:
+            resolved = parse(ModelConfig, model, f"{source}: model") if "blocks" in model else None  # a config.json
+            if resolved is None or not equal_but_for_balance(resolved, read_model_config(path)):
+                raise ConfigError(f"{source}: `start_from` brings its own model: leave [model] out")
+            return resolved
         if path.suffix.lower() == ".gguf":
             raise ConfigError(f"{source}: start_from {path} is a GGUF file: `finemoe import {path} DIR`, then name DIR")
         return _rebalanced(read_model_config(path), raw.get("balance"), source)

@@ -160,13 +160,15 @@ def _short(report: StepReport, validation: Measured | None) -> str:
     """For 80 columns."""
     shown = f"{validation.headline:.3f}" if validation else "-"
     speed = f"{report.tokens_per_second / 1000:.1f}k/s"
-    return f"loss {report.loss:.3f} val {shown} grad {report.gradient_norm:.2f}{_vio(report)} {speed}"
+    loss = "-" if report.loss is None else f"{report.loss:.3f}"
+    return f"loss {loss} val {shown} grad {report.gradient_norm:.2f}{_vio(report)} {speed}"
 
 
 def _long(report: StepReport, validation: Measured | None) -> str:
     shown = f"{validation.headline:.4f}" if validation else "-"
+    loss = "-" if report.loss is None else f"{report.loss:.4f}"
     return (
-        f"loss {report.loss:.4f}  validation {shown}  gradient {report.gradient_norm:.2f}  "
+        f"loss {loss}  validation {shown}  gradient {report.gradient_norm:.2f}  "
         f"{report.tokens_per_second:,.0f} tokens/s{_vio(report)}"
     )
 

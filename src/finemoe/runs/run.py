@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,16 +28,17 @@ from finemoe.core.files import sole_writer, storage_error, write_text
 from finemoe.core.logs import logger, read_json_lines
 from finemoe.core.seeds import derive
 from finemoe.data.batch import Batch
-from finemoe.model import native
 from finemoe.model.config import Kernels, equal_but_for_balance
 from finemoe.model.initialize import initialize
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
-from finemoe.runs.calibration import Chosen, choose
+from finemoe.runs.calibration import Chosen
+from finemoe.runs.changes import say_length, with_changes, write_changes
 from finemoe.runs.config import RunConfig, read_config, read_recipe, resolve_run
+from finemoe.runs.kernels import is_same_run, kernels_for
 from finemoe.runs.observers import Evaluate, Log, Show, Warn
 from finemoe.runs.saving import Save, restore
-from finemoe.runs.start import build_method, check_start, resolve_device
+from finemoe.runs.start import build_method, check_memory, check_start, resolve_device
 from finemoe.runs.trackers import open_tracker
 from finemoe.text.files import COMPANIONS
 from finemoe.training.alerts import Knobs, Watch, routed_layers
@@ -44,6 +46,7 @@ from finemoe.training.balancing import has_selection_bias
 from finemoe.training.directory import read_object, read_summary, require_run
 from finemoe.training.method import Measured, Method, TrainingData
 from finemoe.training.report import recent_loss
+from finemoe.training.stopping import StopOnSignal
 from finemoe.training.trainer import Observer, Plan, Trainer
 
 
@@ -84,39 +87,55 @@ def train(
     method = build_method(config)
     with sole_writer(directory):
         _require_free(directory, config)
+        chosen = kernels_for(config)
+        config = config.model_copy(update={"kernels": chosen.kernels})  # config.json is to compute the same again
         _describe(directory, config, method.data)
-        return _run(config, method, directory, resuming=False, quiet=quiet)
+        return _run(config, method, directory, chosen, None, quiet)
 
 
-def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
+def resume(directory: str | os.PathLike[str], *, overrides: Sequence[str] = (), quiet: bool = False) -> Run:
     """Go on from the newest undamaged checkpoint; on a CPU the result is bit for bit that of an unbroken run.
 
+    Args:
+        directory: of the run.
+        overrides: `a.b=c`, of what is yet to come: `training.tokens=...` trains a run longer, finished or not. The
+            schedule is then that of the new length from here on, and config.json says so; the old one is kept.
+        quiet: show no progress.
+
     Raises:
-        RunError: not a run directory, or its corpus has changed.
+        ConfigError: an override that is no setting.
+        RunError: not a run directory, its corpus has changed, or an override of what has been trained already.
         CheckpointError: every checkpoint is damaged.
     """
     directory = Path(directory)
     require_run(directory)
-    config = read_config(directory / "config.json")
+    before = read_config(directory / "config.json")
     summary = read_summary(directory)
-    if summary is not None:
-        logger.info("%s is finished: %d steps", directory, summary["steps"])
+    if summary is not None and not overrides:
+        logger.info("%s is finished: %d steps; --set training.tokens=... trains it longer", directory, summary["steps"])
         return Run(directory, summary, interrupted=False)
+    config = with_changes(directory, before, overrides) if overrides else before
+    check_memory(config)
     with sole_writer(directory):
-        return _resume(directory, config, quiet)
+        return _resume(directory, before, config, quiet)
 
 
-def _resume(directory: Path, config: RunConfig, quiet: bool) -> Run:
+def _resume(directory: Path, before: RunConfig, config: RunConfig, quiet: bool) -> Run:
     method = build_method(config)
-    before, now = read_object(directory / "data.json"), method.data.report
-    changed = [key for key in now if key.endswith("sha256") and before and before.get(key) != now[key]]
+    had, now = read_object(directory / "data.json"), method.data.report
+    changed = [key for key in now if key.endswith("sha256") and had and had.get(key) != now[key]]
     if changed:
         raise RunError(
             f"{directory}: the corpus is not the one this run began with ({', '.join(changed)} differ); "
             "put it back, or start a new run"
         )
+    saved = _newest(directory, before)
+    if config != before:
+        done = saved.state["step"] if saved is not None else 0
+        write_changes(directory, before, config, done)
+        say_length(before, config, done)
     _describe(directory, config, method.data)  # whatever a kill left out while the directory was being made
-    return _run(config, method, directory, resuming=True, quiet=quiet)
+    return _run(config, method, directory, kernels_for(config, saved), saved, quiet)
 
 
 def _newest(directory: Path, config: RunConfig) -> RunState | None:
@@ -150,7 +169,7 @@ def _require_free(directory: Path, config: RunConfig) -> None:
         return  # dot files are what a kill leaves of a file being written
     if not (directory / "config.json").exists():
         raise RunError(f"{directory} is not empty and not a run; choose another --out")
-    same = read_config(directory / "config.json") == config
+    same = is_same_run(config, read_config(directory / "config.json"))
     what = "this very run" if same else "a run of another configuration"
     raise RunError(f"{directory} holds {what}; go on with `finemoe resume {directory}`, or choose another --out")
 
@@ -177,14 +196,18 @@ def _describe(directory: Path, config: RunConfig, data: TrainingData[Batch]) -> 
         raise storage_error(directory, error) from error
 
 
-def _run(config: RunConfig, method: Method[Any], directory: Path, *, resuming: bool, quiet: bool) -> Run:
-    trainer, reason = _trainer(config, method, directory, resuming)
+def _run(
+    config: RunConfig, method: Method[Any], directory: Path, chosen: Chosen, saved: RunState | None, quiet: bool
+) -> Run:
+    trainer = _trainer(config, method, directory, chosen.kernels, saved)
     metrics = directory / "metrics.jsonl"
     _cut_metrics(metrics, trainer.state.step)
     if not quiet:
-        _announce(config, trainer, directory, reason)
+        _announce(config, trainer, directory, chosen.reason)
     trackers = [open_tracker(name, directory, config.model_dump(mode="json")) for name in config.training.trackers]
-    with Log(metrics, trackers) as log, Save(config, directory, log) as save:
+    # A closed terminal says so twice: the second time is not to end what the first one made it save.
+    hung_up = StopOnSignal(trainer.request_stop, (signal.SIGHUP,))
+    with hung_up, Log(metrics, trackers) as log, Save(config, directory, log) as save:
         evaluate = Evaluate(_evaluate_every(config), log.emit)
         shown: list[Observer] = [] if quiet else [Show(evaluate, trainer.plan.total_steps)]
         trainer.observers = (evaluate, log, Warn(_watch(config, metrics), log.emit), *shown, save)
@@ -198,15 +221,13 @@ def _run(config: RunConfig, method: Method[Any], directory: Path, *, resuming: b
     return Run(directory, summary, interrupted=False)
 
 
-def _trainer(config: RunConfig, method: Method[Any], directory: Path, resuming: bool) -> tuple[Trainer, str]:
-    """The trainer where the run stands, and what its kernels were chosen for."""
+def _trainer(
+    config: RunConfig, method: Method[Any], directory: Path, kernels: Kernels, saved: RunState | None
+) -> Trainer:
+    """The trainer where the run stands."""
     memory.keep_freed_pages()
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
     device, bf16 = resolve_device(config.training)
-    saved = _newest(directory, config) if resuming else None
-    chosen = _kernels(config, device, bf16, saved)
-    model = _first_model(config, method.data, chosen.kernels, saved is not None)
+    model = _first_model(config, method.data, kernels, saved is not None)
     torch.manual_seed(derive(config.seed, "torch"))  # for whatever draws from the default generator during training
     plan = Plan(
         total_steps=config.training.total_steps,
@@ -219,7 +240,7 @@ def _trainer(config: RunConfig, method: Method[Any], directory: Path, resuming: 
     trainer = Trainer(model.to(device), method, config.optimizer, config.schedule, plan, begins=begins)
     if saved is not None:
         restore(trainer, saved, directory)
-    return trainer, chosen.reason
+    return trainer
 
 
 def _train(trainer: Trainer, save: Save, directory: Path) -> bool:
@@ -250,21 +271,6 @@ def _what_is_saved(trainer: Trainer, directory: Path) -> str:
     if not checkpoint_folders(directory / "checkpoints"):
         return "Nothing was saved before it."
     return f"What was saved last is in {directory}."
-
-
-def _kernels(config: RunConfig, device: torch.device, bf16: bool, resumed: RunState | None) -> Chosen:
-    """Those that the recipe names, and for "auto" what is fastest; a resumed run keeps what it had.
-
-    Other kernels round differently, and the rest of the run would not be bit for bit what it would have been.
-    """
-    if resumed is not None and "kernels" in resumed.state:
-        had = config.kernels.model_copy(update=resumed.state["kernels"])
-        if parse(RunConfig, json.loads(resumed.config), "checkpoint").kernels == config.kernels:
-            if "native" in (had.experts, had.products) and not native.available():
-                logger.warning("this run used the native kernels, which cannot be used here: it will round differently")
-            return Chosen(had, "")
-    tokens = config.micro_batch_sequences * config.data.sequence_length
-    return choose(config.model, config.kernels, tokens=tokens, device=device, bf16=bf16)
 
 
 def _first_model(config: RunConfig, data: TrainingData[Batch], kernels: Kernels, resuming: bool) -> Transformer:
@@ -345,6 +351,7 @@ def _summary(config: RunConfig, trainer: Trainer, last: Measured, metrics: Path)
         **last.to_summary(),
         "final_training_loss": recent_loss(steps),
         "steps": state.step,
+        **({"skipped_steps": state.skipped} if state.skipped else {}),
         "tokens": state.tokens,
         "seconds": round(state.seconds, 3),
         "checkpoint_stall_seconds": round(sum(stalls), 3),

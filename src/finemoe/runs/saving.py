@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +43,19 @@ class _Writing:
 
 @final
 class Save:
-    """A checkpoint every so many steps and after the last one; one at a time, in a thread.
+    """A checkpoint every so many steps, every so many minutes, and after the last step; one at a time, in a thread.
 
     An observer, and a context manager around the run: what the thread could not write is an error at the next step, at
     the next checkpoint or at the exit, whichever comes first.
     """
 
-    def __init__(self, config: RunConfig, directory: Path, log: Log) -> None:
+    def __init__(
+        self, config: RunConfig, directory: Path, log: Log, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Save into `directory`; `clock` gives seconds, and tests give their own."""
         self._config = config
+        self._clock = clock
+        self._begun = clock()
         self._checkpoints = directory / "checkpoints"
         self._log = log
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -70,8 +75,15 @@ class Save:
             self._finish()
         if report.step == trainer.plan.total_steps:
             self.save(trainer)
-        elif report.step % self._config.training.checkpoint_every == 0:
+        elif trainer.world.any(self._is_time(report.step)):
             self._save_behind(trainer)
+
+    def _is_time(self, step: int) -> bool:
+        """By the count of steps, or by the clock since the last checkpoint was begun."""
+        training = self._config.training
+        waited = self._clock() - self._begun
+        late = training.checkpoint_minutes > 0 and waited >= 60 * training.checkpoint_minutes
+        return late or step % training.steps_between_checkpoints == 0
 
     def save(self, trainer: Trainer) -> None:
         """Save now; the checkpoint is there when this returns.
@@ -83,6 +95,7 @@ class Save:
         self._finish()
         if self._saved == trainer.state.step:
             return
+        self._begun = self._clock()
         state = state_of(trainer, self._config)
         seconds = self._write(trainer.state.step, state)
         self._note(trainer.state.step, _nbytes(state), time.perf_counter() - started, seconds, behind=False)
@@ -122,6 +135,7 @@ class Save:
 
     def _save_behind(self, trainer: Trainer) -> None:
         self._finish()
+        self._begun = self._clock()
         started = time.perf_counter()
         state = state_of(trainer, self._config)
         try:
@@ -177,6 +191,7 @@ def state_of(trainer: Trainer, config: RunConfig) -> RunState:
             "tokens": state.tokens,
             "position": state.position,
             "seconds": state.seconds,
+            "skipped": state.skipped,
             "rng": {device: bytes(one.tolist()).hex() for device, one in state.rng.items()},
             "threads": torch.get_num_threads(),
             "kernels": trainer.model.kernels.model_dump(include={"experts", "products"}),

@@ -13,6 +13,7 @@ from finemoe.core.errors import ConfigError, RunError
 from finemoe.methods import build
 from finemoe.model.size import measure
 from finemoe.runs.config import RunConfig, TrainingConfig
+from finemoe.runs.footprint import require_memory
 from finemoe.runs.trackers import require_tracker
 from finemoe.training.method import Method
 
@@ -24,14 +25,20 @@ def checkpoint_bytes(config: RunConfig) -> int:
     return 12 * parameters * (config.training.keep_checkpoints + 1) + (16 << 20)
 
 
-def check_start(config: RunConfig, directory: Path, copies: int = 1) -> None:
-    """Find before any work what would stop a run: device, trackers, an unusable place, too little room for `copies`.
+def check_start(config: RunConfig, directory: Path, copies: int = 1, at_once: int = 1) -> None:
+    """Find before any work what would stop a run: device, trackers, an unusable place, too little memory or room.
+
+    Args:
+        config: of the run.
+        directory: where it would be written.
+        copies: how many such runs are to lie there.
+        at_once: how many of them go at the same time.
 
     Raises:
         ConfigError: the device or a tracker is not there.
-        RunError: `directory` cannot be written, or the disk is too small.
+        RunError: `directory` cannot be written, the disk is too small, or memory is.
     """
-    resolve_device(config.training)
+    check_memory(config, at_once)
     for name in config.training.trackers:
         require_tracker(name)
     needed = copies * checkpoint_bytes(config)
@@ -46,6 +53,17 @@ def check_start(config: RunConfig, directory: Path, copies: int = 1) -> None:
         )
     if not os.access(existing, os.W_OK):
         raise RunError(f"{existing} is not writable; choose another --out")
+
+
+def check_memory(config: RunConfig, at_once: int = 1) -> None:
+    """Check that the run, or so many of them at a time, fits into memory.
+
+    Raises:
+        ConfigError: the device is not there.
+        RunError: it does not fit, and `training.memory_check` is on.
+    """
+    device, bf16 = resolve_device(config.training)
+    require_memory(config, device, bf16=bf16, at_once=at_once)
 
 
 def build_method(config: RunConfig) -> Method[Any]:

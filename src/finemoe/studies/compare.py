@@ -23,11 +23,13 @@ from finemoe.core.files import sole_writer, write_text
 from finemoe.core.logs import console
 from finemoe.model.size import measure
 from finemoe.runs.config import read_recipe
+from finemoe.runs.listing import is_study_of_papers
 from finemoe.runs.start import build_method
 from finemoe.studies.arms import SizedArm, solve
 from finemoe.studies.config import CompareConfig, resolve_comparison
 from finemoe.studies.results import build_results, write_results
-from finemoe.studies.study import Study, holds_study
+from finemoe.studies.study import Study, holds_study, read_study
+from finemoe.training.directory import read_object
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Comparison:
 
 
 def compare(
-    recipe: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | CompareConfig | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
@@ -55,8 +57,10 @@ def compare(
         ConfigError, DataError: the recipe cannot work; nothing was written.
         RunError: `out` holds something else, or no run finished.
     """
-    raw, source = read_recipe({} if recipe is None else recipe, overrides)
-    config = resolve_comparison(raw, source)
+    if isinstance(recipe, CompareConfig):
+        config = recipe
+    else:
+        config = resolve_comparison(*read_recipe({} if recipe is None else recipe, overrides))
     command = _command(recipe, overrides, out)
     arms = {
         name: solve(name, config.base, config.matching, config.routing, config.data.sequence_length)
@@ -84,12 +88,32 @@ def compare(
     return Comparison(directory, results, interrupted, failures)
 
 
+def go_on(directory: str | os.PathLike[str], *, quiet: bool = False) -> Comparison:
+    """Go on with the comparison in `directory`, as it was begun; a finished one is read again.
+
+    Raises:
+        ConfigError, DataError: what it was made of cannot be read any more.
+        RunError: it holds no comparison, or a study of `finemoe paper`, which its own verb goes on with.
+    """
+    directory = Path(directory)
+    config = read_study(directory)
+    if is_study_of_papers(config.model_dump()):
+        scale = config.name.removeprefix("paper-")
+        known = read_object(directory / "results.json")
+        command = known["command"] if known and "command" in known else f"finemoe paper --scale {scale}"
+        command = command if "--out" in command else f"{command} --out {shlex.quote(str(directory))}"
+        raise RunError(f"{directory} is a study of the papers' claims; go on with: {command}")
+    return compare(config, out=directory, quiet=quiet)
+
+
 def _command(
-    recipe: str | os.PathLike[str] | Mapping[str, Any] | None,
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | CompareConfig | None,
     overrides: Sequence[str],
     out: str | os.PathLike[str] | None,
 ) -> str:
     """The command that makes the same results again, or goes on with them."""
+    if isinstance(recipe, CompareConfig):
+        return f"finemoe resume {shlex.quote(os.fspath(out or ''))}"
     if isinstance(recipe, Mapping):
         return "finemoe.compare(recipe) in Python, with the configuration below"
     words = ["finemoe", "compare", *([os.fspath(recipe)] if recipe is not None else [])]

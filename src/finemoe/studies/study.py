@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finemoe.checkpoint.kinds import COMPARISON
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.files import storage_error
@@ -18,7 +19,7 @@ from finemoe.runs.start import check_start, checkpoint_bytes
 from finemoe.studies.arms import SizedArm
 from finemoe.studies.config import CompareConfig
 from finemoe.studies.fleet import Job, Outcome, run_fleet
-from finemoe.training.directory import read_summary
+from finemoe.training.directory import read_object, read_summary
 
 _CALIBRATION_STEPS = 10
 _TUNING_SEED = 1000  # far from the seeds of the comparison: a rate must not be chosen on the run it is judged by
@@ -49,7 +50,7 @@ class Study:
             for name in self.arms:
                 self._steps(name)
         largest = max((self._job("", name, 0, 1, 1.0).config for name in self.arms), key=checkpoint_bytes)
-        check_start(largest, self.directory, copies=len(self.arms) * len(self.config.seeds))
+        check_start(largest, self.directory, len(self.arms) * len(self.config.seeds), self.parallel)
 
     def example(self) -> RunConfig:
         """The configuration of one run, for what all runs share."""
@@ -191,16 +192,30 @@ class Study:
         return Job(path.removeprefix("arms/"), run, self.directory / path)
 
 
+def read_study(directory: Path) -> CompareConfig:
+    """What the comparison in `directory` is made of.
+
+    Raises:
+        ConfigError: it cannot be read.
+        RunError: there is none.
+    """
+    raw = read_object(directory / COMPARISON)
+    if raw is None:
+        raise RunError(f"{directory} holds no comparison (no {COMPARISON})")
+    return parse(CompareConfig, raw, str(directory / COMPARISON))
+
+
 def holds_study(directory: Path, config: CompareConfig) -> bool:
     """Whether `directory` holds this very comparison already; False where it can be begun.
 
     Raises:
         RunError: it holds something else.
     """
-    path = directory / "compare.json"
+    path = directory / COMPARISON
     try:
         if path.exists():
-            if parse(CompareConfig, json.loads(path.read_text(encoding="utf-8")), str(path)) != config:
+            found = parse(CompareConfig, json.loads(path.read_text(encoding="utf-8")), str(path))
+            if _without_habits(found) != _without_habits(config):
                 raise RunError(f"{directory} holds a comparison of another configuration; choose another --out")
             return True
         if directory.is_dir() and any(not inside.name.startswith(".") for inside in directory.iterdir()):
@@ -208,3 +223,9 @@ def holds_study(directory: Path, config: CompareConfig) -> bool:
     except OSError as error:
         raise storage_error(directory, error) from error
     return False
+
+
+def _without_habits(config: CompareConfig) -> CompareConfig:
+    """`config` but for when it saves and what it checks first: their defaults may change, and no result does."""
+    habits = {"checkpoint_every": None, "checkpoint_minutes": 0.0, "keep_checkpoints": 1, "memory_check": True}
+    return config.model_copy(update={"training": config.training.model_copy(update=habits)})

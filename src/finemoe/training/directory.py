@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finemoe.checkpoint.kinds import COMPARISON, models_below
 from finemoe.core.errors import RunError
 
 
@@ -17,7 +18,15 @@ def require_run(directory: Path) -> None:
     """
     if (directory / "manifest.json").exists() and (directory / "state.json").exists():
         raise RunError(f"{directory}: is one checkpoint of a run; give the run's own directory, two above it")
+    if (directory / COMPARISON).exists():
+        raise RunError(
+            f"{directory}: is a comparison of several runs: `finemoe resume {directory}` on the command line goes on "
+            "with all of them, and each lies in a folder of its own below arms/"
+        )
     if not (directory / "config.json").exists():
+        if several := models_below(directory):
+            listed = ", ".join(map(str, several[:5])) + (" ..." if len(several) > 5 else "")
+            raise RunError(f"{directory}: holds several runs; name one of them: {listed}")
         raise RunError(f"{directory}: not a run directory (no config.json); `finemoe train RECIPE` starts one")
 
 

@@ -31,11 +31,14 @@ class Objective(Protocol[BatchT_contra]):
 
     @property
     def headline(self) -> str:
-        """The term that reports call the loss; every step has something to count for it."""
+        """The term that reports call the loss; a step that has nothing to count for it is passed over."""
         ...
 
     def counts(self, batch: BatchT_contra) -> dict[str, float]:
-        """Denominators by name, from the batch alone; summed over the step and all ranks before any backward pass."""
+        """Denominators by name, from the batch alone; summed over the step and all ranks before any backward pass.
+
+        A term that comes to 0 is left out of the step.
+        """
         ...
 
     def weights(self, progress: float) -> Mapping[str, float]:

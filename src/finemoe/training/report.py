@@ -19,8 +19,9 @@ class StepReport:
     """Steps done, this one included."""
     tokens: int
     """Tokens trained on so far."""
-    loss: float
-    """The headline term of the objective: in pre-training the cross-entropy per token, nats."""
+    loss: float | None
+    """The headline term of the objective: in pre-training the cross-entropy per token, nats. None: nothing to count,
+    and nothing was changed."""
     terms: Mapping[str, float]
     """Every term of the objective, divided."""
     gradient_norm: float
@@ -38,13 +39,21 @@ class StepReport:
     """Largest absolute selection bias after the step, by layer index, where there is one."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """What the method did to the gradients, in figures of its own."""
+    skipped: int = 0
+    """Steps of the run so far that held nothing to count."""
 
     def max_vio(self) -> dict[int, float]:
         """MaxVio by layer."""
         return {layer: max_violation(load) for layer, load in self.load.items()}
 
     def to_record(self) -> dict[str, Any]:
-        """For metrics.jsonl: load and MaxVio per layer, dead experts as the share that got no token."""
+        """For metrics.jsonl: load and MaxVio per layer, dead experts as the share that got no token.
+
+        A step that held nothing to count has a record of a kind of its own, so that no loss is made up for it.
+        """
+        if self.loss is None:
+            passed = {"kind": "skipped", "step": self.step, "tokens": self.tokens, "skipped": self.skipped}
+            return {**passed, "seconds": round(self.seconds, 4)}
         record: dict[str, Any] = {
             "kind": "step",
             "step": self.step,

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from finemoe.core.errors import ConfigError, TrainingError
+from finemoe.core.logs import logger
 from finemoe.data.batch import Batch
 from finemoe.model.transformer import Transformer
 from finemoe.parallel.world import SOLO, World
@@ -25,6 +23,7 @@ from finemoe.training.method import Measured, Method
 from finemoe.training.optimizers import RATE_FACTOR, Selected, build_optimizers
 from finemoe.training.report import StepReport
 from finemoe.training.schedule import learning_rate_factor
+from finemoe.training.stopping import StopOnSignal
 
 
 def _generator_states() -> dict[str, Tensor]:
@@ -44,6 +43,8 @@ class TrainState:
     position: int = 0
     """Sequences that the data has given, to all ranks together."""
     seconds: float = 0.0
+    skipped: int = 0
+    """Steps that held nothing to count."""
     rng: Mapping[str, Tensor] = field(default_factory=_generator_states)
     """State of torch's default generators, by kind of device."""
 
@@ -143,8 +144,8 @@ class Trainer:
     def run(self, until: int | None = None) -> bool:
         """Train to step `until` (the end when None). False when a signal asked to stop early.
 
-        The first Ctrl-C or SIGTERM ends after the current step; a second one is Python's own. A request to any rank
-        stops all of them.
+        The first Ctrl-C, SIGTERM or SIGHUP ends after the current step; a second Ctrl-C or SIGTERM is Python's own. A
+        request to any rank stops all of them.
 
         Raises:
             TrainingError: a loss or gradient is not finite. The weights are those before that step.
@@ -166,6 +167,9 @@ class Trainer:
     def step(self, batches: Sequence[Batch], started: float | None = None) -> StepReport:
         """One optimizer step over `batches`, this rank's micro-batches.
 
+        Where none of them, on any rank, holds anything to count for the headline, as when every weight is zero, the
+        step is passed over: nothing is computed or changed, and its report has no loss.
+
         Args:
             batches: at least one.
             started: when building them began, if that counts.
@@ -178,7 +182,10 @@ class Trainer:
         for batch in batches:
             for name, count in self.method.objective.counts(batch).items():
                 counts[name] = counts.get(name, 0.0) + count
-        done = self._accumulate(batches, self.world.sum(counts))
+        counts = self.world.sum(counts)
+        if not counts[self.method.objective.headline]:
+            return self._pass_over(batches, started)
+        done = self._accumulate(batches, counts)
         self.world.sum_gradients(self.parameters.values())
         norm = gradient_norm(self.parameters.values())
         norm_value = norm.item()
@@ -203,6 +210,7 @@ class Trainer:
             dropped=done.dropped,
             selection_bias={layer: bias.abs().max().item() for layer, bias in selection_biases(self.model).items()},
             figures=figures,
+            skipped=self.state.skipped,
         )
 
     def micro_batches(self) -> list[Batch]:
@@ -249,9 +257,8 @@ class Trainer:
         for batch in batches:
             with self.autocast():
                 result = objective.terms(self.model, batch)
-            # A term may have nothing to count, as a look-ahead beyond every document; the headline always has.
-            counted = {name: v for name, v in result.sums.items() if counts[name] or name == objective.headline}
-            parts = {name: value / counts[name] for name, value in counted.items()}
+            # A term may have nothing to count, as a look-ahead beyond every document.
+            parts = {name: value / counts[name] for name, value in result.sums.items() if counts[name]}
             loss = torch.stack([part.float() * weights.get(name, 1.0) for name, part in parts.items()]).sum()
             loss.backward()
             for name, part in parts.items():
@@ -262,8 +269,37 @@ class Trainer:
         load = {layer: one.cpu() for layer, one in self.world.sum_tensors(load).items()}
         return _Accumulated(self.world.sum(terms), load, int(self.world.sum({"dropped": dropped.item()})["dropped"]))
 
+    def _pass_over(self, batches: Sequence[Batch], started: float) -> StepReport:
+        """Count a step that held nothing to learn from; its sequences are read, and not read again."""
+        rate = self._learning_rate()
+        first = self.state.position
+        tokens = self._advance(batches, time.perf_counter() - started, skipped=1)
+        logger.warning(
+            "step %d is passed over: sequences %d to %d hold nothing to count, as all their weights are zero",
+            self.state.step,
+            first,
+            self.state.position - 1,
+        )
+        return StepReport(
+            step=self.state.step,
+            tokens=self.state.tokens,
+            loss=None,
+            terms={},
+            gradient_norm=0.0,
+            learning_rate=rate,
+            seconds=self.state.seconds,
+            tokens_per_second=tokens / max(time.perf_counter() - started, 1e-9),
+            load={},
+            dropped=0,
+            skipped=self.state.skipped,
+        )
+
+    def _learning_rate(self) -> float:
+        """Of the next step."""
+        return self.peak_learning_rate * learning_rate_factor(self.schedule, self.state.step, self.plan.total_steps)
+
     def _update(self, load: Mapping[int, Tensor]) -> float:
-        rate = self.peak_learning_rate * learning_rate_factor(self.schedule, self.state.step, self.plan.total_steps)
+        rate = self._learning_rate()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group[RATE_FACTOR]
@@ -272,7 +308,7 @@ class Trainer:
             change(self.model, load, self.progress())
         return rate
 
-    def _advance(self, batches: Sequence[Batch], seconds: float) -> int:
+    def _advance(self, batches: Sequence[Batch], seconds: float, skipped: int = 0) -> int:
         """Count the step; the tokens that all ranks read in it."""
         read = {
             "tokens": float(sum(batch.num_tokens for batch in batches)),
@@ -286,6 +322,7 @@ class Trainer:
             tokens=self.state.tokens + tokens,
             position=self.state.position + int(read["sequences"]),
             seconds=self.state.seconds + seconds,
+            skipped=self.state.skipped + skipped,
             rng=_generator_states(),
         )
         return tokens
@@ -309,35 +346,9 @@ class Trainer:
             "Lower optimizer.learning_rate or raise schedule.warmup_share."
         )
 
-    def _stop_on_signal(self) -> AbstractContextManager[None]:
-        if threading.current_thread() is not threading.main_thread():
-            return nullcontext()  # only the main thread may set handlers
-        return _StopOnSignal(self)
+    def _stop_on_signal(self) -> AbstractContextManager[Any]:
+        return StopOnSignal(self.request_stop)
 
     def request_stop(self) -> None:
         """End after the current step."""
         self._stop = True
-
-
-class _StopOnSignal:
-    """Turn the first SIGINT or SIGTERM into a stop request; give the old handlers back at once."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._old: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._restore()
-        self._trainer.request_stop()
-
-    def _restore(self) -> None:
-        while self._old:
-            number, handler = self._old.popitem()
-            signal.signal(number, handler)
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()

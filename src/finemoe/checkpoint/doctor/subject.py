@@ -21,7 +21,7 @@ from finemoe.checkpoint.huggingface import keys as hf_keys
 from finemoe.checkpoint.huggingface.accounting import check_count, split_copies
 from finemoe.checkpoint.huggingface.families import family_of
 from finemoe.checkpoint.huggingface.settling import settle_by
-from finemoe.checkpoint.kinds import CONFIG, JOURNAL, MANIFEST, SOURCE, Kind, likely_kind, require_there
+from finemoe.checkpoint.kinds import CONFIG, JOURNAL, MANIFEST, SOURCE, Kind, likely_kind, require_there, several_models
 from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.run_state import state as run_state
 from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder
@@ -124,7 +124,10 @@ def _open_unknown(subject: Subject, found: Findings, deep: bool, quiet: bool) ->
     if ggufs:
         found.problem("files", f"a folder of GGUF files; give one of them: {path / ggufs[0]}")
         return
-    what = "neither a run, nor an imported folder, nor a Hugging Face folder (no config.json, no .safetensors)"
+    what = (
+        several_models(path)
+        or "neither a run, nor an imported folder, nor a Hugging Face folder (no config.json, no .safetensors)"
+    )
     found.problem("files", f"{path}: {what}")
 
 

@@ -1,0 +1,122 @@
+"""Going on with a run otherwise than it began: longer, or with settings of what is yet to come changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finemoe.checkpoint.kinds import COMPARISON
+from finemoe.checkpoint.run_state.state import checkpoint_folders
+from finemoe.core.config import parse, to_json, with_overrides
+from finemoe.core.errors import RunError
+from finemoe.core.files import storage_error, write_text
+from finemoe.core.logs import logger
+from finemoe.runs.config import RunConfig, TrainingConfig
+from finemoe.training.directory import read_summary
+from finemoe.training.schedule import learning_rate_factor
+
+_TO_COME = ("schedule", "optimizer", "kernels", "balancing", "mtp")
+"""Tables that say what the next steps do, and nothing of the steps that were."""
+_TO_COME_OF_TRAINING = (
+    "tokens", "steps", "micro_batch_tokens", "evaluate_every", "checkpoint_every", "checkpoint_minutes",
+    "keep_checkpoints", "device", "precision", "trackers", "memory_check",
+)  # fmt: skip
+"""Not the threads: sums are cut by them, and a run keeps the number it had."""
+
+
+def with_changes(directory: Path, config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`config` of the run in `directory` with `overrides` laid on top. Nothing is written.
+
+    Raises:
+        ConfigError: an unknown key or an impossible value.
+        RunError: a key that would change what has been trained, a length that the run has reached, or an arm of a
+            comparison.
+    """
+    asked = with_overrides({}, overrides)
+    if past := [key for key in _leaves(asked) if _is_past(key)]:
+        raise RunError(
+            f"{directory}: {', '.join(past)} cannot be changed any more: the steps so far were trained with another "
+            "value. Start a new run, with `start_from` if it is to begin with these weights"
+        )
+    _refuse_arms(directory)
+    raw = config.model_dump(mode="json")
+    training = asked.get("training")
+    if isinstance(training, Mapping) and len({"tokens", "steps"} & set(training)) == 1:  # the other one gives way
+        raw["training"] |= {"tokens": None, "steps": None}
+    new = parse(RunConfig, with_overrides(raw, overrides), f"{directory}/config.json with --set")
+    _require_steps(directory, config, new)
+    return new
+
+
+def _leaves(table: Mapping[str, Any], head: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{head}{key}.")
+        else:
+            yield head + key
+
+
+def _is_past(key: str) -> bool:
+    """Whether a key of the configuration says how the steps so far were trained; unknown ones are told elsewhere."""
+    table, _, field = key.partition(".")
+    if key == "optimizer.kind":
+        return True
+    if table == "training":
+        return field in TrainingConfig.model_fields and field not in _TO_COME_OF_TRAINING
+    return table in RunConfig.model_fields and table not in _TO_COME
+
+
+def _refuse_arms(directory: Path) -> None:
+    for above in directory.resolve().parents[:3]:
+        if (above / COMPARISON).exists():
+            raise RunError(
+                f"{directory} belongs to the comparison in {above}, whose runs are alike but for one thing: copy it "
+                "(cp -r) and go on with the copy"
+            )
+
+
+def _require_steps(directory: Path, old: RunConfig, new: RunConfig) -> None:
+    """Check that something is left to train."""
+    summary = read_summary(directory)
+    folders = checkpoint_folders(directory / "checkpoints")
+    done = summary["steps"] if summary is not None else int(folders[0].name.partition("-")[2]) if folders else 0
+    if new.training.total_steps <= done:
+        length, unit = (done, "steps") if new.training.steps else (done * old.training.tokens_per_step, "tokens")
+        raise RunError(
+            f"{directory} has done {done:,} steps, which leaves nothing to train: with training.{unit} above "
+            f"{length:_} it goes on"
+        )
+
+
+def write_changes(directory: Path, old: RunConfig, new: RunConfig, done: int) -> None:
+    """Make `new` the configuration of the run after `done` steps; what config.json and summary.json said is kept.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    kept = directory / f"config-{done:08d}.json"
+    if done and not kept.exists():
+        write_text(kept, to_json(old))
+    try:
+        if (directory / "summary.json").exists():  # before config.json: a kill in between leaves a run to go on with
+            (directory / "summary.json").replace(directory / f"summary-{done:08d}.json")
+    except OSError as error:
+        raise storage_error(directory, error) from error
+    write_text(directory / "config.json", to_json(new))
+
+
+def say_length(old: RunConfig, new: RunConfig, done: int) -> None:
+    """What a changed number of steps does to the schedule."""
+    before, after = old.training.total_steps, new.training.total_steps
+    if before == after:
+        return
+    peak = new.optimizer.learning_rate
+    rates = [peak * learning_rate_factor(new.schedule, step, after) for step in (done, after - 1)]
+    logger.info(
+        "%d steps instead of %d: the schedule is that of the new length from here on, with a learning rate of %.3g "
+        "now and %.3g at the end",
+        after,
+        before,
+        *rates,
+    )

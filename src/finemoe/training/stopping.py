@@ -1,0 +1,47 @@
+"""What stops a run without losing it: the signals by which a person, a terminal or a machine asks it to end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any, Self, final
+
+POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, `kill`, and a terminal or connection that is gone."""
+
+
+@final
+class StopOnSignal:
+    """Turn the first of `signals` into a request; then give the old handlers back, so that a second one is Python's.
+
+    All but SIGHUP, which stays harmless until the end of the block: a closed terminal sends it twice, once from the
+    shell and once from the system, and the second must not end the process while it saves. Where it was ignored before,
+    as under nohup, it stays ignored. Only the main thread may set handlers; in any other this does nothing.
+    """
+
+    def __init__(self, request: Callable[[], object], signals: Iterable[signal.Signals] = POLITE) -> None:
+        self._request = request
+        self._signals = tuple(signals)
+        self._old: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in self._signals:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._restore(number for number in self._signals if number != signal.SIGHUP)
+        self._request()
+
+    def _restore(self, numbers: Iterable[signal.Signals]) -> None:
+        for number in numbers:
+            if number in self._old:
+                signal.signal(number, self._old.pop(number))
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore(self._signals)
