@@ -110,8 +110,8 @@ def _differences(results: Results) -> Section | None:
     note = (
         "Undecided: the test does not reject at 5 % that both are equally good, or fewer than ten items were asked, or "
         "items that weigh by their length tell no more than ten would. Of Student's t and the studentised bootstrap "
-        "the larger p counts. McNemar's test is exact, the interval beside it is not: where few items differ, the interval "
-        "can leave 0 out and the test still not decide."
+        "the larger p counts. McNemar's test is exact, the interval beside it is not: where few items differ, the "
+        "interval can leave 0 out and the test still not decide."
     )
     table = Table("Paired differences over the items that both models answered", columns, rows, (4, 5, 6, 8), note)
     chart = difference_chart(results)
