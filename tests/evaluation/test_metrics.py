@@ -71,6 +71,8 @@ def test_weights_make_the_mean_of_documents_that_of_their_concatenation() -> Non
     b, s = np.repeat(bits, 50), np.repeat(sizes, 50)
     oracle = ((b * s)[drawn].sum(1) / s[drawn].sum(1)).std()
     assert made.standard_error == pytest.approx(oracle, rel=0.08)  # the jackknife's is a little larger
+    for end, side in ((made.low, -1), (made.high, 1)):
+        assert end == pytest.approx(made.value + side * 2 * made.standard_error, abs=0.8 * made.standard_error)
 
 
 def test_equal_streams_give_equal_intervals_and_others_do_not() -> None:
