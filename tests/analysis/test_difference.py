@@ -15,10 +15,10 @@ import torch
 from scipy import stats
 
 from finemoe.analysis.difference import pair, routing_difference
-from finemoe.analysis.paired import PairedRates
 from finemoe.analysis.passages import Passages, read_passages
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import ConfigError
+from finemoe.core.statistics import PairedRates
 from finemoe.text.tokenizer import Tokenizer
 from oracles.models import build, moe_table, small_config
 

@@ -102,6 +102,49 @@ def test_the_kernel_keeps_files_that_the_hook_did_not_see(name: str, without: tu
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", "sandboxes"]
 
 
+SEES = """
+import os, pathlib
+assert not os.path.exists('/etc/passwd') and not os.path.exists('/proc/self') and not os.path.exists({outside!r})
+assert os.getcwd() != '/' and os.listdir('.') == [] and '..' not in os.listdir('/')
+for place in ('/', '/etc', '/usr', os.path.dirname(os.getcwd())):
+    try: pathlib.Path(place, 'hostile').write_text('x')
+    except OSError: pass
+    else: raise AssertionError(place)
+pathlib.Path('mine').write_text('x')
+import json, decimal, sqlite3, hashlib, zoneinfo
+for _ in range(9): os.chdir('..')
+assert not os.path.exists('etc/passwd') and os.path.exists(pathlib.__file__)
+"""
+
+
+@LINUX
+@pytest.mark.parametrize("without", [("audit", "landlock"), ("audit", "landlock", "seccomp")], ids="-".join)
+def test_the_hosts_files_are_not_there_where_neither_hook_nor_landlock_keeps_them(
+    without: tuple[str, ...], tmp_path: Path
+) -> None:
+    need("root")
+    outside = tmp_path / "outside"
+    outside.write_text("untouched")
+    answer = sandbox._ask(SEES.format(outside=str(outside)), ROOMY, "", without, weak=True)
+    assert answer["verdict"] == "passed", answer
+    for name in ("passwd", "write", "append", "linked folder"):
+        found = sandbox._ask(violations(outside)[name], ROOMY, "", without, weak=True)
+        if name == "passwd":
+            assert "No such file" in found["note"]
+        assert outside.read_text() == "untouched"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", "sandboxes"]
+
+
+@LINUX
+def test_without_a_root_of_its_own_the_other_layers_stand_and_say_so() -> None:
+    answer = sandbox._ask("open('/etc/passwd')", ROOMY, "", ("audit", "root"))
+    assert answer["verdict"] == "failed"
+    assert answer["layers"]["root"] == "missing: left out"
+    answer = sandbox._ask("", ROOMY, "", ("namespaces",))
+    assert answer["verdict"] == "passed"
+    assert answer["layers"]["root"].startswith("missing: ")
+
+
 @LINUX
 def test_shared_memory_leaves_nothing() -> None:
     need("mounts")
@@ -196,5 +239,5 @@ def test_a_system_without_walls_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_layers_name_what_is_missing() -> None:
-    assert set(active()) >= {"limits", "audit", "network", "processes", "mounts"}
+    assert set(active()) >= {"limits", "audit", "network", "processes", "mounts", "root"}
     assert all(state.startswith(("active", "missing: ")) for state in sandbox.layers().values())

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finemoe.analysis.neighbours import matched
-from finemoe.analysis.paired import CONFIDENCE, PairedRates
 from finemoe.analysis.passages import Passages, batches, require_experts, run_batch
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import ConfigError
 from finemoe.core.logs import progress
+from finemoe.core.statistics import CONFIDENCE, PairedRates
 from finemoe.data import TokenBatch
 from finemoe.model.moe.decision import RoutingDecision
 from finemoe.model.moe.layer import MoELayer

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finemoe.analysis.paired import PairedRates
 from finemoe.analysis.passages import Passages, batches, run_batch
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.logs import progress
+from finemoe.core.statistics import PairedRates
 from finemoe.data import TokenBatch
 from finemoe.model.moe.decision import RoutingConstraint, RoutingRecord
 from finemoe.model.moe.layer import MoEConfig

@@ -1,7 +1,9 @@
 """Scores with their uncertainty: standard errors, 95 % intervals, and what a paired difference says.
 
 Items are taken as a sample of all that could have been asked. What is 0 or 1 has the binomial standard error and
-Wilson's interval; everything else the bootstrap over items, from a random stream of its own name.
+Wilson's interval. Everything else has the jackknife's error and the wider, at each end, of two intervals: Student's t,
+which is too sure where items are skewed, and the studentised bootstrap over items, from a random stream of its own
+name. Fewer than ten items decide nothing.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finemoe.core import seeds
+from finemoe.core.statistics import CONFIDENCE, Spread, ratio, ratios
 
-CONFIDENCE = 0.95
 RESAMPLES = 2000
+FEWEST = 10
+"""Items, of equal weight, below which nothing is decided."""
 _Z = 1.959963984540054  # of the normal distribution, two-sided 95 %
-_CHUNK = 1 << 22  # numbers drawn at once
+_CHUNK = 1 << 18  # numbers drawn at once: what is computed of them stays in a core's cache
+_LEAST_ERROR = 0.05  # of a resample's error, as a part of that of all items
 LOWER_IS_BETTER = frozenset({"bits_per_byte", "loss", "nats_per_word"})
 """Metrics of which less is more; of all others, more is."""
 
-Method = Literal["binomial", "bootstrap", "none"]
+Method = Literal["binomial", "ratio", "none"]
 Verdict = Literal["better", "worse", "undecided"]
 
 
@@ -52,8 +57,10 @@ class Difference:
     verdict: Verdict
     """Of the first model relative to the second."""
     p_value: float | None
-    """McNemar's exact test, for what is 0 or 1; else of the bootstrap, two-sided."""
-    test: Literal["mcnemar", "bootstrap", "none"]
+    """McNemar's exact test, for what is 0 or 1; else the larger of Student's t and the bootstrap's, two-sided."""
+    test: Literal["mcnemar", "ratio", "none"]
+    reason: str
+    """Why it is undecided; empty where it is decided."""
 
 
 def estimate(scores: Sequence[float], weights: Sequence[float], stream: str, seed: int = 0) -> Estimate:
@@ -70,11 +77,11 @@ def estimate(scores: Sequence[float], weights: Sequence[float], stream: str, see
     if is_binary(values, weight):
         low, high = wilson(mean, n)
         return Estimate(mean, n, math.sqrt(mean * (1 - mean) / n), low, high, "binomial")
-    if n < 2:
+    spread = ratio(values, weight)
+    if spread.error is None:
         return Estimate(mean, n, None, None, None, "none")
-    drawn = _resampled(values, weight, stream, seed)
-    low, high = _percentiles(drawn)
-    return Estimate(mean, n, float(drawn.std(ddof=1)), low, high, "bootstrap")
+    low, high = _interval(spread, _studentised(values, weight, spread, stream, seed))
+    return Estimate(mean, n, spread.error, low, high, "ratio")
 
 
 def is_binary(values: NDArray[np.float64], weights: NDArray[np.float64]) -> bool:
@@ -102,7 +109,10 @@ def macro(groups: Sequence[Estimate]) -> Estimate:
     error = math.sqrt(math.fsum(each)) / len(groups)
     if error == 0 or any(group.n < 2 for group in groups):
         return Estimate(value, n, None, None, None, "none")
-    return Estimate(value, n, error, value - _Z * error, value + _Z * error, groups[0].method)
+    # Degrees of freedom after Welch and Satterthwaite.
+    freedom = math.fsum(each) ** 2 / math.fsum(one**2 / (group.n - 1) for one, group in zip(each, groups, strict=True))
+    half = Spread(value, error, freedom + 1).half_interval() or 0.0
+    return Estimate(value, n, error, value - half, value + half, groups[0].method)
 
 
 def paired_difference(
@@ -116,7 +126,8 @@ def paired_difference(
 ) -> Difference:
     """What two models' scores on the same items, in the same order, say about which is better.
 
-    Pairing takes out what makes an item hard for both. Undecided: the test does not reject at 5 %.
+    Pairing takes out what makes an item hard for both. Undecided: the test does not reject at 5 %, or there are fewer
+    than `FEWEST` items of equal weight, or of unequal weight what tells no more.
 
     Args:
         first: one an item.
@@ -130,21 +141,32 @@ def paired_difference(
     weight = np.asarray(weights, dtype=np.float64)
     differences, n = one - two, len(one)
     value = _mean(differences, weight)
-    if n < 2:
-        return Difference(value, n, None, None, None, "undecided", None, "none")
-    test: Literal["mcnemar", "bootstrap"]
+    spread = ratio(differences, weight)
+    if spread.error is None:
+        return Difference(value, n, None, None, None, "undecided", None, "none", _too_few(n, spread))
+    test: Literal["mcnemar", "ratio"]
     if is_binary(one, weight) and is_binary(two, weight):
-        error = float(differences.std(ddof=1)) / math.sqrt(n)
-        low, high, test = value - _Z * error, value + _Z * error, "mcnemar"
-        p = mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
+        low, high = _interval(spread, None)
+        p, test = mcnemar(int((differences > 0).sum()), int((differences < 0).sum())), "mcnemar"
     else:
-        drawn = _resampled(differences, weight, stream, seed)
-        error, (low, high), test = float(drawn.std(ddof=1)), _percentiles(drawn), "bootstrap"
-        above, below = (int((drawn * sign >= 0).sum()) for sign in (1, -1))
-        p = min(1.0, 2 * (min(above, below) + 1) / (len(drawn) + 1))
-    decided = p < 1 - CONFIDENCE and value != 0
-    verdict: Verdict = "undecided" if not decided else "better" if (value < 0) == lower_is_better else "worse"
-    return Difference(value, n, error, low, high, verdict, p, test)
+        drawn = _studentised(differences, weight, spread, stream, seed)
+        low, high = _interval(spread, drawn)
+        p, test = _p_value(spread, drawn), "ratio"
+    reason = _too_few(n, spread)
+    if not reason and (p >= 1 - CONFIDENCE or value == 0):
+        reason = "a difference of this size may be chance"
+    better = (value < 0) == lower_is_better
+    verdict: Verdict = "undecided" if reason else "better" if better else "worse"
+    return Difference(value, n, spread.error, low, high, verdict, p, test, reason)
+
+
+def _too_few(n: int, spread: Spread) -> str:
+    """Why so few items decide nothing; empty where they are enough."""
+    if n < FEWEST:
+        return f"{n} item{'s' if n > 1 else ''}; fewer than {FEWEST} decide nothing"
+    if spread.effective < FEWEST - 1e-6:
+        return f"{n} items tell as much as {spread.effective:.1f} of equal weight; fewer than {FEWEST} decide nothing"
+    return ""
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -159,21 +181,39 @@ def _mean(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
     return math.fsum(values * weights) / math.fsum(weights)
 
 
-def _resampled(
-    values: NDArray[np.float64], weights: NDArray[np.float64], stream: str, seed: int
+def _studentised(
+    values: NDArray[np.float64], weights: NDArray[np.float64], spread: Spread, stream: str, seed: int
 ) -> NDArray[np.float64]:
-    """The score of `RESAMPLES` samples of items, drawn with replacement."""
+    """How many errors of its own each of `RESAMPLES` samples, drawn with replacement, lies from the score of all."""
     generator = np.random.default_rng(seeds.derive(seed, "bootstrap", stream))
-    n, scaled = len(values), values * weights
+    values, weights = values[weights > 0], weights[weights > 0]
+    n = len(values)
     rows = max(1, _CHUNK // n)
     drawn = []
     for start in range(0, RESAMPLES, rows):
         index = generator.integers(n, size=(min(rows, RESAMPLES - start), n))
-        drawn.append(scaled[index].sum(axis=1) / weights[index].sum(axis=1))
+        found, errors, _ = ratios(values[index], weights[index])
+        # A sample of one item again and again has no error of its own; infinite ends would say nothing.
+        drawn.append((found - spread.value) / np.maximum(errors, _LEAST_ERROR * (spread.error or 1.0)))
     return np.concatenate(drawn)
 
 
-def _percentiles(drawn: NDArray[np.float64]) -> tuple[float, float]:
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(drawn, (tail, 100 - tail))
-    return float(low), float(high)
+def _interval(spread: Spread, drawn: NDArray[np.float64] | None) -> tuple[float, float]:
+    """The 95 % interval: at each end the wider of Student's t and the studentised bootstrap."""
+    half, error = spread.half_interval() or 0.0, spread.error or 0.0
+    below = above = half
+    if drawn is not None and error > 0:
+        tail = 100 * (1 - CONFIDENCE) / 2
+        low, high = np.percentile(drawn, (tail, 100 - tail))
+        below, above = max(half, float(high) * error), max(half, -float(low) * error)
+    return spread.value - below, spread.value + above
+
+
+def _p_value(spread: Spread, drawn: NDArray[np.float64]) -> float:
+    """The larger of the two tests' p-values, so that the interval leaves 0 out where this is below 5 %."""
+    student = spread.p_value() or 0.0
+    if not spread.error:
+        return student
+    seen = spread.value / spread.error
+    above, below = int((drawn >= seen).sum()), int((drawn <= seen).sum())
+    return max(student, min(1.0, 2 * (min(above, below) + 1) / (len(drawn) + 1)))

@@ -72,6 +72,9 @@ def notes(results: Results) -> Iterator[str]:
     headline = (own["metrics"].get(own["metric"]) for own in every)
     if any(made and made["standard_error"] == 0 and made["method"] == "binomial" for made in headline):
         yield "≤, ≥: all items were wrong, or all right; in brackets the end of the 95 % interval."
+    few = [pair for pair in results["differences"] if "decide nothing" in pair.get("reason", "")]
+    for pair in few:
+        yield f"{pair['task']}, {pair['a']} and {pair['b']}: undecided, as there are {pair['reason']}."
     if any(left_out(own) for own in every):
         yield "Out: records that could not be read, and items whose judging failed; neither is a wrong answer."
     if any(own["truncated"] + own["unfinished"] for own in every):

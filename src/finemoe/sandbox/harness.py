@@ -94,6 +94,11 @@ def confine(limits: dict[str, Any], folder: str, layers: dict[str, str], without
         except OSError as error:
             layers[name] = f"missing: {error.strerror}"
 
+    if not sealed:
+        layers["root"] = "missing: no mount namespace of its own"
+    else:
+        attempt("root", lambda: kernel.own_root(folder, readable(), DEVICES))
+        os.chdir(folder)
     kernel.no_new_privileges()
     attempt("landlock", lambda: kernel.landlock(readable(), DEVICES, folder))
     attempt("capabilities", kernel.drop_capabilities)

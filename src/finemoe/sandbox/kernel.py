@@ -148,6 +148,49 @@ def seal_mounts(folder: str, size: int) -> None:
     change(os.fsencode(folder), 0, 0, 1)
 
 
+def own_root(folder: str, readable: Iterable[str], devices: Iterable[str]) -> None:
+    """Leave the host's files: a root in memory that holds `readable`, `devices` and `folder`, each at its own place.
+
+    Needs the right to mount, and `folder` mounted; what is bound stays read-only or not. This process alone leaves:
+    its supervisor goes on seeing processes in the old root.
+    """
+    unshare(NEWNS)
+    bind, below, detach = 0x1000, 0x4000, 2
+    root = folder + "/.root"
+    os.mkdir(root)
+
+    def mount(source: str, target: str, flags: int, kind: bytes | None = None, options: bytes | None = None) -> None:
+        name, place = os.fsencode(source), os.fsencode(target)
+        _checked(_LIBC.mount(name, place, kind, ctypes.c_ulong(flags), options), f"mount {target!r}")
+
+    mount("none", root, 2 | 4, b"tmpfs", b"size=1m,mode=755,nr_inodes=1024")
+    top = sorted({*readable, *devices, folder}, key=len)
+    for number, path in enumerate(top):
+        if any(path == above or path.startswith(above + "/") for above in top[:number]) or not os.path.exists(path):
+            continue  # it is there with what holds it
+        target = root + path
+        if os.path.isdir(path):
+            os.makedirs(target, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            open(target, "w").close()
+        mount(path, target, bind if path == folder else bind | below)  # below the folder is the root itself
+    for name in os.listdir("/"):  # /lib -> usr/lib, by which the loader is found
+        if os.path.islink("/" + name) and not os.path.lexists(f"{root}/{name}"):
+            os.symlink(os.readlink("/" + name), f"{root}/{name}")
+    os.chdir(root)
+    machine = CALLS.get(platform.machine())
+    if machine is None:
+        raise OSError(_ENOSYS, f"the system calls of {platform.machine()} are not known")
+    _syscall(machine[1]["pivot_root"], "pivot_root", b".", b".")
+    _checked(_LIBC.umount2(b".", ctypes.c_int(detach)), "umount2")
+    os.chdir("/")
+    os.rmdir(root)
+    wanted = struct.pack("QQQQ", 1, 0, 0, 0)
+    here = ctypes.c_int(-100)
+    _syscall(_SAME["mount_setattr"], "mount_setattr", here, b"/", ctypes.c_uint(0), wanted, 32)
+
+
 def drop_capabilities() -> None:
     """Give up every capability, for good."""
     with suppress(OSError):  # not for those who have none; and past the last one

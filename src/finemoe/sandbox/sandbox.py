@@ -5,7 +5,7 @@ meets these layers, where the system has them (`layers()` says which are active 
 
 - limits of memory, processor time, size and number of files, output; a wall-clock deadline; the kill of all
 - Linux namespaces: a process tree that ends as a whole, no network, every file system read-only but the folder, which
-  lies in memory; orphans are adopted and killed
+  lies in memory; orphans are adopted and killed; a root of its own, in which the host's files are not
 - Landlock: reading Python's library and the folder, writing the folder; seccomp: no socket, process, signal to others
 - an audit hook in Python, which names violations and ends the program at the first
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t as student
+from finemoe.core.statistics import CONFIDENCE, ratio
 
-CONFIDENCE = 0.95
+__all__ = ["CONFIDENCE", "Interval", "Paired", "interval", "paired"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +21,11 @@ class Interval:
 
 def interval(values: Sequence[float]) -> Interval:
     """Mean and two-sided 95 % t interval of independent values."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return Interval(mean, None, None)
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    half = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
-    return Interval(mean, mean - half, mean + half)
+    spread = ratio(values)
+    half = spread.half_interval()
+    if half is None:
+        return Interval(spread.value, None, None)
+    return Interval(spread.value, spread.value - half, spread.value + half)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def _summary(results: Results) -> Section:
         title = results["tasks"][pair["task"]]["title"]
         said = f"{difference_text(pair, pair['metric'])} over {pair['n']} items that both answered"
         if pair["verdict"] == "undecided":
-            lines.append(f"{title}: {pair['a']} against {pair['b']} is undecided ({said}).")
+            why = f": {pair['reason']}" if pair.get("reason") else ""  # folders of earlier versions have none
+            lines.append(f"{title}: {pair['a']} against {pair['b']} is undecided ({said}){why}.")
         else:
             lines.append(f"{title}: {pair['a']} is {pair['verdict']} than {pair['b']} ({said}).")
     return Section("Summary", [Bullets(lines)])
@@ -90,8 +91,8 @@ def _scores(results: Results) -> Section:
                 )
     columns = ["Task", "Model", "Metric", "Score ± standard error", "95 % interval", "n", "Guessing"]
     note = (
-        "Of what is right or wrong: binomial error and Wilson's interval. Of all else: bootstrap over items, from a "
-        "stream of random numbers of its own."
+        "Of what is right or wrong: binomial error and Wilson's interval. Of all else: the jackknife's error, and at "
+        "each end the wider of Student's t and the studentised bootstrap over items."
     )
     return Section("Scores", [*blocks, Table("Every metric of every task", columns, rows, (3, 4, 5, 6), note)])
 
@@ -99,7 +100,7 @@ def _scores(results: Results) -> Section:
 def _differences(results: Results) -> Section | None:
     if not results["differences"]:
         return None
-    rows, tests = [], {"mcnemar": "McNemar", "bootstrap": "bootstrap"}
+    rows, tests = [], {"mcnemar": "McNemar", "ratio": "t, bootstrap", "bootstrap": "bootstrap"}
     for pair in results["differences"]:
         cells = [difference_text(pair, pair["metric"]), interval_text(pair, pair["metric"]), p_text(pair["p_value"])]
         title = results["tasks"][pair["task"]]["title"]
@@ -107,8 +108,10 @@ def _differences(results: Results) -> Section | None:
         rows.append([title, pair["a"], pair["verdict"], pair["b"], *cells, test, str(pair["n"])])
     columns = ["Task", "First", "Is", "Second", "First − second ± error", "95 % interval", "p", "Test", "n"]
     note = (
-        "Undecided: the test does not reject at 5 % that both are equally good. McNemar's test is exact, the interval "
-        "beside it is not: where few items differ, the interval can leave 0 out and the test still not decide."
+        "Undecided: the test does not reject at 5 % that both are equally good, or fewer than ten items were asked, or "
+        "items that weigh by their length tell no more than ten would. Of Student's t and the studentised bootstrap "
+        "the larger p counts. McNemar's test is exact, the interval beside it is not: where few items differ, the "
+        "interval can leave 0 out and the test still not decide."
     )
     table = Table("Paired differences over the items that both models answered", columns, rows, (4, 5, 6, 8), note)
     chart = difference_chart(results)

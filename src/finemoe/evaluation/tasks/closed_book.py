@@ -12,7 +12,7 @@ from finemoe.evaluation.forms.generation import GenerationTask
 from finemoe.evaluation.forms.questions import Question, QuestionReader, put
 from finemoe.evaluation.records import Record, Unreadable, text_of
 from finemoe.evaluation.task import Judged
-from finemoe.text.answers import drop_exact_match, drop_f1, exact_match, token_f1
+from finemoe.text.answers import compare_words, drop_exact_match, drop_f1, exact_match, split_list, token_f1
 
 
 def _texts(value: object) -> list[str]:
@@ -108,10 +108,10 @@ def _drop(record: Record) -> Question:
 
 
 def _is_exactly(given: str, spans: list[str]) -> bool:
-    """One span as DROP compares it; several in any order, between commas or `and`, as the worked example has them."""
+    """One span as DROP compares it; several in any order, between commas, `and` or `or`."""
     if len(spans) == 1:
         return drop_exact_match(given, [spans])
-    pieces = [piece for piece in re.split(r",\s*|\s+and\s+", given) if piece.strip()]
+    pieces = split_list(given)
     all_right = all(drop_exact_match(piece, [[span] for span in spans]) for piece in pieces)
     all_there = all(drop_exact_match(span, [[piece] for piece in pieces]) for span in spans)
     return len(pieces) == len(spans) and all_right and all_there
@@ -162,23 +162,21 @@ def _bbh_parts(record: Record) -> Iterable[Record]:
     return parts
 
 
-def _plain(answer: str) -> str:
-    """Case, the full stop and the brackets around an option's letter do not matter."""
-    text = answer.strip().rstrip(".").strip().casefold()
-    letter = re.fullmatch(r"\(([a-z])\)(?:\s.*)?", text)
-    return letter.group(1) if letter else text
+def _same(gold: str, given: str) -> float:
+    """Numbers by their value; of words neither case nor the full stop nor the brackets of an option matter."""
+    return float(compare_words(gold, given) == "equal")
 
 
 def _worth_of_bbh(facts: Mapping[str, Any], text: str) -> Judged:
     given = first_line(text)
-    return Judged({"exact_match": float(_plain(given) == _plain(facts["gold"]))}, "answered" if given else "no_answer")
+    return Judged({"exact_match": _same(facts["gold"], given)}, "answered" if given else "no_answer")
 
 
 def _worth_of_bbh_in_steps(facts: Mapping[str, Any], text: str) -> Judged:
     said = re.findall(r"answer is:? *([^\n]+)", text, re.IGNORECASE)
     if not said:
         return Judged({"exact_match": 0.0}, "no_answer", note="`the answer is` was not written")
-    return Judged({"exact_match": float(_plain(said[-1]) == _plain(facts["gold"]))})
+    return Judged({"exact_match": _same(facts["gold"], said[-1])})
 
 
 _TRIVIAQA = DataForm(

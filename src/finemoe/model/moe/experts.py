@@ -77,11 +77,11 @@ class _SortedSlices(torch.autograd.Function):
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
         torch.mul(grad_activated, silu, out=grad_up)
-        # d silu / dx = sigmoid · (1 + x - silu)
-        torch.mul(grad_activated.mul_(up), sigmoid.mul_(gate.sub(silu).add_(1)), out=grad_gate)
-        if ctx.limit is not None:  # a clamped value passes no gradient
-            grad_gate.masked_fill_(raw_gate > ctx.limit, 0)
-            grad_up.masked_fill_(raw_up.abs() > ctx.limit, 0)
+        # d silu / dx = sigmoid · (1 + x · (1 - sigmoid)); written as 1 + x - silu, a large x would lose the 1
+        torch.mul(grad_activated.mul_(up), torch.rsub(sigmoid, 1).mul_(gate).add_(1).mul_(sigmoid), out=grad_gate)
+        if ctx.limit is not None:  # a clamped value passes no gradient, nor does NaN, as in torch's clamp
+            grad_gate.masked_fill_(~(raw_gate <= ctx.limit), 0)
+            grad_up.masked_fill_(~(raw_up.abs() <= ctx.limit), 0)
         grad_gate_up_proj = torch.empty_like(gate_up_proj)
         grad_rows = torch.empty_like(rows)
         slices = zip(grad_gate_up.split(counts), rows.split(counts), grad_rows.split(counts), strict=True)

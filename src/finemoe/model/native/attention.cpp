@@ -15,7 +15,7 @@ struct Task {
   Span keys;                         // nothing beyond them
 };
 
-// Running maximum and sum of the weights of one query.
+// Running maximum of the products, and sum of the weights, of one query.
 struct Softmax {
   float top = -kNoLimit, sum = 0;
 
@@ -31,14 +31,17 @@ struct Softmax {
     Vector high = load(scores);
     for (int64_t j = kLanes; j < width; j += kLanes) high = maximum(high, load(scores + j));
     const float before = top;
-    for (int lane = 0; lane < kLanes; ++lane) top = std::max(top, high[lane] * scale);
+    for (int lane = 0; lane < kLanes; ++lane) top = std::max(top, high[lane]);
+    const bool nothing = top == -kNoLimit;  // no number above minus infinity so far
     Vector added{};
     for (int64_t j = 0; j < width; j += kLanes) {
-      const Vector weight = weight_of(load(scores + j) * scale - top);
+      const Vector score = load(scores + j);
+      // The difference first: of large products it is exact, and of the largest it is 0.
+      const Vector weight = nothing ? (score == score ? Vector{} : score) : weight_of((score - top) * scale);
       store(scores + j, weight);
       added += weight;
     }
-    const float shrink = before == top ? 1.0f : std::exp(before - top);
+    const float shrink = before == top ? 1.0f : std::exp((before - top) * scale);
     sum = sum * shrink + total(added);
     return shrink;
   }
@@ -142,20 +145,27 @@ struct Block {
   }
 };
 
-void finish(const Attention& x, int64_t b, int64_t head, int64_t i, const Softmax& state) {
-  float* out = x.output.at(b, head, i);
-  if (state.sum == 0)
-    std::fill(out, out + x.value_width, 0.0f);
-  else
+// What a query gets that sees nothing: 0. Where it sees keys, all of them at minus infinity, the softmax is of 0 / 0.
+float nothing_seen(bool sees_keys) { return sees_keys ? std::numeric_limits<float>::quiet_NaN() : 0.0f; }
+
+void finish(const Attention& x, const Task& task, int64_t head, int64_t i, const Softmax& state) {
+  float* out = x.output.at(task.batch, head, i);
+  const Span seen = x.span(task.batch, i);
+  float log_sum = std::log(state.sum);
+  if (state.sum == 0) {
+    log_sum = nothing_seen(!seen.empty() && task.keys.first <= seen.first && seen.last <= task.keys.last);
+    std::fill(out, out + x.value_width, log_sum);
+  } else {
     scale_row(out, x.value_width, 1.0f / state.sum);
-  if (x.logsumexp)
-    x.logsumexp[(b * x.heads + head) * x.queries + i] = state.sum == 0 ? -kNoLimit : state.top + std::log(state.sum);
+  }
+  if (!x.top) return;
+  const int64_t row = (task.batch * x.heads + head) * x.queries + i;
+  x.top[row] = state.top, x.log_sum[row] = log_sum;
 }
 
-void run(const Attention& x, const Task& task) {
+void run(const Attention& x, const Task& task, bool direct) {
   const int64_t length = task.to - task.from, group = x.group();
   const Span seen = x.hull(task.batch, task.from, task.to);
-  const bool direct = group * x.queries <= kDirect;  // not `length`: chunks depend on the number of threads
   const int64_t height = direct ? kDirect : kRows, tiles = (length + height - 1) / height;
   float* space = direct ? nullptr : workspace<0>(Across::size(x.width, kKeys) + Along::size(kKeys, x.value_width));
   std::vector<Softmax> states(group * length);
@@ -175,7 +185,7 @@ void run(const Attention& x, const Task& task) {
   }
   for (int64_t member = 0; member < group; ++member)
     for (int64_t i = 0; i < length; ++i)
-      finish(x, task.batch, task.kv_head * group + member, task.from + i, states[member * length + i]);
+      finish(x, task, task.kv_head * group + member, task.from + i, states[member * length + i]);
 }
 
 // Chunks of queries, long ones where that leaves enough for all threads; the last, which see most, come first.
@@ -215,9 +225,9 @@ struct Folded {
 };
 
 // Few rows over many keys: the keys are cut into parts, each with an output of its own, which are then weighed.
-void forward_in_parts(const Attention& x, int64_t parts) {
+void forward_in_parts(const Attention& x, int64_t parts, bool direct) {
   const int64_t rows = x.batch * x.heads * x.queries;
-  float* space = workspace<1>(parts * rows * (x.value_width + 1));
+  float* space = workspace<1>(parts * rows * (x.value_width + 2));
   const int64_t length = (x.keys + parts * kKeys - 1) / (parts * kKeys) * kKeys;
   const int64_t pairs = x.batch * x.kv_heads;
   share_tasks(parts * pairs, [&](int64_t task) {
@@ -225,37 +235,53 @@ void forward_in_parts(const Attention& x, int64_t parts) {
     Attention own = x;
     own.output = {space + part * rows * x.value_width, x.heads * x.queries * x.value_width, x.queries * x.value_width,
                   x.value_width};
-    own.logsumexp = space + parts * rows * x.value_width + part * rows;
-    run(own, {pair / x.kv_heads, pair % x.kv_heads, 0, x.queries, {part * length, (part + 1) * length}});
+    own.top = space + parts * rows * x.value_width + part * rows;
+    own.log_sum = own.top + parts * rows;
+    run(own, {pair / x.kv_heads, pair % x.kv_heads, 0, x.queries, {part * length, (part + 1) * length}}, direct);
   });
   for (int64_t row = 0; row < rows; ++row) {
-    const float* sums = space + parts * rows * x.value_width + row;
+    const float *tops = space + parts * rows * x.value_width + row, *log_sums = tops + parts * rows;
     float top = -kNoLimit, all = 0;
-    for (int64_t part = 0; part < parts; ++part) top = std::max(top, sums[part * rows]);
+    for (int64_t part = 0; part < parts; ++part) top = std::max(top, tops[part * rows]);
     float* out = x.output.at(row / x.queries / x.heads, row / x.queries % x.heads, row % x.queries);
     std::fill(out, out + x.value_width, 0.0f);
     for (int64_t part = 0; part < parts; ++part) {
-      const float weight = std::exp(sums[part * rows] - top);
-      if (!(weight > 0)) continue;
+      const float own = tops[part * rows], log_sum = log_sums[part * rows];  // the latter NaN where a weight was
+      const float weight = own == -kNoLimit ? (log_sum == log_sum ? 0.0f : log_sum)
+                                            : std::exp((own - top) * x.scale + log_sum);
+      if (weight == 0) continue;
       const float* from = space + (part * rows + row) * x.value_width;
       for (int64_t j = 0; j < x.value_width; ++j) out[j] += weight * from[j];
       all += weight;
     }
-    if (all > 0) scale_row(out, x.value_width, 1.0f / all);
-    if (x.logsumexp) x.logsumexp[row] = top + std::log(all);
+    float log_sum = std::log(all);
+    if (all == 0) {
+      log_sum = nothing_seen(!x.span(row / x.queries / x.heads, row % x.queries).empty());
+      std::fill(out, out + x.value_width, log_sum);
+    } else {
+      scale_row(out, x.value_width, 1.0f / all);
+    }
+    if (x.top) x.top[row] = top, x.log_sum[row] = log_sum;
   }
+}
+
+void forward(const Attention& x, bool direct) {
+  if (x.batch * x.heads * x.queries == 0) return;
+  if (x.queries == 1 && x.group() > 1) return forward(Folded(x).x, direct);
+  const int64_t pairs = x.batch * x.kv_heads;
+  if (x.queries <= 2 * kRows && pairs < 4 && x.keys > kKeys)
+    return forward_in_parts(x, std::min<int64_t>(8, (x.keys + kKeys - 1) / kKeys), direct);
+  const std::vector<Task> tasks = cut(x);
+  share_tasks(tasks.size(), [&](int64_t task) { run(x, tasks[task], direct); });
 }
 
 }  // namespace
 
-void attention_forward(const Attention& x) {
-  if (x.batch * x.heads * x.queries == 0) return;
-  if (x.queries == 1 && x.group() > 1) return attention_forward(Folded(x).x);
-  const int64_t pairs = x.batch * x.kv_heads;
-  if (x.queries <= 2 * kRows && pairs < 4 && x.keys > kKeys)
-    return forward_in_parts(x, std::min<int64_t>(8, (x.keys + kKeys - 1) / kKeys));
-  const std::vector<Task> tasks = cut(x);
-  share_tasks(tasks.size(), [&](int64_t task) { run(x, tasks[task]); });
-}
+// By all rows of a head of keys, not those of a chunk: chunks depend on the number of threads.
+bool reads_directly(const Attention& x) { return x.group() * x.queries <= kDirect; }
+
+void attention_forward(const Attention& x) { forward(x, reads_directly(x)); }
+
+void attention_forward_packed(const Attention& x) { forward(x, false); }
 
 }  // namespace finemoe

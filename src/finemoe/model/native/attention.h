@@ -27,7 +27,9 @@ struct Span {
 struct Attention {
   int64_t batch, heads, kv_heads, queries, keys, width, value_width;
   Heads query, key, value, output;
-  float* logsumexp;             // [batch, heads, queries]; null: not wanted
+  // [batch, heads, queries]: the largest product, and the logarithm of the sum of weights relative to it. Apart, as
+  // their sum would lose the logarithm where products are large. Null: not wanted.
+  float *top, *log_sum;
   const int64_t *first, *last;  // [batch, queries]: what a query sees; null: from key 0, up to the query's own place
   float scale;
 
@@ -48,6 +50,12 @@ struct Attention {
 };
 
 void attention_forward(const Attention& x);
+
+// With every product added in the order in which the gradient adds it, however few rows there are.
+void attention_forward_packed(const Attention& x);
+
+// Whether the forward pass reads so few rows of queries straight from memory, and adds in another order.
+bool reads_directly(const Attention& x);
 
 struct AttentionGradients {
   Heads output;  // what flows in
@@ -177,8 +185,5 @@ inline void mix_rows(const float* weights, int64_t apart, int64_t outputs, const
       default: mix<4>(weights, apart, rows, stride, count, width, out + i, add);
     }
 }
-
-// e^x, and 0 where that is below the smallest number: products with such weights would be denormal, and slow.
-inline Vector weight_of(Vector x) { return x < -87.0f ? Vector{} : exponential(x); }
 
 }  // namespace finemoe

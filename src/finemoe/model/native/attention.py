@@ -46,22 +46,22 @@ def _output(query: Tensor, value: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps inputs, output and one number a query; scores are computed again."""
+    """Keeps inputs, output and two numbers a query; scores are computed again."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, first: Tensor | None, last: Tensor | None, scale: float
     ) -> Tensor:
-        output, logsumexp = _output(query, value), query.new_empty(query.shape[:3])
-        torch.ops.finemoe.attention_forward(query, key, value, first, last, scale, output, logsumexp)
-        ctx.save_for_backward(query, key, value, first, last, output, logsumexp)
+        output, softmax = _output(query, value), query.new_empty(2, *query.shape[:3])
+        torch.ops.finemoe.attention_forward(query, key, value, first, last, scale, output, softmax)
+        ctx.save_for_backward(query, key, value, first, last, output, softmax)
         ctx.scale = scale
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        query, key, value, first, last, output, logsumexp = ctx.saved_tensors
+        query, key, value, first, last, output, softmax = ctx.saved_tensors
         grads = [torch.empty_like(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value)]
         grad = _with_whole_rows(grad)
-        torch.ops.finemoe.attention_backward(grad, query, key, value, first, last, ctx.scale, output, logsumexp, *grads)
+        torch.ops.finemoe.attention_backward(grad, query, key, value, first, last, ctx.scale, output, softmax, *grads)
         return *grads, None, None, None

@@ -12,6 +12,15 @@ int64_t block_size(const Attention& x) {
   return std::clamp<int64_t>(fitting, kColumns, kDepth);
 }
 
+// a b + c, rounded as in the products: once, where the machine can.
+inline float multiply_add(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // What the keys meet of kColumns queries.
 struct Panel {
   Span hull;   // keys that any of them sees
@@ -24,7 +33,7 @@ struct Queries {
   int64_t b, head, start, count;
   Across across, flow_across;
   Along along, flow_along;
-  float *logsumexp, *delta;
+  float *top, *log_sum, *delta;
   int32_t *first, *last;
   Panel panels[kDepth / kColumns];
 
@@ -32,11 +41,11 @@ struct Queries {
       : x(attention), across{space, x.width}, flow_across{(space += Across::size(x.width, size)), x.value_width},
         along{(space += Across::size(x.value_width, size)), x.width},
         flow_along{(space += Along::size(size, x.width)), x.value_width},
-        logsumexp(space += Along::size(size, x.value_width)), delta(space += size),
+        top(space += Along::size(size, x.value_width)), log_sum(space += size), delta(space += size),
         first(reinterpret_cast<int32_t*>(space += size)), last(reinterpret_cast<int32_t*>(space += size)) {}
 
   static int64_t numbers(const Attention& x, int64_t size) {
-    return 2 * Across::size(x.width + x.value_width, size) + 2 * size * kColumns + 4 * size;
+    return 2 * Across::size(x.width + x.value_width, size) + 2 * size * kColumns + 5 * size;
   }
 
   void take(const AttentionGradients& grad, int64_t batch, int64_t of, int64_t from, int64_t length) {
@@ -51,7 +60,9 @@ struct Queries {
     for (int64_t i = 0; i < whole_panels(count); ++i) {
       const Span seen = i < count ? x.span(b, start + i) : Span{0, 0};
       first[i] = seen.first, last[i] = seen.last;
-      logsumexp[i] = i < count ? x.logsumexp[(b * x.heads + head) * x.queries + start + i] : 0.0f;
+      const int64_t row = (b * x.heads + head) * x.queries + start + i;
+      top[i] = i < count ? x.top[row] : 0.0f;
+      log_sum[i] = i < count ? x.log_sum[row] : 0.0f;
       delta[i] = i < count ? dot(flow + i * grad.output.row_stride, x.output.at(b, head, start + i)) : 0.0f;
       Panel& panel = panels[i / kColumns];
       panel.solid = {std::max(panel.solid.first, seen.first), std::min(panel.solid.last, seen.last)};
@@ -59,12 +70,16 @@ struct Queries {
     }
   }
 
+  // Added in the order of `Across::multiply`: where one key has all the weight, this is to the bit what flows to that
+  // weight, and their difference, which keys of any size are multiplied by, is 0.
   float dot(const float* a, const float* c) const {
-    Vector sum{};
-    over(
-        x.value_width, [&](int64_t j) { sum += load(a + j) * load(c + j); },
-        [&](int64_t j, int64_t n) { sum += load_some(a + j, n) * load_some(c + j, n); });
-    return total(sum);
+    float all = 0;
+    for (int64_t k = 0; k < x.value_width; k += kDepth) {
+      float piece = 0;
+      for (int64_t j = k; j < std::min(k + kDepth, x.value_width); ++j) piece = multiply_add(a[j], c[j], piece);
+      all = k ? all + piece : piece;
+    }
+    return all;
   }
 
   // Columns of the panels that see any of these keys; a panel between them may not.
@@ -84,7 +99,8 @@ struct Queries {
       const Span& solid = panels[p / kColumns].solid;
       const bool all = solid.first <= key && key < solid.last;
       for (int64_t j = p; j < p + kColumns; j += kLanes) {
-        Vector weight = weight_of(load(scores + j) * x.scale - load(logsumexp + j));
+        Vector weight = weight_of((load(scores + j) - load(top + j)) * x.scale - load(log_sum + j));
+        Vector flow = weight * (load(flows + j) - load(delta + j)) * x.scale;
         if (!all) {
           IntVector from, to;
           std::memcpy(&from, first + j, sizeof from);
@@ -92,9 +108,11 @@ struct Queries {
           const int32_t k = static_cast<int32_t>(key);
           weight = from <= k ? weight : Vector{};
           weight = to > k ? weight : Vector{};
+          flow = from <= k ? flow : Vector{};  // 0 times what is not finite would not be 0
+          flow = to > k ? flow : Vector{};
         }
         store(scores + j, weight);
-        store(flows + j, weight * (load(flows + j) - load(delta + j)) * x.scale);
+        store(flows + j, flow);
       }
     }
   }
@@ -191,11 +209,29 @@ void add_up(const Attention& x, const Heads& sum, const float* pile, int64_t par
   });
 }
 
+// Few rows were added up in another order than the products here: where these are large, weights would not sum to 1. So
+// the forward pass is computed again, in this order; for few rows that costs little.
+struct Again {
+  Attention x;
+  std::unique_ptr<float[]> numbers;
+
+  explicit Again(const Attention& given) : x(given) {
+    if (!reads_directly(x)) return;
+    const int64_t rows = x.batch * x.heads * x.queries, width = x.value_width;
+    numbers.reset(new float[rows * (width + 2)]);
+    x.top = numbers.get(), x.log_sum = x.top + rows;
+    x.output = {x.log_sum + rows, x.heads * x.queries * width, x.queries * width, width};
+    attention_forward_packed(x);
+  }
+};
+
 }  // namespace
 
 // Every task has a head of keys for itself. Where there are few, queries are dealt out to several parts, each with
 // gradients of its own, added up in order: the result does not depend on the number of threads.
-void attention_backward(const Attention& x, const AttentionGradients& grad) {
+void attention_backward(const Attention& given, const AttentionGradients& grad) {
+  const Again again(given);
+  const Attention& x = again.x;
   const int64_t pairs = x.batch * x.kv_heads;
   if (pairs == 0) return;
   const int64_t items = (x.queries + block_size(x) - 1) / block_size(x) * x.group();

@@ -29,7 +29,7 @@ const int64_t* bounds(const std::optional<Tensor>& bound, int64_t batch, int64_t
 
 Attention describe(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& first,
                    const std::optional<Tensor>& last, double scale, const Tensor& output,
-                   const std::optional<Tensor>& logsumexp) {
+                   const std::optional<Tensor>& softmax) {
   TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "query, key and value have four dimensions");
   Attention x{};
   x.batch = query.size(0), x.heads = query.size(1), x.queries = query.size(2), x.width = query.size(3);
@@ -44,26 +44,27 @@ Attention describe(const Tensor& query, const Tensor& key, const Tensor& value, 
   x.first = bounds(first, x.batch, x.queries);
   x.last = bounds(last, x.batch, x.queries);
   x.scale = static_cast<float>(scale);
-  if (logsumexp) {
-    TORCH_CHECK(logsumexp->scalar_type() == at::kFloat && logsumexp->is_contiguous() &&
-                    logsumexp->numel() == x.batch * x.heads * x.queries,
-                "logsumexp must be contiguous float32 [batch, heads, queries]");
-    x.logsumexp = const_cast<float*>(logsumexp->const_data_ptr<float>());
+  if (softmax) {
+    const int64_t rows = x.batch * x.heads * x.queries;
+    TORCH_CHECK(softmax->scalar_type() == at::kFloat && softmax->is_contiguous() && softmax->numel() == 2 * rows,
+                "softmax must be contiguous float32 [2, batch, heads, queries]");
+    x.top = const_cast<float*>(softmax->const_data_ptr<float>());
+    x.log_sum = x.top + rows;
   }
   return x;
 }
 
 void attention_forward(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& first,
                        const std::optional<Tensor>& last, double scale, Tensor output,
-                       std::optional<Tensor> logsumexp) {
-  finemoe::attention_forward(describe(query, key, value, first, last, scale, output, logsumexp));
+                       std::optional<Tensor> softmax) {
+  finemoe::attention_forward(describe(query, key, value, first, last, scale, output, softmax));
 }
 
 void attention_backward(const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value,
                         const std::optional<Tensor>& first, const std::optional<Tensor>& last, double scale,
-                        const Tensor& output, const Tensor& logsumexp, Tensor grad_query, Tensor grad_key,
+                        const Tensor& output, const Tensor& softmax, Tensor grad_query, Tensor grad_key,
                         Tensor grad_value) {
-  const Attention x = describe(query, key, value, first, last, scale, output, logsumexp);
+  const Attention x = describe(query, key, value, first, last, scale, output, softmax);
   finemoe::attention_backward(
       x, {heads(grad, "grad", x.batch, x.heads, x.queries, x.value_width),
           heads(grad_query, "grad_query", x.batch, x.heads, x.queries, x.width),
@@ -95,11 +96,11 @@ void attention_store(const Tensor& states, const Tensor& positions, Tensor cache
 TORCH_LIBRARY_FRAGMENT(finemoe, library) {
   library.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? first, Tensor? last, float scale, "
-      "Tensor(a!) output, Tensor(b!)? logsumexp) -> ()",
+      "Tensor(a!) output, Tensor(b!)? softmax) -> ()",
       attention_forward);
   library.def(
       "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? first, Tensor? last, "
-      "float scale, Tensor output, Tensor logsumexp, Tensor(a!) grad_query, Tensor(b!) grad_key, "
+      "float scale, Tensor output, Tensor softmax, Tensor(a!) grad_query, Tensor(b!) grad_key, "
       "Tensor(c!) grad_value) -> ()",
       attention_backward);
   library.def("attention_store(Tensor states, Tensor positions, Tensor(a!) cache) -> ()", attention_store);

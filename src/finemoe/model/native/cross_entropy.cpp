@@ -32,7 +32,7 @@ double softmax_gradient(float* scores, int64_t n, int64_t target, float weight, 
   const float chosen = scores[target] - highest;
   Vector sums{};
   for (int64_t j = 0; j < whole; j += kLanes) {
-    const Vector e = exponential(load(scores + j) - highest);
+    const Vector e = weight_of(load(scores + j) - highest);
     sums += e;
     store(scores + j, e);
   }
@@ -45,7 +45,7 @@ double softmax_gradient(float* scores, int64_t n, int64_t target, float weight, 
     for (int64_t j = whole; j < n; ++j) scores[j] *= scale;
     scores[target] -= weight;
   }
-  return weight == 0 ? 0 : weight * (std::log(sum) - chosen);
+  return weight * (std::log(sum) - chosen);
 }
 
 const float* numbers(const at::Tensor& tensor, const char* name) {

@@ -9,8 +9,9 @@ namespace finemoe {
 
 constexpr float kNoLimit = std::numeric_limits<float>::infinity();
 
-inline Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
-inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
+// NaN in `a` stays: no comparison holds for it. NaN in `b` is left out.
+inline Vector minimum(Vector a, Vector b) { return b < a ? b : a; }
+inline Vector maximum(Vector a, Vector b) { return b > a ? b : a; }
 
 // e^x to about one unit in the last place: x = n ln 2 + r, a polynomial for e^r, 2^n through the exponent bits.
 inline Vector exponential(Vector x) {
@@ -34,6 +35,9 @@ inline Vector exponential(Vector x) {
   return asked > 88.0f ? splat(std::numeric_limits<float>::infinity()) : p * power;
 }
 
+// e^x, and 0 where that is below the smallest number: products with such weights would be denormal, and slow.
+inline Vector weight_of(Vector x) { return x < -87.0f ? Vector{} : exponential(x); }
+
 inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
 
 inline Vector swiglu(Vector gate, Vector up, float limit) {
@@ -53,11 +57,11 @@ inline Vector swiglu_gradient(Vector& gate, Vector& up, Vector flow, float limit
     up = maximum(minimum(up, splat(limit)), splat(-limit));
   }
   const Vector s = sigmoid(gate), silu = gate * s, activated = silu * up;
-  gate = flow * up * s * (1.0f + gate - silu);
+  gate = flow * up * s * (1.0f + gate * (1.0f - s));  // not 1 + gate - silu: of a large gate that would lose the 1
   up = flow * silu;
-  if (limit != kNoLimit) {  // a clamped value passes nothing on
-    gate = raw_gate > limit ? zero : gate;
-    up = raw_up > limit ? zero : (raw_up < -limit ? zero : up);
+  if (limit != kNoLimit) {  // a clamped value passes nothing on, nor does NaN, which is within no limits
+    gate = raw_gate <= limit ? gate : zero;
+    up = raw_up <= limit ? (raw_up >= -limit ? up : zero) : zero;
   }
   return activated;
 }

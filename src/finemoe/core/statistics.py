@@ -1,15 +1,78 @@
-"""Rates over tokens with intervals over windows, for quantities that two models have on the same windows."""
+"""Means and ratios with what they are sure to: Student's t, for items of equal and of unequal weight.
+
+One estimator for whoever asks whether a difference is more than noise: `ratio` where the items are at hand, and
+`PairedRates` where there are too many quantities to keep them.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A weighted mean and how sure it is."""
+
+    value: float
+    error: float | None
+    """Standard error; None where one item has all the weight."""
+    effective: float
+    """Items of equal weight that would tell as much: (sum of weights)² / sum of weights²."""
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of Student's t."""
+        return max(self.effective - 1, _LEAST_FREEDOM)
+
+    def half_interval(self, confidence: float = CONFIDENCE) -> float | None:
+        """Half the width of the two-sided interval."""
+        return None if self.error is None else float(student.ppf((1 + confidence) / 2, self.freedom)) * self.error
+
+    def p_value(self) -> float | None:
+        """Of the two-sided test that the truth is 0."""
+        if self.error is None:
+            return None
+        if self.error == 0:
+            return float(self.value == 0)
+        return 2 * float(student.sf(abs(self.value) / self.error, self.freedom))
+
+
+_LEAST_FREEDOM = 0.1
+
+
+def ratio(values: ArrayLike, weights: ArrayLike | None = None) -> Spread:
+    """sum(value · weight) / sum(weight) of independent items; without weights the mean.
+
+    Args:
+        values: [items].
+        weights: [items], some of them above 0.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+    value, error, effective = (float(found) for found in ratios(values[weights > 0], weights[weights > 0]))
+    return Spread(value, None if effective < 1 + 1e-9 else error, effective)
+
+
+def ratios(values: Floats, weights: Floats) -> tuple[Floats, Floats, Floats]:
+    """`ratio` of many samples `[..., items]` at once: values, errors and effective numbers `[...]`.
+
+    The error is the jackknife's: each item's residual is divided by what the others weigh, without which a few heavy
+    items would make the interval too short. With equal weights it is s / sqrt(n).
+    """
+    items = values.shape[-1]
+    shares = weights / weights.sum(axis=-1, keepdims=True)
+    value = (shares * values).sum(axis=-1)
+    pulls = shares * (values - value[..., None]) / np.maximum(1 - shares, np.finfo(np.float64).eps)
+    errors: Floats = np.sqrt((pulls**2).sum(axis=-1) * (items - 1) / items)
+    return value, errors, 1 / (shares**2).sum(axis=-1)
 
 
 @final
