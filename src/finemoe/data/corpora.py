@@ -17,6 +17,7 @@ from finemoe.core.errors import DataError
 from finemoe.data.documents import Document, SkipReport, falls_within, hash_order, unique
 from finemoe.data.formats import TextFile, read_file, record_document
 from finemoe.data.hub_rows import rows
+from finemoe.data.interpreter_corpus import InterpreterCorpus
 
 Side = Literal["train", "validation"]
 
@@ -170,6 +171,7 @@ class HuggingFaceCorpus(Config):
 
 SINGLE_CORPORA: dict[str, type[Config]] = {
     "stdlib": StdlibCorpus,
+    "interpreter": InterpreterCorpus,
     "files": FilesCorpus,
     "huggingface": HuggingFaceCorpus,
 }
