@@ -52,7 +52,8 @@ def config(scheme: Scheme) -> dict[str, Any]:
             "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 8, "labelPadding": 4,
         },
         "legend": {"labelColor": ink, "titleColor": soft, "labelFontSize": 12, "titleFontSize": 12,
-                   "titleFontWeight": "normal", "titleLimit": 320},
+                   "titleFontWeight": "normal", "titleLimit": 320, "symbolBaseFillColor": ink,
+                   "symbolBaseStrokeColor": ink},
         "title": {"color": ink, "subtitleColor": soft, "fontSize": 14, "subtitleFontSize": 12, "anchor": "start",
                   "fontWeight": 600},
         "text": {"color": ink, "fontSize": 12},
@@ -120,7 +121,8 @@ def decided_dots(marks: Any, x: alt.X, y: alt.Y, **more: Any) -> list[Any]:
     ]
 
 
-CERTAIN = ("interval without 0", "undecided")
+CERTAIN = ("decided", "undecided")
+"""Whether an interval leaves out 0."""
 
 
 def certain(low: Any, high: Any) -> str:
@@ -132,7 +134,7 @@ def certain(low: Any, high: Any) -> str:
 def fade() -> alt.Opacity:
     """Cells of a map by the field `certain`: what is undecided is faded, lest its colour be read as a finding."""
     legend = alt.Legend(title=None, orient="top", symbolType="square", symbolSize=160, symbolStrokeWidth=0)
-    return alt.Opacity("certain:N", scale=alt.Scale(domain=list(CERTAIN), range=[1, 0.3]), legend=legend)
+    return alt.Opacity("certain:O", scale=alt.Scale(domain=list(CERTAIN), range=[1, 0.3]), legend=legend)
 
 
 def base(records: Sequence[Mapping[str, Any]]) -> alt.Chart:

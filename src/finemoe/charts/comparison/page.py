@@ -236,7 +236,8 @@ def _load(results: Results) -> Section | None:
         figures.append(Figure([chart], caption + "."))
     intro = (
         "Share of the tokens that each routed expert received in the validation pass of the first seed, relative to an "
-        "even share. " + MAX_VIO + " Shared experts see every token and are not shown."
+        "even share. " + MAX_VIO + " Shared experts see every token and are not shown. Layers and experts are numbered "
+        "from 0."
     )
     return Section("Expert load", [Text([intro]), *figures])
 
@@ -307,7 +308,7 @@ def _set_up(results: Results) -> Section:
         rows = [[key.replace("_gib", " (GiB)").replace("_", " "), _shown(value)] for key, value in machine.items()]
         blocks.append(Table("Machine", ["Property", "Value"], rows))
     if recipe := results.get("recipe"):
-        lines = "\n".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in _flat(recipe))
+        lines = "\n".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in flat(recipe))
         blocks.append(Details("Configuration, resolved", [Code(lines, "Configuration")]))
     return Section("How it was made", blocks)
 
@@ -316,10 +317,10 @@ def _shown(value: Any) -> str:
     return NOTHING if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and leaves, the way `--set` takes them."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -77,7 +77,7 @@ def differences(results: Results) -> Any:
     printed = alt.X("printed:Q", scale=scale, title=title)
     paper = marks.transform_filter("datum.printed !== null").mark_tick(thickness=3, size=16, yOffset=8)
     stroke = alt.Legend(title=None, orient="top", symbolType="M0,-1V1", symbolStrokeWidth=3, symbolSize=160)
-    named = alt.Opacity("paper:N", scale=alt.Scale(domain=["the paper"], range=[0.9]), legend=stroke)
+    named = alt.Opacity("paper:O", scale=alt.Scale(domain=["the paper"], range=[0.9]), legend=stroke)
     text = marks.mark_text(align="left", dy=-9).encode(y, x=alt.value(2), text="claim:N")
     said = "; ".join(f"{row['claim']} {fixed(row['mean'])}, {row['verdict']}" for row in rows)
     return alt.layer(
