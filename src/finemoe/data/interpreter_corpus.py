@@ -15,6 +15,7 @@ import random
 import re
 import sysconfig
 import unicodedata
+import warnings
 from calendar import monthcalendar
 from collections.abc import Iterable, Iterator
 from datetime import date
@@ -93,7 +94,9 @@ def _library(max_bytes: int) -> tuple[list[tuple[str, str]], list[tuple[str, str
         if min(sizes) > max_bytes:
             break
         try:
-            tree = ast.parse((root / name).read_bytes())
+            with warnings.catch_warnings():  # what is odd in the library's own text is nobody's concern here
+                warnings.simplefilter("ignore")
+                tree = ast.parse((root / name).read_bytes())
         except (OSError, SyntaxError, ValueError):  # templates and deliberate mistakes lie there too
             continue
         prose = "\n\n".join(_without_docstrings(tree))

@@ -101,7 +101,7 @@ def run_report(
             if results["finished"] or results["failure"]:
                 break
             _write(folder, results, drawn=False)
-            time.sleep(every)
+            _pause(every)
     except KeyboardInterrupt:
         logger.info("not followed any more; the run itself goes on")
     results = run_results(run, samples=samples)
@@ -131,6 +131,10 @@ def _write(folder: Path, results: Mapping[str, Any], *, drawn: bool) -> None:
     from finemoe.charts.run.page import run_page
 
     write_report(folder, results, run_page, figures if drawn else lambda _: {})
+
+
+def _pause(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def _failure(run: Path, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
