@@ -38,7 +38,8 @@ def test_five_domains_of_the_size_asked_for_on_both_sides_of_the_split(documents
     assert list(dict.fromkeys(item.document.domain for item in documents)) == domains
     assert len(set(names)) == len(names)
     for domain in domains:
-        assert 0.4 * SMALL < sum(len(text.encode()) for text in texts(documents, domain)) <= SMALL
+        most = SMALL if domain in ("code", "english") else SMALL // 2
+        assert 0.4 * most < sum(len(text.encode()) for text in texts(documents, domain)) <= most
     held_out = {item.document.domain for item in documents if item.side == "validation"}
     assert {"arithmetic", "characters", "calendar"} & held_out
 

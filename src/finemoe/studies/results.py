@@ -28,7 +28,7 @@ from finemoe.training.directory import read_summary
 from finemoe.training.report import recent_loss
 
 _SAMPLE_TOKENS = 96
-_SAMPLING = SamplingConfig(temperature=0.8, top_p=0.95, max_new_tokens=_SAMPLE_TOKENS)
+_SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, max_new_tokens=_SAMPLE_TOKENS)
 Runs = dict[int, dict[str, Any]]
 """Summaries of an arm's finished runs, by seed."""
 
