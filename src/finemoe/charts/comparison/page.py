@@ -229,7 +229,7 @@ def _load(results: Results) -> Section | None:
     for arm, chart in maps.items():
         violation = fixed(shown_max_vio(arms[arm]), 2)
         caption = f"{names[arm]}: MaxVio {violation} in this run"
-        if (mean := fixed(stat(arms[arm], "max_vio").get("mean"), 2)) != NOTHING:
+        if seed_count(results) > 1 and (mean := fixed(stat(arms[arm], "max_vio").get("mean"), 2)) != NOTHING:
             caption += f", {mean} over seeds"
         if (dead := _dead(arms[arm])) != NOTHING:
             caption += f"; dead experts: {dead}"
