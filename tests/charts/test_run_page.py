@@ -121,6 +121,22 @@ def test_following_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "small: finished" in (out / "report.html").read_text()
 
 
+def test_a_followed_run_may_begin_a_little_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    def begin(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            (write_run(tmp_path / "run") / "summary.json").write_text(json.dumps(SUMMARY))
+
+    monkeypatch.setattr(report, "_pause", begin)
+    assert run_report(tmp_path / "run", out=tmp_path / "out", follow=True)["finished"]
+    assert pauses == [1, 1, 1]
+    with pytest.raises(RunError, match="not a run directory"):
+        run_report(tmp_path / "other", out=tmp_path / "out", follow=True)
+    assert len(pauses) == 63
+
+
 def test_points_of_long_runs_are_means() -> None:
     points = thinned([step(number) | {"loss": float(number)} for number in range(1, 8)], 3)
     assert [point["step"] for point in points] == [3, 6, 7]

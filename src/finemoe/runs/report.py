@@ -19,6 +19,7 @@ REFRESH = 15
 """Seconds between two pages of a run that trains."""
 _AVERAGED = ("loss", "tokens_per_second", "gradient_norm")
 _SAMPLE_TOKENS = 80
+_PATIENCE = 60  # seconds: a run reads its corpus, and may learn a tokenizer, before it has a directory
 
 
 def run_results(directory: Path, *, refresh: int | None = None, samples: int = 0) -> dict[str, Any]:
@@ -89,9 +90,15 @@ def run_report(
         What results.json holds.
 
     Raises:
-        RunError: not a run directory, or `out` holds something else.
+        RunError: not a run directory (a followed one may begin within a minute), or `out` holds something else.
     """
     run = Path(directory)
+    waited = 0
+    while follow and waited < _PATIENCE and not (run / "config.json").exists():
+        if not waited:
+            logger.info("waiting for a run to begin in %s", run)
+        _pause(1)
+        waited += 1
     require_run(run)
     folder = require_report_folder(out, "run")
     assert folder is not None
