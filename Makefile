@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: gpu-packages demo test slow mutants coverage setup check golden bench gpu build clean
 
-demo: setup  ## train five architectures at matched compute and open the report (under ten minutes on two cores)
+demo: setup  ## train five architectures at matched compute and write the report (six minutes on two quiet cores)
 	$(BIN)/finemoe compare recipes/demo.toml --out runs/demo
 
 test: setup  ## the default test suite
@@ -28,8 +28,11 @@ setup: $(VENV)/.installed  ## create .venv and install finemoe with its developm
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("finemoe needs Python 3.11 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "finemoe: making $(VENV), once; nothing outside this folder is changed"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "finemoe: installing torch and the rest into it; the first time a gigabyte or so is fetched, which takes minutes"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo "finemoe: installed; . $(BIN)/activate puts it on your path"
 	@touch $@
 
 check: setup  ## formatting, lint, types, floors and budgets

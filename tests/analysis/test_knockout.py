@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,9 @@ from scipy import stats
 from torch.nn import functional as F
 
 from finemoe.analysis import knockout as laboratory
+from finemoe.analysis import knockout_time
 from finemoe.analysis.knockout import active_losses, masked_losses, run_experiments, without_shared
+from finemoe.analysis.knockout_time import announce, passes
 from finemoe.analysis.passages import Passages
 from finemoe.analysis.sweep import Variation, estimate, sweep
 from finemoe.checkpoint.language_model import LanguageModel
@@ -343,3 +346,31 @@ def test_progress_counts_every_window_of_every_variation(monkeypatch: pytest.Mon
     sweep(opened(MODELS["DeepSeekMoE"]), passages(), variations, rows=3, description="x")
     assert sum(seen) == 0
     assert seen[0] == -3 * 8
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_passes_are_counted_before_they_are_run(layer: int | None, caplog: pytest.LogCaptureFixture) -> None:
+    model = opened(MODELS["DeepSeekMoE"])
+    layers = None if layer is None else [layer]
+    found = run_experiments(model, passages(), layers=layers, pairs=3, progress=False)["experiments"]
+    configs = {n: c for n, c in laboratory.moe_configs(model).items() if layer in (None, n)}
+    planned = passes(list(found), configs, layers=1, experts=None, pairs=3)
+    run = {name: 1 + len(made["records"]) + len(made.get("singles", ())) for name, made in found.items()}
+    run["pairs"] += 1  # which experts are used most is counted first
+    assert {name: planned[name] for name in ("shared", "active", "experts", "pairs", "layers")} == {
+        name: run[name] for name in ("shared", "active", "experts", "pairs", "layers")
+    }
+    assert planned["masked"] >= run["masked"]
+
+
+def test_what_takes_long_is_said_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, text = opened(MODELS["DeepSeekMoE"]), passages()
+    with caplog.at_level(logging.INFO, "finemoe"):
+        announce(model, text, {"masked": 2, "experts": 8}, rows=2)
+        assert not caplog.text  # a tiny model is done before anybody has read how long it takes
+        monkeypatch.setattr(knockout_time, "_WORTH_SAYING", 0.0)
+        announce(model, text, {"masked": 2, "experts": 8}, rows=2)
+    assert "8 windows, read up to 10 times" in caplog.text
+    assert "most of it for `experts`" in caplog.text

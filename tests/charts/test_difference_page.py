@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from finemoe.charts import theme
 from finemoe.charts.difference.figures import figures
 from finemoe.charts.difference.page import difference_page
 from finemoe.charts.difference.words import summary
@@ -99,6 +100,31 @@ def test_figures_say_what_they_show():
     assert "layer 1 20.0 %, layer 3 40.0 %" in made["flips"]["description"]
     assert "expert 3 of layer 1, −1.00 times uniform" in made["load_change"]["description"]
     assert "all −0.250, law −0.250" in made["loss"]["description"]
+
+
+def test_many_domains_get_a_map_and_the_most_changed_is_first():
+    made = results()
+    for number in range(12):
+        name = f"d{number}"
+        made["domains"].append(made["domains"][1] | {"domain": name})
+        for layer in made["layers"]:
+            layer["domains"][name] = flips(0.05 * number)
+    chart = theme.spec(figures(made)["flips"])
+    cells = chart["layer"][0]
+    assert cells["mark"]["type"] == "rect"
+    assert [len(rows) for rows in chart["datasets"].values()] == [2 * 15]  # layers, and 14 domains after all the text
+    assert cells["encoding"]["y"]["sort"][:2] == ["all", "d11"]
+    assert "Choices that changed, by layer and domain: all the text first" in difference_page(made)
+
+
+def test_experts_whose_change_is_undecided_are_faded():
+    chart = theme.spec(figures(results())["load_change"])
+    (rows,) = chart["datasets"].values()
+    told = {row["expert"]: row["certain"] for row in rows}
+    assert told == {0: "decided", 1: "decided", 2: "undecided", 3: "decided"}
+    opacity = chart["encoding"]["opacity"]
+    assert opacity["scale"] == {"domain": ["decided", "undecided"], "range": [1, 0.3]}
+    assert opacity["legend"]["orient"] == "top"
 
 
 @pytest.mark.parametrize("single", [True, False])

@@ -225,7 +225,22 @@ def test_matrix_of_pairs_is_symmetric_and_marks_what_is_sure(results: dict[str, 
     rows = {(row["a"], row["b"]): row for row in values(pair_maps(results)[0])}
     assert len(rows) == 6
     assert all(rows[a, b]["value"] == rows[b, a]["value"] for a, b in rows)
-    assert {pair for pair, row in rows.items() if row["mark"]} == {(0, 1), (1, 0), (1, 2), (2, 1)}
+    assert {pair for pair, row in rows.items() if row["certain"] == "decided"} == {(0, 1), (1, 0), (1, 2), (2, 1)}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [(0.1, 0.2, 0), (-0.2, -0.1, 0), (-0.1, 0.2, 1), (0.0, 0.2, 1), (None, None, 1), (math.nan, 1.0, 1)],
+)
+def test_what_an_interval_decides(low: float | None, high: float | None, word: int) -> None:
+    assert theme.certain(low, high) == theme.CERTAIN[word]
+
+
+def test_domains_are_folded_with_the_most_and_the_least_named(results: dict[str, Any]) -> None:
+    page = text_of(knockout_page(results))
+    assert "By domain: most in" in page
+    folded = re.findall(r"<details>.*?</details>", knockout_page(results), flags=re.DOTALL)
+    assert sum(part.count("data-chart") for part in folded) >= 4  # two domains of both curves
 
 
 def test_charts_have_descriptions_and_units(results: dict[str, Any]) -> None:

@@ -139,3 +139,16 @@ def test_a_summary_that_is_none_is_named(content: str, finished: list[Path], com
     assert result.exit_code == 2
     assert f"{finished[1]}/summary.json" in result.stderr.replace("\n", "")
     assert "Traceback" not in result.stderr
+
+
+def test_a_page_is_of_one_run_and_following_needs_a_place(finished: list[Path], command: Any, tmp_path: Path) -> None:
+    run, out = finished[0], tmp_path / "page"
+    (run / "config.json").write_text('{"name": "v3"}')
+    made = command("show", run, "--out", out)
+    assert made.exit_code == 0, made.stderr
+    assert f"Open  {out / 'report.html'}" in made.stdout
+    assert "v3: finished" in (out / "report.html").read_text()
+    for words, said in (((*finished, "--out", out), "2 were given"), ((run, "--follow"), "add --out FOLDER")):
+        refused = command("show", *words)
+        assert refused.exit_code == 2
+        assert said in refused.stderr

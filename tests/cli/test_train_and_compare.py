@@ -85,7 +85,7 @@ def compared(interrupted: bool = False) -> Spy:
         "active_parameters": 4e5,
         "max_vio": None,
         "directory": "arms/dense",
-        "sample": {"prompt": "def ", "completion": "f(x):\n    return x"},
+        "samples": [{"prompt": "def ", "completion": "f(x):\n    return x"}],
     }
     recipe = {"seeds": [3]}
     results = {

@@ -135,7 +135,7 @@ def data_table(corpus: Path) -> dict[str, Any]:
 
 def records(directory: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what time decides: two figures, and when a checkpoint was written."""
-    timed = ("seconds", "tokens_per_second")
+    timed = ("seconds", "tokens_per_second", "processor_seconds")
     return [
         {key: value for key, value in record.items() if key not in timed}
         for record in read_json_lines(directory / "metrics.jsonl")

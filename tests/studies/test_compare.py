@@ -17,10 +17,12 @@ import torch
 from faults.processes import wait_for, write_config
 from finemoe.core.config import merge
 from finemoe.core.errors import ConfigError, RunError
+from finemoe.core.logs import read_json_lines
 from finemoe.model.size import measure
 from finemoe.runs.config import read_config
 from finemoe.runs.start import build_method
 from finemoe.studies import compare as compare_module
+from finemoe.studies import results as results_module
 from finemoe.studies.compare import Comparison, compare
 from finemoe.studies.config import resolve_comparison
 from runs.tiny_runs import LENGTH, assert_same_run, data_table, records
@@ -60,7 +62,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process, and no figures or samples, which take longer than the runs."""
     monkeypatch.setattr("finemoe.studies.study.run_fleet", run_here)
     monkeypatch.setattr(compare_module, "write_results", lambda results, directory: None)
-    monkeypatch.setattr("finemoe.studies.results._sample", lambda run, tokenizer, prompt: {})
+    monkeypatch.setattr("finemoe.studies.results._samples", lambda run, tokenizer, prompts: [])
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def stamps(directory: Path) -> dict[Path, int]:
 
 def figures(results: dict[str, Any]) -> Any:
     """What a comparison found, without the time it took."""
-    timed = ("seconds", "tokens_per_second", "curve")
+    timed = ("seconds", "tokens_per_second", "curve", "processor_seconds", "tokens_per_processor_second")
     arms = {name: {k: v for k, v in arm.items() if k not in timed} for name, arm in results["arms"].items()}
     return arms, results["pairs"], results["recipe"], results["complete"]
 
@@ -119,6 +121,7 @@ def test_results_json_has_the_promised_schema(finished: Comparison) -> None:
         assert arm["tokens"] == 4 * PER_STEP
         assert arm["seconds"] > 0
         assert [(point["seed"], point["step"]) for point in arm["curve"]] == [(0, 2), (0, 4), (1, 2), (1, 4)]
+        assert [sample["prompt"] for sample in arm["samples"]] == ["cat dog"]
     [pair] = results["pairs"]
     assert (pair["a"], pair["b"]) == ("switch", "dense")
     means = [results["arms"][name]["validation_loss"]["mean"] for name in ("switch", "dense")]
@@ -126,6 +129,27 @@ def test_results_json_has_the_promised_schema(finished: Comparison) -> None:
     assert pair["low"] < pair["difference"] < pair["high"]
     assert pair["verdict"] in ("better", "worse", "undecided")
     assert results["recipe"]["seeds"] == [0, 1]
+
+
+def test_speed_is_counted_in_processor_seconds_of_the_steps(finished: Comparison) -> None:
+    for arm in finished.results["arms"].values():
+        used = {}
+        for seed in (0, 1):
+            found = read_json_lines(finished.directory / arm["directory"] / f"seed-{seed}" / "metrics.jsonl")
+            used[seed] = [record["processor_seconds"] for record in found if record["kind"] == "step"]
+        assert arm["processor_seconds"] == pytest.approx(sum(map(sum, used.values())) / 2)
+        speeds = [4 * PER_STEP / sum(used[seed]) for seed in (0, 1)]
+        assert arm["tokens_per_processor_second"] == pytest.approx(sum(speeds) / 2)
+        for point in arm["curve"]:
+            assert point["processor_seconds"] == pytest.approx(sum(used[point["seed"]][: point["step"]]))
+
+
+def test_runs_of_earlier_versions_have_no_processor_seconds(finished: Comparison, tmp_path: Path) -> None:
+    old = [{"kind": "step", "step": 1, "processor_seconds": 1.0}, {"kind": "step", "step": 2}]
+    (tmp_path / "seed-0").mkdir()
+    (tmp_path / "seed-0" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in old))
+    found = results_module._processor(tmp_path, {0: {"tokens": 10}})
+    assert found == {"processor_seconds": None, "tokens_per_processor_second": None}
 
 
 def test_arms_of_a_seed_see_the_same_batches_and_seeds_differ(finished: Comparison) -> None:

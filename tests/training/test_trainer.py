@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from finemoe.data.batch import TokenBatch
 from finemoe.model.moe.balance import BALANCE_TERMS
 from finemoe.model.transformer import Transformer
-from finemoe.training.gradients import Clip
+from finemoe.training.gradients import Clip, gradient_norm
 from finemoe.training.losses.next_token import NextToken
 from finemoe.training.method import Figures, Group, Method
 from finemoe.training.optimizers import AdamWConfig
@@ -167,6 +169,21 @@ def test_state_counts_steps_tokens_and_sequences() -> None:
     assert trained.state.position == 2 * SEQUENCES
     assert 0 < reports[0].seconds < reports[1].seconds == trained.state.seconds
     assert reports[1].tokens_per_second > 0
+
+
+def test_waiting_is_time_and_no_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = trainer(build(small_config()))
+    run(trained, 1)  # the first step of a process also loads what the others find
+    before = trained.state.seconds
+
+    def slow(parameters: Any) -> Tensor:
+        time.sleep(0.5)
+        return gradient_norm(parameters)
+
+    monkeypatch.setattr("finemoe.training.trainer.gradient_norm", slow)
+    [report] = run(trained, 1)
+    assert report.seconds - before > 0.5
+    assert 0 < report.to_record()["processor_seconds"] < report.seconds - before
 
 
 def test_load_adds_up_over_micro_batches() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from finemoe.analysis.knockout_time import announce, passes
 from finemoe.analysis.passages import Passages, require_experts
 from finemoe.analysis.sweep import Sweep, Variation, estimate, intact, record, sweep, without_experts
 from finemoe.checkpoint.language_model import LanguageModel
@@ -211,6 +212,8 @@ def run_experiments(
     wanted = None if counts is None else tuple(counts)
     asked = _Asked(opened, passages, rows, progress, chosen, picked, tuple(fractions), wanted, pairs)
     _check(asked, names)
+    if progress:
+        _announce(asked, names)
     results: dict[str, Any] = {"experiments": {}, "skipped": {}, "intact": None, "complete": True, "paper": PAPER}
     try:
         for name in names:
@@ -257,6 +260,14 @@ def _check(asked: _Asked, names: Sequence[str]) -> None:
         raise ConfigError(f"a batch of {asked.rows} windows cannot be read: it takes at least 1")
     if asked.pairs < 2:
         raise ConfigError(f"pairs {asked.pairs}: at least 2 experts make a pair")
+
+
+def _announce(asked: _Asked, names: Sequence[str]) -> None:
+    configs = moe_configs(asked.opened)
+    chosen = {layer: configs[layer] for layer in asked.layers or configs}
+    picked = None if asked.experts is None else len(asked.experts)
+    planned = passes(names, chosen, layers=len(asked.layers or (0,)), experts=picked, pairs=asked.pairs)
+    announce(asked.opened, asked.passages, planned, asked.rows)
 
 
 def _experiment_masked(asked: _Asked) -> tuple[dict[str, Any], Sweep]:

@@ -130,7 +130,13 @@ class Section:
 
 
 def render_page(
-    title: str, sections: Sequence[Section], *, subtitle: str = "", banner: str = "", footer: str = ""
+    title: str,
+    sections: Sequence[Section],
+    *,
+    subtitle: str = "",
+    banner: str = "",
+    footer: str = "",
+    refresh: int | None = None,
 ) -> str:
     """The page as one HTML document.
 
@@ -140,6 +146,7 @@ def render_page(
         subtitle: one line under the title.
         banner: a warning above everything, such as that results are incomplete.
         footer: one line at the end.
+        refresh: seconds after which a browser opens the file again; never when None.
     """
     charts: list[dict[str, Any]] = []
     found = list(_every(block for section in sections for block in section.blocks))
@@ -167,6 +174,7 @@ def render_page(
             subtitle=subtitle,
             banner=banner,
             footer=footer,
+            refresh=refresh,
             place=place,
             place_widget=widgets.index,
             chart_data=after_body,

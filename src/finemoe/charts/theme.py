@@ -13,7 +13,7 @@ from typing import Any, Literal
 import altair as alt
 import vl_convert
 
-from finemoe.charts.numbers import clean
+from finemoe.charts.numbers import clean, finite
 
 Scheme = Literal["light", "dark"]
 FONT = "system-ui, Helvetica, Arial, sans-serif"
@@ -52,7 +52,8 @@ def config(scheme: Scheme) -> dict[str, Any]:
             "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 8, "labelPadding": 4,
         },
         "legend": {"labelColor": ink, "titleColor": soft, "labelFontSize": 12, "titleFontSize": 12,
-                   "titleFontWeight": "normal", "titleLimit": 320},
+                   "titleFontWeight": "normal", "titleLimit": 320, "symbolBaseFillColor": ink,
+                   "symbolBaseStrokeColor": ink},
         "title": {"color": ink, "subtitleColor": soft, "fontSize": 14, "subtitleFontSize": 12, "anchor": "start",
                   "fontWeight": 600},
         "text": {"color": ink, "fontSize": 12},
@@ -118,6 +119,22 @@ def decided_dots(marks: Any, x: alt.X, y: alt.Y, **more: Any) -> list[Any]:
         .encode(x, y, **more)
         for decided, filled in (("decided", True), ("undecided", False))
     ]
+
+
+CERTAIN = ("decided", "undecided")
+"""Whether an interval leaves out 0."""
+
+
+def certain(low: Any, high: Any) -> str:
+    """The word of `CERTAIN` for an effect with this interval; undecided where there is none."""
+    lowest, highest = finite(low), finite(high)
+    return CERTAIN[lowest is None or highest is None or lowest <= 0 <= highest]
+
+
+def fade() -> alt.Opacity:
+    """Cells of a map by the field `certain`: what is undecided is faded, lest its colour be read as a finding."""
+    legend = alt.Legend(title=None, orient="top", symbolType="square", symbolSize=160, symbolStrokeWidth=0)
+    return alt.Opacity("certain:O", scale=alt.Scale(domain=list(CERTAIN), range=[1, 0.3]), legend=legend)
 
 
 def base(records: Sequence[Mapping[str, Any]]) -> alt.Chart:

@@ -14,6 +14,9 @@ from finemoe.core.errors import TrainingError
 if TYPE_CHECKING:
     from finemoe.studies.compare import Comparison
 
+_SAMPLE_LINES = 8
+"""Of each sample on the screen, where there are several; the page has them whole."""
+
 
 def compare(
     recipe: Annotated[
@@ -95,7 +98,8 @@ def _shown_arm(results: dict[str, Any]) -> str:
 
 def _print_completion(results: dict[str, Any]) -> None:
     arm = results["arms"][_shown_arm(results)]
-    if arm["sample"]:
-        typer.echo(f"\n{arm['label']} continues {arm['sample']['prompt']!r}:\n")
-        for line in printable(arm["sample"]["prompt"] + arm["sample"]["completion"]).split("\n"):
+    for sample in arm["samples"]:
+        typer.echo(f"\n{arm['label']} continues {sample['prompt']!r}:\n")
+        lines = printable(sample["prompt"] + sample["completion"]).split("\n")
+        for line in lines if len(arm["samples"]) == 1 else lines[:_SAMPLE_LINES]:
             typer.echo(f"  | {line}")

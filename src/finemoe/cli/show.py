@@ -16,9 +16,19 @@ def show(
         list[Path],
         typer.Argument(metavar="DIR...", help="Run directories; a comparison stands for its runs.", show_default=False),
     ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Write a page of one run, finished or not, here.")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="With --out: write the page again while the run trains; Ctrl-C ends it.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Put runs side by side: loss, speed, cache, balance.
+
+    With --out, a page of one run that works offline: loss, balance and load of its experts,
+    alerts, speed, a few texts it writes, configuration. With --follow the page is written every
+    15 seconds until the run ends, and a browser that has it open shows the newest by itself.
 
     MaxVio is (largest load - mean load) / mean load of an MoE layer's experts over the validation
     text: 0 is even. A run that is not finished shows how far it came and what it measured last.
@@ -30,12 +40,35 @@ def show(
       finemoe show runs/v1 runs/v2 runs/v3
       finemoe show runs/demo
       finemoe show runs/* --json
+      finemoe show runs/tiny --out page
+      finemoe train recipes/tiny.toml --out runs/tiny & finemoe show runs/tiny --out page --follow
     """
+    if out is not None or follow:
+        _write_page(directories, out, follow, as_json)
+        return
     runs = {str(run): _summary(run) for run in _runs(directories)}
     if as_json:
         print_json([{"directory": name, **summary} for name, summary in runs.items()])
     else:
         _print_table(runs)
+
+
+def _write_page(directories: list[Path], out: Path | None, follow: bool, as_json: bool) -> None:
+    from finemoe.core.errors import ConfigError
+    from finemoe.runs.report import REFRESH, run_report
+
+    if out is None:
+        raise ConfigError("--follow keeps a page up to date and needs to know where it is: add --out FOLDER")
+    if len(directories) > 1:
+        raise ConfigError(f"--out writes the page of one run, and {len(directories)} were given: name one")
+    page = out / "report.html"
+    if follow:
+        typer.echo(f"Open {page} in a browser; it is written every {REFRESH} seconds. Ctrl-C ends it.", err=True)
+    results = run_report(directories[0], out=out, follow=follow)
+    if as_json:
+        print_json(results)
+    else:
+        typer.echo(f"Open  {page} in a browser; it works offline\nData  {out / 'results.json'}")
 
 
 def _runs(directories: Sequence[Path]) -> list[Path]:

@@ -19,6 +19,7 @@ from finemoe.data.fields import EncodingName, TemplateText, TextFields, require_
 from finemoe.data.formats import TextFile, read_file, read_text_file, record_document
 from finemoe.data.holdout import NO_TAILS, PartTotals, Tail, divided, may_need_tails, tails_for
 from finemoe.data.hub_rows import rows
+from finemoe.data.interpreter_corpus import InterpreterCorpus
 
 Side = Literal["train", "validation"]
 
@@ -194,6 +195,7 @@ class HuggingFaceCorpus(Config):
 
 SINGLE_CORPORA: dict[str, type[Config]] = {
     "stdlib": StdlibCorpus,
+    "interpreter": InterpreterCorpus,
     "files": FilesCorpus,
     "huggingface": HuggingFaceCorpus,
 }

@@ -65,8 +65,13 @@ class CompareConfig(Config):
     schedule: ScheduleConfig = MultiStepConfig()
     parallel_runs: NonNegativeInt = 0
     """Runs at the same time, each with an equal share of the threads. 0: one a core."""
-    prompt: str = "def "
-    """What every arm completes in the report."""
+    prompt: str | tuple[str, ...] = "def "
+    """What every arm completes in the report; one text, or several."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Every text to complete."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
 
     @model_validator(mode="after")
     def _check(self) -> Self:

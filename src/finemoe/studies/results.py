@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import combinations
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from finemoe.training.directory import read_summary
 from finemoe.training.report import recent_loss
 
 _SAMPLE_TOKENS = 96
+_SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, max_new_tokens=_SAMPLE_TOKENS)
 Runs = dict[int, dict[str, Any]]
 """Summaries of an arm's finished runs, by seed."""
 
@@ -75,7 +76,7 @@ def build_results(
                 training[name],
                 plan[name],
                 tokenizer,
-                config.prompt,
+                config.prompts,
             )
             for name, found in finished.items()
         },
@@ -171,7 +172,7 @@ def _arm(
     training: Mapping[int, float],
     plan: Mapping[str, Any],
     tokenizer: Tokenizer,
-    prompt: str,
+    prompts: Sequence[str],
 ) -> dict[str, Any]:
     first = min(runs)
     dead = [summary["dead_experts"] for summary in runs.values() if summary["dead_experts"] is not None]
@@ -193,12 +194,13 @@ def _arm(
         "seconds": statistics.fmean(summary["seconds"] for summary in runs.values()),
         "tokens": runs[first]["tokens"],
         "tokens_per_second": statistics.fmean(summary["tokens_per_second"] for summary in runs.values()),
+        **_processor(directory, runs),
         "learning_rate": plan["learning_rate"],
         "mismatch": dict(arm.mismatch),
         "paper": None if arm.paper is None else {"name": arm.paper[0], "pile_loss": arm.paper[1]},
         "curve": [point for seed in runs for point in _curve(directory / f"seed-{seed}", seed, size)],
         "load": _load(directory / f"seed-{first}"),
-        "sample": _sample(directory / f"seed-{first}", tokenizer, prompt),
+        "samples": _samples(directory / f"seed-{first}", tokenizer, prompts),
     }
 
 
@@ -207,37 +209,68 @@ def _statistic(runs: Runs, key: str) -> dict[str, Any]:
     return {**asdict(interval(values)), "seeds": values}
 
 
+def _processor(directory: Path, runs: Runs) -> dict[str, float | None]:
+    """Processor seconds of training and tokens for each: runs that shared the machine and runs that had it alone alike.
+
+    Nothing for runs of earlier versions, which did not record it.
+    """
+    used = [_processor_seconds(directory / f"seed-{seed}") for seed in runs]
+    totals = [max(steps.values()) for steps in used if steps]
+    if len(totals) < len(runs):
+        return {"processor_seconds": None, "tokens_per_processor_second": None}
+    tokens = [summary["tokens"] for summary in runs.values()]
+    speeds = [count / total for count, total in zip(tokens, totals, strict=True) if total]
+    return {
+        "processor_seconds": statistics.fmean(totals),
+        "tokens_per_processor_second": statistics.fmean(speeds) if speeds else None,
+    }
+
+
+def _processor_seconds(run: Path) -> dict[int, float]:
+    """Processor seconds of training up to each step; empty where a step did not record them."""
+    steps = [record for record in read_json_lines(run / "metrics.jsonl") if record["kind"] == "step"]
+    if any("processor_seconds" not in record for record in steps):
+        return {}
+    sums = accumulate(record["processor_seconds"] for record in steps)
+    return dict(zip((record["step"] for record in steps), sums, strict=True))
+
+
 def _validations(run: Path) -> list[dict[str, Any]]:
     return [record for record in read_json_lines(run / "metrics.jsonl") if record["kind"] == "validation"]
 
 
 def _curve(run: Path, seed: int, size: ModelSize) -> list[dict[str, Any]]:
     kept = ("step", "tokens", "seconds", "validation_loss")
+    processor = _processor_seconds(run)
     return [
         {
             "seed": seed,
             **{key: record[key] for key in kept},
             "flops": record["tokens"] * size.training_flops_per_token,
             "max_vio": record.get("max_vio"),
+            "processor_seconds": processor.get(record["step"]),
         }
         for record in _validations(run)
     ]
 
 
-def _load(run: Path) -> list[list[float]] | None:
-    """Share of assignments by layer and expert, over the validation set, at the end."""
+def _load(run: Path) -> dict[str, list[float]] | None:
+    """Share of assignments of each expert, by layer (from 0, as everywhere), over the validation set, at the end."""
     load = _validations(run)[-1].get("load")
     if not load:
         return None
-    return [[round(count / sum(layer), 6) for count in layer] for layer in load.values()]
+    return {number: [round(count / sum(layer), 6) for count in layer] for number, layer in load.items()}
 
 
-def _sample(run: Path, tokenizer: Tokenizer, prompt: str) -> dict[str, str]:
-    """What the arm makes of the prompt: near-greedy, so that the report shows the model and not the dice."""
+def _samples(run: Path, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[dict[str, str]]:
+    """What the arm makes of each prompt. Drawn with a fixed seed: a small model that always takes the likeliest token
+    repeats itself, which shows the choice and not the model."""
     engine = Engine(load_model(run), end_of_text_id=tokenizer.end_of_text_id, vocab_size=tokenizer.vocab_size)
-    sampling = SamplingConfig(temperature=0.5, top_p=0.9, max_new_tokens=_SAMPLE_TOKENS)
-    completed = engine.generate([tuple(tokenizer.encode(prompt))], sampling)[0]
-    return {"prompt": prompt, "completion": tokenizer.decode(completed.text_ids)}
+    completed = engine.generate([tuple(tokenizer.encode(prompt)) for prompt in prompts], _SAMPLING)
+    return [
+        {"prompt": prompt, "completion": tokenizer.decode(one.text_ids)}
+        for prompt, one in zip(prompts, completed, strict=True)
+    ]
 
 
 def _training_losses(directory: Path, runs: Runs) -> dict[int, float]:

@@ -12,10 +12,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from finemoe.charts.comparison.words import Pair, arm_names, by_loss, known_pairs, pair_sentence, stat
+from finemoe.charts.comparison.words import Pair, arm_names, by_loss, known_pairs, pair_sentence, speed_of, stat
 from finemoe.charts.numbers import Results, clean, count, decimals_for, finite, plus_minus, scientific
 
-NAME_WIDTH = 19  # with every other column at its widest, the line ends at column 80
+NAME_WIDTH = 18  # with every other column at its widest, the line ends at column 80
 MOST_PAIRS = 12  # more of them scroll the table away; the page and the CSV have all
 
 
@@ -29,7 +29,8 @@ def comparison_table(results: Results) -> Group:
     digits = decimals_for(stat(record, "validation_loss") for record in arms.values())
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("Arm", no_wrap=True)
-    for title in ("Loss", "Total/active", "FLOPs", "Tokens/s", "MaxVio"):
+    speed, _, spoken = speed_of(results)
+    for title in ("Loss", "Total/active", "FLOPs", spoken, "MaxVio"):
         table.add_column(title, justify="right", no_wrap=True)
     ranked = by_loss(results)
     for arm in [*ranked, *(arm for arm in arms if arm not in ranked)]:
@@ -37,7 +38,7 @@ def comparison_table(results: Results) -> Group:
         sizes = "/".join(count(record.get(key)) for key in ("total_parameters", "active_parameters"))
         cells = [
             plus_minus(stat(record, "validation_loss"), digits), sizes,
-            scientific(record.get("training_flops")), count(record.get("tokens_per_second")),
+            scientific(record.get("training_flops")), count(record.get(speed)),
             plus_minus({"mean": stat(record, "max_vio").get("mean")}, 2),
         ]  # fmt: skip
         name = Text(names[arm])
@@ -79,7 +80,8 @@ def _pair_lines(pairs: Sequence[Pair], ranked: Sequence[str], names: Mapping[str
 _STATS = ("validation_loss", "bits_per_byte", "max_vio")
 _NUMBERS = (
     "dead_experts", "total_parameters", "active_parameters", "expert_parameters", "active_expert_parameters",
-    "training_flops", "seconds", "tokens", "tokens_per_second", "learning_rate",
+    "training_flops", "seconds", "tokens", "tokens_per_second", "learning_rate", "processor_seconds",
+    "tokens_per_processor_second",
 )  # fmt: skip
 _MISMATCHES = ("total_percent", "active_percent", "flops_percent")
 

@@ -31,6 +31,8 @@ class StepReport:
     """Training time so far, without validation and saving."""
     tokens_per_second: float
     """Of this step."""
+    processor_seconds: float
+    """Of this step, all threads of this process together: what else runs on the machine hardly changes it."""
     load: Mapping[int, Tensor]
     """[experts] assignments in this step, by layer index."""
     dropped: int
@@ -64,6 +66,7 @@ class StepReport:
             "learning_rate": self.learning_rate,
             "seconds": round(self.seconds, 4),
             "tokens_per_second": round(self.tokens_per_second, 1),
+            "processor_seconds": round(self.processor_seconds, 5),
         }
         if self.load:
             violations = self.max_vio()

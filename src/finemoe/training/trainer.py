@@ -178,6 +178,7 @@ class Trainer:
             TrainingError: a loss or gradient is not finite, on any rank.
         """
         started = time.perf_counter() if started is None else started
+        processor = time.process_time()
         counts: dict[str, float] = {}
         for batch in batches:
             for name, count in self.method.objective.counts(batch).items():
@@ -206,6 +207,7 @@ class Trainer:
             learning_rate=rate,
             seconds=self.state.seconds,
             tokens_per_second=tokens / seconds,
+            processor_seconds=time.process_time() - processor,
             load=done.load,
             dropped=done.dropped,
             selection_bias={layer: bias.abs().max().item() for layer, bias in selection_biases(self.model).items()},

@@ -21,14 +21,15 @@ from finemoe.charts.comparison.records import (
     unit_for,
     visible,
 )
-from finemoe.charts.comparison.words import arm_names, by_loss, known_pairs, stat
+from finemoe.charts.comparison.words import arm_names, by_loss, known_pairs, on_processor, stat
 from finemoe.charts.numbers import Results, clean, finite, fixed
 
 AnyChart = alt.LayerChart | alt.FacetChart  # altair's own annotation of `properties`
-Against = Literal["tokens", "flops", "seconds"]
+Against = Literal["tokens", "flops", "processor_seconds", "seconds"]
 AXES: Mapping[Against, str] = {
     "tokens": "training tokens",
     "flops": "training compute",
+    "processor_seconds": "processor time of training",
     "seconds": "wall-clock training time",
 }
 HEIGHT = 340
@@ -37,12 +38,18 @@ LOSS = "validation loss (nats per token)"
 
 def figures(results: Results) -> dict[str, Any]:
     """Every figure that `results` can fill, by file name."""
-    made: dict[str, Any] = {f"loss_{axis}": loss_curves(results, axis, hidden=False) for axis in AXES}
+    made: dict[str, Any] = {f"loss_{axis}": loss_curves(results, axis, hidden=False) for axis in axes_of(results)}
     made |= {"final_loss": final_losses(results), "pairs": pair_differences(results)}
     panels, heat = paper_panels(results), load_maps(results)
     made["paper"] = alt.hconcat(*(panel.properties(width=260) for panel in panels), spacing=36) if panels else None
     made["load"] = alt.vconcat(*heat.values(), spacing=28) if heat else None
     return {name: chart for name, chart in made.items() if chart is not None}
+
+
+def axes_of(results: Results) -> dict[Against, str]:
+    """What losses are drawn against: of the two times, the processor's where every arm recorded it."""
+    left_out = "seconds" if on_processor(results) else "processor_seconds"
+    return {axis: title for axis, title in AXES.items() if axis != left_out}
 
 
 # ---- loss curves ----
@@ -266,7 +273,7 @@ def load_maps(results: Results) -> dict[str, alt.Chart]:
     top = min(max(2.0, hottest), theme.HOTTEST)
     maps: dict[str, alt.Chart] = {}
     for arm, rows in records.items():
-        layers = max(row["layer"] for row in rows)
+        layers = len({row["layer"] for row in rows})
         experts = max(row["expert"] for row in rows) + 1
         title = "load ÷ uniform load" + (f" (last colour: {theme.HOTTEST:g} or more)" if hottest > top else "")
         axis = alt.Axis(labelAngle=0, values=theme.expert_ticks(experts), labelOverlap=True)
@@ -277,7 +284,7 @@ def load_maps(results: Results) -> dict[str, alt.Chart]:
                 alt.X("expert:O", title="routed expert", axis=axis, scale=alt.Scale(paddingInner=0.06)),
                 alt.Y(
                     "layer:O",
-                    title="MoE layer",
+                    title="layer",
                     axis=alt.Axis(labelOverlap=True),
                     scale=alt.Scale(paddingInner=0.06),
                 ),

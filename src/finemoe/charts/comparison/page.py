@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from finemoe.charts.comparison.figures import (
-    AXES,
+    axes_of,
     final_losses,
     load_maps,
     loss_curves,
@@ -21,8 +21,11 @@ from finemoe.charts.comparison.words import (
     interval_name,
     known_pairs,
     loss,
+    on_processor,
     pair_sentence,
+    samples_of,
     seed_count,
+    speed_of,
     stat,
     summary,
 )
@@ -44,6 +47,11 @@ from finemoe.charts.page import Bullets, Card, Cards, Code, Details, Figure, Sec
 from finemoe.charts.words import footer, listed
 
 MAX_VIO = "MaxVio is (largest − mean load) ÷ mean load of a layer's routed experts, averaged over layers; 0 is even."
+TIMES = {
+    "processor_seconds": "Processor time: seconds of all threads together, in training steps alone. Unlike the clock, "
+    "it hardly depends on which other runs shared the machine.",
+    "seconds": "By the clock: a run that had the machine to itself looks faster than one that shared it.",
+}
 
 
 def comparison_page(results: Results) -> str:
@@ -129,7 +137,7 @@ def _dead(record: Mapping[str, Any]) -> str:
 
 def _curves(results: Results) -> Section | None:
     figures = []
-    for axis, title in AXES.items():
+    for axis, title in axes_of(results).items():
         chart = loss_curves(results, axis)
         if chart is None:
             continue
@@ -137,6 +145,8 @@ def _curves(results: Results) -> Section | None:
         if seed_count(results) > 1:
             caption += "; line: mean over seeds, band: lowest to highest seed"
         caption += "."
+        if (why := TIMES.get(axis)) and len(results["arms"]) > 1:
+            caption += f" {why}"
         if hidden := above_window(mean_curves(results, axis)):
             caption += f" Ends above the axis: {listed(hidden)}."
         figures.append(Figure([chart], caption))
@@ -219,35 +229,37 @@ def _load(results: Results) -> Section | None:
     for arm, chart in maps.items():
         violation = fixed(shown_max_vio(arms[arm]), 2)
         caption = f"{names[arm]}: MaxVio {violation} in this run"
-        if (mean := fixed(stat(arms[arm], "max_vio").get("mean"), 2)) != NOTHING:
+        if seed_count(results) > 1 and (mean := fixed(stat(arms[arm], "max_vio").get("mean"), 2)) != NOTHING:
             caption += f", {mean} over seeds"
         if (dead := _dead(arms[arm])) != NOTHING:
             caption += f"; dead experts: {dead}"
         figures.append(Figure([chart], caption + "."))
     intro = (
         "Share of the tokens that each routed expert received in the validation pass of the first seed, relative to an "
-        "even share. " + MAX_VIO + " Shared experts see every token and are not shown."
+        "even share. " + MAX_VIO + " Shared experts see every token and are not shown. Layers and experts are numbered "
+        "from 0."
     )
     return Section("Expert load", [Text([intro]), *figures])
 
 
 def _samples(results: Results) -> Section | None:
     names = arm_names(results)
-    samples = {arm: record["sample"] for arm, record in results["arms"].items() if record.get("sample")}
-    if not samples:
+    samples = {arm: samples_of(record) for arm, record in results["arms"].items()}
+    prompts = dict.fromkeys(str(one.get("prompt") or "") for found in samples.values() for one in found)
+    if not prompts:
         return None
-    prompts = list(dict.fromkeys(str(sample.get("prompt") or "") for sample in samples.values()))
-    same = len(prompts) == 1
-    cards = [
-        Card(names[arm], str(sample.get("completion") or ""), "" if same else f"Prompt: {sample.get('prompt')}")
-        for arm, sample in samples.items()
-    ]
-    blocks: list[Any] = [Text(["Every arm continues this prompt:"]), Code(prompts[0], "Prompt")] if same else []
-    return Section("Samples", [*blocks, Cards(cards)])
+    blocks: list[Any] = [Text([f"Every arm continues {'this prompt' if len(prompts) == 1 else 'these prompts'}:"])]
+    for prompt in prompts:
+        made = {arm: one for arm, found in samples.items() for one in found if str(one.get("prompt") or "") == prompt}
+        blocks.append(Code(prompt, "Prompt"))
+        blocks.append(Cards([Card(names[arm], str(one.get("completion") or "")) for arm, one in made.items()]))
+    return Section("Samples", blocks)
 
 
 def _cost(results: Results) -> Section:
     names = arm_names(results)
+    speed, speed_name, _ = speed_of(results)
+    time, time_name = ("processor_seconds", "Processor time") if on_processor(results) else ("seconds", "Time")
     rows = []
     for arm in _ordered(results):
         record = results["arms"][arm]
@@ -256,17 +268,18 @@ def _cost(results: Results) -> Section:
             names[arm], count(record.get("expert_parameters")), count(record.get("active_expert_parameters")),
             percent(off.get("total_percent")), percent(off.get("active_percent")),
             scientific(record.get("training_flops")),
-            percent(off.get("flops_percent")), count(record.get("tokens")), duration(record.get("seconds")),
-            count(record.get("tokens_per_second")),
+            percent(off.get("flops_percent")), count(record.get("tokens")), duration(record.get(time)),
+            count(record.get(speed)),
             NOTHING if (rate := finite(record.get("learning_rate"))) is None else f"{rate:g}",
         ])  # fmt: skip
     columns = [
         "Arm", "Expert parameters", "Active expert parameters", "Total off target", "Active off target",
-        "Training FLOPs", "FLOPs off target", "Tokens", "Time a run", "Tokens per second", "Peak learning rate",
+        "Training FLOPs", "FLOPs off target", "Tokens", f"{time_name} a run", speed_name, "Peak learning rate",
     ]  # fmt: skip
     matching = results.get("matching") or {}
     text = [str(line) for line in matching.get("text") or []]
-    note = "Off target: expert parameters and FLOPs against what matching asked for; widths round to whole units."
+    note = "Off target: expert parameters and FLOPs against what matching asked for; widths round to whole units. "
+    note += TIMES["processor_seconds" if on_processor(results) else "seconds"]
     table = Table("What each arm holds and costs", columns, rows, range(1, 11), note)
     return Section("Matching and cost", [*([Bullets(text)] if text else []), table, *_tuning(results)])
 
@@ -295,7 +308,7 @@ def _set_up(results: Results) -> Section:
         rows = [[key.replace("_gib", " (GiB)").replace("_", " "), _shown(value)] for key, value in machine.items()]
         blocks.append(Table("Machine", ["Property", "Value"], rows))
     if recipe := results.get("recipe"):
-        lines = "\n".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in _flat(recipe))
+        lines = "\n".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in flat(recipe))
         blocks.append(Details("Configuration, resolved", [Code(lines, "Configuration")]))
     return Section("How it was made", blocks)
 
@@ -304,10 +317,10 @@ def _shown(value: Any) -> str:
     return NOTHING if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and leaves, the way `--set` takes them."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -20,8 +20,9 @@ def unit_for(largest: float, against: str) -> tuple[float, str]:
     if against == "flops":
         power = next((power for power in range(30, 0, -3) if largest >= 10**power), 0)
         return 10.0**power, f"1e{power} FLOPs" if power else "FLOPs"
-    unit = next((size, name) for size, name in UNITS[against] if largest >= size or size <= 1)
-    return (_SECONDS[unit[1]], unit[1]) if against == "seconds" else unit
+    units = UNITS["seconds" if against.endswith("seconds") else against]
+    unit = next((size, name) for size, name in units if largest >= size or size <= 1)
+    return (_SECONDS[unit[1]], unit[1]) if against.endswith("seconds") else unit
 
 
 def curve(arm: Mapping[str, Any], against: str) -> list[dict[str, float]]:
@@ -146,11 +147,15 @@ def _interval(results: Results, first: str, second: str) -> tuple[float | None, 
     return None, None
 
 
-def load_records(load: Sequence[Sequence[Any]] | None) -> list[dict[str, Any]]:
-    """One row for each MoE layer (from 1) and routed expert (from 0): its fraction, and that fraction times experts."""
+def load_records(load: Mapping[str, Sequence[Any]] | Sequence[Sequence[Any]] | None) -> list[dict[str, Any]]:
+    """One row for each MoE layer and routed expert, both from 0: its fraction, and that fraction times experts.
+
+    Results of earlier versions list the MoE layers and do not say which of all layers they are.
+    """
+    by_layer = load if isinstance(load, Mapping) else dict(enumerate(load or []))
     return [
-        {"layer": layer, "expert": expert, "fraction": fraction, "relative": fraction * len(row)}
-        for layer, row in enumerate(load or [], start=1)
+        {"layer": int(layer), "expert": expert, "fraction": fraction, "relative": fraction * len(row)}
+        for layer, row in by_layer.items()
         for expert, value in enumerate(row)
         if (fraction := finite(value)) is not None
     ]

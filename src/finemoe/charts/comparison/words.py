@@ -45,6 +45,25 @@ def loss(arm: Mapping[str, Any]) -> float | None:
     return finite(stat(arm, "validation_loss").get("mean"))
 
 
+def samples_of(arm: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What the arm made of each prompt; results of earlier versions have one."""
+    return list(arm.get("samples") or ([arm["sample"]] if arm.get("sample") else []))
+
+
+def on_processor(results: Results) -> bool:
+    """Whether every arm recorded processor seconds: wall-clock time depends on which runs shared the machine."""
+    return bool(results["arms"]) and all(
+        finite(arm.get("tokens_per_processor_second")) is not None for arm in results["arms"].values()
+    )
+
+
+def speed_of(results: Results) -> tuple[str, str, str]:
+    """The key of an arm's speed that can be compared here, its name, and a short one."""
+    if on_processor(results):
+        return "tokens_per_processor_second", "Tokens per processor second", "Tok/CPU s"
+    return "tokens_per_second", "Tokens per second", "Tokens/s"
+
+
 def by_loss(results: Results) -> list[str]:
     """Arms that have a loss, best first."""
     measured = {arm: loss(record) for arm, record in results["arms"].items()}

@@ -17,6 +17,10 @@ CAUSES = {
     "flip_rate_states": "only the states",
 }
 _PERCENT = alt.Axis(format="%", tickCount=6, labelOverlap="parity", labelSeparation=8)
+MOST_MARKERS = 6
+"""Domains that can be told apart by their markers; more of them get a map."""
+FLIPPED = "#c8681f"
+_MOST_NUMBERS = 14  # layers whose cells have room for a number
 _LOADS = 1.0  # a change by the whole uniform load has the last colour
 
 
@@ -35,6 +39,8 @@ def figures(results: Results) -> dict[str, Any]:
 def flip_chart(results: Results) -> Any:
     """Share of choices that changed: a marker for each domain, a bar for the interval over all text."""
     domains = _domains(results)
+    if len(domains) > MOST_MARKERS:
+        return _flip_map(results, domains)
     rows, whole = [], []
     for each in results["layers"]:
         for name in domains:
@@ -58,6 +64,33 @@ def flip_chart(results: Results) -> Any:
     return _wide(alt.layer(*layers), results, f"Choices of experts that changed: {said}.")
 
 
+def _flip_map(results: Results, domains: Sequence[str]) -> Any:
+    """The same for many domains: a cell for each of them and each layer, the most changed on top."""
+    rows = [
+        {"layer": str(each["layer"]), "domain": name, "flip": each["domains"][name]["flip_rate"]["mean"]}
+        for each in results["layers"]
+        for name in ("all", *domains)
+    ]  # fmt: skip
+    means = {name: sum(row["flip"] or 0.0 for row in rows if row["domain"] == name) for name in domains}
+    order = ["all", *sorted(domains, key=lambda name: -means[name])]
+    layers = [str(each["layer"]) for each in results["layers"]]
+    x = alt.X("layer:N", title="layer", sort=layers, axis=alt.Axis(labelAngle=0, labelOverlap=True, orient="top"))
+    y = alt.Y("domain:N", title=None, sort=order, axis=alt.Axis(labelLimit=150))
+    tips = [alt.Tooltip("domain:N"), alt.Tooltip("layer:N"), alt.Tooltip("flip:Q", format=".1%")]
+    cells = theme.base(rows).mark_rect(color=FLIPPED).encode(
+        x, y, alt.Opacity("flip:Q", title="choices changed", scale=alt.Scale(domainMin=0, range=[0, 0.6]),
+                          legend=None), tooltip=tips,
+    )  # fmt: skip
+    charts = [cells]
+    if len(layers) <= _MOST_NUMBERS:
+        charts.append(theme.base(rows).mark_text().encode(x, y, text=alt.Text("flip:Q", format=".0%"), tooltip=tips))
+    said = ", ".join(f"{name} {percent(means[name] / len(layers))}" for name in order[1:4])
+    return alt.layer(*charts).properties(
+        width=theme.WIDTH - 120, height=alt.Step(22),
+        description=f"Choices of experts that changed, by domain and layer; the most changed: {said}.",
+    )  # fmt: skip
+
+
 def cause_chart(results: Results) -> Any:
     """What part of the flips the router's own change makes, and what part the change of what it reads."""
     rows = [
@@ -78,7 +111,8 @@ def load_chart(results: Results) -> Any:
     """Layer x expert: load after less load before, in parts of the uniform load."""
     rows = [
         {"layer": each["layer"], "expert": each["expert"], "change": each["load_b"] - each["load_a"],
-         "before": each["load_a"], "after": each["load_b"], "verdict": each["verdict"]}
+         "before": each["load_a"], "after": each["load_b"], "verdict": each["verdict"],
+         "certain": theme.CERTAIN[each["verdict"] not in ("gained", "lost", "removed")]}
         for each in results["experts"]
     ]  # fmt: skip
     experts = max(row["expert"] for row in rows) + 1
@@ -91,6 +125,7 @@ def load_chart(results: Results) -> Any:
         alt.X("expert:O", title="routed expert", axis=axis, scale=alt.Scale(paddingInner=0.06)),
         alt.Y("layer:O", title="layer", axis=alt.Axis(labelOverlap=True), scale=alt.Scale(paddingInner=0.06)),
         alt.Color("change:Q", scale=scale, legend=alt.Legend(title=title, orient="top", gradientLength=220)),
+        theme.fade(),
         tooltip=[alt.Tooltip("layer:O"), alt.Tooltip("expert:O"),
                  *(alt.Tooltip(f"{name}:Q", format=".2f") for name in ("before", "after", "change")),
                  alt.Tooltip("verdict:N")],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finemoe.charts.difference.figures import cause_chart, flip_chart, load_chart, loss_chart
+from finemoe.charts.difference.figures import MOST_MARKERS, cause_chart, flip_chart, load_chart, loss_chart
 from finemoe.charts.difference.words import percent, plus_interval, summary
 from finemoe.charts.numbers import NOTHING, Results, clean, count, fixed
 from finemoe.charts.page import Bullets, Code, Details, Figure, Section, Table, Text, render_page
@@ -61,7 +61,10 @@ def _flips(results: Results) -> Section:
     columns = ["Layer", "Choices changed", "Tokens with any change", "First choice changed", "Shift of gate weight",
                "Gates in sum, before", "Gates in sum, after"]  # fmt: skip
     names = [each["domain"] for each in results["domains"][1:]]
+    few = len(names) <= MOST_MARKERS
     caption = "Choices that changed, by layer and domain; the upright stroke is all text, with its 95 % interval."
+    if not few:
+        caption = "Choices that changed, by layer and domain: all the text first, then the domain with the most flips."
     blocks: list[Any] = [
         Figure([flip_chart(results)], caption),
         Table("Each layer, over all text", columns, rows, range(1, 7)),
@@ -71,7 +74,8 @@ def _flips(results: Results) -> Section:
             [f"L{each['layer']}", *(percent(each["domains"][name]["flip_rate"]["mean"]) for name in names)]
             for each in results["layers"]
         ]
-        blocks.append(Table("Choices changed, by domain", ["Layer", *names], each_domain, range(1, 1 + len(names))))
+        table = Table("Choices changed, by domain", ["Layer", *names], each_domain, range(1, 1 + len(names)))
+        blocks.append(table if few else Details(table.caption, [table]))
     return Section("Flips", blocks)
 
 
@@ -89,7 +93,9 @@ def _causes(results: Results) -> Section:
 
 
 def _loads(results: Results) -> Section:
-    caption = "Change of each expert's load, as a part of the uniform load: orange took more, blue less."
+    caption = (
+        "Change of each expert's load, as a part of the uniform load: orange took more, blue less; faded: undecided."
+    )
     blocks: list[Any] = [Figure([load_chart(results)], caption)]
     for word, title in (("gained", "Experts that gained"), ("lost", "Experts that lost"), ("removed", "Removed")):
         found = sorted(

@@ -152,7 +152,7 @@ def layer_dots(results: Results, domain: str | None = None) -> Any | None:
         }
         for one in records(results, "layers")
     ]
-    return _dots(rows, "MoE layer", domain or "") if rows else None
+    return _dots(rows, "layer", domain or "") if rows else None
 
 
 def layer_dots_by_domain(results: Results) -> list[Any]:
@@ -207,6 +207,7 @@ def expert_map(results: Results, domain: str | None = None) -> Any | None:
     for one in found:
         each = one if domain is None else one["by_domain"][domain]
         rows.append({"layer": one["layer"], "expert": one["expert"], "share": one["share"], **_change(each)})
+        rows[-1]["certain"] = theme.certain(rows[-1]["low"], rows[-1]["high"])
     tooltip = [alt.Tooltip("layer:O"), alt.Tooltip("expert:O"), alt.Tooltip("share:Q", title="load", format=".2%")]
     tooltip += [alt.Tooltip(f"{key}:Q", format="+.5f") for key in ("rise", "low", "high")]
     experts = sorted({row["expert"] for row in rows})
@@ -218,8 +219,9 @@ def expert_map(results: Results, domain: str | None = None) -> Any | None:
         .mark_rect()
         .encode(
             alt.X("expert:O", title="routed expert", axis=alt.Axis(labelAngle=0, values=labels, labelOverlap=True)),
-            alt.Y("layer:O", title="MoE layer", axis=alt.Axis(labelOverlap=True)),
+            alt.Y("layer:O", title="layer", axis=alt.Axis(labelOverlap=True)),
             _heat("rise:Q", top, "rise, nats per token" + (" (ends: or beyond)" if clamped else "")),
+            theme.fade(),
             tooltip=tooltip,
         )
         .properties(
@@ -249,7 +251,7 @@ def usage_dots(results: Results) -> Any | None:
         return None
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     few = len(layers) <= len(theme.SHAPES)
-    legend = alt.Legend(orient="top", title="MoE layer", columns=8)
+    legend = alt.Legend(orient="top", title="layer", columns=8)
     domain = alt.Scale(domain=layers)
     shapes = alt.Scale(domain=layers, range=theme.arm_shapes(len(layers)))
     extra = (
@@ -284,13 +286,8 @@ def pair_maps(results: Results) -> list[Any]:
         for one in found:
             if one["layer"] == layer:
                 effect = one["interaction"]
-                sure = effect["low"] is not None and effect["low"] * effect["high"] > 0
-                told = {
-                    "value": effect["mean"],
-                    "low": effect["low"],
-                    "high": effect["high"],
-                    "mark": "●" if sure else "",
-                }
+                told = {"value": effect["mean"], "low": effect["low"], "high": effect["high"]}
+                told["certain"] = theme.certain(effect["low"], effect["high"])
                 i, j = one["experts"]
                 rows += [{"a": i, "b": j, **told}, {"a": j, "b": i, **told}]
         marks = theme.base(rows)
@@ -299,12 +296,9 @@ def pair_maps(results: Results) -> list[Any]:
         tooltip = [alt.Tooltip("a:O", title="expert"), alt.Tooltip("b:O", title="and")]
         tooltip += [alt.Tooltip(f"{key}:Q", format="+.5f") for key in ("value", "low", "high")]
         title = "interaction, nats per token" + (" (ends: or beyond)" if clamped else "")
-        cells = marks.mark_rect().encode(x, y, _heat("value:Q", top, title), tooltip=tooltip)
-        dots = marks.mark_text(fontSize=9).encode(x, y, text="mark:N", tooltip=tooltip)
+        cells = marks.mark_rect().encode(x, y, _heat("value:Q", top, title), theme.fade(), tooltip=tooltip)
         said = f"Layer {layer}: interaction of pairs of experts, positive where they cover for each other."
-        charts.append(
-            alt.layer(cells, dots).properties(title=f"Layer {layer}", width=420, height=alt.Step(30), description=said)
-        )
+        charts.append(cells.properties(title=f"Layer {layer}", width=420, height=alt.Step(30), description=said))
     return charts
 
 

@@ -134,7 +134,10 @@ def _domains(results: Results, experiment: str, drawn: list[Any]) -> list[Any]:
     table = Table(f"Rise in loss by domain ({_INTERVAL})", columns, rows, range(1, len(columns)))
     scale = "each on a scale of its own" if experiment == "layers" else "all on one scale"
     small = [Figure(drawn, f"The same in each domain, {scale}. Bars are 95 % intervals.")] if drawn else []
-    return [*small, Details("By domain, as a table", [table])]
+    worst = max(found, key=lambda one: finite(one["difference"]["mean"]) or 0.0)["by_domain"]
+    ranked = sorted(names, key=lambda name: -(finite(worst[name]["difference"]["mean"]) or 0.0))
+    summary = f"By domain: most in {ranked[0]}, least in {ranked[-1]}"
+    return [Details(summary, [*small, table])]
 
 
 def _curve(results: Results, experiment: str, text: str, caption: str, table: Table) -> list[Any]:
@@ -208,8 +211,9 @@ def _experts(results: Results) -> Section:
     )
     text = (
         "Each expert alone is left out of its layer; tokens that would have chosen it take their next best. Orange is "
-        "worse without it, blue better. Among many experts some seem to matter by chance: about one in forty of those "
-        "that do nothing has an interval above 0."
+        "worse without it, blue better; faded: the interval holds 0, so that neither is decided. Among many experts "
+        "some seem to matter by chance: about one in forty of those that do nothing has an interval above 0. Layers "
+        "and experts are numbered from 0."
     )
     maps = expert_maps_by_domain(results)
     domains = [Details("By domain", [Figure([each], "") for each in maps])] if maps else []
@@ -242,8 +246,8 @@ def _pairs(results: Results) -> Section:
     text = (
         "Interaction = loss without both − loss without the one − loss without the other + loss of the intact model. "
         "Above 0 (orange): together they are missed more than each alone adds up to, so they cover for each other: "
-        "redundant. Below 0 (blue): without the one the other helps less, so they work together. A dot marks intervals "
-        "without 0. The experts are the most used of the layer unless others were asked for. The diagonal is empty."
+        "redundant. Below 0 (blue): without the one the other helps less, so they work together. Faded: the interval "
+        "holds 0. The experts are the most used of the layer unless others were asked for. The diagonal is empty."
     )
     caption = "Interaction of pairs of experts of one layer."
     table = Table("Pairs, most redundant first", columns, rows, (1, 2))

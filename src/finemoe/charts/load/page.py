@@ -20,6 +20,7 @@ MEANINGS = (
     "Starved: below a tenth of the even share. Dead: never chosen here. Both are counts of experts.",
     "Together ÷ chance: how often two experts share a token, over how often they would if each token drew its experts "
     "without regard to each other. 1 is chance.",
+    "Layers and experts are numbered from 0, as in the model.",
     "Shared experts see every token and are not shown. Filling at the end of a text is not counted.",
 )
 

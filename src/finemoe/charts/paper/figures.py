@@ -49,7 +49,7 @@ def differences(results: Results) -> Any:
             continue
         rows.append({
             "claim": f"{claim['a']['label']} − {claim['b']['label']}", "statement": claim["statement"], **found,
-            "printed": claim.get("printed_difference"), "verdict": claim["verdict"],
+            "printed": claim.get("printed_difference"), "verdict": claim["verdict"], "paper": "the paper",
         })  # fmt: skip
     rows = list({row["claim"]: row for row in reversed(rows)}.values())[::-1]  # two papers may say the same of one pair
     if not rows:
@@ -75,12 +75,14 @@ def differences(results: Results) -> Any:
     shape = alt.Shape("verdict:N", scale=alt.Scale(domain=list(VERDICTS), range=list(_SHAPES)), legend=legend)
     dot = marks.mark_point(size=90, filled=True, opacity=1, yOffset=8).encode(x, y, color, shape, tooltip=tooltip)
     printed = alt.X("printed:Q", scale=scale, title=title)
-    paper = marks.transform_filter("datum.printed !== null").mark_tick(thickness=3, size=16, yOffset=8, opacity=0.9)
+    paper = marks.transform_filter("datum.printed !== null").mark_tick(thickness=3, size=16, yOffset=8)
+    stroke = alt.Legend(title=None, orient="top", symbolType="M0,-1V1", symbolStrokeWidth=3, symbolSize=160)
+    named = alt.Opacity("paper:O", scale=alt.Scale(domain=["the paper"], range=[0.9]), legend=stroke)
     text = marks.mark_text(align="left", dy=-9).encode(y, x=alt.value(2), text="claim:N")
     said = "; ".join(f"{row['claim']} {fixed(row['mean'])}, {row['verdict']}" for row in rows)
-    return alt.layer(zero, bar.transform_filter("datum.low !== null"), paper.encode(printed, y), dot, text).properties(
-        width=theme.WIDTH - 20, height=alt.Step(40), description=f"{title}. {said}."
-    )
+    return alt.layer(
+        zero, bar.transform_filter("datum.low !== null"), paper.encode(printed, y, named), dot, text
+    ).properties(width=theme.WIDTH - 20, height=alt.Step(40), description=f"{title}. {said}.")
 
 
 def masked_panels(results: Results) -> list[Any]:

@@ -27,7 +27,7 @@ def relevance_chart(results: Results) -> Any:
         ends.append({"layer": layer["layer"], "high": 100 * reached[chosen - 1], "text": str(chosen)})
     title = "cumulative relevance, best expert first (%)"
     x = alt.X("low:Q", title=title, scale=alt.Scale(domain=[0, 100]))
-    y = alt.Y("layer:O", title="MoE layer")
+    y = alt.Y("layer:O", title="layer")
     kinds = alt.Scale(domain=["others", "selected"])
     color = alt.Color("kind:N", scale=kinds, legend=alt.Legend(orient="top", title=None))
     opacity = alt.Opacity("kind:N", scale=alt.Scale(domain=["others", "selected"], range=[0.3, 1]), legend=None)

@@ -28,5 +28,9 @@ async function draw(scheme) {
 const current = () => (darkScheme.matches ? "dark" : "light");
 draw(current());
 darkScheme.addEventListener("change", () => draw(current()));
+// A chart drawn while folded away has no width: the charts listen for a change of the window's.
+for (const details of document.querySelectorAll("details")) {
+  details.addEventListener("toggle", () => details.open && window.dispatchEvent(new Event("resize")));
+}
 window.addEventListener("beforeprint", () => darkScheme.matches && draw("light"));
 window.addEventListener("afterprint", () => darkScheme.matches && draw(current()));

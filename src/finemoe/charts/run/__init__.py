@@ -1,0 +1,1 @@
+"""The report of `finemoe show RUN --out`: one training run, while it trains and after."""

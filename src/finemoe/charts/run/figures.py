@@ -1,0 +1,158 @@
+"""The figures of one run: loss, balance, the load of every expert, speed, learning rate and gradient.
+
+Each function takes the results of `finemoe show RUN --out` and returns a chart, or None with nothing to show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+
+from finemoe.charts import theme
+from finemoe.charts.comparison.records import load_records, unit_for
+from finemoe.charts.numbers import Results, clean, finite, fixed
+
+LOSS = "loss (nats per token)"
+_MOST_LINES = 8
+_HEIGHT = 240
+
+
+def figures(results: Results) -> dict[str, Any]:
+    """Every figure that the run can fill, by file name."""
+    results = clean(results)
+    made = {"loss": loss_chart(results), "balance": balance_chart(results), "load": load_map(results),
+            "speed": line_chart(results, "tokens_per_second", "tokens per second"),
+            "learning_rate": line_chart(results, "learning_rate", "learning rate"),
+            "gradient": line_chart(results, "gradient_norm", "gradient norm")}  # fmt: skip
+    return {name: chart for name, chart in made.items() if chart is not None}
+
+
+def _tokens(results: Results) -> tuple[float, alt.X]:
+    """What tokens are divided by, and the axis they are drawn on: the same for every figure of a run."""
+    points = [*results["steps"], *results["validations"]]
+    size, unit = unit_for(max(point["tokens"] for point in points), "tokens")
+    furthest = 1.01 * max(point["tokens"] for point in points) / size
+    scale = alt.Scale(domain=[0, furthest], nice=False)
+    title = "training tokens" + ("" if unit == "tokens" else f" ({unit})")
+    return size, alt.X("x:Q", title=title, scale=scale, axis=theme.FEW_TICKS)
+
+
+def loss_chart(results: Results) -> Any | None:
+    """Training loss as a line and validation as markers, from where the first steep fall is over."""
+    names = ("training", "validation")
+    if not results["steps"]:
+        return None
+    size, x = _tokens(results)
+    rows = [
+        {"x": point["tokens"] / size, "step": point["step"], "loss": value, "arm": name}
+        for name, points, key in (
+            (names[0], results["steps"], "loss"), (names[1], results["validations"], "validation_loss")
+        )
+        for point in points
+        if (value := finite(point.get(key))) is not None
+    ]  # fmt: skip
+    if not rows:
+        return None
+    low, high = _window([row["loss"] for row in rows if row["arm"] == names[0]] or [row["loss"] for row in rows])
+    low = min([low, *(row["loss"] for row in rows)])
+    pad = 0.04 * (high - low) or 0.05
+    y = alt.Y("loss:Q", title=LOSS, scale=alt.Scale(domain=[low - pad, high + pad], nice=False))
+    legend = alt.Legend(orient="top", title=None)
+    color = alt.Color("arm:N", scale=alt.Scale(domain=list(names)), legend=legend)
+    marks = theme.base(rows)
+    tips = [alt.Tooltip("arm:N", title="of"), alt.Tooltip("step:Q"), alt.Tooltip("loss:Q", format=".4f")]
+    line = marks.transform_filter("datum.arm === 'training'").mark_line(strokeWidth=1.6, clip=True)
+    held = marks.transform_filter("datum.arm === 'validation'")
+    layers = [
+        line.encode(x, y, color, tooltip=tips),
+        held.mark_line(strokeWidth=1.6, strokeDash=[5, 3], clip=True).encode(x, y, color),
+        held.mark_point(size=60, filled=True, opacity=1, clip=True).encode(x, y, color, tooltip=tips),
+    ]
+    last = {row["arm"]: row for row in rows}
+    said = ", ".join(f"{name} {fixed(row['loss'])}" for name, row in last.items())
+    return alt.layer(*layers).properties(
+        width=theme.WIDTH - 60, height=320, description=f"{LOSS} against training tokens. At the end: {said}."
+    )
+
+
+def _window(losses: Sequence[float]) -> tuple[float, float]:
+    """Lowest loss, and the highest after the first twentieth: the fall from ln(vocabulary) would flatten the rest."""
+    later = losses[len(losses) // 20 :]
+    return min(losses), max(later)
+
+
+def balance_chart(results: Results) -> Any | None:
+    """MaxVio of every MoE layer against tokens; of many layers their mean and their range."""
+    found = [point for point in results["steps"] if point.get("max_vio_per_layer")]
+    if not found:
+        return None
+    size, x = _tokens(results)
+    layers = list(found[-1]["max_vio_per_layer"])
+    y = alt.Y("value:Q", title="MaxVio", scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5))
+    ends = ", ".join(f"layer {layer} {fixed(found[-1]['max_vio_per_layer'][layer], 2)}" for layer in layers)
+    about = {"width": theme.WIDTH - 60, "height": _HEIGHT, "description": f"MaxVio in training steps, at last: {ends}."}
+    if len(layers) > _MOST_LINES:
+        rows = []
+        for point in found:
+            values = [value for value in point["max_vio_per_layer"].values() if value is not None]
+            middle = sum(values) / len(values)
+            rows.append({"x": point["tokens"] / size, "value": middle, "low": min(values), "high": max(values)})
+        marks = theme.base(rows)
+        band = marks.mark_area(opacity=0.18).encode(x, alt.Y("low:Q", title="MaxVio"), alt.Y2("high:Q"))
+        return alt.layer(band, marks.mark_line(strokeWidth=1.8).encode(x, y)).properties(**about)
+    rows = [
+        {"x": point["tokens"] / size, "value": value, "arm": f"layer {layer}", "step": point["step"]}
+        for point in found
+        for layer, value in point["max_vio_per_layer"].items()
+    ]
+    names = [f"layer {layer}" for layer in layers]
+    legend = alt.Legend(orient="top", title=None, columns=4)
+    dashes = alt.Scale(domain=names, range=theme.arm_dashes(len(names)))
+    color = alt.Color("arm:N", scale=alt.Scale(domain=names), legend=legend)
+    dash = alt.StrokeDash("arm:N", scale=dashes, legend=legend)
+    tips = [alt.Tooltip("arm:N", title="layer"), alt.Tooltip("step:Q"), alt.Tooltip("value:Q", format=".2f")]
+    return theme.base(rows).mark_line(strokeWidth=1.8).encode(x, y, color, dash, tooltip=tips).properties(**about)
+
+
+def load_map(results: Results) -> Any | None:
+    """Layer by expert: the load relative to an even share, of the last validation, or of the last step before one."""
+    rows = load_records(results["load"])
+    if not rows:
+        return None
+    layers, experts = len({row["layer"] for row in rows}), max(row["expert"] for row in rows) + 1
+    top = min(max([2.0, *(row["relative"] for row in rows)]), theme.HOTTEST)
+    axis = alt.Axis(labelAngle=0, values=theme.expert_ticks(experts), labelOverlap=True)
+    tips = [alt.Tooltip("layer:O"), alt.Tooltip("expert:O"), alt.Tooltip("relative:Q", title="÷ even", format=".2f")]
+    bands = alt.Scale(paddingInner=0.06)
+    return (
+        theme.base(rows)
+        .mark_rect()
+        .encode(
+            alt.X("expert:O", title="routed expert", axis=axis, scale=bands),
+            alt.Y("layer:O", title="layer", axis=alt.Axis(labelOverlap=True), scale=bands),
+            theme.load_color("relative:Q", top, "load ÷ even share", length=200),
+            tooltip=tips,
+        )
+        .properties(
+            width=theme.WIDTH - 60,
+            height=alt.Step(22 if layers <= 12 else 12),
+            description=f"Load of {experts} routed experts in {layers} layers relative to an even share.",
+        )
+    )
+
+
+def line_chart(results: Results, key: str, title: str) -> Any | None:
+    """One figure of the steps against tokens."""
+    found = [point for point in results["steps"] if finite(point.get(key)) is not None]
+    if not found:
+        return None
+    size, x = _tokens(results)
+    rows = [{"x": point["tokens"] / size, "value": point[key], "step": point["step"]} for point in found]
+    y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5, format="~s"))
+    if key == "learning_rate":
+        y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5, format="~g"))
+    tips = [alt.Tooltip("step:Q"), alt.Tooltip("value:Q", title=title, format=".4~g")]
+    chart = theme.base(rows).mark_line(strokeWidth=1.6).encode(x, y, tooltip=tips)
+    return chart.properties(width=260, height=170, description=f"{title} against training tokens.")

@@ -1,0 +1,114 @@
+"""The page of one run: where it stands, its curves, its experts, what it writes, and how it was set up."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from finemoe.charts.comparison.page import MAX_VIO, flat
+from finemoe.charts.numbers import NOTHING, Results, clean, count, duration, fixed
+from finemoe.charts.page import Bullets, Card, Cards, Code, Details, Figure, Section, Table, Text, render_page
+from finemoe.charts.run.figures import balance_chart, line_chart, load_map, loss_chart
+from finemoe.charts.run.words import state, summary
+from finemoe.charts.words import footer
+
+_MOST_ALERTS = 8
+
+
+def run_page(results: Results) -> str:
+    """The whole page as one self-contained HTML document, opened again after `results["refresh"]` seconds."""
+    results = clean(results)
+    makers = (_state, _loss, _balance, _alerts, _samples, _speed, _set_up)
+    sections = [section for make in makers if (section := make(results)) is not None]
+    where = state(results)
+    banner, refresh = "", results["refresh"]
+    if where == "training" and refresh:
+        banner = f"Not finished: this page is written again, and opened again here, every {refresh} seconds."
+    elif where != "finished":
+        banner = f"Not finished. `finemoe resume {results['directory']}` goes on with it."
+    return render_page(
+        f"{results['name']}: {where}",
+        sections,
+        subtitle=" · ".join((str(results["date"])[:16].replace("T", " "), str(results["directory"]))),
+        banner=banner,
+        footer=footer(results.get("finemoe_version")),
+        refresh=refresh if where == "training" else None,
+    )
+
+
+def _state(results: Results) -> Section:
+    blocks: list[Any] = [Bullets(summary(results))]
+    if found := results["summary"]:
+        rows = [
+            ["Validation loss", fixed(found.get("final_validation_loss"), 4)],
+            ["Bits per byte", fixed(found.get("bits_per_byte"), 4)],
+            ["Training loss", fixed(found.get("final_training_loss"), 4)],
+            ["Tokens", count(found.get("tokens"))],
+            ["Time", duration(found.get("seconds"))],
+            ["Tokens per second", count(found.get("tokens_per_second"))],
+            ["Parameters, total", count(found.get("total_parameters"))],
+            ["Parameters, active", count(found.get("active_parameters"))],
+            ["MaxVio, mean of layers", fixed(found.get("max_vio"), 2)],
+        ]
+        blocks.append(Table("At the end", ["", ""], [row for row in rows if row[1] != NOTHING], (1,)))
+    return Section("Where it stands", blocks)
+
+
+def _loss(results: Results) -> Section | None:
+    chart = loss_chart(results)
+    if chart is None:
+        return None
+    every = results["steps_per_point"]
+    joined = f"; a point is the mean of {every} steps" if every > 1 else ""
+    caption = f"Loss in training{joined}, and on held-out text. The first, steep part may lie above the axis."
+    return Section("Loss", [Figure([chart], caption)])
+
+
+def _balance(results: Results) -> Section | None:
+    blocks: list[Any] = []
+    if (chart := balance_chart(results)) is not None:
+        blocks.append(Figure([chart], "MaxVio of each layer, in training steps. " + MAX_VIO))
+    if (chart := load_map(results)) is not None:
+        blocks.append(Figure([chart], f"Load of every expert {results['load_of']}. Layers and experts count from 0."))
+    return Section("Experts", blocks) if blocks else None
+
+
+def _alerts(results: Results) -> Section | None:
+    items = [f"Step {alert['step']}: {alert['message']}" for alert in results["alerts"]]
+    if not items:
+        return None
+    shown: list[Any] = [Bullets(items[-_MOST_ALERTS:])]
+    if older := items[:-_MOST_ALERTS]:
+        shown.append(Details(f"{len(older)} earlier ones", [Bullets(older)]))
+    return Section("Alerts", shown)
+
+
+def _samples(results: Results) -> Section | None:
+    if not results["samples"]:
+        return None
+    said = f"What the model writes from nothing at step {results['sampled_at']:,}; drawn at temperature 0.8."
+    cards = [Card(f"Sample {number}", text) for number, text in enumerate(results["samples"], start=1)]
+    return Section("Samples", [Text([said]), Cards(cards)])
+
+
+def _speed(results: Results) -> Section | None:
+    shown = (("tokens_per_second", "tokens per second"), ("learning_rate", "learning rate"),
+             ("gradient_norm", "gradient norm"))  # fmt: skip
+    charts = [chart for key, title in shown if (chart := line_chart(results, key, title)) is not None]
+    caption = "Speed by the clock (what else runs on the machine shows), learning rate, gradient norm before clipping."
+    return Section("Speed and steps", [Figure(charts, caption)]) if charts else None
+
+
+def _set_up(results: Results) -> Section:
+    blocks: list[Any] = []
+    for title, found in (("Machine and versions", results["environment"]), ("Data", results["data"])):
+        if found:
+            rows = [[key, _shown(value)] for key, value in flat(found)]
+            blocks.append(Details(title, [Table(title, ["", ""], rows, wrap=True)]))
+    lines = "\n".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in flat(results["config"]))
+    blocks.append(Details("Configuration, resolved", [Code(lines, "Configuration")]))
+    return Section("Configuration", blocks)
+
+
+def _shown(value: Any) -> str:
+    return NOTHING if value is None else str(value)

@@ -1,0 +1,34 @@
+"""Where a run stands, in plain sentences."""
+
+from __future__ import annotations
+
+from finemoe.charts.numbers import Results, count, duration, finite, fixed
+
+
+def state(results: Results) -> str:
+    """`finished`, `failed` or `training`; the last also of a run that was interrupted, which looks the same."""
+    return "finished" if results["finished"] else "failed" if results["failure"] else "training"
+
+
+def summary(results: Results) -> list[str]:
+    """How far, how good, how fast, and what is left: a handful of sentences."""
+    steps, validations = results["steps"], results["validations"]
+    if not steps:
+        return ["No step is done yet."]
+    last, total = steps[-1], results["total_steps"]
+    lines = [f"Step {last['step']:,} of {total:,}, {count(last['tokens'])} tokens in {duration(last['seconds'])}."]
+    if validations:
+        best = min(validations, key=lambda one: finite(one.get("validation_loss")) or float("inf"))
+        newest = validations[-1]
+        lines.append(
+            f"Validation loss {fixed(newest.get('validation_loss'))} nats per token at step {newest['step']:,}"
+            + ("." if best is newest else f"; the lowest was {fixed(best.get('validation_loss'))} at {best['step']:,}.")
+        )
+    if state(results) == "training":
+        left = (total - last["step"]) * last["seconds"] / last["step"]
+        lines.append(f"About {duration(left)} of training left at the speed so far.")
+    if failure := results["failure"]:
+        lines.append(f"It stopped: {failure.get('message')}")
+    alarming = [alert for alert in results["alerts"] if alert.get("level") != "note"]
+    lines.append(f"{len(alarming)} alerts about its experts: see below." if alarming else "No alerts.")
+    return lines
