@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: gpu-packages demo test slow mutants coverage setup check golden bench gpu build clean
+.PHONY: docs gpu-packages demo test slow mutants coverage setup check golden bench gpu build clean
 
 demo: setup  ## train five architectures at matched compute and write the report (six minutes on two quiet cores)
 	$(BIN)/finemoe compare recipes/demo.toml --out runs/demo
@@ -57,8 +57,13 @@ gpu-packages: setup  ## what a GPU machine without a package index lacks, into .
 	$(BIN)/pip install --quiet --upgrade --target .gpu --python-version $(FOR) --only-binary=:all: pydantic zstandard
 FOR ?= 3.12
 
+docs: setup  ## the documentation as a site; a link that leads nowhere fails
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/sphinx-build -q -W --keep-going -b html -c docs . docs/_build/html
+	@echo open docs/_build/html/docs/index.html
+
 build: setup  ## the wheel, in dist/
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:  ## remove everything that is made here, runs excepted
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -1,4 +1,4 @@
-"""Draws the pictures of architecture.md: `python docs/pictures/draw.py`. A test holds them to what the source says."""
+"""Draws the pictures of the documents: `python docs/pictures/draw.py`. A test holds them to what the source says."""
 
 from __future__ import annotations
 
@@ -138,7 +138,40 @@ def batch() -> str:
     return page(44 + 7 * 74 + 4, "The way of a batch through a run, a step and the model", parts)
 
 
-PICTURES = {"floors.svg": floors, "batch.svg": batch}
+def panel(x: float, title: str, experts: int, chosen: set[int], shared: int, below: tuple[str, str]) -> list[str]:
+    """One way to build a feed-forward layer: experts side by side, those that work for this token filled."""
+    width, top, high, gap = 288, 178, 84, 4 if experts > 4 else 10  # areas are to scale
+    each = (width - gap * (max(experts, 4) - 1)) / max(experts, 4)
+    middle = x + width / 2
+    parts = [text(middle, 28, title, 16, ACCENT, "bold", "middle")]
+    parts += [box(middle - 62, 48, 124, 34, "#ffffff"), text(middle, 70, "a token", 14, INK, "normal", "middle")]
+    if experts > 1:
+        parts += [box(middle - 62, 108, 124, 34, FILLS[4]), text(middle, 130, "router", 14, INK, "normal", "middle")]
+        parts.append(arrow(middle, 82, middle, 106))
+    for number in range(experts):
+        left = x + number * (each + gap) if experts > 1 else middle - each / 2
+        works = number in chosen or number < shared
+        fill = "#9fd8c0" if number < shared else "#7cc4ec" if works else "#f0f4f8"
+        parts.append(box(left, top, each, high, fill))
+        if works:
+            origin = (middle, 142) if experts > 1 and number >= shared else (middle - (62 if experts > 1 else 0), 82)
+            parts.append(arrow(*origin, left + each / 2, top - 3))
+            parts.append(arrow(left + each / 2, top + high, middle, top + high + 38))
+    parts += [box(middle - 62, 302, 124, 34, "#ffffff"), text(middle, 324, "next layer", 14, INK, "normal", "middle")]
+    parts += [text(middle, 366 + 20 * row, words, 13, PALE, "normal", "middle") for row, words in enumerate(below)]
+    return parts
+
+
+def mixture() -> str:
+    parts = panel(16, "Dense", 1, {0}, 0, ("One feed-forward layer.", "Every token uses all of it."))
+    coarse = ("Four experts, as large as that layer each.", "The router sends a token to one of them.")
+    parts += panel(336, "A mixture of experts", 4, {2}, 0, coarse)
+    fine = ("Sixteen experts, a quarter as large each.", "One is always on (green); the router adds three.")
+    parts += panel(656, "DeepSeekMoE: fine-grained, shared", 16, {4, 9, 14}, 1, fine)
+    return page(404, "Three ways to build the feed-forward layer of a language model", parts)
+
+
+PICTURES = {"floors.svg": floors, "batch.svg": batch, "mixture.svg": mixture}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():
