@@ -377,18 +377,26 @@ def test_public_names_are_pinned_and_resolve() -> None:
 
     assert sorted(finemoe.__all__) == [
         "Comparison",
+        "Completion",
         "FinemoeError",
+        "LanguageModel",
         "ModelConfig",
         "Run",
         "Tokenizer",
         "Transformer",
+        "analyze",
         "compare",
+        "doctor",
+        "evaluate",
+        "generate",
+        "load",
         "load_chat_template",
         "load_model",
         "load_tokenizer",
         "resume",
         "train",
     ]
+    assert set(finemoe.__all__) < set(dir(finemoe))
     assert all(getattr(finemoe, name) is not None for name in finemoe.__all__)
 
 

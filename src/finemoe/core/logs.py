@@ -36,7 +36,7 @@ def console() -> Console:
 
 
 def set_up(*, debug: bool = False) -> None:
-    """Send `finemoe` log records to stderr. Called by the command line; a library user configures logging alone."""
+    """Send `finemoe` log records to stderr, for the command line."""
     screen = console()
     handler: logging.Handler = _Plain()
     if screen.is_terminal:
@@ -45,6 +45,16 @@ def set_up(*, debug: bool = False) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False
+
+
+def speak() -> None:
+    """Let people in Python and notebooks see what the command line shows, unless they configured logging themselves."""
+    configured = logger.handlers or logger.level != logging.NOTSET or logger.isEnabledFor(logging.INFO)
+    if not configured:
+        handler = _Plain()
+        handler.setFormatter(_Formatter())
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 class _Plain(logging.Handler):
