@@ -32,6 +32,32 @@ def said(*words: str) -> list[dict[str, object]]:
     return json.loads(CliRunner().invoke(app, list(words)).stdout)
 
 
+def test_public_names_are_pinned_and_resolve() -> None:
+    assert sorted(finemoe.__all__) == [
+        "Comparison",
+        "Completion",
+        "FinemoeError",
+        "LanguageModel",
+        "ModelConfig",
+        "Run",
+        "Tokenizer",
+        "Transformer",
+        "analyze",
+        "compare",
+        "doctor",
+        "evaluate",
+        "generate",
+        "load",
+        "load_chat_template",
+        "load_model",
+        "load_tokenizer",
+        "resume",
+        "train",
+    ]
+    assert set(finemoe.__all__) < set(dir(finemoe))
+    assert all(getattr(finemoe, name) is not None for name in finemoe.__all__)
+
+
 def test_generate_says_what_the_command_line_says(run: Path) -> None:
     ours = finemoe.generate(run, ["a b", "c"], max_new_tokens=5, seed=3, quiet=True)
     options = ["--max-new-tokens", "5", "--seed", "3", "--json"]
