@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr, so that output can be piped.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -12,10 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
@@ -33,6 +35,19 @@ _PLAIN_INTERVAL = 15.0  # seconds between lines when nobody watches a terminal
 def console() -> Console:
     """The console for people: stderr, plain when piped."""
     return Console(stderr=True, highlight=False)
+
+
+def as_text(shown: RenderableType, width: int = 80) -> str:
+    """What a table looks like on a plain terminal."""
+    screen = Console(file=io.StringIO(), width=width, highlight=False, color_system=None)
+    with screen.capture() as capture:
+        screen.print(shown)
+    return capture.get()
+
+
+def as_html(shown: RenderableType, width: int = 96) -> str:
+    """The same for a notebook: preformatted, so that columns stay columns."""
+    return f'<pre style="line-height: 1.25">{escape(as_text(shown, width))}</pre>'
 
 
 def set_up(*, debug: bool = False) -> None:
