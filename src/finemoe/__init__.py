@@ -1,6 +1,7 @@
 """finemoe: train, compare, inspect and sample fine-grained mixture-of-experts language models.
 
-The public names are resolved on first use, so that importing the package does not import torch.
+The public names are resolved on first use, so that importing the package does not import torch. Every verb of the
+command line is a function here; it shows its progress on stderr unless it is asked to be quiet, or logging was set up.
 """
 
 from __future__ import annotations
@@ -11,49 +12,87 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from finemoe.analysis.reports import analyze
+    from finemoe.checkpoint.doctor.examine import examine as doctor
+    from finemoe.checkpoint.language_model import LanguageModel
+    from finemoe.checkpoint.language_model import open_language_model as load
     from finemoe.checkpoint.open import load_chat_template, load_model, load_tokenizer
     from finemoe.core.errors import FinemoeError
+    from finemoe.evaluation.evaluate import evaluate
+    from finemoe.generation.generate import Completion, generate
     from finemoe.model.config import ModelConfig
     from finemoe.model.transformer import Transformer
     from finemoe.runs.listing import list_runs
+    from finemoe.runs.report import run_report as show
     from finemoe.runs.run import Run, resume, train
+    from finemoe.runs.sizing import size
     from finemoe.studies.compare import Comparison, compare
     from finemoe.text import Tokenizer
 
-_HOME = {
-    "Comparison": "finemoe.studies.compare",
-    "FinemoeError": "finemoe.core.errors",
-    "ModelConfig": "finemoe.model.config",
-    "Run": "finemoe.runs.run",
-    "Tokenizer": "finemoe.text",
-    "Transformer": "finemoe.model.transformer",
-    "compare": "finemoe.studies.compare",
-    "list_runs": "finemoe.runs.listing",
-    "load_chat_template": "finemoe.checkpoint.open",
-    "load_model": "finemoe.checkpoint.open",
-    "load_tokenizer": "finemoe.checkpoint.open",
-    "resume": "finemoe.runs.run",
-    "train": "finemoe.runs.run",
+_VERBS = {
+    "analyze": "finemoe.analysis.reports:analyze",
+    "compare": "finemoe.studies.compare:compare",
+    "doctor": "finemoe.checkpoint.doctor.examine:examine",
+    "evaluate": "finemoe.evaluation.evaluate:evaluate",
+    "generate": "finemoe.generation.generate:generate",
+    "list_runs": "finemoe.runs.listing:list_runs",
+    "resume": "finemoe.runs.run:resume",
+    "show": "finemoe.runs.report:run_report",
+    "size": "finemoe.runs.sizing:size",
+    "train": "finemoe.runs.run:train",
+}
+_OTHERS = {
+    "Comparison": "finemoe.studies.compare:Comparison",
+    "Completion": "finemoe.generation.generate:Completion",
+    "FinemoeError": "finemoe.core.errors:FinemoeError",
+    "LanguageModel": "finemoe.checkpoint.language_model:LanguageModel",
+    "ModelConfig": "finemoe.model.config:ModelConfig",
+    "Run": "finemoe.runs.run:Run",
+    "Tokenizer": "finemoe.text:Tokenizer",
+    "Transformer": "finemoe.model.transformer:Transformer",
+    "load": "finemoe.checkpoint.language_model:open_language_model",
+    "load_chat_template": "finemoe.checkpoint.open:load_chat_template",
+    "load_model": "finemoe.checkpoint.open:load_model",
+    "load_tokenizer": "finemoe.checkpoint.open:load_tokenizer",
 }
 
 __all__ = [
     "Comparison",
+    "Completion",
     "FinemoeError",
+    "LanguageModel",
     "ModelConfig",
     "Run",
     "Tokenizer",
     "Transformer",
+    "analyze",
     "compare",
+    "doctor",
+    "evaluate",
+    "generate",
     "list_runs",
+    "load",
     "load_chat_template",
     "load_model",
     "load_tokenizer",
     "resume",
+    "show",
+    "size",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'finemoe' has no attribute {name!r}")
+    home = (_VERBS | _OTHERS).get(name)
+    if home is None:
+        raise AttributeError(f"module 'finemoe' has no attribute {name!r}")
+    if name in _VERBS:
+        from finemoe.core.logs import speak
+
+        speak()
+    module, attribute = home.split(":")
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -372,27 +372,6 @@ def test_the_command_line_starts_without_torch(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_public_names_are_pinned_and_resolve() -> None:
-    import finemoe
-
-    assert sorted(finemoe.__all__) == [
-        "Comparison",
-        "FinemoeError",
-        "ModelConfig",
-        "Run",
-        "Tokenizer",
-        "Transformer",
-        "compare",
-        "list_runs",
-        "load_chat_template",
-        "load_model",
-        "load_tokenizer",
-        "resume",
-        "train",
-    ]
-    assert all(getattr(finemoe, name) is not None for name in finemoe.__all__)
-
-
 @pytest.mark.skipif(not RECIPES, reason="no recipe yet")
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes_are_toml(path: Path) -> None:

@@ -86,6 +86,18 @@ def figures(results: dict[str, Any]) -> Any:
     return arms, results["pairs"], results["recipe"], results["complete"]
 
 
+def test_a_comparison_shows_itself(finished: Comparison) -> None:
+    """A notebook shows the table, and a name alone does not print kilobytes."""
+    assert len(repr(finished)) < 400
+    assert str(finished).splitlines()[0].startswith("Arm")
+    html = finished._repr_html_()
+    assert html.startswith("<pre")
+    assert "Loss" in html
+    assert finished.plot().to_dict()["$schema"]
+    with pytest.raises(ConfigError, match="did you mean `final_loss`"):
+        finished.plot("final_los")
+
+
 def test_the_directory_holds_runs_and_results(finished: Comparison) -> None:
     assert not finished.interrupted
     names = {path.name for path in finished.directory.iterdir()}

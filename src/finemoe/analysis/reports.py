@@ -7,7 +7,7 @@ the parts are in the modules beside this one.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from finemoe.analysis.relevance import expert_relevance, relevance_results, samp
 from finemoe.charts.report import require_report_folder, write_report
 from finemoe.checkpoint.language_model import open_language_model
 from finemoe.checkpoint.selection import Score, write_selection
+from finemoe.core.config import did_you_mean
+from finemoe.core.errors import ConfigError
 
 Source = str | os.PathLike[str]
 """A run directory or one checkpoint in it, an imported or Hugging Face folder, or a GGUF file."""
@@ -225,3 +227,33 @@ def relevance(
 
         write_report(folder, results, relevance_page, figures)
     return results
+
+
+REPORTS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "load": load,
+    "knockout": knockout,
+    "experts": experts,
+    "difference": difference,
+    "relevance": relevance,
+}
+"""By the name of the verb: `finemoe analyze NAME`."""
+
+
+def analyze(report: str, *models: Source, **options: Any) -> dict[str, Any]:
+    """One of REPORTS by its name, as on the command line: `analyze("experts", "runs/tiny", out="experts")`.
+
+    Args:
+        report: load, knockout, experts, difference or relevance.
+        models: what to open: one; of load one or more, of difference two.
+        options: as in the function of that name.
+
+    Raises:
+        ConfigError: no such report, or another number of models.
+        FinemoeError: as in the function of that name.
+    """
+    if report not in REPORTS:
+        raise ConfigError(f"analyze: no report is called {report!r}{did_you_mean(report, list(REPORTS))}")
+    wanted = {"difference": 2, "load": max(1, len(models))}.get(report, 1)
+    if len(models) != wanted:
+        raise ConfigError(f"analyze({report!r}): needs {wanted} model{'s' * (wanted > 1)}, got {len(models)}")
+    return load(models, **options) if report == "load" else REPORTS[report](*models, **options)

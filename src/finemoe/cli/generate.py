@@ -15,7 +15,6 @@ from finemoe.cli.output import Json, print_json, printable
 if TYPE_CHECKING:
     from finemoe.checkpoint.language_model import Dtype, LanguageModel
     from finemoe.generation import Engine, SamplingConfig, Sequence
-    from finemoe.text import Tokenizer
 
 
 def generate(
@@ -74,8 +73,7 @@ def generate(
     if len(ids) == 1 and not as_json:
         sequences = [_stream(opened, engine, texts[0], ids[0], sampling, chat is not None)]
     else:
-        sequences = _complete(engine, ids, sampling)
-        _print(texts, sequences, opened.tokenizer, as_json, chat is not None)
+        sequences = _complete(texts, ids, sampling, opened, engine, as_json, chat is not None)
     _say_speed(sequences, time.monotonic() - started)
 
 
@@ -202,31 +200,25 @@ def _stream(
     return event.sequence
 
 
-def _complete(engine: Engine, ids: list[tuple[int, ...]], sampling: SamplingConfig) -> list[Sequence]:
-    """Complete all prompts, with progress on stderr."""
-    from finemoe.core.logs import progress
+def _complete(
+    texts: list[str],
+    ids: list[tuple[int, ...]],
+    sampling: SamplingConfig,
+    opened: LanguageModel,
+    engine: Engine,
+    as_json: bool,
+    answers: bool,
+) -> list[Sequence]:
+    """Complete all prompts, with progress on stderr, and print them."""
+    from finemoe.generation.generate import complete, completion
 
-    order = engine.submit_all(ids, sampling)
-    done: dict[int, Sequence] = {}
-    with progress("generating", len(ids), "prompts") as advance:
-        for event in engine.events():
-            if event.sequence.finish_reason is not None:
-                done[event.sequence.id] = event.sequence
-                advance(1)
-    return [done[i] for i in order]
+    sequences = complete(engine, ids, sampling)
+    both = zip(texts, sequences, strict=True)
+    _print([completion(text, one, opened.tokenizer, answers).to_dict() for text, one in both], as_json)
+    return sequences
 
 
-def _print(texts: list[str], sequences: list[Sequence], tokenizer: Tokenizer, as_json: bool, answers: bool) -> None:
-    records: list[dict[str, Any]] = [
-        {
-            "prompt": text,
-            "completion": tokenizer.decode(sequence.text_ids, continues=not answers),
-            "finish_reason": sequence.finish_reason,
-            "tokens": sequence.completion,
-            "logprobs": sequence.logprobs,
-        }
-        for text, sequence in zip(texts, sequences, strict=True)
-    ]
+def _print(records: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print_json(records)
         return

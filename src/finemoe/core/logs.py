@@ -15,10 +15,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
@@ -69,8 +70,21 @@ def console() -> Console:
     return Console(file=cast(TextIO, _Lasting(sys.stderr)), highlight=False)
 
 
+def as_text(shown: RenderableType, width: int = 80) -> str:
+    """What a table looks like on a plain terminal."""
+    screen = Console(file=io.StringIO(), width=width, highlight=False, color_system=None)
+    with screen.capture() as capture:
+        screen.print(shown)
+    return capture.get()
+
+
+def as_html(shown: RenderableType, width: int = 96) -> str:
+    """The same for a notebook: preformatted, so that columns stay columns."""
+    return f'<pre style="line-height: 1.25">{escape(as_text(shown, width))}</pre>'
+
+
 def set_up(*, debug: bool = False) -> None:
-    """Send `finemoe` log records to stderr. Called by the command line; a library user configures logging alone."""
+    """Send `finemoe` log records to stderr, for the command line."""
     screen = console()
     handler: logging.Handler = _Plain()
     if screen.is_terminal:
@@ -79,6 +93,16 @@ def set_up(*, debug: bool = False) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False
+
+
+def speak() -> None:
+    """Let people in Python and notebooks see what the command line shows, unless they configured logging themselves."""
+    configured = logger.handlers or logger.level != logging.NOTSET or logger.isEnabledFor(logging.INFO)
+    if not configured:
+        handler = _Plain()
+        handler.setFormatter(_Formatter())
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 class _Plain(logging.Handler):

@@ -10,17 +10,17 @@ import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from finemoe.core.config import to_json
-from finemoe.core.errors import RunError
+from finemoe.core.config import did_you_mean, to_json
+from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.files import sole_writer, write_text
-from finemoe.core.logs import console
+from finemoe.core.logs import as_html, as_text, console
 from finemoe.model.size import measure
 from finemoe.runs.config import read_recipe
 from finemoe.runs.listing import is_study_of_papers
@@ -29,6 +29,7 @@ from finemoe.studies.arms import SizedArm, solve
 from finemoe.studies.config import CompareConfig, resolve_comparison
 from finemoe.studies.results import build_results, write_results
 from finemoe.studies.study import Study, holds_study, read_study
+from finemoe.studies.tables import comparison_table
 from finemoe.training.directory import read_object
 
 
@@ -37,11 +38,34 @@ class Comparison:
     """A comparison that ended or was interrupted."""
 
     directory: Path
-    results: dict[str, Any]
+    results: dict[str, Any] = field(repr=False)
     """Contents of results.json; what is finished so far when interrupted."""
     interrupted: bool
     failures: Mapping[str, str]
     """Message by run, of the runs that could not finish."""
+
+    def __str__(self) -> str:
+        """The table that `finemoe compare` prints."""
+        return as_text(comparison_table(self.results)) if self.results.get("arms") else repr(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(comparison_table(self.results)) if self.results.get("arms") else as_html(repr(self))
+
+    def plot(self, figure: str = "loss_tokens") -> Any:
+        """A figure of the report as an altair chart, which notebooks show; `.save("loss.png")` writes it.
+
+        Args:
+            figure: loss_tokens, loss_flops, loss_seconds, final_loss, pairs, paper or load, where there is one.
+
+        Raises:
+            ConfigError: there is no such figure.
+        """
+        from finemoe.charts.comparison.figures import figures
+
+        made = figures(self.results) if self.results.get("arms") else {}
+        if figure not in made:
+            raise ConfigError(f"plot: there is no figure {figure!r}{did_you_mean(figure, list(made))}")
+        return made[figure]
 
 
 def compare(

@@ -185,7 +185,7 @@ class Trainer:
                 counts[name] = counts.get(name, 0.0) + count
         counts = self.world.sum(counts)
         if not counts[self.method.objective.headline]:
-            return self._pass_over(batches, started)
+            return self._pass_over(batches, started, processor)
         done = self._accumulate(batches, counts)
         self.world.sum_gradients(self.parameters.values())
         norm = gradient_norm(self.parameters.values())
@@ -271,7 +271,7 @@ class Trainer:
         load = {layer: one.cpu() for layer, one in self.world.sum_tensors(load).items()}
         return _Accumulated(self.world.sum(terms), load, int(self.world.sum({"dropped": dropped.item()})["dropped"]))
 
-    def _pass_over(self, batches: Sequence[Batch], started: float) -> StepReport:
+    def _pass_over(self, batches: Sequence[Batch], started: float, processor: float) -> StepReport:
         """Count a step that held nothing to learn from; its sequences are read, and not read again."""
         rate = self._learning_rate()
         first = self.state.position
@@ -291,6 +291,7 @@ class Trainer:
             learning_rate=rate,
             seconds=self.state.seconds,
             tokens_per_second=tokens / max(time.perf_counter() - started, 1e-9),
+            processor_seconds=time.process_time() - processor,
             load={},
             dropped=0,
             skipped=self.state.skipped,

@@ -1,0 +1,156 @@
+"""finemoe from Python: each verb is a function, shows what the command line shows, and says the same."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import finemoe
+from finemoe.cli.main import app
+from finemoe.core.errors import ConfigError
+from finemoe.core.logs import logger, speak
+from finemoe.generation.generate import Completion
+from runs.tiny_runs import recipe, write_corpus
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture after a few steps."""
+    folder = tmp_path_factory.mktemp("package")
+    finemoe.train(recipe(write_corpus(folder / "corpus"), "deepseek-moe"), out=folder / "run", quiet=True)
+    return folder / "run"
+
+
+def said(*words: str) -> list[dict[str, object]]:
+    return json.loads(CliRunner().invoke(app, list(words)).stdout)
+
+
+def test_public_names_are_pinned_and_resolve() -> None:
+    assert sorted(finemoe.__all__) == [
+        "Comparison",
+        "Completion",
+        "FinemoeError",
+        "LanguageModel",
+        "ModelConfig",
+        "Run",
+        "Tokenizer",
+        "Transformer",
+        "analyze",
+        "compare",
+        "doctor",
+        "evaluate",
+        "generate",
+        "list_runs",
+        "load",
+        "load_chat_template",
+        "load_model",
+        "load_tokenizer",
+        "resume",
+        "show",
+        "size",
+        "train",
+    ]
+    assert set(finemoe.__all__) < set(dir(finemoe))
+    assert all(getattr(finemoe, name) is not None for name in finemoe.__all__)
+
+
+def test_generate_says_what_the_command_line_says(run: Path) -> None:
+    ours = finemoe.generate(run, ["a b", "c"], max_new_tokens=5, seed=3, quiet=True)
+    options = ["--max-new-tokens", "5", "--seed", "3", "--json"]
+    assert json.loads(json.dumps([one.to_dict() for one in ours])) == said(
+        "generate", str(run), "-p", "a b", "-p", "c", *options
+    )
+    assert [str(one) for one in ours] == [one.prompt + one.completion for one in ours]
+
+
+def test_generate_takes_one_prompt_and_a_model_that_is_open(run: Path) -> None:
+    opened = finemoe.load(run)
+    (again,) = finemoe.generate(opened, "a b", max_new_tokens=5, seed=3, quiet=True)
+    assert again == finemoe.generate(run, ["a b"], max_new_tokens=5, seed=3, quiet=True)[0]
+    assert isinstance(again, Completion)
+    assert len(again.tokens) == len(again.logprobs) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [({}, "nothing to continue"), ({"prompts": "a", "messages": []}, "prompts or messages")],
+)
+def test_generate_wants_prompts_or_messages(run: Path, arguments: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        finemoe.generate(run, quiet=True, **arguments)
+
+
+def test_generate_refuses_impossible_sampling_before_the_model_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="top_p"):
+        finemoe.generate(tmp_path / "nothing", "a", top_p=2.0)
+
+
+def test_analyze_calls_the_report_of_that_name(run: Path) -> None:
+    options = {"tokens": 256, "corpora": [f"words={run.parent / 'corpus' / 'train'}"]}
+    experts = finemoe.analyze("experts", run, **options)
+    assert experts["cards"]
+    assert finemoe.analyze("load", run, run, last=True, **options)
+    assert finemoe.analyze("difference", run, run, **options)
+
+
+@pytest.mark.parametrize(
+    ("report", "count", "named"),
+    [("expert", 1, "did you mean `experts`"), ("knockout", 2, "needs 1 model, got 2"), ("difference", 1, "needs 2")],
+)
+def test_analyze_wants_a_report_and_its_models(run: Path, report: str, count: int, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        finemoe.analyze(report, *[run] * count)
+
+
+def test_doctor_examines(run: Path) -> None:
+    found = finemoe.doctor(run)
+    assert found.kind == "run"
+    assert not found.problems
+
+
+def test_training_shows_itself_to_somebody_in_python(tmp_path: Path) -> None:
+    """Nobody who types `finemoe.train(...)` has configured logging, and a run of minutes must not be mute."""
+    raw = recipe(write_corpus(tmp_path / "corpus"), "dense")
+    code = f"import finemoe; print(finemoe.train({raw!r}, out={str(tmp_path / 'run')!r}).directory)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "parameters" in done.stderr
+    assert "loss" in done.stderr
+    assert done.stdout.strip() == str(tmp_path / "run")
+
+
+@pytest.fixture
+def mute() -> Iterator[None]:
+    """The logger as it is at the start of a process."""
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.WARNING)
+    yield
+    root.setLevel(level)
+
+
+@pytest.mark.usefixtures("mute")
+def test_whoever_set_up_logging_is_left_alone() -> None:
+    logger.setLevel(logging.WARNING)
+    speak()
+    assert not logger.handlers
+    logger.setLevel(logging.NOTSET)
+    logging.getLogger().setLevel(logging.INFO)
+    speak()
+    assert not logger.handlers
+
+
+@pytest.mark.usefixtures("mute")
+def test_the_lines_come_once(capsys: pytest.CaptureFixture[str]) -> None:
+    speak()
+    speak()
+    logger.info("one line")
+    assert capsys.readouterr().err == "one line\n"
