@@ -62,9 +62,9 @@ def size(
 
     From the configuration alone: nothing is allocated, so the largest preset takes no longer
     than the smallest, and of a checkpoint its config.json is enough, or the header of its GGUF
-    file: ask before you download. Several models stand side by side, and their caches are compared with the
-    first one's. FLOPs are forward and backward, 6 for each active weight, attention without the
-    causal saving; per sequence in the papers' convention, per token as built.
+    file: ask before you download. Several models stand side by side, and their caches are
+    compared with the first one's. FLOPs are forward and backward, 6 for each active weight,
+    attention without the causal saving; per sequence in the papers' convention, per token as built.
 
     \b
     Examples:
@@ -74,7 +74,13 @@ def size(
       finemoe size recipes/tiny.toml
       finemoe size DeepSeek-V3/config.json
     """
+    from finemoe.core.config import read_toml
+
     bits = _bits(cache_bits, len(models))
+    for name in models:
+        if name.endswith(".toml"):
+            read_toml(name)  # a recipe that cannot be read is told before a second of imports
+
     from finemoe.runs.sizing import size as measure
 
     sizes = [measure(name, seq_len) for name in models]

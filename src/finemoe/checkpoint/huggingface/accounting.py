@@ -68,7 +68,8 @@ def take_account(
     _refuse("missing", [f"{n} {list(p.shape)}" for n, p in loaded.items() if n not in tensors.tensors])
     _refuse("of another shape than config.json gives", _misshaped(tensors, wanted))
     scales = {name: name + SCALE_SUFFIX for name in wanted if tensors.info(name).dtype == FP8}
-    _refuse("of an element type that is not read", _unfit(tensors, wanted, scales, block))
+    _refuse("of an element type that is not read", _unfit(tensors, wanted, scales))
+    _refuse(f"of another shape than blocks of {block[0]} x {block[1]} have factors", _miscut(tensors, scales, block))
     carried = {scale: f"FP8 factors of {name}" for name, scale in scales.items()}
     copies, warnings, unknown = {}, [], []
     for name in present:
@@ -145,7 +146,16 @@ def _misshaped(tensors: TensorFolder, wanted: Mapping[str, Placement]) -> list[s
     ]
 
 
-def _unfit(tensors: TensorFolder, wanted: Iterable[str], scales: Mapping[str, str], block: Block) -> list[str]:
+def _miscut(tensors: TensorFolder, scales: Mapping[str, str], block: Block) -> list[str]:
+    wanted = {scale: scale_shape(tensors.info(name).shape, block) for name, scale in scales.items()}
+    return [
+        f"{scale} ({list(tensors.info(scale).shape)} instead of {list(shape)})"
+        for scale, shape in wanted.items()
+        if tensors.info(scale).shape != shape
+    ]
+
+
+def _unfit(tensors: TensorFolder, wanted: Iterable[str], scales: Mapping[str, str]) -> list[str]:
     found = []
     for name in wanted:
         info = tensors.info(name)
@@ -156,9 +166,8 @@ def _unfit(tensors: TensorFolder, wanted: Iterable[str], scales: Mapping[str, st
         scale = tensors.tensors.get(scales[name])
         if len(info.shape) != 2 or scale is None:
             found.append(f"{name} (F8_E4M3 without {scales[name]})")
-        elif scale.dtype not in FACTOR_TYPES or scale.shape != scale_shape(info.shape, block):
-            wanted_shape = list(scale_shape(info.shape, block))
-            found.append(f"{scale.name} ({_facts(tensors, scale.name)} instead of F32 {wanted_shape})")
+        elif scale.dtype not in FACTOR_TYPES:
+            found.append(f"{scale.name} ({DTYPE_NAMES[scale.dtype]}, which no factor is)")
     return found
 
 

@@ -205,7 +205,7 @@ class TensorFolder:
         if not found:
             return self
         left = {name: info for name, info in self.unlisted.items() if name not in found}
-        warning = f"{_count(found)} missing in the index, and read from where it is all the same: {_few(found)}"
+        warning = _said(list(found), "missing in the index, and read from where it is all the same")
         return TensorFolder({**self.tensors, **found}, self.notes, (*self.warnings, warning), left)
 
     @staticmethod
@@ -378,7 +378,7 @@ def _by_index(
     unlisted = {name: held[0] for name, held in holders.items() if name not in index and len(held) == 1}
     twice = [name for name, held in holders.items() if name not in index and len(held) > 1]
     warnings = [
-        f"{_count(names)} {what}: {_few(names)}"
+        _said(names, what)
         for names, what in (
             (covered, "in several files, and the one that the index names counts"),
             (astray, "not in the file that the index names, and read from the one that holds it"),
@@ -394,10 +394,6 @@ def _in_order(tensors: Mapping[str, TensorInfo], files: Sequence[Path]) -> dict[
     return dict(sorted(tensors.items(), key=lambda item: (rank[item[1].path], item[1].offset, item[1].nbytes)))
 
 
-def _count(names: Collection[str]) -> str:
-    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
-
-
-def _few(names: Collection[str]) -> str:
-    shown = list(names)[:3]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _said(names: Sequence[str], what: str) -> str:
+    few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{'1 tensor is' if len(names) == 1 else f'{len(names)} tensors are'} {what}: {few}"
