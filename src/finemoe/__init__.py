@@ -22,26 +22,35 @@ if TYPE_CHECKING:
     from finemoe.generation.generate import Completion, generate
     from finemoe.model.config import ModelConfig
     from finemoe.model.transformer import Transformer
+    from finemoe.runs.check import Check, check
     from finemoe.runs.listing import list_runs
+    from finemoe.runs.machine import env
     from finemoe.runs.report import run_report as show
     from finemoe.runs.run import Run, resume, train
     from finemoe.runs.sizing import size
+    from finemoe.runs.starter import new_recipe
     from finemoe.studies.compare import Comparison, compare
+    from finemoe.studies.keys import recipe_keys
     from finemoe.text import Tokenizer
 
 _VERBS = {
     "analyze": "finemoe.analysis.reports:analyze",
+    "check": "finemoe.runs.check:check",
     "compare": "finemoe.studies.compare:compare",
     "doctor": "finemoe.checkpoint.doctor.examine:examine",
+    "env": "finemoe.runs.machine:env",
     "evaluate": "finemoe.evaluation.evaluate:evaluate",
     "generate": "finemoe.generation.generate:generate",
     "list_runs": "finemoe.runs.listing:list_runs",
+    "new_recipe": "finemoe.runs.starter:new_recipe",
+    "recipe_keys": "finemoe.studies.keys:recipe_keys",
     "resume": "finemoe.runs.run:resume",
     "show": "finemoe.runs.report:run_report",
     "size": "finemoe.runs.sizing:size",
     "train": "finemoe.runs.run:train",
 }
 _OTHERS = {
+    "Check": "finemoe.runs.check:Check",
     "Comparison": "finemoe.studies.compare:Comparison",
     "Completion": "finemoe.generation.generate:Completion",
     "FinemoeError": "finemoe.core.errors:FinemoeError",
@@ -57,6 +66,7 @@ _OTHERS = {
 }
 
 __all__ = [
+    "Check",
     "Comparison",
     "Completion",
     "FinemoeError",
@@ -66,8 +76,10 @@ __all__ = [
     "Tokenizer",
     "Transformer",
     "analyze",
+    "check",
     "compare",
     "doctor",
+    "env",
     "evaluate",
     "generate",
     "list_runs",
@@ -75,6 +87,8 @@ __all__ = [
     "load_chat_template",
     "load_model",
     "load_tokenizer",
+    "new_recipe",
+    "recipe_keys",
     "resume",
     "show",
     "size",

@@ -34,6 +34,7 @@ def said(*words: str) -> list[dict[str, object]]:
 
 def test_public_names_are_pinned_and_resolve() -> None:
     assert sorted(finemoe.__all__) == [
+        "Check",
         "Comparison",
         "Completion",
         "FinemoeError",
@@ -43,8 +44,10 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "Tokenizer",
         "Transformer",
         "analyze",
+        "check",
         "compare",
         "doctor",
+        "env",
         "evaluate",
         "generate",
         "list_runs",
@@ -52,6 +55,8 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "load_chat_template",
         "load_model",
         "load_tokenizer",
+        "new_recipe",
+        "recipe_keys",
         "resume",
         "show",
         "size",

@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from finemoe.cli.completion import complete_recipe
 from finemoe.cli.output import Json, Out, Overrides, Quiet, check_recipe, print_json, print_rich, printable
 from finemoe.core.errors import TrainingError
 
+_Recipe = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A TOML recipe; default: the built-in comparison.",
+        show_default=False,
+        autocompletion=complete_recipe,
+    ),
+]
 if TYPE_CHECKING:
     from finemoe.studies.compare import Comparison
 
@@ -19,10 +29,7 @@ _SAMPLE_LINES = 8
 
 
 def compare(
-    recipe: Annotated[
-        Path | None,
-        typer.Argument(metavar="RECIPE", help="A TOML recipe; default: the built-in comparison.", show_default=False),
-    ] = None,
+    recipe: _Recipe = None,
     overrides: Overrides = None,
     out: Out = None,
     quiet: Quiet = False,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from finemoe.cli.analyze.options import MODEL, Encoding, Report, Template, TextField, reading
+from finemoe.cli.completion import complete_run, complete_tasks
 from finemoe.cli.output import Json, Quiet, deliver, print_json, print_rich, printable
 from finemoe.core.errors import ConfigError
 
@@ -19,7 +20,14 @@ if TYPE_CHECKING:
     from finemoe.evaluation.task import Task
 
 _SHOWN = 1  # item whose prompt --show prints
-_Models = Annotated[list[Path] | None, typer.Argument(metavar="MODEL...", help=MODEL + " Several are compared.")]
+_Models = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="MODEL...", help=MODEL + " Several are compared.", autocompletion=complete_run),
+]
+_Tasks = Annotated[
+    str | None,
+    typer.Option(metavar="NAME,...", help="What to ask; --list names all.", autocompletion=complete_tasks),
+]
 _Dtype = Literal["fp32", "bf16", "stored"]
 _DtypeOption = Annotated[_Dtype, typer.Option(help="Weights in memory.")]
 _Batch = Annotated[
@@ -45,7 +53,7 @@ _Data = Annotated[
 
 def evaluate(
     models: _Models = None,
-    tasks: Annotated[str | None, typer.Option(metavar="NAME,...", help="What to ask; --list names all.")] = None,
+    tasks: _Tasks = None,
     data: _Data = None,
     text_field: TextField = None,
     template: Template = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from finemoe.cli.completion import complete_run
 from finemoe.cli.output import Json, print_json, printable
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def generate(
             metavar="MODEL",
             help="A run directory or one checkpoint in it, an imported or Hugging Face folder, or a GGUF file.",
             show_default=False,
+            autocompletion=complete_run,
         ),
     ],
     prompts: Annotated[

@@ -1,7 +1,7 @@
 """The `finemoe` command: its verbs, and what happens when one fails.
 
-Exit status: 0 done, 1 output closed early, or `doctor` or --verify found a problem, 2 a mistake the user can mend,
-130 interrupted.
+Exit status: 0 done, 1 output closed early, or `doctor`, --check or --verify found a problem, 2 a mistake the user can
+mend, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from typer.core import TyperGroup
 from finemoe.cli.analyze.verbs import analyze
 from finemoe.cli.compare import compare
 from finemoe.cli.doctor import doctor
+from finemoe.cli.env import env
 from finemoe.cli.evaluate import evaluate
 from finemoe.cli.export import export
 from finemoe.cli.generate import generate
 from finemoe.cli.import_ import import_
 from finemoe.cli.paper import paper
 from finemoe.cli.presets import presets
+from finemoe.cli.recipe import recipe
 from finemoe.cli.resume import resume
 from finemoe.cli.runs import runs
 from finemoe.cli.show import show
@@ -75,15 +77,17 @@ app = typer.Typer(
     name="finemoe",
     cls=Verbs,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
 )
-_VERBS = (train, resume, runs, show, generate, evaluate, compare, paper, trace, size, presets, import_, export, doctor)
+_VERBS = (
+    train, resume, runs, show, generate, evaluate, compare, paper, trace, size, presets, import_, export, doctor, env,
+)  # fmt: skip
 for verb in _VERBS:
     app.command(verb.__name__.rstrip("_"))(verb)  # `import` is a word of the language
 app.add_typer(analyze)
+app.add_typer(recipe)
 
 
 def _print_version(wanted: bool) -> None:
@@ -109,6 +113,7 @@ def finemoe(
       finemoe presets                          which models there are
       finemoe size tiny-moe deepseek-moe-16b   parameters, FLOPs and cache
       finemoe train recipes/tiny.toml --out runs/tiny
+      finemoe recipe new my-texts/ --out mine.toml       a recipe for your own files
       finemoe generate runs/tiny --prompt "def main("
       finemoe compare --out runs/comparison    dense, hash, Switch, GShard, DeepSeekMoE
       finemoe import MODEL imported/model      from Hugging Face or GGUF

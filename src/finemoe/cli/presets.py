@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from finemoe.cli.completion import complete_preset
 from finemoe.cli.output import Json, print_json, print_rich
 
 if TYPE_CHECKING:
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 def presets(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Print this one's table.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="Print this one's table.", show_default=False, autocompletion=complete_preset
+        ),
     ] = None,
     only: Annotated[
         str | None, typer.Option("--only", metavar="TEXT", help="List those whose name or group contains TEXT.")

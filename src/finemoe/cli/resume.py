@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from finemoe.cli.completion import complete_run
 from finemoe.cli.output import Json, Quiet, report_run
 from finemoe.core.errors import ConfigError
 
@@ -19,7 +20,13 @@ Changes = Annotated[
 
 def resume(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The directory of a run, or of a comparison.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="The directory of a run, or of a comparison.",
+            show_default=False,
+            autocompletion=complete_run,
+        ),
     ],
     changes: Changes = None,
     quiet: Quiet = False,

@@ -8,13 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
+from finemoe.cli.completion import complete_run
 from finemoe.cli.output import IN_NATS, Json, measured_keys, plain_table, print_json, print_rich, title_of
 
 
 def show(
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="Run directories; a comparison stands for its runs.", show_default=False),
+        typer.Argument(
+            metavar="DIR...",
+            help="Run directories; a comparison stands for its runs.",
+            show_default=False,
+            autocompletion=complete_run,
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FOLDER", help="Write a page of one run, finished or not, here.")

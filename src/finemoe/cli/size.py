@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from finemoe.cli.completion import complete_model
 from finemoe.cli.output import Json, plain_table, print_json, print_rich
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def size(
             metavar="NAME|RECIPE|PATH...",
             help="Preset, .toml recipe, run, imported or Hugging Face folder, config.json, GGUF file.",
             show_default=False,
+            autocompletion=complete_model,
         ),
     ],
     seq_len: Annotated[

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from finemoe.cli.output import Json, Out, Overrides, Quiet, check_recipe, report_run
+from finemoe.cli.completion import complete_recipe
+from finemoe.cli.output import Json, Out, Overrides, Quiet, check_recipe, print_json, report_run
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe.", show_default=False)],
+    recipe: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE", help="A TOML recipe.", show_default=False, autocompletion=complete_recipe),
+    ],
     overrides: Overrides = None,
     out: Out = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Train nothing: measure ten steps and say what the run takes.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -23,10 +31,12 @@ def train(
     of a run is one too, and computes the same again. Ctrl-C, `kill` and a terminal that is closed
     save and stop; `finemoe resume` goes on where it stopped, bit for bit. Under nohup, or when
     nobody reads its output any more, a run goes on in silence. A run is saved four times, and
-    every ten minutes.
+    every ten minutes. --check trains nothing: it says what a run takes, and ends with status 1
+    where one would be refused.
 
     \b
     Examples:
+      finemoe train recipes/tiny.toml --check
       finemoe train recipes/tiny.toml
       finemoe train recipes/tiny.toml --out runs/wide \\
         --set model.hidden_size=128 --set training.tokens=200_000
@@ -35,6 +45,27 @@ def train(
     """
     check_recipe(recipe, overrides or ())
 
+    if check:
+        _check(recipe, overrides or (), out, quiet, as_json)
+        return
+
     from finemoe.runs import run
 
     report_run(run.train(recipe, out=out, overrides=overrides or (), quiet=quiet), as_json)
+
+
+def _check(recipe: Path, overrides: Sequence[str], out: Path | None, quiet: bool, as_json: bool) -> None:
+    """Print what a run would take.
+
+    Raises:
+        typer.Exit: 1 when it would be refused.
+    """
+    from finemoe.runs.check import check
+
+    found = check(recipe, out=out, overrides=overrides, quiet=quiet)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        typer.echo(str(found))
+    if found.refused:
+        raise typer.Exit(1)

@@ -112,15 +112,16 @@ def _follow(config: type[BaseModel], location: Sequence[Any]) -> tuple[str, set[
         tagged = [c for c in here if len(here) > 1 and c.model_fields["kind"].default == part]
         if fields or not tagged:
             spelt.append(str(part))
-        here = [m for field in fields for m in _models_in(field.annotation)] or tagged or here
+        here = [m for field in fields for m in models_in(field.annotation)] or tagged or here
     return ".".join(spelt), beside, [c.model_fields["kind"].default for c in here if "kind" in c.model_fields]
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The configurations that a field of this type may hold, in lists and unions too."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in typing.get_args(annotation):
-        yield from _models_in(argument)
+        yield from models_in(argument)
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shlex
@@ -17,13 +18,13 @@ _PACKAGES = ("finemoe", "torch", "numpy", "tokenizers", "safetensors")
 def environment() -> dict[str, Any]:
     """Package versions, Python, processor, memory and the git revision of the source, where there is one."""
     return {
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
     }
 
 
@@ -40,7 +41,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FINEMOE_CACHE") or "~/.cache/finemoe").expanduser()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -58,7 +60,35 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git_revision() -> str | None:
+def usable_cores() -> tuple[int, str]:
+    """How many cores this process may use at once, and what says so."""
+    every = os.cpu_count() or 1
+    cores, reason = every, f"all {every} of the machine" if every > 1 else "the machine has one"
+    with contextlib.suppress(AttributeError, OSError):  # not Linux
+        if (allowed := len(os.sched_getaffinity(0))) < cores:
+            cores, reason = allowed, f"{allowed} of the machine's {every} are given to this process"
+    quota = _quota()
+    if quota is not None and quota < cores:
+        cores, reason = max(1, int(quota)), f"a control group allows {quota:g} of the machine's {every}"
+    return cores, reason
+
+
+def _quota() -> float | None:
+    """Cores' worth of time that a control group allows; None: as much as there is."""
+    try:
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return None if limit == "max" else int(limit) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:  # the kernel's first interface
+        folder = Path("/sys/fs/cgroup/cpu")
+        limit, period = ((folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii") for name in ("quota", "period"))
+        return int(limit) / int(period) if int(limit) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def git_revision() -> str | None:
     """Only of a checkout of this very package: an installed wheel may lie inside somebody else's repository."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():

@@ -25,6 +25,7 @@ from finemoe.core.locks import exclusive_lock
 from finemoe.core.logs import logger
 
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+_NO_COMPILER = "no C++ compiler was found (install g++ or clang)"
 _PATIENCE = 300.0  # seconds to wait for another process that compiles
 
 
@@ -47,12 +48,12 @@ def load(name: str, folder: Path, flags: Sequence[str] | None = None) -> str | N
     Returns why it cannot be used, in words; None when it is loaded and its operators are in `torch.ops`.
     """
     flags = FLAGS if flags is None else flags
-    sources = sorted((*folder.glob("*.cpp"), *folder.glob("*.h")))
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    sources = _sources(folder)
+    compiler = find_compiler()
     if compiler is None:
-        return "no C++ compiler was found (install g++ or clang)"
+        return _NO_COMPILER
     try:
-        home = cache_folder() / "extensions" / f"{name}-{_fingerprint(sources, flags, compiler)}"
+        home = _home(name, sources, flags, compiler)
         library, failure = home / f"{name}.so", home / "failure.txt"
         home.mkdir(parents=True, exist_ok=True)
         if not library.exists():
@@ -67,16 +68,46 @@ def load(name: str, folder: Path, flags: Sequence[str] | None = None) -> str | N
     return None
 
 
+def find_compiler() -> str | None:
+    """The C++ compiler that would be used: $CXX, or c++."""
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+def state_of(package: str, name: str) -> str:
+    """What `load_from` would meet, in words; nothing is compiled or loaded."""
+    spec, compiler = find_spec(package), find_compiler()
+    if switched_off():
+        return "switched off by FINEMOE_NATIVE=0"
+    if compiler is None or spec is None or spec.origin is None:
+        return _NO_COMPILER
+    try:
+        home = _home(name, _sources(Path(spec.origin).parent), FLAGS, compiler)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{compiler} cannot be run: {error}"
+    if (home / f"{name}.so").exists():
+        return "built"
+    failure = home / "failure.txt"
+    return f"do not compile: {failure} says why" if failure.exists() else "not built yet: the first run does it"
+
+
+def _sources(folder: Path) -> list[Path]:
+    return sorted((*folder.glob("*.cpp"), *folder.glob("*.h")))
+
+
+def _home(name: str, sources: Sequence[Path], flags: Sequence[str], compiler: str) -> Path:
+    return cache_folder() / "extensions" / f"{name}-{_fingerprint(sources, flags, compiler)}"
+
+
 def _fingerprint(sources: Sequence[Path], flags: Sequence[str], compiler: str) -> str:
     about = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
-    parts = [torch.__version__, sys.version, platform.machine(), compiler, about, *flags, _instruction_sets()]
+    parts = [torch.__version__, sys.version, platform.machine(), compiler, about, *flags, instruction_sets()]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sources:
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _instruction_sets() -> str:
+def instruction_sets() -> str:
     """What `-march=native` depends on: a cache may be shared by machines of several kinds."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import resource
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _KEEP_BYTES = 1 << 30
+_UNLIMITED = 1 << 60  # how the first interface of control groups writes that there is no limit
 
 
 def keep_freed_pages() -> bool:
@@ -39,6 +41,12 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def forget_peak() -> None:
+    """Let `peak_bytes` count from now, where the system can do that (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def available_bytes() -> int | None:
     """Memory that this process can still have without swapping, in bytes; None where the system does not say.
 
@@ -53,6 +61,19 @@ def available_bytes() -> int | None:
     return min([whole, *_left_in_groups(groups)])
 
 
+def limit_bytes() -> int | None:
+    """The least that a control group around this process allows it; None where there is no limit."""
+    try:
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = []
+    for group, limit, _, _ in _groups_around(groups):
+        with contextlib.suppress(OSError, ValueError):  # "max"
+            found.append(int((group / limit).read_text()))
+    return min((value for value in found if value < _UNLIMITED), default=None)
+
+
 # By version of the kernel's interface: root, file of the limit, file of what is used, and what of it can be dropped.
 _GROUPS = {
     "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -62,6 +83,16 @@ _GROUPS = {
 
 def _left_in_groups(memberships: list[str]) -> Iterator[int]:
     """What each control group, from the process's own up to the root, leaves; a group without a limit says nothing."""
+    for group, limit, used, droppable in _groups_around(memberships):
+        try:
+            stat = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+            yield int((group / limit).read_text()) - int((group / used).read_text()) + int(stat[droppable])
+        except (OSError, ValueError, KeyError):  # "max", or a folder of the host that is not here
+            continue
+
+
+def _groups_around(memberships: list[str]) -> Iterator[tuple[Path, str, str, str]]:
+    """Each group's folder, with the names of what is asked there."""
     for line in memberships:  # "4:memory:/path", or "0::/path"
         _, controllers, path = line.split(":", 2)
         if controllers not in _GROUPS:
@@ -71,8 +102,4 @@ def _left_in_groups(memberships: list[str]) -> Iterator[int]:
         for group in (own, *own.parents):
             if not group.is_relative_to(root):
                 break
-            try:
-                stat = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
-                yield int((group / limit).read_text()) - int((group / used).read_text()) + int(stat[droppable])
-            except (OSError, ValueError, KeyError):  # "max", or a folder of the host that is not here
-                continue
+            yield group, limit, used, droppable

@@ -15,24 +15,26 @@ class DataConfig(Config):
     """What to learn from, and how it is cut into sequences."""
 
     corpus: CorpusConfig = StdlibCorpus()
+    """Where the documents come from."""
     tokenizer: str | None = None
     """An existing `tokenizer.json`, or the folder that holds it; None trains one on the corpus."""
     vocab_size: Annotated[int, Field(ge=257)] = 2048
-    """Size of the tokenizer to train."""
+    """[tokens] Size of the tokenizer to train. In a recipe it is the model's, so leave it out."""
     sequence_length: Annotated[int, Field(ge=1)] = 256
+    """[tokens] Length of a training sequence: how far the model learns to look back."""
     packing: Packing = "concatenate"
     """"concatenate": attention crosses document boundaries, as in the paper. "isolate": it does not."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the documents kept for validation, where the corpus does not name its own; of a corpus of few documents,
-    the share of its text that is kept, from the end."""
+    """[share] Share of the documents kept for validation, where the corpus does not name its own; of a corpus of few
+    documents, the share of its text that is kept, from the end."""
     max_validation_tokens: Annotated[int, Field(ge=1)] = 65_536
-    """Validate on about this many tokens, drawn evenly over the validation documents."""
+    """[tokens] Validate on about this many tokens, drawn evenly over the validation documents."""
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """More unreadable documents than this are an error."""
+    """[share] More unreadable documents than this are an error."""
     max_altered_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """More characters than this that a given tokenizer loses are an error. What it only composes (NFC), and
+    """[share] More characters than this that a given tokenizer loses are an error. What it only composes (NFC), and
     a space before a text, is counted and said, and never an error."""
     tokenizer_sample_bytes: Annotated[int, Field(ge=100_000)] = 16_000_000
-    """Train the tokenizer on about this much of the training documents."""
+    """[bytes] Train the tokenizer on about this much of the training documents."""
     cache_dir: str | None = None
     """Where tokens and tokenizers are kept: $FINEMOE_CACHE, or ~/.cache/finemoe."""

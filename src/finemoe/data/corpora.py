@@ -45,7 +45,7 @@ class StdlibCorpus(Config):
     include_tests: bool = False
     """Also read the libraries' test folders."""
     max_bytes: Annotated[int, Field(gt=0)] | None = None
-    """Read only files of about this many bytes in all, drawn evenly over the packages."""
+    """[bytes] Read only files of about this many bytes in all, drawn evenly over the packages."""
 
     def documents(self, report: SkipReport) -> Iterator[Document]:
         """One document a file, by path; its domain is the top-level package or module."""
@@ -158,14 +158,17 @@ class HuggingFaceCorpus(Config):
 
     kind: Literal["huggingface"] = "huggingface"
     name: str
+    """The dataset's name on the hub, `owner/dataset`."""
     config: str | None = None
     """The dataset's configuration, where it has several."""
     revision: str | None = None
     """A branch, tag or commit; the newest without it."""
     split: str = "train"
+    """Of the dataset: what to train on."""
     validation_split: str | None = None
     """Validate on this split of the dataset and split nothing."""
     text_field: str = "text"
+    """The column that holds the text."""
     template: TemplateText | None = None
     """Joins several columns instead, by names in braces: "{question}\\n{answer}"."""
     domain_field: str | None = None
@@ -210,7 +213,9 @@ class MixturePart(Config):
     """A corpus and its share of the training sequences, relative to the other parts."""
 
     corpus: SingleCorpusConfig
+    """Any corpus but a mixture."""
     weight: Annotated[float, Field(gt=0)]
+    """[parts] Its share of the training sequences, relative to the other weights."""
 
 
 class MixtureCorpus(Config):
@@ -218,6 +223,7 @@ class MixtureCorpus(Config):
 
     kind: Literal["mixture"] = "mixture"
     parts: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
+    """The corpora to mix, each with its weight."""
 
 
 CORPORA: dict[str, type[Config]] = {**SINGLE_CORPORA, "mixture": MixtureCorpus}

@@ -45,7 +45,8 @@ class InterpreterCorpus(Config):
 
     kind: Literal["interpreter"] = "interpreter"
     max_bytes: Annotated[int, Field(ge=20_000)] = 1_800_000
-    """At most so many bytes of code and of English; of the others half, as digits and capitals make more tokens."""
+    """[bytes] At most so many bytes of code and of English; of the others half, as digits and capitals make more
+    tokens."""
 
     def documents(self, report: SkipReport) -> Iterator[Document]:
         """Domain by domain; the same version of Python gives the same documents.

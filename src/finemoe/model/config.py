@@ -20,21 +20,28 @@ class BlockConfig(Config):
     """One transformer block."""
 
     attention: AttentionConfig
+    """How tokens look at each other."""
     feed_forward: FeedForwardConfig
+    """What each token goes through after it: one SwiGLU, or a mixture of experts."""
 
 
 class ModelConfig(Config):
     """Everything that defines a Transformer. Blocks are an explicit list, because pruning makes layers differ."""
 
     vocab_size: PositiveInt
+    """[tokens] Ids the model knows; at least as many as the tokenizer has."""
     hidden_size: PositiveInt
+    """[components] Width of the residual stream."""
     blocks: tuple[BlockConfig, ...]
+    """Every layer spelt out, with its attention and feed_forward."""
     tie_embeddings: bool = False
+    """Use the input embedding as output head too."""
     init_std: PositiveFloat = 0.006
-    """Standard deviation of every weight at the start; 0.006 in the papers, at hidden sizes of 1280 and more."""
+    """[standard deviation] Of every weight at the start; 0.006 in the papers, at hidden sizes of 1280 and more."""
     norm_eps: PositiveFloat = 1e-6
+    """[added] To the mean square under the root in every RMSNorm."""
     max_positions: PositiveInt | None = None
-    """Longest sequence the model is made for; None: as long as it was trained on."""
+    """[tokens] Longest sequence the model is made for; None: as long as it was trained on."""
     mtp: tuple[BlockConfig, ...] = ()
     """The block of each multi-token prediction module, one a depth (V3 section 2.2)."""
 
@@ -85,25 +92,38 @@ class LeadingBlocks(Config):
     """The first `count` layers, where they differ from the rest; what is left out is as in the rest."""
 
     count: PositiveInt
+    """[layers] How many layers at the bottom differ."""
     attention: AttentionConfig | None = None
+    """Theirs; left out, as in the rest."""
     feed_forward: FeedForwardConfig | None = None
+    """Theirs; left out, as in the rest."""
 
 
 class ModelRecipe(Config):
     """The compact form that presets and recipes use: one block repeated, and what differs at the bottom."""
 
     vocab_size: PositiveInt
+    """[tokens] Ids the model knows, which is also the size of a tokenizer that is trained for it."""
     hidden_size: PositiveInt
+    """[components] Width of the residual stream."""
     num_layers: PositiveInt
+    """[layers] Transformer blocks."""
     attention: AttentionConfig
+    """How tokens look at each other."""
     feed_forward: FeedForwardConfig
+    """What each token goes through after it: one SwiGLU, or a mixture of experts."""
     leading: LeadingBlocks | None = None
+    """Layers at the bottom that differ from the rest, such as a dense first one."""
     tie_embeddings: bool = False
+    """Use the input embedding as output head too."""
     init_std: PositiveFloat = 0.006
+    """[standard deviation] Of every weight at the start; presets scale the papers' 0.006 by 1 / sqrt(hidden_size)."""
     norm_eps: PositiveFloat = 1e-6
+    """[added] To the mean square under the root in every RMSNorm."""
     max_positions: PositiveInt | None = None
+    """[tokens] Longest sequence the model is made for; left out, as long as it was trained on."""
     mtp_depth: NonNegativeInt = 0
-    """Multi-token prediction modules, each with a block like the last layer's."""
+    """[modules] Multi-token prediction modules, each with a block like the last layer's."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -131,6 +151,7 @@ class Kernels(Config):
     """How the model is computed; never what it computes."""
 
     attention: Literal["reference", "sdpa"] = "sdpa"
+    """sdpa: the fastest there is; reference: the formula, slow and obvious."""
     experts: Literal["auto", "loop", "sorted_slices", "grouped_mm", "native"] = "auto"
     """auto: grouped_mm for bf16 on CUDA, else native where it can run; `finemoe train` measures instead."""
     products: Literal["auto", "torch", "native"] = "auto"

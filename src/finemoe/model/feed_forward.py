@@ -18,9 +18,9 @@ class DenseConfig(Config):
 
     kind: Literal["dense"] = "dense"
     ffn_hidden_size: PositiveInt
-    """Intermediate width; the papers' standard is 8/3 of the hidden size."""
+    """[components] Intermediate width; the papers' standard is 8/3 of the hidden size."""
     swiglu_limit: PositiveFloat | None = None
-    """Clamp as in DeepSeek-V4: gate at most this, up within plus and minus this."""
+    """[activation] Clamp as in DeepSeek-V4: gate at most this, up within plus and minus this."""
 
     def num_parameters(self, hidden_size: int) -> int:
         """All weights: gate, up and down projections."""

@@ -23,6 +23,7 @@ class LinearScaling(Config):
 
     kind: Literal["linear"] = "linear"
     factor: PositiveFloat
+    """[times] How much longer the context becomes."""
 
     def inverse_frequencies(self, plain: Tensor, theta: float) -> Tensor:
         """All frequencies slowed down alike."""
@@ -34,6 +35,7 @@ class NTKScaling(Config):
 
     kind: Literal["ntk"] = "ntk"
     factor: PositiveFloat
+    """[times] How much longer the context becomes."""
 
     def inverse_frequencies(self, plain: Tensor, theta: float) -> Tensor:
         """The frequencies of the base theta · factor^(dim / (dim - 2))."""
@@ -49,9 +51,13 @@ class Llama3Scaling(Config):
 
     kind: Literal["llama3"] = "llama3"
     factor: PositiveFloat
+    """[times] What slow frequencies are divided by."""
     low_freq_factor: PositiveFloat = 1.0
+    """[turns] Within the original context; a frequency that turns less often is divided in full."""
     high_freq_factor: PositiveFloat = 4.0
+    """[turns] A frequency that turns more often is kept."""
     original_max_positions: PositiveInt
+    """[tokens] The context before stretching."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -78,15 +84,18 @@ class YarnScaling(Config):
 
     kind: Literal["yarn"] = "yarn"
     factor: PositiveFloat
+    """[times] How much longer the context becomes."""
     original_max_positions: PositiveInt
+    """[tokens] The context before stretching."""
     beta_fast: PositiveFloat = 32.0
-    """Turns within the original context above which a frequency is kept."""
+    """[turns] Turns within the original context above which a frequency is kept."""
     beta_slow: PositiveFloat = 1.0
-    """Turns below which it is divided by `factor`."""
+    """[turns] Turns below which it is divided by `factor`."""
     mscale: float = 1.0
-    """At 0 cosines and sines stay, and below they shrink."""
+    """[factor] m of cosines and sines: they grow by its sqrt(t) over that of `mscale_all_dim`. At 0 they stay, and
+    below they shrink."""
     mscale_all_dim: NonNegativeFloat = 0.0
-    """0: the softmax scale stays, and only cosines and sines grow (YaRN's own form)."""
+    """[factor] 0: the softmax scale stays, and only cosines and sines grow (YaRN's own form)."""
     truncate: bool = True
     """Round the edges of the blend to whole components, as DeepSeek's code does."""
 
@@ -141,8 +150,11 @@ class RopeConfig(Config):
     """Rotary positions of one attention layer."""
 
     theta: float = Field(default=10_000.0, gt=1)
+    """[base] Base of the frequencies: the pair i turns by theta^(-2i / dim) a position."""
     layout: RopeLayout = "half_split"
+    """Which components are turned together: i with i + dim / 2 (Llama), or 2i with 2i + 1 (DeepSeek-V2 and V3)."""
     scaling: RopeScaling | None = None
+    """How positions are stretched to contexts longer than the model was trained on."""
 
     def check_dim(self, dim: int, name: str) -> None:
         """Whether `dim` components can be turned in pairs.

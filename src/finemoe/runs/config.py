@@ -38,26 +38,29 @@ class TrainingConfig(Config):
     """How long, in what pieces, where."""
 
     tokens: PositiveInt | None = None
-    """Length of the run in tokens; give this or `steps`."""
+    """[tokens] Length of the run in tokens; give this or `steps`."""
     steps: PositiveInt | None = None
+    """[steps] Length of the run in optimizer steps; give this or `tokens`."""
     tokens_per_step: PositiveInt = 8192
-    """Batch of one optimizer step; a multiple of the sequence length."""
+    """[tokens] Batch of one optimizer step; a multiple of the sequence length."""
     micro_batch_tokens: PositiveInt | None = None
-    """Tokens in memory at once; the step is accumulated from such pieces. None: up to 16,384."""
+    """[tokens] Tokens in memory at once; the step is accumulated from such pieces. None: up to 16,384."""
     evaluate_every: PositiveInt | None = None
-    """Steps between validations. None: ten over the run."""
+    """[steps] Steps between validations. None: ten over the run."""
     checkpoint_every: PositiveInt | None = None
-    """Steps between checkpoints; one is always written at the end and on Ctrl-C. None: four over the run, and never
-    more than 500 steps apart."""
+    """[steps] Steps between checkpoints; one is always written at the end and on Ctrl-C. None: four over the run, and
+    never more than 500 steps apart."""
     checkpoint_minutes: NonNegativeFloat = 10.0
-    """Longest time without a checkpoint, however long a step takes; 0: steps alone decide. It changes no result."""
+    """[minutes] Longest time without a checkpoint, however long a step takes; 0: steps alone decide. It changes no
+    result."""
     keep_checkpoints: PositiveInt = 3
-    """The newest ones; older ones are deleted."""
+    """[checkpoints] The newest ones; older ones are deleted."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute. auto: CUDA, else MPS, else the CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 products on CUDA, float32 elsewhere (bf16 is slower than float32 on most CPUs)."""
     threads: NonNegativeInt = 0
-    """CPU threads; 0: all cores."""
+    """[threads] CPU threads; 0: all cores."""
     memory_check: bool = True
     """Refuse to start what is estimated to need more memory than is available; false goes on regardless."""
     trackers: tuple[TrackerName, ...] = ()
@@ -84,15 +87,23 @@ class RunConfig(Config):
     """One training run, resolved: what `config.json` of a run directory holds."""
 
     name: str = "run"
+    """What the run is called: its folder, where no --out is given, is runs/NAME-DATE."""
     seed: NonNegativeInt = 0
+    """Of the weights, the order of the data and all else that is drawn."""
     model: ModelConfig
+    """What to train: a preset and what differs from it, or everything spelt out."""
     data: DataConfig = DataConfig()
+    """What to learn from."""
     training: TrainingConfig
+    """How long, in what pieces, where."""
     method: MethodConfig = PretrainingConfig()
     """How it trains; pre-training where nothing is said."""
     optimizer: OptimizerConfig = AdamWConfig(learning_rate=DEFAULT_LEARNING_RATE)
+    """What turns gradients into steps."""
     schedule: ScheduleConfig = MultiStepConfig()
+    """How the learning rate rises and falls over the run."""
     kernels: Kernels = Kernels()
+    """How the model is computed."""
     balancing: BalancingConfig | None = None
     """How selection biases move; None: as by default, where the model has any."""
     mtp: MTPLossConfig | None = None

@@ -81,12 +81,12 @@ def train(
         TrainingError: a loss was not finite; the last good state is in the directory.
     """
     config = recipe if isinstance(recipe, RunConfig) else resolve_run(*read_recipe(recipe, overrides))
-    directory = Path(out) if out is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    _require_free(directory, config)
+    directory = Path(out) if out is not None else default_directory(config)
+    require_free(directory, config)
     check_start(config, directory)
     method = build_method(config)
     with sole_writer(directory):
-        _require_free(directory, config)
+        require_free(directory, config)
         chosen = kernels_for(config)
         config = config.model_copy(update={"kernels": chosen.kernels})  # config.json is to compute the same again
         _describe(directory, config, method.data)
@@ -161,8 +161,17 @@ def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig
         logger.warning("%s differ from the checkpoint's: this is no longer the run that began here", ", ".join(changed))
 
 
-def _require_free(directory: Path, config: RunConfig) -> None:
-    """Refuse a directory that holds anything: nothing is ever overwritten."""
+def default_directory(config: RunConfig) -> Path:
+    """Where a run goes that names no place."""
+    return Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def require_free(directory: Path, config: RunConfig) -> None:
+    """Refuse a directory that holds anything: nothing is ever overwritten.
+
+    Raises:
+        RunError: it does.
+    """
     if directory.is_file():
         raise RunError(f"{directory} is a file; choose another --out")
     if not directory.is_dir() or all(path.name.startswith(".") for path in directory.iterdir()):
@@ -208,7 +217,7 @@ def _run(
     # A closed terminal says so twice: the second time is not to end what the first one made it save.
     hung_up = StopOnSignal(trainer.request_stop, (signal.SIGHUP,))
     with hung_up, Log(metrics, trackers) as log, Save(config, directory, log) as save:
-        evaluate = Evaluate(_evaluate_every(config), log.emit)
+        evaluate = Evaluate(evaluate_every(config), log.emit)
         shown: list[Observer] = [] if quiet else [Show(evaluate, trainer.plan.total_steps)]
         trainer.observers = (evaluate, log, Warn(_watch(config, metrics), log.emit), *shown, save)
         finished = _train(trainer, save, directory)
@@ -219,6 +228,16 @@ def _run(
     summary = _summary(config, trainer, evaluate.latest, metrics)
     write_text(directory / "summary.json", json.dumps(summary, indent=2))
     return Run(directory, summary, interrupted=False)
+
+
+def first_trainer(config: RunConfig, method: Method[Any]) -> tuple[Trainer, str]:
+    """The trainer at a run's beginning, and what its kernels were chosen for. No directory is needed.
+
+    Raises:
+        RunError: `start_from` does not hold the run's model.
+    """
+    chosen = kernels_for(config)
+    return _trainer(config, method, Path(), chosen.kernels, None), chosen.reason
 
 
 def _trainer(
@@ -298,7 +317,8 @@ def _first_model(config: RunConfig, data: TrainingData[Batch], kernels: Kernels,
     return model
 
 
-def _evaluate_every(config: RunConfig) -> int:
+def evaluate_every(config: RunConfig) -> int:
+    """Steps between validations: as given, or ten over the run."""
     return config.training.evaluate_every or -(-config.training.total_steps // 10)
 
 

@@ -28,23 +28,26 @@ class MatchingConfig(Config):
     """What "matched" means."""
 
     total_multiple: PositiveInt = 16
-    """Feed-forward weights of a mixture, in standard FFNs."""
+    """[standard FFNs] Feed-forward weights of a mixture."""
     active_multiple: PositiveInt = 2
-    """What a token passes through in GShard and DeepSeekMoE, in standard FFNs."""
+    """[standard FFNs] What a token passes through in GShard and DeepSeekMoE."""
     segments: PositiveInt = 4
-    """m of DeepSeekMoE's fine-grained segmentation."""
+    """[segments] m of DeepSeekMoE's fine-grained segmentation."""
 
 
 class RoutingConfig(Config):
     """Settings that every learned router of the comparison shares."""
 
     balance: NonNegativeFloat = 0.01
-    """Expert-level balance coefficient, alpha_1."""
+    """[coefficient] Expert-level balance loss, alpha_1."""
     normalize_gates: bool = False
+    """Divide the chosen gates by their sum."""
     route_scale: PositiveFloat = 1.0
+    """[factor] Multiply the gates, after any normalisation."""
     capacity_factor: PositiveFloat | None = None
-    """None: dropless, as the paper's own baselines."""
+    """[times] None: dropless, as the paper's own baselines."""
     hash_table: Literal["random", "balanced"] = "random"
+    """How Hash Layer assigns token ids: drawn evenly, or by how often they occur."""
 
 
 @dataclass(frozen=True)

@@ -25,16 +25,18 @@ class BudgetConfig(Config):
     """What every arm gets the same of."""
 
     kind: Literal["tokens", "flops", "seconds"] = "tokens"
+    """What every run gets the same amount of."""
     value: PositiveFloat = 2_000_000
-    """Tokens, training FLOPs, or seconds of training on this machine, for each run."""
+    """[tokens, FLOPs or seconds] Tokens, training FLOPs, or seconds of training on this machine, for each run."""
 
 
 class TuningConfig(Config):
     """The same learning-rate search for every arm, on a seed of its own, before the comparison."""
 
     learning_rates: tuple[PositiveFloat, ...]
+    """[per step] The rates to try, each in a short run of every arm."""
     tokens: PositiveInt
-    """Length of each trial run."""
+    """[tokens] Length of each trial run."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -47,24 +49,35 @@ class CompareConfig(Config):
     """A comparison. Every field has a default: `finemoe compare` runs as it is."""
 
     name: str = "compare"
+    """What the comparison is called: its folder, where no --out is given, is runs/NAME-DATE."""
     title: str = "DeepSeekMoE and its baselines at matched compute"
+    """Of the report."""
     arms: tuple[str, ...] = ("dense", "hash", "switch", "gshard", "deepseek-moe")
+    """What to compare: built-in arms, presets, or recipes that hold a [model] and nothing else."""
     seeds: tuple[NonNegativeInt, ...] = (0,)
+    """Each arm is trained once with each; three or more give intervals that can decide."""
     base: ModelRecipe
-    """A dense model; its feed-forward layer is the standard FFN that the arms are sized from."""
+    """A dense model, as [model] of a run; its feed-forward layer is the standard FFN that the arms are sized from."""
     matching: MatchingConfig = MatchingConfig()
+    """What matched means."""
     routing: RoutingConfig = RoutingConfig()
+    """What all learned routers share."""
     budget: BudgetConfig = BudgetConfig()
+    """How long each run is."""
     data: DataConfig = DataConfig()
+    """What to learn from, as in a run."""
     training: TrainingConfig = TrainingConfig(steps=1)
-    """As in a run's recipe, without its length, which is the budget's."""
+    """As in a run's recipe, without its length, which is the budget's; tokens_per_step is 4096 if nothing is said."""
     optimizer: OptimizerConfig = AdamWConfig(learning_rate=DEFAULT_LEARNING_RATE)
+    """What turns gradients into steps, as in a run."""
     learning_rates: Mapping[str, PositiveFloat] = {}
-    """By arm, where it differs from optimizer.learning_rate."""
+    """[per step] By arm, where it differs from optimizer.learning_rate."""
     tuning: TuningConfig | None = None
+    """A search for each arm's learning rate before the comparison."""
     schedule: ScheduleConfig = MultiStepConfig()
+    """How the learning rate rises and falls, as in a run."""
     parallel_runs: NonNegativeInt = 0
-    """Runs at the same time, each with an equal share of the threads. 0: one a core."""
+    """[runs] Runs at the same time, each with an equal share of the threads. 0: one a core."""
     prompt: str | tuple[str, ...] = "def "
     """What every arm completes in the report; one text, or several."""
 

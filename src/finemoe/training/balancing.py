@@ -26,11 +26,12 @@ class BalancingConfig(Config):
     rule: Literal["sign", "proportional"] = "sign"
     """sign: every bias moves by `rate`; proportional: by `rate` times (mean load - load) / mean load."""
     rate: NonNegativeFloat | None = None
-    """V3's gamma. None: V3's 0.001, or 1.5 / steps where that is larger and the run starts from drawn weights: what a
-    bias has to travel, about the width of the scores, does not depend on the length of the run (measured on the tiny
-    ladder, docs/log.md). Biases that were opened are where they should be, and move at V3's rate."""
+    """[per step] V3's gamma. None: V3's 0.001, or 1.5 / steps where that is larger and the run starts from drawn
+    weights: what a bias has to travel, about the width of the scores, does not depend on the length of the run
+    (measured on the tiny ladder, docs/log.md). Biases that were opened are where they should be, and move at V3's
+    rate."""
     until: Annotated[float, Field(ge=0, le=1)] = 0.966
-    """Share of the run after which the biases stay as they are (V3: 14.3 of 14.8 trillion tokens)."""
+    """[share] Share of the run after which the biases stay as they are (V3: 14.3 of 14.8 trillion tokens)."""
 
     def resolved(self, total_steps: int, *, opened: bool) -> BalancingConfig:
         """With a rate, for a run of so many steps; `opened`: it starts from a trained model."""

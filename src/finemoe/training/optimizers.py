@@ -24,10 +24,16 @@ class AdamWConfig(Config):
 
     kind: Literal["adamw"] = "adamw"
     learning_rate: PositiveFloat
+    """[per step] The peak of the schedule. 0.004 suits a hidden size of 64; larger models want less (papers: 1.08e-3 at
+    1280)."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """[share] How much of the running means of gradients and of their squares stays from step to step."""
     eps: PositiveFloat = 1e-8
+    """[added] To the root of the squares, against a division by zero."""
     weight_decay: NonNegativeFloat = 0.1
+    """[per rate] Matrices shrink by learning rate times this at every step; norms do not."""
     max_gradient_norm: PositiveFloat = 1.0
+    """[norm] Longer gradients are scaled down to it."""
 
 
 class MuonConfig(Config):
@@ -35,17 +41,21 @@ class MuonConfig(Config):
 
     kind: Literal["muon"] = "muon"
     learning_rate: PositiveFloat
-    """Of both: an update of Muon is scaled to the size of one of AdamW."""
+    """[per step] Of both: an update of Muon is scaled to the size of one of AdamW."""
     momentum: Beta = 0.95
+    """[share] How much of the running mean of gradients stays from step to step."""
     update_rms: PositiveFloat = 0.18
-    """Root mean square that an update is scaled to, before the learning rate."""
+    """[root mean square] That an update is scaled to, before the learning rate."""
     iterations: PositiveInt = 5
-    """Of Newton and Schulz."""
+    """[iterations] Of Newton and Schulz."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """Of AdamW, like `eps`."""
+    """[share] Of AdamW, like `eps`."""
     eps: PositiveFloat = 1e-8
+    """[added] To the root of AdamW's squares, against a division by zero."""
     weight_decay: NonNegativeFloat = 0.1
+    """[per rate] Matrices shrink by learning rate times this at every step; norms do not."""
     max_gradient_norm: PositiveFloat = 1.0
+    """[norm] Longer gradients are scaled down to it."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,11 @@ class MultiStepConfig(Config):
 
     kind: Literal["multi_step"] = "multi_step"
     warmup_share: Share = 0.05
-    """Share of all steps spent rising from 0 to the peak."""
+    """[share] Share of all steps spent rising from 0 to the peak."""
     milestones: tuple[Share, ...] = (0.8, 0.9)
+    """[share] Of all steps, after each of which the rate is multiplied by `factor`."""
     factor: PositiveFloat = 0.316
+    """[factor] Of the learning rate at each milestone; 0.316 twice is a tenth."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -34,7 +36,9 @@ class CosineConfig(Config):
 
     kind: Literal["cosine"] = "cosine"
     warmup_share: Share = 0.05
+    """[share] Of all steps spent rising from 0 to the peak."""
     final_share: Share = 0.1
+    """[share] Of the peak that is left at the end."""
 
 
 class WarmupStableDecayConfig(Config):
@@ -42,8 +46,11 @@ class WarmupStableDecayConfig(Config):
 
     kind: Literal["warmup_stable_decay"] = "warmup_stable_decay"
     warmup_share: Share = 0.05
+    """[share] Of all steps spent rising from 0 to the peak."""
     decay_share: Share = 0.2
+    """[share] Of all steps spent falling, at the end."""
     final_share: Share = 0.0
+    """[share] Of the peak that is left at the end."""
 
 
 def _multi_step(config: MultiStepConfig, done: float) -> float:

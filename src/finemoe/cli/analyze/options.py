@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finemoe.cli.completion import complete_run
 from finemoe.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from finemoe.analysis.passages import ReadAs
 
 MODEL = "A run directory or one checkpoint in it, an imported or Hugging Face folder, or a GGUF file."
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help=MODEL, show_default=False, autocompletion=complete_run)]
 Texts = Annotated[
     list[str] | None, typer.Option("--text", metavar="TEXT", help="A text to read, as domain `text`; repeatable.")
 ]

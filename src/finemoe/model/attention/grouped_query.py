@@ -22,11 +22,15 @@ class GroupedQueryConfig(Config):
 
     kind: Literal["grouped_query"] = "grouped_query"
     num_heads: PositiveInt
+    """[heads] Query heads."""
     num_kv_heads: PositiveInt
+    """[heads] Key and value heads, each shared by equally many query heads."""
     head_dim: PositiveInt
+    """[components] Width of a head."""
     rope: RopeConfig = RopeConfig()
+    """Rotary positions."""
     rotary_dim: PositiveInt | None = None
-    """How many components of a head have positions, counted from its first (GLM-4.5: half); None: all."""
+    """[components] How many components of a head have positions, counted from its first (GLM-4.5: half); None: all."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
     qk_norm: Literal["none", "head", "projection"] = "none"

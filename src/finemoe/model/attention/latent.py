@@ -31,18 +31,21 @@ class LatentConfig(Config):
 
     kind: Literal["latent"] = "latent"
     num_heads: PositiveInt
+    """[heads] Heads; each has keys and values of its own, made from the latent."""
     q_lora_rank: PositiveInt | None = None
-    """Width of the compressed query, d'_c; None: queries come straight from the hidden state (V2-Lite)."""
+    """[components] Width of the compressed query, d'_c; None: queries come straight from the hidden state (V2-Lite)."""
     kv_lora_rank: PositiveInt
-    """Width of the cached latent, d_c."""
+    """[components] Width of the cached latent, d_c."""
     qk_nope_head_dim: PositiveInt
-    """Part of a head's query and key without positions, d_h."""
+    """[components] Part of a head's query and key without positions, d_h."""
     qk_rope_head_dim: PositiveInt
-    """Part with rotary positions, d_h^R; its key is shared by all heads."""
+    """[components] Part with rotary positions, d_h^R; its key is shared by all heads."""
     v_head_dim: PositiveInt
+    """[components] Of a head's value."""
     rope: RopeConfig = RopeConfig(layout="interleaved")
+    """Rotary positions."""
     latent_norm_eps: PositiveFloat = 1e-6
-    """Of the norms on both latents: a constant in DeepSeek's code, whatever the model's norm_eps."""
+    """[added] In the norms on both latents: a constant in DeepSeek's code, whatever the model's norm_eps."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

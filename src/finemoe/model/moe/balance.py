@@ -23,17 +23,17 @@ class BalanceConfig(Config):
     """Coefficients; 0 switches a term off."""
 
     expert: NonNegativeFloat = 0.0
-    """Expert-level loss, per sequence (DeepSeekMoE eq. 12-14): alpha_1."""
+    """[coefficient] Expert-level loss, per sequence (DeepSeekMoE eq. 12-14): alpha_1."""
     device: NonNegativeFloat = 0.0
-    """Device-level loss, per sequence (DeepSeekMoE eq. 15-17): alpha_2."""
+    """[coefficient] Device-level loss, per sequence (DeepSeekMoE eq. 15-17): alpha_2."""
     communication: NonNegativeFloat = 0.0
-    """How evenly devices receive tokens, per sequence (V2 section 2.2.3): alpha_3."""
+    """[coefficient] How evenly devices receive tokens, per sequence (V2 section 2.2.3): alpha_3."""
     sequence: NonNegativeFloat = 0.0
-    """Sequence-wise loss over normalised, unbiased scores (V3 Eq. 17-20): alpha."""
+    """[coefficient] Sequence-wise loss over normalised, unbiased scores (V3 Eq. 17-20): alpha."""
     z: NonNegativeFloat = 0.0
-    """Mean squared logsumexp of the router's logits (ST-MoE)."""
+    """[coefficient] Mean squared logsumexp of the router's logits (ST-MoE)."""
     num_devices: PositiveInt = 1
-    """Groups of consecutive experts that the device-level and communication losses even out."""
+    """[devices] Groups of consecutive experts that the device-level and communication losses even out."""
 
 
 @dataclass(frozen=True)

@@ -27,24 +27,31 @@ class MoEConfig(Config):
 
     kind: Literal["moe"] = "moe"
     num_routed_experts: PositiveInt
+    """[experts] Experts that a router chooses from."""
     experts_per_token: PositiveInt
+    """[experts] Routed experts that each token goes through: the k of top-k."""
     expert_hidden_size: PositiveInt
+    """[components] Intermediate width of every expert, routed or shared."""
     num_shared_experts: NonNegativeInt = 0
+    """[experts] Experts that every token goes through, beside the routed ones."""
     gate_shared_experts: bool = False
     """Weigh the shared experts by sigmoid(w · x) (Qwen2-MoE); DeepSeek's always count in full."""
     swiglu_limit: PositiveFloat | None = None
-    """Clamp inside every expert, as in `dense`."""
+    """[activation] Clamp inside every expert, as in `dense`."""
     router: RouterConfig
+    """What decides which experts a token takes."""
     balance: BalanceConfig = BalanceConfig()
+    """Losses that keep experts evenly loaded."""
     capacity_factor: PositiveFloat | None = None
-    """None: dropless. Else, in training mode only, an expert takes at most this times its even share of a micro-batch.
+    """[times] None: dropless. Else, in training mode only, an expert takes at most this times its even share of a
+    micro-batch.
 
     What a token loses then depends on its neighbours, later ones included (a second choice yields to their first), and
     on how the step is cut into micro-batches. Evaluation drops nothing, as in DeepSeek-V2 section 2.2."""
     capacity_level: Literal["expert", "device"] = "expert"
     """device: each of `balance.num_devices` groups of experts has a budget and drops its lowest gates (V2 2.2.4)."""
     capacity_exempt: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of sequences whose tokens are never dropped; 0.1 in V2. Which ones follows from their tokens."""
+    """[share] Share of sequences whose tokens are never dropped; 0.1 in V2. Which ones follows from their tokens."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from finemoe.core import extension
 from finemoe.core.logs import logger
 
+LIBRARY = "finemoe_native"
+"""Its name in the cache."""
+
 
 @cache
 def available() -> bool:
@@ -23,7 +26,7 @@ def available() -> bool:
     """
     if extension.switched_off():
         return False
-    reason = extension.load_from(__name__, "finemoe_native")
+    reason = extension.load_from(__name__, LIBRARY)
     if reason is not None:
         logger.warning("the CPU kernels cannot be used, plain torch runs instead, more slowly: %s", reason)
     return reason is None

@@ -1,6 +1,7 @@
 """Every named model, by group: data, no logic. Each module names its sources.
 
-`GROUPS` is what `finemoe presets` shows; a new preset is an entry in the table of one of the modules.
+`GROUPS` is what `finemoe presets` shows; a new preset is an entry in the table of one of the modules. Names alone cost
+no import, since a shell asks for them at every press of the tab key.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from finemoe.core.config import did_you_mean, merge, parse
 from finemoe.core.errors import ConfigError
 from finemoe.model.presets.dense import DEEPSEEK_CODER, DEEPSEEK_LLM, R1_DISTILL, SMOLLM2
 from finemoe.model.presets.latent import DEEPSEEK_V2, DEEPSEEK_V3
@@ -39,6 +39,8 @@ def find_preset(name: str) -> Preset:
     Raises:
         ConfigError: naming the closest preset.
     """
+    from finemoe.core.config import did_you_mean
+
     if name not in PRESETS:
         raise ConfigError(f"unknown preset `{name}`{did_you_mean(name, sorted(PRESETS))}")
     return PRESETS[name]
@@ -55,6 +57,7 @@ def resolve(model: Mapping[str, Any], source: str) -> ModelRecipe:
     Raises:
         ConfigError: unknown preset, unknown key, impossible combination.
     """
+    from finemoe.core.config import merge, parse
     from finemoe.model.config import ModelRecipe  # brings torch along, which a name that does not exist needs not
 
     own = {key: value for key, value in model.items() if key != "preset"}

@@ -21,9 +21,11 @@ class MTPLossConfig(Config):
     """Weight of multi-token prediction, lambda of V3 Eq. 25."""
 
     weight: NonNegativeFloat = 0.3
+    """[coefficient] V3's lambda: the weight of the look-ahead losses, averaged over depths."""
     late_weight: NonNegativeFloat = 0.1
+    """[coefficient] The same in the last part of the run."""
     late_from: Annotated[float, Field(ge=0, le=1)] = 0.676
-    """Share of the run after which `late_weight` holds (V3: 10 of 14.8 trillion tokens)."""
+    """[share] Share of the run after which `late_weight` holds (V3: 10 of 14.8 trillion tokens)."""
 
 
 @dataclass(frozen=True)

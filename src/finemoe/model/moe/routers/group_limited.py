@@ -21,7 +21,7 @@ class GroupLimitedConfig(GroupsConfig):
     scores_sum_to_one: ClassVar[bool] = True
     selects_with_bias: ClassVar[bool] = False
     route_scale: PositiveFloat = 1.0
-    """Multiply the gates."""
+    """[factor] Multiply the gates."""
 
     def num_parameters(self, hidden_size: int, num_experts: int) -> int:
         """One centroid per expert."""

@@ -21,6 +21,7 @@ class HashLayerConfig(Config):
     scores_sum_to_one: ClassVar[bool] = True
     selects_with_bias: ClassVar[bool] = False
     table: Literal["random", "balanced"] = "random"
+    """How token ids are assigned: drawn evenly, or so that experts get equally many tokens of the corpus."""
 
     def num_parameters(self, hidden_size: int, num_experts: int) -> int:
         """Nothing is learned."""

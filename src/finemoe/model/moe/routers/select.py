@@ -36,9 +36,9 @@ class GroupsConfig(Config, ABC):
     """Device- or node-limited routing: experts lie in consecutive groups, and a token uses only some of the groups."""
 
     num_groups: PositiveInt = 1
-    """D of V2 section 2.2.2; 1: no groups."""
+    """[groups] D of V2 section 2.2.2; 1: no groups."""
     groups_per_token: PositiveInt = 1
-    """M: the most groups that a token's experts may lie in."""
+    """[groups] M: the most groups that a token's experts may lie in."""
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:

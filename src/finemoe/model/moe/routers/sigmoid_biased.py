@@ -24,11 +24,11 @@ class SigmoidBiasedConfig(GroupsConfig):
     scores_sum_to_one: ClassVar[bool] = False
     selects_with_bias: ClassVar[bool] = True
     score_function: Literal["sigmoid", "sqrtsoftplus"] = "sigmoid"
-    """`sqrtsoftplus` is DeepSeek-V4's."""
+    """Of a logit. `sqrtsoftplus` is DeepSeek-V4's."""
     normalize_gates: bool = True
     """Divide the chosen gates by their sum."""
     route_scale: PositiveFloat = 1.0
-    """Multiply the gates, after any normalisation."""
+    """[factor] Multiply the gates, after any normalisation."""
 
     def num_parameters(self, hidden_size: int, num_experts: int) -> int:
         """One centroid and one bias per expert."""

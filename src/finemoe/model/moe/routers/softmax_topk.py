@@ -24,7 +24,7 @@ class SoftmaxTopKConfig(Config):
     normalize_gates: bool = False
     """Divide the chosen gates by their sum."""
     route_scale: PositiveFloat = 1.0
-    """Multiply the gates, after any normalisation."""
+    """[factor] Multiply the gates, after any normalisation."""
 
     def num_parameters(self, hidden_size: int, num_experts: int) -> int:
         """One centroid per expert."""

@@ -1,0 +1,173 @@
+"""A first look at somebody's files: how much text, in how many documents of what length, and a sample of it."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from finemoe.core.errors import DataError
+from finemoe.core.logs import progress
+from finemoe.data.corpora import FilesCorpus
+from finemoe.data.decoding import DAMAGED, UndecodableError, open_content
+from finemoe.data.documents import Document, SkipReport, falls_within
+
+_SAMPLE_BYTES = 2_000_000
+_PIECE = 2_000  # characters of a piece of the sample; smaller where there is little text
+_ROWS = 20
+_ENOUGH = 1000  # documents that have the usual field
+_LONG = 0.9
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What lies in the files."""
+
+    paths: tuple[str, ...]
+    suffixes: Mapping[str, int]
+    """Files by suffix."""
+    disk_bytes: int
+    documents: int
+    text_bytes: int
+    """In UTF-8, unpacked."""
+    median_bytes: int
+    """Of a document."""
+    long_bytes: int
+    """Nine of ten documents are shorter."""
+    text_field: str | None
+    """The field of records that holds the text; None where there are no records."""
+    sample: tuple[str, ...] = field(repr=False)
+    """Pieces from everywhere in the text, about two megabytes or all of it."""
+    skipped: int = 0
+    """Files and records that could not be read."""
+
+
+def survey(paths: Sequence[str], quiet: bool = False) -> Survey:
+    """Read all of the files once, as training does at every start.
+
+    Args:
+        paths: files, folders and globs, as of a corpus of kind `files`.
+        quiet: show no progress.
+
+    Raises:
+        DataError: a path leads nowhere, or nothing in the files is text.
+    """
+    files = _files(paths)
+    text_field = _text_field(tuple(paths), files)
+    corpus = FilesCorpus(paths=tuple(paths), text_field=text_field or "text")
+    report = SkipReport(quiet=True)
+    sample, lengths = _Sample(), []
+    with progress("reading the files", None, "documents") as shown:
+        advance: Callable[[int], None] = (lambda _: None) if quiet else shown
+        for document in corpus.documents(report):
+            if document.text.strip():
+                lengths.append(len(document.text.encode()))
+                sample.add(document)
+            advance(1)
+    if not lengths:
+        report.check(0.0)
+        first = f" ({report.skipped[0].name}: {report.skipped[0].reason})" if report.skipped else ""
+        raise DataError(f"{', '.join(map(str, paths))}: nothing here can be read as text{first}")
+    lengths.sort()
+    return Survey(
+        paths=tuple(paths),
+        suffixes=dict(Counter(path.suffix.lower() or "no suffix" for path in files)),
+        disk_bytes=sum(path.stat().st_size for path in files),
+        documents=len(lengths),
+        text_bytes=sum(lengths),
+        median_bytes=lengths[len(lengths) // 2],
+        long_bytes=lengths[min(len(lengths) - 1, int(_LONG * len(lengths)))],
+        text_field=text_field,
+        sample=tuple(sample.pieces()),
+        skipped=report.num_skipped,
+    )
+
+
+class _Sample:
+    """Pieces drawn by their names alone: the more text comes, the smaller the share that is kept."""
+
+    def __init__(self) -> None:
+        self._share = 1.0
+        self._kept: dict[str, str] = {}
+        self._size = 0
+
+    def add(self, document: Document) -> None:
+        """Take from a document what the draw says."""
+        for start in range(0, len(document.text), _PIECE):
+            name = f"{document.name}@{start}"
+            if self._share < 1 and not falls_within(self._share, "survey", name):
+                continue
+            self._kept[name] = document.text[start : start + _PIECE]
+            self._size += len(self._kept[name])
+            while self._size > _SAMPLE_BYTES:
+                self._share /= 2
+                self._kept = {n: p for n, p in self._kept.items() if falls_within(self._share, "survey", n)}
+                self._size = sum(map(len, self._kept.values()))
+
+    def pieces(self) -> Iterator[str]:
+        """At least a few dozen: little text is cut finer."""
+        length = max(100, min(_PIECE, self._size // 60))
+        for piece in self._kept.values():
+            yield from (piece[start : start + length] for start in range(0, len(piece), length))
+
+
+def _files(paths: Sequence[str]) -> list[Path]:
+    """Every file behind the paths, hidden ones left out."""
+    found: dict[Path, None] = {}
+    for name in paths:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            inside = (one for one in sorted(path.rglob("*")) if one.is_file())
+            matches: Iterable[Path] = (
+                one for one in inside if not any(part.startswith(".") for part in one.relative_to(path).parts)
+            )
+        elif path.is_file():
+            matches = [path]
+        else:
+            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
+        found |= dict.fromkeys(one.resolve() for one in matches)
+    if not found:
+        raise DataError(f"{', '.join(map(str, paths))}: no file is there (relative paths start at {Path.cwd()})")
+    return list(found)
+
+
+def _text_field(paths: tuple[str, ...], files: Sequence[Path]) -> str | None:
+    """The field that holds the most text, where records have no `text`; None where that is what they have."""
+    report = SkipReport(quiet=True)
+    try:
+        kept = sum(1 for _ in islice(FilesCorpus(paths=paths).documents(report), _ENOUGH))
+    except DataError:  # a table without such a column
+        sizes: Counter[str] = Counter()
+        for row in islice((row for path in files for row in _rows(path)), _ENOUGH):
+            sizes.update({name: len(value) for name, value in row.items() if isinstance(value, str)})
+        if not sizes:
+            raise
+        return sizes.most_common(1)[0][0]
+    held = report.lacking if report.lacking.records else report.beside
+    if kept >= held.records or not held.characters:
+        return None
+    return max(held.characters, key=lambda name: held.characters[name])
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The first rows of a table; none of what is no table, or cannot be read."""
+    suffixes = {suffix.lower() for suffix in path.suffixes}
+    try:
+        if ".parquet" in suffixes:
+            for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS):
+                yield from batch.to_pylist()
+        elif suffixes & {".csv", ".tsv"}:
+            with open_content(path) as (stream, _):
+                lines = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+                for row in csv.DictReader(lines, delimiter="\t" if ".tsv" in suffixes else ","):
+                    yield {name: value for name, value in row.items() if name is not None}
+    except (UndecodableError, UnicodeDecodeError, csv.Error, *DAMAGED):
+        return

@@ -1,0 +1,339 @@
+"""What a recipe will take, before it is run: everything is read, a few real steps are measured, no run is left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finemoe.charts.numbers import count, duration
+from finemoe.core import memory
+from finemoe.core.errors import FinemoeError
+from finemoe.core.logs import progress
+from finemoe.model.size import measure
+from finemoe.runs.config import RunConfig, read_recipe, resolve_run
+from finemoe.runs.run import default_directory, evaluate_every, first_trainer, require_free
+from finemoe.runs.start import build_method, check_memory, check_start, checkpoint_bytes
+from finemoe.training.method import Method
+from finemoe.training.report import StepReport
+from finemoe.training.trainer import Trainer
+
+STEPS = 10
+_WARM_UP = 2  # steps at the beginning that are slower than the rest, and do not count
+
+Recipe = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a run will take. What could not be found out, because something before it was refused, is None."""
+
+    recipe: str
+    refused: tuple[str, ...]
+    """What `finemoe train` would refuse, and how to mend it; empty: it will start."""
+    total_parameters: int
+    active_parameters: int
+    steps: int
+    tokens: int
+    """That the run trains on."""
+    documents: int | None = None
+    training_tokens: int | None = None
+    """In the corpus."""
+    validation_tokens: int | None = None
+    vocab_size: int | None = None
+    """Of the tokenizer."""
+    steps_measured: int = 0
+    tokens_per_second: float | None = None
+    """Of training, in the median step."""
+    validation_seconds: float | None = None
+    """Of one validation."""
+    validations: int = 0
+    seconds: float | None = None
+    """That the run will take, on this machine as it is now."""
+    losses: tuple[float, ...] = ()
+    """Of the steps that were measured."""
+    memory_bytes: int | None = None
+    """Of this process at the height of a step; on CUDA, of the device."""
+    memory_available_bytes: int | None = None
+    """Before anything was allocated."""
+    checkpoint_copy_bytes: int = 0
+    """More, for a moment, while a checkpoint is written behind training."""
+    disk_bytes: int = 0
+    disk_free_bytes: int | None = None
+    computes: str | None = None
+    """Device, precision, threads, kernels."""
+    notes: tuple[str, ...] = ()
+    """What trains besides the next token; which kernels were chosen and why; what is worth knowing."""
+
+    @property
+    def passes(self) -> float | None:
+        """How often the run reads the corpus."""
+        return self.tokens / self.training_tokens if self.training_tokens else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "passes": self.passes}
+
+    def __str__(self) -> str:
+        """The report, a line for each figure, within 80 columns."""
+        return "\n".join(
+            textwrap.fill(text, 80, initial_indent=f"{title:<12}", subsequent_indent=" " * 12, break_long_words=False)
+            for title, text in self._lines()
+        )
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        yield "Recipe", self.recipe
+        if self.documents is not None:
+            documents = "1 document" if self.documents == 1 else f"{self.documents:,} documents"
+            yield "Text", f"{documents}; a vocabulary of {self.vocab_size:,}"
+            yield (
+                "",
+                f"{count(self.training_tokens)} tokens to train on, {count(self.validation_tokens)} to validate on",
+            )
+        yield "Model", f"{count(self.total_parameters)} parameters, {count(self.active_parameters)} active"
+        times = f", {self.passes:.2g} times the text" if self.passes is not None else ""
+        yield "Training", f"{count(self.tokens)} tokens in {self.steps:,} steps{times}"
+        if self.tokens_per_second is not None:
+            yield "Speed", f"{count(self.tokens_per_second)} tokens/s, measured over {self.steps_measured} steps"
+        if self.losses:
+            yield "", f"loss {self.losses[0]:.3f} at first, {self.losses[-1]:.3f} in the last of them"
+        if self.seconds is not None and self.validation_seconds is not None:
+            validating = f"{self.validations} validations of {duration(self.validation_seconds)} included"
+            yield "Time", f"about {duration(self.seconds)}, {validating}"
+        if self.memory_bytes is not None:
+            there = f"; {_size(self.memory_available_bytes)} available" if self.memory_available_bytes else ""
+            yield "Memory", f"{_size(self.memory_bytes)} at its height{there}"
+            yield "", f"{_size(self.checkpoint_copy_bytes)} more while a checkpoint is copied"
+        free = f"; {_size(self.disk_free_bytes)} free" if self.disk_free_bytes is not None else ""
+        yield "Disk", f"{_size(self.disk_bytes)} for checkpoints{free}"
+        if self.computes is not None:
+            yield "Computes", self.computes
+        for note in self.notes:
+            yield "", note
+        if not self.refused:
+            yield "Refused", "nothing: the run can start"
+        for refusal in self.refused:
+            yield "Refused", refusal
+
+
+def check(
+    recipe: Recipe,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+    steps: int = STEPS,
+) -> Check:
+    """Read everything that a run would, measure a few of its steps on its data, and say what it takes.
+
+    No run directory is made. The corpus is tokenised into the cache, where the run will find it.
+
+    Args:
+        recipe: as of `train`.
+        out: the run directory to be; `runs/<name>-<date>` when None.
+        overrides: `a.b=c`, for a path or a mapping.
+        quiet: show no progress.
+        steps: how many to measure.
+
+    Raises:
+        ConfigError: the recipe itself is no configuration of a run; all else that is wrong is in `refused`.
+    """
+    if isinstance(recipe, RunConfig):
+        config, source = recipe, recipe.name
+    else:
+        raw, source = read_recipe(recipe, overrides)
+        config = resolve_run(raw, source)
+    directory = Path(out) if out is not None else default_directory(config)
+    found = _Findings(source, config)
+    found.attempt(lambda: require_free(directory, config))
+    found.attempt(lambda: check_start(config, directory))
+    free = _free(directory)
+    method = found.attempt(lambda: build_method(config))
+    fits = found.attempt(lambda: _fits(config)) is not None
+    if method is not None:
+        found.add(**_of_data(method), notes=method.notes)
+        if fits:
+            found.attempt(lambda: found.add(**_measured(config, method, steps, quiet)))
+    return found.check(free)
+
+
+@dataclass
+class _Findings:
+    """What is known so far."""
+
+    source: str
+    config: RunConfig
+    refused: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def attempt(self, action: Callable[[], Any]) -> Any:
+        """What `action` gives; None, and one refusal more, where it raises an error of ours."""
+        try:
+            return action()
+        except (FinemoeError, MemoryError, torch.OutOfMemoryError) as error:
+            message = str(error) or "there is not enough memory: lower training.micro_batch_tokens"
+            if message not in self.refused:
+                self.refused.append(message)
+            return None
+
+    def add(self, **facts: Any) -> None:
+        """Facts; notes are added to those that are there."""
+        notes = (*self.facts.get("notes", ()), *facts.pop("notes", ()))
+        self.facts |= {**facts, "notes": notes}
+
+    def check(self, free: int | None) -> Check:
+        """All of it."""
+        config, training = self.config, self.config.training
+        size = measure(config.model, config.data.sequence_length)
+        parameters = size.total_parameters + size.mtp_parameters
+        validations = -(-training.total_steps // evaluate_every(config))
+        facts = self.facts
+        if facts.get("tokens_per_second"):
+            tokens = training.total_steps * training.tokens_per_step
+            facts["seconds"] = tokens / facts["tokens_per_second"] + validations * facts["validation_seconds"]
+        return Check(
+            recipe=self.source,
+            refused=tuple(self.refused),
+            total_parameters=size.total_parameters,
+            active_parameters=size.active_parameters,
+            steps=training.total_steps,
+            tokens=training.total_steps * training.tokens_per_step,
+            validations=validations,
+            checkpoint_copy_bytes=12 * parameters,
+            disk_bytes=checkpoint_bytes(config),
+            disk_free_bytes=free,
+            **facts,
+        )
+
+
+def _fits(config: RunConfig) -> bool:
+    """Whether it can be computed here, and in this memory.
+
+    Raises:
+        ConfigError, RunError: it cannot.
+    """
+    check_memory(config)
+    return True
+
+
+def _free(directory: Path) -> int | None:
+    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _of_data(method: Method[Any]) -> dict[str, Any]:
+    report = method.data.report
+    return {
+        "documents": sum(report["documents"].values()) if "documents" in report else None,
+        "training_tokens": report.get("tokens", {}).get("train"),
+        "validation_tokens": report.get("tokens", {}).get("validation"),
+        "vocab_size": method.data.tokenizer.vocab_size,
+    }
+
+
+def _measured(config: RunConfig, method: Method[Any], steps: int, quiet: bool) -> dict[str, Any]:
+    """Speed, memory and first losses of the run's own beginning; this process's random state and threads stay.
+
+    Raises:
+        TrainingError: a loss is not finite.
+        KeyboardInterrupt: a signal asked to stop.
+    """
+    steps = min(steps, config.training.total_steps)
+    with _undisturbed():
+        available = memory.available_bytes()
+        memory.forget_peak()
+        trainer, reason = first_trainer(config, method)
+        with _shown("measuring", steps, quiet) as advance:
+            pace = _Pace(advance)
+            trainer.observers = (pace,)
+            if not trainer.run(until=steps):
+                raise KeyboardInterrupt
+        started = time.perf_counter()
+        trainer.measure()
+        validation = time.perf_counter() - started
+        on_cuda = trainer.plan.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if on_cuda else memory.peak_bytes()
+        return {
+            "steps_measured": steps,
+            "losses": tuple(pace.losses),
+            "tokens_per_second": config.training.tokens_per_step / pace.seconds_a_step(),
+            "validation_seconds": validation,
+            "memory_bytes": peak,
+            "memory_available_bytes": torch.cuda.mem_get_info()[1] if on_cuda else available,
+            "computes": _computes(trainer),
+            "notes": (*_busy(), *((f"kernels by measuring: {reason}",) if reason else ())),
+        }
+
+
+@dataclass
+class _Pace:
+    """Watches steps: an observer."""
+
+    advance: Callable[[int], None]
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Take note."""
+        self.seconds.append(report.seconds - sum(self.seconds))
+        if report.loss is not None:  # a step may hold nothing to count
+            self.losses.append(report.loss)
+        self.advance(1)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def seconds_a_step(self) -> float:
+        """The median without the first steps, where there are enough."""
+        return statistics.median(self.seconds[_WARM_UP:] or self.seconds)
+
+
+def _busy() -> Iterator[str]:
+    """What else the machine was doing, where that is enough to falsify the times."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0]
+    if load > cores + 1:
+        yield f"measured beside other work (load {load:.1f} on {cores} cores): alone it will be faster"
+
+
+def _computes(trainer: Trainer) -> str:
+    kernels, plan = trainer.model.kernels, trainer.plan
+    precision = "bf16" if plan.bf16 else "fp32"
+    chosen = f"attention {kernels.attention}, experts {kernels.experts}, products {kernels.products}"
+    return f"{plan.device}, {precision}, {torch.get_num_threads()} threads; {chosen}"
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Threads and random state as they were before."""
+    threads = torch.get_num_threads()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _shown(what: str, steps: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    if quiet:
+        yield lambda _: None
+        return
+    with progress(what, steps, "steps") as advance:
+        yield advance
+
+
+def _size(value: int | None) -> str:
+    """412 MiB, 21.3 GiB."""
+    mebibytes = (value or 0) / 2**20
+    return f"{mebibytes:,.0f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:,.1f} GiB"
