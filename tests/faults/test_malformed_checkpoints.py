@@ -189,7 +189,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], Damage, str]] = {
     "factors of another shape": (
         V3_FP8,
         replace(V3_FP8, **{f"{SCALED}_scale_inv": torch.ones(1, 1)}),
-        r"scale_inv \(F32 \[1, 1\] instead of F32 \[2, 2\]\)",
+        r"scale_inv \(\[1, 1\] instead of \[2, 2\]\)",
     ),
     "factors missing": (V3_FP8, replace(V3_FP8, **{f"{SCALED}_scale_inv": None}), "F8_E4M3 without"),
     "factors of nothing": (LLAMA, replace(LLAMA, **{f"{NORM}_scale_inv": torch.ones(1, 1)}), "known to no part"),
