@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,8 @@ class DataConfig(Config):
     corpus: CorpusConfig = StdlibCorpus()
     tokenizer: str | None = None
     """An existing `tokenizer.json`, or the folder that holds it; None trains one on the corpus."""
+    control_tokens: Literal["text", "tokens"] = "text"
+    """What a document's spelling of a control token (<|im_start|>, <think>) is: the text it is, or that token."""
     vocab_size: Annotated[int, Field(ge=257)] = 2048
     """Size of the tokenizer to train."""
     sequence_length: Annotated[int, Field(ge=1)] = 256
