@@ -17,15 +17,21 @@ if TYPE_CHECKING:
     from finemoe.generation import Engine, SamplingConfig, Sequence
 
 
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="A run directory or one checkpoint in it, an imported or Hugging Face folder, or a GGUF file.",
+        show_default=False,
+    ),
+]
+Special = Annotated[
+    bool, typer.Option("--special", help="Read control tokens that a prompt spells out as tokens, not as text.")
+]
+
+
 def generate(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL",
-            help="A run directory or one checkpoint in it, an imported or Hugging Face folder, or a GGUF file.",
-            show_default=False,
-        ),
-    ],
+    source: Source,
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; repeatable.")
     ] = None,
@@ -46,9 +52,7 @@ def generate(
         Literal["fp32", "bf16", "stored"],
         typer.Option(help="Weights in memory; bf16 takes half, and is slower on most CPUs."),
     ] = "fp32",
-    special: Annotated[
-        bool, typer.Option("--special", help="Read control tokens that a prompt spells out as tokens, not as text.")
-    ] = False,
+    special: Special = False,
     as_json: Json = False,
 ) -> None:
     """Continue prompts, or answer a message, with a trained model.
