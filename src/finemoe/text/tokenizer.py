@@ -20,6 +20,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from finemoe.core.errors import DataError
+from finemoe.core.files import write_text
 from finemoe.text.control import controls
 from finemoe.text.decoding import Decoding, bytes_of_tokens, decoding_of
 from finemoe.text.files import TOKENIZER_LIMIT, parse_object, read_beside, read_bounded
@@ -145,15 +146,7 @@ class Tokenizer:
         """Write `tokenizer.json` to `path`, or into it when `path` is a folder: all of it or nothing."""
         file = Path(path)
         file = file / FILE_NAME if file.is_dir() else file
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        try:
-            with open(partial, "w", encoding="utf-8") as out:
-                out.write(self._json)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(file, self._json)
 
     def to_json(self) -> str:
         """The content of its tokenizer.json."""
