@@ -337,10 +337,10 @@ def test_sampling_the_tokenizer_text(config: DataConfig, monkeypatch: pytest.Mon
     sizes = []
     train = Tokenizer.train
 
-    def measure(texts: list[str], vocab_size: int) -> Tokenizer:
+    def measure(texts: list[str], vocab_size: int, splitting: str) -> Tokenizer:
         texts = list(texts)
         sizes.append(sum(len(text.encode()) for text in texts))
-        return train(texts, vocab_size)
+        return train(texts, vocab_size, splitting)
 
     monkeypatch.setattr(Tokenizer, "train", measure)
     data = prepare(config.model_copy(update={"tokenizer_sample_bytes": 200_000}))

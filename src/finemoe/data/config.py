@@ -10,6 +10,9 @@ from finemoe.core.config import Config
 from finemoe.data.corpora import CorpusConfig, StdlibCorpus
 from finemoe.data.loader import Packing
 
+NEW_SPLITTING = "qwen2"
+"""Of the tokenizers that recipes have trained now, where they do not say."""
+
 
 class DataConfig(Config):
     """What to learn from, and how it is cut into sequences."""
@@ -21,6 +24,9 @@ class DataConfig(Config):
     """What a document's spelling of a control token (<|im_start|>, <think>) is: the text it is, or that token."""
     vocab_size: Annotated[int, Field(ge=257)] = 2048
     """Size of the tokenizer to train."""
+    splitting: Literal["qwen2", "finemoe"] = "finemoe"
+    """How the tokenizer to train splits text: "qwen2", which transformers and llama.cpp know too and recipes get, or
+    "finemoe", that of version 0.1, which configurations that do not say have."""
     sequence_length: Annotated[int, Field(ge=1)] = 256
     packing: Packing = "concatenate"
     """"concatenate": attention crosses document boundaries, as in the paper. "isolate": it does not."""

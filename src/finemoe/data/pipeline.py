@@ -170,11 +170,12 @@ def prepare(config: DataConfig) -> PreparedData:
 
 def _trained_tokenizer(config: DataConfig, scan: Scan, cache: Path) -> Tokenizer:
     """The tokenizer trained on this corpus, from the cache if it was trained before."""
-    key = _key(TRAINER_VERSION, scan.digest(), config.vocab_size, config.tokenizer_sample_bytes)
+    named = (config.splitting,) if config.splitting != "finemoe" else ()  # what is cached keeps its place
+    key = _key(TRAINER_VERSION, scan.digest(), config.vocab_size, config.tokenizer_sample_bytes, *named)
 
     def build(fresh: Path) -> None:
         started = time.perf_counter()
-        tokenizer = Tokenizer.train(_tokenizer_sample(config, scan), config.vocab_size)
+        tokenizer = Tokenizer.train(_tokenizer_sample(config, scan), config.vocab_size, config.splitting)
         require_faithful(tokenizer, scan.samples)
         tokenizer.save(fresh)
         (fresh / _FINGERPRINT).write_text(tokenizer.fingerprint(), encoding="utf-8")

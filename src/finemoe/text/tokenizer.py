@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, final
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from finemoe.core.errors import DataError
 from finemoe.core.files import write_text
+from finemoe.text import pretokenizers
 from finemoe.text.control import controls
 from finemoe.text.decoding import Decoding, bytes_of_tokens, decoding_of
 from finemoe.text.files import TOKENIZER_LIMIT, parse_object, read_beside, read_bounded
@@ -43,10 +44,6 @@ _BEGIN_OF_TEXT_NAMES = ("<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<
 
 _PROBE = "A text, 12 números\n\t 床前 🙂"
 _MOST_IDS = 2**24  # the library keeps tables by id; published vocabularies have up to 2^18
-
-# The GPT-4 pattern with digits one by one (numbers stay comparable) and marks kept with their letters. Runs
-# of blanks stay whole up to the last one, so that an indentation can become a single token.
-_PATTERN = r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @final
@@ -82,8 +79,8 @@ class Tokenizer:
         self.bos_id: int | None = self._find_bos()
 
     @staticmethod
-    def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train on `texts`. Equal texts give an equal tokenizer.
+    def train(texts: Iterable[str], vocab_size: int, splitting: str = "qwen2") -> Tokenizer:
+        """Train on `texts`, split first by that one of `pretokenizers.TRAINED`. Equal texts give an equal tokenizer.
 
         The vocabulary comes out smaller than `vocab_size` when the texts have too few distinct pairs.
 
@@ -93,12 +90,7 @@ class Tokenizer:
         if vocab_size < MIN_VOCAB_SIZE:
             raise DataError(f"vocab_size {vocab_size} is too small: bytes alone need {MIN_VOCAB_SIZE}")
         inner = tokenizers.Tokenizer(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        inner.pre_tokenizer = pretokenizers.build(pretokenizers.TRAINED[splitting])
         inner.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
