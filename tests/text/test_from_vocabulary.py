@@ -152,7 +152,7 @@ def test_a_gap_in_the_ids_becomes_padding() -> None:
 
 def test_what_gguf_cannot_say_is_refused() -> None:
     with pytest.raises(DataError, match="splits text in a way that GGUF has no name for"):
-        vocabulary_of(Tokenizer.train(["some text"], 257))
+        vocabulary_of(Tokenizer.train(["some text"], 257, "finemoe"))
     with pytest.raises(DataError, match="splits text"):
         vocabulary_of(published(byte_level(), ignore_merges=True))
     with pytest.raises(DataError, match="splits text"):
