@@ -337,10 +337,10 @@ def test_sampling_the_tokenizer_text(config: DataConfig, monkeypatch: pytest.Mon
     sizes = []
     train = Tokenizer.train
 
-    def measure(texts: list[str], vocab_size: int) -> Tokenizer:
+    def measure(texts: list[str], vocab_size: int, splitting: str) -> Tokenizer:
         texts = list(texts)
         sizes.append(sum(len(text.encode()) for text in texts))
-        return train(texts, vocab_size)
+        return train(texts, vocab_size, splitting)
 
     monkeypatch.setattr(Tokenizer, "train", measure)
     data = prepare(config.model_copy(update={"tokenizer_sample_bytes": 200_000}))
@@ -355,3 +355,24 @@ def test_the_default_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert data.tokenizer.vocab_size == 512
     assert data.train_loader(0).batch(0, 8).tokens.shape == (8, 64)
     assert 1.5 < data.validation_bytes_per_token < 5
+
+
+def test_control_tokens_in_documents_are_text_and_said_unless_tokens_are_asked_for(
+    config: DataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert isinstance(config.corpus, FilesCorpus)
+    prepare(config)
+    assert "control tokens" not in caplog.text
+    with open(config.corpus.paths[0], "a") as file:
+        file.writelines(json.dumps({"text": f"one{END_OF_TEXT}two {i}", "topic": "topic0"}) + "\n" for i in range(3))
+    data = prepare(config)
+    assert data.report["control_tokens"] == {"read_as": "text", "documents": {END_OF_TEXT: 3}}
+    assert f"{END_OF_TEXT} in 3" in caplog.text
+    assert 'data.control_tokens = "tokens"' in caplog.text
+    asked = prepare(config.model_copy(update={"control_tokens": "tokens"}))
+    ends = [
+        sum(stream.count(i) for stream in streams(d))
+        for d, i in [(d, d.tokenizer.end_of_text_id) for d in (data, asked)]
+    ]
+    assert ends == [123, 126]
+    assert prepare(config).report == data.report

@@ -55,7 +55,7 @@ def test_blocks_are_written_in_order_whatever_their_size(tmp_path: Path, monkeyp
 
 
 def test_an_error_in_the_thread_that_tokenises_is_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    def fail(tokenizer: Tokenizer, texts: list[str], special: bool) -> list[list[int]]:
         raise MemoryError("too much")
 
     monkeypatch.setattr(Tokenizer, "encode_batch", fail)

@@ -72,7 +72,10 @@ def test_only_llama_takes_whole_words_before_merging() -> None:
 
 def test_types_decide_what_is_found_in_text() -> None:
     tokenizer = make()
-    assert tokenizer.encode("<|user|>") == tokenizer.encode_template("<|user|>") == [258]
+    assert tokenizer.encode_template("<|user|>") == [258]
+    assert 258 not in tokenizer.encode("<|user|>")  # a role, whatever its type
+    word = make(tokens=["word" if name == "<|user|>" else name for name in NAMES])
+    assert word.encode("word") == word.encode_template("word") == [258]
     assert tokenizer.encode_template("<s>ab</s>") == [256, 260, 257]
     assert not {256, 257} & set(tokenizer.encode("<s>ab</s>"))
     assert 259 not in tokenizer.encode_template("[PAD259]")
@@ -149,7 +152,7 @@ def test_a_gap_in_the_ids_becomes_padding() -> None:
 
 def test_what_gguf_cannot_say_is_refused() -> None:
     with pytest.raises(DataError, match="splits text in a way that GGUF has no name for"):
-        vocabulary_of(Tokenizer.train(["some text"], 257))
+        vocabulary_of(Tokenizer.train(["some text"], 257, "finemoe"))
     with pytest.raises(DataError, match="splits text"):
         vocabulary_of(published(byte_level(), ignore_merges=True))
     with pytest.raises(DataError, match="splits text"):

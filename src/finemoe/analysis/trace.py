@@ -39,7 +39,7 @@ from torch import Tensor
 from finemoe.analysis.passages import Observed, Passages
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import DataError
-from finemoe.core.files import storage_error, sync
+from finemoe.core.files import make_folder, replacing, storage_error
 from finemoe.model.moe.decision import RoutingDecision
 from finemoe.training.alerts import routed_layers
 
@@ -116,28 +116,16 @@ def write_trace(
         **about,
     }
     starts_with_end = opened.first_id == opened.tokenizer.end_of_text_id
-    with _replacing(path) as temporary:
-        with _writer(temporary, metadata) as file:
-            rows = _Rows(file, opened, -1 if starts_with_end else 0)
-            for one in observed:
-                rows.add(one)
-                yield one
-            rows.flush()
-        sync(temporary)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A place beside `path` that becomes it when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
+        make_folder(path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, _writer(temporary, metadata) as file:
+        rows = _Rows(file, opened, -1 if starts_with_end else 0)
+        for one in observed:
+            rows.add(one)
+            yield one
+        rows.flush()
 
 
 def _writer(path: Path, metadata: Mapping[str, Any]) -> pq.ParquetWriter:

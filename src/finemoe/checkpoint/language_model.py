@@ -18,6 +18,7 @@ from finemoe.core.errors import DataError, RunError
 from finemoe.model.config import Kernels
 from finemoe.model.transformer import Transformer
 from finemoe.text.chat import ChatTemplate
+from finemoe.text.control import encode_chat
 from finemoe.text.tokenizer import Tokenizer
 
 Dtype = Literal["fp32", "bf16", "stored"]
@@ -43,9 +44,13 @@ class LanguageModel:
         """Where its weights are."""
         return self.model.embedding.weight.device
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a prompt: with the beginning token where the model's own tokenizer puts one."""
-        return self.tokenizer.encode(text) if self.own else self.tokenizer.encode_prompt(text)
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of a prompt: with the beginning token where the model's own tokenizer puts one.
+
+        Control tokens that it spells out are text, unless `special`.
+        """
+        encode = self.tokenizer.encode if self.own else self.tokenizer.encode_prompt
+        return encode(text, special=special)
 
     @cached_property
     def template(self) -> ChatTemplate | None:
@@ -56,16 +61,17 @@ class LanguageModel:
         """
         return load_chat_template(self.source)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, special: bool = False) -> tuple[str, list[int]]:
         """What the template makes of `messages`, up to where the model answers: the text and its ids.
+
+        Control tokens that a message spells out are text, unless `special` (`text.control.encode_chat`).
 
         Raises:
             DataError: there is no template, or it fails.
         """
         if self.template is None:
             raise DataError(f"{self.source}: has no chat template, so it was not made to answer: use --prompt")
-        text = self.template.render(messages, add_generation_prompt=True)
-        return text, self.tokenizer.encode_template(text)
+        return encode_chat(self.template, self.tokenizer, messages, special=special)
 
     @property
     def first_id(self) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -88,9 +87,15 @@ def export(
     """
     form = form or ("gguf" if out.suffix == ".gguf" else "hf")
     options = _options(form, out, family, dtype, fp8, no_tokenizer)
-    with _exportable(source, out, quiet) as ready:
-        facts = {"source": str(source), "format": form, **_write(form, ready, out, options, quiet)}
-        checks = _verify(ready, out, quiet) if verify else []
+
+    from finemoe.checkpoint.through_import import passage
+
+    with passage(source, out, {"format": form, **options}, quiet=quiet) as way:
+        facts = {"source": str(source), "format": form, **_write(form, way.source, way.place, options, quiet)}
+        facts["path"] = os.path.realpath(out)
+        way.appear()
+        checks = _verify(way.source, out, quiet) if verify else []
+        checks = [replace(check, said=way.said(check.said)) for check in checks]
     if as_json:
         print_json({**facts, "checks": [check.to_dict() for check in checks]})
     else:
@@ -127,31 +132,6 @@ def _options(
     if dtype is not None and hf is None:
         raise ConfigError(f"--dtype {dtype} is for GGUF files; give OUT a name that ends in .gguf, or use --fp8")
     return {"family": family, "dtype": hf, "fp8": fp8}
-
-
-@contextmanager
-def _exportable(source: Path, out: Path, quiet: bool) -> Iterator[Path]:
-    """`source`, or a temporary import of it where it is in a foreign format."""
-    from finemoe.checkpoint.kinds import kind_of
-    from finemoe.core.errors import FinemoeError
-
-    kind = kind_of(source)
-    if kind in ("run", "imported"):
-        yield source
-        return
-
-    from finemoe.checkpoint.gguf.opening import import_gguf
-    from finemoe.checkpoint.huggingface.importing import import_hf
-
-    home = next(parent for parent in out.absolute().parents if parent.exists())
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=home) as folder:
-        place = Path(folder) / source.stem
-        convert = import_gguf if kind == "gguf" else import_hf
-        convert(source, place, quiet=quiet)
-        try:
-            yield place
-        except FinemoeError as error:  # nobody knows the temporary folder
-            raise type(error)(str(error).replace(str(place), str(source))) from error
 
 
 def _write(form: Format, source: Path, out: Path, options: Mapping[str, Any], quiet: bool) -> dict[str, Any]:

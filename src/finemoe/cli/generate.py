@@ -16,18 +16,25 @@ from finemoe.cli.output import Json, print_json, printable
 if TYPE_CHECKING:
     from finemoe.checkpoint.language_model import Dtype, LanguageModel
     from finemoe.generation import Engine, SamplingConfig, Sequence
+    from finemoe.text.tokenizer import Tokenizer
+
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="A run directory or one checkpoint in it, an imported or Hugging Face folder, or a GGUF file.",
+        show_default=False,
+        autocompletion=complete_run,
+    ),
+]
+Special = Annotated[
+    bool, typer.Option("--special", help="Read control tokens that a prompt spells out as tokens, not as text.")
+]
 
 
 def generate(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL",
-            help="A run directory or one checkpoint in it, an imported or Hugging Face folder, or a GGUF file.",
-            show_default=False,
-            autocompletion=complete_run,
-        ),
-    ],
+    source: Source,
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; repeatable.")
     ] = None,
@@ -48,19 +55,24 @@ def generate(
         Literal["fp32", "bf16", "stored"],
         typer.Option(help="Weights in memory; bf16 takes half, and is slower on most CPUs."),
     ] = "fp32",
+    special: Special = False,
     as_json: Json = False,
 ) -> None:
     """Continue prompts, or answer a message, with a trained model.
 
     One prompt streams as it is written; several run together, and each gets the text that it
-    would get alone. With --json: a list of prompt, completion, finish_reason ("length" or
-    "stop"), tokens (ids) and logprobs (nats, under the model itself).
+    would get alone. A prompt that spells out control tokens, such as <|im_start|> or <think>,
+    is read as the text that it is, and you are told; --special reads them as the tokens.
+    --chat writes those of the chat template itself, and reads the message in the same way.
+    With --json: a list of prompt, completion, finish_reason ("length" or "stop"), tokens
+    (ids) and logprobs (nats, under the model itself).
 
     \b
     Examples:
       finemoe generate runs/tiny --prompt "def main(" --temperature 0.8 --top-p 0.95
       finemoe generate runs/tiny --file prompts.txt --json > completions.json
       finemoe generate SmolLM2-135M-Instruct --chat "Name three rivers." --temperature 0
+      finemoe generate SmolLM2-135M-Instruct --file turns-written-by-hand.jsonl --special
     """
     from finemoe.checkpoint.kinds import kind_of
 
@@ -69,7 +81,10 @@ def generate(
     kind_of(source)  # a path that holds nothing is refused before a second of imports
     sampling = _sampling(draw)
     opened, engine = _open(source, dtype)
-    texts, ids = _encoded(opened, texts, chat, system)
+    given = texts if chat is None else [chat, *([system] if system is not None else [])]
+    texts, ids = _encoded(opened, texts, chat, system, special)
+    if not special:
+        _say_what_is_text(given, opened.tokenizer, "message" if chat is not None else "prompt")
     _say_what_is_odd(ids, sampling, opened)
     started = time.monotonic()
     if len(ids) == 1 and not as_json:
@@ -153,7 +168,7 @@ def _open(source: Path, dtype: Dtype) -> tuple[LanguageModel, Engine]:
 
 
 def _encoded(
-    opened: LanguageModel, texts: list[str], chat: str | None, system: str | None
+    opened: LanguageModel, texts: list[str], chat: str | None, system: str | None, special: bool
 ) -> tuple[list[str], list[tuple[int, ...]]]:
     """What the model continues, as text and as ids: `texts`, or the message in its template.
 
@@ -162,10 +177,30 @@ def _encoded(
     """
     _ = opened.template  # a damaged one is told whether it is needed or not
     if chat is None:
-        return texts, [tuple(opened.encode(text)) for text in texts]
+        return texts, [tuple(opened.encode(text, special=special)) for text in texts]
     spoken = [("system", system), ("user", chat)]
-    text, ids = opened.encode_chat([{"role": role, "content": words} for role, words in spoken if words is not None])
+    messages = [{"role": role, "content": words} for role, words in spoken if words is not None]
+    text, ids = opened.encode_chat(messages, special=special)
     return [text], [tuple(ids)]
+
+
+def _say_what_is_text(texts: list[str], tokenizer: Tokenizer, what: str) -> None:
+    """Control tokens that somebody spelt out and that are read as text, and how to have them read as tokens."""
+    from finemoe.core.logs import logger
+    from finemoe.text.control import spelt_in
+
+    found = [spelt_in(tokenizer, text) for text in texts]
+    names = list(dict.fromkeys(name for spelt in found for name in spelt))
+    if not names:
+        return
+    holding = sum(map(bool, found))
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    logger.warning(
+        "%s %s out control tokens of this model (%s), which are read as text: --special reads them as the tokens",
+        f"the {what}" if len(texts) == 1 else f"{holding} of {len(texts)} {what}s",
+        "spells" if holding == 1 else "spell",
+        shown,
+    )
 
 
 def _say_what_is_odd(ids: list[tuple[int, ...]], sampling: SamplingConfig, opened: LanguageModel) -> None:

@@ -71,11 +71,13 @@ def _list(only: str, as_json: bool) -> None:
 
 
 def _record(title: str, name: str, preset: Preset) -> dict[str, Any]:
+    from finemoe.checkpoint.portability import portability
     from finemoe.model.config import expand
     from finemoe.model.presets import resolve
     from finemoe.model.size import measure
 
     config = expand(resolve(preset.model, name))
+    where = portability(config)
     size = measure(config, preset.seq_len)
     return {
         "name": name,
@@ -83,6 +85,9 @@ def _record(title: str, name: str, preset: Preset) -> dict[str, Any]:
         "total_parameters": size.total_parameters,
         "active_parameters": size.active_parameters,
         "experts": experts(config),
+        "transformers": where.native,
+        "llama_cpp": where.architecture is not None,
+        "runs_in": where.short,
         "seq_len": preset.seq_len,
         "summary": preset.summary,
     }
@@ -93,22 +98,24 @@ def _print_groups(records: list[dict[str, Any]]) -> None:
 
     from finemoe.charts.numbers import count
 
-    heads = ("Name", "Total", "Active", "Experts", "What")
+    heads = ("Name", "Total", "Active", "Experts", "In", "What")
     rows = {
         record["name"]: (
             record["name"],
             count(record["total_parameters"]),
             count(record["active_parameters"]),
             record["experts"],
+            record["runs_in"],
             record["summary"],
         )
         for record in records
     }
-    widths = [max(len(row[column]) for row in (heads, *rows.values())) for column in range(4)]
+    widths = [max(len(row[column]) for row in (heads, *rows.values())) for column in range(5)]
     print_rich(_table([heads], widths))
     for title, group in groupby(records, lambda record: record["group"]):
         print_rich(Text(), Text(title, style="bold"), _table([rows[record["name"]] for record in group], widths))
     typer.echo("\nExperts: shared + routed, and how many routed ones a token takes.")
+    typer.echo("In: what runs its export, T transformers, L llama.cpp; – finemoe alone.")
     typer.echo("--only TEXT narrows the list; finemoe size NAME measures one;")
     typer.echo("finemoe presets NAME prints it for a recipe.")
 

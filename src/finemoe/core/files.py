@@ -9,7 +9,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from finemoe.core.errors import RunError
@@ -24,17 +24,42 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         RunError: the disk is full or the folder unwritable; an old file stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise storage_error(path, error) from error
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to fill beside `path` that becomes it in one step when the block ends well, and else goes.
+
+    It has one name, so that what a killed process leaves is taken over by the next that writes `path`; two that are
+    alive take turns.
+
+    Raises:
+        RunError: the disk is full, the folder unwritable, or another process writes there for more than ten seconds;
+            an old file stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    with ExitStack() as held:
+        try:
+            held.enter_context(exclusive_lock(temporary, patience=_PATIENCE_SECONDS))
+            os.truncate(temporary, 0)
+            held.callback(_forget, temporary, os.stat(temporary))
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+        except TimeoutError as error:
+            raise RunError(f"{path}: another process is writing it; wait for it, or end it") from error
+        except OSError as error:
+            raise storage_error(path, error) from error
+
+
+def _forget(temporary: Path, ours: os.stat_result) -> None:
+    """Remove the file, unless it has its name by now and another one bears this."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(temporary.stat(), ours):
+            temporary.unlink()
 
 
 @contextmanager
@@ -47,14 +72,22 @@ def sole_writer(directory: Path) -> Iterator[None]:
         RunError: another process is at work there, or the folder cannot be made.
     """
     with ExitStack() as held:
+        _lock_folder(directory, held)
+        yield
+
+
+def _lock_folder(directory: Path, held: ExitStack) -> None:
+    while True:
         try:
             make_folder(directory)
             held.enter_context(exclusive_lock(directory / ".lock", patience=_PATIENCE_SECONDS))
+            return
+        except FileNotFoundError:  # the process that was waited for has renamed or removed the folder
+            continue
         except TimeoutError as error:
             raise RunError(f"{directory}: another process is at work there; wait for it, or end it") from error
         except OSError as error:
             raise storage_error(directory, error) from error
-        yield
 
 
 def make_folder(folder: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from finemoe.core.config import Config
 from finemoe.data.corpora import CorpusConfig, StdlibCorpus
 from finemoe.data.loader import Packing
+
+NEW_SPLITTING = "qwen2"
+"""Of the tokenizers that recipes have trained now, where they do not say."""
 
 
 class DataConfig(Config):
@@ -18,8 +21,13 @@ class DataConfig(Config):
     """Where the documents come from."""
     tokenizer: str | None = None
     """An existing `tokenizer.json`, or the folder that holds it; None trains one on the corpus."""
+    control_tokens: Literal["text", "tokens"] = "text"
+    """What a document's spelling of a control token (<|im_start|>, <think>) is: the text it is, or that token."""
     vocab_size: Annotated[int, Field(ge=257)] = 2048
     """[tokens] Size of the tokenizer to train. In a recipe it is the model's, so leave it out."""
+    splitting: Literal["qwen2", "finemoe"] = "finemoe"
+    """How the tokenizer to train splits text: "qwen2", which transformers and llama.cpp know too and recipes get, or
+    "finemoe", that of version 0.1, which configurations that do not say have."""
     sequence_length: Annotated[int, Field(ge=1)] = 256
     """[tokens] Length of a training sequence: how far the model learns to look back."""
     packing: Packing = "concatenate"

@@ -141,7 +141,8 @@ def prepare(config: DataConfig) -> PreparedData:
     cache = Path(config.cache_dir or os.environ.get("FINEMOE_CACHE") or "~/.cache/finemoe").expanduser()
     tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else _trained_tokenizer(config, scan, cache)
     alterations(tokenizer, scan.samples).require(config.max_altered_share)  # before a large corpus is tokenised
-    folder = cache / "tokens" / _key(FORMAT_VERSION, scan.digest(), tokenizer.fingerprint())
+    asked = (config.control_tokens,) if config.control_tokens != "text" else ()
+    folder = cache / "tokens" / _key(FORMAT_VERSION, scan.digest(), tokenizer.fingerprint(), *asked)
     found = open_or_build(folder, open_tokens, lambda fresh: _tokenise(config, scan, tokenizer, fresh))
     found.altered.require(config.max_altered_share)
     if (sentence := found.altered.sentence()) is not None:
@@ -153,9 +154,11 @@ def prepare(config: DataConfig) -> PreparedData:
         "altered_by_tokenizer": found.altered.as_json(),
         "tokenizer_sha256": tokenizer.fingerprint(),
         "vocab_size": tokenizer.vocab_size,
+        "control_tokens": {"read_as": config.control_tokens, "documents": found.control_tokens},
     }
     prepared = PreparedData(config, tokenizer, train, validation, report)
     _check_lengths(prepared)
+    _say_control_tokens(**report["control_tokens"])
     logger.info(
         "corpus: %d + %d documents, %.2f M + %.2f M tokens to train and validate on, vocabulary of %d",
         *(report["documents"][side] for side in SIDES),
@@ -167,11 +170,12 @@ def prepare(config: DataConfig) -> PreparedData:
 
 def _trained_tokenizer(config: DataConfig, scan: Scan, cache: Path) -> Tokenizer:
     """The tokenizer trained on this corpus, from the cache if it was trained before."""
-    key = _key(TRAINER_VERSION, scan.digest(), config.vocab_size, config.tokenizer_sample_bytes)
+    named = (config.splitting,) if config.splitting != "finemoe" else ()  # what is cached keeps its place
+    key = _key(TRAINER_VERSION, scan.digest(), config.vocab_size, config.tokenizer_sample_bytes, *named)
 
     def build(fresh: Path) -> None:
         started = time.perf_counter()
-        tokenizer = Tokenizer.train(_tokenizer_sample(config, scan), config.vocab_size)
+        tokenizer = Tokenizer.train(_tokenizer_sample(config, scan), config.vocab_size, config.splitting)
         require_faithful(tokenizer, scan.samples)
         tokenizer.save(fresh)
         (fresh / _FINGERPRINT).write_text(tokenizer.fingerprint(), encoding="utf-8")
@@ -218,7 +222,7 @@ def _tokenise(config: DataConfig, scan: Scan, tokenizer: Tokenizer, folder: Path
     names = [_stream(part, side) for part in range(len(parts_of(config.corpus))) for side in SIDES]
     again = Scan(SkipReport(quiet=True), tails=scan.tails)
     with (
-        TokenWriter(folder, names, tokenizer) as writer,
+        TokenWriter(folder, names, tokenizer, special=config.control_tokens == "tokens") as writer,
         progress("tokenising", scan.skips.kept, "documents") as advance,
     ):
         for item in again.read(config.corpus, config.validation_share):
@@ -237,6 +241,24 @@ def _shards(corpus: CorpusConfig, side: Side, found: TokenFolder) -> TokenShards
             TokenSource(name, part.weight, found.streams[_stream(i, side)], found.bytes_per_byte[_stream(i, side)])
             for i, (name, part) in enumerate(zip(names, parts, strict=True))
         )
+    )
+
+
+def _say_control_tokens(read_as: str, documents: dict[str, int]) -> None:
+    """What becomes of control tokens that documents spell out, which may be quotations or turns written by hand."""
+    if not documents:
+        return
+    shown = ", ".join(f"{name} in {number}" for name, number in list(documents.items())[:4])
+    more = f" and {len(documents) - 4} others" if len(documents) > 4 else ""
+    other = "tokens" if read_as == "text" else "text"
+    logger.warning(
+        "documents spell out control tokens of the tokenizer (%s%s), which are read as %s; "
+        'data.control_tokens = "%s" reads them as %s',
+        shown,
+        more,
+        "the text that they are" if read_as == "text" else "those tokens",
+        other,
+        "those tokens" if read_as == "text" else "the text that they are",
     )
 
 

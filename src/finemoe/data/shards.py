@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +22,7 @@ import numpy as np
 from finemoe.data.cache import DamagedError
 from finemoe.data.loader import TokenArray
 from finemoe.text import Alterations, Tokenizer
+from finemoe.text.control import spellings
 
 FORMAT_VERSION = 2
 META = "meta.json"
@@ -34,9 +37,13 @@ class TokenWriter:
     One block is tokenised, by the library's own threads, while the one before is written and the next is collected.
     """
 
-    def __init__(self, folder: Path, names: Iterable[str], tokenizer: Tokenizer) -> None:
+    def __init__(self, folder: Path, names: Iterable[str], tokenizer: Tokenizer, *, special: bool = False) -> None:
+        """`special`: control tokens that a document spells out become those tokens, else they stay text."""
         self._folder = folder
         self._tokenizer = tokenizer
+        self._special = special
+        self._encode = partial(tokenizer.encode_batch, special=special)
+        self._spelling: Counter[str] = Counter()  # documents that spell out a control token, by its name
         self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self._texts: list[str] = []
         self._places: list[tuple[str, bool]] = []  # the stream of each text, and whether a document ends with it
@@ -54,6 +61,7 @@ class TokenWriter:
 
     def add(self, name: str, text: str) -> None:
         """Append a document to the stream `name`."""
+        self._spelling.update(set(spellings(self._tokenizer, text)))
         pieces = list(_pieces(text))
         for index, piece in enumerate(pieces):
             self._texts.append(piece)
@@ -83,6 +91,7 @@ class TokenWriter:
             "tokenizer_sha256": self._tokenizer.fingerprint(),
             "vocab_size": self._tokenizer.vocab_size,
             "dtype": self._dtype.str,
+            "control_tokens": dict(self._spelling.most_common()),
             "streams": streams,
             "altered": self._altered.as_json(),
         }
@@ -99,7 +108,7 @@ class TokenWriter:
 
     def _encode_block(self) -> None:
         """Send off the block that was collected, and write the one before meanwhile."""
-        encoding = self._texts, self._places, self._encoder.submit(self._tokenizer.encode_batch, self._texts)
+        encoding = self._texts, self._places, self._encoder.submit(self._encode, self._texts)
         self._texts, self._places, self._block_chars = [], [], 0
         self._write_block()
         self._encoding = encoding
@@ -112,7 +121,7 @@ class TokenWriter:
         self._encoding = None
         block: dict[str, list[int]] = {}
         for text, (name, ends), ids in zip(texts, places, encoded.result(), strict=True):
-            for index, size in enumerate(self._altered.add(self._tokenizer, text, ids, ends)):
+            for index, size in enumerate(self._altered.add(self._tokenizer, text, ids, ends, self._special)):
                 self._bytes[name][index] += size
             stream = block.setdefault(name, [])
             stream += ids
@@ -153,6 +162,8 @@ class TokenFolder:
     """Bytes of a stream's texts for each byte that its tokens stand for: 1 where the tokenizer changes nothing."""
     altered: Alterations
     """What the tokenizer changed of the texts."""
+    control_tokens: dict[str, int]
+    """Those that documents spell out, and how many documents do."""
 
 
 def open_streams(folder: Path) -> dict[str, TokenArray]:
@@ -174,7 +185,8 @@ def open_tokens(folder: Path) -> TokenFolder:
         table = meta["streams"]
         streams = {name: _open_stream(folder / _bin(name), dtype, facts) for name, facts in table.items()}
         ratios = {name: (facts["text_bytes"] or 1) / (facts["token_bytes"] or 1) for name, facts in table.items()}
-        return TokenFolder(streams, ratios, Alterations.from_json(meta["altered"]))
+        altered, spelt = Alterations.from_json(meta["altered"]), dict(meta.get("control_tokens", {}))
+        return TokenFolder(streams, ratios, altered, spelt)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{folder}: {error}") from error
 

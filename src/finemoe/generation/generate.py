@@ -54,6 +54,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     dtype: Dtype = "fp32",
+    special: bool = False,
     quiet: bool = False,
 ) -> list[Completion]:
     """Continue prompts, or answer a conversation, with a trained model.
@@ -68,6 +69,7 @@ def generate(
         top_k, top_p: draw among the K most probable tokens, or among the fewest that reach P.
         seed: equal seeds give equal text.
         dtype: of the weights in memory.
+        special: read control tokens that the text spells out, such as <think>, as those tokens and not as text.
         quiet: no progress on stderr.
 
     Returns:
@@ -84,9 +86,9 @@ def generate(
     sampling = parse(SamplingConfig, draw, "generate")
     opened = model if isinstance(model, LanguageModel) else open_language_model(model, dtype)
     if messages is None:
-        ids = [tuple(opened.encode(text)) for text in texts]
+        ids = [tuple(opened.encode(text, special=special)) for text in texts]
     else:
-        text, answered = opened.encode_chat(messages)
+        text, answered = opened.encode_chat(messages, special=special)
         texts, ids = [text], [tuple(answered)]
     sequences = complete(engine_for(opened), ids, sampling, quiet=quiet)
     answers = messages is not None

@@ -15,6 +15,7 @@ from finemoe.checkpoint.own_config import refuse_older
 from finemoe.core.config import Config, merge, parse, read_tables, with_overrides
 from finemoe.core.errors import ConfigError
 from finemoe.data import DataConfig
+from finemoe.data.config import NEW_SPLITTING
 from finemoe.methods import MethodConfig
 from finemoe.methods.pretraining import PretrainingConfig
 from finemoe.methods.setting import Setting
@@ -205,7 +206,7 @@ def resolve_run(raw: Mapping[str, Any], source: str) -> RunConfig:
         raise ConfigError(f"{source}: `model` and `data` must be tables")
     raw = with_defaults(raw)
     config = _resolve_model(raw, source)
-    defaults: dict[str, Any] = {"vocab_size": config.vocab_size}
+    defaults: dict[str, Any] = {"vocab_size": config.vocab_size, "splitting": NEW_SPLITTING}
     if raw.get("start_from") is not None:  # its weights mean nothing without its tokenizer
         defaults["tokenizer"] = str(text_home(Path(str(raw["start_from"]))))
     data = {**defaults, **raw.get("data", {})}

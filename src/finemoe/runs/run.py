@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from finemoe.checkpoint.open import load_model, text_home
+from finemoe.checkpoint.portability import portability
 from finemoe.checkpoint.run_state.state import RunState, checkpoint_folders, load_latest
 from finemoe.core import memory
 from finemoe.core.config import parse, to_json
@@ -357,6 +358,7 @@ def _announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str)
     logger.info("%d steps of %d tokens", trainer.plan.total_steps, config.training.tokens_per_step)
     for note in trainer.method.notes:
         logger.info("%s", note)
+    logger.info("%s", portability(config.model).sentence())
     if trainer.state.step:
         logger.info("resuming after step %d", trainer.state.step)
 

@@ -10,6 +10,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from finemoe.core.config import Config, parse
 from finemoe.core.errors import ConfigError
 from finemoe.data import DataConfig
+from finemoe.data.config import NEW_SPLITTING
 from finemoe.model.config import ModelRecipe
 from finemoe.model.feed_forward import DenseConfig
 from finemoe.model.presets import resolve
@@ -126,7 +127,7 @@ def resolve_comparison(raw: Mapping[str, Any], source: str) -> CompareConfig:
         if field in training:
             raise ConfigError(f"{source}: training.{field}: a comparison's length is [budget] kind and value")
     base = resolve(raw.get("base", {"preset": "tiny-dense"}), f"{source}: base")
-    data = {"vocab_size": base.vocab_size, **raw.get("data", {})}
+    data = {"vocab_size": base.vocab_size, "splitting": NEW_SPLITTING, **raw.get("data", {})}
     filled = {
         **raw,
         "base": base.model_dump(),

@@ -36,7 +36,10 @@ SCALES: Mapping[str, Scale] = {
             "seeds": [0, 1, 2],
             "base": {"preset": "tiny-dense", "num_layers": 2},
             "budget": {"kind": "tokens", "value": 2_000_000},
-            "data": {"max_validation_tokens": 131_072},
+            "data": {
+                "max_validation_tokens": 131_072,
+                "splitting": "finemoe",
+            },  # as the paper in miniature was recorded
             "training": {"tokens_per_step": 4_096, "evaluate_every": 98},
         },
     ),

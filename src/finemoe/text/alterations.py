@@ -52,8 +52,12 @@ class Alterations:
         """Of all characters, those that do not come back."""
         return self.lost / max(1, self.characters)
 
-    def add(self, tokenizer: Tokenizer, text: str, ids: Sequence[int], ends: bool = True) -> tuple[int, int]:
+    def add(
+        self, tokenizer: Tokenizer, text: str, ids: Sequence[int], ends: bool = True, special: bool = False
+    ) -> tuple[int, int]:
         """Count a document, or a piece of one that goes on unless it `ends`.
+
+        An end-of-text token that stands for its own spelling is counted unless `special`: then it was asked for.
 
         Returns:
             Bytes of the text, and of the tokens that stand for it; the same where nothing is changed.
@@ -62,7 +66,7 @@ class Alterations:
         name = tokenizer.token_bytes[tokenizer.end_of_text_id]
         num_ends = ids.count(tokenizer.end_of_text_id)
         self.characters += len(text)
-        if num_ends:
+        if num_ends and not special:
             self.lost += num_ends * len(name.decode(errors="replace"))
             self._mark("ended", text, text)
         back = raw.removeprefix(b" ") if tokenizer.puts_space_first else raw

@@ -112,12 +112,12 @@ def _changes(tokenizer: Tokenizer, samples: Iterable[str]) -> Iterator[tuple[str
 
 def _confusions(tokenizer: Tokenizer) -> Iterator[str]:
     """Added tokens that a rendered template cannot reach, special ones that ordinary text can."""
-    for token_id, (name, special) in tokenizer.added_tokens.items():
+    for token_id, (name, _) in tokenizer.added_tokens.items():
         ids = tokenizer.encode_template(name)
         if ids != [token_id]:
             yield f"the added token {name!r} ({token_id}) becomes {ids[:6]} in a chat template, not its own id"
-        if special and token_id in tokenizer.encode(name):
-            yield f"the special token {name!r} ({token_id}) appears when its name stands in ordinary text"
+        if name in tokenizer.control_tokens and token_id in tokenizer.encode(name):
+            yield f"the control token {name!r} ({token_id}) appears when its name stands in ordinary text"
 
 
 def _absent(tokenizer: Tokenizer) -> Iterator[str]:

@@ -90,6 +90,18 @@ _ALIASES = {
 }
 
 
+# The GPT-4 pattern with digits one by one (numbers stay comparable) and marks kept with their letters. Runs of blanks
+# stay whole up to the last one, so that an indentation can become a single token.
+_FINEMOE = r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+TRAINED: dict[str, Splitting] = {
+    # As llama.cpp spells it: `(?i:'s)` also takes a long s, which llama.cpp does not.
+    "qwen2": Splitting((_WORDS.format(digits=r"\p{N}").replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", _CONTRACTIONS),)),
+    "finemoe": Splitting((_FINEMOE,)),
+}
+"""What a tokenizer can be trained with: Qwen's splitting, which every program knows, or that of finemoe 0.1."""
+
+
 def splitting_of(pre: str) -> Splitting:
     """The splitting called `pre`.
 
@@ -153,4 +165,4 @@ def _patterns(step: Mapping[str, Any] | None) -> Iterator[str]:
 def _spelt(pattern: str) -> str:
     """One spelling for patterns that are published in two."""
     spelt = pattern.replace("\r", r"\r").replace("\n", r"\n")
-    return spelt.replace("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", "(?i:'s|'t|'re|'ve|'m|'ll|'d)")
+    return spelt.replace(_CONTRACTIONS, "(?i:'s|'t|'re|'ve|'m|'ll|'d)")

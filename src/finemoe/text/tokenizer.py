@@ -1,8 +1,9 @@
 """Tokenizers: text to ids and back.
 
-Training and encoding are done by the `tokenizers` library. What this module adds: ordinary text never turns
-into a special token unless asked for, decoding works on bytes (so that streaming and whole decoding cannot
-disagree). What a tokenizer changes of a corpus is counted while it is tokenised, by `alterations`.
+Training and encoding are done by the `tokenizers` library. What this module adds: ordinary text never turns into a
+control token unless asked to (`text.control` says which those are), and decoding works on bytes (so that streaming and
+whole decoding cannot disagree). What a tokenizer changes of a corpus is counted while it is tokenised, by
+`alterations`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from pathlib import Path
 from typing import Any, final
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from finemoe.core.errors import DataError
+from finemoe.core.files import write_text
+from finemoe.text import pretokenizers
+from finemoe.text.control import controls
 from finemoe.text.decoding import Decoding, bytes_of_tokens, decoding_of
 from finemoe.text.files import TOKENIZER_LIMIT, parse_object, read_beside, read_bounded
 from finemoe.text.settings import TokenizerSettings
@@ -42,10 +46,6 @@ _BEGIN_OF_TEXT_NAMES = ("<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<
 _PROBE = "A text, 12 números\n\t 床前 🙂"
 _MOST_IDS = 2**24  # the library keeps tables by id; published vocabularies have up to 2^18
 
-# The GPT-4 pattern with digits one by one (numbers stay comparable) and marks kept with their letters. Runs
-# of blanks stay whole up to the last one, so that an indentation can become a single token.
-_PATTERN = r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
 
 @final
 class Tokenizer:
@@ -59,24 +59,29 @@ class Tokenizer:
         """
         self._json = inner.to_str()
         self._decoding: Decoding = decoding_of(json.loads(self._json).get("decoder"), origin)
-        inner.encode_special_tokens = True  # "<|end_of_text|>" inside a document is text
         inner.no_truncation()
         inner.no_padding()
-        self._inner = inner
         self.settings: TokenizerSettings = settings or TokenizerSettings()
+        added = dict(sorted(inner.get_added_tokens_decoder().items()))
         self.added_tokens: Mapping[int, tuple[str, bool]] = {
-            token_id: (added.content, bool(added.special))
-            for token_id, added in sorted(inner.get_added_tokens_decoder().items())
+            token_id: (token.content, bool(token.special)) for token_id, token in added.items()
         }
         """Tokens found in a text before it is split: id to name, and whether it is special."""
+        self.control_tokens: Mapping[str, int] = self._find_control_tokens()
+        """Those that no text becomes unless it is asked to, by name."""
+        unmarked = [token for token in added.values() if token.content in self.control_tokens and not token.special]
+        inner.add_special_tokens([_marked_special(token) for token in unmarked])
+        inner.encode_special_tokens = True  # "<|end_of_text|>" inside a document is text
+        self._inner = inner
+        self._unmarked: int = len(unmarked)
         vocabulary = inner.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         self.end_of_text_id: int = self._find_end_of_text(origin)
         self.bos_id: int | None = self._find_bos()
 
     @staticmethod
-    def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train on `texts`. Equal texts give an equal tokenizer.
+    def train(texts: Iterable[str], vocab_size: int, splitting: str = "qwen2") -> Tokenizer:
+        """Train on `texts`, split first by that one of `pretokenizers.TRAINED`. Equal texts give an equal tokenizer.
 
         The vocabulary comes out smaller than `vocab_size` when the texts have too few distinct pairs.
 
@@ -86,12 +91,7 @@ class Tokenizer:
         if vocab_size < MIN_VOCAB_SIZE:
             raise DataError(f"vocab_size {vocab_size} is too small: bytes alone need {MIN_VOCAB_SIZE}")
         inner = tokenizers.Tokenizer(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        inner.pre_tokenizer = pretokenizers.build(pretokenizers.TRAINED[splitting])
         inner.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -139,15 +139,7 @@ class Tokenizer:
         """Write `tokenizer.json` to `path`, or into it when `path` is a folder: all of it or nothing."""
         file = Path(path)
         file = file / FILE_NAME if file.is_dir() else file
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        try:
-            with open(partial, "w", encoding="utf-8") as out:
-                out.write(self._json)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(file, self._json)
 
     def to_json(self) -> str:
         """The content of its tokenizer.json."""
@@ -156,6 +148,8 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """A hash of everything that decides which ids a text gets."""
         canonical = json.dumps(json.loads(self._json), sort_keys=True)
+        if self._unmarked:  # texts that spell these had other ids before 0.2
+            canonical += "control tokens without the flag are text"
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @property
@@ -192,24 +186,51 @@ class Tokenizer:
         found: int | None = None if token is None else self._inner.token_to_id(token)
         return found
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`. No special token is added, none is recognised in the text."""
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of `text`; none is added. Control tokens that it spells out are text, unless `special`."""
+        if special:
+            return self.encode_template(text)
         ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """`encode` for many texts, on all cores."""
-        return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        inner = self._recognising if special else self._inner
+        return [encoding.ids for encoding in inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a text that the model continues: `encode`, after the beginning token where there is one."""
-        ids = self.encode(text)
-        return [self.bos_id, *ids] if self.adds_bos and self.bos_id is not None else ids
+    def encode_prompt(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of a text that the model continues: `encode`, after the beginning token where there is one.
+
+        With `special` a text that spells the beginning token itself gets no second one.
+        """
+        ids = self.encode(text, special=special)
+        if not self.adds_bos or self.bos_id is None or (special and ids[:1] == [self.bos_id]):
+            return ids
+        return [self.bos_id, *ids]
 
     def encode_template(self, text: str) -> list[int]:
-        """The ids of a rendered chat template: special tokens are recognised by name, none is added."""
+        """The ids of a rendered chat template: every added token is recognised by name, none is added."""
         ids: list[int] = self._recognising.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_piece(self, text: str, *, first: bool) -> list[int]:
+        """`encode` for what stands between two control tokens of a longer text, or before the `first` of them."""
+        ids: list[int] = (self._inner if first else self._continuing).encode(text, add_special_tokens=False).ids
+        return ids
+
+    def recognised(self, text: str) -> list[tuple[int, tuple[int, int]]]:
+        """The control tokens that `text` spells out: the id of each, and where in `text` it begins and ends."""
+        known = set(self.control_tokens.values())
+        found = self._recognising.encode(text, add_special_tokens=False)
+        return [pair for pair in zip(found.ids, found.offsets, strict=True) if pair[0] in known]
+
+    @cached_property
+    def control_openings(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of control tokens by their first two characters, most of which few texts have."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name in self.control_tokens:
+            found[name[:2]] = (*found.get(name[:2], ()), name)
+        return found
 
     @cached_property
     def token_bytes(self) -> Mapping[int, bytes]:
@@ -250,6 +271,28 @@ class Tokenizer:
         inner.no_padding()
         return inner
 
+    @cached_property
+    def _continuing(self) -> tokenizers.Tokenizer:
+        """The same tokenizer where only the beginning of a text has a space put before it: without that space."""
+        splitting = json.loads(self._json).get("pre_tokenizer") or {}
+        if splitting.get("type") != "Metaspace" or splitting.get("prepend_scheme") != "first":
+            return self._inner
+        inner = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        inner.encode_special_tokens = True
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(
+            splitting["replacement"], prepend_scheme="never", split=splitting.get("split", True)
+        )
+        return inner
+
+    def _find_control_tokens(self) -> dict[str, int]:
+        """By what tokenizer.json and the files beside it say of a token, and by how it is spelt."""
+        named, stops = set(self.settings.special_tokens.values()), self.settings.stop_ids
+        return {
+            name: token_id
+            for token_id, (name, special) in self.added_tokens.items()
+            if controls(name, special) or name in named or token_id in stops
+        }
+
     def _find_bos(self) -> int | None:
         named = self.id_of(self.settings.special_tokens.get("bos_token"))
         if named is not None:
@@ -278,6 +321,17 @@ class Tokenizer:
             return self.token_bytes[token_id]
         except KeyError:
             raise DataError(f"token id {token_id} is not in the vocabulary of {self.vocab_size}") from None
+
+
+def _marked_special(token: AddedToken) -> AddedToken:
+    return AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=True,
+    )
 
 
 def _check_ids(facts: Mapping[str, Any], origin: str) -> None:

@@ -197,7 +197,7 @@ def test_an_export_leaves_nothing_when_it_fails(tmp_path: Path, monkeypatch: pyt
     out = tmp_path / "out" / "model.gguf"
     with pytest.raises(CheckpointError, match=r"blk\.2\.attn_output.*1e\+06.*F16 cannot hold"):
         export_gguf(source, out, dtype="F16", quiet=True)
-    assert not list(out.parent.iterdir())
+    assert not out.parent.exists()
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -205,12 +205,52 @@ def test_an_export_leaves_nothing_when_it_fails(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(exporting, "_write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_gguf(source, out, dtype="F32", quiet=True)
-    assert not list(out.parent.iterdir())
+    assert [file.name for file in out.parent.iterdir()] == ["model.gguf.partial"]
     monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="with other options"):
+        export_gguf(source, out, dtype="BF16", quiet=True)
     export_gguf(source, out, dtype="F32", quiet=True)
     assert [file.name for file in out.parent.iterdir()] == ["model.gguf"]
     with pytest.raises(CheckpointError, match="exists already"):
         export_gguf(source, out, dtype="F32", quiet=True)
+
+
+@pytest.mark.parametrize("cut", [None, "end", "header", "line"])
+def test_an_interrupted_export_goes_on_after_what_was_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str | None
+) -> None:
+    source = import_folder(tmp_path / "source", random_model(MODELS["llama"]))
+    straight, out = tmp_path / "straight.gguf", tmp_path / "model.gguf"
+    export_gguf(source, straight, dtype="F32", quiet=True)
+    monkeypatch.setattr(exporting, "_SYNC_BYTES", 2000)
+    write, written = exporting._write, 0
+
+    def counted(*arguments: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == 12:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(exporting, "_write", counted)
+    with pytest.raises(KeyboardInterrupt):
+        export_gguf(source, out, dtype="F32", quiet=True)
+    partial, journal = tmp_path / "model.gguf.partial" / "model.gguf", tmp_path / "model.gguf.partial" / ".written"
+    if cut == "end":  # a power cut took what was not synced
+        with partial.open("r+b") as file:
+            file.truncate(int(journal.read_text().split()[-1]))
+    elif cut == "header":
+        partial.write_bytes(b"x" + partial.read_bytes()[1:])
+    elif cut == "line":
+        journal.write_text(journal.read_text() + "11 99")
+    written = 100
+    export_gguf(source, out, dtype="F32", quiet=True)
+    assert out.read_bytes() == straight.read_bytes()
+    again = written - 100
+    monkeypatch.undo()
+    tensors = len(open_gguf(out).tensors)
+    assert again == tensors if cut == "header" else 0 < again < tensors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "source", "straight.gguf"]
 
 
 def test_impossible_exports_are_refused_before_anything_is_written(tmp_path: Path) -> None:

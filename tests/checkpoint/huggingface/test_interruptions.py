@@ -38,7 +38,7 @@ def test_nothing_is_written_into_the_source_or_over_anything(tmp_path: Path) -> 
     before = listing(source)
     with pytest.raises(CheckpointError, match="lies in the source"):
         import_hf(source, source / "imported", quiet=True)
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match=r"is the source .* itself"):
         import_hf(source, source, quiet=True)
     assert listing(source) == before
     done = import_hf(source, tmp_path / "imported", quiet=True).path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import time
@@ -10,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 from torch import Tensor
@@ -20,17 +19,24 @@ from finemoe.checkpoint.gguf.keys import EMBEDDING, OUTPUT, ROPE_FACTORS, Part, 
 from finemoe.checkpoint.gguf.metadata import Description, describe
 from finemoe.checkpoint.gguf.tokenizer import metadata_of
 from finemoe.checkpoint.storage.store import writing
+from finemoe.checkpoint.storage.workspace import (
+    SMALL_FILES_BYTES,
+    check_apart,
+    check_free,
+    check_space,
+    fingerprint,
+    workspace,
+)
 from finemoe.checkpoint.weights.exportable import Exportable, open_exportable
 from finemoe.core.config import did_you_mean
-from finemoe.core.errors import CheckpointError, DataError, RunError, named
-from finemoe.core.files import make_folder, sync
-from finemoe.core.locks import exclusive_lock
-from finemoe.core.logs import mebibytes
+from finemoe.core.errors import CheckpointError, DataError, named
+from finemoe.core.logs import logger, mebibytes
 from finemoe.text.settings import TOKENIZER_CONFIG
 
 _BLOCK = 32  # of Q8_0 and Q4_0
 _QUANTIZATION_VERSION = 2
-_SLACK_BYTES = 64 << 20
+_HEADER, _JOURNAL = ".header", ".written"
+_SYNC_BYTES = 256 << 20  # written between two syncs; after a kill these are written again
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ def export_gguf(
     """Write an imported folder, or the newest checkpoint of a run, as one GGUF file.
 
     Norms, biases and routers stay F32. In a Q4_0 file embedding and output matrix are Q8_0, which costs little and
-    keeps much. The file appears when it is complete. Holds at most one tensor in memory; of stacked experts one.
+    keeps much. The file appears when it is complete; interrupted, the work lies in `<out>.partial`, and the same call
+    goes on with it. Holds at most one tensor in memory; of stacked experts one.
 
     Args:
         source: imported folder, run directory, or one checkpoint of a run.
@@ -76,10 +83,11 @@ def export_gguf(
     started = time.monotonic()
     if dtype not in FILE_TYPES:
         raise CheckpointError(f"dtype {dtype!r} is not written{did_you_mean(dtype, list(FILE_TYPES))}")
-    place = Path(os.path.realpath(out))
+    check_apart(source, out)
+    place = check_free(Path(out))
+    if place.is_dir():
+        raise CheckpointError(f"{place}: is a folder, and a GGUF model is a file; choose another name, or remove it")
     opened = open_exportable(Path(source))
-    if place.is_relative_to(os.path.realpath(source)):
-        raise CheckpointError(f"{out}: lies in the source, which is never written to; choose another place")
     with named(opened.path):
         description = describe(opened.config, opened.max_positions)
     metadata, missing = _tokenizer(opened, tokenizer)
@@ -93,10 +101,11 @@ def export_gguf(
         **description.values,
         **metadata,
     }
-    with _appearing(place, sum(planned.nbytes() for planned in plan)) as partial:
-        alignment = write_header(partial, description.architecture, values, plan)
+    mark = fingerprint("gguf", opened.tensors.files, opened.tensors.headers(), dtype, list(values), tokenizer)
+    with workspace(place, mark, 0, inner=place.name) as folder:
+        alignment = write_header(folder / _HEADER, description.architecture, values, plan)
         with mebibytes(f"writing {place.name}", opened.tensors.nbytes, quiet) as advance:
-            nbytes = _fill(partial, opened, stored, plan, description, alignment, advance)
+            nbytes = _fill(folder / place.name, opened, stored, plan, description, alignment, advance)
     others = (note for note in opened.notes if not note.startswith(TOKENIZER_CONFIG))
     return GGUFReport(
         path=place,
@@ -145,19 +154,57 @@ def _fill(
     alignment: int,
     advance: Callable[[int], None],
 ) -> int:
-    """Append the tensors to the header; the size of the file."""
+    """Append the tensors to the header, after those that an interrupted export is known to have written; the size."""
     kinds = {planned.name: planned.kind for planned in plan}
-    with path.open("r+b") as file:
-        file.seek(0, os.SEEK_END)
+    header, journal = path.with_name(_HEADER), path.with_name(_JOURNAL)
+    size = header.stat().st_size + sum(planned.nbytes() + alignment for planned in plan)
+    done, end = _taken_over(path, header, journal)
+    check_space(path.parent, size + SMALL_FILES_BYTES)
+    with writing(path), path.open("r+b") as file, journal.open("a", encoding="ascii") as lines:
+        file.truncate(end)
+        file.seek(end)
         _pad(file, alignment)
-        if description.rope_factors is not None:
+        if description.rope_factors is not None and not done:
             file.write(encode(description.rope_factors[None], "F32", ROPE_FACTORS))
             _pad(file, alignment)
-        for tensor in stored:
-            _write(file, opened, tensor, kinds[tensor.name])
-            _pad(file, alignment)
+        for number, tensor in enumerate(stored, 1):
+            if number > done:
+                _write(file, opened, tensor, kinds[tensor.name])
+                _pad(file, alignment)
+                if file.tell() - end >= _SYNC_BYTES:
+                    end = _note(file, lines, number)
             advance(_nbytes(opened, tensor))
         return file.tell()
+
+
+def _taken_over(path: Path, header: Path, journal: Path) -> tuple[int, int]:
+    """How many tensors an interrupted export has written, and where they end; a file with the header alone else."""
+    size = header.stat().st_size
+    if path.is_file() and journal.is_file():
+        with path.open("rb") as file:
+            same = file.read(size) == header.read_bytes()
+        lines = [
+            line.split() for line in journal.read_text(encoding="ascii").splitlines(keepends=True) if line[-1] == "\n"
+        ]
+        if same and lines:
+            done, end = (int(word) for word in lines[-1])
+            if end <= path.stat().st_size:
+                header.unlink()
+                logger.info("%d tensors were there from an interrupted export", done)
+                return done, end
+    journal.unlink(missing_ok=True)
+    shutil.copyfile(header, path)
+    header.unlink()
+    return 0, size
+
+
+def _note(file: BinaryIO, lines: TextIO, number: int) -> int:
+    """Put down that this many tensors are on the disk for good; where they end."""
+    file.flush()
+    os.fsync(file.fileno())
+    lines.write(f"{number} {file.tell()}\n")
+    lines.flush()
+    return file.tell()
 
 
 def _write(file: BinaryIO, opened: Exportable, tensor: Stored, kind: str) -> None:
@@ -184,36 +231,3 @@ def _nbytes(opened: Exportable, tensor: Stored) -> int:
 
 def _pad(file: BinaryIO, alignment: int) -> None:
     file.write(bytes(-file.tell() % alignment))
-
-
-@contextlib.contextmanager
-def _appearing(place: Path, nbytes: int) -> Iterator[Path]:
-    """A file to fill under another name, which is `place` when the block has ended, and gone when it fails.
-
-    Raises:
-        CheckpointError: `place` exists, or the disk is too small.
-        RunError: another process writes it, or the disk is full or unwritable.
-    """
-    if place.exists() or place.is_symlink():
-        raise CheckpointError(f"{place}: exists already; choose another name, or remove it")
-    partial, lock = (place.with_name(f".{place.name}.{end}") for end in ("partial", "lock"))
-    try:
-        with writing(place):
-            make_folder(place.parent)
-            free = shutil.disk_usage(place.parent).free
-        if nbytes + _SLACK_BYTES > free:
-            needed = nbytes + _SLACK_BYTES
-            raise CheckpointError(
-                f"{place.parent}: not enough disk: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
-            )
-        with writing(place), exclusive_lock(lock, patience=0):
-            try:
-                yield partial
-                sync(partial)
-                partial.rename(place)
-                sync(place.parent)
-            finally:
-                partial.unlink(missing_ok=True)
-                lock.unlink(missing_ok=True)
-    except TimeoutError as error:
-        raise RunError(f"{place}: another process is writing it; wait for it, or end it") from error

@@ -24,7 +24,7 @@ from finemoe.checkpoint.gguf.keys import EMBEDDING, ROPE_FACTORS, Stored, Varian
 from finemoe.checkpoint.gguf.tokenizer import LISTS, companions_of, has_tokenizer, template_of, tokenizer_of
 from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.safetensors import check_finite
-from finemoe.checkpoint.storage.workspace import check_free, fingerprint, workspace
+from finemoe.checkpoint.storage.workspace import check_apart, check_free, fingerprint, workspace
 from finemoe.checkpoint.weights.build import Part, build
 from finemoe.checkpoint.weights.imported import ImportedWriter, ImportReport
 from finemoe.checkpoint.weights.shapes import model_shapes
@@ -280,6 +280,7 @@ def import_gguf(
         RunError: the disk is full or unwritable.
     """
     started = time.monotonic()
+    check_apart(source, out)
     place = check_free(Path(out))
     opened = open_gguf(source, metadata=metadata)
     dtypes = opened.dtypes()
@@ -288,7 +289,8 @@ def import_gguf(
     nbytes = sum(spec.nbytes for spec in specs) + sum(len(data) for data in companions.values())
     headers = [(t.name, t.kind.name, t.shape, t.offset) for t in opened.tensors.values()]
     mark = fingerprint("import", opened.files, headers, dict(metadata or {}))
-    with workspace(place, mark, nbytes) as folder, ImportedWriter(folder, specs, []) as writer:
+    count = len(opened.tensors) + len(specs)
+    with workspace(place, mark, nbytes, tensors=count) as folder, ImportedWriter(folder, specs, []) as writer:
         sums, resumed = _convert(opened, writer, quiet)
         about = {"family": opened.architecture, "format": "gguf"}
         files = writer.finish(opened.config, about, _record(opened, sums), companions, quiet=quiet)

@@ -22,7 +22,7 @@ from finemoe.checkpoint.kinds import SOURCE
 from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.safetensors import DTYPES, check_finite
 from finemoe.checkpoint.storage.store import TensorStore, write_file
-from finemoe.checkpoint.storage.workspace import check_free, fingerprint, workspace
+from finemoe.checkpoint.storage.workspace import check_apart, check_free, fingerprint, workspace
 from finemoe.checkpoint.weights.exportable import Exportable, open_exportable
 from finemoe.checkpoint.weights.placement import Placement
 from finemoe.core.config import did_you_mean
@@ -101,16 +101,15 @@ def export_hf(
         RunError: the disk is full or unwritable.
     """
     started = time.monotonic()
+    check_apart(source, out)
     place = check_free(Path(out))
     if dtype is not None and dtype not in _TORCH_NAMES:
         raise CheckpointError(f"dtype {dtype!r} is not written{did_you_mean(dtype, EXPORT_DTYPES)}")
     opened = open_exportable(Path(source))
-    if place.is_relative_to(os.path.realpath(source)):
-        raise CheckpointError(f"{out}: lies in the source, which is never written to; choose another folder")
     plan = _plan(opened, family, None if dtype is None else _TORCH_NAMES[dtype], fp8)
     nbytes = sum(spec.nbytes for spec in plan.specs) + sum(len(data) for data in opened.companions.values())
     mark = fingerprint("export", opened.tensors.files, opened.tensors.headers(), [plan.family, dtype, fp8, plan.raw])
-    with workspace(place, mark, nbytes) as folder:
+    with workspace(place, mark, nbytes, tensors=len(plan.specs)) as folder:
         with TensorStore(folder, plan.specs) as store:
             kept, new, resumed = _convert(opened, plan, store, quiet)
             files = store.finish(quiet=quiet)

@@ -22,7 +22,7 @@ from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder, check_finite, raw_bytes
 from finemoe.checkpoint.storage.store import TensorStore
 from finemoe.checkpoint.storage.untrusted import TOKENIZER_BYTES, folder_file, parse_json, read_bytes, read_json
-from finemoe.checkpoint.storage.workspace import check_free, fingerprint, workspace
+from finemoe.checkpoint.storage.workspace import check_apart, check_free, fingerprint, workspace
 from finemoe.checkpoint.weights.imported import ImportedWriter, ImportReport
 from finemoe.checkpoint.weights.placement import Placement
 from finemoe.core.errors import CheckpointError, named
@@ -125,17 +125,17 @@ def import_hf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, qu
         RunError: the disk is full or unwritable.
     """
     started = time.monotonic()
+    check_apart(source, out)
     place = check_free(Path(out))
     opened = open_source(Path(source))
-    if place.is_relative_to(os.path.realpath(source)):
-        raise CheckpointError(f"{out}: lies in the source, which is never written to; choose another folder")
     with named(opened.path):
         specs, notes = our_specs(opened.config, opened.tensors, opened.account)
     carried = [_spec(opened.tensors, name) for name in opened.tensors.tensors if name in opened.account.carried]
     companions, ignored = _companions(opened)
     nbytes = sum(spec.nbytes for spec in (*specs, *carried)) + sum(len(data) for data in companions.values())
     mark = fingerprint("import", opened.tensors.files, opened.tensors.headers(), opened.raw)
-    with workspace(place, mark, nbytes) as folder, ImportedWriter(folder, specs, carried) as writer:
+    count = len(opened.tensors.tensors) + len(specs)
+    with workspace(place, mark, nbytes, tensors=count) as folder, ImportedWriter(folder, specs, carried) as writer:
         sums, resumed = _convert(opened, writer, quiet)
         record = {"config": opened.raw, "tensors": _record(opened, sums)}
         about = {"family": opened.family, "format": "huggingface"}

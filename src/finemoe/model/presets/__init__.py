@@ -14,7 +14,7 @@ from finemoe.model.presets.dense import DEEPSEEK_CODER, DEEPSEEK_LLM, R1_DISTILL
 from finemoe.model.presets.latent import DEEPSEEK_V2, DEEPSEEK_V3
 from finemoe.model.presets.moe import DEEPSEEK_MOE
 from finemoe.model.presets.preset import Preset
-from finemoe.model.presets.tiny import LADDERS, TINY
+from finemoe.model.presets.tiny import LADDERS, LITE, TINY
 
 if TYPE_CHECKING:
     from finemoe.model.config import ModelRecipe
@@ -27,7 +27,7 @@ GROUPS: dict[str, dict[str, Preset]] = {
     "DeepSeek-V2 and Coder-V2": DEEPSEEK_V2,
     "DeepSeek-V3 and R1": DEEPSEEK_V3,
     "Distilled R1, on dense bases": R1_DISTILL,
-    "For laptops and workstations": {**SMOLLM2, **TINY},
+    "For laptops and workstations": {**SMOLLM2, **TINY, **LITE},
     "Ladders: V1, V2 and V3 of one size": LADDERS,
 }
 PRESETS: dict[str, Preset] = {name: preset for group in GROUPS.values() for name, preset in group.items()}

@@ -119,6 +119,6 @@ DEEPSEEK_V2: dict[str, Preset] = {
 }
 
 DEEPSEEK_V3: dict[str, Preset] = {
-    "deepseek-v3": Preset("MLA, 4 of 8 groups, MTP", _V3, 4096, notes=_V3_SIZES),
+    "deepseek-v3": Preset("MLA, 4 of 8, MTP", _V3, 4096, notes=_V3_SIZES),
     "deepseek-r1": Preset("as V3", _V3, 32_768, notes=_V3_SIZES),
 }

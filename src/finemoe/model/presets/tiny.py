@@ -3,6 +3,7 @@
 `tiny-v1`, `-v2`, `-v3` and `mini-v1`, `-v2`, `-v3` are ladders: one base, layer for layer of nearly the same weights in
 all and active ones, with the attention, the router and the balancing of DeepSeekMoE, V2 and V3. Experts are 1/4 of a
 standard FFN, 1 shared and 64 routed (8 groups of 8), and the dense first layer is as wide as the 8 active ones.
+`tiny-lite` and `mini-lite` are what transformers and llama.cpp both run: start there if the model is to go elsewhere.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TINY: dict[str, Preset] = {
         "an hour on two cores", {**_base(128, 4, 4096), "feed_forward": moe(1, 63, 7, 88, balance=_EVEN)}, 512
     ),
     "small-moe": Preset(
-        "a workstation's evening", {**_base(256, 8, 8192), "feed_forward": moe(1, 63, 7, 172, balance=_EVEN)}, 1024
+        "a long evening", {**_base(256, 8, 8192), "feed_forward": moe(1, 63, 7, 172, balance=_EVEN)}, 1024
     ),
 }
 
@@ -51,6 +52,23 @@ def _latent(hidden: int, rank: int) -> Table:
         "v_head_dim": 32,
         "rope": {"layout": "interleaved"},
     }
+
+
+def _lite(base: Table, width: int, rank: int) -> Table:
+    """V2-Lite in small, which both transformers and llama.cpp have; DeepSeekMoE's own and V2's groups one of them."""
+    feed_forward = moe(1, 63, 7, width, balance=_EVEN)
+    return {
+        **base,
+        "attention": _latent(base["hidden_size"], rank),
+        "leading": first_dense(1, 8 * width),
+        "feed_forward": feed_forward,
+    }
+
+
+LITE: dict[str, Preset] = {
+    "tiny-lite": Preset("V2-Lite, minutes", _lite(_base(64, 3, 2048), 44, 32), 256),
+    "mini-lite": Preset("V2-Lite, an hour", _lite(_base(128, 4, 4096), 88, 64), 512),
+}
 
 
 def _ladder(name: str, base: Table, width: int, rank: int, seq_len: int) -> dict[str, Preset]:
@@ -73,7 +91,7 @@ def _ladder(name: str, base: Table, width: int, rank: int, seq_len: int) -> dict
     return {
         f"{name}-v1": Preset("MHA, softmax", v1, seq_len),
         f"{name}-v2": Preset("MLA, 3 of 8 groups", v2, seq_len),
-        f"{name}-v3": Preset("MLA, 4 of 8 groups, MTP", v3, seq_len),
+        f"{name}-v3": Preset("MLA, 4 of 8, MTP", v3, seq_len),
     }
 
 

@@ -1,0 +1,112 @@
+"""Control tokens: those that begin a text, end a turn, open a thought or a tool call; and the texts that spell them.
+
+The one rule: a text never turns into control tokens unless it is asked to. What counts is what a token is for, and not
+the flag `special` of tokenizer.json alone: DeepSeek, Qwen and GLM have roles, thoughts, tools and fill-in-the-middle
+marks among their added tokens without it. Added words, such as a run of blanks, are tokens in every text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finemoe.text.chat import ChatTemplate
+    from finemoe.text.tokenizer import Tokenizer
+
+_SHAPES = re.compile(
+    r"[<＜⟨]\S*\w\S*[>＞⟩]"  # <think>, </tool_call>, <|im_end|>, <<SYS>>, <｜fim▁hole｜>
+    r"|\[\|\S+\|\]"  # [|endofturn|]
+    r"|\[/?[a-z]?[A-Z][A-Z0-9_]+\]"  # [INST], [/INST], [gMASK]
+)
+_HTML = frozenset(
+    re.findall(
+        r"\w+",
+        "a abbr article aside b blockquote body br button canvas caption center cite code col dd del details div dl dt "
+        "em fieldset figcaption figure font footer form h1 h2 h3 h4 h5 h6 head header hr html i iframe input ins kbd "
+        "label li link main map mark meta nav ol option p path pre script section select small span strike strong "
+        "style sub summary sup svg table tbody td textarea tfoot th thead title tr tt u ul var wbr",
+    )
+)
+_ROOM = range(0xE000, 0xF900)  # private use: no template and hardly a message has them
+
+
+def controls(name: str, special: bool) -> bool:
+    """Whether the added token `name` is a control token: it is marked `special`, or spelt as one.
+
+    An element of HTML that was added as a word is none.
+    """
+    bare = name.strip().strip("▁")
+    return special or (_SHAPES.fullmatch(bare) is not None and bare.strip("</> ") not in _HTML)
+
+
+def spelt_in(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The control tokens whose spelling stands in `text`: those that it would become, were it asked to; each once."""
+    if not next(spellings(tokenizer, text), None):
+        return []
+    names = {token_id: name for name, token_id in tokenizer.control_tokens.items()}
+    return list(dict.fromkeys(names[i] for i in tokenizer.encode_template(text) if i in names))
+
+
+def spellings(tokenizer: Tokenizer, text: str) -> Iterator[str]:
+    """Names of control tokens that stand in `text`, found by looking: in a moment, for a corpus of them."""
+    for opening, names in tokenizer.control_openings.items():
+        if opening in text:
+            yield from (name for name in names if name in text)
+
+
+def encode_chat(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, special: bool = False
+) -> tuple[str, list[int]]:
+    """What `template` makes of `messages`, up to where the model answers: the text and its ids.
+
+    The template's own control tokens are tokens. Those that a message spells out are text, so that nobody opens a turn
+    from within one; unless `special`. What the assistant said is the model's own, and stays as it was.
+
+    Raises:
+        DataError: a malformed message, or a template that fails.
+    """
+    mark = None if special else _mark_for(messages)
+    kept = messages if mark is None else [_guarded(message, tokenizer, mark) for message in messages]
+    text = template.render(kept, add_generation_prompt=True)
+    if mark is None or kept == list(messages):
+        return text, tokenizer.encode_template(text)
+    text = text.replace(json_escape(mark), mark)
+    return text.replace(mark, ""), _encode_guarded(tokenizer, text, mark)
+
+
+def json_escape(char: str) -> str:
+    """`char` as a template's `tojson` may write it."""
+    return f"\\u{ord(char):04x}"
+
+
+def _mark_for(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A character that stands in no message."""
+    words = repr(messages)
+    return next(chr(code) for code in _ROOM if chr(code) not in words and json_escape(chr(code)) not in words)
+
+
+def _guarded(value: Any, tokenizer: Tokenizer, mark: str) -> Any:
+    """`value` with `mark` inside every spelling of a control token; what the assistant said as it is."""
+    if isinstance(value, Mapping):
+        if value.get("role") == "assistant":
+            return value
+        return {key: _guarded(inner, tokenizer, mark) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_guarded(inner, tokenizer, mark) for inner in value]
+    if not isinstance(value, str) or not spelt_in(tokenizer, value):
+        return value
+    first = "".join({name[0] for name in tokenizer.control_tokens})
+    return re.sub(f"([{re.escape(first)}])", rf"\1{mark}", value)
+
+
+def _encode_guarded(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:
+    """Ids of a rendered text: control tokens where no `mark` breaks their spelling, all else as text."""
+    ids: list[int] = []
+    start = 0
+    for token_id, (begin, end) in tokenizer.recognised(text):
+        ids += tokenizer.encode_piece(text[start:begin].replace(mark, ""), first=start == 0)
+        ids.append(token_id)
+        start = end
+    return ids + tokenizer.encode_piece(text[start:].replace(mark, ""), first=start == 0)
