@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from finemoe.analysis.reports import analyze
+    from finemoe.checkpoint.conversion import export, import_
     from finemoe.checkpoint.doctor.examine import examine as doctor
     from finemoe.checkpoint.language_model import LanguageModel
     from finemoe.checkpoint.language_model import open_language_model as load
@@ -40,7 +41,9 @@ _VERBS = {
     "doctor": "finemoe.checkpoint.doctor.examine:examine",
     "env": "finemoe.runs.machine:env",
     "evaluate": "finemoe.evaluation.evaluate:evaluate",
+    "export": "finemoe.checkpoint.conversion:export",
     "generate": "finemoe.generation.generate:generate",
+    "import_": "finemoe.checkpoint.conversion:import_",
     "list_runs": "finemoe.runs.listing:list_runs",
     "new_recipe": "finemoe.runs.starter:new_recipe",
     "recipe_keys": "finemoe.studies.keys:recipe_keys",
@@ -81,7 +84,9 @@ __all__ = [
     "doctor",
     "env",
     "evaluate",
+    "export",
     "generate",
+    "import_",
     "list_runs",
     "load",
     "load_chat_template",

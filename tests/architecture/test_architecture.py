@@ -47,8 +47,9 @@ INNER_FLOORS = {
         {"run_state"},
         {"weights"},
         {"huggingface", "gguf"},
-        {"open.py"},
+        {"open.py", "through_import.py", "portability.py"},
         {"language_model.py", "selection.py", "doctor", "proof"},
+        {"conversion.py"},
     ),
 }
 FRONT = {"__init__.py", "__main__.py"}  # the package's front door opens on every floor

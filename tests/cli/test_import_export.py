@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from checkpoint.huggingface.published import LLAMA, V3_FP8, contents_of, publish
-from finemoe.checkpoint.huggingface import importing
-from finemoe.checkpoint.proof import twin as verify
+from finemoe.checkpoint import conversion
 from finemoe.checkpoint.proof.twin import TwinResult
 from finemoe.core.errors import CheckpointError
 
@@ -46,7 +45,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
                 raise CheckpointError(reason)
             return TwinResult(status, None, 1e-5, reason, None)
 
-        monkeypatch.setattr(verify, "verify_twin", verify_twin)
+        monkeypatch.setattr(conversion, "verify_twin", verify_twin)
         return asked
 
     return answer
@@ -144,7 +143,7 @@ def test_a_tensor_that_differs_fails_and_is_named(
     llama: Path, command: Any, twin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     twin()
-    convert = importing.import_hf
+    convert = conversion.import_hf
 
     def and_rot(source: Path, out: Path, *, quiet: bool) -> Any:
         report = convert(source, out, quiet=quiet)
@@ -153,7 +152,7 @@ def test_a_tensor_that_differs_fails_and_is_named(
         (source / "model.safetensors").write_bytes(data)
         return report
 
-    monkeypatch.setattr(importing, "import_hf", and_rot)
+    monkeypatch.setattr(conversion, "import_hf", and_rot)
     result = command("import", llama, "ours", "--verify", "-q", "--json")
     check = json.loads(result.stdout)["checks"][0]
     assert (result.exit_code, check["sound"]) == (1, False)

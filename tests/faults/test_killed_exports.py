@@ -14,16 +14,16 @@ import pytest
 
 from checkpoint.huggingface.foreign_folders import listing
 from checkpoint.huggingface.published import LLAMA, contents_of, publish
+from finemoe.checkpoint.conversion import export
 from finemoe.checkpoint.gguf import exporting
 from finemoe.checkpoint.storage import store, workspace
 from finemoe.checkpoint.through_import import passage
-from finemoe.cli.export import export
 from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.files import replacing, write_text
 
 pytest.importorskip("gguf")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["finemoe.checkpoint.through_import", "finemoe.cli.export", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(["finemoe.checkpoint.conversion", "torch._dynamo"])
 
 
 @pytest.fixture

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from finemoe.cli.conversion import (
-    Check,
     Verify,
-    check_tensors,
-    check_twin,
     fail_unless_sound,
     print_checks,
     print_lines,
     show_size,
-    size_of,
 )
 from finemoe.cli.output import Json, Quiet, print_json
 
 Format = Literal["hf", "gguf"]
-_DTYPES: Mapping[str, tuple[str | None, str]] = {
-    "bf16": ("bf16", "BF16"),
-    "f16": ("fp16", "F16"),
-    "fp16": ("fp16", "F16"),
-    "f32": ("fp32", "F32"),
-    "fp32": ("fp32", "F32"),
-    "q8_0": (None, "Q8_0"),
-    "q4_0": (None, "Q4_0"),
-}
-"""As people write them -> as `export_hf` and `export_gguf` do; None where Hugging Face folders have none."""
+Family = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Hugging Face model_type; default: as imported, or the first that fits."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="TYPE", help="bf16, fp16 or fp32; GGUF also q8_0, q4_0. Default: as stored; GGUF f16."),
+]
 
 
 def export(
@@ -56,14 +47,8 @@ def export(
     form: Annotated[
         Format | None, typer.Option("--format", help="What to write; default: as the name of OUT says.")
     ] = None,
-    family: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Hugging Face model_type; default: as imported, or the first that fits."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="TYPE", help="bf16, fp16 or fp32; GGUF also q8_0, q4_0. Default: as stored; GGUF f16."),
-    ] = None,
+    family: Family = None,
+    dtype: Dtype = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="Hugging Face: matrices as block-scaled FP8, as in V3.")] = False,
     no_tokenizer: Annotated[
         bool, typer.Option("--no-tokenizer", help="GGUF: leave it out; programs must be given token ids.")
@@ -85,102 +70,24 @@ def export(
 
     Exit status: 0 done, 1 written but not verified, 2 nothing was written.
     """
-    form = form or ("gguf" if out.suffix == ".gguf" else "hf")
-    options = _options(form, out, family, dtype, fp8, no_tokenizer)
+    from finemoe.checkpoint.kinds import kind_of
 
-    from finemoe.checkpoint.through_import import passage
+    kind_of(source)  # a path that holds nothing is refused before a second of imports
 
-    with passage(source, out, {"format": form, **options}, quiet=quiet) as way:
-        facts = {"source": str(source), "format": form, **_write(form, way.source, way.place, options, quiet)}
-        facts["path"] = os.path.realpath(out)
-        way.appear()
-        checks = _verify(way.source, out, quiet) if verify else []
-        checks = [replace(check, said=way.said(check.said)) for check in checks]
+    from finemoe.checkpoint.conversion import export as write
+
+    facts = write(
+        source, out,
+        format=form, family=family, dtype=dtype, fp8=fp8, tokenizer=not no_tokenizer, verify=verify, quiet=quiet,
+    )  # fmt: skip
     if as_json:
-        print_json({**facts, "checks": [check.to_dict() for check in checks]})
+        print_json(facts)
     else:
         print_lines(_lines(facts, out))
-        print_checks(checks)
-    fail_unless_sound(checks)
+        print_checks(facts["checks"])
+    fail_unless_sound(facts["checks"])
     if not as_json:
-        _say_next(form, facts["family"], out)
-
-
-def _options(
-    form: Format, out: Path, family: str | None, dtype: str | None, fp8: bool, no_tokenizer: bool
-) -> dict[str, Any]:
-    """What the writer of that format takes.
-
-    Raises:
-        ConfigError: an option that the format does not have.
-    """
-    from finemoe.core.config import did_you_mean
-    from finemoe.core.errors import ConfigError
-
-    if dtype is not None and dtype.lower() not in _DTYPES:
-        raise ConfigError(f"--dtype {dtype}: no such type{did_you_mean(dtype.lower(), list(_DTYPES))}")
-    hf, gguf = _DTYPES[dtype.lower()] if dtype is not None else (None, None)
-    if form == "gguf":
-        if out.suffix != ".gguf":
-            raise ConfigError(f"--format gguf: the name must end in .gguf, as {out}.gguf does")
-        given = "--family" if family is not None else "--fp8" if fp8 else None
-        if given is not None:
-            raise ConfigError(f"{given} is for Hugging Face folders; {out} becomes a GGUF file")
-        return {"tokenizer": not no_tokenizer, **({} if gguf is None else {"dtype": gguf})}
-    if no_tokenizer:
-        raise ConfigError("--no-tokenizer is for GGUF files; give OUT a name that ends in .gguf")
-    if dtype is not None and hf is None:
-        raise ConfigError(f"--dtype {dtype} is for GGUF files; give OUT a name that ends in .gguf, or use --fp8")
-    return {"family": family, "dtype": hf, "fp8": fp8}
-
-
-def _write(form: Format, source: Path, out: Path, options: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
-    """Write it; what the reports of both formats say, under the same names."""
-    from finemoe.checkpoint.gguf.exporting import export_gguf
-    from finemoe.checkpoint.huggingface.exporting import export_hf
-    from finemoe.checkpoint.huggingface.layers import training_only
-    from finemoe.checkpoint.open import read_model_config
-    from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder
-
-    config = read_model_config(source)
-    report: Any
-    if form == "gguf":
-        report = export_gguf(source, out, quiet=quiet, **options)
-        family, dtypes, lost, special = report.architecture, dict(report.kinds), training_only(config), {}
-    else:
-        report = export_hf(source, out, quiet=quiet, **options)
-        family, lost = report.family, ()  # its notes say what of training is left behind
-        dtypes = dict(Counter(DTYPE_NAMES[info.dtype] for info in TensorFolder.open(report.path).tensors.values()))
-        special = {name: asdict(report)[name] for name in ("verbatim_config", "fp8_kept", "fp8_new", "resumed")}
-    return {
-        "path": str(report.path),
-        "family": family,
-        **size_of(config),
-        "dtypes": dtypes,
-        **special,
-        "bytes": report.nbytes,
-        "seconds": report.seconds,
-        "lost": [*_training_state(source), *(f"{text} (training)" for text in lost)],
-        "notes": list(report.notes),
-    }
-
-
-def _training_state(source: Path) -> list[str]:
-    from finemoe.checkpoint.kinds import is_imported
-
-    return [] if is_imported(source) else ["optimizer state and position in the data"]
-
-
-def _verify(source: Path, out: Path, quiet: bool) -> list[Check]:
-    from finemoe.checkpoint.open import read_model_config
-    from finemoe.checkpoint.proof.written import compare_export
-    from finemoe.checkpoint.storage.untrusted import read_json
-
-    raw = None if out.is_file() else read_json(out / "config.json")
-    return [
-        check_tensors(lambda: compare_export(source, out, quiet=quiet), ", in the element types above"),
-        check_twin(read_model_config(source), raw, quiet),
-    ]
+        _say_next(facts["format"], facts["family"], out)
 
 
 def _lines(facts: Mapping[str, Any], out: Path) -> Iterator[tuple[str, str]]:

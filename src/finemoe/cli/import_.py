@@ -11,20 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finemoe.cli.conversion import (
-    Check,
     Verify,
-    check_tensors,
-    check_twin,
     fail_unless_sound,
     print_checks,
     print_lines,
     show_size,
-    size_of,
 )
 from finemoe.cli.output import Json, Quiet, print_json
 
 if TYPE_CHECKING:
-    from finemoe.checkpoint.weights.imported import ImportReport
+    pass
 
 
 def import_(
@@ -66,40 +62,31 @@ def import_(
     """
     from finemoe.checkpoint.huggingface.hub import resolve
 
-    path = resolve(source, quiet=quiet)
-    _check_foreign(path)
+    added, path = _metadata(metadata or []), resolve(source, quiet=quiet)
 
-    from finemoe.checkpoint.gguf.opening import import_gguf
-    from finemoe.checkpoint.huggingface.importing import import_hf
+    from finemoe.checkpoint.conversion import import_ as convert
 
-    added = _metadata(metadata or [], path)
-    report = (
-        import_gguf(path, out, metadata=added, quiet=quiet) if path.is_file() else import_hf(path, out, quiet=quiet)
-    )
-    checks = _verify(path, report, quiet) if verify else []
-    facts = _facts(report, path)
+    facts = convert(path, out, metadata=added, verify=verify, quiet=quiet)
     if as_json:
-        print_json({**facts, "checks": [check.to_dict() for check in checks]})
+        print_json(facts)
     else:
         print_lines(_lines(facts, out))
-        print_checks(checks)
-    fail_unless_sound(checks)
+        print_checks(facts["checks"])
+    fail_unless_sound(facts["checks"])
     if not as_json:
         _say_next(out)
 
 
-def _metadata(given: list[str], path: Path) -> dict[str, Any]:
+def _metadata(given: list[str]) -> dict[str, Any]:
     """`--metadata` as keys and values.
 
     Raises:
-        ConfigError: no `KEY=VALUE`, or for a folder, which has a config.json.
+        ConfigError: no `KEY=VALUE`.
     """
     import json
 
     from finemoe.core.errors import ConfigError
 
-    if given and not path.is_file():
-        raise ConfigError(f"--metadata {given[0]}: is for GGUF files; what {path / 'config.json'} says can be edited")
     found: dict[str, Any] = {}
     for text in given:
         key, equals, value = text.partition("=")
@@ -110,62 +97,6 @@ def _metadata(given: list[str], path: Path) -> dict[str, Any]:
         except ValueError:
             found[key] = value
     return found
-
-
-def _check_foreign(path: Path) -> None:
-    """Refuse what needs no import, or is only a part of what does.
-
-    Raises:
-        CheckpointError: with what to do instead.
-    """
-    from finemoe.checkpoint.kinds import is_imported
-    from finemoe.core.errors import CheckpointError
-
-    if path.is_file() and path.suffix.lower() != ".gguf":
-        raise CheckpointError(f"{path}: a file alone is imported only as .gguf; give the folder that it lies in")
-    if is_imported(path):
-        raise CheckpointError(f"{path}: is imported already; use it as it is, or `finemoe export` it")
-    if (path / "checkpoints").is_dir() or (path / "state.json").exists():
-        raise CheckpointError(f"{path}: is a run of finemoe, which needs no import; use it as it is")
-    ggufs = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
-    if ggufs:
-        raise CheckpointError(f"{path}: holds GGUF files; give the one you want, such as {ggufs[0]}")
-
-
-def _verify(source: Path, report: ImportReport, quiet: bool) -> list[Check]:
-    from finemoe.checkpoint.proof.written import compare_import
-    from finemoe.checkpoint.storage.untrusted import read_json
-
-    raw = None if source.is_file() else read_json(source / "config.json")
-    return [
-        check_tensors(lambda: compare_import(source, report.path, quiet=quiet)),
-        check_twin(report.config, raw, quiet),
-    ]
-
-
-def _facts(report: ImportReport, source: Path) -> dict[str, Any]:
-    from finemoe.checkpoint.weights.imported import read_imported
-
-    native = read_imported(report.path)
-    record = native.source()["tensors"].values()
-    aside = Counter((entry["status"], entry.get("reason", "")) for entry in record if entry["status"] != "loaded")
-    dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in native.tensors.tensors.values())
-    return {
-        "path": str(report.path),
-        "source": str(source),
-        "family": report.family,
-        "format": native.format,
-        **size_of(report.config),
-        "tensors": dict(Counter(entry["status"] for entry in record)),
-        "dequantized": report.dequantized,
-        "aside": [{"status": status, "reason": why, "tensors": number} for (status, why), number in aside.items()],
-        "dtypes": dict(dtypes),
-        "bytes": report.nbytes,
-        "resumed": report.resumed,
-        "seconds": report.seconds,
-        "notes": list(report.notes),
-        "warnings": list(report.warnings),
-    }
 
 
 def _lines(facts: Mapping[str, Any], out: Path) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from finemoe.core.config import Config, did_you_mean
 from finemoe.core.errors import ConfigError
 from finemoe.core.keys import LEFT_OUT, REQUIRED, Key, Section, sections_of
+from finemoe.data.config import NEW_SPLITTING
 from finemoe.model.config import ModelConfig, ModelRecipe
 from finemoe.runs.config import RunConfig, with_defaults
 from finemoe.studies.config import CompareConfig
@@ -27,6 +28,7 @@ _DEFAULTS = {
     ("run", "name"): "the file's name",
     ("run", "model"): REQUIRED,
     ("run", "data.vocab_size"): "model.vocab_size",
+    ("run", "data.splitting"): f'"{NEW_SPLITTING}"',
     ("comparison", "base"): 'preset = "tiny-dense"',
     ("comparison", "name"): "the file's name",
 }

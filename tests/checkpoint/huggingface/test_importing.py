@@ -129,5 +129,5 @@ def test_what_is_no_finished_import_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no manifest\.json"):
         read_imported(tmp_path)
     with pytest.raises(CheckpointError, match="neither an imported folder nor a run"):
-        export_hf(tmp_path, tmp_path / "out", quiet=True)
+        export_hf(tmp_path, tmp_path.parent / "out-of-nothing", quiet=True)
     assert not is_imported(tmp_path)

@@ -83,10 +83,7 @@ def export_gguf(
     started = time.monotonic()
     if dtype not in FILE_TYPES:
         raise CheckpointError(f"dtype {dtype!r} is not written{did_you_mean(dtype, list(FILE_TYPES))}")
-    check_apart(source, out)
-    place = check_free(Path(out))
-    if place.is_dir():
-        raise CheckpointError(f"{place}: is a folder, and a GGUF model is a file; choose another name, or remove it")
+    place = _place(source, out)
     opened = open_exportable(Path(source))
     with named(opened.path):
         description = describe(opened.config, opened.max_positions)
@@ -115,6 +112,19 @@ def export_gguf(
         seconds=time.monotonic() - started,
         notes=(*description.notes, *fallbacks, *missing, *others),
     )
+
+
+def _place(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+    """Where the file will be.
+
+    Raises:
+        CheckpointError: it lies in the source, or something is there.
+    """
+    check_apart(source, out)
+    place = check_free(Path(out))
+    if place.is_dir():
+        raise CheckpointError(f"{place}: is a folder, and a GGUF model is a file; choose another name, or remove it")
+    return place
 
 
 def _tokenizer(opened: Exportable, wanted: bool) -> tuple[dict[str, Any], list[str]]:
