@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from finemoe.checkpoint.open import read_model_config, text_home
 from finemoe.checkpoint.own_config import refuse_older
 from finemoe.core.config import Config, merge, parse, read_toml, with_overrides
 from finemoe.core.errors import ConfigError
+from finemoe.core.reading import read_object
 from finemoe.data import DataConfig
 from finemoe.methods import MethodConfig
 from finemoe.methods.pretraining import PretrainingConfig
@@ -234,11 +234,6 @@ def read_config(path: Path) -> RunConfig:
         ConfigError: it is not one.
     """
     what = f"{path}: not the configuration of a run"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{what}: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{what}: it must hold a JSON object")
+    raw = read_object(path, "put it back: each checkpoint of the run holds a copy", ConfigError, what=what)
     refuse_older(raw, path)
     return parse(RunConfig, raw, what)

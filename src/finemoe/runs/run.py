@@ -22,9 +22,10 @@ from finemoe.checkpoint.run_state.state import RunState, checkpoint_folders, loa
 from finemoe.core import memory
 from finemoe.core.config import parse, to_json
 from finemoe.core.environment import environment
-from finemoe.core.errors import RunError, TrainingError
+from finemoe.core.errors import CheckpointError, ConfigError, RunError, TrainingError
 from finemoe.core.files import sole_writer, storage_error, write_text
-from finemoe.core.logs import logger, read_json_lines
+from finemoe.core.logs import logger
+from finemoe.core.reading import damage_of, decode_json, read_object
 from finemoe.core.seeds import derive
 from finemoe.data.batch import Batch
 from finemoe.model import native
@@ -41,7 +42,7 @@ from finemoe.runs.trackers import open_tracker
 from finemoe.text.files import COMPANIONS
 from finemoe.training.alerts import Knobs, Watch, routed_layers
 from finemoe.training.balancing import has_selection_bias
-from finemoe.training.directory import read_object, read_summary, require_run
+from finemoe.training.directory import METRICS, read_metrics, require_run, summary_if_whole
 from finemoe.training.method import Measured, Method, TrainingData
 from finemoe.training.report import recent_loss
 from finemoe.training.trainer import Observer, Plan, Trainer
@@ -98,7 +99,7 @@ def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
     directory = Path(directory)
     require_run(directory)
     config = read_config(directory / "config.json")
-    summary = read_summary(directory)
+    summary = summary_if_whole(directory)
     if summary is not None:
         logger.info("%s is finished: %d steps", directory, summary["steps"])
         return Run(directory, summary, interrupted=False)
@@ -108,7 +109,7 @@ def resume(directory: str | os.PathLike[str], *, quiet: bool = False) -> Run:
 
 def _resume(directory: Path, config: RunConfig, quiet: bool) -> Run:
     method = build_method(config)
-    before, now = read_object(directory / "data.json"), method.data.report
+    before, now = _recorded_data(directory / "data.json"), method.data.report
     changed = [key for key in now if key.endswith("sha256") and before and before.get(key) != now[key]]
     if changed:
         raise RunError(
@@ -117,6 +118,18 @@ def _resume(directory: Path, config: RunConfig, quiet: bool) -> Run:
         )
     _describe(directory, config, method.data)  # whatever a kill left out while the directory was being made
     return _run(config, method, directory, resuming=True, quiet=quiet)
+
+
+def _recorded_data(path: Path) -> dict[str, Any] | None:
+    """What the run wrote of its corpus; None where it is not there.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    if not path.exists():
+        return None
+    mend = "put it back, or remove it, and the run goes on without comparing its corpus with the one it began with"
+    return read_object(path, mend)
 
 
 def _newest(directory: Path, config: RunConfig) -> RunState | None:
@@ -129,8 +142,19 @@ def _newest(directory: Path, config: RunConfig) -> RunState | None:
     if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
         return None
     saved = load_latest(checkpoints)
-    _compare_configurations(directory, config, parse(RunConfig, json.loads(saved.config), str(checkpoints)))
+    _compare_configurations(directory, config, _config_of(saved, checkpoints))
     return saved
+
+
+def _config_of(saved: RunState, checkpoints: Path) -> RunConfig:
+    """The configuration that a checkpoint was written with.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    with damage_of(f"{checkpoints}: config.json of the newest checkpoint", "remove that checkpoint", ConfigError):
+        raw = decode_json(saved.config.encode())
+        return parse(RunConfig, dict(raw), f"{checkpoints}: config.json of the newest checkpoint")
 
 
 def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig) -> None:
@@ -180,7 +204,7 @@ def _describe(directory: Path, config: RunConfig, data: TrainingData[Batch]) -> 
 def _run(config: RunConfig, method: Method[Any], directory: Path, *, resuming: bool, quiet: bool) -> Run:
     trainer, reason = _trainer(config, method, directory, resuming)
     metrics = directory / "metrics.jsonl"
-    _cut_metrics(metrics, trainer.state.step)
+    _cut_metrics(directory, trainer.state.step)
     if not quiet:
         _announce(config, trainer, directory, reason)
     trackers = [open_tracker(name, directory, config.model_dump(mode="json")) for name in config.training.trackers]
@@ -258,8 +282,9 @@ def _kernels(config: RunConfig, device: torch.device, bf16: bool, resumed: RunSt
     Other kernels round differently, and the rest of the run would not be bit for bit what it would have been.
     """
     if resumed is not None and "kernels" in resumed.state:
-        had = config.kernels.model_copy(update=resumed.state["kernels"])
-        if parse(RunConfig, json.loads(resumed.config), "checkpoint").kernels == config.kernels:
+        with damage_of("state.json of the newest checkpoint", "remove that checkpoint", CheckpointError):
+            had = Kernels.model_validate({**config.kernels.model_dump(), **resumed.state["kernels"]})
+        if _config_of(resumed, Path("checkpoints")).kernels == config.kernels:
             if "native" in (had.experts, had.products) and not native.available():
                 logger.warning("this run used the native kernels, which cannot be used here: it will round differently")
             return Chosen(had, "")
@@ -300,15 +325,24 @@ def _watch(config: RunConfig, metrics: Path) -> Watch:
     """What watches the routers, in the state that the steps so far have brought it to."""
     rate = config.resolved_balancing.rate if has_selection_bias(config.model) else None
     watch = Watch(routed_layers(config.model), config.training.total_steps, Knobs(config.optimizer.learning_rate, rate))
-    watch.replay(read_json_lines(metrics))
+    watch.replay(read_metrics(metrics.parent))
     return watch
 
 
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drop the records of steps that will be run again."""
-    if path.exists():
-        records = [record for record in read_json_lines(path) if record["step"] <= step]
-        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+def _cut_metrics(directory: Path, step: int) -> None:
+    """Drop the records of steps that will be run again; a file with damaged lines is kept under another name."""
+    path = directory / METRICS
+    if not path.exists():
+        return
+    damaged: list[int] = []
+    records = [record for record in read_metrics(directory, damaged.append) if record["step"] <= step]
+    if damaged:
+        try:
+            path.replace(path.with_suffix(".damaged.jsonl"))
+        except OSError as error:
+            raise storage_error(path, error) from error
+        logger.warning("the file as it was is kept as %s", path.with_suffix(".damaged.jsonl"))
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def _announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str) -> None:
@@ -336,7 +370,7 @@ def _announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str)
 
 
 def _summary(config: RunConfig, trainer: Trainer, last: Measured, metrics: Path) -> dict[str, Any]:
-    records = read_json_lines(metrics)
+    records = read_metrics(metrics.parent)
     steps = [record for record in records if record["kind"] == "step"]
     stalls = [record["stall_seconds"] for record in records if record["kind"] == "checkpoint"]
     size = measure(config.model, config.data.sequence_length)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.files import storage_error
+from finemoe.core.reading import read_object
 from finemoe.model.size import measure
 from finemoe.runs.config import RunConfig
 from finemoe.runs.start import check_start, checkpoint_bytes
@@ -200,7 +200,8 @@ def holds_study(directory: Path, config: CompareConfig) -> bool:
     path = directory / "compare.json"
     try:
         if path.exists():
-            if parse(CompareConfig, json.loads(path.read_text(encoding="utf-8")), str(path)) != config:
+            found = read_object(path, "put it back, or choose another --out")
+            if parse(CompareConfig, found, str(path)) != config:
                 raise RunError(f"{directory} holds a comparison of another configuration; choose another --out")
             return True
         if directory.is_dir() and any(not inside.name.startswith(".") for inside in directory.iterdir()):
