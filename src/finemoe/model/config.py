@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from finemoe.core.config import Config, union_of
 from finemoe.model.attention import AttentionConfig
@@ -94,7 +94,7 @@ class ModelRecipe(Config):
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
-    num_layers: PositiveInt
+    num_layers: Annotated[int, Field(ge=1, le=10_000)]
     attention: AttentionConfig
     feed_forward: FeedForwardConfig
     leading: LeadingBlocks | None = None
@@ -102,7 +102,7 @@ class ModelRecipe(Config):
     init_std: PositiveFloat = 0.006
     norm_eps: PositiveFloat = 1e-6
     max_positions: PositiveInt | None = None
-    mtp_depth: NonNegativeInt = 0
+    mtp_depth: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Multi-token prediction modules, each with a block like the last layer's."""
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validat
 
 from finemoe.checkpoint.open import read_model_config, text_home
 from finemoe.checkpoint.own_config import refuse_older
-from finemoe.core.config import Config, merge, parse, read_toml, with_overrides
+from finemoe.core.config import Config, in_words, merge, parse, read_toml, with_overrides
 from finemoe.core.errors import ConfigError
 from finemoe.core.reading import read_object
 from finemoe.data import DataConfig
@@ -217,8 +217,7 @@ def _rebalanced(config: ModelConfig, balance: Any, source: str) -> ModelConfig:
     try:
         return with_balance(config, losses)
     except ValidationError as error:
-        reasons = {detail["msg"].removeprefix("Value error, ") for detail in error.errors()}
-        raise ConfigError(f"{source}: balance: {'; '.join(sorted(reasons))}") from error
+        raise ConfigError(f"{source}: balance: {in_words(ModelConfig, error)}") from error
 
 
 def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from finemoe.runs.calibration import Chosen, choose
 from finemoe.runs.config import RunConfig, read_config, read_recipe, resolve_run
 from finemoe.runs.observers import Evaluate, Log, Show, Warn
 from finemoe.runs.saving import Save, restore
-from finemoe.runs.start import build_method, check_start, resolve_device
+from finemoe.runs.start import build_method, check_start, default_directory, resolve_device
 from finemoe.runs.trackers import open_tracker
 from finemoe.text.files import COMPANIONS
 from finemoe.training.alerts import Knobs, Watch, routed_layers
@@ -79,7 +78,7 @@ def train(
         TrainingError: a loss was not finite; the last good state is in the directory.
     """
     config = recipe if isinstance(recipe, RunConfig) else resolve_run(*read_recipe(recipe, overrides))
-    directory = Path(out) if out is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = Path(out) if out is not None else default_directory(config.name)
     _require_free(directory, config)
     check_start(config, directory)
     method = build_method(config)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from finemoe.core.files import sole_writer, write_text
 from finemoe.core.logs import console
 from finemoe.model.size import measure
 from finemoe.runs.config import read_recipe
-from finemoe.runs.start import build_method
+from finemoe.runs.start import build_method, default_directory
 from finemoe.studies.arms import SizedArm, solve
 from finemoe.studies.config import CompareConfig, resolve_comparison
 from finemoe.studies.results import build_results, write_results
@@ -62,7 +61,7 @@ def compare(
         name: solve(name, config.base, config.matching, config.routing, config.data.sequence_length)
         for name in config.arms
     }
-    directory = Path(out) if out is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = Path(out) if out is not None else default_directory(config.name)
     parallel = min(config.parallel_runs or os.cpu_count() or 1, len(config.arms) * len(config.seeds))
     study = Study(config, arms, directory, parallel, quiet)
     holds_study(directory, config)
