@@ -5,12 +5,12 @@ The public names are resolved on first use, so that importing the package does n
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # as in `typing`, whose import alone takes longer than all else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from finemoe.checkpoint.open import load_chat_template, load_model, load_tokenizer
     from finemoe.core.errors import FinemoeError
     from finemoe.model.config import ModelConfig
@@ -52,5 +52,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
+        from importlib import import_module
+
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'finemoe' has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -135,65 +136,72 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from models_in(argument)
 
 
-_HERE: dict[str, str] = {
-    "optimizer.learning_rate": "lr learning_rate max_lr peak_lr base_lr",
-    "optimizer.betas": "beta1 beta2 adam_beta1 adam_beta2",
-    "optimizer.eps": "adam_eps adam_epsilon epsilon",
-    "optimizer.weight_decay": "wd decay",
-    "optimizer.max_gradient_norm": "grad_clip max_grad_norm clip_grad gradient_clipping clip_grad_norm clip",
-    "schedule.kind": "lr_schedule lr_scheduler lr_scheduler_type scheduler lr_decay_style",
-    "schedule.warmup_share": "warmup warmup_steps warmup_iters warmup_ratio lr_warmup_iters num_warmup_steps",
-    "schedule.final_share": "min_lr min_lr_ratio",
-    "training.tokens_per_step": "batch_size batch global_batch_size train_batch_size total_batch_size",
-    "training.micro_batch_tokens": "micro_batch_size device_batch_size per_device_train_batch_size "
-    "gradient_accumulation_steps grad_accum gradient_accumulation accumulation_steps",
-    "training.steps": "max_steps num_steps max_iters train_iters train_steps total_steps n_steps iters",
-    "training.tokens": "epochs num_epochs num_train_epochs n_epochs epoch total_tokens train_tokens max_tokens "
-    "num_tokens",
-    "training.evaluate_every": "eval_every eval_interval eval_steps validate_every val_every",
-    "training.checkpoint_every": "save_every save_interval save_steps checkpoint_interval ckpt_every",
-    "training.keep_checkpoints": "save_total_limit keep_last",
-    "training.precision": "dtype bf16 fp16 torch_dtype mixed_precision",
-    "training.threads": "num_threads n_threads",
-    "training.trackers": "wandb tensorboard trackio report_to logger tracker",
-    "data.sequence_length": "seq_len seq_length seqlen max_seq_len max_seq_length block_size context_length ctx_len "
-    "n_ctx max_length",
-    "data.corpus.paths": "dataset dataset_path data_path train_file train_files data_dir corpus_path input file files",
-    "data.corpus.text_field": "text_column text_key content_field",
-    "data.validation_share": "val_split validation_split val_fraction",
-    "model.preset": "preset",
-    "seed": "random_seed rng_seed",
-    "name": "run_name experiment experiment_name",
-    "start_from": "init_from resume_from pretrained checkpoint model_name_or_path",
-    "model.hidden_size": "hidden_dim d_model n_embd dim embed_dim embedding_size n_embed hidden model_dim emb_dim",
-    "model.num_layers": "num_layers n_layers n_layer num_hidden_layers layers depth nlayers num_blocks",
-    "model.vocab_size": "n_vocab vocabulary_size vocab padded_vocab_size",
-    "model.tie_embeddings": "tie_word_embeddings tied tie_weights",
-    "model.norm_eps": "rms_norm_eps layer_norm_eps",
-    "model.init_std": "initializer_range",
-    "model.max_positions": "max_position_embeddings",
-    "model.mtp_depth": "mtp_depth num_nextn_predict_layers",
-    "model.leading.count": "first_k_dense_replace n_dense_layers num_dense_layers",
-    "model.attention": "attention",
-    "model.feed_forward": "feed_forward moe ffn mlp",
-    "model.attention.num_heads": "num_heads n_heads n_head num_attention_heads heads nhead",
-    "model.attention.num_kv_heads": "num_kv_heads n_kv_heads num_key_value_heads num_query_groups kv_heads",
-    "model.attention.head_dim": "head_dim head_size d_head",
-    "model.attention.rope.theta": "rope_theta rope_base rotary_base",
-    "model.feed_forward.ffn_hidden_size": "ffn_hidden_size intermediate_size ffn_dim d_ff mlp_dim ff_dim d_mlp ffn_hidden_dim",
-    "model.feed_forward.num_routed_experts": "num_routed_experts num_experts n_experts n_routed_experts num_local_experts experts "
-    "number_of_experts moe_num_experts",
-    "model.feed_forward.experts_per_token": "experts_per_token top_k topk num_experts_per_tok moe_top_k k num_experts_per_token "
-    "moe_router_topk experts_per_tok num_active_experts",
-    "model.feed_forward.num_shared_experts": "num_shared_experts n_shared_experts shared_experts",
-    "model.feed_forward.expert_hidden_size": "expert_hidden_size moe_intermediate_size expert_dim expert_size moe_ffn_hidden_size",
-    "model.feed_forward.router.kind": "scoring_func gate gating router_type",
-    "model.feed_forward.router.num_groups": "n_group n_groups",
-    "model.feed_forward.router.groups_per_token": "topk_group",
-    "model.feed_forward.router.route_scale": "routed_scaling_factor",
-    "model.feed_forward.router.normalize_gates": "norm_topk_prob",
-    "model.feed_forward.balance.expert": "aux_loss_coef router_aux_loss_coef aux_loss_alpha balance_coef aux_loss "
-    "load_balancing_loss moe_aux_loss_coeff",
+_HERE = """
+optimizer.learning_rate = lr learning_rate max_lr peak_lr base_lr
+optimizer.betas = beta1 beta2 adam_beta1 adam_beta2
+optimizer.eps = adam_eps adam_epsilon epsilon
+optimizer.weight_decay = wd decay
+optimizer.max_gradient_norm = grad_clip max_grad_norm clip_grad gradient_clipping clip_grad_norm clip
+schedule.kind = lr_schedule lr_scheduler lr_scheduler_type scheduler lr_decay_style
+schedule.warmup_share = warmup warmup_steps warmup_iters warmup_ratio lr_warmup_iters num_warmup_steps
+schedule.final_share = min_lr min_lr_ratio
+training.tokens_per_step = batch_size batch global_batch_size train_batch_size total_batch_size
+training.micro_batch_tokens = micro_batch_size device_batch_size per_device_train_batch_size
+    gradient_accumulation_steps grad_accum gradient_accumulation accumulation_steps
+training.steps = max_steps num_steps max_iters train_iters train_steps total_steps n_steps iters
+training.tokens = epochs num_epochs num_train_epochs n_epochs epoch total_tokens train_tokens max_tokens
+    num_tokens
+training.evaluate_every = eval_every eval_interval eval_steps validate_every val_every
+training.checkpoint_every = save_every save_interval save_steps checkpoint_interval ckpt_every
+training.keep_checkpoints = save_total_limit keep_last
+training.precision = dtype bf16 fp16 torch_dtype mixed_precision
+training.threads = num_threads n_threads
+training.trackers = wandb tensorboard trackio report_to logger tracker
+data.sequence_length = seq_len seq_length seqlen max_seq_len max_seq_length block_size context_length ctx_len
+    n_ctx max_length
+data.corpus.paths = dataset dataset_path data_path train_file train_files data_dir corpus_path input file
+    files
+data.corpus.text_field = text_column text_key content_field
+data.validation_share = val_split validation_split val_fraction
+model.preset = preset
+seed = random_seed rng_seed
+name = run_name experiment experiment_name
+start_from = init_from resume_from pretrained checkpoint model_name_or_path
+model.hidden_size = hidden_dim d_model n_embd dim embed_dim embedding_size n_embed hidden model_dim emb_dim
+model.num_layers = num_layers n_layers n_layer num_hidden_layers layers depth nlayers num_blocks
+model.vocab_size = n_vocab vocabulary_size vocab padded_vocab_size
+model.tie_embeddings = tie_word_embeddings tied tie_weights
+model.norm_eps = rms_norm_eps layer_norm_eps
+model.init_std = initializer_range
+model.max_positions = max_position_embeddings
+model.mtp_depth = mtp_depth num_nextn_predict_layers
+model.leading.count = first_k_dense_replace n_dense_layers num_dense_layers
+model.attention = attention
+model.feed_forward = feed_forward moe ffn mlp
+model.attention.num_heads = num_heads n_heads n_head num_attention_heads heads nhead
+model.attention.num_kv_heads = num_kv_heads n_kv_heads num_key_value_heads num_query_groups kv_heads
+model.attention.head_dim = head_dim head_size d_head
+model.attention.rope.theta = rope_theta rope_base rotary_base
+model.feed_forward.ffn_hidden_size = ffn_hidden_size intermediate_size ffn_dim d_ff mlp_dim ff_dim d_mlp
+    ffn_hidden_dim
+model.feed_forward.num_routed_experts = num_routed_experts num_experts n_experts n_routed_experts
+    num_local_experts experts number_of_experts moe_num_experts
+model.feed_forward.experts_per_token = experts_per_token top_k topk num_experts_per_tok moe_top_k k
+    num_experts_per_token moe_router_topk experts_per_tok num_active_experts
+model.feed_forward.num_shared_experts = num_shared_experts n_shared_experts shared_experts
+model.feed_forward.expert_hidden_size = expert_hidden_size moe_intermediate_size expert_dim expert_size
+    moe_ffn_hidden_size
+model.feed_forward.router.kind = scoring_func gate gating router_type
+model.feed_forward.router.num_groups = n_group n_groups
+model.feed_forward.router.groups_per_token = topk_group
+model.feed_forward.router.route_scale = routed_scaling_factor
+model.feed_forward.router.normalize_gates = norm_topk_prob
+model.feed_forward.balance.expert = aux_loss_coef router_aux_loss_coef aux_loss_alpha balance_coef aux_loss
+    load_balancing_loss moe_aux_loss_coeff
+"""
+ELSEWHERE: dict[str, str] = {
+    name: path
+    for path, names in re.findall(r"^(\S+) = ((?:.+\n(?:    .+\n)*))", _HERE, re.MULTILINE)
+    for name in names.split()
 }
-ELSEWHERE: dict[str, str] = {name: path for path, names in _HERE.items() for name in names.split()}
-"""What other programs call a key -> the key of a recipe."""
+"""What other programs call a key, or what stands in a table below -> the key of a recipe."""

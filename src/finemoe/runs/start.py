@@ -18,7 +18,6 @@ from finemoe.runs.config import RunConfig, TrainingConfig
 from finemoe.runs.trackers import require_tracker
 from finemoe.training.method import Method
 
-
 _NAME = re.compile(
     r"[^\W_][^/\\\x00-\x1f\x7f]{0,99}"
 )  # its first sign is a letter or a digit: no option, nothing hidden
@@ -32,8 +31,8 @@ def default_directory(name: str) -> Path:
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"`name` {name[:60]!r} becomes a folder in runs/, so it must begin with a letter or digit and hold no slash, "
-            "of at most 100 characters: change it, or say where to write with --out"
+            f"`name` {name[:60]!r} becomes a folder in runs/, so it must begin with a letter or digit, hold no "
+            "slash and be of at most 100 characters: change it, or say where to write with --out"
         )
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 

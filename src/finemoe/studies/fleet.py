@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from finemoe.core.config import to_json
 from finemoe.core.files import write_text
+from finemoe.core.locks import exclusive_lock
 from finemoe.core.logs import console, logger
 from finemoe.core.reading import decode_json
 from finemoe.model.size import measure
@@ -23,6 +25,7 @@ from finemoe.training.directory import METRICS, check_record, summary_if_whole
 
 _POLL_SECONDS = 0.5
 _PLAIN_SECONDS = 30.0
+_ORPHAN_SECONDS = 600.0
 _TAIL_BYTES = 1 << 16
 
 
@@ -99,13 +102,29 @@ def _start(job: Job) -> _Active:
     config = job.directory.with_name(f"{job.directory.name}.json")
     log = job.directory.with_name(f"{job.directory.name}.log")
     write_text(config, to_json(job.config))
-    command = [sys.executable, "-m", "finemoe.studies.worker", str(config), str(job.directory)]
+    _wait_for_orphan(job.directory)
+    command = [sys.executable, "-m", "finemoe.studies.worker", str(config), str(job.directory), str(os.getpid())]
     with log.open("ab") as output:
         # A session of its own: a terminal's Ctrl-C reaches this process only, which then asks each run to save.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     return _Active(job, process, log)
+
+
+def _wait_for_orphan(directory: Path) -> None:
+    """Wait for the run that a killed study left behind: it was told to stop, and saves after its step."""
+    if not directory.is_dir():
+        return
+    try:
+        with exclusive_lock(
+            directory / ".lock",
+            patience=_ORPHAN_SECONDS,
+            on_wait=lambda: logger.info("%s: waiting for an earlier process to save and end", directory),
+        ):
+            return
+    except (TimeoutError, OSError) as error:  # the worker meets the same, and says what it is
+        logger.debug("%s: %s", directory, error)
 
 
 def _conclude(one: _Active, outcome: Outcome, board: _Board) -> None:
