@@ -6,12 +6,12 @@ command line is a function here; it shows its progress on stderr unless it is as
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # as in `typing`, whose import alone takes longer than all else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from finemoe.analysis.reports import analyze
     from finemoe.checkpoint.conversion import export, import_
     from finemoe.checkpoint.doctor.examine import examine as doctor
@@ -109,6 +109,8 @@ def __getattr__(name: str) -> Any:
         from finemoe.core.logs import speak
 
         speak()
+    from importlib import import_module
+
     module, attribute = home.split(":")
     return getattr(import_module(module), attribute)
 

@@ -18,7 +18,9 @@ from finemoe.runs.config import resolve_run
 from finemoe.studies import worker
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["finemoe.studies.worker", "torch._dynamo"])  # the latter by any optimizer
+_CONTEXT.set_forkserver_preload(
+    ["finemoe.studies.worker", "finemoe.runs.run", "torch._dynamo"]
+)  # the latter by any optimizer
 
 
 def write_config(raw: dict[str, Any], path: Path) -> Path:

@@ -377,7 +377,7 @@ def test_a_run_whose_study_has_gone_saves_and_ends_by_itself(corpus: Path, tmp_p
     training = {"steps": 10**6, "tokens_per_step": PER_STEP, "checkpoint_every": 10**6, "evaluate_every": 10**6}
     config = write_config({**raw, "model": recipe(corpus)["base"], "training": training}, tmp_path / "config.json")
     run, command = tmp_path / "run", [sys.executable, "-m", "finemoe.studies.worker"]
-    line = f"{shlex.join([*command, str(config), str(tmp_path / 'run')])} & wait"
+    line = f"{shlex.join([*command, str(config), str(tmp_path / 'run')])} $$ & wait"
     with subprocess.Popen(["sh", "-c", line], start_new_session=True, stderr=subprocess.DEVNULL) as study:
         try:
             wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0)

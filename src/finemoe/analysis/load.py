@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,12 @@ from finemoe.checkpoint.kinds import kind_of
 from finemoe.checkpoint.language_model import LanguageModel, open_language_model
 from finemoe.checkpoint.run_state.state import checkpoint_folders, find_damage
 from finemoe.core.files import storage_error
-from finemoe.core.logs import logger, read_json_lines
+from finemoe.core.logs import logger
+from finemoe.core.reading import decode_json
 from finemoe.model.moe.balance import max_violation
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.training.alerts import ENOUGH, STARVED, Knobs, advice, alert_for, imbalance, routed_layers
+from finemoe.training.directory import read_metrics
 
 SCHEMA = 1
 MOST_MATRIX = 64
@@ -266,7 +267,7 @@ def _knobs(opened: LanguageModel) -> Knobs | None:
     if run is None:
         return None
     try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        config = decode_json((run / "config.json").read_bytes())
         return Knobs(float(config["optimizer"]["learning_rate"]), (config.get("balancing") or {}).get("rate"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -280,7 +281,7 @@ def _run_of(path: Path) -> Path | None:
 
 def history(run: Path | None, until: int | None = None) -> dict[str, Any]:
     """What metrics.jsonl of a run knows of its steps up to `until`: the load at each validation, and the alerts."""
-    known = read_json_lines(run / "metrics.jsonl") if run is not None else []
+    known = read_metrics(run) if run is not None else []
     records = [one for one in known if until is None or one.get("step", 0) <= until]
     loads = [_point(record) for record in records if record["kind"] == "validation" and "load" in record]
     said = [record for record in records if record["kind"] == "alert"]

@@ -40,6 +40,7 @@ from finemoe.analysis.passages import Observed, Passages
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import DataError
 from finemoe.core.files import make_folder, replacing, storage_error
+from finemoe.core.reading import damage_of, decode_json
 from finemoe.model.moe.decision import RoutingDecision
 from finemoe.training.alerts import routed_layers
 
@@ -287,22 +288,29 @@ def _layer_of(file: pq.ParquetFile, group: int) -> int:
 def _reading(path: Path) -> Iterator[pq.ParquetFile]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; `finemoe trace MODEL --out {path}` makes one")
-    try:
-        with pq.ParquetFile(path) as file:
-            yield file
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]}); trace again") from error
+    with damage_of(path, "trace again", DataError):
+        try:
+            with pq.ParquetFile(path) as file:
+                yield file
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: not a whole Parquet file ({_brief(error)}); trace again") from error
+
+
+def _brief(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _info(path: Path, file: pq.ParquetFile) -> TraceInfo:
     raw = (file.schema_arrow.metadata or {}).get(_KEY)
     if raw is None:
         raise DataError(f"{path}: a Parquet file, but not made by `finemoe trace`")
-    metadata = json.loads(raw)
+    metadata = decode_json(raw)
     if metadata.get("version") != VERSION:
         raise DataError(
             f"{path}: a trace of version {metadata.get('version')}, this finemoe reads {VERSION}: trace again"
         )
     if not file.schema_arrow.remove_metadata().equals(SCHEMA):
         raise DataError(f"{path}: its columns are not those of a trace; trace again")
+    for key in ("domains", "config"):
+        dict(metadata[key])
     return TraceInfo(path, file.metadata.num_rows, metadata)

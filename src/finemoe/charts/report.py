@@ -11,6 +11,7 @@ from typing import Any
 from finemoe.charts.numbers import Results, clean
 from finemoe.core.errors import RunError
 from finemoe.core.files import make_folder, storage_error, write_text
+from finemoe.core.reading import decode_json
 
 Page = Callable[[Results], str]
 Figures = Callable[[Results], Mapping[str, Any]]
@@ -34,7 +35,7 @@ def require_report_folder(out: str | os.PathLike[str] | None, kind: str, *, ours
         inside = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.exists() else set()
         if not inside or inside & set(ours):
             return folder
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8")) if "results.json" in inside else None
+        found = decode_json((folder / "results.json").read_bytes()) if "results.json" in inside else None
     except OSError as error:
         raise storage_error(folder, error) from error
     except ValueError:

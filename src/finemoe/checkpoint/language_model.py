@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from finemoe.checkpoint.kinds import kind_of
 from finemoe.checkpoint.open import load_chat_template, load_model, load_tokenizer
 from finemoe.core.errors import DataError, RunError
+from finemoe.core.reading import decode_json
 from finemoe.model.config import Kernels
 from finemoe.model.transformer import Transformer
 from finemoe.text.chat import ChatTemplate
@@ -108,6 +108,6 @@ def training_data(run: Path) -> dict[str, Any]:
     candidates = [folder / "config.json" for folder in (run, *run.resolve().parents[:2])]
     config = next((path for path in candidates if path.exists()), candidates[0])
     try:
-        return dict(json.loads(config.read_text(encoding="utf-8"))["data"])
+        return dict(decode_json(config.read_bytes())["data"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}

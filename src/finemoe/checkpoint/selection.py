@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -13,6 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from finemoe.core.config import Config, parse, to_json
 from finemoe.core.errors import ConfigError
 from finemoe.core.files import write_text
+from finemoe.core.reading import decode_json, reason_of
 from finemoe.model.config import ModelConfig
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure
@@ -122,11 +122,11 @@ def read_selection(path: Path, model: ModelConfig) -> ExpertSelection:
         ConfigError: no such file, no selection, of a later version, or with layers or experts that the model has not.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = decode_json(path.read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such selection; `finemoe analyze relevance` writes one") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable selection of experts: {error}") from error
+        raise ConfigError(f"{path}: not a readable selection of experts: {reason_of(error)}") from error
     if not isinstance(table, dict) or table.get("kind") != "expert_selection":
         raise ConfigError(f"{path}: not a selection of experts; `finemoe analyze relevance` writes one")
     if table.get("schema_version") != 1:

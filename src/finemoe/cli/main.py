@@ -33,6 +33,7 @@ from finemoe.cli.size import size
 from finemoe.cli.trace import trace
 from finemoe.cli.train import train
 from finemoe.core.errors import FinemoeError
+from finemoe.core.files import plain_words
 
 
 class Verbs(TyperGroup):
@@ -59,7 +60,8 @@ class Verbs(TyperGroup):
         except BrokenPipeError:
             raise
         except (FinemoeError, OSError) as error:
-            _say("error: ", "bold red", ctx.params["debug"], str(error))
+            said = plain_words(error) if isinstance(error, OSError) else str(error)
+            _say("error: ", "bold red", ctx.params["debug"], said)
             raise typer.Exit(2) from error
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from finemoe.model.config import ModelConfig
     from finemoe.model.presets import Preset
 
+_TOKENS, _TOKENS_PER_STEP = 1_000_000, 8192  # the latter by default
+_TUNED_HIDDEN = 64  # where the default learning rate was tuned; wider models want less
+
 
 def presets(
     name: Annotated[
@@ -31,14 +34,16 @@ def presets(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the named models, or print one as a recipe's [model] table.
+    """List the named models, or print one as a recipe that trains as it stands.
 
     \b
     Examples:
       finemoe presets
       finemoe presets --only tiny
       finemoe presets tiny-moe > recipe.toml
+      finemoe train recipe.toml
 
+    The recipe learns from the standard library of Python until data.corpus says otherwise.
     In a recipe `preset = "tiny-moe"` does the same, and further keys of [model] override it.
     """
     from finemoe.core.errors import ConfigError
@@ -162,6 +167,20 @@ def _show(name: str, as_json: bool) -> None:
     for note in preset.notes:
         typer.echo(f"# {note}")
     typer.echo("\n".join(toml_table("model", preset.model)))
+    typer.echo("\n" + "\n".join(_rest_of_recipe(preset)))
+
+
+def _rest_of_recipe(preset: Preset) -> Iterator[str]:
+    """What a recipe needs besides its model: data cut as the model was made for, a length, a learning rate."""
+    from finemoe.runs.config import DEFAULT_LEARNING_RATE
+
+    rate = DEFAULT_LEARNING_RATE * (_TUNED_HIDDEN / preset.model["hidden_size"]) ** 0.5
+    yield from ("[data]", f"sequence_length = {preset.seq_len}")
+    yield '# corpus = { kind = "files", paths = ["my-texts/"] }  # without it, the standard library of Python'
+    yield from ("", "[training]", f"tokens = {_TOKENS:_}  # a first look; longer is better")
+    if _TOKENS_PER_STEP % preset.seq_len:
+        yield f"tokens_per_step = {preset.seq_len}"
+    yield from ("", "[optimizer]", f"learning_rate = {rate:.1g}")
 
 
 def toml_table(name: str, table: Mapping[str, Any]) -> Iterator[str]:

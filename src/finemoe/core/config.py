@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
 import tomllib
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from finemoe.core.config_words import did_you_mean as did_you_mean  # for all who look a name up
+from finemoe.core.config_words import meant, must_be, shown
+from finemoe.core.config_words import models_in as models_in
 from finemoe.core.contents import explain
 from finemoe.core.encodings import decode_text
 from finemoe.core.errors import ConfigError
+from finemoe.core.reading import reason_of
+
+_MOST_DEPTH = 40  # of tables; real recipes have six
+_MOST_TAG = 60
 
 
 class Config(BaseModel):
@@ -53,17 +59,49 @@ def _with_kind(value: Any, kind: str) -> Any:
     return {"kind": kind, **value} if isinstance(value, Mapping) and "kind" not in value else value
 
 
-def parse(config: type[ConfigT], data: Mapping[str, Any], source: str) -> ConfigT:
+def parse(config: type[ConfigT], data: Mapping[str, Any], source: str, *, table: str = "") -> ConfigT:
     """Validate `data` as `config`.
+
+    Args:
+        config: what it must be.
+        data: plain values.
+        source: named in errors.
+        table: what a recipe calls `data` where it is a part of one, for suggestions.
 
     Raises:
         ConfigError: names every offending field, its value, `source`, and the key that was probably meant.
     """
     try:
+        _check_size(data)
         return config.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(config, detail) for detail in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(_folded(lines))) from error
+        raise ConfigError(f"{source}: {in_words(config, error, table)}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"{source}: {reason}") from error
+
+
+def in_words(config: type[BaseModel], error: ValidationError, table: str = "") -> str:
+    """What pydantic refused, each in a plain sentence."""
+    return "; ".join(_folded([_explain(config, detail, table) for detail in error.errors(include_url=False)]))
+
+
+def _check_size(data: Any, name: str = "", depth: int = 0) -> None:
+    """Refuse what no recipe holds and no computer counts with.
+
+    Raises:
+        ValueError: a whole number beyond 64 bits, or tables in tables in tables.
+    """
+    if depth > _MOST_DEPTH:
+        raise ValueError(f"`{name[:40]} ...` is nested too deeply")
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            _check_size(value, f"{name}.{key}" if name else str(key), depth + 1)
+    elif isinstance(data, list | tuple):
+        for value in data:
+            _check_size(value, name, depth + 1)
+    elif isinstance(data, int) and data.bit_length() > 63:
+        raise ValueError(f"`{name}` must be below 2^63{shown(data)}")
 
 
 def _folded(lines: Sequence[str]) -> list[str]:
@@ -75,30 +113,24 @@ def _folded(lines: Sequence[str]) -> list[str]:
     return [found[0] + more[key] for key, found in alike.items()]
 
 
-def _explain(config: type[BaseModel], detail: Any) -> str:
+def _explain(config: type[BaseModel], detail: Any, table: str) -> str:
     location = detail["loc"]
     name, beside, kinds = _follow(config, location)
     if detail["type"] == "extra_forbidden":
-        return f"unknown key `{name}`{did_you_mean(str(location[-1]), sorted(beside))}"
+        return f"unknown key `{name}`{meant(config, table, name, sorted(beside))}"
     if detail["type"] == "missing":
         return f"`{name}` is required and missing"
     if detail["type"] == "union_tag_not_found":
         return f"`{name}.kind` is required and missing; known: {', '.join(kinds)}"
     if detail["type"] == "union_tag_invalid":
-        tag = detail["ctx"]["tag"]
+        tag = str(detail["ctx"]["tag"])[:_MOST_TAG]
         return f"unknown `{name}.kind` {tag!r}{did_you_mean(tag, kinds)}"
-    message = detail["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     value = detail.get("input")
-    shown = "" if isinstance(value, (Mapping, list, tuple, BaseModel)) else f" (got {value!r})"
-    return f"`{name}`: {message}{shown}" if name else message  # a combination names its fields itself
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """', did you mean `x`?' when something close exists, else the list of what exists."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f", did you mean `{close[0]}`?"
-    return f"; known: {', '.join(known)}" if known else ""
+    if detail["type"] == "value_error" and isinstance(value, Mapping | list | tuple | BaseModel):
+        return f"`{name}`: {must_be(detail)}" if name else must_be(detail)  # a combination names its fields itself
+    if not name:
+        return f"{must_be(detail)}{shown(value)}"
+    return f"`{name}` {must_be(detail)}{shown(value)}"
 
 
 def _follow(config: type[BaseModel], location: Sequence[Any]) -> tuple[str, set[str], list[str]]:
@@ -116,14 +148,6 @@ def _follow(config: type[BaseModel], location: Sequence[Any]) -> tuple[str, set[
     return ".".join(spelt), beside, [c.model_fields["kind"].default for c in here if "kind" in c.model_fields]
 
 
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The configurations that a field of this type may hold, in lists and unions too."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in typing.get_args(annotation):
-        yield from models_in(argument)
-
-
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a TOML file.
 
@@ -135,14 +159,20 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such recipe") from error
     except OSError as error:
-        raise ConfigError(f"{path}: not a readable TOML file: {error.strerror or error}") from error
+        raise ConfigError(f"{path}: not a readable TOML file: {_toml_reason(error)}") from error
     try:
         return tomllib.loads(decode_text(data))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         held = explain(data, frozenset())
         if held is not None:
             raise ConfigError(f"{path}: a recipe is TOML, but this {held}") from error
-        raise ConfigError(f"{path}: not a readable TOML file: {error}") from error
+        raise ConfigError(f"{path}: not a readable TOML file: {_toml_reason(error)}") from error
+
+
+def _toml_reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError | OSError | RecursionError):
+        return reason_of(error).removeprefix("damaged: ")
+    return "a number in it has too many digits" if "digits" in str(error) else str(error)
 
 
 def read_tables(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -189,7 +219,9 @@ def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
         key, equals, text = override.partition("=")
         parts = [part.strip() for part in key.split(".")]
         if not equals or not all(parts):
-            raise ConfigError(f"--set {override!r}: write it as a.b.c=value")
+            raise ConfigError(f"--set {override[:200]!r}: write it as a.b.c=value")
+        if len(parts) > _MOST_DEPTH:
+            raise ConfigError(f"--set {override[:_MOST_TAG]} ...: the key is nested too deeply")
         value = _toml_value(text.strip())
         for part in reversed(parts):
             value = {part: value}
@@ -202,6 +234,8 @@ def _toml_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--set ...={text[:_MOST_TAG]} ...: {_toml_reason(error)}") from error
 
 
 def to_json(config: BaseModel) -> str:

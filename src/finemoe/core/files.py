@@ -16,6 +16,7 @@ from finemoe.core.errors import RunError
 from finemoe.core.locks import exclusive_lock
 
 _PATIENCE_SECONDS = 10.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -104,10 +105,31 @@ def make_folder(folder: Path) -> None:
 
 def storage_error(path: Path, error: OSError) -> RunError:
     """The plain words for an OSError on writing."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         how = "a run with `finemoe resume`, anything else with the same command"
         return RunError(f"{path}: the disk is full; free some space and go on: {how}")
     return RunError(f"{path}: cannot be written: {error.strerror or error}")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusals to write to `path` into plain words.
+
+    Raises:
+        RunError: the disk is full or `path` unwritable.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def plain_words(error: OSError) -> str:
+    """What the system refused and where, without its number; for what nobody nearer to it has put into words."""
+    place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    if error.errno in _FULL:
+        return f"{place}the disk is full; free some space and give the same command again"
+    return f"{place}{(error.strerror or str(error) or type(error).__name__).lower()}"
 
 
 def sync(path: Path) -> None:

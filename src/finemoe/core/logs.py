@@ -30,6 +30,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from finemoe.core.reading import decode_json
+
 logger = logging.getLogger("finemoe")
 _PLAIN_INTERVAL = 15.0  # seconds between lines when nobody watches a terminal
 
@@ -203,14 +205,35 @@ def _cut_torn_line(path: Path) -> None:
             os.truncate(path, whole)
 
 
-def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Every complete record of a JSON Lines file; a last line cut off by a kill is left out."""
+def read_json_lines(
+    path: str | os.PathLike[str],
+    check: Callable[[dict[str, Any]], object] | None = None,
+    on_damage: Callable[[int], object] | None = None,
+) -> list[dict[str, Any]]:
+    """Every complete record of a JSON Lines file; a last line cut off by a kill is left out.
+
+    Args:
+        path: of the file.
+        check: raises ValueError for a record that is none.
+        on_damage: is told the number of a damaged line, counted from 1, which is left out then.
+
+    Raises:
+        ValueError: a line is damaged, and there is no `on_damage`.
+    """
     records = []
     with open(path, "rb") as file:  # bytes: a line may be cut off within a character
-        for line in file:
+        for number, line in enumerate(file, start=1):
             try:
-                records.append(json.loads(line))
+                record = decode_json(line)
+                if not isinstance(record, dict):
+                    raise ValueError("a line must hold a JSON object")
+                if check is not None:
+                    check(record)
+                records.append(record)
             except ValueError:
-                if line.endswith(b"\n"):
+                if not line.endswith(b"\n"):
+                    continue
+                if on_damage is None:
                     raise
+                on_damage(number)
     return records

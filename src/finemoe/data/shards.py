@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from finemoe.core.reading import decode_json, reason_of
 from finemoe.data.cache import DamagedError
 from finemoe.data.loader import TokenArray
 from finemoe.text import Alterations, Tokenizer
@@ -26,6 +27,7 @@ from finemoe.text.control import spellings
 
 FORMAT_VERSION = 2
 META = "meta.json"
+_DTYPES = ("<u2", "<u4")  # for vocabularies of up to 65,536 ids, and for larger ones
 _BLOCK_CHARS = 1 << 20  # texts are tokenised in blocks of about this size, two at a time: bounds memory, fills cores
 _BLOCK_TEXTS = 4096
 
@@ -44,7 +46,7 @@ class TokenWriter:
         self._special = special
         self._encode = partial(tokenizer.encode_batch, special=special)
         self._spelling: Counter[str] = Counter()  # documents that spell out a control token, by its name
-        self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self._dtype = np.dtype(_DTYPES[0] if tokenizer.vocab_size <= 1 << 16 else _DTYPES[1])
         self._texts: list[str] = []
         self._places: list[tuple[str, bool]] = []  # the stream of each text, and whether a document ends with it
         self._block_chars = 0
@@ -178,17 +180,19 @@ def open_tokens(folder: Path) -> TokenFolder:
         DamagedError: when version, size or checksum is not as recorded.
     """
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        meta = decode_json((folder / META).read_bytes())
         if meta["format"] != FORMAT_VERSION:
             raise ValueError(f"format {meta['format']} instead of {FORMAT_VERSION}")
         dtype = np.dtype(meta["dtype"])
+        if dtype.str not in _DTYPES:
+            raise ValueError(f"its tokens are {dtype.str!r}, not one of {', '.join(_DTYPES)}")
         table = meta["streams"]
         streams = {name: _open_stream(folder / _bin(name), dtype, facts) for name, facts in table.items()}
         ratios = {name: (facts["text_bytes"] or 1) / (facts["token_bytes"] or 1) for name, facts in table.items()}
         altered, spelt = Alterations.from_json(meta["altered"]), dict(meta.get("control_tokens", {}))
         return TokenFolder(streams, ratios, altered, spelt)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{folder}: {error}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, SyntaxError) as error:
+        raise DamagedError(f"{folder}: {reason_of(error)}") from error
 
 
 def _open_stream(path: Path, dtype: np.dtype[Any], facts: dict[str, Any]) -> TokenArray:

@@ -13,15 +13,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from finemoe.checkpoint.language_model import LanguageModel
-from finemoe.core.errors import ConfigError, RunError
-from finemoe.core.logs import JsonLines, progress, read_json_lines
+from finemoe.core.errors import ConfigError
+from finemoe.core.files import make_folder, writing
+from finemoe.core.logs import JsonLines, logger, progress, read_json_lines
+from finemoe.core.reading import damage_of
 from finemoe.evaluation.answering import generate
 from finemoe.evaluation.task import (
     Answer,
@@ -49,6 +52,7 @@ _FORMAT = 1
 """Raise it when answers to the same request change: the old ones are then no longer found."""
 _FIRST = b'{"key"'
 """What a file of answers begins with, even one that was torn at its first line."""
+_SCORED, _GENERATED = TypeAdapter(Scored), TypeAdapter(Generated)
 _SAMPLE = 4096
 """Numbers of each tensor that go into the fingerprint as they are."""
 
@@ -110,21 +114,33 @@ class Answers:
         self._file: JsonLines | None = None
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            make_folder(self.path.parent)
         if self.path.exists():  # before it is opened: that cuts a last line that has no end, whoever wrote it
             self.known |= _kept(self.path)
-        self._file = JsonLines(self.path)
+        with writing(self.path):
+            self._file = JsonLines(self.path)
 
     def keep(self, key: str, answer: Answer, **about: Any) -> None:
-        """Remember an answer; `about` is for people who read the file."""
+        """Remember an answer; `about` is for people who read the file.
+
+        Raises:
+            RunError: the disk is full or the folder unwritable; the answers before it are kept.
+        """
         self.known[key] = answer
-        if self._file is not None:
-            self._file.write({"key": key, **about, "answer": asdict(answer)})
+        if self._file is not None and self.path is not None:
+            with writing(self.path):
+                self._file.write({"key": key, **about, "answer": asdict(answer)})
 
     def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        """Close the file.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        if self._file is not None and self.path is not None:
+            with writing(self.path):
+                self._file.close()
 
 
 def fingerprint(opened: LanguageModel) -> str:
@@ -313,27 +329,40 @@ def _check_ids(task: Task, items: Sequence[Item]) -> None:
 
 
 def _kept(path: Path) -> dict[str, Answer]:
-    """The answers in a file.
+    """The answers in a file; a line that is damaged is left out, so that its question is asked again.
 
     Raises:
         RunError: the file holds something else.
     """
-    try:
+    damaged: list[int] = []
+    with damage_of(path, "name another folder, or remove it"):
         with open(path, "rb") as file:
             start = file.read(len(_FIRST))
         if not _FIRST.startswith(start):
-            raise ValueError(f"it begins with {start.decode('utf-8', 'replace')!r}")
-        return {record["key"]: _from_record(record["answer"]) for record in read_json_lines(path)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{path} is no file of kept answers ({type(error).__name__}: {error}): name another, or remove it"
-        ) from error
+            raise ValueError(f"it is no file of kept answers, for it begins with {start.decode('utf-8', 'replace')!r}")
+        records = read_json_lines(path, _from_record, damaged.append)
+        known = dict(map(_from_record, records))
+        if damaged and not known:
+            raise ValueError("it is no file of kept answers, for no line of it holds one")
+    if damaged:
+        logger.warning("%s: %d damaged lines are left out, and asked again", path, len(damaged))
+    return known
 
 
-def _from_record(record: Mapping[str, Any]) -> Answer:
-    if "logprob" in record:
-        return Scored(**record)
-    return replace(Generated(**record), texts=tuple(record["texts"]))
+def _from_record(record: Mapping[str, Any]) -> tuple[str, Answer]:
+    """A kept answer and its key.
+
+    Raises:
+        ValueError: it is none.
+    """
+    key, kept = record.get("key"), record.get("answer")
+    if not isinstance(key, str) or not isinstance(kept, dict):
+        raise ValueError("a line has a key and an answer")
+    reader: TypeAdapter[Any] = _SCORED if "logprob" in kept else _GENERATED
+    try:
+        return key, reader.validate_python(kept)
+    except ValidationError as error:
+        raise ValueError("an answer has other fields") from error
 
 
 def describe_model(opened: LanguageModel, key: str) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from finemoe.core.config import Config, union_of
 from finemoe.model.attention import AttentionConfig
@@ -106,7 +106,7 @@ class ModelRecipe(Config):
     """[tokens] Ids the model knows, which is also the size of a tokenizer that is trained for it."""
     hidden_size: PositiveInt
     """[components] Width of the residual stream."""
-    num_layers: PositiveInt
+    num_layers: Annotated[int, Field(ge=1, le=10_000)]
     """[layers] Transformer blocks."""
     attention: AttentionConfig
     """How tokens look at each other."""
@@ -122,7 +122,7 @@ class ModelRecipe(Config):
     """[added] To the mean square under the root in every RMSNorm."""
     max_positions: PositiveInt | None = None
     """[tokens] Longest sequence the model is made for; left out, as long as it was trained on."""
-    mtp_depth: NonNegativeInt = 0
+    mtp_depth: Annotated[int, Field(ge=0, le=10_000)] = 0
     """[modules] Multi-token prediction modules, each with a block like the last layer's."""
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from finemoe.core.environment import cache_folder, processor
 from finemoe.core.locks import exclusive_lock
 from finemoe.core.logs import logger
+from finemoe.core.reading import decode_json, reason_of
 from finemoe.model import native
 from finemoe.model.backends import EXPERT_KERNELS, backend_for
 from finemoe.model.config import BlockConfig, Kernels, ModelConfig
@@ -194,12 +195,12 @@ class _Setting:
         parts = (machine, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", what)
         shape = (f"{self.tokens} tokens of {self.hidden_size}", "bf16" if self.bf16 else "fp32")
         key = ", ".join((f"{kind} {_FORMAT}", *parts, *shape, "native" if native.available() else "no native"))
-        seconds = _read(path).get(key) or self._measured(path, key, candidates)
+        seconds = _known(path, key, kind) or self._measured(path, key, kind, candidates)
         best = min(seconds, key=lambda name: seconds[name])
         times = ", ".join(f"{name} {seconds[name] * 1e3:.3g} ms" for name in sorted(seconds, key=lambda n: seconds[n]))
         return best, f"{kind}: {times}"
 
-    def _measured(self, path: Path, key: str, candidates: Callable[[], Candidates]) -> Mapping[str, float]:
+    def _measured(self, path: Path, key: str, kind: str, candidates: Callable[[], Candidates]) -> Mapping[str, float]:
         """Measured by one process at a time, so that they agree and do not disturb each other."""
         with ExitStack() as stack:
             try:
@@ -207,11 +208,11 @@ class _Setting:
                 stack.enter_context(exclusive_lock(path.with_suffix(".lock"), patience=_PATIENCE))
             except (OSError, TimeoutError) as error:
                 logger.debug("%s cannot be locked: %s", path, error)
-            found = _read(path).get(key)  # by another process, meanwhile
+            found = _known(path, key, kind)  # by another process, meanwhile
             if found is None:
                 logger.debug("measuring %s", key)
                 found = {name: round(value, 6) for name, value in self.timer(candidates(), self.device).items()}
-                _write(path, {**_read(path), key: found})
+                _write(path, {**_read(path, say=True), key: found})
             return found
 
 
@@ -227,15 +228,26 @@ def _pass(model: Transformer, tokens: Tensor) -> None:
     model.backend.cross_entropy_sum(hidden, model.head_weight, tokens.flatten(), weights).backward()
 
 
-def _read(path: Path) -> dict[str, dict[str, float]]:
+def _known(path: Path, key: str, kind: str) -> Mapping[str, float] | None:
+    """What was measured for `key`; None where it was not, or for kernels that there are not."""
+    found = _read(path).get(key)
+    return (
+        found if found and found.keys() <= {"experts": EXPERT_KERNELS.keys(), "products": {*_PRODUCTS}}[kind] else None
+    )
+
+
+def _read(path: Path, *, say: bool = False) -> dict[str, dict[str, float]]:
     """What was measured before; a file that is missing or damaged only costs measuring again."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {
+        found = decode_json(path.read_bytes())
+        known = {
             key: {name: float(value) for name, value in seconds.items()} for key, seconds in found.items() if seconds
         }
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        if say and path.exists():
+            logger.warning("%s: %s; it is written anew", path, reason_of(error))
         return {}
+    return {key: seconds for key, seconds in known.items() if all(0 <= value < 3600 for value in seconds.values())}
 
 
 def _write(path: Path, measured: Mapping[str, Mapping[str, float]]) -> None:

@@ -21,8 +21,8 @@ from finemoe.core.errors import FinemoeError
 from finemoe.core.logs import progress
 from finemoe.model.size import measure
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
-from finemoe.runs.run import default_directory, evaluate_every, first_trainer, require_free
-from finemoe.runs.start import build_method, check_memory, check_start, checkpoint_bytes
+from finemoe.runs.run import evaluate_every, first_trainer, require_free
+from finemoe.runs.start import build_method, check_memory, check_start, checkpoint_bytes, default_directory
 from finemoe.training.method import Method
 from finemoe.training.report import StepReport
 from finemoe.training.trainer import Trainer
@@ -152,7 +152,7 @@ def check(
     else:
         raw, source = read_recipe(recipe, overrides)
         config = resolve_run(raw, source)
-    directory = Path(out) if out is not None else default_directory(config)
+    directory = Path(out) if out is not None else default_directory(config.name)
     found = _Findings(source, config)
     found.attempt(lambda: require_free(directory, config))
     found.attempt(lambda: check_start(config, directory))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationEr
 
 from finemoe.checkpoint.open import read_model_config, text_home
 from finemoe.checkpoint.own_config import refuse_older
-from finemoe.core.config import Config, merge, parse, read_tables, with_overrides
+from finemoe.core.config import Config, in_words, merge, parse, read_tables, with_overrides
 from finemoe.core.errors import ConfigError
+from finemoe.core.reading import read_object
 from finemoe.data import DataConfig
 from finemoe.data.config import NEW_SPLITTING
 from finemoe.methods import MethodConfig
@@ -248,8 +248,7 @@ def _rebalanced(config: ModelConfig, balance: Any, source: str) -> ModelConfig:
     try:
         return with_balance(config, losses)
     except ValidationError as error:
-        reasons = {detail["msg"].removeprefix("Value error, ") for detail in error.errors()}
-        raise ConfigError(f"{source}: balance: {'; '.join(sorted(reasons))}") from error
+        raise ConfigError(f"{source}: balance: {in_words(ModelConfig, error)}") from error
 
 
 def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,11 +264,6 @@ def read_config(path: Path) -> RunConfig:
         ConfigError: it is not one.
     """
     what = f"{path}: not the configuration of a run"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{what}: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{what}: it must hold a JSON object")
+    raw = read_object(path, "put it back: each checkpoint of the run holds a copy", ConfigError, what=what)
     refuse_older(raw, path)
     return parse(RunConfig, raw, what)

@@ -10,8 +10,8 @@ from typing import Any
 
 from finemoe.charts.report import require_report_folder, write_report
 from finemoe.core.environment import environment
-from finemoe.core.logs import logger, read_json_lines
-from finemoe.training.directory import read_object, read_summary, require_run
+from finemoe.core.logs import logger
+from finemoe.training.directory import read_if_there, read_metrics, read_summary, require_run
 
 MOST_POINTS = 400
 """Points of a curve: of longer runs, each is the mean of several steps."""
@@ -34,16 +34,16 @@ def run_results(directory: Path, *, refresh: int | None = None, samples: int = 0
         RunError: not a run directory, or one that cannot be read.
     """
     require_run(directory)
-    config = read_object(directory / "config.json") or {}
+    config = read_if_there(directory / "config.json") or {}
     metrics = directory / "metrics.jsonl"
-    records = read_json_lines(metrics) if metrics.exists() else []
+    records = read_metrics(directory) if metrics.exists() else []
     of = {kind: [one for one in records if one.get("kind") == kind] for kind in ("step", "validation", "alert")}
     summary = read_summary(directory)
     training = config.get("training") or {}
     each = -(-len(of["step"]) // MOST_POINTS) or 1
     load, load_of = _load(of["validation"], of["step"])
     drawn, sampled_at = _samples(directory, samples)
-    data = read_object(directory / "data.json") or {}
+    data = read_if_there(directory / "data.json") or {}
     return {
         "kind": "run",
         "finemoe_version": environment()["packages"]["finemoe"],
@@ -64,7 +64,7 @@ def run_results(directory: Path, *, refresh: int | None = None, samples: int = 0
         "sampled_at": sampled_at,
         "refresh": refresh,
         "config": config,
-        "environment": read_object(directory / "environment.json") or {},
+        "environment": read_if_there(directory / "environment.json") or {},
         "data": {key: value for key, value in data.items() if key not in ("skipped", "domains")},
     }
 
@@ -146,7 +146,7 @@ def _pause(seconds: float) -> None:
 
 def _failure(run: Path, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What stopped the run; nothing where it was resumed since and got beyond that step."""
-    failure = read_object(run / "failure.json")
+    failure = read_if_there(run / "failure.json")
     beyond = failure is not None and steps and steps[-1]["step"] >= failure.get("step", 0)
     return None if beyond else failure
 

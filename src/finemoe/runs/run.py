@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,10 @@ from finemoe.checkpoint.run_state.state import RunState, checkpoint_folders, loa
 from finemoe.core import memory
 from finemoe.core.config import parse, to_json
 from finemoe.core.environment import environment
-from finemoe.core.errors import RunError, TrainingError
+from finemoe.core.errors import ConfigError, RunError, TrainingError
 from finemoe.core.files import sole_writer, storage_error, write_text
-from finemoe.core.logs import logger, read_json_lines
+from finemoe.core.logs import logger
+from finemoe.core.reading import damage_of, decode_json, read_object
 from finemoe.core.seeds import derive
 from finemoe.data.batch import Batch
 from finemoe.model.config import Kernels, equal_but_for_balance
@@ -39,12 +39,12 @@ from finemoe.runs.config import RunConfig, read_config, read_recipe, resolve_run
 from finemoe.runs.kernels import is_same_run, kernels_for
 from finemoe.runs.observers import Evaluate, Log, Show, Warn
 from finemoe.runs.saving import Save, restore
-from finemoe.runs.start import build_method, check_memory, check_start, resolve_device
+from finemoe.runs.start import build_method, check_memory, check_start, default_directory, resolve_device
 from finemoe.runs.trackers import open_tracker
 from finemoe.text.files import COMPANIONS
 from finemoe.training.alerts import Knobs, Watch, routed_layers
 from finemoe.training.balancing import has_selection_bias
-from finemoe.training.directory import read_object, read_summary, require_run
+from finemoe.training.directory import METRICS, read_metrics, require_run, summary_if_whole
 from finemoe.training.method import Measured, Method, TrainingData
 from finemoe.training.report import recent_loss
 from finemoe.training.stopping import StopOnSignal
@@ -82,7 +82,7 @@ def train(
         TrainingError: a loss was not finite; the last good state is in the directory.
     """
     config = recipe if isinstance(recipe, RunConfig) else resolve_run(*read_recipe(recipe, overrides))
-    directory = Path(out) if out is not None else default_directory(config)
+    directory = Path(out) if out is not None else default_directory(config.name)
     require_free(directory, config)
     check_start(config, directory)
     method = build_method(config)
@@ -111,7 +111,7 @@ def resume(directory: str | os.PathLike[str], *, overrides: Sequence[str] = (), 
     directory = Path(directory)
     require_run(directory)
     before = read_config(directory / "config.json")
-    summary = read_summary(directory)
+    summary = summary_if_whole(directory)
     if summary is not None and not overrides:
         logger.info("%s is finished: %d steps; --set training.tokens=... trains it longer", directory, summary["steps"])
         return Run(directory, summary, interrupted=False)
@@ -123,7 +123,7 @@ def resume(directory: str | os.PathLike[str], *, overrides: Sequence[str] = (), 
 
 def _resume(directory: Path, before: RunConfig, config: RunConfig, quiet: bool) -> Run:
     method = build_method(config)
-    had, now = read_object(directory / "data.json"), method.data.report
+    had, now = _recorded_data(directory / "data.json"), method.data.report
     changed = [key for key in now if key.endswith("sha256") and had and had.get(key) != now[key]]
     if changed:
         raise RunError(
@@ -139,6 +139,18 @@ def _resume(directory: Path, before: RunConfig, config: RunConfig, quiet: bool) 
     return _run(config, method, directory, kernels_for(config, saved), saved, quiet)
 
 
+def _recorded_data(path: Path) -> dict[str, Any] | None:
+    """What the run wrote of its corpus; None where it is not there.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    if not path.exists():
+        return None
+    mend = "put it back, or remove it, and the run goes on without comparing its corpus with the one it began with"
+    return read_object(path, mend)
+
+
 def _newest(directory: Path, config: RunConfig) -> RunState | None:
     """What the newest undamaged checkpoint holds; None where the run had not come to its first.
 
@@ -149,8 +161,19 @@ def _newest(directory: Path, config: RunConfig) -> RunState | None:
     if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
         return None
     saved = load_latest(checkpoints)
-    _compare_configurations(directory, config, parse(RunConfig, json.loads(saved.config), str(checkpoints)))
+    _compare_configurations(directory, config, _config_of(saved, checkpoints))
     return saved
+
+
+def _config_of(saved: RunState, checkpoints: Path) -> RunConfig:
+    """The configuration that a checkpoint was written with.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    with damage_of(f"{checkpoints}: config.json of the newest checkpoint", "remove that checkpoint", ConfigError):
+        raw = decode_json(saved.config.encode())
+        return parse(RunConfig, dict(raw), f"{checkpoints}: config.json of the newest checkpoint")
 
 
 def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig) -> None:
@@ -160,11 +183,6 @@ def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig
         raise RunError(f"{directory}/config.json: {', '.join(changed)} differ from the checkpoint's; put them back")
     if changed:
         logger.warning("%s differ from the checkpoint's: this is no longer the run that began here", ", ".join(changed))
-
-
-def default_directory(config: RunConfig) -> Path:
-    """Where a run goes that names no place."""
-    return Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def require_free(directory: Path, config: RunConfig) -> None:
@@ -211,7 +229,7 @@ def _run(
 ) -> Run:
     trainer = _trainer(config, method, directory, chosen.kernels, saved)
     metrics = directory / "metrics.jsonl"
-    _cut_metrics(metrics, trainer.state.step)
+    _cut_metrics(directory, trainer.state.step)
     if not quiet:
         _announce(config, trainer, directory, chosen.reason)
     trackers = [open_tracker(name, directory, config.model_dump(mode="json")) for name in config.training.trackers]
@@ -327,15 +345,24 @@ def _watch(config: RunConfig, metrics: Path) -> Watch:
     """What watches the routers, in the state that the steps so far have brought it to."""
     rate = config.resolved_balancing.rate if has_selection_bias(config.model) else None
     watch = Watch(routed_layers(config.model), config.training.total_steps, Knobs(config.optimizer.learning_rate, rate))
-    watch.replay(read_json_lines(metrics))
+    watch.replay(read_metrics(metrics.parent))
     return watch
 
 
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drop the records of steps that will be run again."""
-    if path.exists():
-        records = [record for record in read_json_lines(path) if record["step"] <= step]
-        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+def _cut_metrics(directory: Path, step: int) -> None:
+    """Drop the records of steps that will be run again; a file with damaged lines is kept under another name."""
+    path = directory / METRICS
+    if not path.exists():
+        return
+    damaged: list[int] = []
+    records = [record for record in read_metrics(directory, damaged.append) if record["step"] <= step]
+    if damaged:
+        try:
+            path.replace(path.with_suffix(".damaged.jsonl"))
+        except OSError as error:
+            raise storage_error(path, error) from error
+        logger.warning("the file as it was is kept as %s", path.with_suffix(".damaged.jsonl"))
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def _announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str) -> None:
@@ -364,7 +391,7 @@ def _announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str)
 
 
 def _summary(config: RunConfig, trainer: Trainer, last: Measured, metrics: Path) -> dict[str, Any]:
-    records = read_json_lines(metrics)
+    records = read_metrics(metrics.parent)
     steps = [record for record in records if record["kind"] == "step"]
     stalls = [record["stall_seconds"] for record in records if record["kind"] == "checkpoint"]
     size = measure(config.model, config.data.sequence_length)

@@ -21,6 +21,7 @@ from finemoe.checkpoint.storage.streaming import AbandonedError
 from finemoe.core.config import to_json
 from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.logs import logger
+from finemoe.core.reading import damage_of
 from finemoe.runs.config import RunConfig
 from finemoe.runs.observers import Log
 from finemoe.training.method import Saved
@@ -216,13 +217,14 @@ def restore(trainer: Trainer, saved: RunState, source: Path) -> None:
         raise CheckpointError(f"{source}: {error}; put back what was trained when the run began") from error
     state = dict(saved.state)
     _restore_method(trainer, saved.method, state.pop("method", {}), source)
-    rng = _generators(state.pop("rng"))
-    torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
-    torch.set_num_threads(state.pop("threads"))  # sums are cut by thread: another number rounds differently
-    state.pop("kernels", None)  # the model was built with them
-    trainer.state = TrainState(**state, rng=rng)
+    with damage_of(f"{source}: state.json of the newest checkpoint", "remove that checkpoint", CheckpointError):
+        rng = _generators(state.pop("rng"))
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and torch.cuda.is_available():
+            torch.cuda.set_rng_state(rng["cuda"])
+        torch.set_num_threads(state.pop("threads"))  # sums are cut by thread: another number rounds differently
+        state.pop("kernels", None)  # the model was built with them
+        trainer.state = TrainState(**state, rng=rng)
 
 
 def _restore_method(trainer: Trainer, tensors: Mapping[str, Tensor], values: Mapping[str, Any], source: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,24 @@ from finemoe.runs.config import RunConfig, TrainingConfig
 from finemoe.runs.footprint import require_memory
 from finemoe.runs.trackers import require_tracker
 from finemoe.training.method import Method
+
+_NAME = re.compile(
+    r"[^\W_][^/\\\x00-\x1f\x7f]{0,99}"
+)  # its first sign is a letter or a digit: no option, nothing hidden
+
+
+def default_directory(name: str) -> Path:
+    """A new folder in runs/ for what a recipe calls itself.
+
+    Raises:
+        ConfigError: that could lead out of runs/, or is no name for a folder.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"`name` {name[:60]!r} becomes a folder in runs/, so it must begin with a letter or digit, hold no "
+            "slash and be of at most 100 characters: change it, or say where to write with --out"
+        )
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def checkpoint_bytes(config: RunConfig) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +23,13 @@ from finemoe.core.logs import as_html, as_text, console
 from finemoe.model.size import measure
 from finemoe.runs.config import read_recipe
 from finemoe.runs.listing import is_study_of_papers
-from finemoe.runs.start import build_method
+from finemoe.runs.start import build_method, default_directory
 from finemoe.studies.arms import SizedArm, solve
 from finemoe.studies.config import CompareConfig, resolve_comparison
 from finemoe.studies.results import build_results, write_results
 from finemoe.studies.study import Study, holds_study, read_study
 from finemoe.studies.tables import comparison_table
-from finemoe.training.directory import read_object
+from finemoe.training.directory import read_if_there
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def compare(
         name: solve(name, config.base, config.matching, config.routing, config.data.sequence_length)
         for name in config.arms
     }
-    directory = Path(out) if out is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = Path(out) if out is not None else default_directory(config.name)
     parallel = min(config.parallel_runs or os.cpu_count() or 1, len(config.arms) * len(config.seeds))
     study = Study(config, arms, directory, parallel, quiet)
     holds_study(directory, config)
@@ -123,7 +122,7 @@ def go_on(directory: str | os.PathLike[str], *, quiet: bool = False) -> Comparis
     config = read_study(directory)
     if is_study_of_papers(config.model_dump()):
         scale = config.name.removeprefix("paper-")
-        known = read_object(directory / "results.json")
+        known = read_if_there(directory / "results.json")
         command = known["command"] if known and "command" in known else f"finemoe paper --scale {scale}"
         command = command if "--out" in command else f"{command} --out {shlex.quote(str(directory))}"
         raise RunError(f"{directory} is a study of the papers' claims; go on with: {command}")

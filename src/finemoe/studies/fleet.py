@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 import sys
 import time
@@ -15,14 +15,17 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from finemoe.core.config import to_json
 from finemoe.core.files import write_text
+from finemoe.core.locks import exclusive_lock
 from finemoe.core.logs import console, logger
+from finemoe.core.reading import decode_json
 from finemoe.model.size import measure
 from finemoe.runs.config import RunConfig
 from finemoe.studies.worker import FAILED, FINISHED, INTERRUPTED
-from finemoe.training.directory import read_summary
+from finemoe.training.directory import METRICS, check_record, summary_if_whole
 
 _POLL_SECONDS = 0.5
 _PLAIN_SECONDS = 30.0
+_ORPHAN_SECONDS = 600.0
 _TAIL_BYTES = 1 << 16
 
 
@@ -44,7 +47,7 @@ class Job:
     @property
     def finished(self) -> bool:
         """Whether its summary is there."""
-        return read_summary(self.directory) is not None
+        return summary_if_whole(self.directory) is not None
 
 
 @dataclass
@@ -99,13 +102,29 @@ def _start(job: Job) -> _Active:
     config = job.directory.with_name(f"{job.directory.name}.json")
     log = job.directory.with_name(f"{job.directory.name}.log")
     write_text(config, to_json(job.config))
-    command = [sys.executable, "-m", "finemoe.studies.worker", str(config), str(job.directory)]
+    _wait_for_orphan(job.directory)
+    command = [sys.executable, "-m", "finemoe.studies.worker", str(config), str(job.directory), str(os.getpid())]
     with log.open("ab") as output:
         # A session of its own: a terminal's Ctrl-C reaches this process only, which then asks each run to save.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     return _Active(job, process, log)
+
+
+def _wait_for_orphan(directory: Path) -> None:
+    """Wait for the run that a killed study left behind: it was told to stop, and saves after its step."""
+    if not directory.is_dir():
+        return
+    try:
+        with exclusive_lock(
+            directory / ".lock",
+            patience=_ORPHAN_SECONDS,
+            on_wait=lambda: logger.info("%s: waiting for an earlier process to save and end", directory),
+        ):
+            return
+    except (TimeoutError, OSError) as error:  # the worker meets the same, and says what it is
+        logger.debug("%s: %s", directory, error)
 
 
 def _conclude(one: _Active, outcome: Outcome, board: _Board) -> None:
@@ -177,7 +196,7 @@ class _Board:
     def finished(self, job: Job) -> None:
         """A run ended well."""
         self._done[job.name] = job.work
-        summary = read_summary(job.directory)
+        summary = summary_if_whole(job.directory)
         if not self._quiet and summary is not None:
             logger.info(
                 "%-24s loss %.4f  %.2f M tokens in %.0f s",
@@ -196,7 +215,7 @@ class _Board:
 def _newest(job: Job) -> dict[str, Any]:
     """The last step of a run, with the last validation loss, from the end of its metrics file."""
     try:
-        with (job.directory / "metrics.jsonl").open("rb") as file:
+        with (job.directory / METRICS).open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
             lines = file.read().split(b"\n")[:-1]
     except OSError:  # not begun
@@ -204,8 +223,9 @@ def _newest(job: Job) -> dict[str, Any]:
     newest: dict[str, Any] = {}
     for line in reversed(lines):
         try:
-            record = json.loads(line)
-        except ValueError:  # the first line of the tail is cut
+            record = dict(decode_json(line))
+            check_record(record)
+        except (ValueError, TypeError):  # the first line of the tail is cut; any other may be damaged
             break
         newest = {**record, **newest}
         if record["kind"] == "validation":

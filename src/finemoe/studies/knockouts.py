@@ -15,6 +15,7 @@ from finemoe.analysis.passages import read_passages
 from finemoe.checkpoint.language_model import LanguageModel, open_language_model
 from finemoe.core.files import write_text
 from finemoe.core.logs import progress
+from finemoe.core.reading import damage_of, read_object, require_numbers
 from finemoe.studies.arms import SizedArm
 from finemoe.studies.claims import Experiment, Quantity
 from finemoe.studies.config import CompareConfig
@@ -82,7 +83,24 @@ def _records(
                     advance(1)
     for (name, seed), path in paths.items():
         if path.exists():
-            yield name, seed, json.loads(path.read_text(encoding="utf-8"))
+            yield name, seed, _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `_measured` found.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    mend = "remove it, and the same command measures it again"
+    record = read_object(path, mend)
+    with damage_of(path, mend):
+        require_numbers(record, ("experts_per_token",))
+        for name in ("masked", "active"):
+            require_numbers(record[name], tuple(record[name]))
+            [float(key) for key in record[name]]
+        record["masked"]["0"] + (record["without_shared"] or 0.0) + 1 / record["experts_per_token"]
+    return record
 
 
 def _measured(opened: LanguageModel) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from finemoe.charts.comparison.page import comparison_page
 from finemoe.charts.report import write_report
 from finemoe.checkpoint.run_state.state import load_model
 from finemoe.core.environment import environment
-from finemoe.core.logs import read_json_lines
 from finemoe.generation import Engine, SamplingConfig
 from finemoe.model.size import ModelSize, measure
 from finemoe.runs.start import resolve_device
@@ -24,7 +23,7 @@ from finemoe.studies.config import CompareConfig
 from finemoe.studies.statistics import CONFIDENCE, interval, paired
 from finemoe.studies.tables import comparison_csv
 from finemoe.text import Tokenizer
-from finemoe.training.directory import read_summary
+from finemoe.training.directory import read_metrics, read_summary
 from finemoe.training.report import recent_loss
 
 _SAMPLE_TOKENS = 96
@@ -228,7 +227,7 @@ def _processor(directory: Path, runs: Runs) -> dict[str, float | None]:
 
 def _processor_seconds(run: Path) -> dict[int, float]:
     """Processor seconds of training up to each step; empty where a step did not record them."""
-    steps = [record for record in read_json_lines(run / "metrics.jsonl") if record["kind"] == "step"]
+    steps = [record for record in read_metrics(run) if record["kind"] == "step"]
     if any("processor_seconds" not in record for record in steps):
         return {}
     sums = accumulate(record["processor_seconds"] for record in steps)
@@ -236,7 +235,7 @@ def _processor_seconds(run: Path) -> dict[int, float]:
 
 
 def _validations(run: Path) -> list[dict[str, Any]]:
-    return [record for record in read_json_lines(run / "metrics.jsonl") if record["kind"] == "validation"]
+    return [record for record in read_metrics(run) if record["kind"] == "validation"]
 
 
 def _curve(run: Path, seed: int, size: ModelSize) -> list[dict[str, Any]]:
@@ -277,7 +276,7 @@ def _training_losses(directory: Path, runs: Runs) -> dict[int, float]:
     """Training loss by seed: mean of the last fifth of the steps, at most 100."""
     found = {}
     for seed in runs:
-        records = read_json_lines(directory / f"seed-{seed}" / "metrics.jsonl")
+        records = read_metrics(directory / f"seed-{seed}")
         loss = recent_loss([record for record in records if record["kind"] == "step"])
         if loss is not None:
             found[seed] = loss

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ from finemoe.checkpoint.kinds import COMPARISON
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.files import storage_error
+from finemoe.core.reading import read_object
 from finemoe.model.size import measure
 from finemoe.runs.config import RunConfig
 from finemoe.runs.start import check_start, checkpoint_bytes
 from finemoe.studies.arms import SizedArm
 from finemoe.studies.config import CompareConfig
 from finemoe.studies.fleet import Job, Outcome, run_fleet
-from finemoe.training.directory import read_object, read_summary
+from finemoe.training.directory import read_if_there, read_summary
 
 _CALIBRATION_STEPS = 10
 _TUNING_SEED = 1000  # far from the seeds of the comparison: a rate must not be chosen on the run it is judged by
@@ -199,7 +199,7 @@ def read_study(directory: Path) -> CompareConfig:
         ConfigError: it cannot be read.
         RunError: there is none.
     """
-    raw = read_object(directory / COMPARISON)
+    raw = read_if_there(directory / COMPARISON)
     if raw is None:
         raise RunError(f"{directory} holds no comparison (no {COMPARISON})")
     return parse(CompareConfig, raw, str(directory / COMPARISON))
@@ -214,7 +214,7 @@ def holds_study(directory: Path, config: CompareConfig) -> bool:
     path = directory / COMPARISON
     try:
         if path.exists():
-            found = parse(CompareConfig, json.loads(path.read_text(encoding="utf-8")), str(path))
+            found = parse(CompareConfig, read_object(path, "put it back, or choose another --out"), str(path))
             if _without_habits(found) != _without_habits(config):
                 raise RunError(f"{directory} holds a comparison of another configuration; choose another --out")
             return True

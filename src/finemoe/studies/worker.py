@@ -1,11 +1,15 @@
-"""One run of a study in a process of its own: `python -m finemoe.studies.worker CONFIG.json DIRECTORY`.
+"""One run of a study in a process of its own: `python -m finemoe.studies.worker CONFIG.json DIRECTORY PARENT`.
 
 A process apart keeps a crash to one run and lets several runs share the cores, one thread each: tiny models gain
 little from a second thread. Exit status 0: finished, 3: interrupted and saved, 2: failed, with the message on stderr.
+
+PARENT is the process id of the study. When that process ends, however it ends, this one is told to stop by SIGTERM from
+its first line on: before a run has begun that ends it at once, and later it saves first.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -13,16 +17,16 @@ import threading
 import time
 from pathlib import Path
 
-from finemoe.core import logs
-from finemoe.core.errors import FinemoeError
-from finemoe.runs.config import read_config
-from finemoe.runs.run import resume, train
-
 FINISHED, FAILED, INTERRUPTED = 0, 2, 3
+_PR_SET_PDEATHSIG = 1  # of Linux: a signal when the thread that started this process ends
 
 
 def run(config_path: Path, directory: Path) -> int:
     """Start or go on with the run in `directory`."""
+    from finemoe.core.errors import FinemoeError  # torch comes along, which takes seconds
+    from finemoe.runs.config import read_config
+    from finemoe.runs.run import resume, train
+
     started = (directory / "config.json").exists()
     try:
         result = (
@@ -34,19 +38,24 @@ def run(config_path: Path, directory: Path) -> int:
     return INTERRUPTED if result.interrupted else FINISHED
 
 
-def _stop_with_parent() -> None:
-    """End, saved, when the study that started this process is gone."""
-    parent = os.getppid()
+def stop_with_parent(parent: int) -> None:
+    """Have this process stopped by SIGTERM when `parent` is gone, or at once where it is gone already."""
+    if sys.platform != "linux" or ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:
+        sys.exit(INTERRUPTED)
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
+    stop_with_parent(int(sys.argv[3]))
+
+    from finemoe.core import logs
+
     logs.set_up()
-    _stop_with_parent()
     sys.exit(run(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -213,7 +213,12 @@ class Watch:
         """Come to the state after the step records of a run that goes on, without saying anything again."""
         for record in records:
             if record["kind"] == "step" and "load" in record:
-                self.after(record["step"], {int(number): load for number, load in record["load"].items()})
+                load = {int(number): one for number, one in record["load"].items()}
+                self.after(record["step"], {number: one for number, one in load.items() if self._fits(number, one)})
+
+    def _fits(self, number: int, load: Sequence[int]) -> bool:
+        """A file may be damaged: a load of another layer would be added up with this one's."""
+        return number in self._layers and len(load) == self._layers[number].num_routed_experts
 
     def _judge(self, step: int, number: int, before: NDArray[np.int64], now: NDArray[np.int64]) -> Alert | None:
         layer = self._layers[number]

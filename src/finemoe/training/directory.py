@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from finemoe.checkpoint.kinds import COMPARISON, models_below
 from finemoe.core.errors import RunError
+from finemoe.core.logs import logger, read_json_lines
+from finemoe.core.reading import damage_of, is_number, read_object, require_numbers
+
+SUMMARY, METRICS = "summary.json", "metrics.jsonl"
+_COUNTED = ("steps", "tokens", "seconds", "tokens_per_second", "total_parameters", "active_parameters")
+_MAY_MISS = ("max_vio", "dead_experts", "training_flops", "bits_per_byte", "peak_memory_bytes")
+_PER_LAYER = ("load", "max_vio_per_layer", "dead_experts_per_layer", "selection_bias")
+_NUMBERS = {
+    "step": ("loss", "tokens", "seconds", "tokens_per_second"),
+    "validation": ("tokens", "seconds"),
+    "checkpoint": ("stall_seconds",),
+}
+"""By kind of record: what readers count with, besides its step."""
+_MOST_COUNT = 1 << 53
 
 
 def require_run(directory: Path) -> None:
@@ -34,23 +48,89 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
     """summary.json of a finished run; None while it is not.
 
     Raises:
-        RunError: it cannot be read.
+        RunError: it cannot be read, or is damaged.
     """
-    return read_object(directory / "summary.json")
+    path = directory / SUMMARY
+    if not path.exists():
+        return None
+    mend = f"`finemoe resume {directory}` writes it again"
+    found = read_object(path, mend)
+    with damage_of(path, mend):
+        require_numbers(found, _COUNTED)
+        for key, value in found.items():
+            may_miss = key.startswith("final_") or key in _MAY_MISS
+            if may_miss and value is not None and not is_number(value):
+                raise ValueError(f"`{key}` must be a number")
+            if key in _PER_LAYER:
+                _check_layers(key, value)
+    return found
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file.
+def read_if_there(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file of ours; None where there is no file.
 
     Raises:
-        RunError: it cannot be read, or holds something else.
+        RunError: it cannot be read, or is damaged.
     """
+    return read_object(path, "put it back, or remove it") if path.exists() else None
+
+
+def summary_if_whole(directory: Path) -> dict[str, Any] | None:
+    """As `read_summary`; None too where the file is damaged, which the log says: a resume writes it again."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return read_summary(directory)
+    except RunError as error:
+        logger.warning("%s", error)
         return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: unreadable: {error}") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path}: must hold a JSON object, not {type(found).__name__}")
-    return found
+
+
+def read_metrics(directory: Path, on_damage: Callable[[int], object] | None = None) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl without damaged lines; `on_damage` is told their numbers, and the log names them.
+
+    Raises:
+        RunError: there is no such file, or it cannot be read.
+    """
+    path = directory / METRICS
+    damaged: list[int] = []
+    with damage_of(path, "put it back, or remove it: the run can go on without it"):
+        records = read_json_lines(path, check_record, damaged.append)
+    if on_damage is not None:
+        for number in damaged:
+            on_damage(number)
+    if damaged:
+        more = f" and {len(damaged) - 1} more" if damaged[1:] else ""
+        logger.warning("%s: line %d%s is damaged and left out", path, damaged[0], more)
+    return records
+
+
+def check_record(record: dict[str, Any]) -> None:
+    """Make sure that a record of metrics.jsonl is one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    kind, step = record.get("kind"), record.get("step")
+    if not isinstance(kind, str) or type(step) is not int or step < 0:
+        raise ValueError("a record has a kind and a step")
+    require_numbers(record, _NUMBERS.get(kind, ()))
+    for key in _PER_LAYER:
+        if key in record:
+            _check_layers(key, record[key])
+    if kind == "alert" and not all(key in record for key in ("layer", "level", "message")):
+        raise ValueError("an alert has a layer, a level and a message")
+
+
+def _check_layers(key: str, value: Any) -> None:
+    """Figures by layer, or of a layer's experts.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if not isinstance(value, dict) or not all(layer.isascii() and layer.isdigit() for layer in value):
+        raise ValueError(f"`{key}` must hold figures by layer")
+    for figures in value.values():
+        each = figures if isinstance(figures, list) and figures else [figures]
+        if not set(map(type, each)) <= {int, float}:  # a long run has many, and this takes no step of Python for each
+            raise ValueError(f"`{key}` must hold numbers")
+        if key == "load" and (figures is not each or not 0 <= min(each) <= max(each) < _MOST_COUNT):
+            raise ValueError("`load` must hold counts of each expert")

@@ -28,10 +28,12 @@ from finemoe.checkpoint.storage.streaming import AbandonedError, Recorded, write
 from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.files import make_folder, sha256, storage_error, sync
 from finemoe.core.logs import logger
+from finemoe.core.reading import damage_of, decode_json, read_object, reason_of, require_numbers
 from finemoe.model.config import Kernels
 from finemoe.model.transformer import Transformer
 
 MODEL, OPTIMIZER, METHOD = "model.safetensors", "optimizer.safetensors", "method.safetensors"
+_ANOTHER = "open another checkpoint of the run, or start it again"
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -134,23 +136,39 @@ def load_latest(checkpoints: Path) -> RunState:
     for folder in folders:
         damage = find_damage(folder)
         if damage is None:
-            return RunState(
-                model=load_file(folder / MODEL),
-                optimizer=load_file(folder / OPTIMIZER),
-                state=json.loads((folder / STATE).read_text(encoding="utf-8")),
-                config=(folder / CONFIG).read_text(encoding="utf-8"),
-                method=load_file(folder / METHOD) if (folder / METHOD).exists() else {},
-            )
+            try:
+                return _load(folder)
+            except CheckpointError as error:  # written damaged, or with a manifest that fits the damage
+                damage = str(error)
         logger.warning("%s is damaged (%s): trying the one before", folder, damage)
     found = f"all {len(folders)} are damaged" if folders else "there is none"
     raise CheckpointError(f"{checkpoints}: no checkpoint to open, {found}; start the run again")
 
 
+def _load(folder: Path) -> RunState:
+    """What a checkpoint whose checksums hold keeps.
+
+    Raises:
+        CheckpointError: it cannot be read all the same.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name in (MODEL, OPTIMIZER, METHOD):
+        with damage_of(folder / name, _ANOTHER, CheckpointError):
+            parts[name] = load_file(folder / name) if name != METHOD or (folder / name).exists() else {}
+    state = read_object(folder / STATE, _ANOTHER, CheckpointError)
+    with damage_of(folder / STATE, _ANOTHER, CheckpointError):
+        require_numbers(state, ("step", "tokens", "position", "seconds", "threads"))
+    with damage_of(folder / CONFIG, _ANOTHER, CheckpointError):
+        config = (folder / CONFIG).read_text(encoding="utf-8")
+    return RunState(parts[MODEL], parts[OPTIMIZER], state, config, parts[METHOD])
+
+
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder; None when every size and checksum holds."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name in dict.fromkeys((MODEL, OPTIMIZER, STATE, CONFIG, *manifest["files"])):
+        manifest = decode_json((folder / MANIFEST).read_bytes())
+        present = [METHOD] if (folder / METHOD).exists() else []
+        for name in dict.fromkeys((MODEL, OPTIMIZER, STATE, CONFIG, *present, *manifest["files"])):
             path, entry = folder / name, manifest["files"][name]
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
@@ -158,8 +176,8 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} does not have its recorded checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} is unreadable: {error}"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{MANIFEST}: {reason_of(error)}"
     return None
 
 
@@ -196,9 +214,11 @@ def load_model(path: str | os.PathLike[str], kernels: Kernels | None = None) -> 
         CheckpointError: not a run, nothing undamaged, or weights that do not fit the configuration.
     """
     folder = newest_checkpoint(Path(path))
-    raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    raw = read_object(folder / CONFIG, _ANOTHER, CheckpointError)
     model = Transformer(model_of(raw, folder / CONFIG), kernels)
-    load_weights(model, load_file(folder / MODEL), str(folder))
+    with damage_of(folder / MODEL, _ANOTHER, CheckpointError):
+        tensors = load_file(folder / MODEL)
+    load_weights(model, tensors, str(folder))
     return model.eval()
 
 

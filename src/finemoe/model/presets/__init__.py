@@ -58,8 +58,13 @@ def resolve(model: Mapping[str, Any], source: str) -> ModelRecipe:
         ConfigError: unknown preset, unknown key, impossible combination.
     """
     from finemoe.core.config import merge, parse
+    from finemoe.core.config_words import shown
     from finemoe.model.config import ModelRecipe  # brings torch along, which a name that does not exist needs not
 
+    if not isinstance(model, Mapping):
+        raise ConfigError(f'{source}: must be a table such as {{ preset = "tiny-moe" }}{shown(model)}')
     own = {key: value for key, value in model.items() if key != "preset"}
-    base = find_preset(str(model["preset"])).model if "preset" in model else {}
-    return parse(ModelRecipe, merge(base, own), source)
+    if not isinstance(model.get("preset", ""), str):
+        raise ConfigError(f"{source}: `preset` must be text in quotes{shown(model['preset'])}")
+    base = find_preset(model["preset"]).model if "preset" in model else {}
+    return parse(ModelRecipe, merge(base, own), source, table="base" if source.endswith(": base") else "model")
