@@ -229,7 +229,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Tokenizer.train(TEXTS * 4, vocab_size=290).save(folder / "tokenizer.json")
     loads = [[60, 0, 0, 0, 0, 0], [10, 10, 10, 10, 10, 10]]
     lines = [
-        {"kind": "validation", "step": 5 * n, "tokens": 50 * n, "validation_loss": 3.0, "load": {"1": load}}
+        {
+            "kind": "validation",
+            "step": 5 * n,
+            "tokens": 50 * n,
+            "seconds": 1.0,
+            "validation_loss": 3.0,
+            "load": {"1": load},
+        }
         for n, load in enumerate(loads, 1)
     ]
     alert = {"kind": "alert", "step": 7, "layer": 1, "level": "collapsed", "message": "layer 1", "knob": "k"}

@@ -17,7 +17,15 @@ from finemoe.core.errors import RunError
 from finemoe.runs import report
 from finemoe.runs.report import run_report, run_results, thinned
 
-SUMMARY = {"final_validation_loss": 3.25, "tokens": 4000, "seconds": 20.0, "tokens_per_second": 200.0, "steps": 40}
+SUMMARY = {
+    "final_validation_loss": 3.25,
+    "tokens": 4000,
+    "seconds": 20.0,
+    "tokens_per_second": 200.0,
+    "steps": 40,
+    "total_parameters": 3000,
+    "active_parameters": 1000,
+}
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 

@@ -123,7 +123,7 @@ def test_the_harnesss_default_of_one_row_does_not_undo_ours(model: Any, given: d
 def test_a_file_that_holds_no_answers_is_refused_and_left_as_it_is(model: Any, content: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(RunError, match=r"mine.txt is no file of kept answers"):
+    with pytest.raises(RunError, match=r"mine.txt: damaged: it is no file of kept answers"):
         harness_model("anywhere", answers=path)
     assert path.read_text(encoding="utf-8") == content
 

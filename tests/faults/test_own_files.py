@@ -42,7 +42,7 @@ def subjects(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("finemoe.studies.study.run_fleet", run_here)
         patched.setattr(compare_module, "write_results", lambda results, directory: None)
-        patched.setattr("finemoe.studies.results._sample", lambda run, tokenizer, prompt: {})
+        patched.setattr("finemoe.studies.results._samples", lambda run, tokenizer, prompts: [])
         run = run_subject(corpus, folder)
         opened = open_language_model(run.home)
         yield [

@@ -301,7 +301,7 @@ def test_a_checkpoint_is_not_resumed_as_a_run(corpus: Path, tmp_path: Path) -> N
         ),
         ({"training": {"steps": 6, "stpes": 1}}, r"unknown key `training\.stpes`, did you mean `steps`\?"),
         ({"method": {"kind": "prefr"}}, r"`method`: unknown kind; known: pretraining"),
-        ({"method": "pretraining"}, r'`method`: must be a table such as \{ kind = "pretraining" \}'),
+        ({"method": "pretraining"}, r'`method` must be a table such as \{ kind = "pretraining" \}'),
     ],
 )
 def test_an_edited_configuration_is_refused_in_plain_words(

@@ -18,8 +18,9 @@ from finemoe.studies.fleet import Job, _Board, _newest
 from runs.tiny_runs import recipe
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-STEP = {"kind": "step", "step": 3, "loss": 4.5, "tokens_per_second": 12_345.0}
-VALIDATION = {"kind": "validation", "step": 2, "validation_loss": 5.25}
+SUMMARY = dict.fromkeys(("steps", "tokens", "seconds", "tokens_per_second", "total_parameters", "active_parameters"), 6)
+STEP = {"kind": "step", "step": 3, "tokens": 300, "seconds": 1.0, "loss": 4.5, "tokens_per_second": 12_345.0}
+VALIDATION = {"kind": "validation", "step": 2, "tokens": 200, "seconds": 1.0, "validation_loss": 5.25}
 
 
 def jobs(corpus: Path, folder: Path, names: list[str]) -> list[Job]:
@@ -38,7 +39,7 @@ def test_a_terminal_shows_every_active_run(corpus: Path, tmp_path: Path, monkeyp
     screen = io.StringIO()
     monkeypatch.setattr(fleet, "console", lambda: Console(file=screen, force_terminal=True, width=80))
     ended, active, waiting = jobs(corpus, tmp_path, ["ended", "a-run-with-quite-a-long-name", "waiting"])
-    (ended.directory / "summary.json").write_text("{}")
+    (ended.directory / "summary.json").write_text(json.dumps(SUMMARY))
     write(active, VALIDATION, STEP)
     board = _Board([ended, active, waiting], "comparing", quiet=False)
     board.refresh([active, waiting])

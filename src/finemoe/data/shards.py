@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from finemoe.core.reading import decode_json, reason_of
+from finemoe.core.reading import decode_json, reason_of, require_numbers
 from finemoe.data.cache import DamagedError
 from finemoe.data.loader import TokenArray
 from finemoe.text import Alterations, Tokenizer
@@ -190,6 +190,7 @@ def open_tokens(folder: Path) -> TokenFolder:
         streams = {name: _open_stream(folder / _bin(name), dtype, facts) for name, facts in table.items()}
         ratios = {name: (facts["text_bytes"] or 1) / (facts["token_bytes"] or 1) for name, facts in table.items()}
         altered, spelt = Alterations.from_json(meta["altered"]), dict(meta.get("control_tokens", {}))
+        require_numbers(spelt, tuple(spelt))
         return TokenFolder(streams, ratios, altered, spelt)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, SyntaxError) as error:
         raise DamagedError(f"{folder}: {reason_of(error)}") from error

@@ -21,7 +21,8 @@ from finemoe.core.errors import FinemoeError
 from finemoe.core.logs import progress
 from finemoe.model.size import measure
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
-from finemoe.runs.run import evaluate_every, first_trainer, require_free
+from finemoe.runs.directory import require_free
+from finemoe.runs.run import evaluate_every, first_trainer
 from finemoe.runs.start import build_method, check_memory, check_start, checkpoint_bytes, default_directory
 from finemoe.training.method import Method
 from finemoe.training.report import StepReport

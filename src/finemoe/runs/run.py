@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +16,13 @@ from typing import Any
 
 import torch
 
-from finemoe.checkpoint.open import load_model, text_home
+from finemoe.checkpoint.open import load_model
 from finemoe.checkpoint.portability import portability
 from finemoe.checkpoint.run_state.state import RunState, checkpoint_folders, load_latest
 from finemoe.core import memory
-from finemoe.core.config import parse, to_json
-from finemoe.core.environment import environment
+from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, RunError, TrainingError
-from finemoe.core.files import sole_writer, storage_error, write_text
+from finemoe.core.files import sole_writer, write_text
 from finemoe.core.logs import logger
 from finemoe.core.reading import damage_of, decode_json, read_object
 from finemoe.core.seeds import derive
@@ -36,15 +34,15 @@ from finemoe.model.transformer import Transformer
 from finemoe.runs.calibration import Chosen
 from finemoe.runs.changes import say_length, with_changes, write_changes
 from finemoe.runs.config import RunConfig, read_config, read_recipe, resolve_run
-from finemoe.runs.kernels import is_same_run, kernels_for
+from finemoe.runs.directory import cut_metrics, describe, require_free
+from finemoe.runs.kernels import kernels_for
 from finemoe.runs.observers import Evaluate, Log, Show, Warn
 from finemoe.runs.saving import Save, restore
 from finemoe.runs.start import build_method, check_memory, check_start, default_directory, resolve_device
 from finemoe.runs.trackers import open_tracker
-from finemoe.text.files import COMPANIONS
 from finemoe.training.alerts import Knobs, Watch, routed_layers
 from finemoe.training.balancing import has_selection_bias
-from finemoe.training.directory import METRICS, read_metrics, require_run, summary_if_whole
+from finemoe.training.directory import read_metrics, require_run, summary_if_whole
 from finemoe.training.method import Measured, Method, TrainingData
 from finemoe.training.report import recent_loss
 from finemoe.training.stopping import StopOnSignal
@@ -90,7 +88,7 @@ def train(
         require_free(directory, config)
         chosen = kernels_for(config)
         config = config.model_copy(update={"kernels": chosen.kernels})  # config.json is to compute the same again
-        _describe(directory, config, method.data)
+        describe(directory, config, method.data)
         return _run(config, method, directory, chosen, None, quiet)
 
 
@@ -135,7 +133,7 @@ def _resume(directory: Path, before: RunConfig, config: RunConfig, quiet: bool) 
         done = saved.state["step"] if saved is not None else 0
         write_changes(directory, before, config, done)
         say_length(before, config, done)
-    _describe(directory, config, method.data)  # whatever a kill left out while the directory was being made
+    describe(directory, config, method.data)  # whatever a kill left out while the directory was being made
     return _run(config, method, directory, kernels_for(config, saved), saved, quiet)
 
 
@@ -185,51 +183,12 @@ def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig
         logger.warning("%s differ from the checkpoint's: this is no longer the run that began here", ", ".join(changed))
 
 
-def require_free(directory: Path, config: RunConfig) -> None:
-    """Refuse a directory that holds anything: nothing is ever overwritten.
-
-    Raises:
-        RunError: it does.
-    """
-    if directory.is_file():
-        raise RunError(f"{directory} is a file; choose another --out")
-    if not directory.is_dir() or all(path.name.startswith(".") for path in directory.iterdir()):
-        return  # dot files are what a kill leaves of a file being written
-    if not (directory / "config.json").exists():
-        raise RunError(f"{directory} is not empty and not a run; choose another --out")
-    same = is_same_run(config, read_config(directory / "config.json"))
-    what = "this very run" if same else "a run of another configuration"
-    raise RunError(f"{directory} holds {what}; go on with `finemoe resume {directory}`, or choose another --out")
-
-
-def _describe(directory: Path, config: RunConfig, data: TrainingData[Batch]) -> None:
-    """Write what does not change during the run, where it is missing; first the file that `resume` asks for."""
-    texts = {
-        "config.json": to_json(config),
-        "environment.json": json.dumps(environment(), indent=2),
-        "data.json": json.dumps(data.report, indent=2, ensure_ascii=False),
-    }
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            if not (directory / name).exists():
-                write_text(directory / name, text)
-        if not (directory / "tokenizer.json").exists():
-            data.tokenizer.save(directory / "tokenizer.json")
-        if config.start_from is not None:  # chat template and stop ids go with the tokenizer
-            for source in (text_home(Path(config.start_from)) / name for name in COMPANIONS):
-                if source.exists() and not (directory / source.name).exists():
-                    shutil.copyfile(source, directory / source.name)
-    except OSError as error:
-        raise storage_error(directory, error) from error
-
-
 def _run(
     config: RunConfig, method: Method[Any], directory: Path, chosen: Chosen, saved: RunState | None, quiet: bool
 ) -> Run:
     trainer = _trainer(config, method, directory, chosen.kernels, saved)
     metrics = directory / "metrics.jsonl"
-    _cut_metrics(directory, trainer.state.step)
+    cut_metrics(directory, trainer.state.step)
     if not quiet:
         _announce(config, trainer, directory, chosen.reason)
     trackers = [open_tracker(name, directory, config.model_dump(mode="json")) for name in config.training.trackers]
@@ -347,22 +306,6 @@ def _watch(config: RunConfig, metrics: Path) -> Watch:
     watch = Watch(routed_layers(config.model), config.training.total_steps, Knobs(config.optimizer.learning_rate, rate))
     watch.replay(read_metrics(metrics.parent))
     return watch
-
-
-def _cut_metrics(directory: Path, step: int) -> None:
-    """Drop the records of steps that will be run again; a file with damaged lines is kept under another name."""
-    path = directory / METRICS
-    if not path.exists():
-        return
-    damaged: list[int] = []
-    records = [record for record in read_metrics(directory, damaged.append) if record["step"] <= step]
-    if damaged:
-        try:
-            path.replace(path.with_suffix(".damaged.jsonl"))
-        except OSError as error:
-            raise storage_error(path, error) from error
-        logger.warning("the file as it was is kept as %s", path.with_suffix(".damaged.jsonl"))
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def _announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str) -> None:

@@ -202,7 +202,7 @@ def _foreign(name: str, base: ModelRecipe) -> SizedArm:
         recipe = resolve(tables["model"], name)
     else:
         known = [*ARMS, *PRESETS]
-        raise ConfigError(f"unknown arm `{name}`{did_you_mean(name, known)}")
+        raise ConfigError(f"unknown arm `{name[:60]}`{did_you_mean(name, known)}")
     if recipe.vocab_size != base.vocab_size:
         raise ConfigError(
             f"arm `{name}` has vocab_size {recipe.vocab_size}, the comparison's base {base.vocab_size}: "

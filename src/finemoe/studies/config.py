@@ -125,7 +125,8 @@ def resolve_comparison(raw: Mapping[str, Any], source: str) -> CompareConfig:
     training = raw.get("training", {})
     for field in ("tokens", "steps"):
         if field in training or field in raw:
-            raise ConfigError(f"{source}: {field}: a comparison's length is [budget] kind and value")
+            place = f"training.{field}" if field in training else field
+            raise ConfigError(f"{source}: {place}: a comparison's length is [budget] kind and value")
     base = resolve(raw.get("base", {"preset": "tiny-dense"}), f"{source}: base")
     data = {"vocab_size": base.vocab_size, "splitting": NEW_SPLITTING, **raw.get("data", {})}
     filled = {

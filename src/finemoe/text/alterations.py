@@ -40,7 +40,14 @@ class Alterations:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Alterations:
-        """What `as_json` gave."""
+        """What `as_json` gave.
+
+        Raises:
+            ValueError: it did not give that.
+        """
+        known = Alterations().as_json()
+        if value.keys() != known.keys() or any(type(value[name]) is not type(one) for name, one in known.items()):
+            raise ValueError("these are no counts of what a tokenizer changed")
         return Alterations(**value)
 
     def as_json(self) -> dict[str, Any]:

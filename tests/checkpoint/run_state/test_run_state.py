@@ -29,7 +29,7 @@ def state(step: int) -> RunState:
     return RunState(
         model={"weight": torch.full((3, 4), float(step))},
         optimizer={"weight/exp_avg": torch.full((3, 4), step / 2), "weight/step": torch.tensor(float(step))},
-        state={"step": step},
+        state={"step": step, "tokens": 8 * step, "position": step, "seconds": 0.5, "threads": 1},
         config=f'{{"step": {step}}}',
     )
 
@@ -70,12 +70,12 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert {key: value.tolist() for key, value in loaded.optimizer.items()} == {
         key: value.tolist() for key, value in state(7).optimizer.items()
     }
-    assert loaded.state == {"step": 7}
+    assert loaded.state == state(7).state
     assert loaded.config == '{"step": 7}'
 
 
 def test_without_optimizer_state_too(tmp_path: Path) -> None:
-    save(tmp_path, 0, RunState({"weight": torch.ones(1)}, {}, {"step": 0}, "{}"), keep=1)
+    save(tmp_path, 0, RunState({"weight": torch.ones(1)}, {}, state(0).state, "{}"), keep=1)
     assert load_latest(tmp_path).optimizer == {}
 
 
@@ -108,7 +108,7 @@ def test_a_damaged_newest_one_is_passed_over(
     DAMAGES[damage](tmp_path / "step-00000002" / file)
     assert find_damage(tmp_path / "step-00000002") is not None
     with caplog.at_level(logging.WARNING, logger="finemoe"):
-        assert load_latest(tmp_path).state == {"step": 1}
+        assert load_latest(tmp_path).state == state(1).state
     assert "step-00000002 is damaged" in caplog.text
     assert file in caplog.text or file == "manifest.json"
 
@@ -117,7 +117,7 @@ def test_a_damaged_newest_one_is_passed_over(
 def test_a_manifest_that_says_something_else_is_damage(tmp_path: Path, text: str) -> None:
     folder = save(tmp_path, 1, state(1), keep=1)
     (folder / "manifest.json").write_text(text)
-    assert "manifest.json is unreadable" in str(find_damage(folder))
+    assert "manifest.json: damaged" in str(find_damage(folder))
 
 
 def test_a_manifest_that_leaves_a_file_out_is_damage(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_damaged_future_does_not_displace_a_good_past(tmp_path: Path, keep: in
         save(tmp_path, step, state(step), keep=2)
     flip(tmp_path / "step-00000008" / "state.json")
     save(tmp_path, 6, state(6), keep=keep)  # a run resumed from step 4
-    assert load_latest(tmp_path).state == {"step": 6}
+    assert load_latest(tmp_path).state == state(6).state
     assert names(tmp_path) == ["step-00000004", "step-00000006"][-keep:]
 
 
@@ -174,7 +174,7 @@ def test_a_full_disk_is_an_error_with_the_path_and_spares_what_is_there(
         patched.setattr(run_state, function, full)
         with pytest.raises(RunError, match=r"step-00000002: the disk is full; free some space.*finemoe resume"):
             save(tmp_path, 2, state(2), keep=2)
-    assert load_latest(tmp_path).state == {"step": 1}
+    assert load_latest(tmp_path).state == state(1).state
     assert names(tmp_path) == ["step-00000001"]
 
 

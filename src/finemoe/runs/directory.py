@@ -1,0 +1,75 @@
+"""The folder of a run: what it must not hold before, what is written into it first, and its metrics cut to a step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from finemoe.checkpoint.open import text_home
+from finemoe.core.config import to_json
+from finemoe.core.environment import environment
+from finemoe.core.errors import RunError
+from finemoe.core.files import storage_error, write_text
+from finemoe.core.logs import logger
+from finemoe.data.batch import Batch
+from finemoe.runs.config import RunConfig, read_config
+from finemoe.runs.kernels import is_same_run
+from finemoe.text.files import COMPANIONS
+from finemoe.training.directory import METRICS, read_metrics
+from finemoe.training.method import TrainingData
+
+
+def require_free(directory: Path, config: RunConfig) -> None:
+    """Refuse a directory that holds anything: nothing is ever overwritten.
+
+    Raises:
+        RunError: it does.
+    """
+    if directory.is_file():
+        raise RunError(f"{directory} is a file; choose another --out")
+    if not directory.is_dir() or all(path.name.startswith(".") for path in directory.iterdir()):
+        return  # dot files are what a kill leaves of a file being written
+    if not (directory / "config.json").exists():
+        raise RunError(f"{directory} is not empty and not a run; choose another --out")
+    same = is_same_run(config, read_config(directory / "config.json"))
+    what = "this very run" if same else "a run of another configuration"
+    raise RunError(f"{directory} holds {what}; go on with `finemoe resume {directory}`, or choose another --out")
+
+
+def describe(directory: Path, config: RunConfig, data: TrainingData[Batch]) -> None:
+    """Write what does not change during the run, where it is missing; first the file that `resume` asks for."""
+    texts = {
+        "config.json": to_json(config),
+        "environment.json": json.dumps(environment(), indent=2),
+        "data.json": json.dumps(data.report, indent=2, ensure_ascii=False),
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            if not (directory / name).exists():
+                write_text(directory / name, text)
+        if not (directory / "tokenizer.json").exists():
+            data.tokenizer.save(directory / "tokenizer.json")
+        if config.start_from is not None:  # chat template and stop ids go with the tokenizer
+            for source in (text_home(Path(config.start_from)) / name for name in COMPANIONS):
+                if source.exists() and not (directory / source.name).exists():
+                    shutil.copyfile(source, directory / source.name)
+    except OSError as error:
+        raise storage_error(directory, error) from error
+
+
+def cut_metrics(directory: Path, step: int) -> None:
+    """Drop the records of steps that will be run again; a file with damaged lines is kept under another name."""
+    path = directory / METRICS
+    if not path.exists():
+        return
+    damaged: list[int] = []
+    records = [record for record in read_metrics(directory, damaged.append) if record["step"] <= step]
+    if damaged:
+        try:
+            path.replace(path.with_suffix(".damaged.jsonl"))
+        except OSError as error:
+            raise storage_error(path, error) from error
+        logger.warning("the file as it was is kept as %s", path.with_suffix(".damaged.jsonl"))
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
