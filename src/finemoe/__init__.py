@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from finemoe.runs.listing import list_runs
     from finemoe.runs.machine import env
     from finemoe.runs.report import run_report as show
-    from finemoe.runs.run import Run, resume, train
+    from finemoe.runs.result import Run
+    from finemoe.runs.run import resume, train
     from finemoe.runs.sizing import size
     from finemoe.runs.starter import new_recipe
     from finemoe.studies.compare import Comparison, compare
@@ -59,7 +60,7 @@ _OTHERS = {
     "FinemoeError": "finemoe.core.errors:FinemoeError",
     "LanguageModel": "finemoe.checkpoint.language_model:LanguageModel",
     "ModelConfig": "finemoe.model.config:ModelConfig",
-    "Run": "finemoe.runs.run:Run",
+    "Run": "finemoe.runs.result:Run",
     "Tokenizer": "finemoe.text:Tokenizer",
     "Transformer": "finemoe.model.transformer:Transformer",
     "load": "finemoe.checkpoint.language_model:open_language_model",

@@ -122,6 +122,22 @@ def test_doctor_examines(run: Path) -> None:
     assert not found.problems
 
 
+def test_a_run_is_a_table_and_charts(run: Path, tmp_path: Path) -> None:
+    ended = finemoe.resume(run, quiet=True)
+    table = ended.metrics
+    assert table.column("step").to_pylist() == [1, 2, 3, 4, 5, 6]
+    losses, measured = table.column("loss").to_pylist(), table.column("validation_loss").to_pylist()
+    assert all(loss > 0 for loss in losses)
+    assert measured[-1] == pytest.approx(ended.summary["final_validation_loss"])
+    assert len(repr(ended)) < 300
+    assert "validation loss" in str(ended)
+    assert ended._repr_html_().startswith("<pre")
+    assert ended.plot().to_dict()["$schema"]
+    ended.plot("balance").save(tmp_path / "balance.png")
+    with pytest.raises(ConfigError, match="did you mean `balance`"):
+        ended.plot("balanc")
+
+
 def test_training_shows_itself_to_somebody_in_python(tmp_path: Path) -> None:
     """Nobody who types `finemoe.train(...)` has configured logging, and a run of minutes must not be mute."""
     raw = recipe(write_corpus(tmp_path / "corpus"), "dense")

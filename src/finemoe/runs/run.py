@@ -10,7 +10,6 @@ import json
 import os
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from finemoe.runs.config import RunConfig, read_config, read_recipe, resolve_run
 from finemoe.runs.directory import cut_metrics, describe, require_free
 from finemoe.runs.kernels import kernels_for
 from finemoe.runs.observers import Evaluate, Log, Show, Warn
+from finemoe.runs.result import Run
 from finemoe.runs.saving import Save, restore
 from finemoe.runs.start import build_method, check_memory, check_start, default_directory, resolve_device
 from finemoe.runs.trackers import open_tracker
@@ -47,16 +47,6 @@ from finemoe.training.method import Measured, Method, TrainingData
 from finemoe.training.report import recent_loss
 from finemoe.training.stopping import StopOnSignal
 from finemoe.training.trainer import Observer, Plan, Trainer
-
-
-@dataclass(frozen=True)
-class Run:
-    """A training run that ended or was interrupted."""
-
-    directory: Path
-    summary: dict[str, Any]
-    """Contents of summary.json; empty when interrupted."""
-    interrupted: bool
 
 
 def train(
