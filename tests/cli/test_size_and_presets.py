@@ -12,6 +12,7 @@ import pytest
 from checkpoint.huggingface.released_configs import RELEASED
 from finemoe.model.config import expand
 from finemoe.model.presets import GROUPS, PRESETS, resolve
+from finemoe.runs.config import resolve_run
 
 RECIPE = '[model]\npreset = "tiny-moe"\n[data]\nsequence_length = 128\n[training]\nsteps = 1\n'
 
@@ -188,8 +189,9 @@ def test_a_list_of_nothing_is_explained(command: Any, arguments: list[str], says
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_printed_preset_is_the_preset(command: Any, name: str) -> None:
-    printed = tomllib.loads(command("presets", name).stdout)["model"]
-    assert resolve(printed, name) == resolve({"preset": name}, name)
+    recipe = tomllib.loads(command("presets", name).stdout)
+    assert resolve(recipe["model"], name) == resolve({"preset": name}, name)
+    assert resolve_run({"name": name, **recipe}, name).training.total_steps > 0  # it trains as it stands
     record = json.loads(command("presets", name, "--json").stdout)
     assert record["seq_len"] == PRESETS[name].seq_len
     assert name in GROUPS[record["group"]]

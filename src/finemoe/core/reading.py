@@ -6,6 +6,7 @@ A disk, a copy that broke off or an editor may have changed any byte, so what a 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from finemoe.core.errors import FinemoeError, RunError
 
 _MOST_DIGITS = 100  # of a whole number; Python itself stops at 4,300, and a float at 308
 _SHOWN = 160
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @contextmanager
@@ -71,9 +73,28 @@ def decode_json(data: bytes) -> Any:
         ValueError: it is none, in words that `reason_of` gives back.
     """
     try:
-        return json.loads(data.decode("utf-8"), parse_int=_whole_number)
+        found = json.loads(data.decode("utf-8"), parse_int=_whole_number)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    require_whole_characters(data, found)
+    return found
+
+
+def require_whole_characters(data: bytes, found: Any) -> None:
+    """Refuse half a character, which JSON can spell and no file can hold.
+
+    Args:
+        data: JSON in UTF-8.
+        found: what it holds.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if _SURROGATE.search(data):
+        try:
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError("it holds half a character, which no text can") from error
 
 
 def _whole_number(text: str) -> int:

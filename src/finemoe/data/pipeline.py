@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from finemoe.core.errors import DataError
 from finemoe.core.logs import logger, progress
+from finemoe.core.reading import reason_of
 from finemoe.data.batch import TokenBatch
 from finemoe.data.cache import DamagedError, open_or_build
 from finemoe.data.config import DataConfig
@@ -196,7 +197,7 @@ def _open_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.load(folder)
         recorded = (folder / _FINGERPRINT).read_text(encoding="utf-8")
     except (DataError, OSError, UnicodeDecodeError) as error:
-        raise DamagedError(str(error)) from error
+        raise DamagedError(str(error) if isinstance(error, DataError) else f"{folder}: {reason_of(error)}") from error
     if tokenizer.fingerprint() != recorded:
         raise DamagedError(f"{folder}: the tokenizer does not have its recorded hash")
     return tokenizer

@@ -25,7 +25,7 @@ from finemoe.data.loader import TokenArray
 from finemoe.text import Alterations, Tokenizer
 from finemoe.text.control import spellings
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 META = "meta.json"
 _DTYPES = ("<u2", "<u4")  # for vocabularies of up to 65,536 ids, and for larger ones
 _BLOCK_CHARS = 1 << 20  # texts are tokenised in blocks of about this size, two at a time: bounds memory, fills cores
@@ -98,7 +98,7 @@ class TokenWriter:
             "altered": self._altered.as_json(),
         }
         with open(self._folder / META, "w", encoding="utf-8") as out:
-            json.dump(meta, out, indent=1)
+            json.dump({**meta, "sha256": _digest(meta)}, out, indent=1)
             out.flush()
             os.fsync(out.fileno())
 
@@ -183,6 +183,8 @@ def open_tokens(folder: Path) -> TokenFolder:
         meta = decode_json((folder / META).read_bytes())
         if meta["format"] != FORMAT_VERSION:
             raise ValueError(f"format {meta['format']} instead of {FORMAT_VERSION}")
+        if meta.pop("sha256") != _digest(meta):
+            raise ValueError(f"{META} does not have its recorded checksum")
         dtype = np.dtype(meta["dtype"])
         if dtype.str not in _DTYPES:
             raise ValueError(f"its tokens are {dtype.str!r}, not one of {', '.join(_DTYPES)}")
@@ -194,6 +196,11 @@ def open_tokens(folder: Path) -> TokenFolder:
         return TokenFolder(streams, ratios, altered, spelt)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, SyntaxError) as error:
         raise DamagedError(f"{folder}: {reason_of(error)}") from error
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    """Of everything else in `meta.json`: a changed count or name would be believed."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _open_stream(path: Path, dtype: np.dtype[Any], facts: dict[str, Any]) -> TokenArray:

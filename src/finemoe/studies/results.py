@@ -15,6 +15,7 @@ from finemoe.charts.comparison.page import comparison_page
 from finemoe.charts.report import write_report
 from finemoe.checkpoint.run_state.state import load_model
 from finemoe.core.environment import environment
+from finemoe.core.reading import damage_of, require_numbers
 from finemoe.generation import Engine, SamplingConfig
 from finemoe.model.size import ModelSize, measure
 from finemoe.runs.start import resolve_device
@@ -23,10 +24,11 @@ from finemoe.studies.config import CompareConfig
 from finemoe.studies.statistics import CONFIDENCE, interval, paired
 from finemoe.studies.tables import comparison_csv
 from finemoe.text import Tokenizer
-from finemoe.training.directory import read_metrics, read_summary
+from finemoe.training.directory import SUMMARY, read_metrics, read_summary
 from finemoe.training.report import recent_loss
 
 _SAMPLE_TOKENS = 96
+_NEEDED = ("final_validation_loss", "final_training_loss", "bits_per_byte", "training_flops")
 _SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, max_new_tokens=_SAMPLE_TOKENS)
 Runs = dict[int, dict[str, Any]]
 """Summaries of an arm's finished runs, by seed."""
@@ -119,8 +121,15 @@ def write_results(results: dict[str, Any], directory: Path) -> None:
 
 
 def _finished(directory: Path, seeds: tuple[int, ...]) -> Runs:
-    found = {seed: read_summary(directory / f"seed-{seed}") for seed in seeds}
-    return {seed: summary for seed, summary in found.items() if summary is not None}
+    found = {}
+    for seed in seeds:
+        run = directory / f"seed-{seed}"
+        summary = read_summary(run)
+        if summary is not None:
+            with damage_of(run / SUMMARY, "remove it, and the same command writes it again"):
+                require_numbers(summary, _NEEDED)
+            found[seed] = {"max_vio": None, "dead_experts": None, **summary}
+    return found
 
 
 def _machine(config: CompareConfig, threads: int, parallel: int) -> dict[str, Any]:
@@ -235,7 +244,7 @@ def _processor_seconds(run: Path) -> dict[int, float]:
 
 
 def _validations(run: Path) -> list[dict[str, Any]]:
-    return [record for record in read_metrics(run) if record["kind"] == "validation"]
+    return [one for one in read_metrics(run) if one["kind"] == "validation" and one.get("validation_loss") is not None]
 
 
 def _curve(run: Path, seed: int, size: ModelSize) -> list[dict[str, Any]]:
@@ -255,10 +264,11 @@ def _curve(run: Path, seed: int, size: ModelSize) -> list[dict[str, Any]]:
 
 def _load(run: Path) -> dict[str, list[float]] | None:
     """Share of assignments of each expert, by layer (from 0, as everywhere), over the validation set, at the end."""
-    load = _validations(run)[-1].get("load")
+    validations = _validations(run)  # none where its lines are damaged
+    load = validations[-1].get("load") if validations else None
     if not load:
         return None
-    return {number: [round(count / sum(layer), 6) for count in layer] for number, layer in load.items()}
+    return {number: [round(count / max(1, sum(layer)), 6) for count in layer] for number, layer in load.items()}
 
 
 def _samples(run: Path, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[dict[str, str]]:
@@ -278,8 +288,8 @@ def _training_losses(directory: Path, runs: Runs) -> dict[int, float]:
     for seed in runs:
         records = read_metrics(directory / f"seed-{seed}")
         loss = recent_loss([record for record in records if record["kind"] == "step"])
-        if loss is not None:
-            found[seed] = loss
+        # Where the lines of the steps are damaged, the summary still has what they came to.
+        found[seed] = runs[seed]["final_training_loss"] if loss is None else loss
     return found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from finemoe.core.statistics import CONFIDENCE, ratio
 
 __all__ = ["CONFIDENCE", "Interval", "Paired", "interval", "paired"]
@@ -21,8 +23,9 @@ class Interval:
 
 def interval(values: Sequence[float]) -> Interval:
     """Mean and two-sided 95 % t interval of independent values."""
-    spread = ratio(values)
-    half = spread.half_interval()
+    with np.errstate(invalid="ignore"):  # a loss that is not finite has no interval, which the result shows
+        spread = ratio(values)
+        half = spread.half_interval()
     if half is None:
         return Interval(spread.value, None, None)
     return Interval(spread.value, spread.value - half, spread.value + half)

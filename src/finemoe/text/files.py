@@ -12,6 +12,7 @@ from typing import Any
 from finemoe.core.contents import HEAD_BYTES, JSON, explain
 from finemoe.core.encodings import decode_text
 from finemoe.core.errors import DataError
+from finemoe.core.reading import require_whole_characters
 
 MEGABYTE = 2**20
 TOKENIZER_LIMIT = 64 * MEGABYTE
@@ -91,6 +92,7 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
         raise DataError(f"{what}: more than {MOST_BRACKETS} lists and objects, which no real file has")
     try:
         value = json.loads(text.removeprefix("\ufeff"))
+        require_whole_characters(text.encode("utf-8", "replace"), value)
     except RecursionError as error:
         raise DataError(f"{what}: nested too deeply") from error
     except ValueError as error:

@@ -21,6 +21,8 @@ _NUMBERS = {
     "checkpoint": ("stall_seconds",),
 }
 """By kind of record: what readers count with, besides its step."""
+_IF_THERE = ("max_vio", "dead_experts", "processor_seconds", "validation_loss", "bits_per_byte")
+"""What may be missing, and is counted with where it is there."""
 _MOST_COUNT = 1 << 53
 
 
@@ -113,6 +115,7 @@ def check_record(record: dict[str, Any]) -> None:
     if not isinstance(kind, str) or type(step) is not int or step < 0:
         raise ValueError("a record has a kind and a step")
     require_numbers(record, _NUMBERS.get(kind, ()))
+    require_numbers(record, tuple(key for key in _IF_THERE if record.get(key) is not None))
     for key in _PER_LAYER:
         if key in record:
             _check_layers(key, record[key])

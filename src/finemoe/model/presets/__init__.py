@@ -42,7 +42,7 @@ def find_preset(name: str) -> Preset:
     from finemoe.core.config import did_you_mean
 
     if name not in PRESETS:
-        raise ConfigError(f"unknown preset `{name}`{did_you_mean(name, sorted(PRESETS))}")
+        raise ConfigError(f"unknown preset `{name[:60]}`{did_you_mean(name, sorted(PRESETS))}")
     return PRESETS[name]
 
 
