@@ -42,6 +42,7 @@ def test_the_kernels_load_where_there_is_a_compiler() -> None:
 
 
 @NEEDS_COMPILER
+@pytest.mark.slow
 def test_compiled_once_and_again_when_a_source_changes(tmp_path: Path, cache: Path) -> None:
     folder = sources(tmp_path / "src", SOURCE.replace("NAME", "once"))
     assert extension.load("sample", folder, FLAGS) is None

@@ -99,6 +99,7 @@ def test_a_reader_that_goes_leaves_the_run_going_on(corpus: Path, unbroken: Path
     assert_same_run(unbroken, out)
 
 
+@pytest.mark.slow
 def test_output_that_was_closed_from_the_start(corpus: Path, unbroken: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ["sh", "-c", '"$@" >&- 2>&-', "sh", *command(corpus, tmp_path, out)]
@@ -106,7 +107,7 @@ def test_output_that_was_closed_from_the_start(corpus: Path, unbroken: Path, tmp
     assert_same_run(unbroken, out)
 
 
-@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("ignored", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_terminal_that_is_closed(corpus: Path, tmp_path: Path, ignored: bool) -> None:
     """Its run saves and stops; one that ignores the signal goes on, though every word to the terminal now fails."""
     out = tmp_path / "run"

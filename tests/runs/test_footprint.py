@@ -67,9 +67,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="asks Linux for the height of a process")
-@pytest.mark.parametrize(
-    "name", ["experts in torch", *(pytest.param(one, marks=pytest.mark.slow) for one in MODELS if one[0] == "m")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_the_estimate_is_near_what_a_process_takes(tmp_path: Path, name: str) -> None:
     raw = recipe(write_corpus(tmp_path / "corpus", documents=40, words=900), "dense", **_LONG)
     raw = {**raw, **{key: {**raw.get(key, {}), **table} for key, table in MODELS[name].items()}}
