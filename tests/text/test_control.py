@@ -11,7 +11,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
 from finemoe.text.chat import ChatTemplate
-from finemoe.text.control import controls, encode_chat, spelt_in
+from finemoe.text.control import encode_chat, spelt_in
+from finemoe.text.control_names import controls
 from finemoe.text.fidelity import fidelity
 from finemoe.text.from_vocabulary import tokenizer_from_vocabulary, vocabulary_of
 from finemoe.text.settings import TokenizerSettings

@@ -1,8 +1,8 @@
 """Tokenizers: text to ids and back.
 
 Training and encoding are done by the `tokenizers` library. What this module adds: ordinary text never turns into a
-control token unless asked to (`text.control` says which those are), and decoding works on bytes (so that streaming and
-whole decoding cannot disagree). What a tokenizer changes of a corpus is counted while it is tokenised, by
+control token unless asked to (`text.control_names` says which those are), and decoding works on bytes (so that
+streaming and whole decoding cannot disagree). What a tokenizer changes of a corpus is counted while it is tokenised, by
 `alterations`.
 """
 
@@ -23,7 +23,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from finemoe.core.errors import DataError
 from finemoe.core.files import write_text
 from finemoe.text import pretokenizers
-from finemoe.text.control import controls
+from finemoe.text.control_names import controls
 from finemoe.text.decoding import Decoding, bytes_of_tokens, decoding_of
 from finemoe.text.files import TOKENIZER_LIMIT, parse_object, read_beside, read_bounded
 from finemoe.text.settings import TokenizerSettings
