@@ -23,38 +23,38 @@ if TYPE_CHECKING:
     from finemoe.generation.generate import Completion, generate
     from finemoe.model.config import ModelConfig
     from finemoe.model.transformer import Transformer
-    from finemoe.runs.check import Check, check
     from finemoe.runs.listing import list_runs
-    from finemoe.runs.machine import env
+    from finemoe.runs.planning.check import Check, check
+    from finemoe.runs.planning.machine import env
+    from finemoe.runs.planning.sizing import size
+    from finemoe.runs.planning.starter import new_recipe
     from finemoe.runs.report import run_report as show
     from finemoe.runs.result import Run
     from finemoe.runs.run import resume, train
-    from finemoe.runs.sizing import size
-    from finemoe.runs.starter import new_recipe
     from finemoe.studies.compare import Comparison, compare
     from finemoe.studies.keys import recipe_keys
     from finemoe.text import Tokenizer
 
 _VERBS = {
     "analyze": "finemoe.analysis.reports:analyze",
-    "check": "finemoe.runs.check:check",
+    "check": "finemoe.runs.planning.check:check",
     "compare": "finemoe.studies.compare:compare",
     "doctor": "finemoe.checkpoint.doctor.examine:examine",
-    "env": "finemoe.runs.machine:env",
+    "env": "finemoe.runs.planning.machine:env",
     "evaluate": "finemoe.evaluation.evaluate:evaluate",
     "export": "finemoe.checkpoint.conversion:export",
     "generate": "finemoe.generation.generate:generate",
     "import_": "finemoe.checkpoint.conversion:import_",
     "list_runs": "finemoe.runs.listing:list_runs",
-    "new_recipe": "finemoe.runs.starter:new_recipe",
+    "new_recipe": "finemoe.runs.planning.starter:new_recipe",
     "recipe_keys": "finemoe.studies.keys:recipe_keys",
     "resume": "finemoe.runs.run:resume",
     "show": "finemoe.runs.report:run_report",
-    "size": "finemoe.runs.sizing:size",
+    "size": "finemoe.runs.planning.sizing:size",
     "train": "finemoe.runs.run:train",
 }
 _OTHERS = {
-    "Check": "finemoe.runs.check:Check",
+    "Check": "finemoe.runs.planning.check:Check",
     "Comparison": "finemoe.studies.compare:Comparison",
     "Completion": "finemoe.generation.generate:Completion",
     "FinemoeError": "finemoe.core.errors:FinemoeError",

@@ -171,7 +171,7 @@ def test_a_machine_without_our_packages_loses_parts_and_writes_nothing(
 
 def test_only_files_with_gpu_tests_are_collected() -> None:
     assert {"tests/model/test_gpu_kernels.py", "tests/model/test_gpu_model.py"} <= set(gpu.gpu_tests())
-    assert "tests/model/test_attention.py" not in gpu.gpu_tests()
+    assert "tests/model/attention/test_attention.py" not in gpu.gpu_tests()
 
 
 def test_whatever_a_stopped_part_had_started_is_stopped_too(tmp_path: Path) -> None:

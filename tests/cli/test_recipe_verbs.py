@@ -14,8 +14,8 @@ import pytest
 from finemoe.cli import completion
 from finemoe.evaluation.tasks import TASKS
 from finemoe.model.presets import PRESETS
-from finemoe.runs import machine
-from finemoe.runs.check import Check
+from finemoe.runs.planning import machine
+from finemoe.runs.planning.check import Check
 from finemoe.studies.keys import recipe_keys, recipe_sections
 
 FOUND = {"total_parameters": 5, "active_parameters": 3, "steps": 2, "tokens": 64}
@@ -50,7 +50,7 @@ def spied_check(monkeypatch: pytest.MonkeyPatch, *refused: str) -> list[Any]:
         calls.append((arguments, options))
         return Check("a.toml", refused, **FOUND)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("finemoe.runs.check.check", check)
+    monkeypatch.setattr("finemoe.runs.planning.check.check", check)
     return calls
 
 
@@ -82,10 +82,10 @@ def test_new_refuses_to_overwrite_before_it_reads(command: Any, here: Path) -> N
 
 
 def test_new_prints_or_writes(command: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finemoe.runs.starter import Choice, Starter
+    from finemoe.runs.planning.starter import Choice, Starter
 
     starter = Starter((Choice("name", "x", "Because."),), _survey())
-    monkeypatch.setattr("finemoe.runs.starter.new_recipe", lambda paths, quiet: starter)
+    monkeypatch.setattr("finemoe.runs.planning.starter.new_recipe", lambda paths, quiet: starter)
     printed = command("recipe", "new", "x.txt")
     assert 'name = "x"' in printed.stdout
     assert "finemoe train RECIPE --check" in printed.stderr

@@ -21,7 +21,7 @@ from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.data import DataConfig, FilesCorpus, HuggingFaceCorpus, MixtureCorpus, MixturePart, StdlibCorpus
 from finemoe.data.corpora import CORPORA, CorpusConfig, SplitDocument, read_corpus
-from finemoe.data.documents import SkipReport, falls_within
+from finemoe.data.documents.document import SkipReport, falls_within
 from finemoe.data.scan import scan_corpus
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {

@@ -11,7 +11,7 @@ import pytest
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError
 from finemoe.data import DataConfig, FilesCorpus, SkipReport
-from finemoe.data.fields import NoTextError, TextFields
+from finemoe.data.documents.fields import NoTextError, TextFields
 
 RECORD: dict[str, Any] = {
     "text": "plain",

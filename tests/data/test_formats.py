@@ -72,7 +72,7 @@ def test_json_lines_are_told_by_content_whatever_the_name(tmp_path: Path, packed
 def test_json_of_records_is_read_as_records(
     tmp_path: Path, content: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finemoe.data.formats._JSON_CHUNK", chunk)
+    monkeypatch.setattr("finemoe.data.documents.formats._JSON_CHUNK", chunk)
     (tmp_path / "x.json").write_text(content)
     assert read(tmp_path) == (TEXTS, SkipReport())
 

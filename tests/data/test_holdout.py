@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data.documents import document
 from finemoe.core.errors import DataError
 from finemoe.data import DataConfig, FilesCorpus, MixtureCorpus, MixturePart, SkipReport, held_out, prepare, read_corpus
-from finemoe.data.documents import falls_within
+from finemoe.data.documents.document import falls_within
 from finemoe.data.holdout import Tail, divided
 from finemoe.data.scan import scan_corpus
 

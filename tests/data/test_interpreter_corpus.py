@@ -16,7 +16,7 @@ import pytest
 from finemoe.core.config import parse
 from finemoe.data import DataConfig
 from finemoe.data.corpora import SplitDocument, read_corpus
-from finemoe.data.documents import SkipReport
+from finemoe.data.documents.document import SkipReport
 from finemoe.data.interpreter_corpus import InterpreterCorpus
 
 SMALL = 60_000

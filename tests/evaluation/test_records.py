@@ -19,8 +19,8 @@ import pytest
 import zstandard
 
 from finemoe.core.errors import DataError
-from finemoe.data.documents import SkipReport
-from finemoe.data.hub_rows import config_names, rows
+from finemoe.data.documents.document import SkipReport
+from finemoe.data.documents.hub_rows import config_names, rows
 from finemoe.evaluation.records import Record, Unreadable, choice_of, read_records, text_of, texts_of
 
 ROWS = [{"text": "eins", "n": 1}, {"text": "zwei\u2028drei", "n": 2}]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from finemoe.evaluation.tasks import closed_book, mathematics
 from finemoe.text.answers import boxed, compare_latex, compare_numbers, compare_words, final_number
-from finemoe.text.answers_words import split_list, word_form
+from finemoe.text.answers.words import split_list, word_form
 
 SPELLINGS: dict[str, list[str]] = {
     "2.5": [
@@ -167,7 +167,7 @@ def test_lists_with_other_parts_are_other_answers(gold: str, text: str) -> None:
 def test_what_only_looks_like_a_list_or_a_word_is_not_called_equal(
     gold: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finemoe.text.answers.available", lambda: False)
+    monkeypatch.setattr("finemoe.text.answers.comparison.available", lambda: False)
     assert compare_latex(gold, text) != "equal"
 
 

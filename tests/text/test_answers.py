@@ -24,7 +24,7 @@ from finemoe.text.answers import (
     normalize_text,
     token_f1,
 )
-from finemoe.text.answers_judge import Judge, shared_judge
+from finemoe.text.answers.judge import Judge, shared_judge
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_answers_that_differ(a: str, b: str) -> None:
 
 @pytest.fixture
 def no_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finemoe.text.answers.available", lambda: False)
+    monkeypatch.setattr("finemoe.text.answers.comparison.available", lambda: False)
 
 
 @pytest.mark.usefixtures("no_math_verify")
@@ -217,8 +217,8 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
     (tmp_path / "math_verify.py").write_text(FAKE)
     monkeypatch.syspath_prepend(str(tmp_path))
     made = Judge()
-    monkeypatch.setattr("finemoe.text.answers.shared_judge", lambda: made)
-    monkeypatch.setattr("finemoe.text.answers.available", lambda: True)
+    monkeypatch.setattr("finemoe.text.answers.comparison.shared_judge", lambda: made)
+    monkeypatch.setattr("finemoe.text.answers.comparison.available", lambda: True)
     yield made
     made.close()
 
@@ -336,7 +336,7 @@ def test_drop_f1(text: str, golds: list[tuple[str, ...]], f1: float) -> None:
 
 @given(st.lists(words.filter(bool), min_size=1, max_size=3), st.lists(words.filter(bool), min_size=1, max_size=3))
 def test_spans_are_matched_as_well_as_they_can_be(given_spans: list[str], gold: list[str]) -> None:
-    from finemoe.text.answers_overlap import _aligned_f1, _drop_bag, _set_f1
+    from finemoe.text.answers.overlap import _aligned_f1, _drop_bag, _set_f1
 
     longer, shorter = sorted((given_spans, gold), key=len, reverse=True)
     best = max(

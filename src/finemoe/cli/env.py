@@ -24,7 +24,7 @@ def env(as_json: Json = False) -> None:
       finemoe env
       finemoe env --json
     """
-    from finemoe.runs.machine import env as found_here
+    from finemoe.runs.planning.machine import env as found_here
 
     found = found_here()
     if as_json:

@@ -83,7 +83,7 @@ def size(
         if name.endswith(".toml"):
             read_toml(name)  # a recipe that cannot be read is told before a second of imports
 
-    from finemoe.runs.sizing import size as measure
+    from finemoe.runs.planning.sizing import size as measure
 
     sizes = [measure(name, seq_len) for name in models]
     first = sizes[0].cache_elements_per_token * bits[0]

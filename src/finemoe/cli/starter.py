@@ -40,7 +40,7 @@ def new(
         raise ConfigError(f"{out} is there already and stays as it is; choose another --out")
 
     from finemoe.core.logs import console
-    from finemoe.runs.starter import describe, new_recipe
+    from finemoe.runs.planning.starter import describe, new_recipe
 
     made = new_recipe(paths, quiet=quiet)
     if out is not None:

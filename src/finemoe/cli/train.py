@@ -60,7 +60,7 @@ def _check(recipe: Path, overrides: Sequence[str], out: Path | None, quiet: bool
     Raises:
         typer.Exit: 1 when it would be refused.
     """
-    from finemoe.runs.check import check
+    from finemoe.runs.planning.check import check
 
     found = check(recipe, out=out, overrides=overrides, quiet=quiet)
     if as_json:

@@ -12,7 +12,7 @@ from finemoe.data.corpora import (
     held_out,
     read_corpus,
 )
-from finemoe.data.documents import Document, SkipReport
+from finemoe.data.documents.document import Document, SkipReport
 from finemoe.data.loader import Loader, TokenShards, TokenSource
 from finemoe.data.pipeline import PreparedData, prepare
 

@@ -14,11 +14,11 @@ from pydantic import Field, model_validator
 
 from finemoe.core.config import Config, union_of
 from finemoe.core.errors import DataError
-from finemoe.data.documents import Document, SkipReport, falls_within, hash_order, unique
-from finemoe.data.fields import EncodingName, TemplateText, TextFields, require_one_way
-from finemoe.data.formats import TextFile, read_file, read_text_file, record_document
+from finemoe.data.documents.document import Document, SkipReport, falls_within, hash_order, unique
+from finemoe.data.documents.fields import EncodingName, TemplateText, TextFields, require_one_way
+from finemoe.data.documents.formats import TextFile, read_file, read_text_file, record_document
+from finemoe.data.documents.hub_rows import rows
 from finemoe.data.holdout import NO_TAILS, PartTotals, Tail, divided, may_need_tails, tails_for
-from finemoe.data.hub_rows import rows
 from finemoe.data.interpreter_corpus import InterpreterCorpus
 
 Side = Literal["train", "validation"]

@@ -26,7 +26,7 @@ from pydantic import Field
 
 from finemoe.core.config import Config
 from finemoe.core.errors import DataError
-from finemoe.data.documents import Document, SkipReport, hash_order
+from finemoe.data.documents.document import Document, SkipReport, hash_order
 
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 _LINES = 60

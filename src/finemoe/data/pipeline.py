@@ -28,7 +28,7 @@ from finemoe.data.batch import TokenBatch
 from finemoe.data.cache import DamagedError, open_or_build
 from finemoe.data.config import DataConfig
 from finemoe.data.corpora import CorpusConfig, Side, parts_of
-from finemoe.data.documents import SkipReport, falls_within
+from finemoe.data.documents.document import SkipReport, falls_within
 from finemoe.data.loader import Loader, TokenShards, TokenSource, pack
 from finemoe.data.scan import SIDES, Scan, scan_corpus
 from finemoe.data.shards import FORMAT_VERSION, TokenFolder, TokenWriter, open_tokens

@@ -10,7 +10,7 @@ from typing import Any
 from finemoe.core.errors import DataError
 from finemoe.core.logs import logger, progress
 from finemoe.data.corpora import CorpusConfig, Side, SplitDocument, read_corpus, totals_of
-from finemoe.data.documents import SkipReport
+from finemoe.data.documents.document import SkipReport
 from finemoe.data.holdout import PartTotals, Tail, bytes_for, tails_for
 
 SIDES: tuple[Side, ...] = ("train", "validation")

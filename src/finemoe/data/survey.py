@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from finemoe.core.errors import DataError
 from finemoe.core.logs import progress
 from finemoe.data.corpora import FilesCorpus
-from finemoe.data.decoding import DAMAGED, UndecodableError, open_content
-from finemoe.data.documents import Document, SkipReport, falls_within
+from finemoe.data.documents.decoding import DAMAGED, UndecodableError, open_content
+from finemoe.data.documents.document import Document, SkipReport, falls_within
 
 _SAMPLE_BYTES = 2_000_000
 _PIECE = 2_000  # characters of a piece of the sample; smaller where there is little text

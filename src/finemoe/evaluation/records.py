@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import pyarrow.parquet as pq
 
 from finemoe.core.contents import COLUMNS, WRITTEN
-from finemoe.data.decoding import DAMAGED, PACKED_SUFFIXES, UndecodableError, open_content
-from finemoe.data.documents import SkipReport
+from finemoe.data.documents.decoding import DAMAGED, PACKED_SUFFIXES, UndecodableError, open_content
+from finemoe.data.documents.document import SkipReport
 
 _LISTS = ("data", "Data", "examples", "rows")
 """Keys under which a JSON object keeps a list of records."""

@@ -19,7 +19,7 @@ from finemoe.checkpoint.gguf.metadata import describe
 from finemoe.checkpoint.gguf.opening import import_gguf, load_gguf, open_gguf
 from finemoe.checkpoint.open import load_model
 from finemoe.core.errors import CheckpointError
-from finemoe.runs.sizing import size
+from finemoe.runs.planning.sizing import size
 
 GROUPS = {"deepseek2.expert_group_count": None, "deepseek2.expert_group_used_count": None}
 V3 = recipe(LATENT, moe(SIGMOID), leading=LEAD)

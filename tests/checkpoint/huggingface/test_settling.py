@@ -19,7 +19,7 @@ from finemoe.checkpoint.huggingface.importing import import_hf, open_source
 from finemoe.checkpoint.open import load_model, read_model_config
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import ModelConfig
-from finemoe.runs.sizing import size
+from finemoe.runs.planning.sizing import size
 
 QWEN2_MOE: dict[str, Any] = {
     **{"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "vocab_size": 24, "hidden_size": 16},

@@ -10,8 +10,8 @@ from typing import Any
 
 from finemoe.core.errors import DataError
 from finemoe.core.logs import logger
-from finemoe.data.documents import SkipReport
-from finemoe.data.hub_rows import config_names, rows
+from finemoe.data.documents.document import SkipReport
+from finemoe.data.documents.hub_rows import config_names, rows
 from finemoe.evaluation.records import Record, kind_of, read_records
 
 TEST = ("test", "tests")

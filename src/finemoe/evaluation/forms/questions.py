@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.logs import logger
-from finemoe.data.documents import SkipReport
+from finemoe.data.documents.document import SkipReport
 from finemoe.evaluation.forms.finding import DataForm
 from finemoe.evaluation.records import Record, Unreadable
 

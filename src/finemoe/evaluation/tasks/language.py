@@ -11,7 +11,7 @@ from pathlib import Path
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.data.corpora import FilesCorpus
-from finemoe.data.documents import SkipReport
+from finemoe.data.documents.document import SkipReport
 from finemoe.evaluation.forms.finding import TEST, DataForm, Hub
 from finemoe.evaluation.forms.questions import Question, QuestionReader, spread
 from finemoe.evaluation.records import Record, Unreadable, text_of

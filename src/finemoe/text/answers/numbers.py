@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from finemoe.text.answers_words import QUOTES
+from finemoe.text.answers.words import QUOTES
 
 LONGEST = 2000  # characters of a number or expression that is read at all
 _LONGEST_PART = 500  # of what stands above or below a line in LaTeX

@@ -15,9 +15,9 @@ import pytest
 
 import finemoe
 from finemoe.core.errors import ConfigError, DataError
-from finemoe.runs import starter
-from finemoe.runs.check import Check
-from finemoe.runs.starter import CANDIDATES, _Plan, describe, new_recipe
+from finemoe.runs.planning import starter
+from finemoe.runs.planning.check import Check
+from finemoe.runs.planning.starter import CANDIDATES, _Plan, describe, new_recipe
 from runs.tiny_runs import write_corpus
 
 

@@ -24,8 +24,8 @@ from finemoe.data.survey import Survey, survey
 from finemoe.model.config import expand
 from finemoe.model.presets import PRESETS, resolve
 from finemoe.model.size import ModelSize, measure
-from finemoe.runs.check import Check, check
 from finemoe.runs.config import DEFAULT_LEARNING_RATE, resolve_run
+from finemoe.runs.planning.check import Check, check
 from finemoe.text import Tokenizer
 
 CANDIDATES = ("tiny-moe", "mini-moe", "small-moe")

@@ -1,4 +1,4 @@
-"""Answers `answers_judge`: math-verify in a process of its own. A script: requests on stdin, a line of JSON each.
+"""Answers `answers.judge`: math-verify in a process of its own. A script: requests on stdin, a line of JSON each.
 
 sympy can take for ever, or all memory, on what a language model writes: so the process has limits, and its alarm ends
 it when nobody else does. Nothing of finemoe is imported here.

@@ -12,7 +12,7 @@ import torch
 
 import finemoe
 from finemoe.core.errors import ConfigError
-from finemoe.runs.check import Check, _Pace
+from finemoe.runs.planning.check import Check, _Pace
 from finemoe.training.trainer import Trainer
 from runs.tiny_runs import LENGTH, recipe, steps, write_corpus
 

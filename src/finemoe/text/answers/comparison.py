@@ -1,34 +1,17 @@
 """Find the answer in what a model wrote, and compare it with the gold one. Numbers are exact fractions, never floats.
 
-Words: `compare_words`; as SQuAD and DROP define them, `normalize_text`, `exact_match`, `token_f1`, `drop_f1`. Numbers:
-`final_number`, `compare_numbers`. LaTeX: `boxed`, `compare_latex`. The last reads numbers, words, and tuples, sets,
-intervals and lists of what it can read; other expressions are equal where they are written alike. What is left goes to
-math-verify where that is installed. All ask one reader of numbers, one form of words and one splitter of lists.
+`compare_latex` reads numbers, words, and tuples, sets, intervals and lists of what it can read; other expressions are
+equal where they are written alike. What is left goes to math-verify where that is installed. All ask one reader of
+numbers, one form of words and one splitter of lists.
 """
 
 from __future__ import annotations
 
 import re
 
-from finemoe.text.answers_judge import Equality, available, shared_judge
-from finemoe.text.answers_numbers import LONGEST, Number, numbers_in, read_number, spelled, written
-from finemoe.text.answers_overlap import drop_exact_match, drop_f1, exact_match, normalize_text, token_f1
-from finemoe.text.answers_words import split_list, split_outside, word_form
-
-__all__ = [
-    "Equality",
-    "boxed",
-    "compare_latex",
-    "compare_numbers",
-    "compare_words",
-    "drop_exact_match",
-    "drop_f1",
-    "exact_match",
-    "final_number",
-    "normalize_text",
-    "split_list",
-    "token_f1",
-]
+from finemoe.text.answers.judge import Equality, available, shared_judge
+from finemoe.text.answers.numbers import LONGEST, Number, numbers_in, read_number, spelled, written
+from finemoe.text.answers.words import split_list, split_outside, word_form
 
 _SAYS = re.compile(r"\banswer\s*(?:is|are|was|:|=)", re.IGNORECASE)
 
@@ -84,7 +67,7 @@ def _first_number(text: str) -> str | None:
 
 
 def compare_numbers(gold: str, given: str) -> Equality:
-    """Whether two texts are one number, in any of the spellings that `answers_numbers` reads.
+    """Whether two texts are one number, in any of the spellings that `answers.numbers` reads.
 
     A per cent sign on one side alone is read both ways: 50% is 50 and 0.5. `unreadable`: one of them is no number.
     """

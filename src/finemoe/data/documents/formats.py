@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 
 from finemoe.core.contents import COLUMNS, Contents
 from finemoe.core.errors import DataError
-from finemoe.data.decoding import DAMAGED, PACKED_SUFFIXES, UndecodableError, checked, open_content
-from finemoe.data.documents import Document, SkipReport
-from finemoe.data.fields import ABSENT, NoTextError, TextFields, shown, steps_of, value_at
+from finemoe.data.documents.decoding import DAMAGED, PACKED_SUFFIXES, UndecodableError, checked, open_content
+from finemoe.data.documents.document import Document, SkipReport
+from finemoe.data.documents.fields import ABSENT, NoTextError, TextFields, shown, steps_of, value_at
 
 LISTS = ("data", "Data", "examples", "rows")
 """Keys under which a JSON object keeps a list of records."""

@@ -18,7 +18,7 @@ from finemoe.core.errors import FinemoeError
 from finemoe.model.config import expand
 from finemoe.model.presets import resolve
 from finemoe.model.size import measure
-from finemoe.runs.sizing import size
+from finemoe.runs.planning.sizing import size
 
 
 def test_a_config_json_is_enough(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from finemoe.core.extension import FLAGS
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 CODE = """
 import sys
 from finemoe.core import extension
@@ -32,7 +32,7 @@ sys.exit(pytest.main([*sys.argv[2:], "-q", "-p", "no:cacheprovider", "-m", "not 
 def test_native_tests_pass(instructions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINEMOE_CACHE", str(tmp_path))
     flags = " ".join(flag for flag in FLAGS if flag != "-march=native")
-    files = [*TESTS.glob("model/test_native_*.py"), TESTS / "model/test_cross_entropy.py"]
+    files = [*TESTS.glob("model/native/test_native_*.py"), TESTS / "model/test_cross_entropy.py"]
     files = [str(path) for path in files if path.name != Path(__file__).name]
     command = [sys.executable, "-c", CODE, f"{flags} {instructions}", *files]
     result = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=900)

@@ -10,7 +10,7 @@ from typing import Any
 
 from finemoe.core.errors import DataError
 from finemoe.core.logs import logger
-from finemoe.data.fields import is_chat, shown
+from finemoe.data.documents.fields import is_chat, shown
 
 _NAMED_IN_LOG = 20
 _KEPT_NAMES = 1000

@@ -1,0 +1,1 @@
+"""From the bytes of files, and the rows of datasets, to documents."""
