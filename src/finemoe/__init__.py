@@ -12,7 +12,7 @@ TYPE_CHECKING = False  # as in `typing`, whose import alone takes longer than al
 if TYPE_CHECKING:
     from typing import Any
 
-    from finemoe.analysis.reports import analyze
+    from finemoe.analysis.reports import analyze, trace
     from finemoe.checkpoint.conversion import export, import_
     from finemoe.checkpoint.doctor.examine import examine as doctor
     from finemoe.checkpoint.language_model import LanguageModel
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from finemoe.runs.run import resume, train
     from finemoe.studies.compare import Comparison, compare
     from finemoe.studies.keys import recipe_keys
+    from finemoe.studies.paper import paper
     from finemoe.text import Tokenizer
 
 _VERBS = {
@@ -47,10 +48,12 @@ _VERBS = {
     "import_": "finemoe.checkpoint.conversion:import_",
     "list_runs": "finemoe.runs.listing:list_runs",
     "new_recipe": "finemoe.runs.planning.starter:new_recipe",
+    "paper": "finemoe.studies.paper:paper",
     "recipe_keys": "finemoe.studies.keys:recipe_keys",
     "resume": "finemoe.runs.run:resume",
     "show": "finemoe.runs.report:run_report",
     "size": "finemoe.runs.planning.sizing:size",
+    "trace": "finemoe.analysis.reports:trace",
     "train": "finemoe.runs.run:train",
 }
 _OTHERS = {
@@ -94,10 +97,12 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "new_recipe",
+    "paper",
     "recipe_keys",
     "resume",
     "show",
     "size",
+    "trace",
     "train",
 ]
 

@@ -62,7 +62,7 @@ def test_a_run_that_trains_says_where_it_stands_and_opens_itself_again(tmp_path:
         "Step 40 of 80, 4.00K tokens in 20 s.",
         "Validation loss 7.500 nats per token at step 20; the lowest was 7.250 at 10.",
         "About 20 s of training left at the speed so far.",
-        "1 alerts about its experts: see below.",
+        "1 alert about its experts: see below.",
     ]
     page = text_of(run_page(results))
     assert '<meta http-equiv="refresh" content="15">' in page

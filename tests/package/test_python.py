@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -58,10 +59,12 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "load_model",
         "load_tokenizer",
         "new_recipe",
+        "paper",
         "recipe_keys",
         "resume",
         "show",
         "size",
+        "trace",
         "train",
     ]
     assert set(finemoe.__all__) < set(dir(finemoe))
@@ -83,6 +86,16 @@ def test_generate_takes_one_prompt_and_a_model_that_is_open(run: Path) -> None:
     assert again == finemoe.generate(run, ["a b"], max_new_tokens=5, seed=3, quiet=True)[0]
     assert isinstance(again, Completion)
     assert len(again.tokens) == len(again.logprobs) == 5
+
+
+def test_trace_writes_a_row_for_each_token_and_layer(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "trace.parquet"
+    found = finemoe.trace(run, out, corpora=[f"words={run.parent / 'corpus' / 'train'}"], tokens=256)
+    assert (
+        found["rows"] == pq.read_table(out).num_rows == sum(found["tokens"].values()) * len(found["summary"]["layers"])
+    )
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        finemoe.trace(run, out, tokens=256)
 
 
 @pytest.mark.parametrize(

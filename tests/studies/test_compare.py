@@ -315,6 +315,12 @@ def test_one_seed_has_no_interval_and_decides_nothing(corpus: Path, tmp_path: Pa
     assert len(records(tmp_path / "cmp" / "arms" / "dense" / "seed-5")) == 4 + 2
 
 
+def test_a_base_of_a_few_keys_changes_the_default_one() -> None:
+    default, changed = (resolve_comparison(table, "test").base for table in ({}, {"base": {"num_layers": 1}}))
+    assert changed == default.model_copy(update={"num_layers": 1})
+    assert changed != default
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -1,7 +1,7 @@
 """The reports on a model: each function opens it, reads text, measures and, with `out`, writes the whole folder.
 
-`finemoe analyze VERB` calls the function of its name and prints a table. For a model or text that is in memory already,
-the parts are in the modules beside this one.
+`finemoe analyze VERB` calls the function of its name and prints a table; `trace` is a verb of its own, and writes a
+file. For a model or text that is in memory already, the parts are in the modules beside this one.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finemoe.analysis import load as loads
 from finemoe.analysis.cards import expert_cards
 from finemoe.analysis.difference import pair, routing_difference
 from finemoe.analysis.knockout import DEFAULT_PAIRS, check_names, moe_configs, run_experiments
-from finemoe.analysis.load import save_pairs, study_load
-from finemoe.analysis.passages import ReadAs, read_passages, require_experts
+from finemoe.analysis.load import Tally, save_pairs, study_load
+from finemoe.analysis.passages import ReadAs, observe, read_passages, require_experts
 from finemoe.analysis.provenance import made_by, provenance
 from finemoe.analysis.relevance import expert_relevance, relevance_results, sample_length, select_experts
+from finemoe.analysis.trace import require_new_file, trace_info, write_trace
 from finemoe.charts.report import require_report_folder, write_report
 from finemoe.checkpoint.language_model import open_language_model
 from finemoe.checkpoint.selection import Score, write_selection
 from finemoe.core.config import did_you_mean
 from finemoe.core.errors import ConfigError
+from finemoe.training.alerts import routed_layers
 
 Source = str | os.PathLike[str]
 """A run directory or one checkpoint in it, an imported or Hugging Face folder, or a GGUF file."""
@@ -237,6 +240,51 @@ REPORTS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "relevance": relevance,
 }
 """By the name of the verb: `finemoe analyze NAME`."""
+
+
+def trace(
+    model: Source,
+    out: Source,
+    *,
+    texts: Sequence[str] = (),
+    corpora: Sequence[str | ReadAs] = (),
+    tokens: int = 16_384,
+    length: int | None = None,
+    rows: int = 8,
+    summary: bool = True,
+) -> dict[str, Any]:
+    """Where every token goes, written to a Parquet file of one row for each token and MoE layer (`analysis.trace`).
+
+    Args:
+        model: what to open.
+        out: the file; it must not exist, and has its name only once it is whole.
+        texts, corpora, tokens, length: what is read, as in `read_passages`.
+        rows: windows in one forward pass.
+        summary: count loads on the way.
+
+    Returns:
+        `file`, `rows`, `bytes`, `tokens` of each domain, and with `summary` the loads and losses.
+
+    Raises:
+        FinemoeError: a dense model, nothing to read, or a file that is there.
+    """
+    path = Path(out)
+    require_new_file(path)
+    opened = open_language_model(model)
+    require_experts(opened)
+    passages = read_passages(opened, texts=texts, corpora=corpora, tokens=tokens, length=length)
+    counted = Tally(routed_layers(opened.model.config), pairs=False)
+    about = made_by()
+    observed = observe(opened, passages, rows=rows, description="tracing")
+    for one in write_trace(path, opened, passages, observed, about):
+        if summary:
+            counted.add(one)
+    info = trace_info(path)
+    results: dict[str, Any] = {
+        "kind": "trace", "schema": info.metadata["version"], "file": str(path), "rows": info.rows,
+        "bytes": path.stat().st_size, "tokens": info.metadata["domains"], "model": str(model), **about,
+    }  # fmt: skip
+    return {**results, "summary": loads.figures(opened, counted)} if summary else results
 
 
 def analyze(report: str, *models: Source, **options: Any) -> dict[str, Any]:

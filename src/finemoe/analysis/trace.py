@@ -38,7 +38,7 @@ from torch import Tensor
 
 from finemoe.analysis.passages import Observed, Passages
 from finemoe.checkpoint.language_model import LanguageModel
-from finemoe.core.errors import DataError
+from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.files import make_folder, replacing, storage_error
 from finemoe.core.reading import damage_of, decode_json
 from finemoe.model.moe.decision import RoutingDecision
@@ -86,6 +86,18 @@ class TraceInfo:
 
 
 # ---- writing ----
+
+
+def require_new_file(path: Path) -> None:
+    """Before any work.
+
+    Raises:
+        ConfigError: the file is there, or is a folder.
+    """
+    if path.is_dir():
+        raise ConfigError(f"--out {path} is a folder; name a file in it, such as {path / 'trace.parquet'}")
+    if path.exists():
+        raise ConfigError(f"--out {path} exists; nothing is overwritten: remove it, or choose another name")
 
 
 def write_trace(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,54 +53,16 @@ def trace(
                  from 'trace.parquet' where domain = 'code') group by all order by 3 desc"
       python -c "import pandas; print(pandas.read_parquet('trace.parquet').head())"
     """
-    _check_out(out)
+    from finemoe.analysis.reports import trace as write
 
-    from finemoe.analysis.load import Tally, figures
-    from finemoe.analysis.passages import observe, read_passages, require_experts
-    from finemoe.analysis.provenance import made_by
-    from finemoe.analysis.trace import trace_info, write_trace
-    from finemoe.checkpoint.language_model import open_language_model
-    from finemoe.training.alerts import routed_layers
-
-    opened = open_language_model(model)
-    require_experts(opened)
     read = read_as(corpora, text_field, template, encoding)
-    passages = read_passages(opened, texts=texts or (), corpora=read, tokens=tokens, length=length)
-    counted = Tally(routed_layers(opened.model.config), pairs=False)
-    about = made_by()
-    observed = observe(opened, passages, rows=rows, description="tracing")
-    _count(write_trace(out, opened, passages, observed, about), counted if summary else None)
-    info = trace_info(out)
-    result: dict[str, Any] = {
-        "kind": "trace", "schema": info.metadata["version"], "file": str(out), "rows": info.rows,
-        "bytes": out.stat().st_size, "tokens": info.metadata["domains"], "model": str(model), **about,
-    }  # fmt: skip
-    if summary:
-        result["summary"] = figures(opened, counted)
+    result = write(
+        model, out, texts=texts or (), corpora=read, tokens=tokens, length=length, rows=rows, summary=summary
+    )
     if as_json:
         print_json(result)
     else:
         _print(result)
-
-
-def _count(observed: Iterable[Any], counted: Any) -> None:
-    for one in observed:
-        if counted is not None:
-            counted.add(one)
-
-
-def _check_out(out: Path) -> None:
-    """Before any work.
-
-    Raises:
-        ConfigError: the file is there, or is a folder.
-    """
-    from finemoe.core.errors import ConfigError
-
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder; name a file in it, such as {out / 'trace.parquet'}")
-    if out.exists():
-        raise ConfigError(f"--out {out} exists; nothing is overwritten: remove it, or choose another name")
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -102,8 +102,9 @@ def scan_corpus(
     for side in SIDES:
         if not scan.totals[side].documents:
             num_bytes = sum(total.num_bytes for total in scan.totals.values())
+            held = "the one document holds" if kept == 1 else f"the {kept} documents hold"
             raise DataError(
-                f"the {kept} documents hold {num_bytes:,} bytes of text, which is too little: one sequence of "
+                f"{held} {num_bytes:,} bytes of text, which is too little: one sequence of "
                 f"{sequence_length} + 1 tokens to train on and one to validate on take some "
                 f"{2 * bytes_for(sequence_length):,}. Add text, or lower `data.sequence_length`"
             )

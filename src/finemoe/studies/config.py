@@ -111,7 +111,7 @@ class CompareConfig(Config):
 
 
 def resolve_comparison(raw: Mapping[str, Any], source: str) -> CompareConfig:
-    """A recipe's tables to a CompareConfig; `base` may start from a dense preset.
+    """A recipe's tables to a CompareConfig; `base` may start from a dense preset, by default tiny-dense.
 
     Raises:
         ConfigError: unknown keys, impossible values.
@@ -127,7 +127,10 @@ def resolve_comparison(raw: Mapping[str, Any], source: str) -> CompareConfig:
         if field in training or field in raw:
             place = f"training.{field}" if field in training else field
             raise ConfigError(f"{source}: {place}: a comparison's length is [budget] kind and value")
-    base = resolve(raw.get("base", {"preset": "tiny-dense"}), f"{source}: base")
+    base = raw.get("base", {})
+    if "preset" not in base and "feed_forward" not in base:  # nothing, or a few keys that differ from the default
+        base = {"preset": "tiny-dense", **base}
+    base = resolve(base, f"{source}: base")
     data = {"vocab_size": base.vocab_size, "splitting": NEW_SPLITTING, **raw.get("data", {})}
     filled = {
         **raw,

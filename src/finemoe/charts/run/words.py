@@ -30,5 +30,6 @@ def summary(results: Results) -> list[str]:
     if failure := results["failure"]:
         lines.append(f"It stopped: {failure.get('message')}")
     alarming = [alert for alert in results["alerts"] if alert.get("level") != "note"]
-    lines.append(f"{len(alarming)} alerts about its experts: see below." if alarming else "No alerts.")
+    said = "1 alert" if len(alarming) == 1 else f"{len(alarming)} alerts"
+    lines.append(f"{said} about its experts: see below." if alarming else "No alerts.")
     return lines

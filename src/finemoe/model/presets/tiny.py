@@ -3,7 +3,8 @@
 `tiny-v1`, `-v2`, `-v3` and `mini-v1`, `-v2`, `-v3` are ladders: one base, layer for layer of nearly the same weights in
 all and active ones, with the attention, the router and the balancing of DeepSeekMoE, V2 and V3. Experts are 1/4 of a
 standard FFN, 1 shared and 64 routed (8 groups of 8), and the dense first layer is as wide as the 8 active ones.
-`tiny-lite` and `mini-lite` are what transformers and llama.cpp both run: start there if the model is to go elsewhere.
+`tiny-lite` and its larger sisters are what transformers and llama.cpp both run: start there if the model is to go
+elsewhere.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ TINY: dict[str, Preset] = {
 
 
 def _latent(hidden: int, rank: int) -> Table:
-    """As many weights as MHA with heads of 32, within 3 %; a cache of 3/8 (rank 32) or 5/16 (rank 64) of its size."""
+    """As many weights as MHA with heads of 32 has, within 5 %; a cache of 3/8, 5/16, 9/32 of its (rank 32, 64, 128)."""
     return {
         "kind": "latent",
         "num_heads": hidden // 32,
@@ -68,6 +69,7 @@ def _lite(base: Table, width: int, rank: int) -> Table:
 LITE: dict[str, Preset] = {
     "tiny-lite": Preset("V2-Lite, minutes", _lite(_base(64, 3, 2048), 44, 32), 256),
     "mini-lite": Preset("V2-Lite, an hour", _lite(_base(128, 4, 4096), 88, 64), 512),
+    "small-lite": Preset("V2-Lite, a long evening", _lite(_base(256, 8, 8192), 172, 128), 1024),
 }
 
 

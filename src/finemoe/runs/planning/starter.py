@@ -28,8 +28,8 @@ from finemoe.runs.config import DEFAULT_LEARNING_RATE, resolve_run
 from finemoe.runs.planning.check import Check, check
 from finemoe.text import Tokenizer
 
-CANDIDATES = ("tiny-moe", "mini-moe", "small-moe")
-"""Presets to choose from, the smallest first."""
+CANDIDATES = ("tiny-lite", "mini-lite", "small-lite")
+"""Presets to choose from, the smallest first; transformers and llama.cpp run what becomes of them."""
 
 _LEAST_BYTES = 2_000
 _VOCABULARIES = ((30e3, 320), (300e3, 512), (2e6, 1024), (50e6, 2048), (500e6, 4096), (float("inf"), 8192))
