@@ -107,7 +107,7 @@ def test_readme_recipe_resolves():
 
     (block,) = blocks(ROOT / "README.md", "toml")
     config = resolve_run(tomllib.loads(block), "README.md")
-    assert config.model.blocks[0].feed_forward.num_routed_experts == 31
+    assert config.model.blocks[-1].feed_forward.num_routed_experts == 31
 
 
 def test_the_router_of_the_howto_routes():
