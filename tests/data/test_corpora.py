@@ -256,7 +256,9 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
 
 def test_a_few_words_are_refused_with_what_is_needed(tmp_path: Path) -> None:
     (tmp_path / "only.txt").write_text("the only text")
-    with pytest.raises(DataError, match=r"the one document holds 13 bytes of text, which is too little.*64 \+ 1 tokens.* some 1,040"):
+    with pytest.raises(
+        DataError, match=r"the one document holds 13 bytes of text, which is too little.*64 \+ 1 tokens.* some 1,040"
+    ):
         scan_corpus(files(tmp_path), 1e-9, 0.01, 64)
 
 

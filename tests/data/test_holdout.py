@@ -122,7 +122,9 @@ def test_little_text_holds_out_what_a_sequence_needs_and_too_little_says_so(tmp_
     data = prepare(config(corpus, tmp_path, sequence_length=64))
     assert data.validation.sources[0].num_windows(64) >= 1
     (tmp_path / "words.txt").write_text("a few words")
-    with pytest.raises(DataError, match=r"the one document holds 11 bytes of text, which is too little: one sequence of 64 \+ 1 tokens"):
+    with pytest.raises(
+        DataError, match=r"the one document holds 11 bytes of text, which is too little: one sequence of 64 \+ 1 tokens"
+    ):
         prepare(config(FilesCorpus(paths=(str(tmp_path / "words.txt"),)), tmp_path, sequence_length=64))
 
 

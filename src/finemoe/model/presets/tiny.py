@@ -69,7 +69,7 @@ def _lite(base: Table, width: int, rank: int) -> Table:
 LITE: dict[str, Preset] = {
     "tiny-lite": Preset("V2-Lite, minutes", _lite(_base(64, 3, 2048), 44, 32), 256),
     "mini-lite": Preset("V2-Lite, an hour", _lite(_base(128, 4, 4096), 88, 64), 512),
-    "small-lite": Preset("V2-Lite, a long evening", _lite(_base(256, 8, 8192), 172, 128), 1024),
+    "small-lite": Preset("V2-Lite, an evening", _lite(_base(256, 8, 8192), 172, 128), 1024),
 }
 
 
