@@ -18,7 +18,7 @@ from finemoe.core.errors import DataError
 from finemoe.core.logs import progress
 from finemoe.data.corpora import FilesCorpus
 from finemoe.data.documents.decoding import DAMAGED, UndecodableError, open_content
-from finemoe.data.documents.document import Document, SkipReport, falls_within
+from finemoe.data.documents.document import Document, SkipReport, falls_within, unique
 
 _SAMPLE_BYTES = 2_000_000
 _PIECE = 2_000  # characters of a piece of the sample; smaller where there is little text
@@ -48,6 +48,10 @@ class Survey:
     """Pieces from everywhere in the text, about two megabytes or all of it."""
     skipped: int = 0
     """Files and records that could not be read."""
+    first_skipped: str = ""
+    """The first of them, and why."""
+    duplicates: int = 0
+    """Documents whose text an earlier one had; not counted above."""
 
 
 def survey(paths: Sequence[str], quiet: bool = False) -> Survey:
@@ -67,15 +71,16 @@ def survey(paths: Sequence[str], quiet: bool = False) -> Survey:
     sample, lengths = _Sample(), []
     with progress("reading the files", None, "documents") as shown:
         advance: Callable[[int], None] = (lambda _: None) if quiet else shown
-        for document in corpus.documents(report):
+        for document in unique(corpus.documents(report), set(), report):
             if document.text.strip():
                 lengths.append(len(document.text.encode()))
                 sample.add(document)
             advance(1)
+    first = f"{report.skipped[0].name}: {report.skipped[0].reason}" if report.skipped else ""
     if not lengths:
         report.check(0.0)
-        first = f" ({report.skipped[0].name}: {report.skipped[0].reason})" if report.skipped else ""
-        raise DataError(f"{', '.join(map(str, paths))}: nothing here can be read as text{first}")
+        said = f" ({first})" if first else ""
+        raise DataError(f"{', '.join(map(str, paths))}: nothing here can be read as text{said}")
     lengths.sort()
     return Survey(
         paths=tuple(paths),
@@ -88,6 +93,8 @@ def survey(paths: Sequence[str], quiet: bool = False) -> Survey:
         text_field=text_field,
         sample=tuple(sample.pieces()),
         skipped=report.num_skipped,
+        first_skipped=first,
+        duplicates=report.duplicates,
     )
 
 

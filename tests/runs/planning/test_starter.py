@@ -197,3 +197,23 @@ def test_what_cannot_be_learned_from_is_refused(tmp_path: Path, content: str | N
         new_recipe(tmp_path / "a.txt", quiet=True)
     with pytest.raises(DataError, match="no file was given"):
         new_recipe([], quiet=True)
+
+
+@pytest.mark.usefixtures("quick")
+def test_copies_and_what_cannot_be_read_are_told_and_the_recipe_trains(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINEMOE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    documents = [path.read_text() for path in sorted((texts / "train").iterdir())]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in documents[:60]))
+    (folder / "b.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in documents[50:90]))
+    (folder / "c.jsonl").write_text("".join(json.dumps({"note": text}) + "\n" for text in documents[90:100]))
+    made = new_recipe(folder, quiet=True)
+    assert (made.survey.documents, made.survey.duplicates, made.survey.skipped) == (90, 10, 10)
+    assert "# 10 documents have the text of another and are left out." in made.text
+    assert made.tables["data"]["max_skipped_share"] == 0.1
+    assert "c.jsonl:1: no field `body`" in made.text.replace("\n# ", " ")
+    found = finemoe.check({**made.tables, "name": "x"}, quiet=True, steps=1)
+    assert (found.refused, found.documents) == ((), 90)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import tempfile
 import textwrap
@@ -32,6 +33,7 @@ CANDIDATES = ("tiny-lite", "mini-lite", "small-lite")
 """Presets to choose from, the smallest first; transformers and llama.cpp run what becomes of them."""
 
 _LEAST_BYTES = 2_000
+_USUALLY_SKIPPED = 0.01  # as much goes without a word in the recipe
 _VOCABULARIES = ((30e3, 320), (300e3, 512), (2e6, 1024), (50e6, 2048), (500e6, 4096), (float("inf"), 8192))
 """Up to so many bytes of text, so large a vocabulary."""
 _PASSES = 4  # Muennighoff et al. (2305.16264): up to four readings of a text are worth nearly as much as new text
@@ -145,6 +147,8 @@ def _choices(found: Survey, quiet: bool) -> Iterator[Choice]:
         yield Choice(
             "data.corpus.text_field", found.text_field, "The field that holds most of the text in your records."
         )
+    if found.skipped > _USUALLY_SKIPPED * (found.documents + found.duplicates + found.skipped):
+        yield _tolerance(found)
     yield from plan.training_choices(last)
     hidden = PRESETS[preset].model["hidden_size"]
     rate = float(f"{DEFAULT_LEARNING_RATE * (64 / hidden) ** _RATE_EXPONENT:.2g}")
@@ -296,6 +300,8 @@ def _written(choices: Sequence[Choice], found: Survey) -> Iterator[str]:
     yield f"# ({kinds}; {_bytes(found.disk_bytes)} on disk, {_bytes(found.text_bytes)} of text)."
     if found.skipped:
         yield f"# {found.skipped:,} files or records could not be read as text and are left out."
+    if found.duplicates:
+        yield f"# {found.duplicates:,} documents have the text of another and are left out."
     yield "#"
     yield "# finemoe train THIS --check      what it will take, without training"
     yield "# finemoe train THIS              train"
@@ -322,6 +328,19 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+def _tolerance(found: Survey) -> Choice:
+    """Else the recipe would be refused for what cannot be read."""
+    seen = found.documents + found.duplicates + found.skipped
+    share = math.ceil(100 * found.skipped / seen) / 100
+    one = "1 of them is" if found.skipped == 1 else f"{found.skipped:,} of them are"
+    return Choice(
+        "data.max_skipped_share",
+        share,
+        f"Of {seen:,} documents {one} left out, as they cannot be read; the first is {found.first_skipped}. "
+        f"Mend them, and take this line out: then more than {_USUALLY_SKIPPED:.0%} is refused.",
+    )
+
+
 def _name(path: str) -> str:
     stem = Path(path).expanduser().resolve().name.split(".")[0]
     return re.sub(r"[^\w-]+", "-", stem).strip("-") or "mine"
@@ -337,7 +356,7 @@ def _bytes(value: float) -> str:
 def describe(starter: Starter) -> Mapping[str, Any]:
     """The recipe and its reasons, as JSON."""
     about = starter.survey
-    facts = ("suffixes", "disk_bytes", "documents", "text_bytes", "median_bytes", "text_field", "skipped")
+    facts = ("suffixes", "disk_bytes", "documents", "text_bytes", "median_bytes", "text_field", "skipped", "duplicates")
     return {
         "text": starter.text,
         "recipe": starter.tables,
