@@ -145,8 +145,12 @@ def test_a_run_is_a_table_and_charts(run: Path, tmp_path: Path) -> None:
     assert len(repr(ended)) < 300
     assert "validation loss" in str(ended)
     assert ended._repr_html_().startswith("<pre")
-    assert ended.plot().to_dict()["$schema"]
+    assert ended.plot().chart.to_dict()["$schema"]
+    assert ended.plot()._repr_svg_().startswith("<svg")  # a notebook needs no network for it
     ended.plot("balance").save(tmp_path / "balance.png")
+    assert (tmp_path / "balance.png").read_bytes()[1:4] == b"PNG"
+    with pytest.raises(ConfigError, match=r"\.svg or \.png"):
+        ended.plot().save(tmp_path / "balance.gif")
     with pytest.raises(ConfigError, match="did you mean `balance`"):
         ended.plot("balanc")
 

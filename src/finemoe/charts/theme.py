@@ -152,16 +152,22 @@ def spec(chart: Any, scheme: Scheme | None = None) -> dict[str, Any]:
     return made
 
 
+def draw(chart: Any, scheme: Scheme = "light") -> str:
+    """The chart as SVG, on opaque paper."""
+    made = spec(chart, scheme)
+    made["padding"] = made.get("padding", 12)
+    version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+    drawn: str = vl_convert.vegalite_to_svg(made, vl_version=version)
+    return drawn
+
+
 def save(charts: Mapping[str, Any], folder: Path, scheme: Scheme = "light") -> list[Path]:
     """Write NAME.svg and NAME.png (twice the pixels) for each chart, on opaque paper; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     paths = []
     for name, chart in charts.items():
-        made = spec(chart, scheme)
-        made["padding"] = made.get("padding", 12)
         svg, png = folder / f"{name}.svg", folder / f"{name}.png"
-        drawn = vl_convert.vegalite_to_svg(made, vl_version=version)
+        drawn = draw(chart, scheme)
         svg.write_text(drawn, encoding="utf-8")
         png.write_bytes(vl_convert.svg_to_png(drawn, scale=2))
         paths += [svg, png]

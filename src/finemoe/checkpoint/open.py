@@ -148,7 +148,17 @@ def load_chat_template(path: str | os.PathLike[str]) -> ChatTemplate | None:
 
 
 def text_home(path: Path) -> Path:
-    """The folder that holds tokenizer and chat template: a checkpoint of a run lies two below it."""
+    """The folder that holds tokenizer and chat template: a checkpoint of a run lies two below it.
+
+    Raises:
+        CheckpointError: a checkpoint that was taken out of its run.
+    """
     if (path / STATE).exists() and not (path / "tokenizer.json").exists():
-        return path.resolve().parent.parent
+        home = path.resolve().parent.parent
+        if not (home / "tokenizer.json").exists():
+            raise CheckpointError(
+                f"{path} is a checkpoint of a run, and the tokenizer lies in the run's own folder: name the checkpoint "
+                "there, or copy the whole run; a checkpoint that goes elsewhere is what `finemoe export` makes"
+            )
+        return home
     return path

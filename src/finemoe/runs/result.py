@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from rich.table import Table
 
+    from finemoe.charts.drawing import Drawing
+
 _SHOWN = ("steps", "tokens", "seconds", "tokens_per_second", "total_parameters", "active_parameters", "max_vio")
 
 
@@ -49,8 +51,8 @@ class Run:
         names = list(dict.fromkeys(name for row in rows for name in row))
         return pa.table({name: [row.get(name) for row in rows] for name in names})
 
-    def plot(self, figure: str = "loss") -> Any:
-        """A figure of the run's page as an altair chart, which notebooks show; `.save("loss.png")` writes it.
+    def plot(self, figure: str = "loss") -> Drawing:
+        """A figure of the run's page, which notebooks show; `.save("loss.png")` writes it, `.chart` is altair's.
 
         Args:
             figure: loss, balance, load, speed, learning_rate or gradient, where there is one.
@@ -59,13 +61,14 @@ class Run:
             ConfigError: there is no such figure.
             RunError: the run cannot be read.
         """
+        from finemoe.charts.drawing import Drawing
         from finemoe.charts.run.figures import figures
         from finemoe.runs.report import run_results
 
         made = figures(run_results(self.directory))
         if figure not in made:
             raise ConfigError(f"plot: there is no figure {figure!r}{did_you_mean(figure, list(made))}")
-        return made[figure]
+        return Drawing(figure, made[figure])
 
     def __str__(self) -> str:
         return as_text(self._table())

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from finemoe.checkpoint.kinds import STATE
 from finemoe.checkpoint.language_model import LanguageModel
-from finemoe.core.errors import DataError
+from finemoe.checkpoint.open import text_home
+from finemoe.core.errors import CheckpointError, DataError
 from finemoe.text import Tokenizer, TokenizerSettings
 
 PLAIN = Tokenizer.train(["def main():\n    return 1\n"] * 5, vocab_size=290)
@@ -57,3 +59,10 @@ def test_a_damaged_template_is_told_when_it_is_asked_for(tmp_path: Path) -> None
     assert made.encode("def")  # who reads text alone is not kept from it
     with pytest.raises(DataError, match="chat_template must be text"):
         made.encode_chat([{"role": "user", "content": "def"}])
+
+
+def test_a_checkpoint_taken_out_of_its_run_says_where_its_tokenizer_is(tmp_path: Path) -> None:
+    (tmp_path / "step-8").mkdir()
+    (tmp_path / "step-8" / STATE).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"the tokenizer lies in the run's own folder.*copy the whole run"):
+        text_home(tmp_path / "step-8")

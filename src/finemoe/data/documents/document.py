@@ -156,7 +156,7 @@ class SkipReport:
             )
         if self.num_set_aside and not self.quiet:
             logger.warning("left out, as no text of the corpus: %s%s", few, more)
-        if self.duplicates and not self.quiet:
+        if self.duplicates and knob and not self.quiet:
             copies = "1 document is a copy" if self.duplicates == 1 else f"{self.duplicates:,} documents are copies"
             logger.info("%s of others, and left out", copies)
         if self.num_skipped <= max_skipped_share * seen:
