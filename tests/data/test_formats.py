@@ -208,6 +208,8 @@ def test_a_byte_order_mark_says_the_encoding(tmp_path: Path, encoding: str, name
         ("gb18030", "我们的国家是一个很大的国家，人们都在这里。\n"),
         ("koi8-r", "Привет, это обычный русский текст.\n"),
         ("utf-16-le", "Words without a mark.\n"),
+        ("utf-32-le", "Words without a mark.\n"),
+        ("utf-32-be", "Words without a mark.\n"),
     ],
 )
 def test_an_encoding_is_named_and_can_be_set(tmp_path: Path, encoding: str, text: str) -> None:
@@ -226,8 +228,31 @@ def test_the_first_byte_that_does_not_decode_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").unlink()
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n')
     assert "a.jsonl:2: not a JSON line: not UTF-8 (byte 26)" in refusal(tmp_path)
-    with pytest.raises(ConfigError, match="no encoding of text that Python knows"):
-        corpus(tmp_path, encoding="rot13")
+    for name in ("rot13", "hex", "punycode", "idna", "latin-99"):
+        with pytest.raises(ConfigError, match="no encoding of text that Python knows"):
+            corpus(tmp_path, encoding=name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_an_encoding_that_names_no_order_of_bytes_is_the_usual_one_without_a_mark(
+    tmp_path: Path, encoding: str
+) -> None:
+    (tmp_path / "a.txt").write_bytes("Words without a mark.\n".encode(f"{encoding}-le"))
+    (tmp_path / "b.txt").write_bytes("\ufeffWords with one.\n".encode(f"{encoding}-be"))
+    assert read(tmp_path, encoding=encoding) == (["Words without a mark.\n", "Words with one.\n"], SkipReport())
+
+
+def test_what_a_link_is_called_counts_not_what_it_leads_to(tmp_path: Path) -> None:
+    """As in the cache of the Hugging Face hub, where names lead to hashes."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    for folder in (blobs, snapshot):
+        folder.mkdir()
+    (blobs / "0a1b").write_text("text,label\none,1\ntwo,2\n")
+    (blobs / "2c3d").write_text("# About the data\n")
+    for name, blob in (("train.csv", "0a1b"), ("again.csv", "0a1b"), ("README.md", "2c3d")):
+        (snapshot / name).symlink_to(blobs / blob)
+    found, report = read(snapshot)
+    assert (found, report.num_set_aside) == (["one", "two"], 1)
 
 
 def test_a_wrong_field_names_what_is_there_and_the_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

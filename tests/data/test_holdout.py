@@ -128,6 +128,19 @@ def test_little_text_holds_out_what_a_sequence_needs_and_too_little_says_so(tmp_
         prepare(config(FilesCorpus(paths=(str(tmp_path / "words.txt"),)), tmp_path, sequence_length=64))
 
 
+def test_documents_drawn_for_validation_that_make_no_sequence_are_no_reason_to_stop(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "few", 20, 5)
+    plain = scan_corpus(corpus, 0.2, 0.01)
+    drawn = plain.totals["validation"].num_bytes
+    assert plain.tails == {}
+    length = drawn // 2  # fewer tokens than that, although more bytes
+    data = prepare(config(corpus, tmp_path, validation_share=0.2, sequence_length=length))
+    assert data.report["held_out"] == "the tail of the text"
+    assert data.validation.sources[0].num_windows(length) >= 1
+    held = list(held_out(corpus, 0.2, length, SkipReport()))
+    assert sum(len(one.text.encode()) for one in held) == data.report["bytes"]["validation"]
+
+
 @given(
     st.lists(st.text("ab \né床", min_size=1, max_size=60), min_size=1, max_size=6), st.floats(0.01, 0.5), st.booleans()
 )

@@ -218,12 +218,14 @@ def test_a_corpus_that_changes_while_it_is_read(config: DataConfig, monkeypatch:
         prepare(config)
 
 
-def test_too_little_text_is_refused_before_anything_is_trained(config: DataConfig) -> None:
+def test_too_little_text_is_refused_before_anything_is_trained(config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"training tokens are fewer than one sequence of 1000000 \+ 1"):
         prepare(config.model_copy(update={"sequence_length": 1_000_000}))
     data = prepare(config)
+    (tmp_path / "short.txt").write_text(document(1000))
+    corpus = config.corpus.model_copy(update={"validation_paths": (str(tmp_path / "short.txt"),)})
     with pytest.raises(DataError, match=r"validation tokens are fewer than one sequence"):
-        prepare(config.model_copy(update={"sequence_length": data.validation.num_tokens}))
+        prepare(config.model_copy(update={"corpus": corpus, "sequence_length": data.validation.num_tokens}))
     available = data.train_loader(0).sequences_per_epoch
     data.require_batch(available)
     with pytest.raises(

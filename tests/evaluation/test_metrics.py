@@ -167,3 +167,12 @@ def test_no_difference_is_called_one_of_twenty_times() -> None:
         one, two = rng.normal(size=(2, 40)).tolist()
         called += paired_difference(one, two, ones(40), lower_is_better=True, stream=str(number)).verdict != "undecided"
     assert called <= 12  # 6 expected
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("lower_is_better", [True, False])
+def test_a_score_that_is_no_number_decides_nothing(broken: float, lower_is_better: bool) -> None:
+    usual = [1.0 + number / 10 for number in range(20)]
+    with np.errstate(invalid="ignore"):
+        made = paired_difference([broken, *usual[1:]], usual, ones(20), lower_is_better=lower_is_better, stream="t")
+    assert (made.verdict, made.reason) == ("undecided", "a score is no finite number")

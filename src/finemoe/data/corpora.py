@@ -111,12 +111,14 @@ class FilesCorpus(Config):
 
     def _read(self, patterns: tuple[str, ...], report: SkipReport) -> Iterator[Document]:
         fields = TextFields(self.text_field, self.template)
-        found: dict[Path, tuple[str, bool]] = {}  # by resolved path: a file that two patterns name is read once
+        # By resolved path: a file that two patterns name is read once. By its own path: what a link leads to, as in the
+        # cache of the hub, has a name that says nothing.
+        found: dict[Path, tuple[str, Path, bool]] = {}
         for pattern in patterns:
             for path, name, named in _find(pattern):
-                known, before = found.get(path.resolve(), (name, False))
-                found[path.resolve()] = known, named or before
-        for path, (name, named) in sorted(found.items(), key=lambda item: (item[1][0], item[0])):
+                known, first, before = found.get(path.resolve(), (name, path, False))
+                found[path.resolve()] = known, first, named or before
+        for _, (name, path, named) in sorted(found.items(), key=lambda item: (item[1][0], item[0])):
             folders = name.split("/")[:-1]
             # Beneath a folder that was named, its first sub-folder tells texts apart; else the folder, else
             # the file.

@@ -74,15 +74,19 @@ def bytes_for(sequence_length: int) -> int:
 
 
 def may_need_tails(parts: Sequence[PartTotals], sequence_length: int) -> bool:
-    """Whether a side of the split cannot fill one sequence, by what was counted so far, whatever the tokenizer."""
-    unvalidated = sum(part.most_tokens("validation") for part in parts) <= sequence_length
-    return unvalidated or any(part.most_tokens("train") <= sequence_length for part in parts)
+    """Whether a side of the split may not fill one sequence, by what was counted so far."""
+    return _unvalidated(parts, sequence_length) or any(part.most_tokens("train") <= sequence_length for part in parts)
+
+
+def _unvalidated(parts: Sequence[PartTotals], sequence_length: int) -> bool:
+    """Whether what is drawn for validation is less than what surely makes a sequence."""
+    return sum(part.num_bytes["validation"] for part in parts) < bytes_for(sequence_length)
 
 
 def tails_for(parts: Sequence[PartTotals], share: float, sequence_length: int) -> dict[int, Tail]:
     """The parts whose tail is to be held out instead of whole documents, by number; none where documents will do."""
     needed = sequence_length + 1
-    unvalidated = sum(part.most_tokens("validation") for part in parts) < needed
+    unvalidated = _unvalidated(parts, sequence_length)
     found = {}
     for index, part in enumerate(parts):
         everything = part.most_tokens("train") + part.most_tokens("validation")

@@ -127,7 +127,7 @@ def paired_difference(
     """What two models' scores on the same items, in the same order, say about which is better.
 
     Pairing takes out what makes an item hard for both. Undecided: the test does not reject at 5 %, or there are fewer
-    than `FEWEST` items of equal weight, or of unequal weight what tells no more.
+    than `FEWEST` items of equal weight, or of unequal weight what tells no more, or a score is NaN or infinite.
 
     Args:
         first: one an item.
@@ -153,6 +153,8 @@ def paired_difference(
         low, high = _interval(spread, drawn)
         p, test = _p_value(spread, drawn), "ratio"
     reason = _too_few(n, spread)
+    if not reason and not math.isfinite(p):
+        reason = "a score is no finite number"
     if not reason and (p >= 1 - CONFIDENCE or value == 0):
         reason = "a difference of this size may be chance"
     better = (value < 0) == lower_is_better

@@ -63,7 +63,9 @@ def test_it_trains_as_it_stands(texts: Path, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows.txt.gz", "rows.parquet"])
+@pytest.mark.parametrize(
+    "name", ["rows.csv", "semicolons.csv.gz", "rows.json", "rows.txt.gz", "rows.parquet", "rows.arrow"]
+)
 def test_the_field_of_any_kind_of_records_is_found(texts: Path, tmp_path: Path, name: str) -> None:
     documents = [path.read_text() for path in sorted((texts / "train").iterdir())]
     rows = [{"id": str(number), "body": text} for number, text in enumerate(documents)]
@@ -71,6 +73,14 @@ def test_the_field_of_any_kind_of_records_is_found(texts: Path, tmp_path: Path, 
     if name == "rows.csv":
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([["id", "body"], *(row.values() for row in rows)])
+    elif name == "semicolons.csv.gz":
+        path.write_bytes(
+            gzip.compress("".join(f"{a};{b}" for a, b in [("id", "body\n"), *(r.values() for r in rows)]).encode())
+        )
+    elif name == "rows.arrow":
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
     elif name == "rows.json":
         path.write_text(json.dumps(rows))
     elif name == "rows.parquet":

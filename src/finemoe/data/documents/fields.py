@@ -41,12 +41,18 @@ def _check_template(template: str) -> str:
     return template
 
 
+_NO_ORDER = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}  # told by a mark, and here there is none
+_NO_PROSE = frozenset({"idna", "punycode"})  # of names in addresses
+
+
 def _check_encoding(name: str) -> str:
     try:
-        b"a ".decode(name)
-        return codecs.lookup(name).name
+        known = codecs.lookup(name).name
+        if known in _NO_PROSE or "a".encode(known).decode(known) != "a":
+            raise LookupError(name)
+        return _NO_ORDER.get(known, known)
     except (LookupError, ValueError, TypeError) as error:
-        raise ValueError("no encoding of text that Python knows; common ones are utf-8, utf-16, cp1252, gb18030, "
+        raise ValueError("no encoding of text that Python knows; common ones are utf-8, utf-16-le, cp1252, gb18030, "
                          "shift_jis, koi8-r") from error  # fmt: skip
 
 

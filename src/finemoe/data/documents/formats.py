@@ -249,7 +249,7 @@ def _read_table(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterato
         number = 0
         try:
             names = [name.strip() for name in next(rows, [])]
-            _check_columns(file, names)
+            _check_columns(file, names, report)
             for number, cells in enumerate(rows, start=1):
                 where = f"{file.path}:{number}"
                 if not cells:
@@ -271,7 +271,7 @@ def _read_parquet(stream: BinaryIO, file: TextFile, report: SkipReport) -> Itera
     # Parquet is read from its end: a compressed one has to be unpacked in memory first.
     seekable = stream if isinstance(stream, io.BufferedReader) and stream.seekable() else io.BytesIO(stream.read())
     table = pq.ParquetFile(seekable)
-    columns = _check_columns(file, table.schema_arrow.names)
+    columns = _check_columns(file, table.schema_arrow.names, report)
     yield from _rows(table.iter_batches(batch_size=1024, columns=columns), columns, file, report)
 
 
@@ -287,12 +287,12 @@ def _read_arrow(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterato
         else:
             table = stack.enter_context(pa.ipc.open_stream(data))
             batches = iter(table)
-        columns = _check_columns(file, table.schema.names)
+        columns = _check_columns(file, table.schema.names, report)
         yield from _rows(batches, columns, file, report)
 
 
-def _check_columns(file: TextFile, known: list[str]) -> list[str]:
-    """The columns to read.
+def _check_columns(file: TextFile, known: list[str], report: SkipReport) -> list[str]:
+    """The columns to read; `report` learns which there are where one that was asked for is not.
 
     Raises:
         DataError: the table has not all of them.
@@ -306,6 +306,7 @@ def _check_columns(file: TextFile, known: list[str]) -> list[str]:
         fix += "`data.corpus.template` (--template)"
         if file.domain_field in missing:
             fix = "set `data.corpus.domain_field` to the one that holds the domain"
+        report.lacking.add(dict.fromkeys(known), file.fields.names)
         raise DataError(f"{file.path}: no column {', '.join(sorted(missing))}; it has {shown(known)}: {fix}")
     return list(dict.fromkeys(columns))
 
