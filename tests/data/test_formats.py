@@ -106,12 +106,47 @@ def test_separated_values_are_records(tmp_path: Path, suffix: str, delimiter: st
     assert "no column body; it has id, text: set `data.corpus.text_field`" in refusal(tmp_path, text_field="body")
 
 
-def test_a_cell_may_be_long_and_quotation_marks_must_match(tmp_path: Path) -> None:
+def test_a_cell_may_be_long_and_a_quotation_mark_may_stand_anywhere(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\n" + "x" * 300_000 + "\n")
-    (tmp_path / "b.tsv").write_text('text\tid\nfine\t1\n"never\t2\nmore "words"\t3\n')
+    (tmp_path / "b.tsv").write_text('text\tid\nfine\t1\n"never\t2\nmore "words"\t3\n"Hello" he said\t4\n"a\tb"\t5\n')
+    (tmp_path / "c.csv").write_text(
+        'text,id\na 6" pipe,1\n"Hello" he said,2\n"two\nlines, ""one""\n",3\n"a, b",4\n\nlast,5\n'
+    )
     texts, report = read(tmp_path)
-    assert texts == ["x" * 300_000, "fine"]
-    assert "quotation marks do not match" in report.skipped[0].reason
+    assert texts[1:] == [
+        *("fine", '"never', 'more "words"', '"Hello" he said', "a\tb"),
+        *('a 6" pipe', '"Hello" he said', 'two\nlines, "one"\n', "a, b", "last"),
+    ]
+    assert (texts[0], report.num_skipped) == ("x" * 300_000, 0)
+
+
+def test_marks_that_are_never_closed_swallow_nothing(tmp_path: Path) -> None:
+    lines = "".join(f"text {number},{number}\n" for number in range(50))
+    (tmp_path / "a.csv").write_text(f'text,id\nfirst,0\n"never closed,1\n{lines}')
+    texts, report = read(tmp_path)
+    assert texts == ["first", '"never closed', *(f"text {number}" for number in range(50))]
+    assert report.num_skipped == 0
+    (tmp_path / "a.csv").write_text(f'text,id\nfirst,0\n"never closed,1\nno row,2,3\n"x" y,3\n{lines}')
+    texts, report = read(tmp_path)
+    assert texts[:4] == ["first", '"never closed', '"x" y', "text 0"]
+    assert [one.reason for one in report.skipped] == ["quotation marks do not match"]
+
+
+def test_a_table_beside_the_texts_is_left_out_and_one_of_theirs_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metadata.csv").write_text("file,author\none.txt,somebody\n")
+    assert "no column text; it has file, author" in refusal(tmp_path)
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"text number {number} " * 300)
+    with caplog.at_level(logging.WARNING, "finemoe"):
+        scan = scan_corpus(corpus(tmp_path), 0.5, 0.01)
+    assert (scan.skips.kept, scan.skips.num_set_aside) == (3, 1)
+    assert "metadata.csv (a table without the column of the text)" in caplog.text
+    for name in ("a.csv", "z.csv"):  # before it and behind it
+        (tmp_path / name).write_text("id,text\n1,a text of a table\n")
+        assert "metadata.csv: no column text" in refusal(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_a_saved_dataset_is_read_and_its_side_files_are_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -118,13 +118,18 @@ class FilesCorpus(Config):
             for path, name, named in _find(pattern):
                 known, first, before = found.get(path.resolve(), (name, path, False))
                 found[path.resolve()] = known, first, named or before
+        empty = True
         for _, (name, path, named) in sorted(found.items(), key=lambda item: (item[1][0], item[0])):
             folders = name.split("/")[:-1]
             # Beneath a folder that was named, its first sub-folder tells texts apart; else the folder, else
             # the file.
             domain = folders[min(1, len(folders) - 1)] if folders else name.split(".")[0]
             file = TextFile(path, name, domain, fields, self.domain_field, self.encoding, named)
-            yield from read_file(file, report)
+            for document in read_file(file, report):
+                empty = False
+                yield document
+        if empty and report.odd_table is not None:
+            raise DataError(report.odd_table[1])
 
 
 def _find(pattern: str) -> Iterator[tuple[Path, str, bool]]:

@@ -106,6 +106,10 @@ class SkipReport:
     """Records that lack a field which was asked for."""
     beside: FieldReport = field(default_factory=FieldReport)
     """JSON files of a single object that lacks it, counted in `num_set_aside`: perhaps no record at all."""
+    tables: int = field(default=0, compare=False)
+    """Tables that had the columns which were asked for."""
+    odd_table: tuple[str, str] | None = field(default=None, compare=False)
+    """The first table in a folder without them, and what is wrong with it; all texts may be elsewhere."""
     quiet: bool = False
     """Leave the log alone: this is a second reading of a corpus that was reported already."""
 
@@ -133,6 +137,26 @@ class SkipReport:
         self.num_unfit += unfit
         if self.num_set_aside <= _KEPT_NAMES:
             self.set_aside.append(Skipped(name, what))
+
+    def meet_table(self, name: str, problem: str | None, named: bool) -> bool:
+        """Take note of a table; whether it is to be read.
+
+        Args:
+            name: the file.
+            problem: what is wrong with its columns, if anything.
+            named: the user named this very file.
+
+        Raises:
+            DataError: it lacks a column and is meant as text, as it was named or others like it have the column.
+        """
+        odd = self.odd_table or ((name, problem) if problem else None)
+        self.tables += problem is None
+        if odd is not None and (named or self.tables):
+            raise DataError(problem or odd[1])
+        self.odd_table = odd
+        if problem is not None:
+            self.leave_out(name, "a table without the column of the text", unfit=False)
+        return problem is None
 
     def check(self, max_skipped_share: float, knob: str | None = None) -> None:
         """Say what was left out, and accept or refuse what was skipped.

@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,21 +245,57 @@ def _read_table(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterato
     with io.TextIOWrapper(checked(stream), encoding="utf-8", newline="") as text:
         head = text.readline()
         delimiter = max(_DELIMITERS, key=lambda mark: (head.count(mark), mark == "\t" and file.suffix != ".csv"))
-        rows = csv.reader(_after(head, text), delimiter=delimiter, strict=True)
-        number = 0
+        rows = _split(_after(head, text), delimiter)
+        names = [name.strip() for name in next(rows, None) or ()]
+        if _check_columns(file, names, report) is None:
+            return
+        for number, cells in enumerate(rows, start=1):
+            where = f"{file.path}:{number}"
+            if cells is None:
+                report.skip(where, "quotation marks do not match")
+            elif cells and len(cells) != len(names):
+                report.skip(where, f"{len(cells)} cells under {len(names)} names")
+            elif cells:
+                yield from record_document(dict(zip(names, cells, strict=True)), file, number, where, report)
+
+
+def _split(lines: Iterator[str], delimiter: str) -> Iterator[list[str] | None]:
+    """The cells of each row; None for a line that is none, as its quotation marks do not match.
+
+    A quoted cell may hold line ends. Where no cell begins with a mark, marks are characters like others; so they are
+    in rows whose marks make no sense, or are never closed: many programs write tables so.
+    """
+    width, kept = 0, list[str]()
+    for line in lines:
+        plain = _plain(line, delimiter)
+        if not kept and not any(cell.startswith('"') for cell in plain):
+            width = width or len(plain)
+            yield plain
+            continue
+        kept.append(line)
+        if '"' not in line:
+            continue  # nothing that could close the cell
         try:
-            names = [name.strip() for name in next(rows, [])]
-            _check_columns(file, names, report)
-            for number, cells in enumerate(rows, start=1):
-                where = f"{file.path}:{number}"
-                if not cells:
-                    continue
-                if len(cells) != len(names):
-                    report.skip(where, f"{len(cells)} cells under {len(names)} names")
-                else:
-                    yield from record_document(dict(zip(names, cells, strict=True)), file, number, where, report)
+            cells = next(csv.reader(io.StringIO("".join(kept), newline=""), delimiter=delimiter, strict=True))
+            width = width or len(cells)
+            yield cells
         except csv.Error as error:
-            report.skip(f"{file.path}:{number + 1}", f"quotation marks do not match, so the rest is not read: {error}")
+            if "unexpected end" in str(error):
+                continue
+            yield from _as_they_stand(kept, delimiter, width)
+        kept = []
+    yield from _as_they_stand(kept, delimiter, width)
+
+
+def _as_they_stand(lines: Iterable[str], delimiter: str, width: int) -> Iterator[list[str] | None]:
+    for line in lines:
+        plain = _plain(line, delimiter)
+        yield plain if len(plain) in (0, width) else None
+
+
+def _plain(line: str, delimiter: str) -> list[str]:
+    line = line.rstrip("\r\n")
+    return line.split(delimiter) if line else []
 
 
 def _after(head: str, rest: Iterator[str]) -> Iterator[str]:
@@ -272,7 +308,8 @@ def _read_parquet(stream: BinaryIO, file: TextFile, report: SkipReport) -> Itera
     seekable = stream if isinstance(stream, io.BufferedReader) and stream.seekable() else io.BytesIO(stream.read())
     table = pq.ParquetFile(seekable)
     columns = _check_columns(file, table.schema_arrow.names, report)
-    yield from _rows(table.iter_batches(batch_size=1024, columns=columns), columns, file, report)
+    if columns is not None:
+        yield from _rows(table.iter_batches(batch_size=1024, columns=columns), columns, file, report)
 
 
 def _read_arrow(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterator[Document]:
@@ -288,27 +325,31 @@ def _read_arrow(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterato
             table = stack.enter_context(pa.ipc.open_stream(data))
             batches = iter(table)
         columns = _check_columns(file, table.schema.names, report)
-        yield from _rows(batches, columns, file, report)
+        if columns is not None:
+            yield from _rows(batches, columns, file, report)
 
 
-def _check_columns(file: TextFile, known: list[str], report: SkipReport) -> list[str]:
-    """The columns to read; `report` learns which there are where one that was asked for is not.
+def _check_columns(file: TextFile, known: list[str], report: SkipReport) -> list[str] | None:
+    """The columns to read; None where the table is no text of the corpus, such as a list of the files beside it.
+
+    Where a column that was asked for is not there, `report` learns which are.
 
     Raises:
-        DataError: the table has not all of them.
+        DataError: the table has not all of them, and is meant as text.
     """
     columns, missing = file.fields.columns(known)
     if file.domain_field:
         columns += [file.domain_field] if file.domain_field in known else []
         missing += [] if file.domain_field in known else [file.domain_field]
+    problem = None
     if missing:
         fix = "set `data.corpus.text_field` (--text-field) to the one that holds the text, or join several by "
         fix += "`data.corpus.template` (--template)"
         if file.domain_field in missing:
             fix = "set `data.corpus.domain_field` to the one that holds the domain"
         report.lacking.add(dict.fromkeys(known), file.fields.names)
-        raise DataError(f"{file.path}: no column {', '.join(sorted(missing))}; it has {shown(known)}: {fix}")
-    return list(dict.fromkeys(columns))
+        problem = f"{file.path}: no column {', '.join(sorted(missing))}; it has {shown(known)}: {fix}"
+    return list(dict.fromkeys(columns)) if report.meet_table(str(file.path), problem, file.named) else None
 
 
 def _rows(
