@@ -321,3 +321,17 @@ def test_a_few_papers_beside_one_long_text_are_left_out(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(BESIDE["paper.pdf" if name == "a.pdf" else "page.html"])
     scan = scan_corpus(corpus(tmp_path), 0.5, 0.01)
     assert (scan.skips.kept, scan.skips.num_set_aside) == (1, 2)
+
+
+def test_the_only_list_of_an_object_is_its_records(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"version": "1.0", "articles": [{"text": "one"}, {"text": "two"}]}))
+    (tmp_path / "b.json").write_text(json.dumps({"files": [{"name": "x"}], "version": 2}))  # no text of the corpus
+    texts, report = read(tmp_path)
+    assert (texts, report.num_set_aside) == (["one", "two"], 1)
+    assert "their fields are name" in refusal(tmp_path / "b.json")
+
+
+def test_prose_that_begins_with_a_list_is_prose(tmp_path: Path) -> None:
+    for number, text in enumerate(["[]\nis an empty list", "[1, 2] and more", "[x] done"]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    assert read(tmp_path)[0] == ["[]\nis an empty list", "[1, 2] and more", "[x] done"]

@@ -242,7 +242,15 @@ def _json_kind(text: str, whole: bool) -> str | None:
     state = _parses(line.strip(), complete=bool(newline) or whole)
     if state != "broken" and text[0] == "{":
         return "json-lines" if rest.strip() or not whole else "json"
+    if state == "whole" and text[0] == "[" and _is_said_of(text):
+        return None
     return None if _parses(text, complete=whole) == "broken" else "json"
+
+
+def _is_said_of(text: str) -> bool:
+    """Whether words follow a list: `[] is an empty list`."""
+    rest = text[json.JSONDecoder().raw_decode(text)[1] :].strip()
+    return bool(rest) and rest[0] not in "[{"
 
 
 def _parses(text: str, complete: bool) -> str:

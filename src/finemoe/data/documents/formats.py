@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from finemoe.core.errors import DataError
 from finemoe.data.documents.decoding import DAMAGED, PACKED_SUFFIXES, UndecodableError, checked, open_content
 from finemoe.data.documents.document import Document, SkipReport
 from finemoe.data.documents.fields import ABSENT, NoTextError, TextFields, shown, steps_of, value_at
+from finemoe.data.documents.separated import rows_of
 
 LISTS = ("data", "Data", "examples", "rows")
 """Keys under which a JSON object keeps a list of records."""
@@ -184,7 +185,7 @@ def _read_json(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterator
 
 def _only_object(value: dict[str, Any], file: TextFile, report: SkipReport) -> Iterator[Document]:
     """The documents of a JSON file that is a single object."""
-    lists = [value[key] for key in LISTS if isinstance(value.get(key), list)]
+    lists = [value[key] for key in LISTS if isinstance(value.get(key), list)] or _the_list_in(value, file)
     lacks = [name for name in file.fields.names if steps_of(name)[0] not in value and name not in value]
     if lacks and lists:
         for number, record in enumerate(lists[0], start=1):
@@ -194,6 +195,14 @@ def _only_object(value: dict[str, Any], file: TextFile, report: SkipReport) -> I
         report.leave_out(str(file.path), f"a JSON object without `{lacks[0]}`", unfit=True)
     else:
         yield from _record(value, file, 1, f"{file.path}:1", report)
+
+
+def _the_list_in(value: dict[str, Any], file: TextFile) -> list[list[Any]]:
+    """The only list of objects under any key, where they have the text, or the user named this very file."""
+    found = [one for one in value.values() if isinstance(one, list) and one and isinstance(one[0], dict)]
+    if len(found) != 1 or not (file.named or all(steps_of(name)[0] in found[0][0] for name in file.fields.names)):
+        return []
+    return found
 
 
 def _json_values(stream: BinaryIO) -> Iterator[tuple[Any, bool]]:
@@ -245,7 +254,7 @@ def _read_table(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterato
     with io.TextIOWrapper(checked(stream), encoding="utf-8", newline="") as text:
         head = text.readline()
         delimiter = max(_DELIMITERS, key=lambda mark: (head.count(mark), mark == "\t" and file.suffix != ".csv"))
-        rows = _split(_after(head, text), delimiter)
+        rows = rows_of(_after(head, text), delimiter)
         names = [name.strip() for name in next(rows, None) or ()]
         if _check_columns(file, names, report) is None:
             return
@@ -257,45 +266,6 @@ def _read_table(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterato
                 report.skip(where, f"{len(cells)} cells under {len(names)} names")
             elif cells:
                 yield from record_document(dict(zip(names, cells, strict=True)), file, number, where, report)
-
-
-def _split(lines: Iterator[str], delimiter: str) -> Iterator[list[str] | None]:
-    """The cells of each row; None for a line that is none, as its quotation marks do not match.
-
-    A quoted cell may hold line ends. Where no cell begins with a mark, marks are characters like others; so they are
-    in rows whose marks make no sense, or are never closed: many programs write tables so.
-    """
-    width, kept = 0, list[str]()
-    for line in lines:
-        plain = _plain(line, delimiter)
-        if not kept and not any(cell.startswith('"') for cell in plain):
-            width = width or len(plain)
-            yield plain
-            continue
-        kept.append(line)
-        if '"' not in line:
-            continue  # nothing that could close the cell
-        try:
-            cells = next(csv.reader(io.StringIO("".join(kept), newline=""), delimiter=delimiter, strict=True))
-            width = width or len(cells)
-            yield cells
-        except csv.Error as error:
-            if "unexpected end" in str(error):
-                continue
-            yield from _as_they_stand(kept, delimiter, width)
-        kept = []
-    yield from _as_they_stand(kept, delimiter, width)
-
-
-def _as_they_stand(lines: Iterable[str], delimiter: str, width: int) -> Iterator[list[str] | None]:
-    for line in lines:
-        plain = _plain(line, delimiter)
-        yield plain if len(plain) in (0, width) else None
-
-
-def _plain(line: str, delimiter: str) -> list[str]:
-    line = line.rstrip("\r\n")
-    return line.split(delimiter) if line else []
 
 
 def _after(head: str, rest: Iterator[str]) -> Iterator[str]:

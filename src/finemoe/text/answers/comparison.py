@@ -162,7 +162,11 @@ def compare_latex(gold: str, given: str | None, deadline_seconds: float = 5.0) -
 
 
 def _tight(text: str) -> str:
-    return text.replace(" ", "")
+    """Without blanks, but for those between two numbers."""
+    return _BLANK.sub("", text)
+
+
+_BLANK = re.compile(r"(?<!\d) | (?!\d)")
 
 
 def _compare(a: str, b: str) -> Equality:

@@ -68,6 +68,7 @@ _RAISE = re.compile(r" *\^ *(?:\{ *([+-]?\d{1,3}) *\}|\( *([+-]?\d{1,3}) *\)|([+
 _RAISED_AGAIN = re.compile(r" *\^")
 _TIMES = re.compile(r" *[*x] *(?=\d)")
 _OVER = re.compile(r" */ *(?=[\d.(+-])")
+_CLOCK = re.compile(r":\d")
 _PLUS_MINUS = re.compile(r" *([+-]?) *")
 _CLOSE = re.compile(r" *\)")
 _PROPER = re.compile(r"(?: +(?:and +)?|(?=\\frac))(?=[1-9]|0(?!\d)|\\frac)", re.IGNORECASE)
@@ -184,7 +185,8 @@ def number_at(text: str, at: int) -> tuple[Number, int] | None:
     if magnitude is None or (sign[1] and sign[3]):
         return None
     value, end = magnitude
-    if _OVER.match(text, end) or _RAISED_AGAIN.match(text, end):  # a date, a division by nothing, too high a power
+    # A date, a division by nothing, too high a power, a time of day.
+    if _OVER.match(text, end) or _RAISED_AGAIN.match(text, end) or _CLOCK.match(text, end):
         return None
     if scale := _SCALE.match(text, end):
         value, end = value * _SCALES[scale[1].lower()], scale.end()
@@ -203,34 +205,32 @@ _UNIT = re.compile(
 )
 _THINGS = re.compile(r"\s+([a-z]{3,}(?:\s+[a-z]{2,}){0,2})\s*\.?\s*", re.IGNORECASE)
 _NO_THINGS = frozenset(
-    [
-        *(
-            "and",
-            "or",
-            "pi",
-            "sin",
-            "cos",
-            "tan",
-            "cot",
-            "log",
-            "exp",
-            "sqrt",
-            "mod",
-            "base",
-            "root",
-            "squared",
-            "cubed",
-        ),
-        *("factorial", "dozen", "dozens", "hundred", "hundreds", "half", "halves", "third", "thirds", "quarter"),
-        *("quarters", "fourths", "fifths", "tenths", "hundredths", "over", "more", "less", "plus", "minus", "divided"),
-        *("remainder", "infinity", "choose", "not", "but", "per", "if", "when", "where"),
-    ]
+    (
+        *("and", "or", "pi", "sin", "cos", "tan", "cot", "log", "exp", "sqrt", "mod", "base", "root", "squared"),
+        *("cubed", "factorial", "dozen", "dozens", "hundred", "hundreds", "half", "halves", "third", "thirds"),
+        *("quarter", "quarters", "fourths", "fifths", "tenths", "hundredths", "over", "more", "less", "plus", "minus"),
+        *("divided", "remainder", "infinity", "choose", "not", "but", "per", "if", "when", "where"),
+    )
 )
 """Words after a number that make it another number, or that are no thing that is counted."""
-_WORDS = (
+_TO_NINETEEN = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
 )
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_WORDS = {
+    **{word: Fraction(value) for value, word in enumerate(_TO_NINETEEN)},
+    **{word: Fraction(value) for value, word in zip(range(20, 100, 10), _TENS, strict=True)},
+    **{
+        f"{tens}-{one}": Fraction(value + more)
+        for value, tens in zip(range(20, 100, 10), _TENS, strict=True)
+        for more, one in enumerate(_TO_NINETEEN[1:10], start=1)
+    },
+    **{"a hundred": Fraction(100), "one hundred": Fraction(100), "a half": Fraction(1, 2), "half": Fraction(1, 2)},
+    **{"one half": Fraction(1, 2), "a quarter": Fraction(1, 4), "one quarter": Fraction(1, 4)},
+    **{"one third": Fraction(1, 3), "a third": Fraction(1, 3), "a dozen": Fraction(12)},
+}
+"""Numbers that are written as words; a blank may stand for the hyphen."""
 
 
 def read_number(text: str) -> Number | None:
@@ -239,8 +239,10 @@ def read_number(text: str) -> Number | None:
     if len(text) > LONGEST:
         return None
     text = text.rstrip(".").rstrip()
-    if text.lower() in _WORDS:
-        return Number(Fraction(_WORDS.index(text.lower())))
+    words = " ".join(text.lower().split())
+    for spelling in (words, words.replace("-", " "), words.replace(" ", "-")):
+        if spelling in _WORDS:
+            return Number(_WORDS[spelling])
     if text.startswith("(") and text.endswith(")") and "(" not in text[1:]:
         text = text[1:-1].strip()  # (-5)
     if (found := number_at(text, 0)) is None:
@@ -256,7 +258,7 @@ _START = re.compile(
     r"(?<![\w.\\])(?=[-+$€£¥₹\d.\\]|\([-+]?\d+\) ?/ ?\(?\d|minus\b|negative\b|USD |EUR |GBP )|(?<=[$€£¥₹])(?=\d)",
     re.IGNORECASE,
 )
-_NO_NUMBER = re.compile(r"[-+\d,./]+(?:\^\{?[-+\d]+\}?)*")
+_NO_NUMBER = re.compile(r"[-+\d,./:]+(?:\^\{?[-+\d]+\}?)*")
 _BARE_SIGN = re.compile(r"(?<=[\d)\]}])\s*(?:[-+]|minus\b)(?=\s?[\d$.\\])", re.IGNORECASE)
 
 
