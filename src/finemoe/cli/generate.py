@@ -282,4 +282,4 @@ def _say_speed(sequences: list[Sequence], seconds: float) -> None:
     ending = f"{stopped} ended by the model, {len(sequences) - stopped} by --max-new-tokens"
     if len(sequences) == 1:
         ending = "ended by the model" if stopped else "ended by --max-new-tokens"
-    logger.info("%d tokens in %.1f s (%.0f tokens/s), %s", tokens, seconds, tokens / max(seconds, 1e-9), ending)
+    logger.info("%d tokens in %.2g s (%.0f tokens/s), %s", tokens, seconds, tokens / max(seconds, 1e-9), ending)

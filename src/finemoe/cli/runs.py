@@ -52,7 +52,7 @@ def _print_table(folder: Path, found: Sequence[RunInfo]) -> None:
     table.add_column("Name", overflow="fold")
     table.add_column("Kind", no_wrap=True)
     table.add_column("Model", overflow="fold")
-    for title in ("Steps", "Loss"):
+    for title in ("Steps", "Held out"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("State", no_wrap=True)
     for title in ("Size", "Date"):

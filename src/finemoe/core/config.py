@@ -157,7 +157,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such recipe") from error
+        raise ConfigError(_no_recipe(Path(path))) from error
     except OSError as error:
         raise ConfigError(f"{path}: not a readable TOML file: {_toml_reason(error)}") from error
     try:
@@ -167,6 +167,15 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         if held is not None:
             raise ConfigError(f"{path}: a recipe is TOML, but this {held}") from error
         raise ConfigError(f"{path}: not a readable TOML file: {_toml_reason(error)}") from error
+
+
+def _no_recipe(path: Path) -> str:
+    """What to say of a recipe that is not there."""
+    try:
+        beside = [one.name for one in path.parent.iterdir() if one.suffix == path.suffix]
+    except OSError:
+        beside = []
+    return f"{path}: no such recipe{did_you_mean(path.name, beside)}"
 
 
 def _toml_reason(error: Exception) -> str:
@@ -186,7 +195,7 @@ def read_tables(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such recipe") from error
+        raise ConfigError(_no_recipe(Path(path))) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a readable JSON file: {error}") from error
     if not isinstance(found, dict):

@@ -46,6 +46,8 @@ class Survey:
     """The first of them, and why."""
     duplicates: int = 0
     """Documents whose text an earlier one had; not counted above."""
+    empty: int = 0
+    """Documents without any text; not counted above."""
 
 
 def survey(paths: Sequence[str], quiet: bool = False) -> Survey:
@@ -89,6 +91,7 @@ def survey(paths: Sequence[str], quiet: bool = False) -> Survey:
         skipped=report.num_skipped,
         first_skipped=first,
         duplicates=report.duplicates,
+        empty=report.empty,
     )
 
 

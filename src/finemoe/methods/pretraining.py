@@ -50,7 +50,7 @@ def build(config: PretrainingConfig, setting: Setting) -> Method[TokenBatch]:
         measure=HeldOutLoss(data.prepared),
         before_update=(Clip(setting.max_gradient_norm),),
         after_update=(MoveBiases(setting.balancing),),
-        notes=(f"balance and look-ahead: {', '.join(live)}",) if live else (),
+        notes=(f"added to the cross-entropy: {', '.join(live)}",) if live else (),
     )
 
 

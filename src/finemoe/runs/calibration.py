@@ -197,7 +197,7 @@ class _Setting:
         key = ", ".join((f"{kind} {_FORMAT}", *parts, *shape, "native" if native.available() else "no native"))
         seconds = _known(path, key, kind) or self._measured(path, key, kind, candidates)
         best = min(seconds, key=lambda name: seconds[name])
-        times = ", ".join(f"{name} {seconds[name] * 1e3:.3g} ms" for name in sorted(seconds, key=lambda n: seconds[n]))
+        times = ", ".join(f"{name} {_time(seconds[name])}" for name in sorted(seconds, key=lambda n: seconds[n]))
         return best, f"{kind}: {times}"
 
     def _measured(self, path: Path, key: str, kind: str, candidates: Callable[[], Candidates]) -> Mapping[str, float]:
@@ -259,3 +259,7 @@ def _write(path: Path, measured: Mapping[str, Mapping[str, float]]) -> None:
         Path(name).replace(path)
     except OSError as error:
         logger.debug("%s cannot be written: %s", path, error)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -37,6 +37,10 @@ def measured(speed: float = 10_000.0) -> Check:
     return Check("x", (), 1, 1, 1, 1, tokens_per_second=speed, memory_bytes=400 << 20)
 
 
+def _word(number: int) -> str:
+    return "".join(chr(ord("a") + number * factor % 23) for factor in (1, 5, 11, 17))
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is measured."""
@@ -139,7 +143,7 @@ def test_a_larger_text_gets_a_larger_vocabulary_and_longer_sequences(tmp_path: P
     found = []
     for words in (800, 100_000):
         file = tmp_path / f"{words}.txt"
-        file.write_text(" ".join(f"w{number % 997}" for number in range(words)))
+        file.write_text(" ".join(_word(number % 997) for number in range(words)))
         found.append(new_recipe(file, quiet=True).tables)
     small, large = found
     assert small["model"]["vocab_size"] < large["model"]["vocab_size"]
@@ -222,7 +226,7 @@ def test_copies_and_what_cannot_be_read_are_told_and_the_recipe_trains(
     (folder / "c.jsonl").write_text("".join(json.dumps({"note": text}) + "\n" for text in documents[90:100]))
     made = new_recipe(folder, quiet=True)
     assert (made.survey.documents, made.survey.duplicates, made.survey.skipped) == (90, 10, 10)
-    assert "# 10 documents have the text of another and are left out." in made.text
+    assert "# Left out as they have the text of another, documents: 10." in made.text
     assert made.tables["data"]["max_skipped_share"] == 0.1
     assert "c.jsonl:1: no field `body`" in made.text.replace("\n# ", " ")
     found = finemoe.check({**made.tables, "name": "x"}, quiet=True, steps=1)

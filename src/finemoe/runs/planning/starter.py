@@ -115,6 +115,7 @@ def new_recipe(paths: str | Path | Sequence[str | Path], *, quiet: bool = False)
 def _choices(found: Survey, quiet: bool) -> Iterator[Choice]:
     vocabulary = next(size for most, size in _VOCABULARIES if found.text_bytes <= most)
     tokenizer = Tokenizer.train(found.sample, vocabulary)
+    vocabulary = min(vocabulary, tokenizer.vocab_size)  # little text has fewer different pieces than wanted
     pieces = found.sample[:: max(1, len(found.sample) // 200)]
     bytes_per_token = sum(len(p.encode()) for p in pieces) / sum(len(tokenizer.encode(p)) for p in pieces)
     tokens = int(found.text_bytes / bytes_per_token)
@@ -264,8 +265,9 @@ class _Plan:
             why = f"what half an hour is enough for; the text has {count(self.tokens)} to train on"
         time = f"About {duration(tokens / speed)} at the {count(speed)} tokens/s that were measured just now"
         yield Choice("training.tokens", tokens, f"Length of the run: {why}. {time}.")
-        steps = f"{tokens // step:,} steps: small models gain more from many steps than from large ones"
-        yield Choice("training.tokens_per_step", step, f"Read before each update of the weights: {steps}.")
+        why = f"Tokens read before each update of the weights, which makes {tokens // step:,} updates. "
+        why += "Small models gain more from many updates than from large ones."
+        yield Choice("training.tokens_per_step", step, why)
         micro, reason = self._micro_batch(step, last)
         yield Choice("training.micro_batch_tokens", micro, reason)
         cores, why = usable_cores()
@@ -299,9 +301,11 @@ def _written(choices: Sequence[Choice], found: Survey) -> Iterator[str]:
     yield f"# A first recipe for {', '.join(found.paths)}"
     yield f"# ({kinds}; {_bytes(found.disk_bytes)} on disk, {_bytes(found.text_bytes)} of text)."
     if found.skipped:
-        yield f"# {found.skipped:,} files or records could not be read as text and are left out."
+        yield f"# Left out as they could not be read as text, files or records: {found.skipped:,}."
     if found.duplicates:
-        yield f"# {found.duplicates:,} documents have the text of another and are left out."
+        yield f"# Left out as they have the text of another, documents: {found.duplicates:,}."
+    if found.empty:
+        yield f"# Left out as there is nothing in them, documents: {found.empty:,}."
     yield "#"
     yield "# finemoe train THIS --check      what it will take, without training"
     yield "# finemoe train THIS              train"
@@ -356,7 +360,17 @@ def _bytes(value: float) -> str:
 def describe(starter: Starter) -> Mapping[str, Any]:
     """The recipe and its reasons, as JSON."""
     about = starter.survey
-    facts = ("suffixes", "disk_bytes", "documents", "text_bytes", "median_bytes", "text_field", "skipped", "duplicates")
+    facts = (
+        "suffixes",
+        "disk_bytes",
+        "documents",
+        "text_bytes",
+        "median_bytes",
+        "text_field",
+        "skipped",
+        "duplicates",
+        "empty",
+    )
     return {
         "text": starter.text,
         "recipe": starter.tables,
