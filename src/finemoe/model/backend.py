@@ -52,6 +52,16 @@ class Decode:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Attention over keys and values where they lie, in blocks that many sequences share."""
+
+    takes: Callable[..., bool]
+    """Whether it can take queries, keys and values."""
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    """(query [sequences, heads, queries, width], keys, values [blocks, kv_heads, size, width], index, last, scale)"""
+
+
+@dataclass(frozen=True)
 class FusedExperts:
     """A whole expert layer in one call: rows copied out, products, weighed and added."""
 
@@ -78,5 +88,7 @@ class Backend:
     """(hidden [tokens, hidden], head [vocab, hidden], targets and weights [tokens]) -> sum of weight · -log p"""
     decode: Decode | None = None
     """None: attention is always computed operation by operation."""
+    blocks: Blocks | None = None
+    """None: keys and values are gathered from their blocks and attended as usual."""
     fused_experts: FusedExperts | None = None
     """None: rows are copied out, multiplied, weighed and added by an operation each."""

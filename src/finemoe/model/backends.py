@@ -14,13 +14,14 @@ from torch.nn import functional as F
 
 from finemoe.model import norm, rope
 from finemoe.model.attention.kernels import reference, sdpa
-from finemoe.model.backend import Attend, Backend, Decode, ExpertKernel, FusedExperts
+from finemoe.model.backend import Attend, Backend, Blocks, Decode, ExpertKernel, FusedExperts
 from finemoe.model.config import Kernels
 from finemoe.model.cross_entropy import cross_entropy_sum
 from finemoe.model.feed_forward import feed_forward
 from finemoe.model.moe.experts import grouped_mm, loop, sorted_slices
 from finemoe.model.native import decode, usable
 from finemoe.model.native.attention import attention as native_attention
+from finemoe.model.native.attention import in_blocks
 from finemoe.model.native.cross_entropy import cross_entropy_sum as native_cross_entropy_sum
 from finemoe.model.native.experts import experts as native_experts
 from finemoe.model.native.experts import swiglu as native_swiglu
@@ -111,6 +112,7 @@ NATIVE = Backend(
     experts=automatic,
     cross_entropy_sum=_cross_entropy_sum,
     decode=Decode(decode.takes, decode.grouped_query, decode.latent),
+    blocks=Blocks(usable, in_blocks),
     fused_experts=_FUSED,
 )
 """C++ wherever it can run."""
@@ -120,7 +122,7 @@ def backend_for(kernels: Kernels) -> Backend:
     """What `kernels` ask for. Experts are chosen apart from other products: either may be native without the other."""
     chosen = TORCH if kernels.products == "torch" else NATIVE
     if kernels.attention == "reference":  # was asked for to be used
-        chosen = replace(chosen, attend=reference, decode=None)
+        chosen = replace(chosen, attend=reference, decode=None, blocks=None)
     fused = _FUSED if kernels.experts in ("auto", "native") else None
     return replace(chosen, experts=EXPERT_KERNELS[kernels.experts], fused_experts=fused)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finemoe.model.attention import ATTENTIONS, AttentionCache
+from finemoe.model.attention.blocks import Group
 from finemoe.model.attention.places import Places, within_documents
 from finemoe.model.backend import Backend
 from finemoe.model.backends import backend_for
@@ -146,6 +147,15 @@ class Transformer(nn.Module):
         """Empty caches, one a layer of the main model, for `batch` rows of at most `capacity` tokens."""
         return [block.attention.new_cache(batch, capacity) for block in self.blocks]  # type: ignore[operator, union-attr]
 
+    def new_blocks(self, count: int, size: int, dtype: torch.dtype | None = None) -> list[AttentionCache]:
+        """Empty caches of `count` blocks of `size` tokens, which many sequences share; layers as in `moe_layers`.
+
+        The multi-token prediction modules have theirs behind the main model's. `dtype` may be narrower than the
+        weights', such as torch.bfloat16 or torch.float8_e4m3fn; None: theirs.
+        """
+        blocks = [*self.blocks, *(module.block for module in self.mtp)]
+        return [block.attention.new_cache(count, size, dtype) for block in blocks]  # type: ignore[operator, union-attr]
+
     def forward(
         self,
         tokens: Tensor,
@@ -153,6 +163,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         cache: Sequence[AttentionCache] | None = None,
+        groups: Sequence[Group] = (),
         constraint: Mapping[int, RoutingConstraint] | None = None,
         record: bool = False,
         mtp: bool = False,
@@ -167,6 +178,7 @@ class Transformer(nn.Module):
             documents: [batch, seq] int64; a token attends only to its own, a run of equal ids. None: plain causal
                 attention.
             cache: from `new_cache`; keys and values are written at `positions`. The one thing forward mutates.
+            groups: the pass is flat, [1, tokens], and the cache is from `new_blocks`: whose tokens stand where.
             constraint: by layer index.
             record: keep the whole routing decision of each layer.
             mtp: run the multi-token prediction modules too; needs whole sequences, so no cache.
@@ -185,7 +197,7 @@ class Transformer(nn.Module):
             raise ValueError(f"mtp of depth {len(self.mtp)} needs sequences of more than {tokens.shape[1]} tokens")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        places = Places(positions, None if documents is None else within_documents(documents))
+        places = Places(positions, None if documents is None else within_documents(documents), groups)
         first, hidden = (0, self.embedding(tokens)) if start is None else start
         routing: dict[int, RoutingRecord] = {}
         given: list[Tensor] = []

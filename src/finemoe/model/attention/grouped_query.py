@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from finemoe.core.config import Config
+from finemoe.model.attention.blocks import attend, put
 from finemoe.model.attention.places import Places, store
 from finemoe.model.backend import Backend
 from finemoe.model.norm import RMSNorm
@@ -109,6 +111,11 @@ class GroupedQueryCache:
         # Under autocast the states are narrower than the weights, and than the cache that took their dtype.
         return self.keys[:, :, :length].to(keys.dtype), self.values[:, :, :length].to(values.dtype), places.seen
 
+    def copy(self, source: int, target: int) -> None:
+        """The states of one block into another."""
+        self.keys[target] = self.keys[source]
+        self.values[target] = self.values[source]
+
     def rows(self, first: int, last: int) -> GroupedQueryCache:
         """Rows first ... last - 1 of the batch, in the same memory."""
         return GroupedQueryCache(self.keys[first:last], self.values[first:last])
@@ -137,27 +144,41 @@ class GroupedQueryAttention(nn.Module):
         if config.qk_norm != "none":
             self.q_norm, self.k_norm = (RMSNorm(size, norm_eps, backend) for size in config.norm_sizes())
 
-    def new_cache(self, batch: int, capacity: int) -> GroupedQueryCache:
-        """An empty cache in the weights' dtype and device."""
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> GroupedQueryCache:
+        """An empty cache on the weights' device, in their dtype where it is not given; or so many blocks of it."""
         shape = (batch, self.config.num_kv_heads, capacity, self.config.head_dim)
         weight = self.k_proj.weight
-        return GroupedQueryCache(weight.new_zeros(shape), weight.new_zeros(shape))
+        return GroupedQueryCache(*(weight.new_zeros(shape, dtype=dtype or weight.dtype) for _ in range(2)))
 
     def forward(self, hidden: Tensor, *, places: Places, cache: GroupedQueryCache | None) -> Tensor:
         """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
-        decode = self.backend.decode
+        decode = self.backend.decode if places.single else None
         if cache is not None and decode is not None and decode.takes(hidden, cache.keys, self.q_proj.weight):
-            return decode.grouped_query(hidden, *self._whole(places, cache))
+            return decode.grouped_query(places.apart(hidden), *self._whole(places, cache)).view_as(hidden)
         rope, mask = self.config.rope, places.mask
         rotary = places.rotation(self.config.turning, rope)
         query, key = self._heads(self.q_proj(hidden), self.q_norm), self._heads(self.k_proj(hidden), self.k_norm)
         value = self._heads(self.v_proj(hidden), None)
         query, key = (self.backend.rotate(states, *rotary, rope.layout, first=True) for states in (query, key))
-        if cache is not None:
-            key, value, mask = cache.update(key, value, places)
-        mixed = self.backend.attend(query, key, value, mask, self.scale)
-        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        if cache is not None and places.groups:
+            mixed = self._in_blocks(query, key, value, places, cache)
+        else:
+            if cache is not None:
+                key, value, mask = cache.update(key, value, places)
+            mixed = self.backend.attend(query, key, value, mask, self.scale).transpose(1, 2).flatten(2)
+        output: Tensor = self.o_proj(mixed)
         return output
+
+    def _in_blocks(self, query: Tensor, key: Tensor, value: Tensor, places: Places, cache: GroupedQueryCache) -> Tensor:
+        """A flat pass, group by group: `[1, heads, tokens, head_dim]` in, `[1, tokens, heads · head_dim]` out."""
+        mixed = []
+        for number, group in enumerate(places.groups):
+            index = places.index(self.config.num_kv_heads, number)
+            put(group.of(key), group, index, cache.keys)
+            put(group.of(value), group, index, cache.values)
+            found = attend(self.backend, group.of(query), cache.keys, cache.values, group, index, self.scale)
+            mixed.append(found.transpose(1, 2).flatten(2).flatten(0, 1))
+        return torch.cat(mixed)[None]
 
     def _whole(self, places: Places, cache: GroupedQueryCache) -> tuple[Any, ...]:
         """All that the layer computes with, for the same in one call."""
@@ -167,8 +188,8 @@ class GroupedQueryAttention(nn.Module):
             *(self.q_proj.bias, self.k_proj.bias, self.v_proj.bias),
             *(None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight),
             *(0.0 if q_norm is None else q_norm.eps, *places.rotation(self.config.turning, self.config.rope)),
-            *(self.config.rope.layout == "interleaved", places.positions, cache.keys, cache.values),
-            *(self.scale, self.o_proj.weight),
+            *(self.config.rope.layout == "interleaved", places.apart(places.positions), cache.keys, cache.values),
+            *(places.index(self.config.num_kv_heads) if places.groups else None, self.scale, self.o_proj.weight),
         )
 
     def _heads(self, states: Tensor, norm: RMSNorm | None) -> Tensor:

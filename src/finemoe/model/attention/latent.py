@@ -16,6 +16,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from finemoe.core.config import Config
+from finemoe.model.attention.blocks import attend, gather, put
 from finemoe.model.attention.places import Places, store
 from finemoe.model.backend import Backend
 from finemoe.model.norm import RMSNorm
@@ -114,6 +115,10 @@ class LatentCache:
         store(rotary_keys[:, None], places, heads[..., self.kv_lora_rank :])
         return self.states[:, : places.reach].to(latents.dtype), places.seen
 
+    def copy(self, source: int, target: int) -> None:
+        """The states of one block into another."""
+        self.states[target] = self.states[source]
+
     def rows(self, first: int, last: int) -> LatentCache:
         """Rows first ... last - 1 of the batch, in the same memory."""
         return LatentCache(self.states[first:last], self.kv_lora_rank)
@@ -149,17 +154,18 @@ class LatentAttention(nn.Module):
         self.kv_up_proj = Projection(config.kv_lora_rank, width, backend)
         self.o_proj = Projection(config.num_heads * config.v_head_dim, hidden_size, backend)
 
-    def new_cache(self, batch: int, capacity: int) -> LatentCache:
-        """An empty cache in the weights' dtype and device."""
-        size = self.config.cache_elements_per_token()
-        return LatentCache(self.kv_down_proj.weight.new_zeros(batch, capacity, size), self.config.kv_lora_rank)
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> LatentCache:
+        """An empty cache on the weights' device, in their dtype where it is not given; or so many blocks of it."""
+        shape, weight = (batch, capacity, self.config.cache_elements_per_token()), self.kv_down_proj.weight
+        return LatentCache(weight.new_zeros(shape, dtype=dtype or weight.dtype), self.config.kv_lora_rank)
 
     def forward(self, hidden: Tensor, *, places: Places, cache: LatentCache | None) -> Tensor:
         """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
-        absorbs = self._absorbs(cache is not None, hidden.shape[1])
-        decode = self.backend.decode if absorbs else None
+        queries = places.apart(places.positions).shape[1] if places.single else 0
+        absorbs = self._absorbs(cache is not None, queries)
+        decode = self.backend.decode if absorbs and places.single else None
         if cache is not None and decode is not None and decode.takes(hidden, cache.states, self.q_proj.weight):
-            return decode.latent(hidden, *self._whole(places, cache))
+            return decode.latent(places.apart(hidden), *self._whole(places, cache)).view_as(hidden)
         config, rope, mask = self.config, self.config.rope, places.mask
         rotary = places.rotation(config.qk_rope_head_dim, rope)
         query = hidden if self.q_down_proj is None or self.q_norm is None else self.q_norm(self.q_down_proj(hidden))
@@ -169,15 +175,43 @@ class LatentAttention(nn.Module):
         latent = self.kv_norm(latent)
         key = self.backend.rotate(key[:, None], *rotary, rope.layout)[:, 0]  # one head, shared by all
         states: Tensor | None = None
-        if cache is not None:
-            states, mask = cache.update(latent, key, places)
-            latent, key = states.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        if absorbs:
-            mixed = self._absorbed(query, torch.cat((latent, key), dim=-1) if states is None else states, mask)
+        if cache is not None and places.groups:
+            mixed = self._in_blocks(query, torch.cat((latent, key), dim=-1), places, cache)
         else:
-            mixed = self._expanded(query, latent, key, mask)
-        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+            if cache is not None:
+                states, mask = cache.update(latent, key, places)
+                latent, key = states.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+            if absorbs:
+                states = torch.cat((latent, key), dim=-1) if states is None else states
+                mixed = self._absorbed(query, states, mask)
+            else:
+                mixed = self._expanded(query, latent, key, mask)
+            mixed = mixed.transpose(1, 2).flatten(2)
+        output: Tensor = self.o_proj(mixed)
         return output
+
+    def _in_blocks(self, query: Tensor, states: Tensor, places: Places, cache: LatentCache) -> Tensor:
+        """A flat pass: `query [1, heads, tokens, qk_head_dim]`, and `states [1, tokens, width]` that are new.
+
+        Each group takes the form that is cheaper for it. Returns `[1, tokens, heads · v_head_dim]`.
+        """
+        mixed = []
+        store, rank = cache.states[:, None], self.config.kv_lora_rank
+        for number, group in enumerate(places.groups):
+            index = places.index(1, number)
+            put(group.of(states[:, None]), group, index, store)
+            own = group.of(query)
+            if self._absorbs(True, group.positions.shape[1]):
+                up_key, up_value = self._up(query.dtype)
+                inner = self._to_latents(own, up_key)
+                found = attend(self.backend, inner, store, store[..., :rank], group, index, self.scale) @ up_value
+            else:
+                latent, key = gather(store, group, query.dtype)[:, 0].split(
+                    (rank, self.config.qk_rope_head_dim), dim=-1
+                )
+                found = self._expanded(own, latent, key, group.seen)
+            mixed.append(found.transpose(1, 2).flatten(2).flatten(0, 1))
+        return torch.cat(mixed)[None]
 
     def _whole(self, places: Places, cache: LatentCache) -> tuple[Any, ...]:
         """All that the layer computes with, for the absorbed form in one call."""
@@ -186,8 +220,8 @@ class LatentAttention(nn.Module):
             *(None if down is None else down.weight, None if norm is None else norm.weight),
             *(self.q_proj.weight, self.kv_down_proj.weight, self.kv_norm.weight, self.kv_up_proj.weight),
             *(config.latent_norm_eps, config.num_heads, *places.rotation(config.qk_rope_head_dim, config.rope)),
-            *(config.rope.layout == "interleaved", places.positions, cache.states),
-            *(self.scale, self.o_proj.weight),
+            *(config.rope.layout == "interleaved", places.apart(places.positions), cache.states),
+            *(places.index(1) if places.groups else None, self.scale, self.o_proj.weight),
         )
 
     def _absorbs(self, cached: bool, num_queries: int) -> bool:
@@ -205,11 +239,19 @@ class LatentAttention(nn.Module):
 
     def _absorbed(self, query: Tensor, states: Tensor, mask: Mask) -> Tensor:
         """W_UK moves to the queries, W_UV to the outputs: score = (q W_UK) · c + q_R · k_R, one key for all heads."""
-        config = self.config
-        plain, turning = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
-        up = self.kv_up_proj.weight.to(query.dtype).unflatten(0, (config.num_heads, -1))
-        up_key, up_value = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
-        query = torch.cat((plain @ up_key, turning), dim=-1)
+        up_key, up_value = self._up(query.dtype)
         keys = states[:, None]
-        mixed = self.backend.attend(query, keys, keys[..., : config.kv_lora_rank], mask, self.scale)
-        return mixed @ up_value.transpose(1, 2)
+        values = keys[..., : self.config.kv_lora_rank]
+        return self.backend.attend(self._to_latents(query, up_key), keys, values, mask, self.scale) @ up_value
+
+    def _up(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W_UK `[heads, qk_nope_head_dim, latent]` and W_UV `[heads, latent, v_head_dim]`."""
+        config = self.config
+        up = self.kv_up_proj.weight.to(dtype).unflatten(0, (config.num_heads, -1))
+        up_key, up_value = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+        return up_key, up_value.transpose(1, 2)
+
+    def _to_latents(self, query: Tensor, up_key: Tensor) -> Tensor:
+        """Queries that meet latents and rotary keys: `[batch, heads, seq, kv_lora_rank + qk_rope_head_dim]`."""
+        plain, turning = query.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
+        return torch.cat((plain @ up_key, turning), dim=-1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from finemoe.model.attention.blocks import Group
 from finemoe.model.native import exact
 from finemoe.model.rope import RopeConfig, rotation
 from finemoe.model.spans import Mask, Spans
@@ -15,10 +17,15 @@ from finemoe.model.spans import Mask, Spans
 class Places:
     """Made anew for every forward pass; what one layer computes here, the others find."""
 
-    def __init__(self, positions: Tensor, mask: Mask = None) -> None:
-        """`positions [batch, seq]` int64; `mask` as in `spans.Mask`, of no effect on cached attention."""
+    def __init__(self, positions: Tensor, mask: Mask = None, groups: Sequence[Group] = ()) -> None:
+        """`positions [batch, seq]` int64; `mask` as in `spans.Mask`, of no effect on cached attention.
+
+        With `groups` the pass is flat, and its cache one of blocks.
+        """
         self.positions = positions
         self.mask = mask
+        self.groups = tuple(groups)
+        self._index: dict[tuple[int, int], Tensor] = {}
         self._rotations: dict[tuple[int, RopeConfig], tuple[Tensor, Tensor]] = {}
 
     def rotation(self, dim: int, rope: RopeConfig) -> tuple[Tensor, Tensor]:
@@ -27,6 +34,22 @@ class Places:
         if key not in self._rotations:
             self._rotations[key] = rotation(self.positions, dim, rope)
         return self._rotations[key]
+
+    @property
+    def single(self) -> bool:
+        """Whether all sequences of the pass feed equally many tokens."""
+        return len(self.groups) <= 1
+
+    def apart(self, states: Tensor) -> Tensor:
+        """`[batch, seq, ...]` with a sequence a row; of a flat pass, where it is `single`, `[1, tokens, ...]` in."""
+        return states.view(*self.groups[0].positions.shape, *states.shape[2:]) if self.groups else states
+
+    def index(self, heads: int, number: int = 0) -> Tensor:
+        """`Group.index` of a group of a flat pass, computed once for all layers."""
+        key = (heads, number)
+        if key not in self._index:
+            self._index[key] = self.groups[number].index(heads)
+        return self._index[key]
 
     @cached_property
     def reach(self) -> int:

@@ -67,11 +67,12 @@ Vector totals(Vector* sums) {
 }
 
 // scores[i][key] = queries[i] · keys[key], read straight from memory; up to kLanes - 1 more scores are overwritten.
-void score_rows(const float* queries, int64_t query_stride, int64_t rows, const float* keys, int64_t key_stride,
-                int64_t count, int64_t width, float* scores) {
+template <class Lines>
+void score_rows(const float* queries, int64_t query_stride, int64_t rows, const Lines& keys, int64_t count,
+                int64_t width, float* scores) {
   for (int64_t first = 0; first < count; first += kLanes) {
     const float* key[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) key[lane] = keys + std::min(first + lane, count - 1) * key_stride;
+    for (int64_t lane = 0; lane < kLanes; ++lane) key[lane] = keys[std::min(first + lane, count - 1)];
     for (int64_t i = 0; i < rows; ++i) {
       const float* query = queries + i * query_stride;
       Vector sums[kLanes] = {};
@@ -101,8 +102,9 @@ struct Block {
 
   void pack() {
     if (direct) return;
-    keys.pack(x.key.at(task.batch, task.kv_head, start), x.key.row_stride, count);
-    values.pack(x.value.at(task.batch, task.kv_head, start), x.value.row_stride, count);
+    const Rows key = x.key.rows(task.batch, task.kv_head, start);
+    x.key.index ? keys.pack(PackTransposedRows{key}, count) : keys.pack(key.base, key.stride, count);
+    values.pack(x.value.rows(task.batch, task.kv_head, start), count);
   }
 
   // Keys of this block that queries with this span see, counted from the block's start.
@@ -119,8 +121,7 @@ struct Block {
     const float* query = x.query.at(task.batch, head, from);
     float* out = x.output.at(task.batch, head, from);
     if (direct)
-      score_rows(query, x.query.row_stride, rows, x.key.at(task.batch, task.kv_head, start + left), x.key.row_stride,
-                 seen.last - left, x.width, scores + left);
+      score_directly(query, rows, {left, seen.last}, scores + left);
     else
       keys.multiply(query, x.query.row_stride, rows, left, right, scores);
     for (int64_t r = 0; r < rows; ++r) {
@@ -136,12 +137,24 @@ struct Block {
     return true;
   }
 
+  void score_directly(const float* query, int64_t rows, Span seen, float* scores) const {
+    const auto score = [&](const auto& lines) {
+      score_rows(query, x.query.row_stride, rows, lines, seen.last - seen.first, x.width, scores);
+    };
+    const int64_t from = start + seen.first;
+    x.key.index ? score(x.key.rows(task.batch, task.kv_head, from))
+                : score(x.key.strided(task.batch, task.kv_head, from));
+  }
+
   void mix_directly(const float* weights, int64_t rows, Span seen, float* output, bool add) const {
     float* out[kDirect];
     for (int64_t r = 0; r < rows; ++r) out[r] = output + r * x.output.row_stride;
-    const float* from = x.value.at(task.batch, task.kv_head, start + seen.first);
-    const int64_t stride = x.value.row_stride, keys = seen.last - seen.first;
-    mix_rows(weights, kPanelStride, rows, from, stride, keys, x.value_width, out, add);
+    const auto mix = [&](const auto& lines) {
+      mix_rows(weights, kPanelStride, rows, lines, seen.last - seen.first, x.value_width, out, add);
+    };
+    const int64_t from = start + seen.first;
+    x.value.index ? mix(x.value.rows(task.batch, task.kv_head, from))
+                  : mix(x.value.strided(task.batch, task.kv_head, from));
   }
 };
 

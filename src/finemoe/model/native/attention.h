@@ -10,13 +10,24 @@
 
 namespace finemoe {
 
-// A tensor [batch, heads, rows, width] of which only the width must be contiguous.
+// A tensor [batch, heads, rows, width] of which only the width must be contiguous. With an index, the rows of all
+// sequences lie in one store, and row r of sequence b is number index[b][r] of it.
 struct Heads {
   float* base;
   int64_t batch_stride, head_stride, row_stride;
+  const int64_t* index = nullptr;
+  int64_t index_stride = 0;
   float* at(int64_t b, int64_t head, int64_t row) const {
+    if (index) return base + head * head_stride + index[b * index_stride + row] * row_stride;
     return base + b * batch_stride + head * head_stride + row * row_stride;
   }
+  // Those from `row` on, to be read one by one.
+  Rows rows(int64_t b, int64_t head, int64_t row) const {
+    if (index) return {base + head * head_stride, row_stride, index + b * index_stride + row};
+    return {at(b, head, row), row_stride};
+  }
+  // Where no index scatters them.
+  Strided strided(int64_t b, int64_t head, int64_t row) const { return {at(b, head, row), row_stride}; }
 };
 
 struct Span {
@@ -83,15 +94,17 @@ struct Across {
 
   static int64_t size(int64_t depth, int64_t columns) { return depth * whole_panels(columns); }
 
-  void pack(const float* rows, int64_t stride, int64_t count) {
+  template <class Pack>
+  void pack(const Pack& packed, int64_t count) {
     columns = whole_panels(count);
     for (int64_t k = 0; k < depth; k += kDepth) {
       const int64_t piece = std::min(kDepth, depth - k);
       for (int64_t j = 0; j < count; j += kColumns)
-        PackTransposed{rows, stride}(k, piece, j, std::min<int64_t>(kColumns, count - j),
-                                     panels + k * columns + j * piece);
+        packed(k, piece, j, std::min<int64_t>(kColumns, count - j), panels + k * columns + j * piece);
     }
   }
+
+  void pack(const float* rows, int64_t stride, int64_t count) { pack(PackTransposed{rows, stride}, count); }
 
   // c[i][j] = sum over k of rows[i][k] B[k][j], for at most kRows rows and the panels of columns from ... to - 1; rows
   // of c lie kPanelStride apart.
@@ -114,10 +127,12 @@ struct Along {
 
   static int64_t size(int64_t depth, int64_t width) { return depth * whole_panels(width); }
 
-  void pack(const float* rows, int64_t stride, int64_t count) {
+  void pack(const float* rows, int64_t stride, int64_t count) { pack(Rows{rows, stride}, count); }
+
+  void pack(const Rows& rows, int64_t count) {
     depth = count;
     for (int64_t j = 0; j < width; j += kColumns)
-      PackStraight{{rows, stride}}(0, depth, j, std::min<int64_t>(kColumns, width - j), panels + j * depth);
+      PackStraight{rows}(0, depth, j, std::min<int64_t>(kColumns, width - j), panels + j * depth);
   }
 
   // c[i] becomes (or, with `add`, grows by) the sum over k in from ... to - 1 of a[i][k] B[k], at most kRows rows; `a`
@@ -141,48 +156,51 @@ struct Along {
 
 // out[i] becomes (or grows by) the sum over k of weights[i][k] rows[k], rows read straight from memory, kTogether
 // vectors of each at once; the weights of two i lie `apart`. Returns the column that is next.
-template <int kCount, int kTogether>
-int64_t mix_columns(int64_t j, const float* weights, int64_t apart, const float* rows, int64_t stride, int64_t count,
-                    int64_t width, float* const* out, bool add) {
+template <int kCount, int kTogether, class Lines>
+int64_t mix_columns(int64_t j, const float* weights, int64_t apart, const Lines& rows, int64_t count, int64_t width,
+                    float* const* out, bool add) {
   for (; j + kTogether * kLanes <= width; j += kTogether * kLanes) {
     Vector sum[kCount][kTogether];
     for (int i = 0; i < kCount; ++i)
       for (int v = 0; v < kTogether; ++v) sum[i][v] = add ? load(out[i] + j + v * kLanes) : Vector{};
-    for (int64_t k = 0; k < count; ++k)
+    for (int64_t k = 0; k < count; ++k) {
+      const float* row = rows[k] + j;
 #pragma GCC unroll 16
       for (int v = 0; v < kTogether; ++v) {
-        const Vector part = load(rows + k * stride + j + v * kLanes);
+        const Vector part = load(row + v * kLanes);
 #pragma GCC unroll 4
         for (int i = 0; i < kCount; ++i) sum[i][v] += weights[i * apart + k] * part;
       }
+    }
     for (int i = 0; i < kCount; ++i)
       for (int v = 0; v < kTogether; ++v) store(out[i] + j + v * kLanes, sum[i][v]);
   }
   if constexpr (kTogether > 1)
-    return mix_columns<kCount, kTogether / 2>(j, weights, apart, rows, stride, count, width, out, add);
+    return mix_columns<kCount, kTogether / 2>(j, weights, apart, rows, count, width, out, add);
   return j;
 }
 
-template <int kCount>
-void mix(const float* weights, int64_t apart, const float* rows, int64_t stride, int64_t count, int64_t width,
-         float* const* out, bool add) {
+template <int kCount, class Lines>
+void mix(const float* weights, int64_t apart, const Lines& rows, int64_t count, int64_t width, float* const* out,
+         bool add) {
   constexpr int kMost = std::bit_floor(static_cast<unsigned>(kRows * kVectors / kCount));  // sums fill the registers
-  const int64_t j = mix_columns<kCount, kMost>(0, weights, apart, rows, stride, count, width, out, add);
+  const int64_t j = mix_columns<kCount, kMost>(0, weights, apart, rows, count, width, out, add);
   if (j == width) return;
   for (int i = 0; i < kCount; ++i) {
     if (!add) std::fill(out[i] + j, out[i] + width, 0.0f);
     for (int64_t k = 0; k < count; ++k)
-      for (int64_t q = j; q < width; ++q) out[i][q] += weights[i * apart + k] * rows[k * stride + q];
+      for (int64_t q = j; q < width; ++q) out[i][q] += weights[i * apart + k] * rows[k][q];
   }
 }
 
-inline void mix_rows(const float* weights, int64_t apart, int64_t outputs, const float* rows, int64_t stride,
-                     int64_t count, int64_t width, float* const* out, bool add) {
+template <class Lines>
+void mix_rows(const float* weights, int64_t apart, int64_t outputs, const Lines& rows, int64_t count, int64_t width,
+              float* const* out, bool add) {
   for (int64_t i = 0; i < outputs; i += 4, weights += 4 * apart) switch (std::min<int64_t>(4, outputs - i)) {
-      case 1: mix<1>(weights, apart, rows, stride, count, width, out + i, add); break;
-      case 2: mix<2>(weights, apart, rows, stride, count, width, out + i, add); break;
-      case 3: mix<3>(weights, apart, rows, stride, count, width, out + i, add); break;
-      default: mix<4>(weights, apart, rows, stride, count, width, out + i, add);
+      case 1: mix<1>(weights, apart, rows, count, width, out + i, add); break;
+      case 2: mix<2>(weights, apart, rows, count, width, out + i, add); break;
+      case 3: mix<3>(weights, apart, rows, count, width, out + i, add); break;
+      default: mix<4>(weights, apart, rows, count, width, out + i, add);
     }
 }
 

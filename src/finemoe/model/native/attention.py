@@ -31,9 +31,23 @@ def attention(
     return output
 
 
-def store(states: Tensor, positions: Tensor, cache: Tensor) -> None:
-    """Write `states [batch, heads, seq, width]` into `cache [batch, heads, capacity, width]` at [batch, seq] places."""
-    torch.ops.finemoe.attention_store(_with_whole_rows(states), positions, cache)
+def in_blocks(query: Tensor, key: Tensor, value: Tensor, index: Tensor, last: Tensor, scale: float) -> Tensor:
+    """The same over keys and values that lie in blocks `[blocks, kv_heads, size, width]`, without a gradient.
+
+    `index [sequences, keys]` names the row of each, counting the rows of all heads of a block.
+    """
+    query = _with_whole_rows(query)
+    output = _output(query, value)
+    torch.ops.finemoe.attention_in_blocks(query, key, value, index, last.contiguous(), scale, output)
+    return output
+
+
+def store(states: Tensor, positions: Tensor, cache: Tensor, index: Tensor | None = None) -> None:
+    """Write `states [batch, heads, seq, width]` into `cache [batch, heads, capacity, width]` at [batch, seq] places.
+
+    With an `index` the cache is one of blocks, as above.
+    """
+    torch.ops.finemoe.attention_store(_with_whole_rows(states), positions, cache, index)
 
 
 def _with_whole_rows(states: Tensor) -> Tensor:

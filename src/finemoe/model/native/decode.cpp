@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "attention.h"
+#include "blocks.h"
 #include "linear.h"
 #include "norm.h"
 #include "rope.h"
@@ -103,7 +104,8 @@ void norm_rows(float* x, int64_t stride, int64_t rows, int64_t width, const Opti
       norm_row(x + r * stride + j, w, size, static_cast<float>(eps), x + r * stride + j);
 }
 
-Heads cache_heads(const Tensor& cache, const char* name, int64_t batch) {
+Heads cache_heads(const Tensor& cache, const Optional& index, const char* name, int64_t batch) {
+  if (index) return in_blocks(cache, *index, name, batch);
   TORCH_CHECK(cache.scalar_type() == at::kFloat && cache.is_cpu() && cache.dim() == 4 && cache.size(0) == batch &&
                   cache.stride(3) == 1,
               name, " must be float32 [batch, heads, capacity, width] on the CPU");
@@ -120,8 +122,8 @@ void decode_grouped_query(const Tensor& hidden, const Tensor& q_proj, const Tens
                           const Optional& q_bias, const Optional& k_bias, const Optional& v_bias,
                           const Optional& q_norm, const Optional& k_norm, double eps, const Tensor& cosine,
                           const Tensor& sine, bool interleaved, const Tensor& positions, Tensor keys, Tensor values,
-                          double scale, const Tensor& o_proj, Tensor out) {
-  const Tokens tokens(hidden, positions, cosine, sine, interleaved, keys.size(2));
+                          const Optional& index, double scale, const Tensor& o_proj, Tensor out) {
+  const Tokens tokens(hidden, positions, cosine, sine, interleaved, index ? index->size(1) : keys.size(2));
   const Weight q = weight(q_proj, "q_proj", q_bias), k = weight(k_proj, "k_proj", k_bias);
   const Weight v = weight(v_proj, "v_proj", v_bias);
   const int64_t rows = tokens.count(), inputs = hidden.size(2), stride = q.outputs + k.outputs + v.outputs;
@@ -134,7 +136,7 @@ void decode_grouped_query(const Tensor& hidden, const Tensor& q_proj, const Tens
                   2 * tokens.pairs <= x.width && values.sizes() == keys.sizes() &&
                   o_proj.size(1) == q.outputs,
               "the shapes of hidden, weights and cache do not go together");
-  x.key = cache_heads(keys, "keys", x.batch), x.value = cache_heads(values, "values", x.batch);
+  x.key = cache_heads(keys, index, "keys", x.batch), x.value = cache_heads(values, index, "values", x.batch);
   const Buffer made = buffer(rows * stride), mixed = buffer(rows * q.outputs);
   project(numbers(hidden, "hidden"), inputs, rows, {q, k, v}, made.get());
   norm_rows(made.get(), stride, rows, q.outputs, q_norm, eps);
@@ -175,7 +177,7 @@ struct Absorbed {
           rows[t] = out + (t * heads + h) * width();
           std::copy_n(query + t * stride + plain, rotary, rows[t] + latent);
         }
-        mix_rows(query, stride, tokens.count(), up_of(h), latent, plain, latent, rows, false);
+        mix_rows(query, stride, tokens.count(), Strided{up_of(h), latent}, plain, latent, rows, false);
       }
     });
   }
@@ -198,9 +200,9 @@ struct Absorbed {
 void decode_latent(const Tensor& hidden, const Optional& q_down_proj, const Optional& q_norm, const Tensor& q_proj,
                    const Tensor& kv_down_proj, const Tensor& kv_norm, const Tensor& kv_up_proj, double eps,
                    int64_t heads, const Tensor& cosine, const Tensor& sine, bool interleaved, const Tensor& positions,
-                   Tensor states, double scale, const Tensor& o_proj, Tensor out) {
+                   Tensor states, const Optional& index, double scale, const Tensor& o_proj, Tensor out) {
   TORCH_CHECK(states.dim() == 3, "states must be [batch, capacity, width]");
-  const Tokens tokens(hidden, positions, cosine, sine, interleaved, states.size(1));
+  const Tokens tokens(hidden, positions, cosine, sine, interleaved, index ? index->size(1) : states.size(1));
   const Weight first = weight(q_down_proj ? *q_down_proj : q_proj, "query projection"), q = weight(q_proj, "q_proj");
   const Weight down = weight(kv_down_proj, "kv_down_proj"), up = weight(kv_up_proj, "kv_up_proj");
   const int64_t rows = tokens.count(), latent = kv_norm.numel(), rotary = 2 * tokens.pairs;
@@ -224,7 +226,7 @@ void decode_latent(const Tensor& hidden, const Optional& q_down_proj, const Opti
   Attention x{};
   x.batch = tokens.batch, x.heads = heads, x.kv_heads = 1, x.queries = tokens.seq, x.keys = tokens.keys;
   x.width = latent + rotary, x.value_width = latent;
-  x.key = x.value = cache_heads(states.unsqueeze(1), "states", x.batch);
+  x.key = x.value = cache_heads(states.unsqueeze(1), index, "states", x.batch);
   for (int64_t t = 0; t < rows; ++t) {
     for (int64_t h = 0; h < heads; ++h) tokens.turn(t, query + t * query_stride + h * (plain + rotary) + plain);
     float* fresh = made.get() + t * stride + first.outputs;
@@ -250,12 +252,12 @@ TORCH_LIBRARY_FRAGMENT(finemoe, library) {
   library.def(
       "decode_grouped_query(Tensor hidden, Tensor q_proj, Tensor k_proj, Tensor v_proj, Tensor? q_bias, "
       "Tensor? k_bias, Tensor? v_bias, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cosine, Tensor sine, "
-      "bool interleaved, Tensor positions, Tensor(a!) keys, Tensor(b!) values, float scale, Tensor o_proj, "
+      "bool interleaved, Tensor positions, Tensor(a!) keys, Tensor(b!) values, Tensor? index, float scale, Tensor o_proj, "
       "Tensor(c!) out) -> ()",
       decode_grouped_query);
   library.def(
       "decode_latent(Tensor hidden, Tensor? q_down_proj, Tensor? q_norm, Tensor q_proj, Tensor kv_down_proj, "
       "Tensor kv_norm, Tensor kv_up_proj, float eps, int heads, Tensor cosine, Tensor sine, bool interleaved, "
-      "Tensor positions, Tensor(a!) states, float scale, Tensor o_proj, Tensor(b!) out) -> ()",
+      "Tensor positions, Tensor(a!) states, Tensor? index, float scale, Tensor o_proj, Tensor(b!) out) -> ()",
       decode_latent);
 }

@@ -41,3 +41,26 @@ def store(states: Tensor, positions: Tensor, cache: Tensor) -> None:
         native_store(states, positions, cache)
     else:
         cache.scatter_(2, positions[:, None, :, None].expand_as(states), states.to(cache.dtype))
+
+
+def store_in_blocks(
+    states: Tensor, positions: Tensor, index: Tensor, blocks: Tensor, places: Tensor, store: Tensor
+) -> None:
+    """Write `states [sequences, heads, seq, width]` into `store [blocks, heads, size, width]`, in the store's type.
+
+    `positions`, `blocks` and `places`, all `[sequences, seq]`: within the sequence, and of which block which row;
+    `index` as in `native.attention.in_blocks`.
+    """
+    if usable(states, store) and not states.requires_grad:
+        native_store(states, positions, store, index)
+    else:
+        bits(store)[blocks, :, places] = bits(states.transpose(1, 2).to(store.dtype).contiguous())
+
+
+_BITS = {1: torch.uint8, 2: torch.int16}
+
+
+def bits(states: Tensor) -> Tensor:
+    """The same memory in a type that can be indexed: not every narrow one can, everywhere."""
+    kind = _BITS.get(states.element_size())
+    return states if kind is None else states.view(kind)

@@ -56,6 +56,13 @@ struct Rows {
   const float* operator[](int64_t r) const { return base + (index ? index[r] / divisor : r) * stride; }
 };
 
+// The same where none is looked up.
+struct Strided {
+  const float* base;
+  int64_t stride;
+  const float* operator[](int64_t r) const { return base + r * stride; }
+};
+
 // ---- packing A: at most kRows rows of the result, `depth` deep ------------------------------------------------------
 
 // A[i][k] = rows[i][k]; the panel keeps rows.
@@ -154,6 +161,29 @@ struct PackTransposed {
       for (; k < depth; ++k)
         for (int64_t i = 0; i < kLanes; ++i)
           panel[k * kColumns + v * kLanes + i] = i < filled ? source[i * stride + k] : 0.0f;
+    }
+  }
+};
+
+// The same, of rows that are looked up.
+struct PackTransposedRows {
+  Rows rows;
+  void operator()(int64_t k0, int64_t depth, int64_t j0, int64_t count, float* panel) const {
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t filled = std::clamp<int64_t>(count - v * kLanes, 0, kLanes);
+      const float* source[kLanes];
+      for (int64_t i = 0; i < filled; ++i) source[i] = rows[j0 + v * kLanes + i] + k0;
+      int64_t k = 0;
+      for (; filled == kLanes && k + kLanes <= depth; k += kLanes) {
+        Vector square[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) square[i] = load(source[i] + k);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(panel + (k + i) * kColumns + v * kLanes, square[i]);
+      }
+      for (; k < depth; ++k)
+        for (int64_t i = 0; i < kLanes; ++i) panel[k * kColumns + v * kLanes + i] = i < filled ? source[i][k] : 0.0f;
     }
   }
 };
