@@ -75,8 +75,8 @@ def _sigmoid_widths(model: Transformer) -> set[int]:
     return routers | ({1} if any(c.gate_shared_experts for c in configs) else set())
 
 
-def _slots(model: Transformer) -> int:
-    """Rows of every decoding step."""
+def steady_rows(model: Transformer) -> int:
+    """Rows of every decoding step in which what a row gets depends on it alone."""
     if not steady(model):
         return _SLOTS
     wide = _sigmoid_widths(model)
@@ -104,7 +104,7 @@ def complete(
     queue = deque(sequences)
     if not queue:
         return
-    slots = _slots(model)
+    slots = steady_rows(model)
     least = least_tokens(model)
     room = max(max(len(s.prompt), least) + s.sampling.max_new_tokens for s in queue)
     cache = model.new_cache(slots, room)

@@ -95,13 +95,14 @@ class MTPModule(nn.Module):
         places: Places,
         constraint: RoutingConstraint | None,
         record: bool,
+        cache: AttentionCache | None = None,
     ) -> tuple[Tensor, Tensor, RoutingRecord | None]:
         """`hidden [batch, seq, hidden]`, and embeddings and ids of the tokens that follow.
 
         Returns the state that the next depth reads, the same after the last norm, and the block's routing record.
         """
         joined = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
-        inputs = (self.projection(joined), tokens, places, None, constraint, record)
+        inputs = (self.projection(joined), tokens, places, cache, constraint, record)
         output, routed = run_block(self.block, self.recompute, *inputs)
         return output, self.norm(output), routed
 
@@ -234,6 +235,34 @@ class Transformer(nn.Module):
             if routed is not None:
                 routing[layer] = routed
             yield normed
+
+    def ahead(
+        self,
+        hidden: Tensor,
+        following: Tensor,
+        groups: Sequence[Group],
+        cache: Sequence[AttentionCache],
+        depth: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """One multi-token prediction module over a flat pass, with a cache of its own (V3 section 2.2.3).
+
+        Args:
+            hidden: [1, tokens, hidden], what the module reads of every token: of depth 1 `ModelOutput.hidden`, else the
+                first result of the depth before it, or of this one, which may be run again to look further ahead.
+            following: [1, tokens] int64, the token after each.
+            groups: whose tokens stand where, as in `forward`.
+            cache: from `new_blocks`.
+            depth: which module, from 1.
+
+        Returns:
+            The state that goes on, and the same after the last norm, ready for `logits` of the token after `following`.
+        """
+        positions = torch.cat([group.positions.flatten() for group in groups])[None]
+        own = cache[len(self.blocks) + depth - 1]
+        places = Places(positions, groups=groups)
+        embedded = self.embedding(following)
+        output, normed, _ = self.mtp[depth - 1](hidden, embedded, following, places, None, False, own)
+        return output, normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` to `[..., vocab]`."""

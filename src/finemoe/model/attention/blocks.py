@@ -94,5 +94,5 @@ def attend(
     blocks = backend.blocks
     if blocks is not None and blocks.takes(query, keys, values):
         return blocks.attend(query, keys, values, index, group.seen.last, scale)
-    found = (gather(states, group, query.dtype) for states in (keys, values))
-    return backend.attend(query, *found, group.seen, scale)
+    key, value = gather(keys, group, query.dtype), gather(values, group, query.dtype)
+    return backend.attend(query, key, value, group.seen, scale)

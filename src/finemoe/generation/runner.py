@@ -1,0 +1,174 @@
+"""Runner: what sequences feed, through the model and its cache in blocks, in flat passes.
+
+A pass holds tokens of many sequences, one behind the other and without padding: some decode, some read a piece of their
+prompt. With `steady`, passes are shaped so that what a sequence gets depends on it alone, to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from finemoe.generation.steady import least_tokens, steady_rows
+from finemoe.model.attention.blocks import Group
+from finemoe.model.moe.decision import RoutingConstraint
+from finemoe.model.transformer import Transformer
+
+Constraint = Mapping[int, RoutingConstraint]
+"""By layer, as `Transformer.forward` takes it; the same for every token of a sequence."""
+
+
+class Feed(Protocol):
+    """Tokens of one sequence that go through the model next."""
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """The sequence's table: it covers all tokens up to the last of these."""
+
+    @property
+    def start(self) -> int:
+        """Position of the first token."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Ids."""
+
+    @property
+    def wants(self) -> int:
+        """Hidden states wanted, of the last so many."""
+
+    @property
+    def copies(self) -> Sequence[tuple[int, int]]:
+        """Blocks to copy first, from and to."""
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What holds for its experts."""
+
+
+@dataclass(frozen=True)
+class States:
+    """What a pass made of one feed."""
+
+    wanted: Tensor
+    """[wants, hidden], ready for `Transformer.logits`."""
+    all: Tensor
+    """[tokens, hidden]: of every token."""
+    experts: Mapping[int, Tensor] = field(default_factory=dict)
+    """By layer, [tokens, k] int64: the experts chosen, best first; where they were asked for."""
+
+
+class Runner:
+    """A model and its cache. Keeps nothing of a sequence but what lies in the cache."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        num_blocks: int,
+        block_size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        steady: bool = False,
+    ) -> None:
+        """Make the cache.
+
+        Args:
+            model: in eval mode.
+            num_blocks: of the cache; one more is made, for filling that nobody reads.
+            block_size: tokens of a block.
+            dtype: of the cache; None: the weights'.
+            steady: every sequence gets the same bits whoever runs beside it, at the price of passes that are not full.
+        """
+        self.model = model
+        self.cache = model.new_blocks(num_blocks + 1, block_size, dtype)
+        self._spare = num_blocks
+        self._size = block_size
+        self._least = least_tokens(model) if steady else 0
+        self._rows = steady_rows(model) if steady else 0
+
+    @torch.inference_mode()
+    def run(self, feeds: Sequence[Feed], *, experts: bool = False) -> list[States]:
+        """All of `feeds`; those under one constraint share their passes.
+
+        Args:
+            feeds: of different sequences.
+            experts: report which experts were chosen.
+        """
+        for feed in feeds:
+            for source, target in feed.copies:
+                for layer in self.cache:
+                    layer.copy(source, target)
+        found: dict[int, States] = {}
+        for numbers in self._passes(feeds):
+            part = [feeds[number] for number in numbers]
+            found.update(zip(numbers, self._pass(part, experts), strict=True))
+        return [found[number] for number in range(len(feeds))]
+
+    def _passes(self, feeds: Sequence[Feed]) -> Iterator[list[int]]:
+        """Which feeds share a pass."""
+        by_constraint: dict[int, list[int]] = {}
+        for number, feed in enumerate(feeds):
+            by_constraint.setdefault(id(feed.constraint), []).append(number)
+        for numbers in by_constraint.values():
+            if not self._rows:
+                yield sorted(numbers, key=lambda number: len(feeds[number].tokens))
+                continue
+            single = [number for number in numbers if len(feeds[number].tokens) == 1 and feeds[number].start > 0]
+            yield from ([number] for number in numbers if number not in set(single))
+            yield from (single[first : first + self._rows] for first in range(0, len(single), self._rows))
+
+    def _pass(self, feeds: Sequence[Feed], experts: bool) -> list[States]:
+        """One forward pass over feeds sorted by length."""
+        tokens, groups = self._filled(feeds)
+        device = self.model.head_weight.device
+        positions = torch.cat([group.positions.flatten() for group in groups])[None]
+        output = self.model(
+            torch.tensor([tokens], device=device),
+            positions=positions.to(device),
+            cache=self.cache,
+            groups=groups,
+            constraint=feeds[0].constraint,
+            record=experts,
+        )
+        found, first = [], 0
+        hidden = output.hidden[0]
+        for feed in feeds:
+            last = first + len(feed.tokens)
+            chosen = {
+                layer: record.decision.expert_ids[first:last]
+                for layer, record in output.routing.items()
+                if record.decision is not None
+            }
+            found.append(States(hidden[last - feed.wants : last], hidden[first:last], chosen))
+            first = last
+        return found
+
+    def _filled(self, feeds: Sequence[Feed]) -> tuple[list[int], list[Group]]:
+        """The ids of a pass and its groups; where passes are steady, filled up to the shape that all have."""
+        rows = [(list(feed.tokens), feed.start, list(feed.blocks)) for feed in feeds]
+        if self._rows and len(rows) == 1 and (len(rows[0][0]) > 1 or rows[0][1] == 0):
+            ids, start, blocks = rows[0]  # the filling stands behind the prompt, in a block that nobody reads
+            ids += [0] * (self._least - len(ids))
+            blocks += [self._spare] * (-(-(start + len(ids)) // self._size) - len(blocks))
+        elif self._rows:
+            rows += [([0], 0, [self._spare])] * (self._rows - len(rows))
+        return [token for ids, _, _ in rows for token in ids], list(self._groups(rows))
+
+    def _groups(self, rows: Sequence[tuple[list[int], int, list[int]]]) -> Iterator[Group]:
+        device = self.model.head_weight.device
+        first, begin = 0, 0
+        for end in range(1, len(rows) + 1):
+            width = len(rows[begin][0])
+            if end < len(rows) and len(rows[end][0]) == width:
+                continue
+            part = rows[begin:end]
+            longest = max(len(blocks) for _, _, blocks in part)
+            tables = torch.tensor([blocks + [self._spare] * (longest - len(blocks)) for _, _, blocks in part])
+            starts = torch.tensor([[start] for _, start, _ in part])
+            positions = starts + torch.arange(width)
+            yield Group(first, positions.to(device), tables.to(device), self._size)
+            first, begin = first + width * len(part), end

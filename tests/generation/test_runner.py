@@ -1,0 +1,131 @@
+"""The runner against whole sequences without a cache, under random schedules, and to the bit where it is steady."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finemoe.generation.runner import Constraint, Runner
+from finemoe.generation.steady import steady
+from finemoe.model.config import Kernels, expand
+from finemoe.model.initialize import initialize
+from finemoe.model.moe.decision import RoutingConstraint
+from finemoe.model.presets import resolve
+from finemoe.model.transformer import Transformer
+
+PRESETS = ["tiny-dense", "tiny-moe", "tiny-lite", "tiny-v3"]
+
+
+@dataclass
+class Part:
+    """A feed as the runner sees it."""
+
+    blocks: list[int]
+    start: int
+    tokens: list[int]
+    wants: int = 1
+    copies: tuple[tuple[int, int], ...] = ()
+    constraint: Constraint | None = None
+
+
+@dataclass
+class Texts:
+    """Sequences with blocks of their own."""
+
+    size: int
+    blocks: dict[int, list[int]] = field(default_factory=dict)
+    free: list[int] = field(default_factory=lambda: [*range(0, 64, 2), *range(1, 64, 2)])
+
+    def part(self, number: int, ids: list[int], start: int, count: int, **more: Any) -> Part:
+        table = self.blocks.setdefault(number, [])
+        while len(table) * self.size < start + count:
+            table.append(self.free.pop())
+        return Part(list(table), start, ids[start : start + count], wants=count, **more)
+
+
+def make(preset: str, **kernels: Any) -> Transformer:
+    config = expand(resolve({"preset": preset, "vocab_size": 300, "num_layers": 3}, "test"))
+    model = Transformer(config, Kernels(**kernels))
+    initialize(model, 0)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=PRESETS)
+def model(request: pytest.FixtureRequest) -> Transformer:
+    return make(request.param)
+
+
+def text(number: int, length: int = 90) -> list[int]:
+    return torch.randint(0, 300, (length,), generator=torch.Generator().manual_seed(number)).tolist()
+
+
+@settings(max_examples=8)
+@given(
+    st.lists(st.dictionaries(st.integers(0, 3), st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=4),
+    st.sampled_from([4, 16]),
+)
+def test_states_are_those_of_whole_sequences(model: Transformer, schedule: list[dict[int, int]], size: int) -> None:
+    runner, texts, done = Runner(model, 64, size), Texts(size), dict.fromkeys(range(4), 0)
+    states: dict[int, list[torch.Tensor]] = {n: [] for n in range(4)}
+    for passed in schedule:
+        passed = {n: count for n, count in passed.items() if done[n] + count <= min(90, 16 * size)}
+        feeds = [texts.part(n, text(n), done[n], count) for n, count in passed.items()]
+        for number, found in zip(passed, runner.run(feeds) if feeds else [], strict=True):
+            states[number].append(found.wanted)
+            done[number] += passed[number]
+    with torch.no_grad():
+        for number in range(4):
+            if done[number]:
+                whole = model(torch.tensor([text(number)[: done[number]]])).hidden[0]
+                torch.testing.assert_close(torch.cat(states[number]), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_a_constraint_is_that_of_its_sequence_alone() -> None:
+    model = make("tiny-moe")
+    layers = list(model.moe_layers)
+    without = {layer: RoutingConstraint(shared=False, num_active=3) for layer in layers}
+    few = torch.zeros(63, dtype=torch.bool)
+    few[:9] = True
+    only = {layer: RoutingConstraint(allowed=few) for layer in layers}
+    held: list[Constraint | None] = [None, without, only, None]
+    together = Runner(model, 64, 8)
+    texts = Texts(8)
+    feeds = [texts.part(n, text(n), 0, 20 + n, constraint=held[n]) for n in range(4)]
+    found = together.run(feeds, experts=True)
+    for number, feed in enumerate(feeds):
+        alone = Runner(model, 64, 8).run([feed], experts=True)[0]
+        torch.testing.assert_close(found[number].wanted, alone.wanted, rtol=1e-4, atol=1e-5)
+        for layer in layers:
+            chosen = found[number].experts[layer]
+            assert torch.equal(chosen, alone.experts[layer])
+            assert chosen.shape == (20 + number, 3 if held[number] is without else 7)
+            assert (chosen < 9).all() or held[number] is not only
+
+
+def test_a_copied_block_begins_where_its_source_was() -> None:
+    model = make("tiny-lite")
+    runner, ids = Runner(model, 8, 8), text(1)
+    runner.run([Part([0, 1], 0, ids[:12])])
+    (other,) = runner.run([Part([0, 5], 12, [7], copies=((1, 5),))])
+    (own,) = runner.run([Part([0, 1], 12, [7])])
+    assert torch.equal(other.wanted, own.wanted)
+
+
+def test_steady_passes_give_every_sequence_the_same_bits(model: Transformer) -> None:
+    if not steady(model):
+        pytest.skip("no C++ kernels here")
+    runs = []
+    for others in ([], [1], [1, 2, 3, 4, 5, 6, 7, 8, 9]):
+        runner, texts = Runner(model, 64, 16, steady=True), Texts(16)
+        states = []
+        for start, count in [(0, 11), *((at, 1) for at in range(11, 20))]:
+            feeds = [texts.part(n, text(n), start + n * (start > 0), count + n * (start == 0)) for n in [*others, 0]]
+            states.append(runner.run(feeds)[-1].wanted)
+        runs.append(torch.cat(states))
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
