@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finemoe.generation.runner import Constraint, Runner
+from finemoe.generation.runner import Ahead, Constraint, Runner
 from finemoe.generation.steady import steady
 from finemoe.model.config import Kernels, expand
 from finemoe.model.initialize import initialize
@@ -129,3 +129,25 @@ def test_steady_passes_give_every_sequence_the_same_bits(model: Transformer) -> 
         runs.append(torch.cat(states))
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("pieces", [(40,), (13, 1, 1, 25), (1, 39)], ids=str)
+def test_prediction_modules_read_pieces_as_they_read_whole_sequences(pieces: tuple[int, ...]) -> None:
+    model = make("tiny-v3")
+    runner, texts, lengths = Runner(model, 64, 8), Texts(8), (41, 41)
+    found: list[list[torch.Tensor]] = [[], []]
+    start = 0
+    for count in pieces:
+        feeds = [texts.part(n, text(n), start, count) for n in (0, 1)]
+        states = runner.run(feeds)
+        parts = [
+            Ahead(feed.blocks, start, state.all, text(n)[start + 1 : start + count + 1])
+            for n, (feed, state) in enumerate(zip(feeds, states, strict=True))
+        ]
+        for number, (_, normed) in enumerate(runner.ahead(parts)):
+            found[number].append(normed)
+        start += count
+    with torch.no_grad():
+        for number, length in enumerate(lengths):
+            whole = model(torch.tensor([text(number)[:length]]), mtp=True).mtp_hidden[0][0]
+            torch.testing.assert_close(torch.cat(found[number]), whole, rtol=1e-3, atol=1e-4)

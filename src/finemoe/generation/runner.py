@@ -51,6 +51,20 @@ class Feed(Protocol):
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """What a multi-token prediction module reads of one sequence."""
+
+    blocks: Sequence[int]
+    """The sequence's table."""
+    start: int
+    """Position of the first token."""
+    hidden: Tensor
+    """[tokens, hidden]: `States.all`, or what the module made of it, to look further ahead."""
+    following: Sequence[int]
+    """The id after each."""
+
+
+@dataclass(frozen=True)
 class States:
     """What a pass made of one feed."""
 
@@ -107,6 +121,23 @@ class Runner:
             part = [feeds[number] for number in numbers]
             found.update(zip(numbers, self._pass(part, experts), strict=True))
         return [found[number] for number in range(len(feeds))]
+
+    @torch.inference_mode()
+    def ahead(self, parts: Sequence[Ahead], depth: int = 1) -> list[tuple[Tensor, Tensor]]:
+        """One of the model's multi-token prediction modules over `parts`, in one pass.
+
+        Returns, of each, two `[tokens, hidden]`: what a next depth reads, and what gives the logits of the token after
+        the one that followed.
+        """
+        order = sorted(range(len(parts)), key=lambda number: len(parts[number].following))
+        rows = [(list(parts[n].following), parts[n].start, list(parts[n].blocks)) for n in order]
+        device = self.model.head_weight.device
+        following = torch.tensor([[token for ids, _, _ in rows for token in ids]], device=device)
+        hidden = torch.cat([parts[n].hidden for n in order])[None]
+        both = self.model.ahead(hidden, following, list(self._groups(rows)), self.cache, depth)
+        pieces = [states[0].split([len(ids) for ids, _, _ in rows]) for states in both]
+        found = dict(zip(order, zip(*pieces, strict=True), strict=True))
+        return [found[number] for number in range(len(parts))]
 
     def _passes(self, feeds: Sequence[Feed]) -> Iterator[list[int]]:
         """Which feeds share a pass."""
