@@ -15,7 +15,7 @@ FinishReason = Literal["length", "stop"]
 """`length`: max_new_tokens reached. `stop`: the model ended the text."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """State of one request. Its random stream is its own: neighbours do not change its completion."""
 
@@ -31,6 +31,12 @@ class Sequence:
     """None while it is still growing."""
     num_cached: int = 0
     """Tokens whose keys and values are in the cache."""
+    blocks: list[int] = field(default_factory=list)
+    """Of the cache, in the order of its tokens."""
+    parent: Sequence | None = None
+    """Another with the same prompt, whose blocks it shares once the prompt is read."""
+    salt: bytes = b""
+    """Texts read under different ones never share blocks."""
 
     @staticmethod
     def start(id: int, prompt: tuple[int, ...], sampling: SamplingConfig, repetition: int) -> Sequence:
@@ -52,6 +58,11 @@ class Sequence:
             self.finish_reason = "stop"
         elif len(self.completion) == self.sampling.max_new_tokens:
             self.finish_reason = "length"
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt and what was drawn."""
+        return [*self.prompt, *self.completion]
 
     @property
     def text_ids(self) -> list[int]:

@@ -1,0 +1,129 @@
+"""Block pool: who owns which block of the cache, and which blocks hold a text that may be asked for again.
+
+Blocks that hold a whole piece of some text stay findable by it, as long as nobody needs the room: a request that begins
+as an earlier one did starts where they part (Kwon et al., 2023, section 4.4; SGLang's prefix cache). A piece is found
+by a hash of itself and of all before it, and its tokens are compared, so that no collision can bring a wrong one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class _Content:
+    key: bytes
+    tokens: tuple[int, ...]
+    """Of this block alone; the key stands for all before them too."""
+
+
+class BlockPool:
+    """Blocks of one size, each owned by none, one or several sequences."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, reuse: bool = True) -> None:
+        """`num_blocks` free blocks of `block_size` tokens. Without `reuse` nothing is ever found again."""
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(
+                f"a pool needs at least one block of at least one token (got {num_blocks} of {block_size})"
+            )
+        self.size = block_size
+        self.num_blocks = num_blocks
+        self._reuse = reuse
+        self._owners = [0] * num_blocks
+        self._empty = list(range(num_blocks))[::-1]
+        self._kept: OrderedDict[int, None] = OrderedDict()  # owned by none and findable, the first to be given up first
+        self._contents: dict[int, _Content] = {}
+        self._found_by: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` could hand out, those kept for reuse among them."""
+        return len(self._empty) + len(self._kept)
+
+    def match(self, tokens: Sequence[int], salt: bytes = b"") -> list[int]:
+        """The blocks, now owned once more, of the longest known beginning of `tokens` in whole blocks.
+
+        Never of all of `tokens`: the last has to be fed, as what follows it is wanted. `salt` keeps apart what must not
+        mix, such as texts that were read under another constraint.
+        """
+        blocks: list[int] = []
+        key = _key(b"", salt)
+        for start in range(0, len(tokens) - self.size, self.size):
+            piece = tuple(tokens[start : start + self.size])
+            key = _key(key, _bytes(piece))
+            block = self._found_by.get(key)
+            if block is None or self._contents[block].tokens != piece:
+                break
+            blocks.append(block)
+        self.share(blocks)
+        return blocks
+
+    def allocate(self, count: int) -> list[int] | None:
+        """So many blocks, owned once; None where not so many are free. What they held is forgotten."""
+        if count > self.num_free:
+            return None
+        blocks = []
+        for _ in range(count):
+            if self._empty:
+                block = self._empty.pop()
+            else:
+                block, _ = self._kept.popitem(last=False)
+                self._forget(block)
+            self._owners[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def seal(self, blocks: Sequence[int], tokens: Sequence[int], salt: bytes = b"") -> None:
+        """`blocks` hold `tokens` from position 0 on, and those that are whole will not change any more."""
+        if not self._reuse:
+            return
+        for number in range(len(tokens) // self.size):
+            block = blocks[number]
+            if block in self._contents:
+                continue
+            piece = tuple(tokens[number * self.size : (number + 1) * self.size])
+            before = self._contents[blocks[number - 1]].key if number else _key(b"", salt)
+            content = _Content(_key(before, _bytes(piece)), piece)
+            self._contents[block] = content
+            # Of two that read the same at the same time, the first is found; the other is nobody's but its owner's.
+            self._found_by.setdefault(content.key, block)
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more owner for each."""
+        for block in blocks:
+            self._kept.pop(block, None)
+            self._owners[block] += 1
+
+    def is_writable(self, block: int) -> bool:
+        """Whether one sequence alone sees what is written there."""
+        return self._owners[block] == 1 and block not in self._contents
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """One owner less for each. What is deepest in a text is given up first when room is needed."""
+        for block in reversed(blocks):
+            self._owners[block] -= 1
+            if self._owners[block]:
+                continue
+            content = self._contents.get(block)
+            if content is not None and self._found_by.get(content.key) == block:
+                self._kept[block] = None
+            else:
+                self._forget(block)
+                self._empty.append(block)
+
+    def _forget(self, block: int) -> None:
+        content = self._contents.pop(block, None)
+        if content is not None and self._found_by.get(content.key) == block:
+            del self._found_by[content.key]
+
+
+def _key(before: bytes, piece: bytes) -> bytes:
+    return hashlib.blake2b(piece, key=before, digest_size=16).digest()
+
+
+def _bytes(tokens: tuple[int, ...]) -> bytes:
+    return array("q", tokens).tobytes()
