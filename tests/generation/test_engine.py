@@ -48,11 +48,11 @@ SAMPLED = SamplingConfig(temperature=0.9, top_k=200, top_p=0.95, seed=3, max_new
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize(("num_slots", "prefill_chunk"), [(1, 256), (3, 256), (8, 256), (3, 4), (8, 1)])
+@pytest.mark.parametrize(("max_sequences", "chunk"), [(1, 256), (3, 256), (8, 256), (3, 4), (8, 1)])
 def test_cached_batched_and_chunked_is_uncached(
-    model: Transformer, sampling: SamplingConfig, num_slots: int, prefill_chunk: int
+    model: Transformer, sampling: SamplingConfig, max_sequences: int, chunk: int
 ) -> None:
-    engine = Engine(model, end_of_text_id=END, num_slots=num_slots, prefill_chunk=prefill_chunk)
+    engine = Engine(model, end_of_text_id=END, max_sequences=max_sequences, chunk=chunk)
     sequences = engine.generate(PROMPTS, sampling)
     repetitions = [PROMPTS[:i].count(prompt) for i, prompt in enumerate(PROMPTS)]
     for sequence, prompt, repetition in zip(sequences, PROMPTS, repetitions, strict=True):
@@ -63,7 +63,7 @@ def test_cached_batched_and_chunked_is_uncached(
 
 
 def test_logprobs_are_those_of_the_whole_text(model: Transformer) -> None:
-    sequence = Engine(model, end_of_text_id=END, prefill_chunk=16).generate([PROMPTS[2]], SAMPLED)[0]
+    sequence = Engine(model, end_of_text_id=END, chunk=16).generate([PROMPTS[2]], SAMPLED)[0]
     text = torch.tensor([[*sequence.prompt, *sequence.completion]])
     with torch.inference_mode():
         logprobs = model.logits(model(text).hidden).log_softmax(-1)
@@ -84,7 +84,7 @@ def test_the_same_prompt_twice_draws_twice_and_the_seed_decides(model: Transform
 def test_stop_ends_the_sequence_and_frees_its_slot(model: Transformer) -> None:
     plain = Engine(model).generate([(7,)], GREEDY)[0].completion
     at = next(i for i, token in enumerate(plain) if token not in plain[:i] and i)
-    engine = Engine(model, end_of_text_id=plain[at], num_slots=1)
+    engine = Engine(model, end_of_text_id=plain[at], max_sequences=1)
     stopped, after = engine.generate([(7,), (5, 9, 300)], GREEDY)
     assert stopped.finish_reason == "stop"
     assert stopped.completion == plain[: at + 1]
@@ -111,7 +111,7 @@ def test_any_of_several_tokens_stops(model: Transformer) -> None:
 def test_requests_with_different_parameters_share_a_batch_and_arrive_while_it_runs(
     model: Transformer,
 ) -> None:
-    engine = Engine(model, end_of_text_id=END, num_slots=2)
+    engine = Engine(model, end_of_text_id=END, max_sequences=2)
     requests = [Request((5, 9), GREEDY), Request((5, 9), SAMPLED), Request(tuple(range(50)), GREEDY)]
     for request in requests[:2]:
         engine.submit(request)
@@ -127,7 +127,7 @@ def test_requests_with_different_parameters_share_a_batch_and_arrive_while_it_ru
 
 
 @pytest.mark.parametrize("preset", ["tiny-moe", "tiny-v3"])
-def test_a_prompt_is_read_apart_from_those_that_decode(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_read_beside_those_that_decode(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(preset=preset)
     shapes, forward = [], model.forward
 
@@ -135,7 +135,7 @@ def test_a_prompt_is_read_apart_from_those_that_decode(preset: str, monkeypatch:
         shapes.append(tuple(tokens.shape))
         return forward(tokens, **others)
 
-    engine = Engine(model, num_slots=3)
+    engine = Engine(model, max_sequences=3)
     lengths, prompts = [9, 3, 9, 9], [(5, 9), (7,), (8, 8, 8), tuple(range(100, 200))]
     requests = [
         Request(p, GREEDY.model_copy(update={"max_new_tokens": n})) for p, n in zip(prompts, lengths, strict=True)
@@ -144,8 +144,8 @@ def test_a_prompt_is_read_apart_from_those_that_decode(preset: str, monkeypatch:
         engine.submit(request)
     monkeypatch.setattr(model, "forward", recorded)
     events = list(engine.events())
-    # Three short prompts padded together; the long one comes when the second is done, and is read by itself.
-    assert shapes[:6] == [(3, 3), (3, 1), (3, 1), (2, 1), (1, 100), (3, 1)]
+    # Three short prompts in one pass without padding; the long one comes when the second is done, beside the others.
+    assert shapes[:5] == [(1, 6), (1, 3), (1, 3), (1, 102), (1, 3)]
     monkeypatch.undo()
     for number, request in enumerate(requests):
         drawn = [event.token_id for event in events if event.sequence.id == number]

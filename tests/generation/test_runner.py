@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finemoe.generation.runner import Ahead, Constraint, Runner
+from finemoe.generation.runner import Ahead, Runner
+from finemoe.generation.sequence import Constraint
 from finemoe.generation.steady import steady
 from finemoe.model.config import Kernels, expand
 from finemoe.model.initialize import initialize
@@ -76,7 +77,7 @@ def test_states_are_those_of_whole_sequences(model: Transformer, schedule: list[
         passed = {n: count for n, count in passed.items() if done[n] + count <= min(90, 16 * size)}
         feeds = [texts.part(n, text(n), done[n], count) for n, count in passed.items()]
         for number, found in zip(passed, runner.run(feeds) if feeds else [], strict=True):
-            states[number].append(found.wanted)
+            states[number].append(found.all)
             done[number] += passed[number]
     with torch.no_grad():
         for number in range(4):
@@ -99,7 +100,7 @@ def test_a_constraint_is_that_of_its_sequence_alone() -> None:
     found = together.run(feeds, experts=True)
     for number, feed in enumerate(feeds):
         alone = Runner(model, 64, 8).run([feed], experts=True)[0]
-        torch.testing.assert_close(found[number].wanted, alone.wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[number].all, alone.all, rtol=1e-4, atol=1e-5)
         for layer in layers:
             chosen = found[number].experts[layer]
             assert torch.equal(chosen, alone.experts[layer])
@@ -113,7 +114,7 @@ def test_a_copied_block_begins_where_its_source_was() -> None:
     runner.run([Part([0, 1], 0, ids[:12])])
     (other,) = runner.run([Part([0, 5], 12, [7], copies=((1, 5),))])
     (own,) = runner.run([Part([0, 1], 12, [7])])
-    assert torch.equal(other.wanted, own.wanted)
+    assert torch.equal(other.all, own.all)
 
 
 def test_steady_passes_give_every_sequence_the_same_bits(model: Transformer) -> None:
@@ -125,7 +126,7 @@ def test_steady_passes_give_every_sequence_the_same_bits(model: Transformer) -> 
         states = []
         for start, count in [(0, 11), *((at, 1) for at in range(11, 20))]:
             feeds = [texts.part(n, text(n), start + n * (start > 0), count + n * (start == 0)) for n in [*others, 0]]
-            states.append(runner.run(feeds)[-1].wanted)
+            states.append(runner.run(feeds)[-1].all)
         runs.append(torch.cat(states))
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])

@@ -1,17 +1,16 @@
-"""Engine: many prompts through one model at once, in a fixed number of slots.
+"""Engine: many requests through one model at once. It ties together who goes next, what the model says, and the draw.
 
-In every step a sequence feeds a chunk of its prompt, or the token it drew last. Those that feed about as much share
-a forward pass: shorter rows are padded, and the padding is written to cache positions that its row cannot see. A
-finished sequence makes room for the next of the queue. Nothing is evicted: a cache has room for the longest that waits.
-
-Sequences that run are rows 0, 1, ... of the cache, in the order of how much they feed, so that every pass reads and
-writes a slice of it; rows change places where that order changes.
+In every step each sequence that decodes feeds the token it drew last, and what is left of the pass goes to prompts, in
+pieces (`scheduler.py`); all of it is one flat pass over a cache in blocks (`runner.py`). Tokens that were guessed to
+follow are fed along, and kept as far as the draw agrees (`speculation.py`): the text is the one that would have come
+anyway, in fewer passes.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +18,18 @@ from torch import Tensor
 
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import DataError
+from finemoe.core.memory import available_bytes
+from finemoe.generation.blocks import BlockPool
+from finemoe.generation.runner import Runner, States
 from finemoe.generation.sampling import SamplingConfig, pick
-from finemoe.generation.sequence import Sequence
-from finemoe.model.attention import AttentionCache
+from finemoe.generation.scheduler import Feed, Scheduler
+from finemoe.generation.sequence import Constraint, Sequence
+from finemoe.generation.speculation import Acceptance, Guesses
 from finemoe.model.transformer import Transformer
 
-_MOST_PADDING = 32
-"""Tokens of padding in one pass, all rows together. A pass of its own costs more than that: it reads every weight."""
+BLOCK_SIZE = 32
+_SHARE_OF_MEMORY = 0.25
+_MOST_BLOCKS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,14 @@ class Request:
     sampling: SamplingConfig
     repetition: int = 0
     """Requests that differ only in this draw different completions."""
+    parent: int | None = None
+    """The number of a sequence with the same prompt and constraint, which is then read once for both."""
+    constraint: Constraint | None = None
+    """What holds for its experts, by layer; neighbours are not touched by it."""
+    experts: bool = False
+    """Keep which experts each token chose: `Sequence.experts`."""
+    deadline: float | None = None
+    """`time.monotonic()` at which it ends where it is."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ class Engine:
     """Runs requests. The model is only read; sampling parameters may differ between requests.
 
     A completion depends on its request alone, up to floating-point rounding: the last bit of a matrix product
-    may depend on the batch size.
+    may depend on the batch size. With `steady` on a CPU in float32 with the native kernels, not even that.
     """
 
     def __init__(
@@ -63,8 +75,15 @@ class Engine:
         end_of_text_id: int | None = None,
         stop_ids: Iterable[int] = (),
         vocab_size: int | None = None,
-        num_slots: int = 8,
-        prefill_chunk: int = 512,
+        cache_bytes: int | None = None,
+        cache_dtype: torch.dtype | None = None,
+        block_size: int = BLOCK_SIZE,
+        max_sequences: int = 32,
+        max_tokens: int = 512,
+        chunk: int = 256,
+        reuse: bool = True,
+        steady: bool = False,
+        guesses: Guesses | None = None,
     ) -> None:
         """Wrap `model`.
 
@@ -73,33 +92,47 @@ class Engine:
             end_of_text_id: stops completions and begins empty prompts; None: neither.
             stop_ids: stop completions too, such as the end of a turn.
             vocab_size: ids from here on are never drawn, for tokenizers smaller than the model's vocabulary.
-            num_slots: most sequences that run at once.
-            prefill_chunk: most tokens of one prompt in one forward pass.
+            cache_bytes: for the cache; None: a quarter of the memory that is free, and no more than is of use.
+            cache_dtype: of the cache, such as torch.bfloat16 or torch.float8_e4m3fn; None: the weights'.
+            block_size: tokens of a block.
+            max_sequences: most that run at once.
+            max_tokens: most tokens of one pass.
+            chunk: most tokens of one prompt in a pass in which others take part.
+            reuse: a prompt that begins as an earlier one did is read from where they part.
+            steady: what a request gets does not depend on its neighbours, to the last bit, at the price of speed.
+            guesses: where guesses of the next tokens come from.
 
         Raises:
-            ValueError: the model is in training mode.
+            ValueError: the model is in training mode, or `steady` together with `guesses`.
+            DataError: `cache_bytes` has no room for a block.
         """
         if model.training:
             raise ValueError("the model is in training mode, where experts may drop tokens: call model.eval() first")
+        if steady and guesses is not None:
+            raise ValueError("steady passes all have one shape, and guesses would change it: choose one of them")
         self._model = model
         self._end_of_text_id = end_of_text_id
         self._stop_ids = frozenset(stop_ids) | ({end_of_text_id} if end_of_text_id is not None else set())
         self._vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-        self._num_slots = num_slots
-        self._prefill_chunk = prefill_chunk
-        self._queue: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
-        self._cache: list[AttentionCache] = []
-        self._rows = 0  # of the cache
-        self._capacity = 0  # tokens of one sequence that the cache can hold
-        self._chunk = 1  # widest forward pass that the cache has room for
+        blocks = blocks_for(model, block_size, cache_dtype, cache_bytes)
+        self._runner = Runner(model, blocks, block_size, dtype=cache_dtype, steady=steady)
+        pool = BlockPool(blocks, block_size, reuse=reuse and not steady)
+        whole = blocks * block_size
+        budget = {"max_tokens": whole, "chunk": whole} if steady else {"max_tokens": max_tokens, "chunk": chunk}
+        self._scheduler = Scheduler(pool, max_sequences=max_sequences, **budget)
+        self._guesses = guesses
+        self._requests: dict[int, Request] = {}
+        self._sequences: dict[int, Sequence] = {}
+        self._constraints: list[Constraint] = []
         self._next_id = 0
+        self.acceptance = Acceptance()
 
     def submit(self, request: Request) -> int:
         """Queue a request; the id of its sequence.
 
         Raises:
-            DataError: a token id outside the vocabulary, or an empty prompt without an end-of-text token.
+            DataError: a token id outside the vocabulary, an empty prompt without an end-of-text token, or more tokens
+                than the cache has room for.
         """
         prompt = request.prompt
         if not prompt:
@@ -109,101 +142,134 @@ class Engine:
         outside = next((i for i in prompt if not 0 <= i < self._model.config.vocab_size), None)
         if outside is not None:
             raise DataError(f"token id {outside} is outside the model's vocabulary of {self._model.config.vocab_size}")
-        self._queue.append(Sequence.start(self._next_id, prompt, request.sampling, request.repetition))
+        sequence = Sequence.start(self._next_id, prompt, request.sampling, request.repetition)
+        sequence.constraint, sequence.salt = request.constraint, self._salt(request.constraint)
+        parent = self._sequences.get(request.parent) if request.parent is not None else None
+        if parent is not None and parent.prompt == prompt and parent.salt == sequence.salt:
+            sequence.parent = parent
+        self._scheduler.add(sequence)
+        self._requests[sequence.id], self._sequences[sequence.id] = request, sequence
         self._next_id += 1
-        return self._next_id - 1
+        return sequence.id
+
+    def cancel(self, id: int) -> bool:
+        """End a request where it is, and free what it held; False where there is none of that number any more."""
+        sequence = self._sequences.get(id)
+        if sequence is None:
+            return False
+        self._end(sequence, "cancelled")
+        return True
 
     def generate(self, prompts: Iterable[tuple[int, ...]], sampling: SamplingConfig) -> list[Sequence]:
         """Complete every prompt, in order. A prompt given n times is drawn n times, independently."""
-        done: dict[int, Sequence] = {}
         ids = self.submit_all(prompts, sampling)
-        for event in self.events():
-            done[event.sequence.id] = event.sequence
-        return [done[i] for i in ids]
+        done = {id: self._sequences[id] for id in ids}
+        for _ in self.events():
+            pass
+        return [done[id] for id in ids]
 
     def submit_all(self, prompts: Iterable[tuple[int, ...]], sampling: SamplingConfig) -> list[int]:
         """`submit` each prompt, the n-th copy of one as its n-th repetition."""
         seen: Counter[tuple[int, ...]] = Counter()
+        first: dict[tuple[int, ...], int] = {}
         ids = []
         for prompt in prompts:
-            ids.append(self.submit(Request(prompt, sampling, seen[prompt])))
+            ids.append(self.submit(Request(prompt, sampling, seen[prompt], first.get(prompt))))
+            first.setdefault(prompt, ids[-1])
             seen[prompt] += 1
         return ids
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self._sequences)
+
     def events(self) -> Iterator[Event]:
         """`step` until nothing is left, token by token."""
-        while self._queue or self._running:
+        while self.busy:
             yield from self.step()
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Every running sequence once: the tokens drawn. Empty while prompts are being read, or when all is done."""
-        self._admit()
-        chunks = self._arrange()
-        hidden, ready = [], []
-        for first, last in _passes([len(chunk) for chunk in chunks]):
-            states = self._forward(chunks[first:last], first)
-            for row, sequence in enumerate(self._running[first:last], first):
-                sequence.num_cached += len(chunks[row])
-                if sequence.num_cached >= len(sequence.prompt):
-                    hidden.append(states[row - first, len(chunks[row]) - 1])
-                    ready.append(sequence)
-        if not ready:
+        """One pass: the tokens drawn. Empty while prompts are being read, or when all is done."""
+        self._expire()
+        running = [one for one in self._scheduler.running if one.completion]
+        drafts = self._guesses.propose(running) if self._guesses is not None and running else {}
+        feeds = self._scheduler.next(self._within_length(drafts))
+        if not feeds:
             return []
-        logits = self._model.logits(torch.stack(hidden))[:, : self._vocab_size]
-        events = [Event(sequence, *drawn) for sequence, drawn in zip(ready, _draw(logits, ready), strict=True)]
-        for event in events:
-            event.sequence.append(event.token_id, event.logprob, self._stop_ids)
-        self._leave()
+        states = self._runner.run(feeds, experts=any(self._requests[feed.sequence.id].experts for feed in feeds))
+        events, kept = self._draw(feeds, states)
+        for feed, found, count in zip(feeds, states, kept, strict=True):
+            if self._requests[feed.sequence.id].experts:
+                feed.sequence.remember(feed.start, {layer: ids[:count] for layer, ids in found.experts.items()})
+        if self._guesses is not None:
+            self._guesses.learn(self._runner, feeds, states, kept)
+        for feed, count in zip(feeds, kept, strict=True):
+            self._scheduler.fed(feed, count)
+            if feed.sequence.finish_reason is not None:
+                self._end(feed.sequence, feed.sequence.finish_reason)
         return sorted(events, key=lambda event: event.sequence.id)
 
-    def _arrange(self) -> list[list[int]]:
-        """What each running sequence feeds next; those that feed more are moved behind those that feed less."""
-        chunks = [sequence.pending(self._chunk) for sequence in self._running]
-        for row, chunk in enumerate(chunks):
-            least = min(reversed(range(row, len(chunks))), key=lambda other: len(chunks[other]))
-            if len(chunks[least]) < len(chunk):
-                self._swap(row, least)
-                chunks[row], chunks[least] = chunks[least], chunk
-        return chunks
+    def _draw(self, feeds: list[Feed], states: list[States]) -> tuple[list[Event], list[int]]:
+        """What is drawn after each feed, and how many of its tokens stay: guesses only as far as the draw agrees."""
+        kept = [len(feed.tokens) - max(0, feed.wants - 1) for feed in feeds]
+        firsts = list(kept)
+        open_ = [number for number, feed in enumerate(feeds) if feed.wants]
+        events: list[Event] = []
+        if not open_:
+            return events, kept
+        begun, depth = len(open_), 0
+        while open_:
+            ready = [feeds[number].sequence for number in open_]
+            rows = torch.stack([states[number].logits[depth, : self._vocab_size] for number in open_])
+            drawn = _draw(rows, ready)
+            still = []
+            for number, (token, logprob) in zip(open_, drawn, strict=True):
+                feed = feeds[number]
+                feed.sequence.append(token, logprob, self._stop_ids)
+                events.append(Event(feed.sequence, token, logprob))
+                guessed = feed.tokens[firsts[number] + depth] if depth + 1 < feed.wants else None
+                if guessed is not None:
+                    self.acceptance.count(depth, guessed == token)
+                if guessed == token and feed.sequence.finish_reason is None:
+                    kept[number] += 1
+                    still.append(number)
+            open_, depth = still, depth + 1
+        self.acceptance.passed(begun, len(events))
+        return events, kept
 
-    def _forward(self, chunks: list[list[int]], row: int) -> Tensor:
-        """Hidden states [chunks, width, hidden] of the sequences from `row` on, each from where its cache ends."""
-        width = max(len(chunk) for chunk in chunks)
-        tokens = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks])
-        starts = torch.tensor([[self._running[row + i].num_cached] for i in range(len(chunks))])
-        device = self._model.head_weight.device
-        positions = (starts + torch.arange(width)).to(device)
-        cache = self._cache
-        if len(chunks) < self._rows:
-            cache = [layer.rows(row, row + len(chunks)) for layer in cache]
-        return self._model(tokens.to(device), positions=positions, cache=cache).hidden
+    def _within_length(self, drafts: Mapping[int, list[int]]) -> dict[int, list[int]]:
+        """No guess beyond the last token that may be drawn."""
+        cut = {}
+        for id, guessed in drafts.items():
+            sequence = self._sequences[id]
+            cut[id] = guessed[: max(0, sequence.sampling.max_new_tokens - len(sequence.completion) - 1)]
+        return cut
 
-    def _admit(self) -> None:
-        """Fill free slots from the queue, in order. What does not fit the cache waits until all are free."""
-        if self._queue and not self._running:
-            self._capacity = max(_tokens_cached(sequence) for sequence in self._queue)
-            self._chunk = min(self._prefill_chunk, max(len(sequence.prompt) for sequence in self._queue))
-            self._rows = min(self._num_slots, len(self._queue))
-            # A row at the end of its capacity may be padded.
-            room = self._capacity + min(self._chunk - 1, _MOST_PADDING)
-            self._cache = self._model.new_cache(self._rows, room)
-        while len(self._running) < self._rows and self._queue and _tokens_cached(self._queue[0]) <= self._capacity:
-            self._running.append(self._queue.popleft())
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for sequence in list(self._sequences.values()):
+            deadline = self._requests[sequence.id].deadline
+            if deadline is not None and now >= deadline:
+                self._end(sequence, "deadline")
 
-    def _leave(self) -> None:
-        """Finished sequences go; the last takes the row of one that does."""
-        for row in reversed(range(len(self._running))):
-            if self._running[row].finish_reason is not None:
-                last = len(self._running) - 1
-                if row != last:
-                    self._swap(row, last)
-                self._running.pop()
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        sequence.finish_reason = sequence.finish_reason or reason  # type: ignore[assignment]
+        self._scheduler.finish(sequence)
+        if self._guesses is not None:
+            self._guesses.forget(sequence)
+        del self._sequences[sequence.id], self._requests[sequence.id]
 
-    def _swap(self, row: int, other: int) -> None:
-        self._running[row], self._running[other] = self._running[other], self._running[row]
-        for layer in self._cache:
-            layer.swap(row, other)
+    def _salt(self, constraint: Constraint | None) -> bytes:
+        """Texts under one constraint share blocks, and with no other."""
+        if constraint is None:
+            return b""
+        for number, known in enumerate(self._constraints):
+            if known is constraint:
+                return b"%d" % number
+        self._constraints.append(constraint)
+        return b"%d" % (len(self._constraints) - 1)
 
 
 def engine_for(opened: LanguageModel) -> Engine:
@@ -217,18 +283,20 @@ def engine_for(opened: LanguageModel) -> Engine:
     )
 
 
-def _passes(widths: list[int]) -> Iterator[tuple[int, int]]:
-    """Rows first ... last - 1 of each forward pass; `widths` ascend."""
-    first = 0
-    for row in range(1, len(widths) + 1):
-        if row == len(widths) or sum(widths[row] - width for width in widths[first:row]) > _MOST_PADDING:
-            yield first, row
-            first = row
+def blocks_for(model: Transformer, size: int, dtype: torch.dtype | None, given: int | None) -> int:
+    """How many blocks of `size` tokens `given` bytes hold, or a share of the free memory where nothing is given.
 
-
-def _tokens_cached(sequence: Sequence) -> int:
-    """Most tokens of a sequence that reach the cache: its last one is drawn, never read."""
-    return len(sequence.prompt) + sequence.sampling.max_new_tokens - 1
+    Raises:
+        DataError: not one.
+    """
+    configs = [*model.config.blocks, *model.config.mtp]
+    width = torch.empty(0, dtype=dtype or model.embedding.weight.dtype).element_size()
+    block = size * width * sum(config.attention.cache_elements_per_token() for config in configs)
+    room = given if given is not None else int(_SHARE_OF_MEMORY * (available_bytes() or 1 << 31))
+    blocks = room // block
+    if blocks < 1:
+        raise DataError(f"cache_bytes {room:,} has no room for a block of {size} tokens, which takes {block:,} bytes")
+    return blocks if given is not None else min(blocks, _MOST_BLOCKS)
 
 
 def _draw(logits: Tensor, ready: list[Sequence]) -> list[tuple[int, float]]:

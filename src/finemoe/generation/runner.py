@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from finemoe.generation.sequence import Constraint
 from finemoe.generation.steady import least_tokens, steady_rows
 from finemoe.model.attention.blocks import Group
-from finemoe.model.moe.decision import RoutingConstraint
 from finemoe.model.transformer import Transformer
-
-Constraint = Mapping[int, RoutingConstraint]
-"""By layer, as `Transformer.forward` takes it; the same for every token of a sequence."""
 
 
 class Feed(Protocol):
@@ -68,8 +66,8 @@ class Ahead:
 class States:
     """What a pass made of one feed."""
 
-    wanted: Tensor
-    """[wants, hidden], ready for `Transformer.logits`."""
+    logits: Tensor
+    """[wants, vocab]: of what follows the last tokens."""
     all: Tensor
     """[tokens, hidden]: of every token."""
     experts: Mapping[int, Tensor] = field(default_factory=dict)
@@ -99,6 +97,7 @@ class Runner:
         """
         self.model = model
         self.cache = model.new_blocks(num_blocks + 1, block_size, dtype)
+        self.block_size = block_size
         self._spare = num_blocks
         self._size = block_size
         self._least = least_tokens(model) if steady else 0
@@ -165,18 +164,28 @@ class Runner:
             constraint=feeds[0].constraint,
             record=experts,
         )
-        found, first = [], 0
         hidden = output.hidden[0]
-        for feed in feeds:
-            last = first + len(feed.tokens)
+        ends = list(accumulate(len(feed.tokens) for feed in feeds))
+        logits = self._logits(hidden, feeds, ends)
+        found, first = [], 0
+        for last, rows in zip(ends, logits, strict=True):
             chosen = {
                 layer: record.decision.expert_ids[first:last]
                 for layer, record in output.routing.items()
                 if record.decision is not None
             }
-            found.append(States(hidden[last - feed.wants : last], hidden[first:last], chosen))
+            found.append(States(rows, hidden[first:last], chosen))
             first = last
         return found
+
+    def _logits(self, hidden: Tensor, feeds: Sequence[Feed], ends: Sequence[int]) -> Sequence[Tensor]:
+        """Of each feed, `[wants, vocab]`. Where passes are steady, of as many rows in every pass that decodes."""
+        rows = [row for feed, end in zip(feeds, ends, strict=True) for row in range(end - feed.wants, end)]
+        if not rows:
+            return [hidden.new_empty(0, self.model.config.vocab_size)] * len(feeds)
+        whole = len(rows) == len(hidden) or (self._rows and len(hidden) == self._rows)
+        logits = self.model.logits(hidden if whole else hidden[rows])
+        return logits[: len(rows)].split([feed.wants for feed in feeds])
 
     def _filled(self, feeds: Sequence[Feed]) -> tuple[list[int], list[Group]]:
         """The ids of a pass and its groups; where passes are steady, filled up to the shape that all have."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from finemoe.core.errors import DataError
 from finemoe.generation.blocks import BlockPool
-from finemoe.generation.sequence import Sequence
+from finemoe.generation.sequence import Constraint, Sequence
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Feed:
     """Blocks to copy before the pass, from and to."""
     blocks: tuple[int, ...]
     """The sequence's table."""
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What holds for the sequence's experts."""
+        return self.sequence.constraint
 
 
 class Scheduler:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from finemoe.core import seeds
 from finemoe.generation.sampling import SamplingConfig
+from finemoe.model.moe.decision import RoutingConstraint
 
-FinishReason = Literal["length", "stop"]
-"""`length`: max_new_tokens reached. `stop`: the model ended the text."""
+FinishReason = Literal["length", "stop", "cancelled", "deadline"]
+"""`length`: max_new_tokens reached. `stop`: the model ended the text. The others: somebody did, or its time was up."""
+Constraint = Mapping[int, RoutingConstraint]
+"""By layer, as `Transformer.forward` takes it; the same for every token of a sequence."""
 
 
 @dataclass(eq=False)
@@ -37,6 +41,10 @@ class Sequence:
     """Another with the same prompt, whose blocks it shares once the prompt is read."""
     salt: bytes = b""
     """Texts read under different ones never share blocks."""
+    constraint: Constraint | None = None
+    """What holds for its experts, by layer."""
+    experts: dict[int, list[list[int]]] = field(default_factory=dict)
+    """By layer, where they were asked for: the experts that each token chose, best first."""
 
     @staticmethod
     def start(id: int, prompt: tuple[int, ...], sampling: SamplingConfig, repetition: int) -> Sequence:
@@ -58,6 +66,13 @@ class Sequence:
             self.finish_reason = "stop"
         elif len(self.completion) == self.sampling.max_new_tokens:
             self.finish_reason = "length"
+
+    def remember(self, start: int, experts: Mapping[int, Tensor]) -> None:
+        """Which experts `[tokens, k]` the tokens from `start` on chose; of a text read again, the last time."""
+        for layer, chosen in experts.items():
+            known = self.experts.setdefault(layer, [])
+            known += [[] for _ in range(start - len(known))]  # what was found in the cache chose nothing here
+            known[start : start + len(chosen)] = chosen.tolist()
 
     @property
     def tokens(self) -> list[int]:

@@ -1,0 +1,149 @@
+"""What a request may ask of the engine beside its text: constraints, experts, deadlines, bits that nobody moves."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from finemoe.core.errors import DataError
+from finemoe.generation import Engine, Request, SamplingConfig
+from finemoe.generation.engine import blocks_for
+from finemoe.generation.sequence import Sequence
+from finemoe.generation.steady import complete, steady
+from finemoe.model.config import expand
+from finemoe.model.initialize import initialize
+from finemoe.model.moe.decision import RoutingConstraint
+from finemoe.model.presets import resolve
+from finemoe.model.size import measure
+from finemoe.model.transformer import Transformer
+
+GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=10)
+DRAWN = SamplingConfig(seed=3, max_new_tokens=10)
+
+
+@pytest.fixture(scope="module", params=["tiny-moe", "tiny-v3", "tiny-dense"])
+def model(request: pytest.FixtureRequest) -> Transformer:
+    made = Transformer(expand(resolve({"preset": request.param, "vocab_size": 300, "init_std": 0.1}, "test")))
+    initialize(made, seed=1)
+    return made.eval()
+
+
+def done(engine: Engine, requests: list[Request]) -> list[Any]:
+    ids = [engine.submit(request) for request in requests]
+    found = {event.sequence.id: event.sequence for event in engine.events()}
+    return [found[id] for id in ids]
+
+
+def test_among_thirty_two_others_a_text_is_the_same_to_the_last_bit(model: Transformer) -> None:
+    if not steady(model):
+        pytest.skip("no C++ kernels here")
+    prompts = [tuple((7 * n + k) % 300 for k in range(1 + 5 * n % 60)) for n in range(33)]
+    for sampling in (GREEDY, DRAWN):
+        alone = Engine(model, steady=True).generate([prompts[9]], sampling)[0]
+        together = Engine(model, steady=True).generate(prompts, sampling)[9]
+        assert together.completion == alone.completion
+        assert together.logprobs == alone.logprobs
+
+
+def test_steady_engines_give_the_bits_of_the_loop_that_evaluation_had(model: Transformer) -> None:
+    prompts = [tuple((7 * n + k) % 300 for k in range(1 + 5 * n % 60)) for n in range(12)]
+    sequences = [Sequence.start(n, prompt, DRAWN, 0) for n, prompt in enumerate(prompts)]
+    before = {one.id: one for one in complete(model, sequences, lambda _: False, stop_ids=frozenset(), vocab_size=300)}
+    after = Engine(model, steady=True).generate(prompts, DRAWN)
+    assert [one.completion for one in after] == [before[n].completion for n in range(12)]
+    if steady(model):
+        assert [one.logprobs for one in after] == [before[n].logprobs for n in range(12)]
+
+
+def test_constraints_and_experts_are_those_of_their_request() -> None:
+    model = Transformer(expand(resolve({"preset": "tiny-moe", "vocab_size": 300, "init_std": 0.1}, "test")))
+    initialize(model, seed=2)
+    model.eval()
+    layers = list(model.moe_layers)
+    few = torch.zeros(63, dtype=torch.bool)
+    few[10:20] = True
+    held = [
+        None,
+        {layer: RoutingConstraint(allowed=few) for layer in layers},
+        {layer: RoutingConstraint(num_active=2, shared=False) for layer in layers},
+    ]
+    prompt = tuple(range(50, 90))
+    requests = [Request(prompt, GREEDY, constraint=one, experts=True) for one in held]
+    together = done(Engine(model, block_size=8), requests)
+    for number, request in enumerate(requests):
+        (alone,) = done(Engine(model, block_size=8), [request])
+        assert together[number].completion == alone.completion
+        assert together[number].experts == alone.experts
+        chosen = together[number].experts[layers[0]]
+        assert len(chosen) == len(prompt) + 9  # what was drawn last is not read
+        assert {len(one) for one in chosen} == {2 if number == 2 else 7}
+    assert {expert for one in together[1].experts[layers[1]] for expert in one} <= set(range(10, 20))
+    assert len({tuple(one.completion) for one in together}) == 3
+
+
+def test_a_prefix_under_another_constraint_is_read_again() -> None:
+    model = Transformer(expand(resolve({"preset": "tiny-moe", "vocab_size": 300, "init_std": 0.1}, "test")))
+    initialize(model, seed=2)
+    model.eval()
+    without = {layer: RoutingConstraint(shared=False) for layer in model.moe_layers}
+    engine = Engine(model, block_size=8)
+    prompt = tuple(range(50, 90))
+    first = done(engine, [Request(prompt, GREEDY)])
+    second = done(engine, [Request(prompt, GREEDY, constraint=without)])
+    third = done(engine, [Request(prompt, GREEDY, constraint=without)])
+    assert done(Engine(model), [Request(prompt, GREEDY, constraint=without)])[0].completion == second[0].completion
+    assert second[0].completion == third[0].completion != first[0].completion
+
+
+def test_time_and_others_may_end_a_request_and_its_blocks_are_free(model: Transformer) -> None:
+    engine = Engine(model, cache_bytes=1 << 20, reuse=False)
+    pool = engine._scheduler._pool
+    late = engine.submit(Request((5,), GREEDY, deadline=time.monotonic() - 1))
+    ended = engine._sequences[late]
+    others = [engine.submit(Request((6, n), GREEDY)) for n in range(3)]
+    kept = [engine._sequences[id] for id in others]
+    engine.step()
+    assert ended.finish_reason == "deadline"
+    engine.cancel(others[1])
+    list(engine.events())
+    assert [one.finish_reason for one in kept] == ["length", "cancelled", "length"]
+    assert pool.num_free == pool.num_blocks
+
+
+def test_the_cache_takes_what_size_says(model: Transformer) -> None:
+    numbers = measure(model.config, 1).cache_elements_per_token
+    if model.config.mtp:
+        numbers += sum(block.attention.cache_elements_per_token() for block in model.config.mtp)
+    for dtype, width in ((None, 4), (torch.bfloat16, 2), (torch.float8_e4m3fn, 1)):
+        assert blocks_for(model, 16, dtype, 10 * 16 * width * numbers) == 10
+        caches = model.new_blocks(3, 16, dtype)
+        held = [value for layer in caches for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+        assert sum(one.numel() * one.element_size() for one in held) == 3 * 16 * width * numbers
+    with pytest.raises(DataError, match="no room for a block"):
+        blocks_for(model, 16, None, 10)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 0.95), (torch.float8_e4m3fn, 0.5)], ids=str)
+def test_a_narrow_cache_says_nearly_the_same(model: Transformer, dtype: torch.dtype, least: float) -> None:
+    prompts = [tuple((11 * n + k) % 300 for k in range(30)) for n in range(6)]
+    short = SamplingConfig(temperature=0.0, max_new_tokens=1)
+    plain, narrow = (Engine(model, cache_dtype=kind).generate(prompts, short) for kind in (None, dtype))
+    difference = [abs(a.logprobs[0] - b.logprobs[0]) for a, b in zip(plain, narrow, strict=True)]
+    assert 0 < max(difference) < (0.05 if dtype is torch.bfloat16 else 0.5)
+
+
+def test_samples_of_one_prompt_read_it_once(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed: list[int] = []
+    forward = model.forward
+
+    def counted(tokens: torch.Tensor, **others: Any) -> Any:
+        fed.append(tokens.numel())
+        return forward(tokens, **others)
+
+    monkeypatch.setattr(model, "forward", counted)
+    prompt = tuple(range(100, 200))
+    Engine(model, block_size=16).generate([prompt] * 4, DRAWN)
+    assert sum(fed) == 100 + 3 + 4 * 9
