@@ -1,7 +1,8 @@
 """Guesses of the tokens that come next, from a text itself, a small model, or the model's own prediction module.
 
 A guess is fed along with the token before it, and kept where the draw from the model comes out the same: so a text is
-the one that would have been drawn without guesses, token by token, and only passes are fewer. Speculative sampling (Leviathan et al., 2023) agrees as often where guesses are made without chance, as here.
+the one that would have been drawn without guesses, token by token, and only passes are fewer. Speculative sampling
+(Leviathan et al., 2023) agrees as often where guesses are made without chance, as here.
 """
 
 from __future__ import annotations
