@@ -8,9 +8,11 @@ sequences lie one behind the other, and those that feed equally many tokens make
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +63,15 @@ class Group:
         places = torch.arange(self.size, device=self.tables.device)
         rows = self.tables[:, :blocks, None] * (heads * self.size) + places
         return rows.flatten(1)[:, : self.reach]
+
+
+def zeros(shape: tuple[int, ...], beside: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Zeros beside another tensor, in its type where none is given; on a CPU memory is taken only as it is written."""
+    kind = dtype or beside.dtype
+    if beside.device.type != "cpu":
+        return beside.new_zeros(shape, dtype=kind)
+    memory = np.zeros(math.prod(shape) * kind.itemsize, dtype=np.uint8)  # calloc; torch would write every zero
+    return torch.from_numpy(memory).view(kind).view(shape)
 
 
 def gather(store: Tensor, group: Group, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from finemoe.core.config import Config
-from finemoe.model.attention.blocks import attend, put
+from finemoe.model.attention.blocks import attend, put, zeros
 from finemoe.model.attention.places import Places, store
 from finemoe.model.backend import Backend
 from finemoe.model.norm import RMSNorm
@@ -148,7 +148,7 @@ class GroupedQueryAttention(nn.Module):
         """An empty cache on the weights' device, in their dtype where it is not given; or so many blocks of it."""
         shape = (batch, self.config.num_kv_heads, capacity, self.config.head_dim)
         weight = self.k_proj.weight
-        return GroupedQueryCache(*(weight.new_zeros(shape, dtype=dtype or weight.dtype) for _ in range(2)))
+        return GroupedQueryCache(zeros(shape, weight, dtype), zeros(shape, weight, dtype))
 
     def forward(self, hidden: Tensor, *, places: Places, cache: GroupedQueryCache | None) -> Tensor:
         """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""

@@ -16,7 +16,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from finemoe.core.config import Config
-from finemoe.model.attention.blocks import attend, gather, put
+from finemoe.model.attention.blocks import attend, gather, put, zeros
 from finemoe.model.attention.places import Places, store
 from finemoe.model.backend import Backend
 from finemoe.model.norm import RMSNorm
@@ -157,7 +157,7 @@ class LatentAttention(nn.Module):
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> LatentCache:
         """An empty cache on the weights' device, in their dtype where it is not given; or so many blocks of it."""
         shape, weight = (batch, capacity, self.config.cache_elements_per_token()), self.kv_down_proj.weight
-        return LatentCache(weight.new_zeros(shape, dtype=dtype or weight.dtype), self.config.kv_lora_rank)
+        return LatentCache(zeros(shape, weight, dtype), self.config.kv_lora_rank)
 
     def forward(self, hidden: Tensor, *, places: Places, cache: LatentCache | None) -> Tensor:
         """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
