@@ -151,7 +151,9 @@ class Engine:
         if not ready:
             return []
         logits = self._model.logits(torch.stack(hidden))[:, : self._vocab_size]
-        events = [Event(sequence, *drawn) for sequence, drawn in zip(ready, _draw(logits, ready), strict=True)]
+        events = [
+            Event(sequence, *drawn) for sequence, drawn in zip(ready, _draw(logits, ready, self._stop_ids), strict=True)
+        ]
         for event in events:
             event.sequence.append(event.token_id, event.logprob, self._stop_ids)
         self._leave()
@@ -231,7 +233,7 @@ def _tokens_cached(sequence: Sequence) -> int:
     return len(sequence.prompt) + sequence.sampling.max_new_tokens - 1
 
 
-def _draw(logits: Tensor, ready: list[Sequence]) -> list[tuple[int, float]]:
+def _draw(logits: Tensor, ready: list[Sequence], stop_ids: frozenset[int]) -> list[tuple[int, float]]:
     """Token and logprob for each row of `logits [rows, vocab]`, rows with equal parameters together."""
     groups: dict[SamplingConfig, list[int]] = {}
     for row, sequence in enumerate(ready):
@@ -239,6 +241,7 @@ def _draw(logits: Tensor, ready: list[Sequence]) -> list[tuple[int, float]]:
     drawn: dict[int, tuple[int, float]] = {}
     for sampling, rows in groups.items():
         chosen = logits if len(rows) == len(ready) else logits[rows]
-        ids, logprobs = pick(chosen, sampling, [ready[row].generator for row in rows])
+        contexts = [ready[row].context(stop_ids) for row in rows]
+        ids, logprobs = pick(chosen, sampling, [ready[row].generator for row in rows], contexts)
         drawn.update(zip(rows, zip(ids.tolist(), logprobs.tolist(), strict=True), strict=True))
     return [drawn[row] for row in range(len(ready))]

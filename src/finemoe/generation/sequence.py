@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from finemoe.core import seeds
+from finemoe.generation.processors import Context
 from finemoe.generation.sampling import SamplingConfig
 
 FinishReason = Literal["length", "stop"]
@@ -44,11 +44,15 @@ class Sequence:
             return list(self.prompt[self.num_cached : self.num_cached + limit])
         return self.completion[-1:]
 
-    def append(self, token_id: int, logprob: float, stop_ids: Collection[int]) -> None:
+    def context(self, stop_ids: frozenset[int]) -> Context:
+        """What the next token is drawn after, of a model that stops at `stop_ids`."""
+        return Context(self.prompt, self.completion, self.sampling.end_ids(stop_ids))
+
+    def append(self, token_id: int, logprob: float, stop_ids: frozenset[int]) -> None:
         """Take the token that was drawn, and finish where it is the last."""
         self.completion.append(token_id)
         self.logprobs.append(logprob)
-        if self.sampling.stop_at_end_of_text and token_id in stop_ids:
+        if token_id in self.sampling.end_ids(stop_ids):
             self.finish_reason = "stop"
         elif len(self.completion) == self.sampling.max_new_tokens:
             self.finish_reason = "length"
