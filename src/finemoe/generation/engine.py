@@ -138,6 +138,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Every running sequence once: the tokens drawn. Empty while prompts are being read, or when all is done."""
+        self._leave()  # those that were stopped from outside
         self._admit()
         chunks = self._arrange()
         hidden, ready = [], []

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Annotated, Any, final
 
@@ -65,7 +64,9 @@ class Grammars:
         """
         if find_spec("llguidance") is None:
             raise ConfigError("a grammar needs the package llguidance: pip install 'finemoe[serve]'")
-        self._library = import_module("llguidance")
+        import llguidance
+
+        self._library = llguidance
         self._vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         size = min(self._vocab_size, tokenizer.vocab_size)
         ends = sorted(i for i in (end_ids or tokenizer.stop_ids) if i < size)

@@ -34,6 +34,18 @@ def _several(value: Any) -> Any:
     return (value,) if isinstance(value, (str, int)) else value
 
 
+def _newer(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`stop_at_end_of_text` as the `ignore_end` that it is the opposite of."""
+    if "stop_at_end_of_text" not in data:
+        return data
+    if "ignore_end" in data:
+        raise ValueError("stop_at_end_of_text is the opposite of ignore_end: give one of them")
+    if not isinstance(data["stop_at_end_of_text"], bool):
+        raise ValueError("stop_at_end_of_text must be true or false")
+    others = {name: value for name, value in data.items() if name != "stop_at_end_of_text"}
+    return {**others, "ignore_end": not data["stop_at_end_of_text"]}
+
+
 class SamplingConfig(Config):
     """How tokens are drawn, and when to stop.
 
@@ -83,17 +95,11 @@ class SamplingConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _read_older_name(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or "stop_at_end_of_text" not in data:
-            return data
-        if "ignore_end" in data:
-            raise ValueError("stop_at_end_of_text is the opposite of ignore_end: give one of them")
-        stops = data["stop_at_end_of_text"]
-        if not isinstance(stops, bool):
-            raise ValueError("stop_at_end_of_text must be true or false")
-        return {
-            **{name: value for name, value in data.items() if name != "stop_at_end_of_text"},
-            "ignore_end": not stops,
-        }
+        return _newer(data) if isinstance(data, Mapping) else data
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> SamplingConfig:
+        """pydantic's, which also knows the older name of `ignore_end`."""
+        return super().model_copy(update=None if update is None else _newer(update), deep=deep)
 
     @model_validator(mode="after")
     def _check_lengths(self) -> SamplingConfig:

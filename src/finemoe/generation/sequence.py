@@ -29,6 +29,8 @@ class Sequence:
     """Of each completion token under the model, in nats."""
     finish_reason: FinishReason | None = None
     """None while it is still growing."""
+    stopped_by: str | None = None
+    """The stop string that ended the text, which ends before it."""
     num_cached: int = 0
     """Tokens whose keys and values are in the cache."""
 
@@ -57,7 +59,12 @@ class Sequence:
         elif len(self.completion) == self.sampling.max_new_tokens:
             self.finish_reason = "length"
 
+    def stop(self, stopped_by: str) -> None:
+        """End it at a stop string, which whoever writes the text has found."""
+        self.finish_reason, self.stopped_by = "stop", stopped_by
+
     @property
     def text_ids(self) -> list[int]:
         """The completion without the token that stopped it."""
-        return self.completion[:-1] if self.finish_reason == "stop" else list(self.completion)
+        by_token = self.finish_reason == "stop" and self.stopped_by is None
+        return self.completion[:-1] if by_token else list(self.completion)
