@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from finemoe.core import seeds
 from finemoe.core.config import parse
@@ -56,13 +56,16 @@ def from_gguf() -> Tokenizer:
     )
 
 
-def sentencepiece() -> Tokenizer:
-    """Spaces as ▁ and bytes as <0x41>."""
+def sentencepiece(older: bool = False) -> Tokenizer:
+    """Spaces as ▁ and bytes as <0x41>. The `older` kind puts a space before whatever it encodes."""
     names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "▁a", "yes", "▁yes", "no"]
     inner = tokenizers.Tokenizer(
         models.BPE({name: i for i, name in enumerate(names)}, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
     )
-    inner.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    if older:
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -70,7 +73,12 @@ def sentencepiece() -> Tokenizer:
     return Tokenizer(inner, "here")
 
 
-TOKENIZERS = {"trained": trained, "gguf": from_gguf, "sentencepiece": sentencepiece}
+TOKENIZERS = {
+    "trained": trained,
+    "gguf": from_gguf,
+    "sentencepiece": sentencepiece,
+    "older": lambda: sentencepiece(older=True),
+}
 GRAMMARS = {
     "object": Grammar(json_schema=SCHEMA),
     "any": Grammar(json_schema={"type": ["array", "string"], "maxItems": 2, "maxLength": 4, "items": {}, **COMPACT}),
@@ -263,3 +271,9 @@ def test_without_the_package_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("finemoe.generation.grammar.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'finemoe\[serve\]'"):
         Grammars(from_gguf())
+
+
+@here
+def test_a_vocabulary_without_an_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match="needs a token that ends"):
+        Grammars(from_gguf(), vocab_size=200)

@@ -196,3 +196,23 @@ def test_a_configuration_is_a_key_and_comes_back_from_json() -> None:
 def test_impossible_parameters_are_refused_by_name(bad: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse(SamplingConfig, bad, "here")
+
+
+def test_transformers_defines_repetition_and_least_probability_alike() -> None:
+    """The witness, in its own order: penalty, temperature, top-k, top-p, min-p."""
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = 2 * torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
+    prompt, completion = [3, 5, 5], [7, 3]
+    config = SamplingConfig(temperature=0.7, top_k=20, top_p=0.9, min_p=0.1, repetition_penalty=1.4)
+    scores, seen = logits.clone(), torch.tensor([prompt + completion])
+    for processor in (
+        processors.RepetitionPenaltyLogitsProcessor(1.4),
+        processors.TemperatureLogitsWarper(0.7),
+        processors.TopKLogitsWarper(20),
+        processors.TopPLogitsWarper(0.9),
+        processors.MinPLogitsWarper(0.1),
+    ):
+        scores = processor(seen, scores)
+    found = distribution(logits, config, [Context(prompt, completion)])
+    assert 2 < (found > -torch.inf).sum() < 20
+    torch.testing.assert_close(found.exp(), scores.double().softmax(-1), atol=1e-6, rtol=0)

@@ -60,7 +60,7 @@ class Grammars:
             end_ids: let through where the grammar may end. None given: those at which the tokenizer stops.
 
         Raises:
-            ConfigError: llguidance is not installed.
+            ConfigError: llguidance is not installed, or none of `end_ids` is in the vocabulary.
         """
         if find_spec("llguidance") is None:
             raise ConfigError("a grammar needs the package llguidance: pip install 'finemoe[serve]'")
@@ -70,6 +70,8 @@ class Grammars:
         self._vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         size = min(self._vocab_size, tokenizer.vocab_size)
         ends = sorted(i for i in (end_ids or tokenizer.stop_ids) if i < size)
+        if not ends:
+            raise ConfigError(f"a grammar needs a token that ends the text among the {size} of the vocabulary")
         self._ends = frozenset(ends)
         wrapped = self._library.TokenizerWrapper(_Vocabulary(tokenizer, size, ends))
         self._tokenizer = self._library.LLTokenizer(wrapped, eos_token=ends)
