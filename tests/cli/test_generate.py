@@ -270,7 +270,7 @@ def test_a_stop_string_ends_the_text_streamed_and_recorded(command: Any, run_dir
     assert Tokenizer.load(run_directory).decode(stopped["tokens"], continues=True).startswith(text[:begin] + stop)
     streamed = command(*arguments, "--stop", stop)
     assert streamed.stdout == "def " + text[:begin] + "\n"
-    assert "ended by the model" in streamed.stderr
+    assert "ended by --stop" in streamed.stderr
     late = command(*arguments, "--stop", stop, "--min-new-tokens", "12", "--json")
     assert records(late)[0]["completion"] == text
 

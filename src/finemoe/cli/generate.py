@@ -95,6 +95,7 @@ def generate(
     \b
     Examples:
       finemoe generate runs/tiny --prompt "def main(" --temperature 0.8 --top-p 0.95
+      finemoe generate runs/tiny --prompt "def f(" --min-p 0.05 --stop "def "
       finemoe generate runs/tiny --file prompts.txt --json > completions.json
       finemoe generate SmolLM2-135M-Instruct --chat "Name three rivers." --temperature 0
       finemoe generate SmolLM2-135M-Instruct --file turns-written-by-hand.jsonl --special
@@ -305,8 +306,11 @@ def _say_speed(sequences: list[Sequence], seconds: float) -> None:
     from finemoe.core.logs import logger
 
     tokens = sum(len(sequence.completion) for sequence in sequences)
-    stopped = sum(sequence.finish_reason == "stop" for sequence in sequences)
-    ending = f"{stopped} ended by the model, {len(sequences) - stopped} by --max-new-tokens"
+    strings = sum(sequence.stopped_by is not None for sequence in sequences)
+    stopped = sum(sequence.finish_reason == "stop" for sequence in sequences) - strings
+    limited = len(sequences) - stopped - strings
+    ending = f"{stopped} ended by the model, " + (f"{strings} by --stop, " if strings else "")
+    ending += f"{limited} by --max-new-tokens"
     if len(sequences) == 1:
-        ending = "ended by the model" if stopped else "ended by --max-new-tokens"
+        ending = "ended by " + ("the model" if stopped else "--stop" if strings else "--max-new-tokens")
     logger.info("%d tokens in %.2g s (%.0f tokens/s), %s", tokens, seconds, tokens / max(seconds, 1e-9), ending)

@@ -27,7 +27,7 @@ _FIRST_LOOK = 128
 
 
 def _pairs(value: Any) -> Any:
-    return tuple(sorted(value.items(), key=lambda pair: int(pair[0]))) if isinstance(value, Mapping) else value
+    return tuple(sorted(value.items(), key=lambda pair: str(pair[0]))) if isinstance(value, Mapping) else value
 
 
 def _several(value: Any) -> Any:
