@@ -188,7 +188,7 @@ def test_a_configuration_is_a_key_and_comes_back_from_json() -> None:
         ({"logit_bias": {"word": 1}}, "logit_bias"),
         ({"logit_bias": {None: 1}}, "logit_bias"),
         ({"logit_bias": 3}, "logit_bias"),
-        ({"stop": ["a", ""]}, "stop"),
+        ({"stop": ["a", ""]}, "an empty string would stop"),
         ({"stop_ids": [-1]}, "stop_ids"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens 9 is more than max_new_tokens 8"),
         ({"logprobs": -1}, "logprobs"),

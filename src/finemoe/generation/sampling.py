@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     NonNegativeFloat,
@@ -46,6 +47,12 @@ def _newer(data: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**others, "ignore_end": not data["stop_at_end_of_text"]}
 
 
+def _no_empty(stops: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in stops:
+        raise ValueError("an empty string would stop every text before it begins; leave it out")
+    return stops
+
+
 class SamplingConfig(Config):
     """How tokens are drawn, and when to stop.
 
@@ -80,7 +87,7 @@ class SamplingConfig(Config):
     min_new_tokens: NonNegativeInt = 0
     """Tokens before which no token that stops is drawn, and no stop string counts (vLLM's `min_tokens`). A grammar
     that can only end comes first."""
-    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_several)] = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(_several), AfterValidator(_no_empty)] = ()
     """Strings that end the completion; its text ends before them. One string is a list of one."""
     stop_ids: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_several)] = ()
     """Tokens that end the completion, as its last id, beside the model's own."""
