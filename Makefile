@@ -22,7 +22,7 @@ coverage: setup  ## which lines the default suite runs
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -n auto -q
 	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report --ignore-errors --skip-covered
+	$(BIN)/coverage report --ignore-errors --skip-covered --include 'src/*'
 
 setup: $(VENV)/.installed  ## create .venv and install finemoe with its development tools
 

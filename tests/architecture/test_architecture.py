@@ -62,6 +62,7 @@ EXTRAS = {
     "datasets",
     "fastapi",
     "huggingface_hub",
+    "llguidance",
     "lm_eval",
     "math_verify",
     "tensorboard",

@@ -256,3 +256,44 @@ def test_special_reads_control_tokens_as_tokens(talker: Path) -> None:
     assert ids.count(end) == 1
     assert text == "<|end_of_text|>user: hi<|end_of_text|>system: obey\na:"
     assert opened.encode_chat(bad, special=True)[1].count(end) == 2
+
+
+def test_a_stop_string_ends_the_text_streamed_and_recorded(command: Any, run_directory: Path) -> None:
+    arguments = ("generate", run_directory, "--prompt", "def ", "--temperature", "0", "-n", "12")
+    (plain,) = records(command(*arguments, "--json"))
+    text = plain["completion"]
+    stop = text[len(text) // 2 :][:2]
+    begin = text.index(stop)
+    (stopped,) = records(command(*arguments, "--stop", stop, "--stop", "never there", "--json"))
+    assert (stopped["completion"], stopped["finish_reason"]) == (text[:begin], "stop")
+    assert stopped["tokens"] == plain["tokens"][: len(stopped["tokens"])]
+    assert Tokenizer.load(run_directory).decode(stopped["tokens"], continues=True).startswith(text[:begin] + stop)
+    streamed = command(*arguments, "--stop", stop)
+    assert streamed.stdout == "def " + text[:begin] + "\n"
+    assert "ended by --stop" in streamed.stderr
+    late = command(*arguments, "--stop", stop, "--min-new-tokens", "12", "--json")
+    assert records(late)[0]["completion"] == text
+
+
+def test_stopped_rows_make_room_for_others(command: Any, run_directory: Path) -> None:
+    """Twelve prompts in eight slots, of which some stop at once."""
+    prompts = [word for text in ("a", "def ", "x = ") * 4 for word in ("--prompt", text)]
+    arguments = ("generate", run_directory, *prompts, "-n", "9", "--seed", "2", "--json")
+    plain = records(command(*arguments))
+    stop = plain[0]["completion"][1:2]
+    for before, after in zip(plain, records(command(*arguments, "--stop", stop)), strict=True):
+        assert after["completion"] == before["completion"].split(stop)[0]
+
+
+def test_penalties_and_least_probability_reach_the_draw(command: Any, run_directory: Path) -> None:
+    arguments = ("generate", run_directory, "--prompt", "a a a a", "-n", "32", "--json")
+    best = records(command(*arguments, "--temperature", "0"))
+    assert records(command(*arguments, "--min-p", "1")) == best
+    repeated = len(set(best[0]["tokens"]))
+    assert repeated < 32
+    for option in ("--repetition-penalty=2", "--presence-penalty=2", "--frequency-penalty=2"):
+        (record,) = records(command(*arguments, "--temperature", "0", option))
+        assert len(set(record["tokens"])) > repeated
+    result = command(*arguments, "--min-p", "1.5")
+    assert result.exit_code == 2
+    assert "min_p" in result.stderr

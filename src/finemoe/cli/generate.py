@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,28 +29,52 @@ Source = Annotated[
         autocompletion=complete_run,
     ),
 ]
+Prompts = Annotated[
+    list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; repeatable.")
+]
+File = Annotated[
+    str | None, typer.Option("--file", metavar="FILE", help='A prompt a line, or .jsonl with "prompt"; - is stdin.')
+]
+Chat = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="A message to answer, put into the model's chat template.")
+]
 Special = Annotated[
     bool, typer.Option("--special", help="Read control tokens that a prompt spells out as tokens, not as text.")
 ]
+MinP = Annotated[
+    float | None, typer.Option(help="Draw among tokens at least M times as likely as the best.", metavar="M")
+]
+Repetition = Annotated[
+    float, typer.Option("--repetition-penalty", help="Divides scores of tokens that were there.", metavar="R")
+]
+Presence = Annotated[
+    float, typer.Option("--presence-penalty", help="Taken from tokens of the text, once each.", metavar="A")
+]
+Frequency = Annotated[
+    float, typer.Option("--frequency-penalty", help="The same, as often as each is there.", metavar="A")
+]
+Stops = Annotated[
+    list[str] | None, typer.Option("--stop", help="Ends the text, which leaves it out; repeatable.", metavar="TEXT")
+]
+MinNewTokens = Annotated[int, typer.Option("--min-new-tokens", help="Before so many, the text does not end.")]
 
 
 def generate(
     source: Source,
-    prompts: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; repeatable.")
-    ] = None,
-    file: Annotated[
-        str | None,
-        typer.Option("--file", metavar="FILE", help='A prompt a line, or .jsonl with "prompt"; - is stdin.'),
-    ] = None,
-    chat: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="A message to answer, put into the model's chat template.")
-    ] = None,
+    prompts: Prompts = None,
+    file: File = None,
+    chat: Chat = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="With --chat: the system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to add.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Draw among the K most probable tokens.", metavar="K")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the fewest tokens that reach P.", metavar="P")] = None,
+    min_p: MinP = None,
+    repetition_penalty: Repetition = 1.0,
+    presence_penalty: Presence = 0.0,
+    frequency_penalty: Frequency = 0.0,
+    stop: Stops = None,
+    min_new_tokens: MinNewTokens = 0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 0,
     dtype: Annotated[
         Literal["fp32", "bf16", "stored"],
@@ -70,16 +95,17 @@ def generate(
     \b
     Examples:
       finemoe generate runs/tiny --prompt "def main(" --temperature 0.8 --top-p 0.95
+      finemoe generate runs/tiny --prompt "def f(" --min-p 0.05 --stop "def "
       finemoe generate runs/tiny --file prompts.txt --json > completions.json
       finemoe generate SmolLM2-135M-Instruct --chat "Name three rivers." --temperature 0
       finemoe generate SmolLM2-135M-Instruct --file turns-written-by-hand.jsonl --special
     """
     from finemoe.checkpoint.kinds import kind_of
 
-    draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
+    options = locals()
     texts = _read_prompts(prompts or [], file, chat, system)
     kind_of(source)  # a path that holds nothing is refused before a second of imports
-    sampling = _sampling(draw)
+    sampling = _sampling(options)
     opened, engine = _open(source, dtype)
     given = texts if chat is None else [chat, *([system] if system is not None else [])]
     texts, ids = _encoded(opened, texts, chat, system, special)
@@ -94,11 +120,13 @@ def generate(
     _say_speed(sequences, time.monotonic() - started)
 
 
-def _sampling(draw: dict[str, Any]) -> SamplingConfig:
+def _sampling(options: Mapping[str, Any]) -> SamplingConfig:
     from finemoe.core.config import parse
     from finemoe.generation import SamplingConfig
+    from finemoe.generation.generate import DRAW
 
-    return parse(SamplingConfig, draw, "finemoe generate")
+    draw = {name: options[name] for name in DRAW}
+    return parse(SamplingConfig, {**draw, "stop": options["stop"] or ()}, "finemoe generate")
 
 
 def _read_prompts(prompts: list[str], file: str | None, chat: str | None, system: str | None) -> list[str]:
@@ -225,15 +253,15 @@ def _stream(
 ) -> Sequence:
     """Write the prompt and its completion to stdout, token by token; of an answer, the answer alone."""
     from finemoe.generation import Request
+    from finemoe.generation.generate import text_stream, write
 
     engine.submit(Request(ids, sampling))
     if not answers:
         _write(text, bold=True)
-    decoder = opened.tokenizer.decoder(continues=not answers)
+    stream = text_stream(opened.tokenizer, sampling, answers)
     for event in engine.events():
-        if event.sequence.finish_reason != "stop":
-            _write(decoder.push(event.token_id))
-    _write(decoder.finish() + "\n")
+        _write(write(stream, event))
+    _write("\n")
     return event.sequence
 
 
@@ -249,7 +277,7 @@ def _complete(
     """Complete all prompts, with progress on stderr, and print them."""
     from finemoe.generation.generate import complete, completion
 
-    sequences = complete(engine, ids, sampling)
+    sequences = complete(engine, ids, sampling, opened.tokenizer, answers)
     both = zip(texts, sequences, strict=True)
     _print([completion(text, one, opened.tokenizer, answers).to_dict() for text, one in both], as_json)
     return sequences
@@ -278,8 +306,11 @@ def _say_speed(sequences: list[Sequence], seconds: float) -> None:
     from finemoe.core.logs import logger
 
     tokens = sum(len(sequence.completion) for sequence in sequences)
-    stopped = sum(sequence.finish_reason == "stop" for sequence in sequences)
-    ending = f"{stopped} ended by the model, {len(sequences) - stopped} by --max-new-tokens"
+    strings = sum(sequence.stopped_by is not None for sequence in sequences)
+    stopped = sum(sequence.finish_reason == "stop" for sequence in sequences) - strings
+    limited = len(sequences) - stopped - strings
+    ending = f"{stopped} ended by the model, " + (f"{strings} by --stop, " if strings else "")
+    ending += f"{limited} by --max-new-tokens"
     if len(sequences) == 1:
-        ending = "ended by the model" if stopped else "ended by --max-new-tokens"
+        ending = "ended by " + ("the model" if stopped else "--stop" if strings else "--max-new-tokens")
     logger.info("%d tokens in %.2g s (%.0f tokens/s), %s", tokens, seconds, tokens / max(seconds, 1e-9), ending)

@@ -10,28 +10,7 @@ from finemoe.evaluation.task import Generate, Generated
 from finemoe.generation import SamplingConfig, Sequence
 from finemoe.generation.scoring import middle_ids, reach_of
 from finemoe.generation.steady import complete
-from finemoe.text.tokenizer import StreamDecoder
-
-
-@dataclass
-class _Writing:
-    """A completion as it is written."""
-
-    decoder: StreamDecoder
-    stops: tuple[str, ...]
-    text: str = ""
-    ended: bool = False
-    """One of `stops` was written; the text ends before it."""
-
-    def take(self, piece: str) -> bool:
-        """Add what a token completes; whether that ends the text."""
-        longest = max(map(len, self.stops), default=0)
-        start = max(0, len(self.text) - longest + 1)  # a stop may begin in what was there
-        self.text += piece
-        places = [at for stop in self.stops if (at := self.text.find(stop, start)) >= 0]
-        if places:
-            self.text, self.ended = self.text[: min(places)], True
-        return self.ended
+from finemoe.generation.text import TextStream
 
 
 @dataclass
@@ -66,13 +45,14 @@ def generate(
             owner[sequences[-1].id] = (key, sample)
     sequences.sort(key=lambda s: (-len(s.prompt) - s.sampling.max_new_tokens, s.id))
     writing = {
-        number: _Writing(opened.tokenizer.decoder(continues=True), asked[key].request.stops)
+        number: TextStream(opened.tokenizer.decoder(continues=True), asked[key].request.stops)
         for number, (key, _) in owner.items()
     }
 
     def finished(sequence: Sequence) -> bool:
         own = writing[sequence.id]
-        return own.take(own.decoder.push(sequence.completion[-1]))
+        own.push(sequence.completion[-1])
+        return own.stopped is not None
 
     tokenizer = opened.tokenizer
     vocab = min(tokenizer.vocab_size, opened.model.config.vocab_size)
@@ -80,12 +60,11 @@ def generate(
         key, sample = owner[sequence.id]
         own, written = asked[key], writing.pop(sequence.id)
         if sequence.finish_reason == "length":
-            written.take(written.decoder.push(sequence.completion[-1]))
-        if not written.ended:
-            written.take(written.decoder.finish())
+            written.push(sequence.completion[-1])
+        written.finish()
         own.texts[sample] = written.text
         own.tokens += len(sequence.completion)
-        own.unfinished += sequence.finish_reason == "length" and not written.ended
+        own.unfinished += sequence.finish_reason == "length" and written.stopped is None
         if len(own.texts) == own.request.samples:
             texts = tuple(own.texts[i] for i in range(own.request.samples))
             read = len(own.prompt) * own.request.samples + own.tokens

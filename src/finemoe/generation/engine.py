@@ -192,7 +192,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One pass: the tokens drawn. Empty while prompts are being read, or when all is done."""
-        self._expire()
+        self._leave()
         running = [one for one in self._scheduler.running if one.completion]
         drafts = self._guesses.propose(running) if self._guesses is not None and running else {}
         feeds = self._scheduler.next(self._within_length(drafts))
@@ -223,7 +223,7 @@ class Engine:
         while open_:
             ready = [feeds[number].sequence for number in open_]
             rows = torch.stack([states[number].logits[depth, : self._vocab_size] for number in open_])
-            drawn = _draw(rows, ready)
+            drawn = _draw(rows, ready, self._stop_ids)
             still = []
             for number, (token, logprob) in zip(open_, drawn, strict=True):
                 feed = feeds[number]
@@ -247,11 +247,12 @@ class Engine:
             cut[id] = guessed[: max(0, sequence.sampling.max_new_tokens - len(sequence.completion) - 1)]
         return cut
 
-    def _expire(self) -> None:
+    def _leave(self) -> None:
+        """Who was stopped from outside, or is out of time."""
         now = time.monotonic()
         for sequence in list(self._sequences.values()):
             deadline = self._requests[sequence.id].deadline
-            if deadline is not None and now >= deadline:
+            if sequence.finish_reason is not None or (deadline is not None and now >= deadline):
                 self._end(sequence, "deadline")
 
     def _end(self, sequence: Sequence, reason: str) -> None:
@@ -299,7 +300,7 @@ def blocks_for(model: Transformer, size: int, dtype: torch.dtype | None, given: 
     return blocks if given is not None else min(blocks, _MOST_BLOCKS)
 
 
-def _draw(logits: Tensor, ready: list[Sequence]) -> list[tuple[int, float]]:
+def _draw(logits: Tensor, ready: list[Sequence], stop_ids: frozenset[int]) -> list[tuple[int, float]]:
     """Token and logprob for each row of `logits [rows, vocab]`, rows with equal parameters together."""
     groups: dict[SamplingConfig, list[int]] = {}
     for row, sequence in enumerate(ready):
@@ -307,6 +308,7 @@ def _draw(logits: Tensor, ready: list[Sequence]) -> list[tuple[int, float]]:
     drawn: dict[int, tuple[int, float]] = {}
     for sampling, rows in groups.items():
         chosen = logits if len(rows) == len(ready) else logits[rows]
-        ids, logprobs = pick(chosen, sampling, [ready[row].generator for row in rows])
+        contexts = [ready[row].context(stop_ids) for row in rows]
+        ids, logprobs = pick(chosen, sampling, [ready[row].generator for row in rows], contexts)
         drawn.update(zip(rows, zip(ids.tolist(), logprobs.tolist(), strict=True), strict=True))
     return [drawn[row] for row in range(len(ready))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from finemoe.core import seeds
+from finemoe.generation.processors import Context
 from finemoe.generation.sampling import SamplingConfig
 from finemoe.model.moe.decision import RoutingConstraint
 
@@ -33,6 +34,8 @@ class Sequence:
     """Of each completion token under the model, in nats."""
     finish_reason: FinishReason | None = None
     """None while it is still growing."""
+    stopped_by: str | None = None
+    """The stop string that ended the text, which ends before it."""
     num_cached: int = 0
     """Tokens whose keys and values are in the cache."""
     blocks: list[int] = field(default_factory=list)
@@ -58,11 +61,15 @@ class Sequence:
             return list(self.prompt[self.num_cached : self.num_cached + limit])
         return self.completion[-1:]
 
-    def append(self, token_id: int, logprob: float, stop_ids: Collection[int]) -> None:
+    def context(self, stop_ids: frozenset[int]) -> Context:
+        """What the next token is drawn after, of a model that stops at `stop_ids`."""
+        return Context(self.prompt, self.completion, self.sampling.end_ids(stop_ids))
+
+    def append(self, token_id: int, logprob: float, stop_ids: frozenset[int]) -> None:
         """Take the token that was drawn, and finish where it is the last."""
         self.completion.append(token_id)
         self.logprobs.append(logprob)
-        if self.sampling.stop_at_end_of_text and token_id in stop_ids:
+        if token_id in self.sampling.end_ids(stop_ids):
             self.finish_reason = "stop"
         elif len(self.completion) == self.sampling.max_new_tokens:
             self.finish_reason = "length"
@@ -79,7 +86,12 @@ class Sequence:
         """The prompt and what was drawn."""
         return [*self.prompt, *self.completion]
 
+    def stop(self, stopped_by: str) -> None:
+        """End it at a stop string, which whoever writes the text has found."""
+        self.finish_reason, self.stopped_by = "stop", stopped_by
+
     @property
     def text_ids(self) -> list[int]:
         """The completion without the token that stopped it."""
-        return self.completion[:-1] if self.finish_reason == "stop" else list(self.completion)
+        by_token = self.finish_reason == "stop" and self.stopped_by is None
+        return self.completion[:-1] if by_token else list(self.completion)

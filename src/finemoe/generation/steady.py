@@ -111,7 +111,8 @@ def complete(
     running: dict[int, Sequence] = {}
 
     def ends(sequence: Sequence, logits: Tensor) -> bool:
-        ids, logprobs = pick(logits[None, :vocab_size], sequence.sampling, [sequence.generator])
+        contexts = [sequence.context(stop_ids)]
+        ids, logprobs = pick(logits[None, :vocab_size], sequence.sampling, [sequence.generator], contexts)
         sequence.append(int(ids[0]), float(logprobs[0]), stop_ids)
         return sequence.finish_reason is not None or finished(sequence)
 
