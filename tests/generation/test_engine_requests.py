@@ -12,13 +12,14 @@ from finemoe.core.errors import DataError
 from finemoe.generation import Engine, Request, SamplingConfig
 from finemoe.generation.engine import blocks_for
 from finemoe.generation.sequence import Sequence
-from finemoe.generation.steady import complete, steady
+from finemoe.generation.steady import steady
 from finemoe.model.config import expand
 from finemoe.model.initialize import initialize
 from finemoe.model.moe.decision import RoutingConstraint
 from finemoe.model.presets import resolve
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
+from oracles.steady import complete
 
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=10)
 DRAWN = SamplingConfig(seed=3, max_new_tokens=10)

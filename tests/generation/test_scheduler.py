@@ -91,7 +91,7 @@ class Drive:
         guessed = feed.tokens[len(feed.tokens) - feed.wants + 1 :] if feed.wants else ()
         kept = len(feed.tokens) - len(guessed)
         for number, token in enumerate(tokens):
-            one.append(token, 0.0, ())
+            one.append(token, 0.0, frozenset())
             if one.finish_reason is not None or number == len(guessed) or guessed[number] != token:
                 break
             kept += 1
@@ -218,7 +218,7 @@ def test_a_short_prompt_is_read_beside_a_long_one_and_decoding_goes_on() -> None
     assert [(feed.sequence.id, len(feed.tokens), feed.wants) for feed in feeds] == [(0, 16, 0), (1, 5, 1)]
     for feed in feeds:
         scheduler.fed(feed, len(feed.tokens))
-    short.append(3, 0.0, ())
+    short.append(3, 0.0, frozenset())
     feeds = scheduler.next()
     assert [(feed.sequence.id, len(feed.tokens), feed.wants) for feed in feeds] == [(1, 1, 1), (0, 16, 0)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import ConfigError
-from finemoe.generation import SamplingConfig, Sequence
+from finemoe.generation import Engine, Request, SamplingConfig
 from finemoe.generation.scoring import (
     Window,
     continuation_windows,
@@ -22,7 +23,7 @@ from finemoe.generation.scoring import (
     score,
     text_windows,
 )
-from finemoe.generation.steady import complete, least_tokens, steady
+from finemoe.generation.steady import least_tokens, steady
 from finemoe.model.native import available
 from finemoe.model.transformer import Transformer
 from finemoe.text.tokenizer import Tokenizer
@@ -234,15 +235,19 @@ def test_fill_in_the_middle_puts_prefix_then_suffix_then_the_hole() -> None:
     assert ids == [begin, *before[-6:], hole, *after[:3], end]
 
 
-def completions(model: Transformer, prompts: list[list[int]], temperature: float, **how) -> list[list[int]]:
+def completions(
+    model: Transformer, prompts: list[list[int]], temperature: float, stop_ids: Collection[int] = (), most: int = 99
+) -> list[list[float]]:
+    """Tokens and logprobs of each, by a steady engine; the caller ends them after `most` tokens."""
     sampling = SamplingConfig(temperature=temperature, max_new_tokens=12)
-    made = [Sequence.start(i, tuple(p), sampling, 0) for i, p in enumerate(prompts)]
-    done = {s.id: s for s in complete(model, made, how.get("finished", lambda _: False), **stops(how))}
-    return [[*done[i].completion, *done[i].logprobs] for i in range(len(prompts))]
-
-
-def stops(how: dict) -> dict:
-    return {"stop_ids": how.get("stop_ids", frozenset()), "vocab_size": VOCAB}
+    engine = Engine(model, stop_ids=stop_ids, vocab_size=VOCAB, steady=True)
+    ids = [engine.submit(Request(tuple(prompt), sampling)) for prompt in prompts]
+    done = {}
+    for event in engine.events():
+        done[event.sequence.id] = event.sequence
+        if len(event.sequence.completion) == most:
+            event.sequence.stop("here")
+    return [[*done[id].completion, *done[id].logprobs] for id in ids]
 
 
 @NATIVE
@@ -272,10 +277,10 @@ def test_completions_end_at_stop_tokens_and_where_the_caller_says(model: Transfo
     first = free.index(free[3])
     assert ended[: first + 1] == free[: first + 1]
     assert len(ended) == 2 * (first + 1)
-    told = completions(model, [[4, 5]], 0.0, finished=lambda s: len(s.completion) == 2)[0]
+    told = completions(model, [[4, 5]], 0.0, most=2)[0]
     assert told[:2] == free[:2]
     assert len(told) == 4
-    assert list(complete(model, [], lambda _: True, **stops({}))) == []
+    assert completions(model, [], 0.0) == []
 
 
 def test_the_least_pass_gives_an_expert_enough_rows() -> None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.evaluation.task import Generate, Generated
-from finemoe.generation import SamplingConfig, Sequence
+from finemoe.generation import Request, SamplingConfig, engine_for
 from finemoe.generation.scoring import middle_ids, reach_of
-from finemoe.generation.steady import complete
 from finemoe.generation.text import TextStream
 
 
@@ -36,35 +35,32 @@ def generate(
         ConfigError: a gap to fill, and a tokenizer without the tokens for it.
     """
     asked = {key: _prepare(opened, request) for key, request in requests.items()}
+    waiting = [(key, sample) for key, own in asked.items() for sample in range(own.request.samples)]
+    # The longest first keeps passes full to the end.
+    waiting.sort(key=lambda one: -len(asked[one[0]].prompt) - asked[one[0]].room)
+    engine = engine_for(opened, steady=True)
     owner: dict[int, tuple[str, int]] = {}
-    sequences = []
-    for key, own in asked.items():
-        for sample in range(own.request.samples):
-            sampling = SamplingConfig(temperature=own.request.temperature, seed=seed, max_new_tokens=own.room)
-            sequences.append(Sequence.start(len(owner), own.prompt, sampling, sample))
-            owner[sequences[-1].id] = (key, sample)
-    sequences.sort(key=lambda s: (-len(s.prompt) - s.sampling.max_new_tokens, s.id))
-    writing = {
-        number: TextStream(opened.tokenizer.decoder(continues=True), asked[key].request.stops)
-        for number, (key, _) in owner.items()
-    }
-
-    def finished(sequence: Sequence) -> bool:
-        own = writing[sequence.id]
-        own.push(sequence.completion[-1])
-        return own.stopped is not None
-
-    tokenizer = opened.tokenizer
-    vocab = min(tokenizer.vocab_size, opened.model.config.vocab_size)
-    for sequence in complete(opened.model, sequences, finished, stop_ids=tokenizer.stop_ids, vocab_size=vocab):
+    writing: dict[int, TextStream] = {}
+    for key, sample in waiting:
+        own = asked[key]
+        sampling = SamplingConfig(temperature=own.request.temperature, seed=seed, max_new_tokens=own.room)
+        number = engine.submit(Request(own.prompt, sampling, sample))
+        owner[number] = key, sample
+        writing[number] = TextStream(opened.tokenizer.decoder(continues=True), own.request.stops)
+    for event in engine.events():
+        sequence, written = event.sequence, writing[event.sequence.id]
+        if sequence.finish_reason != "stop":
+            written.push(event.token_id)
+        if written.stopped is not None:
+            sequence.stop(written.stopped)
+        if sequence.finish_reason is None:
+            continue
         key, sample = owner[sequence.id]
-        own, written = asked[key], writing.pop(sequence.id)
-        if sequence.finish_reason == "length":
-            written.push(sequence.completion[-1])
+        own = asked[key]
         written.finish()
         own.texts[sample] = written.text
         own.tokens += len(sequence.completion)
-        own.unfinished += sequence.finish_reason == "length" and written.stopped is None
+        own.unfinished += sequence.finish_reason == "length"
         if len(own.texts) == own.request.samples:
             texts = tuple(own.texts[i] for i in range(own.request.samples))
             read = len(own.prompt) * own.request.samples + own.tokens

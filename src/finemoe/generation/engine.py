@@ -121,6 +121,7 @@ class Engine:
         budget = {"max_tokens": whole, "chunk": whole} if steady else {"max_tokens": max_tokens, "chunk": chunk}
         self._scheduler = Scheduler(pool, max_sequences=max_sequences, **budget)
         self._guesses = guesses
+        self._steady = steady
         self._requests: dict[int, Request] = {}
         self._sequences: dict[int, Sequence] = {}
         self._constraints: list[Constraint] = []
@@ -145,7 +146,7 @@ class Engine:
         sequence = Sequence.start(self._next_id, prompt, request.sampling, request.repetition)
         sequence.constraint, sequence.salt = request.constraint, self._salt(request.constraint)
         parent = self._sequences.get(request.parent) if request.parent is not None else None
-        if parent is not None and parent.prompt == prompt and parent.salt == sequence.salt:
+        if parent is not None and not self._steady and (parent.prompt, parent.salt) == (prompt, sequence.salt):
             sequence.parent = parent
         self._scheduler.add(sequence)
         self._requests[sequence.id], self._sequences[sequence.id] = request, sequence
@@ -273,7 +274,7 @@ class Engine:
         return b"%d" % (len(self._constraints) - 1)
 
 
-def engine_for(opened: LanguageModel) -> Engine:
+def engine_for(opened: LanguageModel, *, steady: bool = False) -> Engine:
     """An engine for a model as it was opened: it stops where the model's own tokenizer ends a text or a turn."""
     tokenizer = opened.tokenizer
     return Engine(
@@ -281,6 +282,7 @@ def engine_for(opened: LanguageModel) -> Engine:
         end_of_text_id=tokenizer.end_of_text_id,
         stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size,
+        steady=steady,
     )
 
 
