@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
 import pytest
 import torch
 
-from finemoe.core.errors import DataError
+from finemoe.core.errors import ConfigError, DataError
 from finemoe.generation import Engine, Request, SamplingConfig
 from finemoe.generation.engine import blocks_for
+from finemoe.generation.grammar import Grammar
 from finemoe.generation.sequence import Sequence
+from finemoe.generation.speculation import FromText
 from finemoe.generation.steady import steady
 from finemoe.model.config import expand
 from finemoe.model.initialize import initialize
@@ -19,6 +22,7 @@ from finemoe.model.moe.decision import RoutingConstraint
 from finemoe.model.presets import resolve
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
+from finemoe.text.tokenizer import Tokenizer
 from oracles.steady import complete
 
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=10)
@@ -148,3 +152,52 @@ def test_samples_of_one_prompt_read_it_once(model: Transformer, monkeypatch: pyt
     prompt = tuple(range(100, 200))
     Engine(model, block_size=16).generate([prompt] * 4, DRAWN)
     assert sum(fed) == 100 + 3 + 4 * 9
+
+
+@pytest.mark.parametrize("chunk", [7, 256])
+def test_a_prompt_is_scored_and_alternatives_are_reported(model: Transformer, chunk: int) -> None:
+    prompt = tuple(range(40, 70))
+    asked = SamplingConfig(seed=1, max_new_tokens=4, logprobs=3, prompt_logprobs=2)
+    engine = Engine(model, block_size=8, chunk=chunk, max_tokens=chunk)
+    engine.generate([prompt], GREEDY)  # its blocks are not used again: all of the prompt has to be read
+    (one,) = done(engine, [Request(prompt, asked)])
+    text = torch.tensor([[*prompt, *one.completion]])
+    with torch.inference_mode():
+        logprobs = model.logits(model(text).hidden)[0].log_softmax(-1)
+    assert len(one.prompt_logprobs) == len(prompt) - 1
+    reported = [*one.prompt_logprobs, *zip(one.logprobs, one.likely, strict=True)]
+    for place, (logprob, likely) in enumerate(reported):
+        best = logprobs[place].topk(2 if place < len(prompt) - 1 else 3)
+        assert logprob == pytest.approx(float(logprobs[place, text[0, place + 1]]), abs=1e-3)
+        assert [value for _, value in likely] == pytest.approx(best.values.tolist(), abs=1e-3)
+        assert all(value == pytest.approx(float(logprobs[place, token]), abs=1e-3) for token, value in likely)
+
+
+def test_a_grammar_is_followed_beside_a_request_without_one() -> None:
+    pytest.importorskip("llguidance", reason="pip install 'finemoe[serve]'")
+    tokenizer = Tokenizer.train(['{"name": "x", "count": 12}\n' * 40], 300)
+    made = Transformer(expand(resolve({"preset": "tiny-moe", "vocab_size": 300, "init_std": 0.1}, "test")))
+    initialize(made, seed=1)
+    made.eval()
+    schema = {
+        "type": "object",
+        "properties": {"count": {"type": "integer"}},
+        "required": ["count"],
+        "additionalProperties": False,
+        "x-guidance": {"whitespace_flexible": False},
+    }
+    sampling = SamplingConfig(seed=2, max_new_tokens=60, logprobs=2)
+    for guesses in (None, FromText(3)):
+        engine = Engine(made, stop_ids=tokenizer.stop_ids, tokenizer=tokenizer, guesses=guesses)
+        asked = [
+            Request((5, 6), sampling, grammar=Grammar(json_schema=schema)),
+            Request((5, 6), sampling),
+            Request((5, 6), sampling, grammar=Grammar(choice=("yes", "no"))),
+        ]
+        held, free, chosen = done(engine, asked)
+        if held.finish_reason == "stop":
+            assert isinstance(json.loads(tokenizer.decode(held.text_ids, continues=True))["count"], int)
+        assert tokenizer.decode(chosen.text_ids, continues=True) in ("yes", "no")
+        assert free.completion == Engine(made, stop_ids=tokenizer.stop_ids).generate([(5, 6)], sampling)[0].completion
+    with pytest.raises(ConfigError, match="knows the model's tokenizer"):
+        Engine(made).submit(asked[0])

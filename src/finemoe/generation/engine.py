@@ -14,18 +14,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from finemoe.checkpoint.language_model import LanguageModel
-from finemoe.core.errors import DataError
+from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.memory import available_bytes
 from finemoe.generation.blocks import BlockPool
+from finemoe.generation.drawing import draw, score_prompt
+from finemoe.generation.grammar import Grammar, Grammars
 from finemoe.generation.runner import Runner, States
-from finemoe.generation.sampling import SamplingConfig, pick
+from finemoe.generation.sampling import SamplingConfig
 from finemoe.generation.scheduler import Feed, Scheduler
-from finemoe.generation.sequence import Constraint, Sequence
+from finemoe.generation.sequence import Constraint, Likely, Sequence
 from finemoe.generation.speculation import Acceptance, Guesses
 from finemoe.model.transformer import Transformer
+from finemoe.text.tokenizer import Tokenizer
 
 BLOCK_SIZE = 32
 _SHARE_OF_MEMORY = 0.25
@@ -45,6 +47,8 @@ class Request:
     """The number of a sequence with the same prompt and constraint, which is then read once for both."""
     constraint: Constraint | None = None
     """What holds for its experts, by layer; neighbours are not touched by it."""
+    grammar: Grammar | None = None
+    """What the completion must be: JSON of a schema, a regular expression, one of several texts."""
     experts: bool = False
     """Keep which experts each token chose: `Sequence.experts`."""
     deadline: float | None = None
@@ -59,6 +63,8 @@ class Event:
     """Which it was added to; `finish_reason` is set when it was the last."""
     token_id: int
     logprob: float
+    likely: Likely = ()
+    """The most probable tokens in its place, where they were asked for."""
 
 
 class Engine:
@@ -84,6 +90,7 @@ class Engine:
         reuse: bool = True,
         steady: bool = False,
         guesses: Guesses | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """Wrap `model`.
 
@@ -101,6 +108,7 @@ class Engine:
             reuse: a prompt that begins as an earlier one did is read from where they part.
             steady: what a request gets does not depend on its neighbours, to the last bit, at the price of speed.
             guesses: where guesses of the next tokens come from.
+            tokenizer: for requests with a grammar.
 
         Raises:
             ValueError: the model is in training mode, or `steady` together with `guesses`.
@@ -122,6 +130,8 @@ class Engine:
         self._scheduler = Scheduler(pool, max_sequences=max_sequences, **budget)
         self._guesses = guesses
         self._steady = steady
+        self._tokenizer = tokenizer
+        self._grammars: Grammars | None = None
         self._requests: dict[int, Request] = {}
         self._sequences: dict[int, Sequence] = {}
         self._constraints: list[Constraint] = []
@@ -134,6 +144,7 @@ class Engine:
         Raises:
             DataError: a token id outside the vocabulary, an empty prompt without an end-of-text token, or more tokens
                 than the cache has room for.
+            ConfigError: a grammar that cannot be followed, or the package for it is missing.
         """
         prompt = request.prompt
         if not prompt:
@@ -145,6 +156,10 @@ class Engine:
             raise DataError(f"token id {outside} is outside the model's vocabulary of {self._model.config.vocab_size}")
         sequence = Sequence.start(self._next_id, prompt, request.sampling, request.repetition)
         sequence.constraint, sequence.salt = request.constraint, self._salt(request.constraint)
+        if request.grammar is not None:
+            sequence.grammar = self._grammar_states().start(request.grammar)
+        if request.sampling.prompt_logprobs is not None:
+            sequence.salt = b"%d alone" % sequence.id  # all of its prompt has to be read
         parent = self._sequences.get(request.parent) if request.parent is not None else None
         if parent is not None and not self._steady and (parent.prompt, parent.salt) == (prompt, sequence.salt):
             sequence.parent = parent
@@ -202,6 +217,8 @@ class Engine:
         states = self._runner.run(feeds, experts=any(self._requests[feed.sequence.id].experts for feed in feeds))
         events, kept = self._draw(feeds, states)
         for feed, found, count in zip(feeds, states, kept, strict=True):
+            if feed.sequence.sampling.prompt_logprobs is not None and feed.start < len(feed.sequence.prompt):
+                score_prompt(self._model, feed.sequence, feed.start, found.all, self._vocab_size)
             if self._requests[feed.sequence.id].experts:
                 feed.sequence.remember(feed.start, {layer: ids[:count] for layer, ids in found.experts.items()})
         if self._guesses is not None:
@@ -224,12 +241,12 @@ class Engine:
         while open_:
             ready = [feeds[number].sequence for number in open_]
             rows = torch.stack([states[number].logits[depth, : self._vocab_size] for number in open_])
-            drawn = _draw(rows, ready, self._stop_ids)
             still = []
-            for number, (token, logprob) in zip(open_, drawn, strict=True):
-                feed = feeds[number]
-                feed.sequence.append(token, logprob, self._stop_ids)
-                events.append(Event(feed.sequence, token, logprob))
+            for number, drawn in zip(open_, draw(rows, ready, self._stop_ids), strict=True):
+                feed, token = feeds[number], drawn.token_id
+                feed.sequence.append(token, drawn.logprob, self._stop_ids)
+                feed.sequence.likely.append(drawn.likely)
+                events.append(Event(feed.sequence, token, drawn.logprob, drawn.likely))
                 guessed = feed.tokens[firsts[number] + depth] if depth + 1 < feed.wants else None
                 if guessed is not None:
                     self.acceptance.count(depth, guessed == token)
@@ -263,6 +280,13 @@ class Engine:
             self._guesses.forget(sequence)
         del self._sequences[sequence.id], self._requests[sequence.id]
 
+    def _grammar_states(self) -> Grammars:
+        if self._tokenizer is None:
+            raise ConfigError("a request with a grammar needs an engine that knows the model's tokenizer")
+        if self._grammars is None:
+            self._grammars = Grammars(self._tokenizer, vocab_size=self._vocab_size, end_ids=self._stop_ids)
+        return self._grammars
+
     def _salt(self, constraint: Constraint | None) -> bytes:
         """Texts under one constraint share blocks, and with no other."""
         if constraint is None:
@@ -283,6 +307,7 @@ def engine_for(opened: LanguageModel, *, steady: bool = False) -> Engine:
         stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size,
         steady=steady,
+        tokenizer=tokenizer,
     )
 
 
@@ -300,17 +325,3 @@ def blocks_for(model: Transformer, size: int, dtype: torch.dtype | None, given: 
     if blocks < 1:
         raise DataError(f"cache_bytes {room:,} has no room for a block of {size} tokens, which takes {block:,} bytes")
     return blocks if given is not None else min(blocks, _MOST_BLOCKS)
-
-
-def _draw(logits: Tensor, ready: list[Sequence], stop_ids: frozenset[int]) -> list[tuple[int, float]]:
-    """Token and logprob for each row of `logits [rows, vocab]`, rows with equal parameters together."""
-    groups: dict[SamplingConfig, list[int]] = {}
-    for row, sequence in enumerate(ready):
-        groups.setdefault(sequence.sampling, []).append(row)
-    drawn: dict[int, tuple[int, float]] = {}
-    for sampling, rows in groups.items():
-        chosen = logits if len(rows) == len(ready) else logits[rows]
-        contexts = [ready[row].context(stop_ids) for row in rows]
-        ids, logprobs = pick(chosen, sampling, [ready[row].generator for row in rows], contexts)
-        drawn.update(zip(rows, zip(ids.tolist(), logprobs.tolist(), strict=True), strict=True))
-    return [drawn[row] for row in range(len(ready))]

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from finemoe.core import seeds
+from finemoe.generation.grammar import GrammarState
 from finemoe.generation.processors import Context
 from finemoe.generation.sampling import SamplingConfig
 from finemoe.model.moe.decision import RoutingConstraint
 
 FinishReason = Literal["length", "stop", "cancelled", "deadline"]
 """`length`: max_new_tokens reached. `stop`: the model ended the text. The others: somebody did, or its time was up."""
+Likely = tuple[tuple[int, float], ...]
+"""Ids and log-probabilities in nats, the most probable first."""
 Constraint = Mapping[int, RoutingConstraint]
 """By layer, as `Transformer.forward` takes it; the same for every token of a sequence."""
 
@@ -32,6 +35,12 @@ class Sequence:
     completion: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     """Of each completion token under the model, in nats."""
+    likely: list[Likely] = field(default_factory=list)
+    """Beside each completion token, the most probable ones that `sampling.logprobs` asks for."""
+    prompt_logprobs: list[tuple[float, Likely]] = field(default_factory=list)
+    """Of each token of the prompt but the first, where `sampling.prompt_logprobs` asks for them."""
+    grammar: GrammarState | None = None
+    """Where the completion is in its grammar."""
     finish_reason: FinishReason | None = None
     """None while it is still growing."""
     stopped_by: str | None = None
@@ -69,10 +78,14 @@ class Sequence:
         """Take the token that was drawn, and finish where it is the last."""
         self.completion.append(token_id)
         self.logprobs.append(logprob)
+        if self.grammar is not None:
+            self.grammar.advance(token_id)
         if token_id in self.sampling.end_ids(stop_ids):
             self.finish_reason = "stop"
         elif len(self.completion) == self.sampling.max_new_tokens:
             self.finish_reason = "length"
+        elif self.grammar is not None and self.grammar.ended and self.sampling.ignore_end:
+            self.finish_reason = "length"  # nothing but an end could follow
 
     def remember(self, start: int, experts: Mapping[int, Tensor]) -> None:
         """Which experts `[tokens, k]` the tokens from `start` on chose; of a text read again, the last time."""
