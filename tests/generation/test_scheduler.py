@@ -233,3 +233,13 @@ def test_what_never_fits_is_refused_at_once() -> None:
 def test_a_collision_of_hashes_brings_no_wrong_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finemoe.generation.blocks._key", lambda before, piece: b"always the same")
     drive(3, 30, 4, 12, 20, 4, 8, True)
+
+
+def test_the_last_token_is_never_found() -> None:
+    pool, text = BlockPool(4, 4), list(range(8))
+    blocks = pool.allocate(2) or []
+    pool.seal(blocks, text)
+    pool.release(blocks)
+    assert pool.match(text) == blocks[:1]
+    assert pool.match([*text, 9]) == blocks
+    assert pool.match(text, b"another") == []
