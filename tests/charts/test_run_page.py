@@ -155,7 +155,9 @@ def test_a_failed_run_that_is_resumed_trains(tmp_path: Path) -> None:
 def test_a_recovery_is_no_alert(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "alert", "step": 9, "layer": 1, "level": "recovered", "message": "layer 1 has recovered"}\n')
+        file.write(
+            '{"kind": "alert", "step": 9, "layer": 1, "level": "recovered", "message": "layer 1 has recovered"}\n'
+        )
     assert "1 alert about its experts: see below." in summary(run_results(run))
 
 
@@ -169,7 +171,7 @@ def test_a_checkpoint_that_cannot_be_opened_costs_the_samples_alone(
     assert "the page has no samples" in caplog.text
 
 
-@pytest.mark.parametrize("training", ['[]', '"x"', '{"steps": NaN}', '{"tokens": "many"}'])
+@pytest.mark.parametrize("training", ["[]", '"x"', '{"steps": NaN}', '{"tokens": "many"}'])
 def test_a_damaged_configuration_is_told(tmp_path: Path, training: str) -> None:
     run = write_run(tmp_path / "run")
     (run / "config.json").write_text(f'{{"name": "x", "training": {training}}}')

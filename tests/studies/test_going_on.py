@@ -29,7 +29,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_room_is_asked_for_the_runs_that_are_missing(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that are finished have their checkpoints, and a comparison that fitted goes on on the disk it has filled."""
+    """Those that are finished have their checkpoints; what fitted at first goes on although the disk is fuller now."""
     out = compare(recipe(corpus), out=tmp_path / "cmp", quiet=True).directory
     largest = max(checkpoint_bytes(read_config(path)) for path in out.glob("arms/*/seed-?/config.json"))
     free = SimpleNamespace(free=0)

@@ -161,7 +161,9 @@ def test_a_step_that_was_passed_over_ends_a_window_when_it_is_replayed_too():
     assert [alert for step in range(86, 101) for alert in again.after(step, loads[step - 1])] == said
 
 
-@pytest.mark.parametrize(("levels", "said"), [(["uneven"], []), ([], ["uneven"]), (["uneven", "recovered"], ["uneven"])])
+@pytest.mark.parametrize(
+    ("levels", "said"), [(["uneven"], []), ([], ["uneven"]), (["uneven", "recovered"], ["uneven"])]
+)
 def test_a_run_of_another_length_says_what_has_not_been_said_and_nothing_twice(levels: list[str], said: list[str]):
     """Its windows are longer now, so that what they would have said is not what was."""
     steps = [{"kind": "step", "step": step, "load": {"3": HALF}} for step in range(1, 201)]

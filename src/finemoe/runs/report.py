@@ -136,8 +136,8 @@ def thinned(steps: Sequence[Mapping[str, Any]], each: int) -> list[dict[str, Any
         point = {**group[-1], **means}
         layers = point.get("max_vio_per_layer")
         if layers:
-            found = {layer: [one["max_vio_per_layer"][layer] for one in group if layer in one.get("max_vio_per_layer", {})]
-                     for layer in layers}  # fmt: skip
+            known = [one["max_vio_per_layer"] for one in group if "max_vio_per_layer" in one]
+            found = {layer: [one[layer] for one in known if layer in one] for layer in layers}
             point["max_vio_per_layer"] = {layer: sum(values) / len(values) for layer, values in found.items()}
         kept = ("step", "tokens", "seconds", "learning_rate", "max_vio_per_layer", *_AVERAGED)
         points.append({key: point[key] for key in kept if key in point})

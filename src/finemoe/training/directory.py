@@ -24,7 +24,8 @@ _NUMBERS = {
 }
 """By kind of record: what readers count with, besides its step."""
 _IF_THERE = (
-    "max_vio", "dead_experts", "processor_seconds", "validation_loss", "bits_per_byte", "gradient_norm", "learning_rate",
+    "max_vio", "dead_experts", "processor_seconds", "validation_loss", "bits_per_byte", "gradient_norm",
+    "learning_rate",
 )  # fmt: skip
 """What may be missing, and is counted with where it is there."""
 _ALWAYS_FINITE = ("tokens", "seconds", "tokens_per_second", "stall_seconds")
@@ -144,7 +145,7 @@ def _check_alert(record: dict[str, Any]) -> None:
 
 
 def _check_layers(key: str, value: Any) -> None:
-    """Figures by layer, or of a layer's experts.
+    """A figure for each layer, or counts of its experts.
 
     Raises:
         ValueError: they are none, or a layer has two spellings.
@@ -152,11 +153,18 @@ def _check_layers(key: str, value: Any) -> None:
     if not isinstance(value, dict) or not all(map(_LAYER.fullmatch, value)):
         raise ValueError(f"`{key}` must hold figures by layer")
     for figures in value.values():
-        if key != "load":
-            if not is_number(figures):
-                raise ValueError(f"`{key}` must hold numbers")
-        # a long run has many counts, and this takes no step of Python for each
-        elif not isinstance(figures, list) or set(map(type, figures)) != {int}:
-            raise ValueError("`load` must hold counts of each expert")
-        elif not 0 <= min(figures) <= max(figures) < _MOST_COUNT:
-            raise ValueError("`load` must hold counts of each expert")
+        if key == "load":
+            _check_counts(figures)
+        elif not is_number(figures):
+            raise ValueError(f"`{key}` must hold numbers")
+
+
+def _check_counts(load: Any) -> None:
+    """Assignments of a layer's experts.
+
+    Raises:
+        ValueError: they are none.
+    """
+    # A long run has many, and this takes no step of Python for each.
+    if not isinstance(load, list) or set(map(type, load)) != {int} or not 0 <= min(load) <= max(load) < _MOST_COUNT:
+        raise ValueError("`load` must hold counts of each expert")
