@@ -25,7 +25,7 @@ LOG_MULTIPLIER = 0.1
 SOFTMAX, SIGMOID = 1, 2
 """Values of `expert_gating_func`."""
 
-_V3_GROUPS = "a model trained with groups needs them, as DeepSeek-V3 and R1 do, which have 8 groups, of which 4 are used"
+_V3_GROUPS = "a model trained with groups needs them, as DeepSeek-V3 and R1 do, with 8 groups of which 4 are used"
 _V2_GROUPS = {160: "DeepSeek-V2 and Coder-V2 have 8 groups, of which 3 are used"}
 """By number of experts; V2-Lite has none."""
 
