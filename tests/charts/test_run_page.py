@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from finemoe.charts.run.figures import balance_chart, figures, load_map, loss_ch
 from finemoe.charts.run.page import run_page
 from finemoe.charts.run.words import summary
 from finemoe.core.errors import RunError
+from finemoe.core.files import sole_writer
 from finemoe.runs import report
 from finemoe.runs.report import run_report, run_results, thinned
 
@@ -57,7 +59,9 @@ def text_of(page: str) -> str:
 
 
 def test_a_run_that_trains_says_where_it_stands_and_opens_itself_again(tmp_path: Path) -> None:
-    results = run_results(write_run(tmp_path / "run"), refresh=15)
+    run = write_run(tmp_path / "run")
+    with sole_writer(run):
+        results = run_results(run, refresh=15)
     assert summary(results) == [
         "Step 40 of 80, 4.00K tokens in 20 s.",
         "Validation loss 7.500 nats per token at step 20; the lowest was 7.250 at 10.",
@@ -85,7 +89,7 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_a_failure_counts_until_the_run_got_beyond_it(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    for at, word in ((41, "failed"), (30, "training")):
+    for at, word in ((41, "failed"), (30, "stopped")):
         (run / "failure.json").write_text(json.dumps({"step": at, "message": "a loss was not finite"}))
         page = text_of(run_page(run_results(run)))
         assert f"small: {word}" in page
@@ -127,6 +131,55 @@ def test_following_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run_report(run, out=out, follow=True)["finished"]
     assert seen == [True, True]
     assert "small: finished" in (out / "report.html").read_text()
+
+
+def test_following_a_run_that_was_stopped_ends_after_a_minute_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out, pauses = write_run(tmp_path / "run"), tmp_path / "out", []
+    monkeypatch.setattr(report, "_pause", pauses.append)
+    assert not run_report(run, out=out, follow=True)["finished"]
+    assert pauses == [15] * 4
+    assert "small: stopped" in (out / "report.html").read_text()
+
+
+def test_a_failed_run_that_is_resumed_trains(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "failure.json").write_text(json.dumps({"step": 41, "message": "a loss was not finite"}))
+    with sole_writer(run):
+        page = text_of(run_page(run_results(run)))
+    assert "small: training" in page
+    assert "a process trains it" in page
+
+
+def test_a_recovery_is_no_alert(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"kind": "alert", "step": 9, "layer": 1, "level": "recovered", "message": "layer 1 has recovered"}\n'
+        )
+    assert "1 alert about its experts: see below." in summary(run_results(run))
+
+
+def test_a_checkpoint_that_cannot_be_opened_costs_the_samples_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "checkpoints" / "step-00000040").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING, logger="finemoe"):
+        assert run_results(run, samples=2)["samples"] == []
+    assert "the page has no samples" in caplog.text
+
+
+@pytest.mark.parametrize("training", ["[]", '"x"', '{"steps": NaN}', '{"tokens": "many"}'])
+def test_a_damaged_configuration_is_told(tmp_path: Path, training: str) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "config.json").write_text(f'{{"name": "x", "training": {training}}}')
+    if training == "[]":
+        assert run_results(run)["total_steps"] == 0
+        return
+    with pytest.raises(RunError, match=r"config\.json: damaged: .*each checkpoint of the run holds a copy"):
+        run_results(run)
 
 
 def test_a_followed_run_may_begin_a_little_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

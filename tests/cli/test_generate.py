@@ -78,6 +78,7 @@ def test_prompts_from_files_and_stdin(command: Any, run_directory: Path, tmp_pat
     [
         ("p.jsonl", '{"prompt": "a"}\n{"promt": "b"}\n', "line 2: needs"),
         ("p.jsonl", "plain\n", "line 1: not JSON"),
+        ("p.jsonl", "[" * 100_000, "line 1: not JSON: nested too deeply"),
         ("p.txt", "\n \n", "no prompt in it"),
         ("absent.txt", None, "cannot be read"),
     ],
@@ -90,6 +91,7 @@ def test_a_bad_file_is_named(
     result = command("generate", run_directory, "--file", tmp_path / name)
     assert result.exit_code == 2
     assert says in result.stderr
+    assert "Errno" not in result.stderr
 
 
 def test_a_checkpoint_uses_the_tokenizer_of_its_run(command: Any, run_directory: Path) -> None:

@@ -13,13 +13,15 @@ import torch
 from finemoe.analysis.load import history, stages
 from finemoe.analysis.passages import observe, read_passages
 from finemoe.analysis.trace import read_trace, trace_info, write_trace
+from finemoe.charts.run.figures import figures
+from finemoe.charts.run.page import run_page
 from finemoe.checkpoint.doctor.examine import examine
 from finemoe.checkpoint.huggingface.exporting import export_hf
 from finemoe.checkpoint.huggingface.importing import import_hf
 from finemoe.checkpoint.language_model import LanguageModel, open_language_model
 from finemoe.checkpoint.open import load_chat_template, load_model, load_tokenizer, read_model_config
 from finemoe.checkpoint.selection import ExpertSelection, LayerSelection, read_selection, shape_of, write_selection
-from finemoe.cli import show
+from finemoe.cli import runs, show
 from finemoe.core.config import parse
 from finemoe.data import DataConfig, prepare
 from finemoe.evaluation.runner import Answers
@@ -27,6 +29,9 @@ from finemoe.evaluation.task import Generated, Scored
 from finemoe.model.config import Kernels
 from finemoe.runs.calibration import choose
 from finemoe.runs.config import read_config
+from finemoe.runs.listing import list_runs
+from finemoe.runs.report import run_results
+from finemoe.runs.result import Run
 from finemoe.runs.run import resume, train
 from finemoe.studies import compare as compare_module
 from finemoe.studies.fleet import Job, _newest
@@ -64,6 +69,9 @@ def run_subject(corpus: Path, folder: Path) -> Subject:
         "read_config": lambda run: read_config(run / "config.json"),
         "model config": read_model_config,
         "load": lambda run: (stages([run]), history(run)),
+        "page": lambda run: (run_page(results := run_results(run)), figures(results)),
+        "list": lambda run: runs._print_table(run, list_runs(run)),
+        "table": lambda run: Run(run, {}, interrupted=False).metrics,
         "train": lambda run: train(recipe(corpus), out=run, quiet=True),
         "resume finished": lambda run: resume(run, quiet=True),
         "resume": _resume_unfinished,

@@ -14,6 +14,7 @@ from finemoe.core.files import plain_words
 from finemoe.core.logs import JsonLines
 from finemoe.evaluation.runner import Answers
 from finemoe.evaluation.task import Scored
+from finemoe.runs.directory import cut_metrics
 from finemoe.runs.run import resume, train
 from finemoe.training.directory import read_metrics, read_summary
 from runs.tiny_runs import checkpoints, newest_state, recipe, steps
@@ -49,6 +50,23 @@ def test_a_bad_line_of_the_metrics_is_left_out_and_kept_aside(
     assert (copied / "metrics.damaged.jsonl").read_bytes() == before
     assert newest_state(copied)[1] == newest_state(unbroken)[1]
     assert steps(copied) == [record for record in steps(unbroken) if record["step"] != 2]
+
+
+def test_a_kill_while_damaged_metrics_are_set_aside_loses_none_of_them(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (copied / "metrics.jsonl").open("ab") as file:
+        file.write(b"x\n")
+    before = (copied / "metrics.jsonl").read_bytes()
+
+    def killed(path: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finemoe.runs.directory.write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cut_metrics(copied, 6)
+    assert (copied / "metrics.jsonl").read_bytes() == before
+    assert (copied / "metrics.damaged.jsonl").read_bytes() == before
 
 
 def test_a_run_without_metrics_is_finished_all_the_same(copied: Path) -> None:

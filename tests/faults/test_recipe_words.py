@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from finemoe.core.config import read_toml, with_overrides
+from finemoe.core.config import read_tables, read_toml, with_overrides
 from finemoe.core.config_words import ELSEWHERE
 from finemoe.core.errors import ConfigError, FinemoeError
 from finemoe.model.config import ModelRecipe
@@ -161,6 +161,18 @@ def test_a_folder_a_link_to_itself_and_another_encoding_are_no_recipes(tmp_path:
         with pytest.raises(ConfigError) as caught:
             read_toml(path)
         assert not _RAW.search(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"\xe9", b'{"seed": ' + b"9" * 5000 + b"}", b"[" * 100_000, b'{"name": "\\ud800"}']
+)
+def test_a_recipe_in_json_that_cannot_be_read_is_told_in_words(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "recipe.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match="not a readable JSON file: ") as caught:
+        read_tables(path)
+    assert not _RAW.search(str(caught.value))
+    assert "limit" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", ".x", "-x", "", "a\0b", "a\nb", "x" * 200, "a\\b"])

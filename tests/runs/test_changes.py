@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +138,43 @@ def test_an_arm_of_a_comparison_stays_as_long_as_the_others(corpus: Path, tmp_pa
     out = train(recipe(corpus, "dense"), out=tmp_path / "arms" / "dense" / "seed-0", quiet=True).directory
     with pytest.raises(RunError, match="belongs to the comparison"):
         resume(out, overrides=["training.steps=8"], quiet=True)
+
+
+def test_what_cannot_go_on_is_found_before_anything_is_changed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = train(recipe(corpus, "dense"), out=tmp_path / "run", quiet=True).directory
+    before = snapshot(out)
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ConfigError, match="trackio is not installed"):
+        resume(out, overrides=["training.steps=8", "training.trackers=['trackio']"], quiet=True)
+    assert snapshot(out) == before
+
+
+def test_a_change_that_was_asked_for_is_no_surprise_after_a_kill(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = train(recipe(corpus, "dense"), out=tmp_path / "run", quiet=True).directory
+    with monkeypatch.context() as patched:
+        patched.setattr("finemoe.runs.run._run", lambda *given: None)  # killed before its first new checkpoint
+        resume(out, overrides=["training.steps=8"], quiet=True)
+    with caplog.at_level(logging.WARNING, logger="finemoe"):
+        assert resume(out, quiet=True).summary["steps"] == 8
+    assert "no longer the run that began here" not in caplog.text
+
+
+def test_of_two_that_change_a_run_at_once_the_second_is_told(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = train(recipe(corpus, "dense"), out=tmp_path / "run", quiet=True).directory
+
+    @contextmanager
+    def after_another(directory: Path) -> Iterator[None]:
+        monkeypatch.undo()
+        resume(directory, overrides=["training.steps=8"], quiet=True)
+        yield
+
+    monkeypatch.setattr("finemoe.runs.run.sole_writer", after_another)
+    with pytest.raises(RunError, match="another process has changed the run meanwhile"):
+        resume(out, overrides=["training.steps=10"], quiet=True)
+    assert json.loads((out / "summary.json").read_text())["steps"] == 8

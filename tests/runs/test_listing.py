@@ -10,6 +10,7 @@ import pytest
 
 from finemoe.core.errors import RunError
 from finemoe.core.files import sole_writer
+from finemoe.runs import listing
 from finemoe.runs.listing import RunInfo, list_runs, look_at
 from finemoe.runs.run import train
 from runs.tiny_runs import recipe
@@ -117,3 +118,19 @@ def test_folders_within_folders_and_what_is_no_run(tmp_path: Path) -> None:
     assert [one.path.name for one in found] == ["deep"]
     with pytest.raises(RunError, match="no such folder"):
         list_runs(tmp_path / "nothing")
+
+
+def test_a_folder_that_may_not_be_looked_into_hides_none_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        make(tmp_path / "runs" / name, metrics=lines(STEP))
+    look = listing.describe
+
+    def refused(path: Path) -> RunInfo | None:
+        if path.name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(listing, "describe", refused)
+    assert [one.path.name for one in list_runs(tmp_path / "runs")] == ["a", "c"]

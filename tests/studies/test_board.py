@@ -14,7 +14,7 @@ from rich.console import Console
 
 from finemoe.runs.config import resolve_run
 from finemoe.studies import fleet
-from finemoe.studies.fleet import Job, _Board, _newest
+from finemoe.studies.fleet import Job, _Board, _newest, ended
 from runs.tiny_runs import recipe
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -82,3 +82,9 @@ def test_the_newest_of_a_file_whose_last_line_is_torn(corpus: Path, tmp_path: Pa
         file.write('{"kind": "step", "st')
     found = _newest(job)
     assert (found["step"], found["loss"], found["validation_loss"]) == (3, 4.5, 5.25)
+
+
+def test_a_process_without_a_word_is_spoken_for() -> None:
+    assert "memory" in ended(-9)
+    assert ended(-15) == "was ended by signal 15"
+    assert ended(3) == "ended with exit status 3"

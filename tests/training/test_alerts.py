@@ -6,6 +6,7 @@ import logging
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,9 +142,36 @@ def test_replaying_records_is_having_seen_them():
     assert said
     for cut in (1, 79, 80, 143, 399):
         again = Watch({3: layer()}, 400)
-        again.replay([*steps[:cut], {"kind": "validation", "step": cut, "load": {"3": COLLAPSED}}])
+        alerts = [alert.to_record() for alert in said if alert.step <= cut]
+        again.replay([*steps[:cut], *alerts, {"kind": "validation", "step": cut, "load": {"3": COLLAPSED}}])
         rest = [a for record in steps[cut:] for a in again.after(record["step"], {3: record["load"]["3"]})]
         assert rest == [alert for alert in said if alert.step > cut]
+
+
+def test_a_step_that_was_passed_over_ends_a_window_when_it_is_replayed_too():
+    straight, again = Watch({3: layer()}, 400), Watch({3: layer()}, 400)
+    records: list[dict[str, Any]] = [
+        {"kind": "step", "step": step, "load": {"3": EVEN if step <= 60 else HALF}} for step in range(1, 101)
+    ]
+    records[79] = {"kind": "skipped", "step": 80}  # the end of a window
+    loads = [{int(number): load for number, load in one.get("load", {}).items()} for one in records]
+    said = [alert for step, load in enumerate(loads, start=1) for alert in straight.after(step, load)]
+    assert [alert.step for alert in said] == [100]
+    again.replay(records[:85])
+    assert [alert for step in range(86, 101) for alert in again.after(step, loads[step - 1])] == said
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"), [(["uneven"], []), ([], ["uneven"]), (["uneven", "recovered"], ["uneven"])]
+)
+def test_a_run_of_another_length_says_what_has_not_been_said_and_nothing_twice(levels: list[str], said: list[str]):
+    """Its windows are longer now, so that what they would have said is not what was."""
+    steps = [{"kind": "step", "step": step, "load": {"3": HALF}} for step in range(1, 201)]
+    alerts = [{"kind": "alert", "step": 60 + n, "layer": 3, "level": level} for n, level in enumerate(levels)]
+    longer = Watch({3: layer()}, 800)
+    longer.replay([*steps, *alerts])
+    found = [alert for step in range(201, 321) for alert in longer.after(step, {3: HALF})]
+    assert [alert.level for alert in found] == said
 
 
 def collapsing(corpus: Path) -> dict[str, object]:

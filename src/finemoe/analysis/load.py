@@ -268,7 +268,8 @@ def _knobs(opened: LanguageModel) -> Knobs | None:
         return None
     try:
         config = decode_json((run / "config.json").read_bytes())
-        return Knobs(float(config["optimizer"]["learning_rate"]), (config.get("balancing") or {}).get("rate"))
+        rate = (config.get("balancing") or {}).get("rate")
+        return Knobs(float(config["optimizer"]["learning_rate"]), None if rate is None else float(rate))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -294,7 +295,7 @@ def _point(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "step": record["step"],
         "tokens": record["tokens"],
-        "validation_loss": record["validation_loss"],
+        "validation_loss": record.get("validation_loss"),
         "max_vio": mean([layer["max_vio"] for layer in layers.values()]),
         "layers": layers,
     }

@@ -162,7 +162,9 @@ def _read_file(name: str) -> list[str]:
     try:
         text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--file {name}: cannot be read: {error}") from error
+        found = error.strerror if isinstance(error, OSError) else None
+        reason = found.lower() if found else "it is not UTF-8 text; save it as such"
+        raise DataError(f"--file {name}: cannot be read: {reason}") from error
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     blank = text.rstrip("\n").count("\n") + 1 - len(numbered) if text.strip() else 0
     if blank:
@@ -179,8 +181,9 @@ def _prompt_of(line: str, source: str) -> str:
 
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{source}: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise DataError(f"{source}: not JSON: {reason}") from error
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):
         raise DataError(f'{source}: needs {{"prompt": "text"}}')

@@ -34,7 +34,7 @@ def show(
 
     With --out, a page of one run that works offline: loss, balance and load of its experts,
     alerts, speed, a few texts it writes, configuration. With --follow the page is written every
-    15 seconds until the run ends, and a browser that has it open shows the newest by itself.
+    15 seconds until the run ends or is stopped; a browser that has it open shows the newest.
 
     MaxVio is (largest load - mean load) / mean load of an MoE layer's experts over the validation
     text: 0 is even. A run that is not finished shows how far it came and what it measured last.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from finemoe.core.config_words import models_in as models_in
 from finemoe.core.contents import explain
 from finemoe.core.encodings import decode_text
 from finemoe.core.errors import ConfigError
-from finemoe.core.reading import reason_of
+from finemoe.core.reading import decode_json, reason_of
 
 _MOST_DEPTH = 40  # of tables; real recipes have six
 _MOST_TAG = 60
@@ -90,7 +91,7 @@ def _check_size(data: Any, name: str = "", depth: int = 0) -> None:
     """Refuse what no recipe holds and no computer counts with.
 
     Raises:
-        ValueError: a whole number beyond 64 bits, or tables in tables in tables.
+        ValueError: a whole number beyond 64 bits, text that no file can hold, or tables in tables in tables.
     """
     if depth > _MOST_DEPTH:
         raise ValueError(f"`{name[:40]} ...` is nested too deeply")
@@ -102,6 +103,10 @@ def _check_size(data: Any, name: str = "", depth: int = 0) -> None:
             _check_size(value, name, depth + 1)
     elif isinstance(data, int) and data.bit_length() > 63:
         raise ValueError(f"`{name}` must be below 2^63{shown(data)}")
+    elif isinstance(data, str) and not data.isascii() and any("\ud800" <= char <= "\udfff" for char in data):
+        raise ValueError(
+            f"`{name}` is not UTF-8{shown(data)}: rename the file, or write ? in a pattern for what is not"
+        )
 
 
 def _folded(lines: Sequence[str]) -> list[str]:
@@ -159,14 +164,14 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(_no_recipe(Path(path))) from error
     except OSError as error:
-        raise ConfigError(f"{path}: not a readable TOML file: {_toml_reason(error)}") from error
+        raise ConfigError(f"{path}: not a readable TOML file: {_unreadable(error)}") from error
     try:
         return tomllib.loads(decode_text(data))
     except (ValueError, RecursionError) as error:
         held = explain(data, frozenset())
         if held is not None:
             raise ConfigError(f"{path}: a recipe is TOML, but this {held}") from error
-        raise ConfigError(f"{path}: not a readable TOML file: {_toml_reason(error)}") from error
+        raise ConfigError(f"{path}: not a readable TOML file: {_unreadable(error)}") from error
 
 
 def _no_recipe(path: Path) -> str:
@@ -178,7 +183,7 @@ def _no_recipe(path: Path) -> str:
     return f"{path}: no such recipe{did_you_mean(path.name, beside)}"
 
 
-def _toml_reason(error: Exception) -> str:
+def _unreadable(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError | OSError | RecursionError):
         return reason_of(error).removeprefix("damaged: ")
     return "a number in it has too many digits" if "digits" in str(error) else str(error)
@@ -193,11 +198,11 @@ def read_tables(path: str | os.PathLike[str]) -> dict[str, Any]:
     if Path(path).suffix.lower() != ".json":
         return read_toml(path)
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        found = decode_json(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8))
     except FileNotFoundError as error:
         raise ConfigError(_no_recipe(Path(path))) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a readable JSON file: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable JSON file: {_unreadable(error)}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: must hold a JSON object, not {type(found).__name__}")
     return found
@@ -244,7 +249,7 @@ def _toml_value(text: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--set ...={text[:_MOST_TAG]} ...: {_toml_reason(error)}") from error
+        raise ConfigError(f"--set ...={text[:_MOST_TAG]} ...: {_unreadable(error)}") from error
 
 
 def to_json(config: BaseModel) -> str:

@@ -103,3 +103,8 @@ def likely_encoding(data: bytes) -> str | None:
         if share > most and (name in _LATIN or len(foreign) > plain):
             best, most = name, share
     return best
+
+
+def in_utf8(name: str) -> str:
+    """A name from the disk as text that a file can hold: what is no UTF-8 in it is spelt out, as `\\udce9`."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias
 from pydantic import Field, model_validator
 
 from finemoe.core.config import Config, union_of
+from finemoe.core.encodings import in_utf8
 from finemoe.core.errors import DataError
 from finemoe.data.documents.document import Document, SkipReport, falls_within, hash_order, unique
 from finemoe.data.documents.fields import EncodingName, TemplateText, TextFields, require_one_way
@@ -116,7 +117,7 @@ class FilesCorpus(Config):
         found: dict[Path, tuple[str, Path, bool]] = {}
         for pattern in patterns:
             for path, name, named in _find(pattern):
-                known, first, before = found.get(path.resolve(), (name, path, False))
+                known, first, before = found.get(path.resolve(), (in_utf8(name), path, False))
                 found[path.resolve()] = known, first, named or before
         empty = True
         for _, (name, path, named) in sorted(found.items(), key=lambda item: (item[1][0], item[0])):

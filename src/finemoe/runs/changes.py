@@ -95,7 +95,7 @@ def write_changes(directory: Path, old: RunConfig, new: RunConfig, done: int) ->
     Raises:
         RunError: the folder cannot be written.
     """
-    kept = directory / f"config-{done:08d}.json"
+    kept = _kept(directory, done)
     if done and not kept.exists():
         write_text(kept, to_json(old))
     try:
@@ -104,6 +104,15 @@ def write_changes(directory: Path, old: RunConfig, new: RunConfig, done: int) ->
     except OSError as error:
         raise storage_error(directory, error) from error
     write_text(directory / "config.json", to_json(new))
+
+
+def was_changed(directory: Path, done: int) -> bool:
+    """Whether the run was told to go on otherwise after `done` steps, and the checkpoint of that step is older."""
+    return _kept(directory, done).exists()
+
+
+def _kept(directory: Path, done: int) -> Path:
+    return directory / f"config-{done:08d}.json"
 
 
 def say_length(old: RunConfig, new: RunConfig, done: int) -> None:

@@ -10,7 +10,7 @@ from finemoe.checkpoint.open import text_home
 from finemoe.core.config import to_json
 from finemoe.core.environment import environment
 from finemoe.core.errors import RunError
-from finemoe.core.files import storage_error, write_text
+from finemoe.core.files import replacing, storage_error, write_text
 from finemoe.core.logs import logger
 from finemoe.data.batch import Batch
 from finemoe.runs.config import RunConfig, read_config
@@ -67,9 +67,8 @@ def cut_metrics(directory: Path, step: int) -> None:
     damaged: list[int] = []
     records = [record for record in read_metrics(directory, damaged.append) if record["step"] <= step]
     if damaged:
-        try:
-            path.replace(path.with_suffix(".damaged.jsonl"))
-        except OSError as error:
-            raise storage_error(path, error) from error
-        logger.warning("the file as it was is kept as %s", path.with_suffix(".damaged.jsonl"))
+        aside = path.with_suffix(".damaged.jsonl")
+        with replacing(aside) as copy:  # a copy: after a kill the file itself is still there
+            shutil.copyfile(path, copy)
+        logger.warning("the file as it was is kept as %s", aside)
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

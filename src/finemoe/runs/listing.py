@@ -7,7 +7,6 @@ damaged leaves a figure out; it never hides a run.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from finemoe.checkpoint.kinds import COMPARISON, is_imported
 from finemoe.core.errors import RunError
 from finemoe.core.locks import is_held
+from finemoe.core.reading import decode_json
 
 State = Literal["finished", "running", "stopped", "failed"]
 _TAIL_BYTES = 1 << 20
@@ -67,15 +67,20 @@ def list_runs(folder: str | os.PathLike[str] = "runs") -> list[RunInfo]:
 
 
 def _within(folder: Path, depth: int) -> Iterator[RunInfo]:
-    with contextlib.suppress(PermissionError):
-        for path in sorted(folder.iterdir()):
-            if not path.is_dir() or path.name.startswith("."):
+    try:
+        inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError:
+        return
+    for path in inside:
+        found = None
+        with contextlib.suppress(OSError):  # a folder that may not be looked into hides none of the others
+            if not path.is_dir():
                 continue
             found = describe(path)
-            if found is not None:
-                yield found
-            elif depth > 1:
-                yield from _within(path, depth - 1)
+        if found is not None:
+            yield found
+        elif depth > 1:
+            yield from _within(path, depth - 1)
 
 
 def describe(path: Path) -> RunInfo | None:
@@ -168,8 +173,8 @@ def newest_records(metrics: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except OSError:
         return {}, {}
     for line in reversed(lines):
-        with contextlib.suppress(ValueError, RecursionError):  # the first is cut, the last may be torn
-            record = json.loads(line)
+        with contextlib.suppress(ValueError):  # the first is cut, the last may be torn
+            record = decode_json(line)
             if isinstance(record, dict):
                 kind = "step" if record.get("kind") == "skipped" else str(record.get("kind"))
                 found.setdefault(kind, record)
@@ -213,8 +218,8 @@ def _measured(record: Mapping[str, Any], prefix: str = "") -> float | None:
 
 def _object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError):
+        found = decode_json(path.read_bytes())
         if isinstance(found, dict):
             return found
     return {}

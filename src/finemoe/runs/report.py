@@ -10,7 +10,10 @@ from typing import Any
 
 from finemoe.charts.report import require_report_folder, write_report
 from finemoe.core.environment import environment
+from finemoe.core.errors import FinemoeError
+from finemoe.core.locks import is_held
 from finemoe.core.logs import logger
+from finemoe.core.reading import damage_of, read_object
 from finemoe.training.directory import read_if_there, read_metrics, read_summary, require_run
 
 MOST_POINTS = 400
@@ -19,7 +22,7 @@ REFRESH = 15
 """Seconds between two pages of a run that trains."""
 _AVERAGED = ("loss", "tokens_per_second", "gradient_norm")
 _SAMPLE_TOKENS = 80
-_PATIENCE = 60  # seconds: a run reads its corpus, and may learn a tokenizer, before it has a directory
+_PATIENCE = 60  # seconds without a run: it reads its corpus before it has a directory, and one is resumed in a while
 
 
 def run_results(directory: Path, *, refresh: int | None = None, samples: int = 0) -> dict[str, Any]:
@@ -34,15 +37,15 @@ def run_results(directory: Path, *, refresh: int | None = None, samples: int = 0
         RunError: not a run directory, or one that cannot be read.
     """
     require_run(directory)
-    config = read_if_there(directory / "config.json") or {}
+    config = _config(directory / "config.json")
     metrics = directory / "metrics.jsonl"
     records = read_metrics(directory) if metrics.exists() else []
     of = {kind: [one for one in records if one.get("kind") == kind] for kind in ("step", "validation", "alert")}
     summary = read_summary(directory)
-    training = config.get("training") or {}
     each = -(-len(of["step"]) // MOST_POINTS) or 1
     load, load_of = _load(of["validation"], of["step"])
     drawn, sampled_at = _samples(directory, samples)
+    running = is_held(directory / ".lock")
     data = read_if_there(directory / "data.json") or {}
     return {
         "kind": "run",
@@ -52,8 +55,9 @@ def run_results(directory: Path, *, refresh: int | None = None, samples: int = 0
         "name": str(config.get("name") or directory.name),
         "finished": summary is not None,
         "summary": summary,
-        "failure": _failure(directory, of["step"]) if summary is None else None,
-        "total_steps": _total_steps(training),
+        "running": running,
+        "failure": _failure(directory, of["step"]) if summary is None and not running else None,
+        "total_steps": _total_steps(config.get("training") or {}),
         "steps_per_point": each,
         "steps": thinned(of["step"], each),
         "validations": [{key: value for key, value in one.items() if key != "load"} for one in of["validation"]],
@@ -82,7 +86,8 @@ def run_report(
     Args:
         directory: of a run that trains, was interrupted or is finished.
         out: made where it does not exist; an earlier page of a run is written over.
-        follow: write it again every `every` seconds until the run is finished or has failed; Ctrl-C ends it sooner.
+        follow: write it again every `every` seconds until the run is finished, has failed, or was stopped and nothing
+            is at work there for a minute; Ctrl-C ends it sooner.
         samples: how many texts the newest checkpoint writes, once the run does not train any more.
         every: seconds.
 
@@ -102,10 +107,12 @@ def run_report(
     require_run(run)
     folder = require_report_folder(out, "run")
     assert folder is not None
+    still = 0
     try:
         while follow:
             results = run_results(run, refresh=every)
-            if results["finished"] or results["failure"]:
+            still = 0 if results["running"] else still + every
+            if results["finished"] or results["failure"] or still > _PATIENCE:
                 break
             _write(folder, results, drawn=False)
             _pause(every)
@@ -121,13 +128,17 @@ def thinned(steps: Sequence[Mapping[str, Any]], each: int) -> list[dict[str, Any
     points = []
     for start in range(0, len(steps), each):
         group = steps[start : start + each]
-        means = {key: sum(one[key] for one in group) / len(group) for key in _AVERAGED if all(key in o for o in group)}
+        means = {
+            key: sum(one[key] for one in group) / len(group)
+            for key in _AVERAGED
+            if all(one.get(key) is not None for one in group)
+        }
         point = {**group[-1], **means}
         layers = point.get("max_vio_per_layer")
         if layers:
-            point["max_vio_per_layer"] = {
-                layer: sum(one["max_vio_per_layer"][layer] for one in group) / len(group) for layer in layers
-            }
+            known = [one["max_vio_per_layer"] for one in group if "max_vio_per_layer" in one]
+            found = {layer: [one[layer] for one in known if layer in one] for layer in layers}
+            point["max_vio_per_layer"] = {layer: sum(values) / len(values) for layer, values in found.items()}
         kept = ("step", "tokens", "seconds", "learning_rate", "max_vio_per_layer", *_AVERAGED)
         points.append({key: point[key] for key in kept if key in point})
     return points
@@ -144,10 +155,24 @@ def _pause(seconds: float) -> None:
     time.sleep(seconds)
 
 
+def _config(path: Path) -> dict[str, Any]:
+    """config.json of a run, of which the page needs the length.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    mend = "put it back: each checkpoint of the run holds a copy"
+    found = read_object(path, mend)
+    with damage_of(path, mend):
+        _total_steps(found.get("training") or {})
+    return found
+
+
 def _failure(run: Path, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What stopped the run; nothing where it was resumed since and got beyond that step."""
     failure = read_if_there(run / "failure.json")
-    beyond = failure is not None and steps and steps[-1]["step"] >= failure.get("step", 0)
+    at = failure.get("step") if failure is not None else None
+    beyond = isinstance(at, int) and steps and steps[-1]["step"] >= at
     return None if beyond else failure
 
 
@@ -168,20 +193,24 @@ def _load(
 
 
 def _samples(directory: Path, number: int) -> tuple[list[str], int | None]:
-    """A few texts of the newest checkpoint; none where there is none yet."""
-    from finemoe.checkpoint.run_state.state import checkpoint_folders
+    """A few texts of the newest undamaged checkpoint; none where there is none yet, or where it cannot be opened."""
+    from finemoe.checkpoint.run_state.state import checkpoint_folders, newest_checkpoint
 
-    folders = checkpoint_folders(directory / "checkpoints")
-    if not number or not folders:
+    if not number or not checkpoint_folders(directory / "checkpoints"):
         return [], None
     from finemoe.checkpoint.language_model import open_language_model
     from finemoe.generation import Engine, SamplingConfig
 
-    opened = open_language_model(directory)
+    try:
+        folder = newest_checkpoint(directory)
+        opened = open_language_model(folder)
+    except FinemoeError as error:
+        logger.warning("the page has no samples: %s", error)
+        return [], None
     tokenizer = opened.tokenizer
     engine = Engine(opened.model, end_of_text_id=tokenizer.end_of_text_id, vocab_size=tokenizer.vocab_size)
     texts = []
     for seed in range(number):
         sampling = SamplingConfig(temperature=0.8, top_p=0.95, max_new_tokens=_SAMPLE_TOKENS, seed=seed)
         texts.append(tokenizer.decode(engine.generate([(opened.first_id,)], sampling)[0].text_ids))
-    return texts, int(folders[0].name.rpartition("-")[2])
+    return texts, int(folder.name.rpartition("-")[2])

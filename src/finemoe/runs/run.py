@@ -31,7 +31,7 @@ from finemoe.model.initialize import initialize
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
 from finemoe.runs.calibration import Chosen
-from finemoe.runs.changes import say_length, with_changes, write_changes
+from finemoe.runs.changes import say_length, was_changed, with_changes, write_changes
 from finemoe.runs.config import RunConfig, read_config, read_recipe, resolve_run
 from finemoe.runs.directory import cut_metrics, describe, require_free
 from finemoe.runs.kernels import kernels_for
@@ -39,7 +39,7 @@ from finemoe.runs.observers import Evaluate, Log, Show, Warn
 from finemoe.runs.result import Run
 from finemoe.runs.saving import Save, restore
 from finemoe.runs.start import build_method, check_memory, check_start, default_directory, resolve_device
-from finemoe.runs.trackers import open_tracker
+from finemoe.runs.trackers import open_tracker, require_tracker
 from finemoe.training.alerts import Knobs, Watch, routed_layers
 from finemoe.training.balancing import has_selection_bias
 from finemoe.training.directory import read_metrics, require_run, summary_if_whole
@@ -105,7 +105,11 @@ def resume(directory: str | os.PathLike[str], *, overrides: Sequence[str] = (), 
         return Run(directory, summary, interrupted=False)
     config = with_changes(directory, before, overrides) if overrides else before
     check_memory(config)
+    for name in config.training.trackers:  # before anything is changed
+        require_tracker(name)
     with sole_writer(directory):
+        if read_config(directory / "config.json") != before:
+            raise RunError(f"{directory}: another process has changed the run meanwhile; give the same command again")
         return _resume(directory, before, config, quiet)
 
 
@@ -149,7 +153,7 @@ def _newest(directory: Path, config: RunConfig) -> RunState | None:
     if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
         return None
     saved = load_latest(checkpoints)
-    _compare_configurations(directory, config, _config_of(saved, checkpoints))
+    _compare_configurations(directory, config, _config_of(saved, checkpoints), saved.state["step"])
     return saved
 
 
@@ -164,12 +168,12 @@ def _config_of(saved: RunState, checkpoints: Path) -> RunConfig:
         return parse(RunConfig, dict(raw), f"{checkpoints}: config.json of the newest checkpoint")
 
 
-def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig) -> None:
-    """An edited config.json: another model or corpus is refused, anything else is said."""
+def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig, step: int) -> None:
+    """An edited config.json: another model or corpus is refused, anything else is said, unless `--set` asked for it."""
     changed = [name for name in RunConfig.model_fields if getattr(config, name) != getattr(saved, name)]
     if {"model", "data", "seed", "method"} & set(changed) or config.optimizer.kind != saved.optimizer.kind:
         raise RunError(f"{directory}/config.json: {', '.join(changed)} differ from the checkpoint's; put them back")
-    if changed:
+    if changed and not was_changed(directory, step):
         logger.warning("%s differ from the checkpoint's: this is no longer the run that began here", ", ".join(changed))
 
 

@@ -23,6 +23,8 @@ _NAME = re.compile(
     r"[^\W_][^/\\\x00-\x1f\x7f]{0,99}"
 )  # its first sign is a letter or a digit: no option, nothing hidden
 
+_MOST_BYTES = 220  # of a folder's name most systems hold 255, and the date is part of it
+
 
 def default_directory(name: str) -> Path:
     """A new folder in runs/ for what a recipe calls itself.
@@ -30,10 +32,10 @@ def default_directory(name: str) -> Path:
     Raises:
         ConfigError: that could lead out of runs/, or is no name for a folder.
     """
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or len(os.fsencode(name)) > _MOST_BYTES:
         raise ConfigError(
-            f"`name` {name[:60]!r} becomes a folder in runs/, so it must begin with a letter or digit, hold no "
-            "slash and be of at most 100 characters: change it, or say where to write with --out"
+            f"`name` {name[:60]!r} becomes a folder in runs/, so it must begin with a letter or digit, hold no slash, "
+            f"and be of at most 100 characters or {_MOST_BYTES} bytes: change it, or say where to write with --out"
         )
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 

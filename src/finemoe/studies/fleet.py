@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -135,9 +136,16 @@ def _conclude(one: _Active, outcome: Outcome, board: _Board) -> None:
         outcome.interrupted = True
     else:
         lines = one.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        said = lines[-1] if status == FAILED and lines else f"ended with exit status {status}"
+        said = lines[-1] if status == FAILED and lines else ended(status)
         outcome.failures[one.job.name] = f"{said} (log: {one.log})"
         logger.error("%s failed: %s", one.job.name, outcome.failures[one.job.name])
+
+
+def ended(status: int) -> str:
+    """What to say of a process that left no word of its own."""
+    if status == -signal.SIGKILL:
+        return "was killed, as processes are when memory runs out; fewer `parallel_runs` need less"
+    return f"was ended by signal {-status}" if status < 0 else f"ended with exit status {status}"
 
 
 class _Board:

@@ -22,6 +22,7 @@ from finemoe.runs.start import resolve_device
 from finemoe.studies.arms import SizedArm
 from finemoe.studies.config import CompareConfig
 from finemoe.studies.statistics import CONFIDENCE, interval, paired
+from finemoe.studies.study import final_loss
 from finemoe.studies.tables import comparison_csv
 from finemoe.text import Tokenizer
 from finemoe.training.directory import SUMMARY, read_metrics, read_summary
@@ -167,8 +168,7 @@ def _tuning(directory: Path, config: CompareConfig, arms: Mapping[str, SizedArm]
     trials = {}
     for name in arms:
         paths = {rate: directory / "tuning" / arms[name].folder / f"lr-{rate}" for rate in config.tuning.learning_rates}
-        summaries = {rate: read_summary(path) for rate, path in paths.items()}
-        trials[name] = {f"{rate:g}": one and one["final_validation_loss"] for rate, one in summaries.items()}
+        trials[name] = {f"{rate:g}": final_loss(path) for rate, path in paths.items()}
     return {"tokens": config.tuning.tokens, "validation_loss": trials}
 
 

@@ -12,14 +12,14 @@ from finemoe.checkpoint.kinds import COMPARISON
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.files import storage_error
-from finemoe.core.reading import read_object
+from finemoe.core.reading import damage_of, read_object, require_numbers
 from finemoe.model.size import measure
 from finemoe.runs.config import RunConfig
 from finemoe.runs.start import check_start, checkpoint_bytes
 from finemoe.studies.arms import SizedArm
 from finemoe.studies.config import CompareConfig
 from finemoe.studies.fleet import Job, Outcome, run_fleet
-from finemoe.training.directory import read_if_there, read_summary
+from finemoe.training.directory import SUMMARY, read_if_there, read_summary
 
 _CALIBRATION_STEPS = 10
 _TUNING_SEED = 1000  # far from the seeds of the comparison: a rate must not be chosen on the run it is judged by
@@ -50,7 +50,9 @@ class Study:
             for name in self.arms:
                 self._steps(name)
         largest = max((self._job("", name, 0, 1, 1.0).config for name in self.arms), key=checkpoint_bytes)
-        check_start(largest, self.directory, len(self.arms) * len(self.config.seeds), self.parallel)
+        homes = [self.directory / "arms" / folder / f"seed-{seed}" for folder in folders for seed in self.config.seeds]
+        missing = sum(not (home / SUMMARY).exists() for home in homes)  # the others have their checkpoints
+        check_start(largest, self.directory, missing, min(self.parallel, missing))
 
     def example(self) -> RunConfig:
         """The configuration of one run, for what all runs share."""
@@ -120,8 +122,8 @@ class Study:
         """Validation loss by learning rate of the finished trials of an arm; a failed trial is absent."""
         if self.config.tuning is None:
             return {}
-        found = {rate: read_summary(self._trial(name, rate)) for rate in self.config.tuning.learning_rates}
-        return {rate: summary["final_validation_loss"] for rate, summary in found.items() if summary}
+        found = {rate: final_loss(self._trial(name, rate)) for rate in self.config.tuning.learning_rates}
+        return {rate: loss for rate, loss in found.items() if loss is not None}
 
     def _trial(self, name: str, rate: float) -> Path:
         return self.directory / "tuning" / self.arms[name].folder / f"lr-{rate}"
@@ -190,6 +192,20 @@ class Study:
         }
         run = parse(RunConfig, tables, f"arm `{name}`")
         return Job(path.removeprefix("arms/"), run, self.directory / path)
+
+
+def final_loss(run: Path) -> float | None:
+    """Validation loss at the end of a run; None where it is not finished.
+
+    Raises:
+        RunError: its summary is damaged.
+    """
+    summary = read_summary(run)
+    if summary is None:
+        return None
+    with damage_of(run / SUMMARY, "remove it, and the same command writes it again"):
+        require_numbers(summary, ("final_validation_loss",))
+    return float(summary["final_validation_loss"])
 
 
 def read_study(directory: Path) -> CompareConfig:

@@ -210,11 +210,19 @@ class Watch:
         return [alert for alert in found if alert is not None]
 
     def replay(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Come to the state after the step records of a run that goes on, without saying anything again."""
-        for record in records:
-            if record["kind"] == "step" and "load" in record:
-                load = {int(number): one for number, one in record["load"].items()}
-                self.after(record["step"], {number: one for number, one in load.items() if self._fits(number, one)})
+        """Come to the state after the records of a run that goes on, without saying anything again.
+
+        What was said is what its alerts say: a run that became longer, or lost a line, has other windows now. A step
+        without a record, or one that was passed over, ends a window all the same.
+        """
+        loads = {one["step"]: one["load"] for one in records if one["kind"] == "step" and "load" in one}
+        done = max((one["step"] for one in records if one["kind"] in ("step", "skipped")), default=0)
+        for step in range(1, done + 1):
+            load = {int(number): one for number, one in loads.get(step, {}).items()}
+            self.after(step, {number: one for number, one in load.items() if self._fits(number, one)})
+        words = {RECOVERED_WORD: 0} | {word: level for level, (_, word) in enumerate(LEVELS, start=1)}
+        said = [(one["layer"], words.get(one["level"], 0)) for one in records if one["kind"] == "alert"]
+        self._said = {number: level for number, level in said if number in self._layers}
 
     def _fits(self, number: int, load: Sequence[int]) -> bool:
         """A file may be damaged: a load of another layer would be added up with this one's."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,16 @@ _NUMBERS = {
     "checkpoint": ("stall_seconds",),
 }
 """By kind of record: what readers count with, besides its step."""
-_IF_THERE = ("max_vio", "dead_experts", "processor_seconds", "validation_loss", "bits_per_byte")
+_IF_THERE = (
+    "max_vio", "dead_experts", "processor_seconds", "validation_loss", "bits_per_byte", "gradient_norm",
+    "learning_rate",
+)  # fmt: skip
 """What may be missing, and is counted with where it is there."""
+_ALWAYS_FINITE = ("tokens", "seconds", "tokens_per_second", "stall_seconds")
+"""Whatever the loss has come to."""
+_OF_A_STEP = ("step", "skipped", "validation", "alert")
 _MOST_COUNT = 1 << 53
+_LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 
 
 def require_run(directory: Path) -> None:
@@ -116,24 +125,46 @@ def check_record(record: dict[str, Any]) -> None:
         raise ValueError("a record has a kind and a step")
     require_numbers(record, _NUMBERS.get(kind, ()))
     require_numbers(record, tuple(key for key in _IF_THERE if record.get(key) is not None))
+    if any(isinstance(value, int) and abs(value) >= _MOST_COUNT for value in record.values()):
+        raise ValueError("a number in it is larger than anything that is counted")
+    if any(key in record and not math.isfinite(record[key]) for key in _NUMBERS.get(kind, ()) if key in _ALWAYS_FINITE):
+        raise ValueError("tokens and times are finite")
+    if kind in _OF_A_STEP and step == 0:
+        raise ValueError("steps count from 1")
     for key in _PER_LAYER:
         if key in record:
             _check_layers(key, record[key])
-    if kind == "alert" and not all(key in record for key in ("layer", "level", "message")):
+    if kind == "alert":
+        _check_alert(record)
+
+
+def _check_alert(record: dict[str, Any]) -> None:
+    layer, words = record.get("layer"), (record.get("level"), record.get("message"))
+    if type(layer) is not int or layer < 0 or not all(isinstance(one, str) for one in words):
         raise ValueError("an alert has a layer, a level and a message")
 
 
 def _check_layers(key: str, value: Any) -> None:
-    """Figures by layer, or of a layer's experts.
+    """A figure for each layer, or counts of its experts.
+
+    Raises:
+        ValueError: they are none, or a layer has two spellings.
+    """
+    if not isinstance(value, dict) or not all(map(_LAYER.fullmatch, value)):
+        raise ValueError(f"`{key}` must hold figures by layer")
+    for figures in value.values():
+        if key == "load":
+            _check_counts(figures)
+        elif not is_number(figures):
+            raise ValueError(f"`{key}` must hold numbers")
+
+
+def _check_counts(load: Any) -> None:
+    """Assignments of a layer's experts.
 
     Raises:
         ValueError: they are none.
     """
-    if not isinstance(value, dict) or not all(layer.isascii() and layer.isdigit() for layer in value):
-        raise ValueError(f"`{key}` must hold figures by layer")
-    for figures in value.values():
-        each = figures if isinstance(figures, list) and figures else [figures]
-        if not set(map(type, each)) <= {int, float}:  # a long run has many, and this takes no step of Python for each
-            raise ValueError(f"`{key}` must hold numbers")
-        if key == "load" and (figures is not each or not 0 <= min(each) <= max(each) < _MOST_COUNT):
-            raise ValueError("`load` must hold counts of each expert")
+    # A long run has many, and this takes no step of Python for each.
+    if not isinstance(load, list) or set(map(type, load)) != {int} or not 0 <= min(load) <= max(load) < _MOST_COUNT:
+        raise ValueError("`load` must hold counts of each expert")

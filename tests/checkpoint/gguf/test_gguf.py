@@ -215,7 +215,7 @@ def test_an_export_leaves_nothing_when_it_fails(tmp_path: Path, monkeypatch: pyt
         export_gguf(source, out, dtype="F32", quiet=True)
 
 
-@pytest.mark.parametrize("cut", [None, "end", "header", "line"])
+@pytest.mark.parametrize("cut", [None, "end", "header", "line", "damaged line"])
 def test_an_interrupted_export_goes_on_after_what_was_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str | None
 ) -> None:
@@ -243,6 +243,8 @@ def test_an_interrupted_export_goes_on_after_what_was_synced(
         partial.write_bytes(b"x" + partial.read_bytes()[1:])
     elif cut == "line":
         journal.write_text(journal.read_text() + "11 99")
+    elif cut == "damaged line":
+        journal.write_bytes(journal.read_bytes() + b"1\x00 \xff9\n")
     written = 100
     export_gguf(source, out, dtype="F32", quiet=True)
     assert out.read_bytes() == straight.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,29 @@ def test_another_shape_than_the_blocks_give(tmp_path: Path) -> None:
     weights = with_factors(torch.bfloat16, (128, 128))
     with pytest.raises(CheckpointError, match=r"blocks of 8 x 8 have factors: .*instead of"):
         open_source(folder_of(tmp_path / "source", weights, (8, 8)))
+
+
+def test_a_changed_configuration_says_the_blocks_that_are_written(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "source", with_factors(torch.float32, (64, 64)), (64, 64))
+    import_hf(source, tmp_path / "in", quiet=True)
+    config = tmp_path / "in" / "config.json"
+    before = config.read_text()
+    config.write_text(before.replace('"norm_eps": 1e-06', '"norm_eps": 2e-06'))
+    assert config.read_text() != before
+    report = export_hf(tmp_path / "in", tmp_path / "out", quiet=True)
+    assert not report.verbatim_config
+    assert report.fp8_new == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_bytes())
+    assert written["quantization_config"]["weight_block_size"] == [64, 64]
+    found, wanted = load_model(tmp_path / "out").state_dict(), load_model(tmp_path / "in").state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_settings_that_outlived_the_fp8_weights_give_no_blocks(tmp_path: Path) -> None:
+    plain = dequantised(with_factors(torch.float32, (64, 64)), (64, 64))
+    source = folder_of(tmp_path / "source", plain, (64, 64))
+    import_hf(source, tmp_path / "in", quiet=True)
+    export_hf(tmp_path / "in", tmp_path / "out", fp8=True, quiet=True)
+    written = json.loads((tmp_path / "out" / "config.json").read_bytes())
+    assert written["quantization_config"]["weight_block_size"] == [128, 128]
+    assert load_model(tmp_path / "out")

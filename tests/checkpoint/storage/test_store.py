@@ -172,6 +172,32 @@ def test_what_a_power_cut_took_is_written_again(tmp_path: Path, new_store: NewSt
     assert_stored(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ('"start"', '"stbrt"'),
+        ('"tensor":"bias"', '"tensor":"bjas"'),
+        ('"facts"', '"fbcts"'),
+        ('"bytes":28', '"bytes":"28"'),
+        ('"bytes":28', '"bytes":280'),
+    ],
+)
+def test_a_part_whose_line_is_damaged_is_written_again(
+    tmp_path: Path, damage: tuple[str, str], new_store: NewStore
+) -> None:
+    fill(new_store(tmp_path, SPECS), PARTS)
+    journal = tmp_path / ".model.journal"
+    lines = [line.replace(": ", ":") for line in journal.read_text().splitlines(keepends=True)]
+    at = next(i for i, line in enumerate(lines) if '"tensor":"bias"' in line)
+    assert damage[0] in lines[at]
+    lines[at] = lines[at].replace(*damage)
+    journal.write_text("".join([*lines, '{"synced": true}\n']))
+    store = new_store(tmp_path, SPECS)
+    assert fill(store, PARTS) == 1
+    store.finish()
+    assert_stored(tmp_path)
+
+
 @pytest.mark.parametrize("change", ["plan", "file", "size", "journal"])
 def test_another_plan_or_missing_files_begin_again(tmp_path: Path, change: str, new_store: NewStore) -> None:
     fill(new_store(tmp_path, SPECS[:1] if change == "plan" else SPECS), PARTS[:3])

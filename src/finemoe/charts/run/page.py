@@ -21,9 +21,11 @@ def run_page(results: Results) -> str:
     makers = (_state, _loss, _balance, _alerts, _samples, _speed, _set_up)
     sections = [section for make in makers if (section := make(results)) is not None]
     where = state(results)
-    banner, refresh = "", results["refresh"]
-    if where == "training" and refresh:
+    banner, refresh = "", results["refresh"] if where in ("training", "stopped") else None
+    if refresh:
         banner = f"Not finished: this page is written again, and opened again here, every {refresh} seconds."
+    elif where == "training":
+        banner = "Not finished: a process trains it. With --follow the page is written again until it ends."
     elif where != "finished":
         banner = f"Not finished. `finemoe resume {results['directory']}` goes on with it."
     return render_page(
@@ -32,7 +34,7 @@ def run_page(results: Results) -> str:
         subtitle=" · ".join((str(results["date"])[:16].replace("T", " "), str(results["directory"]))),
         banner=banner,
         footer=footer(results.get("finemoe_version")),
-        refresh=refresh if where == "training" else None,
+        refresh=refresh,
     )
 
 

@@ -6,8 +6,10 @@ from finemoe.charts.numbers import Results, count, duration, finite, fixed
 
 
 def state(results: Results) -> str:
-    """`finished`, `failed` or `training`; the last also of a run that was interrupted, which looks the same."""
-    return "finished" if results["finished"] else "failed" if results["failure"] else "training"
+    """`finished`, `failed`, `training` while a process is at work there, or `stopped`."""
+    if results["finished"]:
+        return "finished"
+    return "training" if results["running"] else "failed" if results["failure"] else "stopped"
 
 
 def summary(results: Results) -> list[str]:
@@ -24,12 +26,12 @@ def summary(results: Results) -> list[str]:
             f"Validation loss {fixed(newest.get('validation_loss'))} nats per token at step {newest['step']:,}"
             + ("." if best is newest else f"; the lowest was {fixed(best.get('validation_loss'))} at {best['step']:,}.")
         )
-    if state(results) == "training":
+    if state(results) in ("training", "stopped"):
         left = (total - last["step"]) * last["seconds"] / last["step"]
         lines.append(f"About {duration(left)} of training left at the speed so far.")
     if failure := results["failure"]:
         lines.append(f"It stopped: {failure.get('message')}")
-    alarming = [alert for alert in results["alerts"] if alert.get("level") != "note"]
+    alarming = [alert for alert in results["alerts"] if alert.get("level") != "recovered"]
     said = "1 alert" if len(alarming) == 1 else f"{len(alarming)} alerts"
     lines.append(f"{said} about its experts: see below." if alarming else "No alerts.")
     return lines

@@ -25,7 +25,7 @@ LOG_MULTIPLIER = 0.1
 SOFTMAX, SIGMOID = 1, 2
 """Values of `expert_gating_func`."""
 
-_V3_GROUPS = "DeepSeek-V3 and R1 have 8 groups, of which 4 are used"
+_V3_GROUPS = "a model trained with groups needs them, as DeepSeek-V3 and R1 do, with 8 groups of which 4 are used"
 _V2_GROUPS = {160: "DeepSeek-V2 and Coder-V2 have 8 groups, of which 3 are used"}
 """By number of experts; V2-Lite has none."""
 
@@ -372,9 +372,7 @@ def _warn_of_routing(keys: _Keys, gating: int) -> None:
     if gating == SIGMOID:
         keys.assumed("expert_weights_norm", "gates are not normalised")
         keys.assumed("expert_weights_scale", "gates are not scaled")
-    published = (
-        "DeepSeek-V3 and R1 have 8 groups, of which 4 are used" if gating == SIGMOID else _V2_GROUPS.get(experts)
-    )
+    published = _V3_GROUPS if gating == SIGMOID else _V2_GROUPS.get(experts)
     if published is not None and not keys.has("expert_group_count"):
         groups = " ".join(
             f"--metadata {keys.prefix}{key}=N" for key in ("expert_group_count", "expert_group_used_count")

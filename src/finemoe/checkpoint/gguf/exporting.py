@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -193,9 +194,8 @@ def _taken_over(path: Path, header: Path, journal: Path) -> tuple[int, int]:
     if path.is_file() and journal.is_file():
         with path.open("rb") as file:
             same = file.read(size) == header.read_bytes()
-        lines = [
-            line.split() for line in journal.read_text(encoding="ascii").splitlines(keepends=True) if line[-1] == "\n"
-        ]
+        noted = journal.read_text(encoding="ascii", errors="replace")
+        lines = re.findall(r"^(\d+) (\d+)\n", noted, re.MULTILINE)  # a torn or damaged one counts for nothing
         if same and lines:
             done, end = (int(word) for word in lines[-1])
             if end <= path.stat().st_size:

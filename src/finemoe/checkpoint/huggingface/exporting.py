@@ -156,7 +156,7 @@ def _plan(opened: Exportable, family: str | None, dtype: torch.dtype | None, fp8
             )
         else:
             specs[key] = TensorSpec(key, _dtype(key, ours[key], opened, account, dtype), ours[key].shape)
-    settings = _settle(raw, quantized, came_as_fp8, ours, dtype, specs.values(), verbatim)
+    settings = _settle(raw, quantized, block, ours, dtype, specs.values(), verbatim, bool(came_as_fp8))
     lost = [key for key in opened.carried.tensors if key not in specs and key not in factors]
     notes = [f"{len(lost)} carried tensors are not of family {name} and are left out: {lost[0]} ..."] if lost else []
     notes += [
@@ -254,11 +254,12 @@ def _dtype(
 def _settle(
     raw: dict[str, Any],
     quantized: set[str],
-    came_as_fp8: set[str],
+    block: Block,
     ours: Mapping[str, Placement],
     dtype: torch.dtype | None,
     specs: Any,
     verbatim: bool,
+    came_as_fp8: bool,
 ) -> dict[str, Any]:
     """Make config.json say what the weights are; its quantisation settings, {} when there are none."""
     if dtype is not None or not verbatim:
@@ -277,7 +278,7 @@ def _settle(
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "quant_method": "fp8",
-            "weight_block_size": list(block_of(raw)),
+            "weight_block_size": list(block),
             "modules_to_not_convert": sorted(key.removesuffix(".weight") for key in left),
         }
     settings: dict[str, Any] = raw["quantization_config"]

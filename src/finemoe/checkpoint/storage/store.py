@@ -182,9 +182,20 @@ class TensorStore:
         synced = max((i for i, record in enumerate(records) if "synced" in record), default=0)
         done = {}
         for i, record in enumerate(records):
-            if "tensor" in record and (i < synced or self._holds(record)):
+            if self._is_part(record) and (i < synced or self._holds(record)):
                 done[(record["tensor"], record["start"])] = record
         return done
+
+    def _is_part(self, record: Mapping[str, Any]) -> bool:
+        """Whether the line speaks of bytes of a planned tensor; what a damaged one spoke of is done again."""
+        spec, start, nbytes = self._specs.get(str(record.get("tensor"))), record.get("start"), record.get("bytes")
+        if spec is None or not isinstance(record.get("facts"), dict) or type(record.get("crc32")) is not int:
+            return False
+        if type(start) is not int or type(nbytes) is not int:
+            return False
+        at = start - self._shard_of[spec.name].offsets[spec.name]
+        whole = at % spec.dtype.itemsize == 0 and nbytes % spec.dtype.itemsize == 0
+        return whole and 0 <= at <= at + nbytes <= spec.nbytes
 
     def _head(self) -> dict[str, Any]:
         plan = hashlib.sha256(b"".join(shard.header for shard in self._shards))

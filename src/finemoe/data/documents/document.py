@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finemoe.core.encodings import in_utf8
 from finemoe.core.errors import DataError
 from finemoe.core.logs import logger
 from finemoe.data.documents.fields import is_chat, shown
@@ -117,7 +118,7 @@ class SkipReport:
         """Count one unreadable file or record; the first few are named in the log."""
         self.num_skipped += 1
         if self.num_skipped <= _KEPT_NAMES:
-            self.skipped.append(Skipped(name, reason))
+            self.skipped.append(Skipped(in_utf8(name), reason))
         if self.quiet or self.num_skipped > _NAMED_IN_LOG:
             return
         logger.warning("skipped %s: %s", name, reason)
@@ -136,7 +137,7 @@ class SkipReport:
         self.num_set_aside += 1
         self.num_unfit += unfit
         if self.num_set_aside <= _KEPT_NAMES:
-            self.set_aside.append(Skipped(name, what))
+            self.set_aside.append(Skipped(in_utf8(name), what))
 
     def meet_table(self, name: str, problem: str | None, named: bool) -> bool:
         """Take note of a table; whether it is to be read.
