@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -102,8 +103,7 @@ class Engine:
             cache_bytes: for the cache; None: a quarter of the memory that is free, and no more than is of use.
             cache_dtype: of the cache, such as torch.bfloat16 or torch.float8_e4m3fn; None: the weights'.
             block_size: tokens of a block.
-            max_sequences: most that run at once.
-            max_tokens: most tokens of one pass.
+            max_sequences, max_tokens: most that run at once, and most tokens of one pass.
             chunk: most tokens of one prompt in a pass in which others take part.
             reuse: a prompt that begins as an earlier one did is read from where they part.
             steady: what a request gets does not depend on its neighbours, to the last bit, at the price of speed.
@@ -112,7 +112,7 @@ class Engine:
 
         Raises:
             ValueError: the model is in training mode, or `steady` together with `guesses`.
-            DataError: `cache_bytes` has no room for a block.
+            DataError: no room for a block.
         """
         if model.training:
             raise ValueError("the model is in training mode, where experts may drop tokens: call model.eval() first")
@@ -125,13 +125,10 @@ class Engine:
         blocks = blocks_for(model, block_size, cache_dtype, cache_bytes)
         self._runner = Runner(model, blocks, block_size, dtype=cache_dtype, steady=steady)
         pool = BlockPool(blocks, block_size, reuse=reuse and not steady)
-        whole = blocks * block_size
-        budget = {"max_tokens": whole, "chunk": whole} if steady else {"max_tokens": max_tokens, "chunk": chunk}
-        self._scheduler = Scheduler(pool, max_sequences=max_sequences, **budget)
-        self._guesses = guesses
-        self._steady = steady
-        self._tokenizer = tokenizer
-        self._grammars: Grammars | None = None
+        if steady:  # prompts are read whole
+            max_tokens = chunk = blocks * block_size
+        self._scheduler = Scheduler(pool, max_sequences=max_sequences, max_tokens=max_tokens, chunk=chunk)
+        self._guesses, self._steady, self._tokenizer = guesses, steady, tokenizer
         self._requests: dict[int, Request] = {}
         self._sequences: dict[int, Sequence] = {}
         self._constraints: list[Constraint] = []
@@ -157,7 +154,7 @@ class Engine:
         sequence = Sequence.start(self._next_id, prompt, request.sampling, request.repetition)
         sequence.constraint, sequence.salt = request.constraint, self._salt(request.constraint)
         if request.grammar is not None:
-            sequence.grammar = self._grammar_states().start(request.grammar)
+            sequence.grammar = self._grammars.start(request.grammar)
         if request.sampling.prompt_logprobs is not None:
             sequence.salt = b"%d alone" % sequence.id  # all of its prompt has to be read
         parent = self._sequences.get(request.parent) if request.parent is not None else None
@@ -280,12 +277,11 @@ class Engine:
             self._guesses.forget(sequence)
         del self._sequences[sequence.id], self._requests[sequence.id]
 
-    def _grammar_states(self) -> Grammars:
+    @cached_property
+    def _grammars(self) -> Grammars:
         if self._tokenizer is None:
             raise ConfigError("a request with a grammar needs an engine that knows the model's tokenizer")
-        if self._grammars is None:
-            self._grammars = Grammars(self._tokenizer, vocab_size=self._vocab_size, end_ids=self._stop_ids)
-        return self._grammars
+        return Grammars(self._tokenizer, vocab_size=self._vocab_size, end_ids=self._stop_ids)
 
     def _salt(self, constraint: Constraint | None) -> bytes:
         """Texts under one constraint share blocks, and with no other."""
