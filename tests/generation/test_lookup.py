@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.generation.lookup import LookUp
+from finemoe.generation.speculation import LookUp
 
 
 def searched(tokens: list[int], most: int, longest: int, shortest: int) -> list[int]:

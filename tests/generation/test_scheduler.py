@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from finemoe.core.errors import DataError
 from finemoe.generation.blocks import BlockPool
-from finemoe.generation.sampling import SamplingConfig
+from finemoe.generation.config import SamplingConfig
 from finemoe.generation.scheduler import Feed, Scheduler
 from finemoe.generation.sequence import Sequence
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from finemoe.generation.config import SamplingConfig
 from finemoe.generation.logprobs import token_logprobs
 from finemoe.generation.processors import Context
-from finemoe.generation.sampling import SamplingConfig, alternatives, pick
+from finemoe.generation.sampling import alternatives, pick
 from finemoe.generation.sequence import Likely, Sequence
 from finemoe.model.transformer import Transformer
 

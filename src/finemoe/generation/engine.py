@@ -20,10 +20,10 @@ from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.memory import available_bytes
 from finemoe.generation.blocks import BlockPool
+from finemoe.generation.config import SamplingConfig
 from finemoe.generation.drawing import draw, score_prompt
 from finemoe.generation.grammar import Grammar, Grammars
 from finemoe.generation.runner import Runner, States
-from finemoe.generation.sampling import SamplingConfig
 from finemoe.generation.scheduler import Feed, Scheduler
 from finemoe.generation.sequence import Constraint, Likely, Sequence
 from finemoe.generation.speculation import Acceptance, Guesses

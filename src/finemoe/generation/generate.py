@@ -12,8 +12,8 @@ from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_languag
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError
 from finemoe.core.logs import progress
+from finemoe.generation.config import SamplingConfig
 from finemoe.generation.engine import Engine, Event, engine_for
-from finemoe.generation.sampling import SamplingConfig
 from finemoe.generation.sequence import FinishReason
 from finemoe.generation.sequence import Sequence as Completed
 from finemoe.generation.text import TextStream

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from finemoe.generation.sampling import SamplingConfig
+from finemoe.generation.config import SamplingConfig
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from finemoe.core import seeds
+from finemoe.generation.config import SamplingConfig
 from finemoe.generation.grammar import GrammarState
 from finemoe.generation.processors import Context
-from finemoe.generation.sampling import SamplingConfig
 from finemoe.model.moe.decision import RoutingConstraint
 
 FinishReason = Literal["length", "stop", "cancelled", "deadline"]

@@ -17,7 +17,6 @@ from torch import Tensor
 from finemoe.core.errors import ConfigError
 from finemoe.core.logs import logger
 from finemoe.generation.blocks import BlockPool
-from finemoe.generation.lookup import LookUp
 from finemoe.generation.runner import Ahead, Runner, States
 from finemoe.generation.scheduler import Feed
 from finemoe.generation.sequence import Constraint, Sequence
@@ -75,6 +74,34 @@ class Guesses(Protocol):
 
     def forget(self, sequence: Sequence) -> None:
         """It is done."""
+
+
+class LookUp:
+    """An index of one growing text: what followed its last few tokens the last time (prompt lookup, Saxena 2023)."""
+
+    def __init__(self, longest: int = 4, shortest: int = 2) -> None:
+        """Suffixes of `longest` down to `shortest` tokens are looked for, the longest first."""
+        self._lengths = range(longest, shortest - 1, -1)
+        self._after: dict[tuple[int, ...], int] = {}
+        self._indexed = 0
+
+    def guess(self, tokens: Items[int], most: int) -> list[int]:
+        """At most `most` tokens that may follow `tokens`, which only ever grows from call to call."""
+        self._extend(tokens)
+        for length in self._lengths:
+            if len(tokens) > length:
+                found = self._after.get(tuple(tokens[-length:]))
+                if found is not None:
+                    return list(tokens[found : found + most])
+        return []
+
+    def _extend(self, tokens: Items[int]) -> None:
+        """Index what is new; a run of tokens that the text ends on has nothing behind it yet."""
+        for end in range(max(self._indexed, 1), len(tokens)):
+            for length in self._lengths:
+                if length <= end:
+                    self._after[tuple(tokens[end - length : end])] = end
+        self._indexed = len(tokens)
 
 
 @final

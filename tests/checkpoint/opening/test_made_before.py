@@ -21,8 +21,8 @@ from finemoe.checkpoint.open import load_model, load_tokenizer, read_model_confi
 from finemoe.cli.main import app
 from finemoe.core.errors import FinemoeError
 from finemoe.core.logs import read_json_lines
+from finemoe.generation.config import SamplingConfig
 from finemoe.generation.engine import Engine
-from finemoe.generation.sampling import SamplingConfig
 from finemoe.runs.run import resume
 
 FORMATS = Path(__file__).parents[2] / "fixtures" / "formats"
