@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from dataclasses import dataclass, field
 
 import pytest
@@ -27,7 +28,7 @@ def sequence(id: int, prompt: list[int], new: int, parent: Sequence | None = Non
 
 def following(tokens: list[int], salt: bytes) -> int:
     """What a model would say: it depends on all that was read, and under what."""
-    return hash((tuple(tokens), salt)) % 5
+    return zlib.crc32(bytes(tokens) + salt) % 5
 
 
 @dataclass
@@ -228,11 +229,6 @@ def test_what_never_fits_is_refused_at_once() -> None:
     with pytest.raises(DataError, match=r"30 tokens and 4 new ones need room for 33 .* 4 blocks of 8, 32 in all"):
         scheduler.add(sequence(0, [1] * 30, 4))
     scheduler.add(sequence(1, [1] * 29, 4))
-
-
-def test_a_collision_of_hashes_brings_no_wrong_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finemoe.generation.blocks._key", lambda before, piece: b"always the same")
-    drive(3, 30, 4, 12, 20, 4, 8, True)
 
 
 def test_the_last_token_is_never_found() -> None:

@@ -2,23 +2,23 @@
 
 Blocks that hold a whole piece of some text stay findable by it, as long as nobody needs the room: a request that begins
 as an earlier one did starts where they part (Kwon et al., 2023, section 4.4; SGLang's prefix cache). A piece is found
-by a hash of itself and of all before it, and its tokens are compared, so that no collision can bring a wrong one.
+by its tokens and by the piece before it, which has a number of its own: nothing but the very same text leads there.
 """
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class _Content:
-    key: bytes
+class _Content(NamedTuple):
+    """A whole block of some text."""
+
+    before: int | bytes
+    """The number of the content before it; the salt where it is the first."""
     tokens: tuple[int, ...]
-    """Of this block alone; the key stands for all before them too."""
 
 
 class BlockPool:
@@ -32,12 +32,14 @@ class BlockPool:
             )
         self.size = block_size
         self.num_blocks = num_blocks
-        self._reuse = reuse
+        self.reuse = reuse
         self._owners = [0] * num_blocks
         self._empty = list(range(num_blocks))[::-1]
         self._kept: OrderedDict[int, None] = OrderedDict()  # owned by none and findable, the first to be given up first
         self._contents: dict[int, _Content] = {}
-        self._found_by: dict[bytes, int] = {}
+        self._numbers: dict[int, int] = {}  # of a block's content; two blocks of one text have the same
+        self._found_by: dict[_Content, int] = {}
+        self._next = count()
 
     @property
     def num_free(self) -> int:
@@ -51,13 +53,12 @@ class BlockPool:
         mix, such as texts that were read under another constraint.
         """
         blocks: list[int] = []
-        key = _key(b"", salt)
+        before: int | bytes = salt
         for start in range(0, len(tokens) - self.size, self.size):
-            piece = tuple(tokens[start : start + self.size])
-            key = _key(key, _bytes(piece))
-            block = self._found_by.get(key)
-            if block is None or self._contents[block].tokens != piece:
+            block = self._found_by.get(_Content(before, tuple(tokens[start : start + self.size])))
+            if block is None:
                 break
+            before = self._numbers[block]
             blocks.append(block)
         self.share(blocks)
         return blocks
@@ -79,18 +80,18 @@ class BlockPool:
 
     def seal(self, blocks: Sequence[int], tokens: Sequence[int], salt: bytes = b"") -> None:
         """`blocks` hold `tokens` from position 0 on, and those that are whole will not change any more."""
-        if not self._reuse:
+        if not self.reuse:
             return
         for number in range(len(tokens) // self.size):
             block = blocks[number]
             if block in self._contents:
                 continue
-            piece = tuple(tokens[number * self.size : (number + 1) * self.size])
-            before = self._contents[blocks[number - 1]].key if number else _key(b"", salt)
-            content = _Content(_key(before, _bytes(piece)), piece)
-            self._contents[block] = content
+            before = self._numbers[blocks[number - 1]] if number else salt
+            content = _Content(before, tuple(tokens[number * self.size : (number + 1) * self.size]))
             # Of two that read the same at the same time, the first is found; the other is nobody's but its owner's.
-            self._found_by.setdefault(content.key, block)
+            first = self._found_by.setdefault(content, block)
+            self._contents[block] = content
+            self._numbers[block] = next(self._next) if first == block else self._numbers[first]
 
     def share(self, blocks: Iterable[int]) -> None:
         """One more owner for each."""
@@ -109,7 +110,7 @@ class BlockPool:
             if self._owners[block]:
                 continue
             content = self._contents.get(block)
-            if content is not None and self._found_by.get(content.key) == block:
+            if content is not None and self._found_by.get(content) == block:
                 self._kept[block] = None
             else:
                 self._forget(block)
@@ -117,13 +118,6 @@ class BlockPool:
 
     def _forget(self, block: int) -> None:
         content = self._contents.pop(block, None)
-        if content is not None and self._found_by.get(content.key) == block:
-            del self._found_by[content.key]
-
-
-def _key(before: bytes, piece: bytes) -> bytes:
-    return hashlib.blake2b(piece, key=before, digest_size=16).digest()
-
-
-def _bytes(tokens: tuple[int, ...]) -> bytes:
-    return array("q", tokens).tobytes()
+        self._numbers.pop(block, None)
+        if content is not None and self._found_by.get(content) == block:
+            del self._found_by[content]

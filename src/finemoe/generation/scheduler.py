@@ -48,7 +48,7 @@ class Scheduler:
             pool: where blocks come from.
             max_sequences: most that run at once.
             max_tokens: most tokens of one pass.
-            chunk: most tokens of one prompt in a pass in which others take part.
+            chunk: most tokens of one prompt in a pass while there are others.
         """
         if min(max_sequences, max_tokens, chunk) < 1:
             raise ValueError("max_sequences, max_tokens and chunk are at least 1")
@@ -100,10 +100,10 @@ class Scheduler:
             drafts: tokens that may follow the last one, by the number of the sequence; they may be cut.
         """
         feeds = self._decoding(drafts or {})
-        feeds += self._reading(self._max_tokens - sum(len(feed.tokens) for feed in feeds), bool(feeds))
+        feeds += self._reading(self._max_tokens - sum(len(feed.tokens) for feed in feeds))
         while not feeds and self.running:  # prompts that hold all blocks between them: the newest gives way
             alone = len(self.running) == 1
-            feeds = self._reading(self._max_tokens, False)
+            feeds = self._reading(self._max_tokens)
             if not feeds and not alone:
                 self._put_back(self.running[-1])
             elif not feeds:
@@ -117,17 +117,18 @@ class Scheduler:
             return
         sequence.num_cached = feed.start + kept
         whole = sequence.num_cached // self._pool.size
-        if whole:
+        if whole > feed.start // self._pool.size:
             known = [*sequence.prompt, *sequence.completion][: whole * self._pool.size]
             self._pool.seal(sequence.blocks[:whole], known, sequence.salt)
 
     def _decoding(self, drafts: Mapping[int, Items[int]]) -> list[Feed]:
         feeds: list[Feed] = []
-        budget = self._max_tokens
-        for sequence in list(self.running):
-            if sequence not in self.running or not _decodes(sequence) or not budget:
+        decoding = [sequence for sequence in self.running if _decodes(sequence)][: self._max_tokens]
+        spare = self._max_tokens - len(decoding)  # a guess takes nobody's own token
+        for sequence in decoding:
+            if sequence not in self.running:
                 continue
-            guessed = list(drafts.get(sequence.id, ()))[: max(0, budget - 1)]
+            guessed = list(drafts.get(sequence.id, ()))[:spare]
             last = sequence.completion[-1]
             feed = self._feed(sequence, [last, *guessed], 1 + len(guessed))
             feed = feed or self._feed(sequence, [last], 1)
@@ -140,37 +141,53 @@ class Scheduler:
                 self._put_back(sequence)
                 continue
             feeds.append(feed)
-            budget -= len(feed.tokens)
+            spare -= len(feed.tokens) - 1
         return feeds
 
-    def _reading(self, budget: int, beside: bool) -> list[Feed]:
-        """Pieces of prompts: the oldest first, then the others in turn, then those that wait."""
-        feeds: list[Feed] = []
+    def _reading(self, budget: int) -> list[Feed]:
+        """Pieces of prompts. Where a pass has no room for all, the oldest and those that wait are first by turns."""
         reading = [sequence for sequence in self.running if not _decodes(sequence)]
-        if len(reading) > 1:
-            self._turn += 1
-            by = self._turn % (len(reading) - 1)
-            reading = [reading[0], *reading[1 + by :], *reading[1 : 1 + by]]
-        shared = beside or len(reading) > 1 or bool(self.waiting)
+        self._turn += 1
+        feeds: list[Feed] = []
+        if self._turn % 2 == 0:
+            self._begin(budget, feeds)
+            by = self._turn // 2 % len(reading) if reading else 0
+            reading = [*reading[by:], *reading[:by]]
         for sequence in reading:
-            budget -= self._read(sequence, budget, shared, feeds)
+            self._read(sequence, budget - _width(feeds), feeds)
+        if self._turn % 2:
+            self._begin(budget - _width(feeds), feeds)
+        return feeds
+
+    def _begin(self, budget: int, feeds: list[Feed]) -> None:
+        """Append the first pieces of those that wait to `feeds`, first come, first served."""
+        most = budget + _width(feeds)
         for sequence in list(self.waiting):
-            if budget < 1 or len(self.running) == self._max_sequences:
+            if _width(feeds) >= most or len(self.running) == self._max_sequences:
                 break
-            if self._waits_for_its_parent(sequence):
+            if self._waits_for_another(sequence):
                 continue
             if not self._admit(sequence):
                 break  # nobody overtakes who waits for room
             self.waiting.remove(sequence)
             self.running.append(sequence)
-            budget -= self._read(sequence, budget, beside or bool(feeds) or len(self.waiting) > 0, feeds)
-        return feeds
+            self._read(sequence, most - _width(feeds), feeds)
 
-    def _waits_for_its_parent(self, sequence: Sequence) -> bool:
+    def _waits_for_another(self, sequence: Sequence) -> bool:
+        """Whether another is about to read what can then be shared or found."""
         parent = sequence.parent
-        if parent is None or sequence.completion or parent.finish_reason is not None:
+        if parent is not None and not sequence.completion and parent.finish_reason is None:
+            unread = parent in self.running and parent.num_cached < len(parent.prompt)
+            if unread or parent in self.waiting:
+                return True
+        return self._pool.reuse and any(self._reads_for(one, sequence) for one in self.running)
+
+    def _reads_for(self, one: Sequence, other: Sequence) -> bool:
+        """Whether the block that `one` reads next is a block that `other` would read too, after all the same."""
+        end = (one.num_cached // self._pool.size + 1) * self._pool.size
+        if one.salt != other.salt or not end < min(len(one.prompt) + 1, len(other.prompt)):
             return False
-        return parent in self.waiting or (parent in self.running and parent.num_cached < len(parent.prompt))
+        return one.prompt[:end] == other.prompt[:end]
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a sequence that waits what is known of its text; whether there is room for it to begin."""
@@ -182,26 +199,29 @@ class Scheduler:
         else:
             sequence.blocks = self._pool.match(sequence.tokens, sequence.salt)
             sequence.num_cached = len(sequence.blocks) * self._pool.size
-        # Room for the first piece, and a block for each that runs, so that it is not put back at once.
-        piece = min(len(sequence.tokens) - sequence.num_cached, self._chunk)
-        if self.running and self._pool.num_free < -(-piece // self._pool.size) + 1 + len(self.running):
+        # Room for its text beside what the others have yet to read, and a block for each, so that nobody is put back
+        # at once and nothing is read in vain.
+        needed = sum(self._unread(one) for one in [sequence, *self.running])
+        if self.running and self._pool.num_free < needed + 1 + len(self.running):
             self._free(sequence)
             return False
         return True
 
-    def _read(self, sequence: Sequence, budget: int, shared: bool, feeds: list[Feed]) -> int:
-        """Append the next piece of a prompt to `feeds`; how many tokens it has."""
+    def _unread(self, sequence: Sequence) -> int:
+        """Blocks that it takes to read the rest of a text."""
+        length = len(sequence.prompt) + len(sequence.completion)
+        return max(0, -(-length // self._pool.size) - len(sequence.blocks))
+
+    def _read(self, sequence: Sequence, budget: int, feeds: list[Feed]) -> None:
+        """Append the next piece of a prompt to `feeds`, where there is room for one."""
         left = sequence.tokens[sequence.num_cached :]
-        most = min(len(left), budget, self._chunk if shared else budget)
+        alone = len(self.running) + len(self.waiting) == 1
+        most = min(len(left), budget, budget if alone else self._chunk)
         have = len(sequence.blocks) * self._pool.size - sequence.num_cached
         most = min(most, have + self._pool.num_free * self._pool.size)
-        if most < 1:
-            return 0
-        feed = self._feed(sequence, left[:most], int(most == len(left)))
-        if feed is None:
-            return 0
-        feeds.append(feed)
-        return most
+        feed = self._feed(sequence, left[:most], int(most == len(left))) if most > 0 else None
+        if feed is not None:
+            feeds.append(feed)
 
     def _feed(self, sequence: Sequence, tokens: list[int], wants: int) -> Feed | None:
         """The feed, once there are blocks for it and they are the sequence's own; None where there are not enough."""
@@ -230,6 +250,10 @@ class Scheduler:
     def _free(self, sequence: Sequence) -> None:
         self._pool.release(sequence.blocks)
         sequence.blocks, sequence.num_cached = [], 0
+
+
+def _width(feeds: Items[Feed]) -> int:
+    return sum(len(feed.tokens) for feed in feeds)
 
 
 def _decodes(sequence: Sequence) -> bool:
