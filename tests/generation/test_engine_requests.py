@@ -53,6 +53,19 @@ def test_among_thirty_two_others_a_text_is_the_same_to_the_last_bit(model: Trans
         assert together.logprobs == alone.logprobs
 
 
+def test_how_much_memory_there_is_changes_no_bit_of_a_steady_engine(model: Transformer) -> None:
+    prompts = [tuple((7 * n + k) % 300 for k in range(1 + 5 * n % 60)) for n in range(20)]
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=24)
+    block = 8 * 4 * sum(config.attention.cache_elements_per_token() for config in model.config.blocks)
+    tight, ample = (
+        Engine(model, steady=True, block_size=8, cache_bytes=blocks * block).generate(prompts, sampling)
+        for blocks in (14, 400)
+    )
+    assert [one.completion for one in tight] == [one.completion for one in ample]
+    if steady(model):
+        assert [one.logprobs for one in tight] == [one.logprobs for one in ample]
+
+
 def test_steady_engines_give_the_bits_of_the_loop_that_evaluation_had(model: Transformer) -> None:
     prompts = [tuple((7 * n + k) % 300 for k in range(1 + 5 * n % 60)) for n in range(12)]
     sequences = [Sequence.start(n, prompt, DRAWN, 0) for n, prompt in enumerate(prompts)]

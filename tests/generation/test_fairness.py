@@ -155,3 +155,87 @@ def test_guesses_for_which_there_is_no_block_are_left_out_and_nobody_is_put_back
     course.step()
     course.step(guesses=6)
     assert course.scheduler.num_preempted == 0
+
+
+def test_prompts_that_are_read_take_turns_behind_the_oldest() -> None:
+    course = Course(Scheduler(BlockPool(2000, 16), max_tokens=64, chunk=64))
+    for number in range(4):
+        course.scheduler.add(sequence(number, [number] * 2000, 1))
+    while len(course.scheduler.running) < 4:
+        course.step()
+    turns = [[feed.sequence.id for feed in course.step()] for _ in range(12)]
+    assert {id for turn in turns for id in turn} == {0, 1, 2, 3}
+    assert sum(0 in turn for turn in turns) >= 6
+
+
+def test_a_prompt_that_is_alone_gets_the_whole_pass() -> None:
+    scheduler = Scheduler(BlockPool(100, 16), max_tokens=300, chunk=50)
+    scheduler.add(sequence(0, [0] * 400, 1))
+    assert [len(feed.tokens) for feed in scheduler.next()] == [300]
+
+
+def test_who_begins_leaves_a_block_for_each_that_runs() -> None:
+    course = Course(Scheduler(BlockPool(8, 4, reuse=False)))
+    for number in range(4):
+        course.scheduler.add(sequence(number, [number] * 8, 4))  # two blocks each, and a third for what follows
+    course.run()
+    assert course.scheduler.num_preempted == 0
+
+
+def test_nobody_overtakes_who_waits_for_room() -> None:
+    scheduler = Scheduler(BlockPool(10, 4, reuse=False))
+    for number, length in enumerate([24, 30, 1]):
+        scheduler.add(sequence(number, [number] * length, 1))
+    scheduler.next()
+    assert [one.id for one in scheduler.running] == [0]
+    assert [one.id for one in scheduler.waiting] == [1, 2]
+
+
+@pytest.mark.parametrize(("reuse", "salt"), [(False, b""), (True, b"other")])
+def test_what_could_not_be_found_is_not_waited_for(reuse: bool, salt: bytes) -> None:
+    scheduler = Scheduler(BlockPool(100, 4, reuse=reuse))
+    same, other = sequence(0, [1] * 30, 1), sequence(1, [1] * 30, 1)
+    other.salt = salt
+    scheduler.add(same)
+    scheduler.add(other)
+    assert [len(feed.tokens) for feed in scheduler.next()] == [30, 30]
+
+
+def test_a_beginning_is_waited_for_up_to_its_last_whole_block_and_no_further() -> None:
+    course = Course(Scheduler(BlockPool(100, 4)))
+    for number, length in enumerate([8, 9, 12, 7]):
+        course.scheduler.add(sequence(number, [5] * length, 1))
+    assert [(feed.sequence.id, len(feed.tokens)) for feed in course.step()] == [(0, 8)]
+    assert [(feed.sequence.id, len(feed.tokens)) for feed in course.step()] == [(1, 1), (2, 4), (3, 3)]
+
+
+def test_what_was_drawn_is_found_too() -> None:
+    course = Course(Scheduler(BlockPool(100, 4)))
+    course.scheduler.add(sequence(0, [1, 2, 3], 2))
+    course.run()
+    course.scheduler.add(sequence(1, [1, 2, 3, 7, 7, 7], 1))
+    assert [feed.start for feed in course.step()] == [4]
+
+
+def test_a_beginning_that_is_the_whole_of_a_prompt() -> None:
+    course = Course(Scheduler(BlockPool(100, 4)))
+    for number, length in enumerate([4, 4, 9]):  # the last token is always read, so the second can find nothing
+        course.scheduler.add(sequence(number, [5] * length, 1))
+    assert [(feed.sequence.id, len(feed.tokens)) for feed in course.step()] == [(0, 4), (1, 4)]
+    assert [(feed.sequence.id, len(feed.tokens)) for feed in course.step()] == [(2, 5)]
+
+
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 9))
+def test_where_nobody_may_be_put_back_all_is_read_once(seed: int, size: int) -> None:
+    chance = random.Random(seed)
+    blocks = -(-50 // size) + chance.randrange(9)
+    whole = blocks * size
+    pool = BlockPool(blocks, size, reuse=False)
+    course = Course(Scheduler(pool, max_tokens=whole, chunk=whole, put_back=False))
+    everybody = [sequence(n, [n] * chance.randrange(1, 30), chance.randrange(1, 20)) for n in range(12)]
+    for one in everybody:
+        course.scheduler.add(one)
+    course.run()
+    assert course.scheduler.num_preempted == 0
+    assert course.fed == sum(len(one.prompt) + len(one.completion) - 1 for one in everybody)
+    assert pool.num_free == blocks

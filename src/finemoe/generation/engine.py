@@ -125,15 +125,16 @@ class Engine:
         blocks = blocks_for(model, block_size, cache_dtype, cache_bytes)
         self._runner = Runner(model, blocks, block_size, dtype=cache_dtype, steady=steady)
         pool = BlockPool(blocks, block_size, reuse=reuse and not steady)
-        if steady:  # prompts are read whole
+        if steady:  # prompts are read whole, and once: read again with what followed, they would round otherwise
             max_tokens = chunk = blocks * block_size
-        self._scheduler = Scheduler(pool, max_sequences=max_sequences, max_tokens=max_tokens, chunk=chunk)
+        self._scheduler = Scheduler(
+            pool, max_sequences=max_sequences, max_tokens=max_tokens, chunk=chunk, put_back=not steady
+        )
         self._guesses, self._steady, self._tokenizer = guesses, steady, tokenizer
         self._requests: dict[int, Request] = {}
         self._sequences: dict[int, Sequence] = {}
         self._constraints: list[Constraint] = []
-        self._next_id = 0
-        self.acceptance = Acceptance()
+        self._next_id, self.acceptance = 0, Acceptance()
 
     def submit(self, request: Request) -> int:
         """Queue a request; the id of its sequence.

@@ -41,7 +41,15 @@ class Feed:
 class Scheduler:
     """Sequences that wait and sequences that run, the oldest first."""
 
-    def __init__(self, pool: BlockPool, *, max_sequences: int = 32, max_tokens: int = 512, chunk: int = 256) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_sequences: int = 32,
+        max_tokens: int = 512,
+        chunk: int = 256,
+        put_back: bool = True,
+    ) -> None:
         """An empty one.
 
         Args:
@@ -49,6 +57,7 @@ class Scheduler:
             max_sequences: most that run at once.
             max_tokens: most tokens of one pass.
             chunk: most tokens of one prompt in a pass while there are others.
+            put_back: False: a sequence waits until there is room for all that it may become, and is read but once.
         """
         if min(max_sequences, max_tokens, chunk) < 1:
             raise ValueError("max_sequences, max_tokens and chunk are at least 1")
@@ -56,6 +65,7 @@ class Scheduler:
         self._max_sequences = max_sequences
         self._max_tokens = max_tokens
         self._chunk = chunk
+        self._may_put_back = put_back
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preempted = 0
@@ -208,9 +218,9 @@ class Scheduler:
         return True
 
     def _unread(self, sequence: Sequence) -> int:
-        """Blocks that it takes to read the rest of a text."""
-        length = len(sequence.prompt) + len(sequence.completion)
-        return max(0, -(-length // self._pool.size) - len(sequence.blocks))
+        """Blocks that it takes to read the rest of a text, or all that may follow where nobody is put back."""
+        further = len(sequence.completion) if self._may_put_back else sequence.sampling.max_new_tokens - 1
+        return max(0, -(-(len(sequence.prompt) + further) // self._pool.size) - len(sequence.blocks))
 
     def _read(self, sequence: Sequence, budget: int, feeds: list[Feed]) -> None:
         """Append the next piece of a prompt to `feeds`, where there is room for one."""

@@ -133,3 +133,11 @@ def test_a_second_block_of_the_same_text_is_free_once_its_owner_leaves() -> None
     pool.release(second)
     assert pool.allocate(1) == second
     assert pool.num_free == 0
+
+
+def test_two_that_read_the_same_side_by_side_go_on_in_one_text() -> None:
+    pool = BlockPool(4, 2)
+    first, second = pool.allocate(1) or [], pool.allocate(2) or []
+    pool.seal(first, [1, 1])
+    pool.seal(second, [1, 1, 2, 2])
+    assert pool.match([1, 1, 2, 2, 0]) == [first[0], second[1]]
