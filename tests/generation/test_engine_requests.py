@@ -90,7 +90,9 @@ def test_constraints_and_experts_are_those_of_their_request() -> None:
     ]
     prompt = tuple(range(50, 90))
     requests = [Request(prompt, GREEDY, constraint=one, experts=True) for one in held]
-    together = done(Engine(model, block_size=8), requests)
+    engine = Engine(model, block_size=8)
+    done(engine, [Request(prompt, GREEDY)])  # what is known of a prompt says nothing of its experts
+    together = done(engine, requests)
     for number, request in enumerate(requests):
         (alone,) = done(Engine(model, block_size=8), [request])
         assert together[number].completion == alone.completion
@@ -102,7 +104,7 @@ def test_constraints_and_experts_are_those_of_their_request() -> None:
     assert len({tuple(one.completion) for one in together}) == 3
 
 
-def test_a_prefix_under_another_constraint_is_read_again() -> None:
+def test_a_prefix_under_another_constraint_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Transformer(expand(resolve({"preset": "tiny-moe", "vocab_size": 300, "init_std": 0.1}, "test")))
     initialize(model, seed=2)
     model.eval()
@@ -111,7 +113,18 @@ def test_a_prefix_under_another_constraint_is_read_again() -> None:
     prompt = tuple(range(50, 90))
     first = done(engine, [Request(prompt, GREEDY)])
     second = done(engine, [Request(prompt, GREEDY, constraint=without)])
-    third = done(engine, [Request(prompt, GREEDY, constraint=without)])
+    equal = {layer: RoutingConstraint(shared=False) for layer in model.moe_layers}
+    fed: list[int] = []
+    forward = model.forward
+
+    def counted(tokens: torch.Tensor, **others: Any) -> Any:
+        fed.append(tokens.numel())
+        return forward(tokens, **others)
+
+    monkeypatch.setattr(model, "forward", counted)
+    third = done(engine, [Request(prompt, GREEDY, constraint=equal)])
+    assert sum(fed) < len(prompt)  # an equal constraint is the same one
+    monkeypatch.undo()
     assert done(Engine(model), [Request(prompt, GREEDY, constraint=without)])[0].completion == second[0].completion
     assert second[0].completion == third[0].completion != first[0].completion
 

@@ -8,6 +8,10 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -45,6 +49,15 @@ def forget_peak() -> None:
     """Let `peak_bytes` count from now, where the system can do that (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def available_on(device: torch.device) -> int | None:
+    """Bytes that can still be had of the memory that `device` computes in; None where nobody says."""
+    if device.type != "cuda":
+        return available_bytes()
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def available_bytes() -> int | None:

@@ -8,6 +8,7 @@ anyway, in fewer passes.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,14 +19,14 @@ import torch
 
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import ConfigError, DataError
-from finemoe.core.memory import available_bytes
+from finemoe.core.memory import available_on
 from finemoe.generation.blocks import BlockPool
 from finemoe.generation.config import SamplingConfig
 from finemoe.generation.drawing import draw, score_prompt
 from finemoe.generation.grammar import Grammar, Grammars
 from finemoe.generation.runner import Runner, States
 from finemoe.generation.scheduler import Feed, Scheduler
-from finemoe.generation.sequence import Constraint, Likely, Sequence
+from finemoe.generation.sequence import Constraint, FinishReason, Likely, Sequence
 from finemoe.generation.speculation import Acceptance, Guesses
 from finemoe.model.transformer import Transformer
 from finemoe.text.tokenizer import Tokenizer
@@ -133,7 +134,6 @@ class Engine:
         self._guesses, self._steady, self._tokenizer = guesses, steady, tokenizer
         self._requests: dict[int, Request] = {}
         self._sequences: dict[int, Sequence] = {}
-        self._constraints: list[Constraint] = []
         self._next_id, self.acceptance = 0, Acceptance()
 
     def submit(self, request: Request) -> int:
@@ -153,11 +153,11 @@ class Engine:
         if outside is not None:
             raise DataError(f"token id {outside} is outside the model's vocabulary of {self._model.config.vocab_size}")
         sequence = Sequence.start(self._next_id, prompt, request.sampling, request.repetition)
-        sequence.constraint, sequence.salt = request.constraint, self._salt(request.constraint)
+        sequence.constraint, sequence.salt = request.constraint, salt_of(request.constraint)
         if request.grammar is not None:
             sequence.grammar = self._grammars.start(request.grammar)
-        if request.sampling.prompt_logprobs is not None:
-            sequence.salt = b"%d alone" % sequence.id  # all of its prompt has to be read
+        if request.experts or request.sampling.prompt_logprobs is not None:
+            sequence.salt += b" alone %d" % sequence.id  # all of its prompt has to be read
         parent = self._sequences.get(request.parent) if request.parent is not None else None
         if parent is not None and not self._steady and (parent.prompt, parent.salt) == (prompt, sequence.salt):
             sequence.parent = parent
@@ -271,8 +271,8 @@ class Engine:
             if sequence.finish_reason is not None or (deadline is not None and now >= deadline):
                 self._end(sequence, "deadline")
 
-    def _end(self, sequence: Sequence, reason: str) -> None:
-        sequence.finish_reason = sequence.finish_reason or reason  # type: ignore[assignment]
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason = sequence.finish_reason or reason
         self._scheduler.finish(sequence)
         if self._guesses is not None:
             self._guesses.forget(sequence)
@@ -283,16 +283,6 @@ class Engine:
         if self._tokenizer is None:
             raise ConfigError("a request with a grammar needs an engine that knows the model's tokenizer")
         return Grammars(self._tokenizer, vocab_size=self._vocab_size, end_ids=self._stop_ids)
-
-    def _salt(self, constraint: Constraint | None) -> bytes:
-        """Texts under one constraint share blocks, and with no other."""
-        if constraint is None:
-            return b""
-        for number, known in enumerate(self._constraints):
-            if known is constraint:
-                return b"%d" % number
-        self._constraints.append(constraint)
-        return b"%d" % (len(self._constraints) - 1)
 
 
 def engine_for(opened: LanguageModel, *, steady: bool = False) -> Engine:
@@ -314,11 +304,27 @@ def blocks_for(model: Transformer, size: int, dtype: torch.dtype | None, given: 
     Raises:
         DataError: not one.
     """
-    configs = [*model.config.blocks, *model.config.mtp]
-    width = torch.empty(0, dtype=dtype or model.embedding.weight.dtype).element_size()
-    block = size * width * sum(config.attention.cache_elements_per_token() for config in configs)
-    room = given if given is not None else int(_SHARE_OF_MEMORY * (available_bytes() or 1 << 31))
-    blocks = room // block
-    if blocks < 1:
-        raise DataError(f"cache_bytes {room:,} has no room for a block of {size} tokens, which takes {block:,} bytes")
-    return blocks if given is not None else min(blocks, _MOST_BLOCKS)
+    weight = model.embedding.weight
+    numbers = sum(one.attention.cache_elements_per_token() for one in [*model.config.blocks, *model.config.mtp])
+    block = size * numbers * (dtype or weight.dtype).itemsize
+    if given is None:
+        room, most = int(_SHARE_OF_MEMORY * (available_on(weight.device) or 1 << 31)), _MOST_BLOCKS
+    else:
+        room = most = given
+    if room < block:
+        raise DataError(
+            f"{room:,} bytes for the cache have no room for a block of {size} tokens, which takes {block:,}"
+        )
+    return min(room // block, most)
+
+
+def salt_of(constraint: Constraint | None) -> bytes:
+    """The same for equal constraints alone: texts read under one may share blocks, and with no other."""
+    if constraint is None:
+        return b""
+    found = hashlib.blake2b(digest_size=16)
+    for layer, held in sorted(constraint.items()):
+        for name, value in vars(held).items():
+            said = value.tolist() if isinstance(value, torch.Tensor) else value
+            found.update(f"{layer} {name} {said};".encode())
+    return found.digest()

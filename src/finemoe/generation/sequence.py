@@ -44,7 +44,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     """None while it is still growing."""
     stopped_by: str | None = None
-    """The stop string that ended the text, which ends before it."""
+    """The stop string that ended the text, which ends before it; empty: its grammar lets nothing follow."""
     num_cached: int = 0
     """Tokens whose keys and values are in the cache."""
     blocks: list[int] = field(default_factory=list)
@@ -64,12 +64,6 @@ class Sequence:
         stream = seeds.generator(sampling.seed, "sampling", repetition, *prompt)
         return Sequence(id, prompt, sampling, stream)
 
-    def pending(self, limit: int) -> list[int]:
-        """The next tokens to run through the model: at most `limit` of the prompt, or the last one drawn."""
-        if self.num_cached < len(self.prompt):
-            return list(self.prompt[self.num_cached : self.num_cached + limit])
-        return self.completion[-1:]
-
     def context(self, stop_ids: frozenset[int]) -> Context:
         """What the next token is drawn after, of a model that stops at `stop_ids`."""
         return Context(self.prompt, self.completion, self.sampling.end_ids(stop_ids))
@@ -85,7 +79,7 @@ class Sequence:
         elif len(self.completion) == self.sampling.max_new_tokens:
             self.finish_reason = "length"
         elif self.grammar is not None and self.grammar.ended and self.sampling.ignore_end:
-            self.finish_reason = "length"  # nothing but an end could follow
+            self.stop("")  # nothing but an end could follow
 
     def remember(self, start: int, experts: Mapping[int, Tensor]) -> None:
         """Which experts `[tokens, k]` the tokens from `start` on chose; of a text read again, the last time."""

@@ -28,5 +28,10 @@ class Spans:
         return seen if self.first is None else seen & (key >= self.first[:, None, :, None])
 
 
+def up_to_own(positions: Tensor) -> Spans:
+    """What tokens at `positions [batch, seq]` see of a cache: everything up to their own."""
+    return Spans(None, positions + 1, int(positions.max()) + 1)
+
+
 Mask = Tensor | Spans | None
 """A bool tensor that broadcasts to [batch, heads, seq, keys], True = may attend; spans; None = causal, seq == keys."""

@@ -112,7 +112,7 @@ def require_memory(config: RunConfig, device: torch.device, *, bf16: bool, at_on
     Raises:
         RunError: names what it needs, what there is, and what to lower.
     """
-    available = _available(device)
+    available = memory.available_on(device)
     if available is None or not config.training.memory_check:
         return
     found = footprint(config, bf16=bf16)
@@ -127,13 +127,6 @@ def require_memory(config: RunConfig, device: torch.device, *, bf16: bool, at_on
         f"{found.micro_batch_tokens:,} tokens {activations}. {_advice(config, found, available / at_once, at_once)}, "
         "or go on regardless with --set training.memory_check=false"
     )
-
-
-def _available(device: torch.device) -> int | None:
-    """Bytes of the memory that `device` computes in."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return memory.available_bytes()
 
 
 def _advice(config: RunConfig, found: Footprint, available: float, at_once: int) -> str:

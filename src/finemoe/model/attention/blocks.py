@@ -18,7 +18,7 @@ from torch import Tensor
 
 from finemoe.model.backend import Backend
 from finemoe.model.native import exact
-from finemoe.model.spans import Spans
+from finemoe.model.spans import Spans, up_to_own
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Group:
     """[tokens] Of a block."""
 
     @cached_property
-    def reach(self) -> int:
-        """The largest position plus 1."""
-        return int(self.positions.max()) + 1
-
-    @cached_property
     def seen(self) -> Spans:
         """What each token sees: its own sequence up to its own position."""
-        return Spans(None, self.positions + 1, self.reach)
+        return up_to_own(self.positions)
+
+    @property
+    def reach(self) -> int:
+        """The largest position plus 1."""
+        return self.seen.keys
 
     def of(self, states: Tensor) -> Tensor:
         """The group's part of `states [1, heads, tokens, width]` of the pass: `[sequences, heads, queries, width]`."""

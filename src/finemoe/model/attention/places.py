@@ -11,7 +11,7 @@ from torch import Tensor
 from finemoe.model.attention.blocks import Group
 from finemoe.model.native import exact
 from finemoe.model.rope import RopeConfig, rotation
-from finemoe.model.spans import Mask, Spans
+from finemoe.model.spans import Mask, Spans, up_to_own
 
 
 class Places:
@@ -52,14 +52,14 @@ class Places:
         return self._index[key]
 
     @cached_property
-    def reach(self) -> int:
-        """The largest position plus 1: how much of a cache is read."""
-        return int(self.positions.max()) + 1
-
-    @cached_property
     def seen(self) -> Spans:
         """What each token sees of a cache: everything up to its own position."""
-        return Spans(None, self.positions + 1, self.reach)
+        return up_to_own(self.positions)
+
+    @property
+    def reach(self) -> int:
+        """The largest position plus 1: how much of a cache is read."""
+        return self.seen.keys
 
     def cut(self, length: int) -> Places:
         """The same for the first `length` tokens of each row, without a cache."""
