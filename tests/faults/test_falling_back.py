@@ -69,6 +69,16 @@ def test_a_kill_while_damaged_metrics_are_set_aside_loses_none_of_them(
     assert (copied / "metrics.damaged.jsonl").read_bytes() == before
 
 
+def test_a_second_damage_does_not_take_the_place_of_the_first(copied: Path) -> None:
+    kept = []
+    for damage in (b"x\n", b"y\n"):
+        with (copied / "metrics.jsonl").open("ab") as file:
+            file.write(damage)
+        kept.append((copied / "metrics.jsonl").read_bytes())
+        cut_metrics(copied, 6)
+    assert [(copied / f"metrics.damaged{number}.jsonl").read_bytes() for number in ("", "-2")] == kept
+
+
 def test_a_run_without_metrics_is_finished_all_the_same(copied: Path) -> None:
     (copied / "summary.json").unlink()
     (copied / "metrics.jsonl").unlink()

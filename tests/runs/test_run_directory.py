@@ -270,6 +270,14 @@ def test_resume_needs_a_run_directory(tmp_path: Path) -> None:
         resume(tmp_path, quiet=True)
 
 
+def test_a_run_without_its_configuration_is_told_where_a_copy_lies(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step-{step:08}" / "config.json").write_text("{}")
+    with pytest.raises(RunError, match=r"config\.json is missing; .*step-00000002/config\.json is a copy of it"):
+        resume(tmp_path, quiet=True)
+
+
 def test_same_seed_same_batches_whatever_the_model(corpus: Path) -> None:
     batches = []
     for arm in ("dense", "hash"):

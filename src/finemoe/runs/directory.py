@@ -67,7 +67,8 @@ def cut_metrics(directory: Path, step: int) -> None:
     damaged: list[int] = []
     records = [record for record in read_metrics(directory, damaged.append) if record["step"] <= step]
     if damaged:
-        aside = path.with_suffix(".damaged.jsonl")
+        asides = (path.with_suffix(f".damaged{number}.jsonl") for number in ("", *(f"-{n}" for n in range(2, 1000))))
+        aside = next(one for one in asides if not one.exists() or one.read_bytes() == path.read_bytes())
         with replacing(aside) as copy:  # a copy: after a kill the file itself is still there
             shutil.copyfile(path, copy)
         logger.warning("the file as it was is kept as %s", aside)

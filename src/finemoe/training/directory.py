@@ -52,6 +52,8 @@ def require_run(directory: Path) -> None:
         if several := models_below(directory):
             listed = ", ".join(map(str, several[:5])) + (" ..." if len(several) > 5 else "")
             raise RunError(f"{directory}: holds several runs; name one of them: {listed}")
+        for kept in sorted((directory / "checkpoints").glob("*/config.json"), reverse=True):
+            raise RunError(f"{directory}: config.json is missing; {kept} is a copy of it, to be put back")
         raise RunError(f"{directory}: not a run directory (no config.json); `finemoe train RECIPE` starts one")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ def test_an_export_leaves_nothing_when_it_fails(tmp_path: Path, monkeypatch: pyt
         export_gguf(source, out, dtype="F32", quiet=True)
 
 
-@pytest.mark.parametrize("cut", [None, "end", "header", "line", "damaged line"])
+@pytest.mark.parametrize("cut", [None, "end", "header", "line", "damaged line", "too many", "another end"])
 def test_an_interrupted_export_goes_on_after_what_was_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str | None
 ) -> None:
@@ -245,13 +246,17 @@ def test_an_interrupted_export_goes_on_after_what_was_synced(
         journal.write_text(journal.read_text() + "11 99")
     elif cut == "damaged line":
         journal.write_bytes(journal.read_bytes() + b"1\x00 \xff9\n")
+    elif cut == "too many":  # another number than was written
+        journal.write_text(re.sub(r"^\d+", "99", journal.read_text(), flags=re.MULTILINE))
+    elif cut == "another end":
+        journal.write_text("1 64\n")
     written = 100
     export_gguf(source, out, dtype="F32", quiet=True)
     assert out.read_bytes() == straight.read_bytes()
     again = written - 100
     monkeypatch.undo()
     tensors = len(open_gguf(out).tensors)
-    assert again == tensors if cut == "header" else 0 < again < tensors
+    assert again == tensors if cut in ("header", "too many", "another end") else 0 < again < tensors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "source", "straight.gguf"]
 
 

@@ -130,6 +130,11 @@ def test_a_block_of_zeros_keeps_a_usable_factor() -> None:
     assert not quantized.float().any()
 
 
+def test_a_factor_beyond_its_type_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"need a factor of 2\.23e\+06, and its type, torch\.float16, reaches"):
+        quantize(torch.full((5, 5), 1e9), stored=torch.float16)
+
+
 def test_values_above_the_carried_range_get_a_new_factor_and_never_nan() -> None:
     weight = torch.full((5, 5), 1000.0)
     quantized, scale = quantize(weight, torch.ones(1, 1))

@@ -168,8 +168,9 @@ def _fill(
     """Append the tensors to the header, after those that an interrupted export is known to have written; the size."""
     kinds = {planned.name: planned.kind for planned in plan}
     header, journal = path.with_name(_HEADER), path.with_name(_JOURNAL)
-    size = header.stat().st_size + sum(planned.nbytes() + alignment for planned in plan)
-    done, end = _taken_over(path, header, journal)
+    ends = list(_ends(header.stat().st_size, plan, alignment))
+    size, own = ends[-1], ends[len(plan) - len(stored) :]
+    done, end = _taken_over(path, header, journal, own)
     check_space(path.parent, size + SMALL_FILES_BYTES)
     with writing(path), path.open("r+b") as file, journal.open("a", encoding="ascii") as lines:
         file.truncate(end)
@@ -188,8 +189,21 @@ def _fill(
         return file.tell()
 
 
-def _taken_over(path: Path, header: Path, journal: Path) -> tuple[int, int]:
-    """How many tensors an interrupted export has written, and where they end; a file with the header alone else."""
+def _ends(begin: int, plan: list[Planned], alignment: int) -> Iterator[int]:
+    """Where each tensor of a file ends, its filling too, after the end of the header."""
+    at = begin + -begin % alignment
+    yield at
+    for planned in plan:
+        at += planned.nbytes()
+        at += -at % alignment
+        yield at
+
+
+def _taken_over(path: Path, header: Path, journal: Path, ends: list[int]) -> tuple[int, int]:
+    """How many tensors an interrupted export has written, and where they end; a file with the header alone else.
+
+    `ends[n]` is where n tensors of the model end: a line of the journal that says otherwise is damaged.
+    """
     size = header.stat().st_size
     if path.is_file() and journal.is_file():
         with path.open("rb") as file:
@@ -198,7 +212,7 @@ def _taken_over(path: Path, header: Path, journal: Path) -> tuple[int, int]:
         lines = re.findall(r"^(\d+) (\d+)\n", noted, re.MULTILINE)  # a torn or damaged one counts for nothing
         if same and lines:
             done, end = (int(word) for word in lines[-1])
-            if end <= path.stat().st_size:
+            if done < len(ends) and end == ends[done] and end <= path.stat().st_size:
                 header.unlink()
                 logger.info("%d tensors were there from an interrupted export", done)
                 return done, end

@@ -103,7 +103,7 @@ def quantize(
         stored: what the factors are stored as, one of FACTOR_TYPES.
 
     Raises:
-        CheckpointError: not a matrix, not finite, or factors that do not fit.
+        CheckpointError: not a matrix, not finite, factors that do not fit, or beyond the range of `stored`.
     """
     old = None if scales is None else _checked(weight, scales, block)
     quantized = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
@@ -205,6 +205,11 @@ def _fresh_factors(band: Tensor, stored: torch.dtype) -> Tensor:
         mantissa, exponent = torch.frexp(scale)
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
         return torch.ldexp(torch.ones_like(scale), exponent)
+    if scale.numel() and (largest := float(scale.max())) > torch.finfo(stored).max:
+        raise CheckpointError(
+            f"a block's values need a factor of {largest:.3g}, and its type, {stored}, reaches "
+            f"{torch.finfo(stored).max:.3g}: export without FP8"
+        )
     rounded = scale.to(stored)
     above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
     return torch.where(rounded.float() < scale, above, rounded).float()
