@@ -285,6 +285,6 @@ def test_completions_end_at_stop_tokens_and_where_the_caller_says(model: Transfo
 
 def test_the_least_pass_gives_an_expert_enough_rows() -> None:
     model = build(small_config(vocab_size=VOCAB))
-    assert least_tokens(model) == 32  # 6 experts, 2 a token: 22 would do, attention wants 32
+    assert least_tokens(model) == 64  # 6 experts, 2 a token: 22 would do, the products want 64
     wide = small_config(vocab_size=VOCAB, feed_forward={**DENSE["feed_forward"]}, leading=None)
-    assert least_tokens(build(wide)) == 32
+    assert least_tokens(build(wide)) == 64

@@ -17,8 +17,10 @@ from finemoe.model.backends import all_native
 from finemoe.model.moe.layer import MoELayer
 from finemoe.model.transformer import Transformer
 
-FEW_ROWS = 8
-"""The C++ products take another way, which rounds differently, for fewer rows than these."""
+FEW_ROWS = 64
+"""The C++ products take another way, which rounds differently, for fewer rows than these,"""
+_FEW_OF_EACH = 8
+"""and in passes of more, where every expert has fewer rows than these."""
 LEAST_WIDTH = 32
 """So does attention, for no more queries than 16 or 28."""
 _LANES = 64
@@ -27,6 +29,8 @@ _GRAIN = 1 << 15
 """and gives each thread a tensor of its own, where there are more numbers than these for each."""
 _SLOTS = 32
 """Rows of a decoding step where the C++ products do not run."""
+_NATIVE_SLOTS = 7
+"""At most, where they do: idle ones still cost little."""
 
 
 def steady(model: Transformer) -> bool:
@@ -43,9 +47,9 @@ def _experts(layer: MoELayer) -> Iterable[Tensor]:
 
 
 def least_tokens(model: Transformer) -> int:
-    """Tokens of a pass with which some expert of every layer has `FEW_ROWS` rows, so that all go the usual way."""
+    """Tokens of a pass with which some expert of every layer has enough rows for all to go the usual way."""
     layers = (layer.config for layer in model.moe_layers.values())
-    least = ((FEW_ROWS - 1) * c.num_routed_experts // c.experts_per_token + 1 for c in layers)
+    least = ((_FEW_OF_EACH - 1) * c.num_routed_experts // c.experts_per_token + 1 for c in layers)
     return max(FEW_ROWS, *least, LEAST_WIDTH)
 
 
@@ -76,4 +80,4 @@ def steady_rows(model: Transformer) -> int:
     if not steady(model):
         return _SLOTS
     wide = _sigmoid_widths(model)
-    return next((n for n in range(FEW_ROWS - 1, 0, -1) if not any(n * size % _LANES for size in wide)), 1)
+    return next((n for n in range(_NATIVE_SLOTS, 0, -1) if not any(n * size % _LANES for size in wide)), 1)

@@ -70,7 +70,7 @@ struct Tokens {
          int64_t capacity)
       : batch(hidden.size(0)), seq(hidden.size(1)), pairs(cos.size(-1)), keys(0), cosine(numbers(cos, "cosine")),
         sine(numbers(sin, "sine")), interleaved(neighbours) {
-    TORCH_CHECK(hidden.dim() == 3 && count() <= kFewRows, "hidden must be [batch, seq, hidden] of few tokens");
+    TORCH_CHECK(hidden.dim() == 3 && count() < kFewRows, "hidden must be [batch, seq, hidden] of few tokens");
     TORCH_CHECK(positions.scalar_type() == at::kLong && positions.is_cpu() && positions.dim() == 2 &&
                     positions.size(0) == batch && positions.size(1) == seq && cos.numel() == count() * pairs &&
                     sin.numel() == count() * pairs,

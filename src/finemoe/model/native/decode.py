@@ -9,7 +9,7 @@ from torch import Tensor
 
 from finemoe.model.native import usable
 
-MOST_TOKENS = 8
+MOST_TOKENS = 63
 
 
 def takes(hidden: Tensor, *others: Tensor) -> bool:

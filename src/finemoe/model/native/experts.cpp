@@ -172,8 +172,10 @@ void forward_few(const Experts& x, float* gate_up, float* output) {
 }
 
 bool few(const Experts& x) {
+  constexpr int64_t kEach = 8;  // rows of an expert from which packing its weights pays, where there are many tokens
+  const int64_t most = x.tokens < kFewRows ? kFewRows : kEach;
   for (int64_t e = 0; e < x.count; ++e)
-    if (x.begin[e + 1] - x.begin[e] >= kFewRows) return false;
+    if (x.begin[e + 1] - x.begin[e] >= most) return false;
   return true;
 }
 

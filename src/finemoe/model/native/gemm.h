@@ -292,38 +292,77 @@ void gemm(int64_t m, int64_t n, int64_t shared, const A& pack_a, const B& pack_b
 
 // ---- few rows: the weights are read once, straight from memory ------------------------------------------------------
 
-constexpr int64_t kFewRows = 8;  // below this, packing the weights would cost more than it saves
+constexpr int64_t kFewRows = 64;  // below this, packing the weights would cost more than it saves
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kHigh = 6, kWide = 4;  // rows of x and of the weight whose products the registers hold
+#else
+constexpr int kHigh = 2, kWide = 4;
+#endif
 
-template <int kCount>
-void dot_rows(const float* const* x, const float* weight, int64_t n, int64_t shared, float* const* out) {
-  constexpr int64_t kAhead = 2048;  // numbers: one row after the other is one stream, fetched into the second cache
-  for (int64_t j = 0; j < n; ++j) {
-    const float* row = weight + j * shared;
-    Vector sum[kCount] = {};
-    int64_t k = 0;
-    for (; k + kLanes <= shared; k += kLanes) {
-      __builtin_prefetch(row + k + kAhead, 0, 2);
-      const Vector w = load(row + k);
-#pragma GCC unroll 4
-      for (int i = 0; i < kCount; ++i) sum[i] += w * load(x[i] + k);
-    }
-    for (int i = 0; i < kCount; ++i) {
-      float result = total(sum[i]);
-      for (int64_t rest = k; rest < shared; ++rest) result += row[rest] * x[i][rest];
-      out[i][j] = result;
+// What is fetched into the second cache while something else is computed: a line of it in every step.
+struct Ahead {
+  const float* next;
+  int lines;  // in a step
+  void step() {
+    for (int i = 0; i < lines; ++i, next += kLanes) __builtin_prefetch(next, 0, 2);
+  }
+};
+
+// out[i][j] = x[i] · weight[j]. Every sum is made by itself and in the same order, so that no row knows of its
+// neighbours: what comes out does not depend on how many there are.
+template <int kTall, int kAcross>
+void dot_rows(const float* const* x, const float* weight, int64_t shared, float* const* out, int64_t j, Ahead& ahead) {
+  Vector sum[kTall][kAcross];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTall; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < kAcross; ++c) sum[i][c] = Vector{};
+  int64_t k = 0;
+  for (; k + kLanes <= shared; k += kLanes) {
+    ahead.step();
+    Vector w[kAcross];
+#pragma GCC unroll 8
+    for (int c = 0; c < kAcross; ++c) w[c] = load(weight + c * shared + k);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTall; ++i) {
+      const Vector row = load(x[i] + k);
+#pragma GCC unroll 8
+      for (int c = 0; c < kAcross; ++c) sum[i][c] += w[c] * row;
     }
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTall; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < kAcross; ++c) {
+      float result = total(sum[i][c]);
+      for (int64_t rest = k; rest < shared; ++rest) result += weight[c * shared + rest] * x[i][rest];
+      out[i][j + c] = result;
+    }
 }
 
-// out[i] = weight[n][shared] · x[i] for up to kFewRows rows.
+using DotRows = void (*)(const float* const*, const float*, int64_t, float* const*, int64_t, Ahead&);
+
+template <int kAcross, int... tall>
+DotRows pick_dot_rows(int64_t rows, std::integer_sequence<int, tall...>) {
+  static constexpr DotRows kernels[] = {dot_rows<tall + 1, kAcross>...};
+  return kernels[rows - 1];
+}
+
+// out[i] = weight[n][shared] · x[i] for fewer than kFewRows rows, in tiles of about the same height.
 inline void few_rows(const float* const* x, int64_t rows, const float* weight, int64_t n, int64_t shared,
                      float* const* out) {
-  for (int64_t i = 0; i < rows; i += 4) switch (std::min<int64_t>(4, rows - i)) {
-      case 1: dot_rows<1>(x + i, weight, n, shared, out + i); break;
-      case 2: dot_rows<2>(x + i, weight, n, shared, out + i); break;
-      case 3: dot_rows<3>(x + i, weight, n, shared, out + i); break;
-      default: dot_rows<4>(x + i, weight, n, shared, out + i);
+  constexpr auto heights = std::make_integer_sequence<int, kHigh>{};
+  const int64_t tiles = (rows + kHigh - 1) / kHigh;
+  for (int64_t j = 0, width; j < n; j += width) {
+    width = n - j >= kWide ? kWide : 1;
+    const float* part = weight + j * shared;
+    Ahead ahead{part + width * shared, static_cast<int>((width + tiles - 1) / std::max<int64_t>(tiles, 1))};
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t first = rows * tile / tiles, count = rows * (tile + 1) / tiles - first;
+      const DotRows dot = width == kWide ? pick_dot_rows<kWide>(count, heights) : pick_dot_rows<1>(count, heights);
+      dot(x + first, part, shared, out + first, j, ahead);
     }
+  }
 }
 
 }  // namespace finemoe
