@@ -224,6 +224,7 @@ def test_a_grammar_is_followed_beside_a_request_without_one() -> None:
         if held.finish_reason == "stop":
             assert isinstance(json.loads(tokenizer.decode(held.text_ids, continues=True))["count"], int)
         assert tokenizer.decode(chosen.text_ids, continues=True) in ("yes", "no")
-        assert free.completion == Engine(made, stop_ids=tokenizer.stop_ids).generate([(5, 6)], sampling)[0].completion
+        alone = Engine(made, stop_ids=tokenizer.stop_ids, tokenizer=tokenizer)
+        assert free.completion == alone.generate([(5, 6)], sampling)[0].completion
     with pytest.raises(ConfigError, match="knows the model's tokenizer"):
         Engine(made).submit(asked[0])

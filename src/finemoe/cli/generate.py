@@ -16,7 +16,7 @@ from finemoe.cli.output import Json, print_json, printable
 
 if TYPE_CHECKING:
     from finemoe.checkpoint.language_model import Dtype, LanguageModel
-    from finemoe.generation import Engine, SamplingConfig, Sequence
+    from finemoe.generation import Engine, Request, SamplingConfig, Sequence
     from finemoe.text.tokenizer import Tokenizer
 
 
@@ -58,6 +58,32 @@ Stops = Annotated[
 ]
 MinNewTokens = Annotated[int, typer.Option("--min-new-tokens", help="Before so many, the text does not end.")]
 
+Samples = Annotated[int, typer.Option("--samples", "-s", help="Completions of each prompt, drawn apart.", metavar="N")]
+Logprobs = Annotated[
+    int, typer.Option(help="With --json: the K most probable tokens beside each one.", metavar="K", min=0)
+]
+Schema = Annotated[
+    str | None, typer.Option(metavar="FILE", help="The completion is JSON of this schema, a file or the JSON itself.")
+]
+Regex = Annotated[str | None, typer.Option(metavar="RE", help="All of the completion matches this expression.")]
+Choices = Annotated[
+    list[str] | None, typer.Option("--choice", metavar="TEXT", help="The completion is one of these; repeatable.")
+]
+Guess = Annotated[
+    str | None,
+    typer.Option(
+        metavar="text|module|MODEL",
+        help="Guess next tokens, for speed: from the text, the prediction module, or a small model.",
+    ),
+]
+GuessTokens = Annotated[int | None, typer.Option(help="Tokens guessed at a time.", metavar="N", show_default="1 or 4")]
+CacheDtype = Annotated[
+    Literal["fp32", "bf16", "fp8"] | None, typer.Option(help="Of the cache.", show_default="the weights'")
+]
+CacheSize = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Of the cache, such as 2GB.", show_default="what is free, a quarter")
+]
+
 
 def generate(
     source: Source,
@@ -81,6 +107,15 @@ def generate(
         typer.Option(help="Weights in memory; bf16 takes half, and is slower on most CPUs."),
     ] = "fp32",
     special: Special = False,
+    samples: Samples = 1,
+    logprobs: Logprobs = 0,
+    json_schema: Schema = None,
+    regex: Regex = None,
+    choice: Choices = None,
+    guess: Guess = None,
+    guess_tokens: GuessTokens = None,
+    cache_dtype: CacheDtype = None,
+    cache_size: CacheSize = None,
     as_json: Json = False,
 ) -> None:
     """Continue prompts, or answer a message, with a trained model.
@@ -89,8 +124,10 @@ def generate(
     would get alone. A prompt that spells out control tokens, such as <|im_start|> or <think>,
     is read as the text that it is, and you are told; --special reads them as the tokens.
     --chat writes those of the chat template itself, and reads the message in the same way.
+    --json-schema, --regex and --choice hold the model to a form, token by token.
+    With --guess several tokens are tried in one pass; the text stays the same.
     With --json: a list of prompt, completion, finish_reason ("length" or "stop"), tokens
-    (ids) and logprobs (nats, under the model itself).
+    (ids) and logprobs (nats, under the model itself), with --logprobs also "likely".
 
     \b
     Examples:
@@ -98,6 +135,8 @@ def generate(
       finemoe generate runs/tiny --prompt "def f(" --min-p 0.05 --stop "def "
       finemoe generate runs/tiny --file prompts.txt --json > completions.json
       finemoe generate SmolLM2-135M-Instruct --chat "Name three rivers." --temperature 0
+      finemoe generate SmolLM2-135M-Instruct --chat "Is 7 prime?" --choice yes --choice no
+      finemoe generate runs/mtp --prompt "def main(" --guess module --temperature 0
       finemoe generate SmolLM2-135M-Instruct --file turns-written-by-hand.jsonl --special
     """
     from finemoe.checkpoint.kinds import kind_of
@@ -105,27 +144,42 @@ def generate(
     options = locals()
     texts = _read_prompts(prompts or [], file, chat, system)
     kind_of(source)  # a path that holds nothing is refused before a second of imports
-    sampling = _sampling(options)
-    opened, engine = _open(source, dtype)
+    _generate(texts, options, _sampling(options))
+
+
+def _generate(texts: list[str], options: Mapping[str, Any], sampling: SamplingConfig) -> None:
+    from finemoe.core.logs import logger
+    from finemoe.generation import Request
+    from finemoe.generation.generate import check_counts, complete, completion, engine_with, grammar_of
+
+    chat, system, samples = options["chat"], options["system"], options["samples"]
+    check_counts(samples, options["guess_tokens"])
+    grammar = grammar_of({**options, "json_schema": _schema(options["json_schema"])})
+    cache_bytes = _bytes(options["cache_size"])
+    opened = _open(options["source"], options["dtype"])
     given = texts if chat is None else [chat, *([system] if system is not None else [])]
-    texts, ids = _encoded(opened, texts, chat, system, special)
-    if not special:
+    texts, ids = _encoded(opened, texts, chat, system, options["special"])
+    if not options["special"]:
         _say_what_is_text(given, opened.tokenizer, "message" if chat is not None else "prompt")
     _say_what_is_odd(ids, sampling, opened)
+    engine = engine_with(opened, options["guess"], options["guess_tokens"], options["cache_dtype"], cache_bytes)
     started = time.monotonic()
-    if len(ids) == 1 and not as_json:
-        sequences = [_stream(opened, engine, texts[0], ids[0], sampling, chat is not None)]
+    if len(ids) * samples == 1 and not options["as_json"]:
+        sequences = [_stream(engine, texts[0], Request(ids[0], sampling, grammar=grammar, continues=chat is None))]
     else:
-        sequences = _complete(texts, ids, sampling, opened, engine, as_json, chat is not None)
+        sequences = complete(engine, ids, sampling, n=samples, grammar=grammar, answers=chat is not None)
+        records = [completion(texts[number // samples], one).to_dict() for number, one in enumerate(sequences)]
+        _print(records, options["as_json"])
     _say_speed(sequences, time.monotonic() - started)
+    if options["guess"] is not None:
+        logger.info("%s", engine.acceptance)
 
 
 def _sampling(options: Mapping[str, Any]) -> SamplingConfig:
     from finemoe.core.config import parse
     from finemoe.generation import SamplingConfig
-    from finemoe.generation.generate import DRAW
 
-    draw = {name: options[name] for name in DRAW}
+    draw = {name: options[name] for name in SamplingConfig.model_fields if name in options}
     return parse(SamplingConfig, {**draw, "stop": options["stop"] or ()}, "finemoe generate")
 
 
@@ -190,12 +244,43 @@ def _prompt_of(line: str, source: str) -> str:
     return prompt
 
 
-def _open(source: Path, dtype: Dtype) -> tuple[LanguageModel, Engine]:
-    from finemoe.checkpoint.language_model import open_language_model
-    from finemoe.generation import engine_for
+def _schema(given: str | None) -> str | None:
+    """What --json-schema names: the text of a file, or the JSON that it is itself."""
+    from finemoe.core.errors import ConfigError
 
-    opened = open_language_model(source, dtype)
-    return opened, engine_for(opened)
+    if given is None or given.lstrip().startswith(("{", "true", "false")):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--json-schema {given}: it is not UTF-8 text; save it as such") from error
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(
+            f"--json-schema {given}: cannot be read: {reason}; give a file, or the JSON itself"
+        ) from error
+
+
+def _bytes(given: str | None) -> int | None:
+    """`2GB`, `512MiB` or a number of bytes."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    from finemoe.core.errors import ConfigError
+
+    if given is None:
+        return None
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(given))
+    except ValidationError as error:
+        raise ConfigError(
+            f"--cache-size: {given!r} is no size; write it as 2GB, 512MiB or a number of bytes"
+        ) from error
+
+
+def _open(source: Path, dtype: Dtype) -> LanguageModel:
+    from finemoe.checkpoint.language_model import open_language_model
+
+    return open_language_model(source, dtype)
 
 
 def _encoded(
@@ -251,39 +336,15 @@ def _say_what_is_odd(ids: list[tuple[int, ...]], sampling: SamplingConfig, opene
         )
 
 
-def _stream(
-    opened: LanguageModel, engine: Engine, text: str, ids: tuple[int, ...], sampling: SamplingConfig, answers: bool
-) -> Sequence:
+def _stream(engine: Engine, text: str, request: Request) -> Sequence:
     """Write the prompt and its completion to stdout, token by token; of an answer, the answer alone."""
-    from finemoe.generation import Request
-    from finemoe.generation.generate import text_stream, write
-
-    engine.submit(Request(ids, sampling))
-    if not answers:
+    engine.submit(request)
+    if request.continues:
         _write(text, bold=True)
-    stream = text_stream(opened.tokenizer, sampling, answers)
     for event in engine.events():
-        _write(write(stream, event))
+        _write(event.text)
     _write("\n")
     return event.sequence
-
-
-def _complete(
-    texts: list[str],
-    ids: list[tuple[int, ...]],
-    sampling: SamplingConfig,
-    opened: LanguageModel,
-    engine: Engine,
-    as_json: bool,
-    answers: bool,
-) -> list[Sequence]:
-    """Complete all prompts, with progress on stderr, and print them."""
-    from finemoe.generation.generate import complete, completion
-
-    sequences = complete(engine, ids, sampling, opened.tokenizer, answers)
-    both = zip(texts, sequences, strict=True)
-    _print([completion(text, one, opened.tokenizer, answers).to_dict() for text, one in both], as_json)
-    return sequences
 
 
 def _print(records: list[dict[str, Any]], as_json: bool) -> None:

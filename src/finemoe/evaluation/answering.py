@@ -9,7 +9,6 @@ from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.evaluation.task import Generate, Generated
 from finemoe.generation import Request, SamplingConfig, engine_for
 from finemoe.generation.scoring import middle_ids, reach_of
-from finemoe.generation.text import TextStream
 
 
 @dataclass
@@ -40,25 +39,20 @@ def generate(
     waiting.sort(key=lambda one: -len(asked[one[0]].prompt) - asked[one[0]].room)
     engine = engine_for(opened, steady=True)
     owner: dict[int, tuple[str, int]] = {}
-    writing: dict[int, TextStream] = {}
     for key, sample in waiting:
         own = asked[key]
-        sampling = SamplingConfig(temperature=own.request.temperature, seed=seed, max_new_tokens=own.room)
+        sampling = SamplingConfig(
+            temperature=own.request.temperature, seed=seed, max_new_tokens=own.room, stop=own.request.stops
+        )
         number = engine.submit(Request(own.prompt, sampling, sample))
         owner[number] = key, sample
-        writing[number] = TextStream(opened.tokenizer.decoder(continues=True), own.request.stops)
     for event in engine.events():
-        sequence, written = event.sequence, writing[event.sequence.id]
-        if sequence.finish_reason != "stop":
-            written.push(event.token_id)
-        if written.stopped is not None:
-            sequence.stop(written.stopped)
-        if sequence.finish_reason is None:
+        sequence = event.sequence
+        if sequence.finish_reason is None or sequence.text is None:
             continue
         key, sample = owner[sequence.id]
         own = asked[key]
-        written.finish()
-        own.texts[sample] = written.text
+        own.texts[sample] = sequence.text.text
         own.tokens += len(sequence.completion)
         own.unfinished += sequence.finish_reason == "length"
         if len(own.texts) == own.request.samples:

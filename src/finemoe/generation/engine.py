@@ -12,28 +12,27 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import ConfigError, DataError
-from finemoe.core.memory import available_on
 from finemoe.generation.blocks import BlockPool
 from finemoe.generation.config import SamplingConfig
 from finemoe.generation.drawing import draw, score_prompt
 from finemoe.generation.grammar import Grammar, Grammars
-from finemoe.generation.runner import Runner, States
+from finemoe.generation.runner import BLOCK_SIZE, Runner, States, blocks_for
 from finemoe.generation.scheduler import Feed, Scheduler
 from finemoe.generation.sequence import Constraint, FinishReason, Likely, Sequence
 from finemoe.generation.speculation import Acceptance, Guesses
+from finemoe.generation.text import TextStream
 from finemoe.model.transformer import Transformer
 from finemoe.text.tokenizer import Tokenizer
 
-BLOCK_SIZE = 32
-_SHARE_OF_MEMORY = 0.25
-_MOST_BLOCKS = 1 << 14
+_SALT = 16
+"""[bytes] Of what stands for a constraint."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ class Request:
     """What the completion must be: JSON of a schema, a regular expression, one of several texts."""
     experts: bool = False
     """Keep which experts each token chose: `Sequence.experts`."""
+    continues: bool = True
+    """Its text goes on where the prompt's ends; False: it begins one of its own, as an answer does."""
     deadline: float | None = None
     """`time.monotonic()` at which it ends where it is."""
 
@@ -67,6 +68,8 @@ class Event:
     logprob: float
     likely: Likely = ()
     """The most probable tokens in its place, where they were asked for."""
+    text: str = ""
+    """What it makes certain of the text: whole characters, and nothing that a stop string may still take back."""
 
 
 class Engine:
@@ -100,7 +103,7 @@ class Engine:
             model: in eval mode, on its device, in its precision.
             end_of_text_id: stops completions and begins empty prompts; None: neither.
             stop_ids: stop completions too, such as the end of a turn.
-            vocab_size: ids from here on are never drawn, for tokenizers smaller than the model's vocabulary.
+            vocab_size: ids from here on are never drawn; nor are those that the tokenizer does not know.
             cache_bytes: for the cache; None: a quarter of the memory that is free, and no more than is of use.
             cache_dtype: of the cache, such as torch.bfloat16 or torch.float8_e4m3fn; None: the weights'.
             block_size: tokens of a block.
@@ -109,7 +112,7 @@ class Engine:
             reuse: a prompt that begins as an earlier one did is read from where they part.
             steady: what a request gets does not depend on its neighbours, to the last bit, at the price of speed.
             guesses: where guesses of the next tokens come from.
-            tokenizer: for requests with a grammar.
+            tokenizer: of the model; without it there are no texts, stop strings and grammars.
 
         Raises:
             ValueError: the model is in training mode, or `steady` together with `guesses`.
@@ -122,7 +125,8 @@ class Engine:
         self._model = model
         self._end_of_text_id = end_of_text_id
         self._stop_ids = frozenset(stop_ids) | ({end_of_text_id} if end_of_text_id is not None else set())
-        self._vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+        known = model.config.vocab_size if tokenizer is None else tokenizer.vocab_size
+        self._vocab_size = min(vocab_size or known, known, model.config.vocab_size)
         blocks = blocks_for(model, block_size, cache_dtype, cache_bytes)
         self._runner = Runner(model, blocks, block_size, dtype=cache_dtype, steady=steady)
         pool = BlockPool(blocks, block_size, reuse=reuse and not steady)
@@ -142,7 +146,8 @@ class Engine:
         Raises:
             DataError: a token id outside the vocabulary, an empty prompt without an end-of-text token, or more tokens
                 than the cache has room for.
-            ConfigError: a grammar that cannot be followed, or the package for it is missing.
+            ConfigError: a grammar that cannot be followed, or the package for it is missing; a grammar or a stop string
+                and no tokenizer.
         """
         prompt = request.prompt
         if not prompt:
@@ -153,9 +158,12 @@ class Engine:
         if outside is not None:
             raise DataError(f"token id {outside} is outside the model's vocabulary of {self._model.config.vocab_size}")
         sequence = Sequence.start(self._next_id, prompt, request.sampling, request.repetition)
-        sequence.constraint, sequence.salt = request.constraint, salt_of(request.constraint)
+        sequence.salt = salt_of(request.constraint)
+        alike = (one.constraint for one in self._sequences.values() if one.salt[:_SALT] == sequence.salt)
+        sequence.constraint = next(alike, request.constraint)  # those with the very same object share their passes
         if request.grammar is not None:
             sequence.grammar = self._grammars.start(request.grammar)
+        sequence.text = self._text(request)
         if request.experts or request.sampling.prompt_logprobs is not None:
             sequence.salt += b" alone %d" % sequence.id  # all of its prompt has to be read
         parent = self._sequences.get(request.parent) if request.parent is not None else None
@@ -176,19 +184,20 @@ class Engine:
 
     def generate(self, prompts: Iterable[tuple[int, ...]], sampling: SamplingConfig) -> list[Sequence]:
         """Complete every prompt, in order. A prompt given n times is drawn n times, independently."""
-        ids = self.submit_all(prompts, sampling)
+        ids = self.submit_all(prompts, Request((), sampling))
         done = {id: self._sequences[id] for id in ids}
         for _ in self.events():
             pass
         return [done[id] for id in ids]
 
-    def submit_all(self, prompts: Iterable[tuple[int, ...]], sampling: SamplingConfig) -> list[int]:
-        """`submit` each prompt, the n-th copy of one as its n-th repetition."""
+    def submit_all(self, prompts: Iterable[tuple[int, ...]], like: Request) -> list[int]:
+        """`submit` each prompt with all else as in `like`, the n-th copy of one as its n-th repetition."""
         seen: Counter[tuple[int, ...]] = Counter()
         first: dict[tuple[int, ...], int] = {}
         ids = []
         for prompt in prompts:
-            ids.append(self.submit(Request(prompt, sampling, seen[prompt], first.get(prompt))))
+            asked = replace(like, prompt=prompt, repetition=seen[prompt], parent=first.get(prompt))
+            ids.append(self.submit(asked))
             first.setdefault(prompt, ids[-1])
             seen[prompt] += 1
         return ids
@@ -242,9 +251,9 @@ class Engine:
             still = []
             for number, drawn in zip(open_, draw(rows, ready, self._stop_ids), strict=True):
                 feed, token = feeds[number], drawn.token_id
-                feed.sequence.append(token, drawn.logprob, self._stop_ids)
+                text = feed.sequence.append(token, drawn.logprob, self._stop_ids)
                 feed.sequence.likely.append(drawn.likely)
-                events.append(Event(feed.sequence, token, drawn.logprob, drawn.likely))
+                events.append(Event(feed.sequence, token, drawn.logprob, drawn.likely, text))
                 guessed = feed.tokens[firsts[number] + depth] if depth + 1 < feed.wants else None
                 if guessed is not None:
                     self.acceptance.count(depth, guessed == token)
@@ -273,10 +282,20 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = sequence.finish_reason or reason
+        sequence.finish_text()
         self._scheduler.finish(sequence)
         if self._guesses is not None:
             self._guesses.forget(sequence)
         del self._sequences[sequence.id], self._requests[sequence.id]
+
+    def _text(self, request: Request) -> TextStream | None:
+        sampling = request.sampling
+        if self._tokenizer is not None:
+            decoder = self._tokenizer.decoder(request.continues)
+            return TextStream(decoder, sampling.stop, min_tokens=sampling.min_new_tokens)
+        if sampling.stop:
+            raise ConfigError("a request with stop strings needs an engine that knows the model's tokenizer")
+        return None
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -285,44 +304,36 @@ class Engine:
         return Grammars(self._tokenizer, vocab_size=self._vocab_size, end_ids=self._stop_ids)
 
 
-def engine_for(opened: LanguageModel, *, steady: bool = False) -> Engine:
-    """An engine for a model as it was opened: it stops where the model's own tokenizer ends a text or a turn."""
+def engine_for(
+    opened: LanguageModel,
+    *,
+    steady: bool = False,
+    guesses: Guesses | None = None,
+    cache_bytes: int | None = None,
+    cache_dtype: torch.dtype | None = None,
+) -> Engine:
+    """An engine for a model as it was opened: it stops where the model's own tokenizer ends a text or a turn.
+
+    The rest as in `Engine`.
+    """
     tokenizer = opened.tokenizer
     return Engine(
         opened.model,
         end_of_text_id=tokenizer.end_of_text_id,
         stop_ids=tokenizer.stop_ids,
-        vocab_size=tokenizer.vocab_size,
+        cache_bytes=cache_bytes,
+        cache_dtype=cache_dtype,
         steady=steady,
+        guesses=guesses,
         tokenizer=tokenizer,
     )
-
-
-def blocks_for(model: Transformer, size: int, dtype: torch.dtype | None, given: int | None) -> int:
-    """How many blocks of `size` tokens `given` bytes hold, or a share of the free memory where nothing is given.
-
-    Raises:
-        DataError: not one.
-    """
-    weight = model.embedding.weight
-    numbers = sum(one.attention.cache_elements_per_token() for one in [*model.config.blocks, *model.config.mtp])
-    block = size * numbers * (dtype or weight.dtype).itemsize
-    if given is None:
-        room, most = int(_SHARE_OF_MEMORY * (available_on(weight.device) or 1 << 31)), _MOST_BLOCKS
-    else:
-        room = most = given
-    if room < block:
-        raise DataError(
-            f"{room:,} bytes for the cache have no room for a block of {size} tokens, which takes {block:,}"
-        )
-    return min(room // block, most)
 
 
 def salt_of(constraint: Constraint | None) -> bytes:
     """The same for equal constraints alone: texts read under one may share blocks, and with no other."""
     if constraint is None:
         return b""
-    found = hashlib.blake2b(digest_size=16)
+    found = hashlib.blake2b(digest_size=_SALT)
     for layer, held in sorted(constraint.items()):
         for name, value in vars(held).items():
             said = value.tolist() if isinstance(value, torch.Tensor) else value

@@ -6,36 +6,46 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
+
+import torch
 
 from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError
-from finemoe.core.logs import progress
+from finemoe.core.logs import logger, progress
 from finemoe.generation.config import SamplingConfig
-from finemoe.generation.engine import Engine, Event, engine_for
-from finemoe.generation.sequence import FinishReason
+from finemoe.generation.engine import Engine, Request, engine_for
+from finemoe.generation.grammar import Grammar
+from finemoe.generation.sequence import FinishReason, Likely
 from finemoe.generation.sequence import Sequence as Completed
-from finemoe.generation.text import TextStream
-from finemoe.text.tokenizer import Tokenizer
+from finemoe.generation.speculation import guesses_from
 
 Message = Mapping[str, Any]
 """`{"role": "user", "content": "..."}`, as chat templates read them."""
 
-DRAW = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "stop",
-    "min_new_tokens",
-    "max_new_tokens",
-    "seed",
-)
-"""What of `SamplingConfig` can be said to `generate` and `finemoe generate`."""
+CACHE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+"""Types of the cache, by name."""
+
+
+class Draw(TypedDict, total=False):
+    """The fields of `SamplingConfig`, which says what each means, as `generate` takes them."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    stop: str | Sequence[str]
+    stop_ids: int | Sequence[int]
+    ignore_end: bool
+    min_new_tokens: int
+    max_new_tokens: int
+    seed: int
+    logprobs: int
 
 
 @dataclass(frozen=True)
@@ -49,14 +59,17 @@ class Completion:
     tokens: tuple[int, ...]
     """Ids of the completion."""
     logprobs: tuple[float, ...]
-    """Of each of them under the model itself, in nats."""
+    """Of each of them under the model itself, in nats; with a grammar, among the tokens that it let through."""
+    likely: tuple[Likely, ...] = ()
+    """Beside each of them, ids and logprobs of the most probable ones, best first; where `logprobs` asked for them."""
 
     def __str__(self) -> str:
         return self.prompt + self.completion
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return asdict(self)
+        found = asdict(self)
+        return found if self.likely else {name: value for name, value in found.items() if name != "likely"}
 
 
 def generate(
@@ -64,20 +77,18 @@ def generate(
     prompts: str | Sequence[str] = (),
     *,
     messages: Sequence[Message] | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    stop: str | Sequence[str] = (),
-    min_new_tokens: int = 0,
-    seed: int = 0,
+    n: int = 1,
+    json_schema: str | Mapping[str, Any] | None = None,
+    regex: str | None = None,
+    choice: Sequence[str] | None = None,
+    guess: str | os.PathLike[str] | None = None,
+    guess_tokens: int | None = None,
     dtype: Dtype = "fp32",
+    cache_dtype: Literal["fp32", "bf16", "fp8"] | None = None,
+    cache_bytes: int | None = None,
     special: bool = False,
     quiet: bool = False,
+    **sampling: Unpack[Draw],
 ) -> list[Completion]:
     """Continue prompts, or answer a conversation, with a trained model.
 
@@ -86,81 +97,111 @@ def generate(
             `open_language_model` made of one, which is then not read again.
         prompts: text to continue, one or several; each gets the text that it would get alone.
         messages: a conversation to answer instead, put into the model's chat template.
-        max_new_tokens, min_new_tokens: most tokens to add, and how many before the text may end.
-        temperature: 0 always takes the most probable token.
-        top_k, top_p: draw among the K most probable tokens, or among the fewest that reach P.
-        min_p: draw among tokens at least this many times as probable as the most probable one.
-        repetition_penalty, presence_penalty, frequency_penalty: see `SamplingConfig`; against what was there.
-        stop: strings that end the text, which leaves them out.
-        seed: equal seeds give equal text.
+        n: completions of each, drawn independently; the prompt is read once.
+        json_schema, regex, choice: what the completion must be, see `Grammar`; at most one of them.
+        guess: where guesses of the next tokens come from: `text` (what came next the last time), `module` (the model's
+            own multi-token prediction), or the path of a smaller model of the same tokenizer. The text stays the same.
+        guess_tokens: at a time; None: 1 of the module, 4 of the others.
         dtype: of the weights in memory.
-        special: read control tokens that the text spells out, such as <think>, as those tokens and not as text.
+        cache_dtype, cache_bytes: of the cache; None: the weights', and a quarter of the free memory at most.
+        special: read control tokens that a text spells out, such as <think>, as tokens and not as text.
         quiet: no progress on stderr.
+        sampling: how tokens are drawn and when the text ends, as in `SamplingConfig`: temperature (0 always takes the
+            most probable token), top_k, top_p, min_p, stop, seed, max_new_tokens, logprobs and others.
 
-    Returns:
-        A completion for each prompt, or the one answer, whose `prompt` is the conversation as the template wrote it.
+    Returns `n` completions of each prompt, or `n` answers, whose `prompt` is the conversation in its template.
 
     Raises:
-        ConfigError: nothing to continue, prompts and messages at once, or impossible sampling.
+        ConfigError: nothing to continue, prompts and messages at once, impossible sampling, grammar or guesses.
         FinemoeError: nothing that can be opened, or no chat template.
     """
-    given = locals()
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if bool(texts) == (messages is not None):
         raise ConfigError("nothing to continue: give prompts or messages" if not texts else "give prompts or messages")
-    sampling = parse(SamplingConfig, {name: given[name] for name in DRAW}, "generate")
+    drawn = parse(SamplingConfig, sampling, "generate")
+    grammar = grammar_of({"json_schema": json_schema, "regex": regex, "choice": choice})
+    check_counts(n, guess_tokens)
     opened = model if isinstance(model, LanguageModel) else open_language_model(model, dtype)
-    if messages is None:
-        ids = [tuple(opened.encode(text, special=special)) for text in texts]
-    else:
-        text, answered = opened.encode_chat(messages, special=special)
-        texts, ids = [text], [tuple(answered)]
-    answers = messages is not None
-    sequences = complete(engine_for(opened), ids, sampling, opened.tokenizer, answers, quiet=quiet)
-    return [completion(text, one, opened.tokenizer, answers) for text, one in zip(texts, sequences, strict=True)]
+    asked = [(text, opened.encode(text, special=special)) for text in texts]
+    if messages is not None:
+        asked = [opened.encode_chat(messages, special=special)]
+    ids = [tuple(found) for _, found in asked]
+    engine = engine_with(opened, guess, guess_tokens, cache_dtype, cache_bytes)
+    sequences = complete(engine, ids, drawn, n=n, grammar=grammar, answers=messages is not None, quiet=quiet)
+    if guess is not None and not quiet:
+        logger.info("%s", engine.acceptance)
+    return [completion(asked[number // n][0], one) for number, one in enumerate(sequences)]
+
+
+def grammar_of(given: Mapping[str, Any]) -> Grammar | None:
+    """What `json_schema`, `regex` and `choice` of `given` ask for; None where they are None or empty.
+
+    Raises:
+        ConfigError: several of them at once, or a schema that is no JSON.
+    """
+    asked = {name: given[name] for name in ("json_schema", "regex", "choice") if given[name]}
+    return parse(Grammar, asked, "generate") if asked else None
+
+
+def check_counts(n: int, guess_tokens: int | None) -> None:
+    """Both are at least 1.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    if n < 1:
+        raise ConfigError(f"n: {n} completions of a prompt cannot be drawn; ask for 1 or more")
+    if guess_tokens is not None and guess_tokens < 1:
+        raise ConfigError(f"guess_tokens: {guess_tokens} is not a number of tokens to guess; give 1 or more")
+
+
+def engine_with(
+    opened: LanguageModel,
+    guess: str | os.PathLike[str] | None = None,
+    guess_tokens: int | None = None,
+    cache_dtype: str | None = None,
+    cache_bytes: int | None = None,
+) -> Engine:
+    """An engine as the arguments of `generate` ask for.
+
+    Raises:
+        ConfigError: guesses that cannot be made, or a type of the cache that is none.
+        DataError: a cache too small for one block.
+    """
+    if cache_dtype is not None and cache_dtype not in CACHE:
+        raise ConfigError(f"cache_dtype must be one of {', '.join(CACHE)}, not {cache_dtype!r}")
+    if guess is None and guess_tokens is not None:
+        raise ConfigError("guess_tokens goes with guess: say where guesses come from")
+    guesses = guesses_from(guess, opened, guess_tokens) if guess is not None else None
+    kind = CACHE[cache_dtype] if cache_dtype is not None else None
+    return engine_for(opened, guesses=guesses, cache_bytes=cache_bytes, cache_dtype=kind)
 
 
 def complete(
     engine: Engine,
     prompts: Sequence[tuple[int, ...]],
     sampling: SamplingConfig,
-    tokenizer: Tokenizer,
-    answers: bool = False,
     *,
+    n: int = 1,
+    grammar: Grammar | None = None,
+    answers: bool = False,
     quiet: bool = False,
 ) -> list[Completed]:
-    """Complete all prompts, in order, with progress on stderr; `answers` as in `text_stream`."""
-    order = engine.submit_all(prompts, sampling)
-    texts = {number: text_stream(tokenizer, sampling, answers) for number in order}
+    """`n` completions of each prompt, in order, with progress on stderr; `answers` begin texts of their own."""
+    template = Request((), sampling, grammar=grammar, continues=not answers)
+    order = engine.submit_all([prompt for prompt in prompts for _ in range(n)], template)
     done: dict[int, Completed] = {}
-    with nullcontext(lambda _: None) if quiet else progress("generating", len(prompts), "prompts") as advance:
+    with nullcontext(lambda _: None) if quiet else progress("generating", len(order), "completions") as advance:
         for event in engine.events():
-            write(texts[event.sequence.id], event)
             if event.sequence.finish_reason is not None:
                 done[event.sequence.id] = event.sequence
                 advance(1)
     return [done[i] for i in order]
 
 
-def text_stream(tokenizer: Tokenizer, sampling: SamplingConfig, answers: bool = False) -> TextStream:
-    """For the text of a completion. `answers`: it begins a text of its own rather than continue the prompt's."""
-    decoder = tokenizer.decoder(continues=not answers)
-    return TextStream(decoder, sampling.stop, min_tokens=sampling.min_new_tokens)
-
-
-def write(text: TextStream, event: Event) -> str:
-    """What a token makes certain of its text, all of the rest with the last. A stop string ends the sequence."""
-    sequence = event.sequence
-    piece = "" if sequence.finish_reason == "stop" else text.push(event.token_id)
-    if text.stopped is not None:
-        sequence.stop(text.stopped)
-    return piece + (text.finish() if sequence.finish_reason is not None else "")
-
-
-def completion(prompt: str, sequence: Completed, tokenizer: Tokenizer, answers: bool = False) -> Completion:
-    """A finished sequence as text; `answers` as in `text_stream`."""
-    text = text_stream(tokenizer, sequence.sampling, answers)
-    for token_id in sequence.text_ids:
-        text.push(token_id)
-    text.finish()
-    return Completion(prompt, text.text, sequence.finish_reason, tuple(sequence.completion), tuple(sequence.logprobs))
+def completion(prompt: str, sequence: Completed) -> Completion:
+    """A finished sequence of an engine that knows its tokenizer."""
+    written = "" if sequence.text is None else sequence.text.text
+    likely = tuple(sequence.likely) if sequence.sampling.logprobs else ()
+    ids, logprobs = tuple(sequence.completion), tuple(sequence.logprobs)
+    return Completion(prompt, written, sequence.finish_reason, ids, logprobs, likely)

@@ -14,10 +14,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from finemoe.core.errors import DataError
+from finemoe.core.memory import available_on
 from finemoe.generation.sequence import Constraint
 from finemoe.generation.steady import least_tokens, steady_rows
 from finemoe.model.attention.blocks import Group
 from finemoe.model.transformer import Transformer
+
+BLOCK_SIZE = 32
+_SHARE_OF_MEMORY = 0.25
+_MOST_BLOCKS = 1 << 14
 
 
 class Feed(Protocol):
@@ -212,3 +218,23 @@ class Runner:
             positions = starts + torch.arange(width)
             yield Group(first, positions.to(device), tables.to(device), self._size)
             first, begin = first + width * len(part), end
+
+
+def blocks_for(model: Transformer, size: int, dtype: torch.dtype | None, given: int | None) -> int:
+    """How many blocks of `size` tokens `given` bytes hold, or a share of the free memory where nothing is given.
+
+    Raises:
+        DataError: not one.
+    """
+    weight = model.embedding.weight
+    numbers = sum(one.attention.cache_elements_per_token() for one in [*model.config.blocks, *model.config.mtp])
+    block = size * numbers * (dtype or weight.dtype).itemsize
+    if given is None:
+        room, most = int(_SHARE_OF_MEMORY * (available_on(weight.device) or 1 << 31)), _MOST_BLOCKS
+    else:
+        room = most = given
+    if room < block:
+        raise DataError(
+            f"{room:,} bytes for the cache have no room for a block of {size} tokens, which takes {block:,}"
+        )
+    return min(room // block, most)

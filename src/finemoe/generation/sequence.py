@@ -13,6 +13,7 @@ from finemoe.core import seeds
 from finemoe.generation.config import SamplingConfig
 from finemoe.generation.grammar import GrammarState
 from finemoe.generation.processors import Context
+from finemoe.generation.text import TextStream
 from finemoe.model.moe.decision import RoutingConstraint
 
 FinishReason = Literal["length", "stop", "cancelled", "deadline"]
@@ -41,6 +42,8 @@ class Sequence:
     """Of each token of the prompt but the first, where `sampling.prompt_logprobs` asks for them."""
     grammar: GrammarState | None = None
     """Where the completion is in its grammar."""
+    text: TextStream | None = None
+    """Its text as far as it is certain; None where nobody knows the tokenizer."""
     finish_reason: FinishReason | None = None
     """None while it is still growing."""
     stopped_by: str | None = None
@@ -68,18 +71,27 @@ class Sequence:
         """What the next token is drawn after, of a model that stops at `stop_ids`."""
         return Context(self.prompt, self.completion, self.sampling.end_ids(stop_ids))
 
-    def append(self, token_id: int, logprob: float, stop_ids: frozenset[int]) -> None:
-        """Take the token that was drawn, and finish where it is the last."""
+    def append(self, token_id: int, logprob: float, stop_ids: frozenset[int]) -> str:
+        """Take the token that was drawn, and finish where it is the last; what it makes certain of the text."""
         self.completion.append(token_id)
         self.logprobs.append(logprob)
         if self.grammar is not None:
             self.grammar.advance(token_id)
-        if token_id in self.sampling.end_ids(stop_ids):
+        ends = token_id in self.sampling.end_ids(stop_ids)
+        certain = self.text.push(token_id) if self.text is not None and not ends else ""
+        if ends:
             self.finish_reason = "stop"
+        elif self.text is not None and self.text.stopped is not None:
+            self.stop(self.text.stopped)
         elif len(self.completion) == self.sampling.max_new_tokens:
             self.finish_reason = "length"
         elif self.grammar is not None and self.grammar.ended and self.sampling.ignore_end:
             self.stop("")  # nothing but an end could follow
+        return certain + (self.finish_text() if self.finish_reason is not None else "")
+
+    def finish_text(self) -> str:
+        """What was held back of the text, as nothing follows any more."""
+        return "" if self.text is None else self.text.finish()
 
     def remember(self, start: int, experts: Mapping[int, Tensor]) -> None:
         """Which experts `[tokens, k]` the tokens from `start` on chose; of a text read again, the last time."""
@@ -94,7 +106,7 @@ class Sequence:
         return [*self.prompt, *self.completion]
 
     def stop(self, stopped_by: str) -> None:
-        """End it at a stop string, which whoever writes the text has found."""
+        """End it at a stop string."""
         self.finish_reason, self.stopped_by = "stop", stopped_by
 
     @property

@@ -7,6 +7,7 @@ the one that would have been drawn without guesses, token by token, and only pas
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Protocol, final
@@ -14,10 +15,11 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
+from finemoe.checkpoint.language_model import LanguageModel, open_language_model
 from finemoe.core.errors import ConfigError
 from finemoe.core.logs import logger
 from finemoe.generation.blocks import BlockPool
-from finemoe.generation.runner import Ahead, Runner, States
+from finemoe.generation.runner import BLOCK_SIZE, Ahead, Runner, States, blocks_for
 from finemoe.generation.scheduler import Feed
 from finemoe.generation.sequence import Constraint, Sequence
 from finemoe.model.transformer import Transformer
@@ -61,6 +63,13 @@ class Acceptance:
     def tokens_per_pass(self) -> float:
         """1 without guesses."""
         return self.tokens / self.passes if self.passes else 0.0
+
+    def __str__(self) -> str:
+        if not self.guessed:
+            return f"nothing was guessed, {self.tokens_per_pass:.2f} tokens a pass"
+        shares = ", ".join(f"{rate:.0%}" for rate in self.rates)
+        ahead = " (one, two ... tokens ahead)" if len(self.rates) > 1 else ""
+        return f"guesses right: {shares}{ahead}, {self.tokens_per_pass:.2f} tokens a pass"
 
 
 class Guesses(Protocol):
@@ -228,8 +237,16 @@ class _Piece:
 class FromModel:
     """What a smaller model of the same tokenizer would say, with a cache of its own."""
 
-    def __init__(self, model: Transformer, num_blocks: int, most: int = 4, block_size: int = 32) -> None:
-        """`most` tokens at a time; a sequence for which the cache has no room is not guessed."""
+    def __init__(
+        self,
+        model: Transformer,
+        num_blocks: int,
+        most: int = 4,
+        block_size: int = BLOCK_SIZE,
+        vocab_size: int | None = None,
+    ) -> None:
+        """`most` tokens at a time, ids from `vocab_size` on never; a text for which there is no room is not guessed."""
+        self._vocab = vocab_size or model.config.vocab_size
         self._runner = Runner(model, num_blocks, block_size)
         self._pool = BlockPool(num_blocks, block_size, reuse=False)
         self._most = most
@@ -254,7 +271,8 @@ class FromModel:
                 own, whole = self._known[id], [*text, *guessed[id]]
                 pieces.append(_Piece(tuple(own.blocks), len(own.read), tuple(whole[len(own.read) :])))
                 own.read = whole
-            best = torch.cat([state.logits for state in self._runner.run(pieces)]).argmax(dim=-1).tolist()
+            logits = torch.cat([state.logits for state in self._runner.run(pieces)])
+            best = logits[:, : self._vocab].argmax(dim=-1).tolist()
             for id, token in zip(texts, best, strict=True):
                 guessed[id].append(token)
         return guessed
@@ -265,3 +283,29 @@ class FromModel:
     def forget(self, sequence: Sequence) -> None:
         """As `Guesses`."""
         self._pool.release(self._known.pop(sequence.id, _Draft()).blocks)
+
+
+def guesses_from(source: str | os.PathLike[str], opened: LanguageModel, most: int | None = None) -> Guesses:
+    """Guesses for `opened` by the name of where they come from.
+
+    Args:
+        source: `text`, `module`, or the path of a smaller model with the same tokenizer.
+        opened: whose tokens are guessed.
+        most: tokens at a time; None: 1 of the module, which learnt no more, and 4 of the others.
+
+    Raises:
+        ConfigError: no module, or a model that spells its tokens in another way.
+        FinemoeError: nothing that can be opened.
+    """
+    if source == "text":
+        return FromText(most or 4)
+    if source == "module":
+        return FromModule(opened.model, most or 1, opened.tokenizer.vocab_size)
+    small = open_language_model(source)
+    theirs, ours = small.tokenizer.token_bytes, opened.tokenizer.token_bytes
+    other = next((i for i in sorted(theirs.keys() & ours.keys()) if theirs[i] != ours[i]), None)
+    if other is not None or not theirs.keys() & ours.keys():
+        detail = "" if other is None else f": token {other} is {theirs[other]!r} there and {ours[other]!r} here"
+        raise ConfigError(f"{source} cannot guess for {opened.source}: their tokenizers differ{detail}")
+    known = min(small.tokenizer.vocab_size, opened.tokenizer.vocab_size)
+    return FromModel(small.model, blocks_for(small.model, BLOCK_SIZE, None, None), most or 4, vocab_size=known)
