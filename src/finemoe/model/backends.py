@@ -69,7 +69,7 @@ def _rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _swiglu(states: Tensor, gate: Tensor, up: Tensor, down: Tensor, limit: float | None) -> Tensor:
-    return (native_swiglu if usable(states, gate) else feed_forward)(states, gate, up, down, limit)
+    return (native_swiglu if usable(states, gate, up, down) else feed_forward)(states, gate, up, down, limit)
 
 
 def _rotate(states: Tensor, cosine: Tensor, sine: Tensor, layout: RopeLayout, *, first: bool = False) -> Tensor:

@@ -117,11 +117,21 @@ struct PackStraight {
   }
 };
 
+// The lanes so numbered of a, and from kLanes on of b.
+template <int... lane>
+inline Vector pick_lanes(Vector a, Vector b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  return __builtin_shuffle(a, b, IntVector{lane...});
+#endif
+}
+
 template <int kStep, int... lane>
 inline void swap_lanes(Vector& low, Vector& high, std::integer_sequence<int, lane...>) {
   const Vector a = low, b = high;
-  low = __builtin_shufflevector(a, b, ((lane & kStep) ? kLanes + lane - kStep : lane)...);
-  high = __builtin_shufflevector(a, b, ((lane & kStep) ? kLanes + lane : lane + kStep)...);
+  low = pick_lanes<((lane & kStep) ? kLanes + lane - kStep : lane)...>(a, b);
+  high = pick_lanes<((lane & kStep) ? kLanes + lane : lane + kStep)...>(a, b);
 }
 
 template <int kStep>
