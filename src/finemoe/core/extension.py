@@ -157,11 +157,15 @@ def _build(
         RuntimeError: the sources do not compile.
     """
     failure = _failure(library)
-    with exclusive_lock(library.with_name(".lock"), patience=_PATIENCE):
+    with exclusive_lock(library.with_name(".lock"), patience=_PATIENCE, on_wait=_say_waiting):
         if failure.exists():
             raise RuntimeError(_given_up(failure))
         if not library.exists() or (unlike is not None and os.path.samestat(library.stat(), unlike)):
             _compile(compiler, sources, flags, library)
+
+
+def _say_waiting() -> None:
+    logger.info("another process compiles the CPU kernels; waiting for it ...")
 
 
 def _given_up(failure: Path) -> str:
@@ -179,7 +183,7 @@ def _compile(compiler: str, sources: Sequence[Path], flags: Sequence[str], libra
     """
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    logger.info("compiling the CPU kernels, once for this machine (about ten seconds) ...")
+    logger.info("compiling the CPU kernels, once for this machine (half a minute on two cores) ...")
     started = time.perf_counter()
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     common = [compiler, *flags, abi, "-fPIC", *(f"-isystem{path}" for path in include_paths())]

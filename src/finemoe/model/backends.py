@@ -58,7 +58,7 @@ ATTENTION_KERNELS: dict[str, Attend] = {"reference": reference, "sdpa": sdpa}
 
 
 def _linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not usable(states, weight):
+    if not usable(states, weight, *(() if bias is None else (bias,))):
         return F.linear(states, weight, bias)
     output = native_linear(states, weight)
     return output if bias is None else output + bias

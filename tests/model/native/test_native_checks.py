@@ -8,9 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finemoe.model import native
 from finemoe.model.backends import NATIVE, TORCH
+from finemoe.model.native.exact import sort_by_expert, top_k
 from finemoe.model.native.experts import experts as native_experts
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
@@ -82,6 +84,17 @@ def test_weights_of_two_types_go_torchs_way() -> None:
     x, gate = torch.randn(9, HIDDEN), torch.randn(WIDTH, HIDDEN)
     with pytest.raises(RuntimeError, match="dtype"):
         NATIVE.swiglu(x, gate, gate.double(), torch.randn(HIDDEN, WIDTH), None)
+
+
+def test_a_bias_of_another_type_goes_torchs_way() -> None:
+    with pytest.raises(RuntimeError, match="dtype"):
+        NATIVE.linear(torch.randn(9, HIDDEN), torch.randn(WIDTH, HIDDEN), torch.zeros(WIDTH).double())
+
+
+def test_fake_tensors_have_shapes_alone() -> None:
+    with FakeTensorMode():
+        order, slots, counts = sort_by_expert(top_k(torch.randn(9, 3), 2), 3)
+    assert (order.shape, slots.shape, counts.shape) == ((18,), (18,), (3,))
 
 
 def test_sizes_are_checked_before_anything_is_written() -> None:

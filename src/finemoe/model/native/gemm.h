@@ -18,7 +18,7 @@ namespace finemoe {
 constexpr int kLanes = 16, kVectors = 2, kRows = 14;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kVectors = 2, kRows = 6;
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) || defined(FINEMOE_SIZES_OF_ARM)  // which the tests set, on any machine
 constexpr int kLanes = 4, kVectors = 4, kRows = 6;
 #else
 constexpr int kLanes = 4, kVectors = 2, kRows = 5;
@@ -303,7 +303,7 @@ void gemm(int64_t m, int64_t n, int64_t shared, const A& pack_a, const B& pack_b
 // ---- few rows: the weights are read once, straight from memory ------------------------------------------------------
 
 constexpr int64_t kFewRows = 64;  // below this, packing the weights would cost more than it saves
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(__AVX512F__) || defined(__aarch64__) || defined(FINEMOE_SIZES_OF_ARM)
 constexpr int kHigh = 6, kWide = 4;  // rows of x and of the weight whose products the registers hold
 #else
 constexpr int kHigh = 2, kWide = 4;
