@@ -135,8 +135,8 @@ def test_a_full_machine_is_no_fault_of_the_sources(
         assert reason.startswith("the compiler was stopped: ")
         (home,) = cache.iterdir()
         assert [path.name for path in home.iterdir()] == [".lock"]
-        (home / "work").mkdir()
-        (home / "work" / "one.o").touch()
+        (home / "work-killed").mkdir()
+        (home / "work-killed" / "one.o").touch()
 
 
 def program(path: Path, text: str) -> None:

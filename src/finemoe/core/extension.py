@@ -12,10 +12,10 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -187,9 +187,11 @@ def _compile(compiler: str, sources: Sequence[Path], flags: Sequence[str], libra
     started = time.perf_counter()
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     common = [compiler, *flags, abi, "-fPIC", *(f"-isystem{path}" for path in include_paths())]
-    with _empty_folder(library.with_name("work")) as work:
+    for left in library.parent.glob("work-*"):  # by a process that was killed; its compilers may still be at work there
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="work-", ignore_cleanup_errors=True) as work:
         objects = {path: f"{work}/{path.stem}.o" for path in sources if path.suffix == ".cpp"}
-        linked = work / library.name
+        linked = Path(work) / library.name
         link = [compiler, "-shared", "-fopenmp", *objects.values(), "-o", str(linked)]
         link += [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
         said = _run_together([[*common, "-c", str(source), "-o", out] for source, out in objects.items()])
@@ -203,17 +205,6 @@ def _compile(compiler: str, sources: Sequence[Path], flags: Sequence[str], libra
     logger.info("compiled in %.0f s", time.perf_counter() - started)
 
 
-@contextmanager
-def _empty_folder(folder: Path) -> Iterator[Path]:
-    """Of this name, for as long as it is needed; what a process that was killed left there is removed first."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _run_together(commands: Sequence[Sequence[str]]) -> str:
     """What those that failed said; empty when all went well. As many at once as there are cores: each takes 0.6 GB."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -222,6 +213,13 @@ def _run_together(commands: Sequence[Sequence[str]]) -> str:
 
 def _said(command: Sequence[str]) -> str:
     """What a command said that failed."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace", check=False)
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        errors="replace",
+        env={**os.environ, "LC_ALL": "C"},  # in the words of _PASSING
+        check=False,
+    )
     stopped = "Killed\n" if done.returncode < 0 else ""  # by a signal
     return f"{' '.join(command)}\n{stopped}{done.stdout}" if done.returncode else ""
