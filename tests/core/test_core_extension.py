@@ -71,7 +71,7 @@ def test_a_source_that_does_not_compile_is_a_reason_and_is_not_tried_again(
     folder = sources(tmp_path / "src", "int f( {")
     reason = extension.load("broken", folder, FLAGS)
     (failure,) = cache.glob("broken-*/failure.txt")
-    assert reason == f"they do not compile here; {failure} says why (delete it to try again)"
+    assert reason == f"they cannot be built here; {failure} says why (delete it to try again)"
     assert "one.cpp:1" in failure.read_text()
     monkeypatch.setattr(extension, "_compile", None)
     assert extension.load("broken", folder, FLAGS) == reason
@@ -80,6 +80,68 @@ def test_a_source_that_does_not_compile_is_a_reason_and_is_not_tried_again(
 def test_no_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert extension.load("sample", tmp_path) == "no C++ compiler was found (install g++ or clang)"
+
+
+def test_a_compiler_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++-99 -O2")
+    assert extension.load("sample", tmp_path) == (
+        "CXX is 'g++-99 -O2', which is no program here: unset it, or name a C++ compiler without any options"
+    )
+
+
+def test_any_usual_name_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    program(tmp_path / "clang++", "exit 0")
+    assert extension.find_compiler() == str(tmp_path / "clang++")
+    program(tmp_path / "c++", "exit 0")
+    assert extension.find_compiler() == str(tmp_path / "c++")
+
+
+@NEEDS_COMPILER
+def test_a_library_cut_short_is_built_again(tmp_path: Path, cache: Path) -> None:
+    folder = sources(tmp_path / "src", SOURCE.replace("NAME", "short"))
+    built = extension._home("sample", [folder / "one.cpp"], FLAGS, str(shutil.which("c++"))) / "sample.so"
+    built.parent.mkdir(parents=True)
+    built.write_bytes(b"\x7fELF")
+    assert extension.load("sample", folder, FLAGS) is None
+    assert torch.ops.finemoe_test.short(4) == 5
+    assert sorted(path.name for path in built.parent.iterdir()) == [".lock", "sample.so"]
+
+
+@NEEDS_COMPILER
+def test_a_library_that_never_loads_is_not_built_again_and_again(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sources(tmp_path / "src", "int missing(); int one() { return missing(); }")
+    reason = extension.load("sample", folder, FLAGS)
+    assert reason is not None
+    assert "undefined symbol" in reason
+    (failure,) = cache.glob("sample-*/failure.txt")
+    monkeypatch.setattr(extension, "_compile", None)
+    assert extension.load("sample", folder, FLAGS) == (
+        f"they cannot be built here; {failure} says why (delete it to try again)"
+    )
+
+
+@pytest.mark.parametrize("ends", ["echo 'x.s: No space left on device'; exit 1", "kill -9 $$"])
+def test_a_full_machine_is_no_fault_of_the_sources(
+    ends: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "cxx"))
+    program(tmp_path / "cxx", f'[ "$1" = --version ] && exit 0\n{ends}')
+    for _ in range(2):  # what the first leaves does not stop the second
+        reason = extension.load("sample", sources(tmp_path / "src", SOURCE), FLAGS)
+        assert reason is not None
+        assert reason.startswith("the compiler was stopped: ")
+        (home,) = cache.iterdir()
+        assert [path.name for path in home.iterdir()] == [".lock"]
+        (home / "work-killed").mkdir()
+        (home / "work-killed" / "one.o").touch()
+
+
+def program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
 
 
 @NEEDS_COMPILER

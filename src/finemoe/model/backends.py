@@ -58,7 +58,7 @@ ATTENTION_KERNELS: dict[str, Attend] = {"reference": reference, "sdpa": sdpa}
 
 
 def _linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not usable(states, weight):
+    if not usable(states, weight, *(() if bias is None else (bias,))):
         return F.linear(states, weight, bias)
     output = native_linear(states, weight)
     return output if bias is None else output + bias
@@ -69,7 +69,7 @@ def _rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _swiglu(states: Tensor, gate: Tensor, up: Tensor, down: Tensor, limit: float | None) -> Tensor:
-    return (native_swiglu if usable(states, gate) else feed_forward)(states, gate, up, down, limit)
+    return (native_swiglu if usable(states, gate, up, down) else feed_forward)(states, gate, up, down, limit)
 
 
 def _rotate(states: Tensor, cosine: Tensor, sine: Tensor, layout: RopeLayout, *, first: bool = False) -> Tensor:

@@ -15,6 +15,7 @@ from finemoe.model.attention.places import Places
 from finemoe.model.backend import Backend
 from finemoe.model.backends import NATIVE, TORCH, backend_for
 from finemoe.model.config import Kernels
+from finemoe.model.native.decode import MOST_TOKENS
 from oracles.models import LATENT, YARN
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
@@ -79,7 +80,7 @@ def run(module: Any, hidden: Tensor, starts: list[int], width: int, backend: Bac
 
 
 @EVERY
-@pytest.mark.parametrize(("batch", "width"), [(1, 1), (1, 3), (3, 1), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize(("batch", "width"), [(1, 1), (1, 3), (3, 1), (2, 4), (8, 1), (1, 63), (2, 9)], ids=str)
 def test_output_and_cache_are_torchs(make: Any, changes: dict[str, Any], batch: int, width: int) -> None:
     module, starts = make(changes), [0, 280, 40, 7, 100, 1, 2, 250][:batch]
     hidden = torch.randn(batch, 2 * width + 1, HIDDEN)
@@ -106,7 +107,8 @@ def test_gradients_many_tokens_and_other_precisions_go_step_by_step(
     cache = module.new_cache(1, CAPACITY)
     module(torch.randn(1, 1, HIDDEN), places=Places(torch.tensor([[0]])), cache=cache)
     with torch.no_grad():
-        module(torch.randn(1, 9, HIDDEN), places=Places(torch.arange(9)[None]), cache=cache)
+        many = MOST_TOKENS + 1
+        module(torch.randn(1, many, HIDDEN), places=Places(torch.arange(many)[None]), cache=cache)
         module.double()(
             torch.randn(1, 1, HIDDEN).double(), places=Places(torch.tensor([[0]])), cache=module.new_cache(1, 2)
         )

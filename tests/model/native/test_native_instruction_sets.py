@@ -12,6 +12,7 @@ import pytest
 
 from finemoe.core.extension import FLAGS
 
+SETS = {"AVX2": "-mavx2 -mfma", "SSE2": "-mno-avx", "sizes of ARM": "-mno-avx -DFINEMOE_SIZES_OF_ARM"}
 TESTS = Path(__file__).parents[2]
 CODE = """
 import sys
@@ -28,7 +29,7 @@ sys.exit(pytest.main([*sys.argv[2:], "-q", "-p", "no:cacheprovider", "-m", "not 
 @pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("c++") is None, reason="needs x86-64 and a C++ compiler"
 )
-@pytest.mark.parametrize("instructions", ["-mavx2 -mfma", "-mno-avx"], ids=["AVX2", "SSE2"])
+@pytest.mark.parametrize("instructions", list(SETS.values()), ids=list(SETS))
 def test_native_tests_pass(instructions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINEMOE_CACHE", str(tmp_path))
     flags = " ".join(flag for flag in FLAGS if flag != "-march=native")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from finemoe.model.backend import Backend
@@ -58,6 +59,7 @@ class _SortedSlices(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
         rows, gate_up_proj, down_proj, gate_up = ctx.saved_tensors
         counts: list[int] = ctx.counts

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def attention(
@@ -73,6 +74,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         query, key, value, first, last, output, softmax = ctx.saved_tensors
         grads = [torch.empty_like(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value)]

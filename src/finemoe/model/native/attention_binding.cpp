@@ -70,8 +70,9 @@ Attention describe(const Tensor& query, const Tensor& key, const Tensor& value, 
   x.scale = static_cast<float>(scale);
   if (softmax) {
     const int64_t rows = x.batch * x.heads * x.queries;
-    TORCH_CHECK(softmax->scalar_type() == at::kFloat && softmax->is_contiguous() && softmax->numel() == 2 * rows,
-                "softmax must be contiguous float32 [2, batch, heads, queries]");
+    TORCH_CHECK(softmax->scalar_type() == at::kFloat && softmax->is_cpu() && softmax->is_contiguous() &&
+                    softmax->numel() == 2 * rows,
+                "softmax must be contiguous float32 [2, batch, heads, queries] on the CPU");
     x.top = const_cast<float*>(softmax->const_data_ptr<float>());
     x.log_sum = x.top + rows;
   }

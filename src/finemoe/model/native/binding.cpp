@@ -34,6 +34,11 @@ const int64_t* ids(const Tensor& tensor, const char* name) {
   return tensor.const_data_ptr<int64_t>();
 }
 
+// What is read or written of this many numbers, as `numbers` and `writable` have it.
+void check_size(const std::optional<Tensor>& tensor, const char* name, int64_t count) {
+  TORCH_CHECK(!tensor || tensor->numel() == count, name, " must hold ", count, " numbers");
+}
+
 // Gate and up weights of all experts: matrices [width, hidden] that may lie between others.
 const float* stacked(const Tensor& weight, const char* name) {
   TORCH_CHECK(weight.scalar_type() == at::kFloat && weight.is_cpu() && weight.dim() == 3 && weight.stride(2) == 1 &&
@@ -46,6 +51,7 @@ Experts describe(const Tensor& states, const std::optional<Tensor>& order, const
                  const std::optional<Tensor>& counts, const std::optional<Tensor>& gates, const Tensor& gate,
                  const Tensor& up, const Tensor& down, double limit) {
   Experts x{};
+  TORCH_CHECK(states.dim() == 2 && down.dim() == 3, "states must be a matrix, down_weight one for each expert");
   x.states = numbers(states, "states");
   x.tokens = states.size(0), x.hidden = states.size(1);
   x.gate_weight = stacked(gate, "gate_weight");
@@ -53,8 +59,9 @@ Experts describe(const Tensor& states, const std::optional<Tensor>& order, const
   x.down_weight = numbers(down, "down_weight");
   x.count = down.size(0), x.width = down.size(2);
   x.up_stride = gate.stride(0);
-  TORCH_CHECK(gate.sizes() == up.sizes() && up.stride(0) == gate.stride(0) && gate.size(0) == x.count &&
-                  gate.size(1) == x.width && gate.size(2) == x.hidden && down.size(1) == x.hidden,
+  TORCH_CHECK(gate.sizes() == up.sizes() && (x.count < 2 || up.stride(0) == gate.stride(0)) &&
+                  gate.size(0) == x.count && gate.size(1) == x.width && gate.size(2) == x.hidden &&
+                  down.size(1) == x.hidden,
               "the shapes of gate_weight, up_weight, down_weight and states do not go together");
   x.limit = static_cast<float>(limit);
   x.k = 1;
@@ -62,7 +69,10 @@ Experts describe(const Tensor& states, const std::optional<Tensor>& order, const
   if (counts) {
     TORCH_CHECK(counts->numel() == x.count, "counts needs one number for each expert");
     const int64_t* count = ids(*counts, "counts");
-    for (int64_t e = 0; e < x.count; ++e) x.begin.push_back(x.begin.back() + count[e]);
+    for (int64_t e = 0; e < x.count; ++e) {
+      TORCH_CHECK(count[e] >= 0, "counts must not be negative");
+      x.begin.push_back(x.begin.back() + count[e]);
+    }
   } else {
     TORCH_CHECK(x.count == 1, "several experts need counts");
     x.begin.push_back(x.tokens);
@@ -82,8 +92,9 @@ Experts describe(const Tensor& states, const std::optional<Tensor>& order, const
 void experts_forward(const Tensor& states, const std::optional<Tensor>& order, const std::optional<Tensor>& slots,
                      const std::optional<Tensor>& counts, const std::optional<Tensor>& gates, const Tensor& gate,
                      const Tensor& up, const Tensor& down, double limit, Tensor gate_up, Tensor output) {
-  finemoe::experts_forward(describe(states, order, slots, counts, gates, gate, up, down, limit),
-                           writable(gate_up, "gate_up"), writable(output, "output"));
+  const Experts x = describe(states, order, slots, counts, gates, gate, up, down, limit);
+  check_size(gate_up, "gate_up", x.rows() * 2 * x.width), check_size(output, "output", x.tokens * x.hidden);
+  finemoe::experts_forward(x, writable(gate_up, "gate_up"), writable(output, "output"));
 }
 
 void experts_backward(const Tensor& grad, const Tensor& gate_up, const Tensor& states,
@@ -95,8 +106,14 @@ void experts_backward(const Tensor& grad, const Tensor& gate_up, const Tensor& s
       wanted(grad_states, "grad_states"), wanted(grad_gates, "grad_gates"),
       const_cast<float*>(stacked(grad_gate, "grad_gate")), const_cast<float*>(stacked(grad_up, "grad_up")),
       writable(grad_down, "grad_down")};
-  finemoe::experts_backward(describe(states, order, slots, counts, gates, gate, up, down, limit),
-                            numbers(gate_up, "gate_up"), numbers(grad, "grad"), gradients);
+  const Experts x = describe(states, order, slots, counts, gates, gate, up, down, limit);
+  check_size(gate_up, "gate_up", x.rows() * 2 * x.width), check_size(grad, "grad", x.tokens * x.hidden);
+  check_size(grad_states, "grad_states", x.tokens * x.hidden), check_size(grad_gates, "grad_gates", x.tokens * x.k);
+  check_size(grad_down, "grad_down", down.numel());
+  for (const Tensor& mine : {grad_gate, grad_up})
+    TORCH_CHECK(mine.sizes() == gate.sizes() && (x.count < 2 || mine.stride(0) == gate.stride(0)),
+                "gradients of gate_weight and up_weight must be laid out as these are");
+  finemoe::experts_backward(x, numbers(gate_up, "gate_up"), numbers(grad, "grad"), gradients);
 }
 
 // Assignments sorted by expert, without comparing: where each expert's rows begin follows from the counts.

@@ -57,11 +57,15 @@ const float* numbers(const at::Tensor& tensor, const char* name) {
 double cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
                      const at::Tensor& weights, const std::optional<at::Tensor>& grad_hidden,
                      const std::optional<at::Tensor>& grad_weight) {
+  TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2, "hidden and weight must be matrices");
   const int64_t tokens = hidden.size(0), shared = hidden.size(1), vocab = weight.size(0);
   TORCH_CHECK(weight.size(1) == shared && targets.numel() == tokens && weights.numel() == tokens && vocab > 0,
               "shapes of hidden, weight, targets and weights do not go together");
   TORCH_CHECK(grad_hidden.has_value() == grad_weight.has_value(), "both gradients or none");
-  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.is_contiguous(), "targets must be contiguous int64");
+  TORCH_CHECK(!grad_hidden || (grad_hidden->sizes() == hidden.sizes() && grad_weight->sizes() == weight.sizes()),
+              "gradients must have the shapes of hidden and weight");
+  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.is_cpu() && targets.is_contiguous(),
+              "targets must be contiguous int64 on the CPU");
   const int64_t* target = targets.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < tokens; ++t)
     TORCH_CHECK(target[t] >= 0 && target[t] < vocab, "target ", target[t], " is outside the vocabulary of ", vocab);

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def cross_entropy_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -16,6 +17,7 @@ def cross_entropy_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, weig
     """
     # Decided out here: within a Function's forward, gradients are off and no_grad does not show.
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
+    hidden, head_weight = hidden.contiguous(), head_weight.contiguous()
     loss: Tensor = _CrossEntropy.apply(hidden, head_weight, targets, weights, wants_gradient)
     return loss
 
@@ -25,7 +27,6 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor, wants_gradient: bool
     ) -> Tensor:
-        hidden = hidden.contiguous()
         grads = (torch.empty_like(hidden), torch.empty_like(head_weight)) if wants_gradient else (None, None)
         inputs = (hidden, head_weight, targets.contiguous(), weights.contiguous())
         total = torch.ops.finemoe.cross_entropy(*inputs, *grads)
@@ -33,6 +34,7 @@ class _CrossEntropy(torch.autograd.Function):
         return torch.tensor(total, dtype=torch.float32)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad, grad_weight * grad, None, None, None

@@ -20,13 +20,13 @@ def takes(hidden: Tensor, *others: Tensor) -> bool:
 
 def grouped_query(hidden: Tensor, *layer: Any) -> Tensor:
     """`hidden [batch, seq, hidden]` through grouped-query attention; `layer` in the order of decode.cpp."""
-    output = torch.empty_like(hidden)
+    output = hidden.new_empty(hidden.shape)
     torch.ops.finemoe.decode_grouped_query(hidden.contiguous(), *layer, output)
     return output
 
 
 def latent(hidden: Tensor, *layer: Any) -> Tensor:
     """`hidden [batch, seq, hidden]` through absorbed latent attention; `layer` in the order of decode.cpp."""
-    output = torch.empty_like(hidden)
+    output = hidden.new_empty(hidden.shape)
     torch.ops.finemoe.decode_latent(hidden.contiguous(), *layer, output)
     return output

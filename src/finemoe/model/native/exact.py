@@ -24,7 +24,7 @@ def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     Returns order [tokens · k], slots [tokens · k] (its inverse) and counts [experts].
     """
     flat = expert_ids.reshape(-1).contiguous()  # one column of a wider tensor stays a view
-    if flat.device.type != "cpu" or not available():
+    if type(flat) is not Tensor or flat.device.type != "cpu" or not available():  # such as fake ones, of shapes alone
         order = flat.argsort(stable=True)
         slots = torch.empty_like(order)
         slots[order] = torch.arange(len(order), device=flat.device)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def experts(
@@ -30,20 +31,22 @@ def experts(
         gate_up_proj: [experts, 2 · width, hidden]; down_proj: [experts, hidden, width].
         limit: of the SwiGLU.
     """
-    gates = None if gates is None else gates.contiguous()
+    states, gates = states.contiguous(), None if gates is None else gates.contiguous()
+    gate_up_proj, down_proj = gate_up_proj.contiguous(), down_proj.contiguous()
     width = down_proj.shape[2]
     gate, up = gate_up_proj[:, :width], gate_up_proj[:, width:]
     index = (order, slots, counts)
     bound = math.inf if limit is None else limit
     if not _needs_gradient(states, gates, gate_up_proj, down_proj):
-        return _forward(states.contiguous(), index, gates, gate, up, down_proj, bound)[0]
-    return _Experts.apply(states.contiguous(), index, gates, gate_up_proj, down_proj, bound)
+        return _forward(states, index, gates, gate, up, down_proj, bound)[0]
+    return _Experts.apply(states, index, gates, gate_up_proj, down_proj, bound)
 
 
 def swiglu(states: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, limit: float | None) -> Tensor:
     """`states [..., hidden]` through one SwiGLU of weights [width, hidden] twice and [hidden, width]."""
     bound = math.inf if limit is None else limit
     flat = states.reshape(-1, states.shape[-1]).contiguous()
+    gate_proj, up_proj, down_proj = gate_proj.contiguous(), up_proj.contiguous(), down_proj.contiguous()
     if _needs_gradient(states, gate_proj, up_proj, down_proj):
         output: Tensor = _SwiGLU.apply(flat, gate_proj, up_proj, down_proj, bound)
     else:
@@ -83,6 +86,7 @@ class _Experts(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         gate_up, states, gates, gate_up_proj, down = ctx.saved_tensors
         width = down.shape[2]
@@ -106,6 +110,7 @@ class _SwiGLU(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         gate_up, states, gate, up, down = ctx.saved_tensors
         grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None

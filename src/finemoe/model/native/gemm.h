@@ -18,7 +18,7 @@ namespace finemoe {
 constexpr int kLanes = 16, kVectors = 2, kRows = 14;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kVectors = 2, kRows = 6;
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) || defined(FINEMOE_SIZES_OF_ARM)  // which the tests set, on any machine
 constexpr int kLanes = 4, kVectors = 4, kRows = 6;
 #else
 constexpr int kLanes = 4, kVectors = 2, kRows = 5;
@@ -117,11 +117,21 @@ struct PackStraight {
   }
 };
 
+// The lanes so numbered of a, and from kLanes on of b.
+template <int... lane>
+inline Vector pick_lanes(Vector a, Vector b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  return __builtin_shuffle(a, b, IntVector{lane...});
+#endif
+}
+
 template <int kStep, int... lane>
 inline void swap_lanes(Vector& low, Vector& high, std::integer_sequence<int, lane...>) {
   const Vector a = low, b = high;
-  low = __builtin_shufflevector(a, b, ((lane & kStep) ? kLanes + lane - kStep : lane)...);
-  high = __builtin_shufflevector(a, b, ((lane & kStep) ? kLanes + lane : lane + kStep)...);
+  low = pick_lanes<((lane & kStep) ? kLanes + lane - kStep : lane)...>(a, b);
+  high = pick_lanes<((lane & kStep) ? kLanes + lane : lane + kStep)...>(a, b);
 }
 
 template <int kStep>
@@ -293,7 +303,7 @@ void gemm(int64_t m, int64_t n, int64_t shared, const A& pack_a, const B& pack_b
 // ---- few rows: the weights are read once, straight from memory ------------------------------------------------------
 
 constexpr int64_t kFewRows = 64;  // below this, packing the weights would cost more than it saves
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(__AVX512F__) || defined(__aarch64__) || defined(FINEMOE_SIZES_OF_ARM)
 constexpr int kHigh = 6, kWide = 4;  // rows of x and of the weight whose products the registers hold
 #else
 constexpr int kHigh = 2, kWide = 4;

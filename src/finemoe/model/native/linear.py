@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def linear(states: Tensor, weight: Tensor) -> Tensor:
     """`states [..., in]` times `weight [out, in]` transposed: `[..., out]`."""
-    flat = states.reshape(-1, weight.shape[1]).contiguous()
+    flat, weight = states.reshape(-1, weight.shape[1]).contiguous(), weight.contiguous()
     if torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad):
         output: Tensor = _Linear.apply(flat, weight)
     else:
@@ -28,6 +29,7 @@ class _Linear(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         states, weight = ctx.saved_tensors
         grad = grad.contiguous()

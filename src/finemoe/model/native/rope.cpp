@@ -15,7 +15,8 @@ using namespace finemoe;
 void rotate(const Tensor& states, const Tensor& cosine, const Tensor& sine, bool interleaved, bool first_ones, bool back,
             Tensor out) {
   const auto check = [](const Tensor& x, const char* name, int64_t dims) {
-    TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_cpu() && x.dim() == dims && (x.size(-1) < 2 || x.stride(-1) == 1),
+    TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_cpu() && x.dim() == dims &&
+                    (x.size(-1) < 2 || x.stride(-1) == 1 || x.numel() == 0),
                 name, " must be float32 on the CPU, its last dimension contiguous");
   };
   check(states, "states", 4), check(out, "out", 4), check(cosine, "cosine", 3), check(sine, "sine", 3);

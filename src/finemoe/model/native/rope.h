@@ -7,14 +7,14 @@ namespace finemoe {
 
 template <int... lane>
 void split_pairs(Vector low, Vector high, Vector& even, Vector& odd, std::integer_sequence<int, lane...>) {
-  even = __builtin_shufflevector(low, high, (2 * lane)...);
-  odd = __builtin_shufflevector(low, high, (2 * lane + 1)...);
+  even = pick_lanes<(2 * lane)...>(low, high);
+  odd = pick_lanes<(2 * lane + 1)...>(low, high);
 }
 
 template <int... lane>
 void join_pairs(Vector even, Vector odd, Vector& low, Vector& high, std::integer_sequence<int, lane...>) {
-  low = __builtin_shufflevector(even, odd, ((lane & 1) * kLanes + lane / 2)...);
-  high = __builtin_shufflevector(even, odd, ((lane & 1) * kLanes + (kLanes + lane) / 2)...);
+  low = pick_lanes<((lane & 1) * kLanes + lane / 2)...>(even, odd);
+  high = pick_lanes<((lane & 1) * kLanes + (kLanes + lane) / 2)...>(even, odd);
 }
 
 // Component i with component i + pairs.

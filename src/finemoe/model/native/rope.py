@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rotate(states: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, first: bool) -> Tensor:
@@ -33,6 +34,7 @@ class _Rotate(torch.autograd.Function):
         return _turned(states, cosine, sine, interleaved, first, False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         cosine, sine = ctx.saved_tensors
         return _turned(grad, cosine, sine, ctx.interleaved, ctx.first, True), None, None, None, None
