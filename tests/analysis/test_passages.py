@@ -133,6 +133,7 @@ def test_losses_are_those_of_the_logits() -> None:
         ({"texts": ["a"], "length": -1}, ConfigError, "length -1"),
         ({"texts": ["a"], "length": 0}, ConfigError, "length 0"),
         ({"corpora": ["x=/nowhere/at/all"]}, DataError, "no such file"),
+        ({"texts": ["a", "caf\udce9"]}, DataError, "text 2 is not valid Unicode"),  # bytes of another encoding
     ],
 )
 def test_what_cannot_be_read_is_said(arguments: dict[str, object], error: type[Exception] | None, message: str) -> None:
@@ -180,6 +181,11 @@ def test_a_run_says_how_it_was_trained(tmp_path: Path) -> None:
         found = open_language_model(source)
         assert (found.own, found.reach, found.isolated) == (True, 24, True)
         assert found.first_id == TOKENIZER.end_of_text_id
+    for damaged in ("long", -3, None, [24], True):
+        table = {**json.loads(text), "data": {"sequence_length": damaged, "packing": "isolate"}}
+        (tmp_path / "config.json").write_text(json.dumps(table))
+        found = open_language_model(tmp_path)
+        assert (found.reach, found.isolated) == (None, True), "only a hint is lost"
 
 
 def test_no_setting_is_named_that_a_verb_does_not_have(tmp_path: Path) -> None:
