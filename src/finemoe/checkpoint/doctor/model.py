@@ -192,7 +192,8 @@ def _gguf_export(subject: Subject, config: ModelConfig, always: list[str]) -> di
     missing: list[str] = []
     if subject.kind != "gguf":
         try:
-            missing = metadata_of(_companions(subject), config.vocab_size, "tokenizer")[1]
+            ends = subject.raw.get("eos_token_id")
+            missing = metadata_of(_companions(subject), config.vocab_size, "tokenizer", ends)[1]
         except DataError:
             missing = ["no tokenizer: GGUF has no name for its splitting, so --no-tokenizer must be given"]
         except FinemoeError as error:

@@ -132,7 +132,7 @@ def _tokenizer(opened: Exportable, wanted: bool) -> tuple[dict[str, Any], list[s
     """The tokenizer as metadata, and notes."""
     files = opened.companions if wanted else {}
     try:
-        return metadata_of(files, opened.config.vocab_size, str(opened.path))
+        return metadata_of(files, opened.config.vocab_size, str(opened.path), opened.token_ids.get("eos_token_id"))
     except DataError as error:
         hint = "without the tokenizer (--no-tokenizer) the file can be written, and programs must be given token ids"
         raise DataError(f"{error}; {hint}") from error

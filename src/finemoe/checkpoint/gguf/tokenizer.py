@@ -17,7 +17,14 @@ from finemoe.text.from_vocabulary import (
     tokenizer_from_vocabulary,
     vocabulary_of,
 )
-from finemoe.text.settings import GENERATION_CONFIG, SAFE_CLASS, TOKENIZER_CONFIG, TokenizerSettings
+from finemoe.text.settings import (
+    GENERATION_CONFIG,
+    SAFE_CLASS,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    TokenizerSettings,
+    with_tokens_of,
+)
 from finemoe.text.tokenizer import FILE_NAME, Tokenizer
 
 LISTS = ("tokens", "token_type", "merges", "scores")
@@ -165,8 +172,16 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def metadata_of(files: Mapping[str, bytes], vocab_size: int, where: str) -> tuple[dict[str, Any], list[str]]:
+def metadata_of(
+    files: Mapping[str, bytes], vocab_size: int, where: str, ends: Any = None
+) -> tuple[dict[str, Any], list[str]]:
     """What a file must say of the tokenizer and template in `files`, for a model of `vocab_size`; and notes.
+
+    Args:
+        files: the companions of a model, by name.
+        vocab_size: rows of its embedding.
+        where: names them in errors.
+        ends: `eos_token_id` of its config.json, which counts where generation_config.json has none.
 
     Raises:
         CheckpointError: more tokens than the model has rows.
@@ -178,7 +193,9 @@ def metadata_of(files: Mapping[str, bytes], vocab_size: int, where: str) -> tupl
     )
     if FILE_NAME not in files:
         return {f"{_PREFIX}model": "none"}, ["there is no tokenizer to write: programs must be given token ids"]
-    settings = TokenizerSettings.of(config, generation, where)
+    older = files.get(SPECIAL_TOKENS_MAP)
+    config = with_tokens_of(None if older is None else older.decode(errors="replace"), config)
+    settings = TokenizerSettings.of(config, {"eos_token_id": ends, **generation}, where)
     tokenizer = Tokenizer.parse(_text(files, FILE_NAME, where), f"{where}: {FILE_NAME}", settings)
     vocabulary = vocabulary_of(tokenizer)
     missing = vocab_size - len(vocabulary.tokens)
@@ -192,6 +209,8 @@ def metadata_of(files: Mapping[str, bytes], vocab_size: int, where: str) -> tupl
     others = [stop for stop in settings.stop_ids if stop != vocabulary.eos_id and 0 <= stop < vocab_size]
     values |= {_PREFIX + key: stop for key, stop in zip(_STOPS, others, strict=False)}
     notes = [f"{missing} rows without a token get names like [PAD{vocab_size - 1}]"] if missing else []
+    if unnamed := [str(stop) for stop in others[len(_STOPS) :]]:
+        notes.append(f"of the tokens that end a generation GGUF names three; left out: {', '.join(unnamed)}")
     jinja = _text(files, CHAT_TEMPLATE, where) if CHAT_TEMPLATE in files else None
     template = ChatTemplate.from_config(config, where, jinja)
     if template is not None:
