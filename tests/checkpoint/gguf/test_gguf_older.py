@@ -12,12 +12,14 @@ import torch
 
 from checkpoint.gguf.gguf_files import LATENT, LEAD, MODELS, SIGMOID, config_of, moe, random_model, recipe
 from checkpoint.gguf.written import exported, rewritten, stored
+from finemoe.checkpoint.conversion import import_
 from finemoe.checkpoint.doctor.examine import examine
 from finemoe.checkpoint.gguf.config import Facts, read_model
 from finemoe.checkpoint.gguf.keys import stored_tensors
 from finemoe.checkpoint.gguf.metadata import describe
 from finemoe.checkpoint.gguf.opening import import_gguf, load_gguf, open_gguf
 from finemoe.checkpoint.open import load_model
+from finemoe.checkpoint.proof.written import compare_import
 from finemoe.core.errors import CheckpointError
 from finemoe.runs.planning.sizing import size
 
@@ -129,3 +131,15 @@ def test_a_tokenizer_that_nobody_here_reads_stops_nothing_else(
     assert size(path) == size(whole)
     assert examine(path).problems == ()
     assert any("token ids alone" in finding.text for finding in examine(path).findings)
+
+
+def test_what_an_import_was_told_counts_when_it_is_verified(tmp_path: Path) -> None:
+    """A key that the file lacks may be one without which it is no model at all."""
+    whole = exported(tmp_path, random_model(V3))
+    old = rewritten(whole, tmp_path / "old.gguf", {"deepseek2.context_length": None}, stored(whole))
+    told = {"context_length": 512}
+    facts = import_(old, tmp_path / "told", metadata=told, verify=True, quiet=True)
+    assert [check["sound"] for check in facts["checks"] if check["name"] == "tensors"] == [True]
+    with pytest.raises(CheckpointError, match=r"no deepseek2\.context_length"):
+        compare_import(old, tmp_path / "told")
+    assert compare_import(old, tmp_path / "told", metadata=told).sound

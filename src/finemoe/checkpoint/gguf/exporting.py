@@ -30,6 +30,7 @@ from finemoe.checkpoint.storage.workspace import (
 )
 from finemoe.checkpoint.weights.exportable import Exportable, open_exportable
 from finemoe.core.config import did_you_mean
+from finemoe.core.encodings import in_utf8
 from finemoe.core.errors import CheckpointError, DataError, named
 from finemoe.core.logs import logger, mebibytes
 from finemoe.text.settings import TOKENIZER_CONFIG
@@ -93,7 +94,7 @@ def export_gguf(
     plan, fallbacks = _plan(stored, description, dtype)
     values: dict[str, Any] = {
         "general.type": "model",
-        "general.name": opened.path.resolve().name,
+        "general.name": in_utf8(opened.path.resolve().name),
         "general.file_type": FILE_TYPES[dtype],
         "general.quantization_version": _QUANTIZATION_VERSION,
         **description.values,
