@@ -143,3 +143,14 @@ def test_what_an_import_was_told_counts_when_it_is_verified(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"no deepseek2\.context_length"):
         compare_import(old, tmp_path / "told")
     assert compare_import(old, tmp_path / "told", metadata=told).sound
+
+
+def test_a_dimension_of_one_in_front_is_no_problem(tmp_path: Path) -> None:
+    """As older converters wrote the gate of Qwen2-MoE's shared expert."""
+    model = random_model(MODELS["qwen2moe"])
+    new = exported(tmp_path, model)
+    tensors = {name: values[None] if "inp_shexp" in name else values for name, values in stored(new).items()}
+    old = rewritten(new, tmp_path / "old.gguf", {}, tensors)
+    assert open_gguf(old).tensors["blk.0.ffn_gate_inp_shexp.weight"].shape == (1, 64)
+    assert examine(old).problems == ()
+    assert all(torch.equal(load_gguf(old).state_dict()[name], mine) for name, mine in model.state_dict().items())
