@@ -131,6 +131,18 @@ def test_env_says_what_a_bug_report_needs_and_no_secret(
     assert "hunter" not in json.dumps(found)
 
 
+def test_env_goes_on_where_the_cache_cannot_be_listed(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setenv("FINEMOE_CACHE", "/")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "iterdir", refused)
+        result = command("env")
+        assert machine.env()["cache"] == {"folder": "/", "unreadable": "Permission denied"}
+    assert (result.exit_code, "folder /, unreadable Permission denied" in result.stdout) == (0, True)
+
+
 def test_env_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINEMOE_CACHE", str(tmp_path))
     monkeypatch.setenv("FINEMOE_NATIVE", "0")
@@ -172,6 +184,10 @@ def test_recipes_and_runs_are_found_below_what_was_typed(tmp_path: Path, monkeyp
     assert completion.complete_run("runs/") == ["runs/comparison/dense/seed-0", "runs/one"]
     assert completion.complete_run("runs/o") == ["runs/one"]
     assert completion.complete_model("recipes/b") == ["recipes/b.toml"]
+    (tmp_path / "runs" / "comparison" / "compare.json").touch()
+    assert completion.complete_resumable("runs/") == ["runs/comparison", "runs/one"]
+    assert completion.complete_resumable("runs/comp") == ["runs/comparison"]
+    assert completion.complete_resumable("runs/comparison/de") == ["runs/comparison/dense/seed-0"]
 
 
 COMPLETIONS = {

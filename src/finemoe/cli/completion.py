@@ -52,6 +52,15 @@ def complete_run(incomplete: str) -> list[str]:
     return sorted({str(Path(name).parent) for name in found})
 
 
+def complete_resumable(incomplete: str) -> list[str]:
+    """What can go on: comparisons, which stand for their runs, and the other runs."""
+    from finemoe.checkpoint.kinds import COMPARISON
+
+    whole = {str(Path(name).parent) for name in _found(incomplete, COMPARISON, Path.is_file)}
+    alone = (name for name in complete_run(incomplete) if not any(Path(name).is_relative_to(one) for one in whole))
+    return sorted({*whole, *alone})
+
+
 def complete_model(incomplete: str) -> list[str]:
     """What `finemoe size` measures: presets, recipes and runs."""
     return [*complete_preset(incomplete), *complete_recipe(incomplete), *complete_run(incomplete)]
