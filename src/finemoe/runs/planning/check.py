@@ -111,8 +111,8 @@ class Check:
             validating = f"{self.validations} validations of {duration(self.validation_seconds)} included"
             yield "Time", f"about {duration(self.seconds)}, {validating}"
         if self.memory_bytes is not None:
-            free = self.memory_available_bytes
-            there = f"; {_size(free)} available" if free is not None else ""
+            left = self.memory_available_bytes
+            there = f"; {_size(left)} available" if left is not None else ""
             yield "Memory", f"{_size(self.memory_bytes)} at its height{there}"
             yield "", f"{_size(self.checkpoint_copy_bytes)} more while a checkpoint is copied"
         free = f"; {_size(self.disk_free_bytes)} free" if self.disk_free_bytes is not None else ""
