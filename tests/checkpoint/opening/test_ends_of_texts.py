@@ -73,5 +73,27 @@ def test_ends_in_the_map_of_older_repositories_reach_a_gguf_file(tmp_path: Path)
         assert tokenizer.bos_id == tokenizer.id_of("a"), name
         assert template is not None
         assert template.render([]) == "a<the end>", name
+    for name in ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja"):
+        (source / name).write_text((source / name).read_text(), encoding="utf-16")
+    assert "no tokenizer" not in str(examine(source).facts["exports"][-1])
     (source / "special_tokens_map.json").write_text("{")  # nothing else needs it
-    assert "no tokenizer" in str(examine(source).facts["exports"][-1])
+    said = str(examine(source).facts["exports"][-1])
+    assert "no tokenizer, so --no-tokenizer must be given: " in said
+    assert "no end-of-text token" in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_a_companion(encoding: str, tmp_path: Path) -> None:
+    """As the readers of folders have it, so that a file inside a GGUF file says the same."""
+    source = published(tmp_path / "source", {}, {"eos_token_id": [0, 7]})
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}é")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        (source / name).write_text((source / name).read_text(), encoding=encoding)
+    assert examine(source).problems == ()
+    import_hf(source, tmp_path / "imported", quiet=True)
+    export_gguf(tmp_path / "imported", tmp_path / "model.gguf", quiet=True)
+    for name in ("source", "imported", "model.gguf"):
+        template = load_chat_template(tmp_path / name)
+        assert template is not None
+        assert template.render([{"role": "user", "content": "a"}]) == "aé", name
+        assert load_tokenizer(tmp_path / name).stop_ids == {0, 7}

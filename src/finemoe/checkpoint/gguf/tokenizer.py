@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
+from finemoe.core.encodings import decode_text
 from finemoe.core.errors import CheckpointError, DataError, FinemoeError
 from finemoe.text.chat import CHAT_TEMPLATE, DEFAULT, ChatTemplate
 from finemoe.text.files import parse_object
@@ -193,8 +195,10 @@ def metadata_of(
     )
     if FILE_NAME not in files:
         return {f"{_PREFIX}model": "none"}, ["there is no tokenizer to write: programs must be given token ids"]
-    older = files.get(SPECIAL_TOKENS_MAP)
-    config = with_tokens_of(None if older is None else older.decode(errors="replace"), config)
+    older = None
+    with contextlib.suppress(DataError):  # nothing else needs it
+        older = _text(files, SPECIAL_TOKENS_MAP, where) if SPECIAL_TOKENS_MAP in files else None
+    config = with_tokens_of(older, config)
     settings = TokenizerSettings.of(config, {"eos_token_id": ends, **generation}, where)
     tokenizer = Tokenizer.parse(_text(files, FILE_NAME, where), f"{where}: {FILE_NAME}", settings)
     vocabulary = vocabulary_of(tokenizer)
@@ -225,9 +229,11 @@ def metadata_of(
 
 def _text(files: Mapping[str, bytes], name: str, where: str) -> str:
     try:
-        return files[name].decode()
+        return decode_text(files[name])
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: {name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise DataError(
+            f"{where}: {name} is not {error.encoding.upper()} text: {error.reason} at byte {error.start}"
+        ) from error
 
 
 def _vocabulary(vocabulary: Vocabulary, missing: int) -> dict[str, Any]:
