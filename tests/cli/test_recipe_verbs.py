@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from finemoe.checkpoint.kinds import COMPARISON
 from finemoe.cli import completion
 from finemoe.evaluation.tasks import TASKS
 from finemoe.model.presets import PRESETS
@@ -156,6 +157,7 @@ def test_env_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_names_to_complete_are_those_that_there_are() -> None:
     assert completion.complete_tasks("") == list(TASKS)
+    assert completion._COMPARISON == COMPARISON
     assert completion.complete_preset("tiny-m") == ["tiny-moe"]
     assert completion.complete_preset("") == list(PRESETS)
     tables = {section.name.split(".")[0] for sections in recipe_sections().values() for section in sections}
@@ -197,11 +199,18 @@ COMPLETIONS = {
     "finemoe recipe k": "keys",
     "finemoe train --che": "--check",
     "finemoe size mini-m": "mini-moe",
+    "finemoe resume runs/": "runs/both",
+    "finemoe show runs/both": "runs/both",
+    "finemoe analyze load runs/both/": "runs/both/one",
+    "finemoe analyze difference runs/both/one runs/both/": "runs/both/one",
 }
 
 
 @pytest.mark.parametrize(("typed", "offered"), COMPLETIONS.items())
 def test_a_tab_is_answered_without_torch(typed: str, offered: str, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "both" / "one").mkdir(parents=True)
+    for name in ("compare.json", "one/config.json", "one/metrics.jsonl"):
+        (tmp_path / "runs" / "both" / name).touch()
     words = typed.split()
     asked = {"_FINEMOE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
     code = (
