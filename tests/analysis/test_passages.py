@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,17 @@ def test_every_token_is_a_target_once(texts: list[str], length: int, tokens: int
     assert passage.windows.shape == (-(-len(expected) // width), width + 1), "no window is filling alone"
     assert passage.windows[0, 0] == end, "a run's documents follow the end of the one before"
     assert np.array_equal(passage.windows[1:, 0], passage.windows[:-1, -1]), "windows overlap by one"
+
+
+def test_a_text_of_long_tokens_does_not_end_before_its_end() -> None:
+    """A long text is cut before it is tokenised; where a token has many characters, farther behind."""
+    dashes = Tokenizer.train(["-" * 256 + "\n"] * 20, vocab_size=300)
+    model = replace(opened(), tokenizer=dashes)
+    text = "-" * 40_000
+    whole = dashes.encode(text)
+    assert len(text) > 64 * len(whole)
+    (passage,) = read_passages(model, texts=[text, "abc"], tokens=100, length=10)
+    assert passage.windows[:, 1:].reshape(-1).tolist()[:100] == whole[:100]
 
 
 def test_filling_has_no_weight(tmp_path: Path) -> None:

@@ -243,9 +243,8 @@ def _by_domain(documents: Iterable[Document], opened: LanguageModel, tokens: int
         order[document.domain] = order.get(document.domain, 0) + size
         ids = found.setdefault(document.domain, [opened.first_id])
         if len(ids) <= tokens:
-            # A document much longer than what is still wanted is not tokenised whole.
-            text = document.text[: 16 * (tokens + 1 - len(ids))]
-            ids.extend([*opened.tokenizer.encode(text), opened.tokenizer.end_of_text_id])
+            beginning = _beginning(opened, document.text, tokens + 1 - len(ids))
+            ids.extend([*beginning, opened.tokenizer.end_of_text_id])
     ranked = sorted(found, key=lambda name: (-order[name], name))
     kept = {name: found[name] for name in ranked[:MOST_DOMAINS]}
     if others := ranked[MOST_DOMAINS:]:
@@ -253,6 +252,14 @@ def _by_domain(documents: Iterable[Document], opened: LanguageModel, tokens: int
         joined = [i for name in others for i in found[name][1:]]
         kept["other"] = [opened.first_id, *kept.pop("other", [0])[1:], *joined]
     return {name: ids[: tokens + 1] for name, ids in kept.items()}
+
+
+def _beginning(opened: LanguageModel, text: str, wanted: int) -> list[int]:
+    """The ids of `text`, or at least `wanted` of a text much longer than that, which is not tokenised whole."""
+    most = 16 * wanted
+    while len(ids := opened.tokenizer.encode(text[:most])) < wanted and most < len(text):
+        most *= 4  # blanks, lines of one sign: a token may have a hundred characters
+    return ids
 
 
 def _counts(opened: LanguageModel, ids: list[int]) -> bool:
