@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint.gguf.gguf_files import LATENT, LEAD, MODELS, SIGMOID, config_of, moe, random_model, recipe
+from checkpoint.gguf.gguf_files import LATENT, LEAD, MODELS, SIGMOID, companions, config_of, moe, random_model, recipe
 from checkpoint.gguf.written import exported, rewritten, stored
 from finemoe.checkpoint.conversion import import_
 from finemoe.checkpoint.doctor.examine import examine
@@ -18,7 +18,7 @@ from finemoe.checkpoint.gguf.config import Facts, read_model
 from finemoe.checkpoint.gguf.keys import stored_tensors
 from finemoe.checkpoint.gguf.metadata import describe
 from finemoe.checkpoint.gguf.opening import import_gguf, load_gguf, open_gguf
-from finemoe.checkpoint.open import load_model
+from finemoe.checkpoint.open import load_model, load_tokenizer
 from finemoe.checkpoint.proof.written import compare_import
 from finemoe.core.errors import CheckpointError
 from finemoe.runs.planning.sizing import size
@@ -154,3 +154,20 @@ def test_a_dimension_of_one_in_front_is_no_problem(tmp_path: Path) -> None:
     assert open_gguf(old).tensors["blk.0.ffn_gate_inp_shexp.weight"].shape == (1, 64)
     assert examine(old).problems == ()
     assert all(torch.equal(load_gguf(old).state_dict()[name], mine) for name, mine in model.state_dict().items())
+
+
+def test_a_special_token_that_nobody_needs_may_be_none(tmp_path: Path) -> None:
+    """A padding of -1, as some converters wrote it: tokenizer and template are whole without it."""
+    files = companions()
+    files["tokenizer_config.json"] = files["tokenizer_config.json"].replace(b"{", b'{"pad_token": "</s>", ', 1)
+    whole = exported(tmp_path, random_model(MODELS["llama"]), files=files)
+    assert open_gguf(whole).metadata["tokenizer.ggml.padding_token_id"] == 1
+    odd = rewritten(whole, tmp_path / "odd.gguf", {"tokenizer.ggml.padding_token_id": 2**32 - 1}, stored(whole))
+    template = open_gguf(odd).chat_template()
+    assert template is not None
+    assert template.render([{"role": "user", "content": "a"}]) == "<s>a</s>"
+    said = "tokenizer.ggml.padding_token_id is 4294967295, outside the 288 tokens: left out, as in llama.cpp"
+    assert import_gguf(odd, tmp_path / "in", quiet=True).warnings == (said,)
+    assert load_tokenizer(tmp_path / "in").encode("abc") == load_tokenizer(whole).encode("abc")
+    assert "pad_token_id" not in (tmp_path / "in" / "generation_config.json").read_text()
+    assert "pad_token" not in (tmp_path / "in" / "tokenizer_config.json").read_text()

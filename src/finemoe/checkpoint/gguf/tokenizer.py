@@ -41,6 +41,7 @@ _SPECIAL = {
     "sep_token": "seperator_token_id",
     "mask_token": "mask_token_id",
 }
+_NEEDED = ("bos_token_id", "eos_token_id")
 _STOPS = ("eot_token_id", "eom_token_id")
 _NONE = ("none", "no_vocab")
 
@@ -117,15 +118,25 @@ def template_of(metadata: Mapping[str, Any], where: str) -> ChatTemplate | None:
 
 
 def _special_tokens(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
-    tokens = _list(metadata, "tokens", str, where)
+    tokens, unusable = _list(metadata, "tokens", str, where), _unusable(metadata, where)
     named = {}
     for name, key in _SPECIAL.items():
         token_id = _value(metadata, key, int, where)
-        if token_id is not None:
+        if token_id is not None and key not in unusable:
             if not 0 <= token_id < len(tokens):
                 raise CheckpointError(f"{where}: {_PREFIX}{key} is {token_id}, outside the {len(tokens)} tokens")
             named[name] = tokens[token_id]
     return named
+
+
+def _unusable(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Keys of special tokens that no text needs, such as a padding of -1 -> what they say; llama.cpp ignores them."""
+    count, found = len(_list(metadata, "tokens", str, where)), {}
+    for key in (key for key in _SPECIAL.values() if key not in _NEEDED):
+        token_id = _value(metadata, key, int, where)
+        if token_id is not None and not 0 <= token_id < count:
+            found[key] = f"{_PREFIX}{key} is {token_id}, outside the {count} tokens"
+    return found
 
 
 def companions_of(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, bytes], list[str]]:
@@ -145,6 +156,7 @@ def companions_of(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, by
     if has_tokenizer(metadata):
         try:
             files |= _tokenizer_files(metadata, template, where)
+            warnings += [f"{said}: left out, as in llama.cpp" for said in _unusable(metadata, where).values()]
         except FinemoeError as error:
             warnings.append(f"the tokenizer is left out, and the model runs on token ids alone: {error}")
     return files, warnings
@@ -158,7 +170,8 @@ def _tokenizer_files(metadata: Mapping[str, Any], template: ChatTemplate | None,
     if sources.keys() - {DEFAULT}:
         config["chat_template"] = [{"name": name, "template": text} for name, text in sources.items()]
     ids = {name: _value(metadata, name, int, where) for name in ("bos_token_id", "eos_token_id")}
-    ids["pad_token_id"] = _value(metadata, "padding_token_id", int, where)
+    if "padding_token_id" not in _unusable(metadata, where):
+        ids["pad_token_id"] = _value(metadata, "padding_token_id", int, where)
     stops = [stop for key in ("eos_token_id", *_STOPS) if (stop := _value(metadata, key, int, where)) is not None]
     generation: dict[str, Any] = {name: value for name, value in ids.items() if value is not None}
     if len(set(stops)) > 1:
