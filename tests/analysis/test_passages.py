@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,17 @@ def test_every_token_is_a_target_once(texts: list[str], length: int, tokens: int
     assert passage.windows.shape == (-(-len(expected) // width), width + 1), "no window is filling alone"
     assert passage.windows[0, 0] == end, "a run's documents follow the end of the one before"
     assert np.array_equal(passage.windows[1:, 0], passage.windows[:-1, -1]), "windows overlap by one"
+
+
+def test_a_text_of_long_tokens_does_not_end_before_its_end() -> None:
+    """A long text is cut before it is tokenised; where a token has many characters, farther behind."""
+    dashes = Tokenizer.train(["-" * 256 + "\n"] * 20, vocab_size=300)
+    model = replace(opened(), tokenizer=dashes)
+    text = "-" * 40_000
+    whole = dashes.encode(text)
+    assert len(text) > 64 * len(whole)
+    (passage,) = read_passages(model, texts=[text, "abc"], tokens=100, length=10)
+    assert passage.windows[:, 1:].reshape(-1).tolist()[:100] == whole[:100]
 
 
 def test_filling_has_no_weight(tmp_path: Path) -> None:
@@ -133,6 +145,7 @@ def test_losses_are_those_of_the_logits() -> None:
         ({"texts": ["a"], "length": -1}, ConfigError, "length -1"),
         ({"texts": ["a"], "length": 0}, ConfigError, "length 0"),
         ({"corpora": ["x=/nowhere/at/all"]}, DataError, "no such file"),
+        ({"texts": ["a", "caf\udce9"]}, DataError, "text 2 is not valid Unicode"),  # bytes of another encoding
     ],
 )
 def test_what_cannot_be_read_is_said(arguments: dict[str, object], error: type[Exception] | None, message: str) -> None:
@@ -180,6 +193,11 @@ def test_a_run_says_how_it_was_trained(tmp_path: Path) -> None:
         found = open_language_model(source)
         assert (found.own, found.reach, found.isolated) == (True, 24, True)
         assert found.first_id == TOKENIZER.end_of_text_id
+    for damaged in ("long", -3, None, [24], True):
+        table = {**json.loads(text), "data": {"sequence_length": damaged, "packing": "isolate"}}
+        (tmp_path / "config.json").write_text(json.dumps(table))
+        found = open_language_model(tmp_path)
+        assert (found.reach, found.isolated) == (None, True), "only a hint is lost"
 
 
 def test_no_setting_is_named_that_a_verb_does_not_have(tmp_path: Path) -> None:

@@ -81,6 +81,32 @@ def test_a_selection_is_written_for_expert_tuning(run: Path, tmp_path: Path) -> 
     assert json.loads((tmp_path / "selection.json").read_text()) == json.loads(json.dumps(found["selection"]))
 
 
+def test_a_selection_takes_the_place_of_an_older_one_and_of_nothing_else(run: Path, tmp_path: Path) -> None:
+    place = tmp_path / "new" / "selection.json"
+    for p in (0.4, 0.9):
+        found = reports.relevance(run, texts=[TEXT], tokens=60, p=p, selection=place)
+        assert json.loads(place.read_text())["p"] == found["selection"]["p"] == p
+    for content in (b'{"text": "precious"}\n', b"[1]", b"\xff", b"[" * 100_000):
+        (tmp_path / "task.jsonl").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"task.jsonl holds something else, which is not written over"):
+            reports.relevance(tmp_path / "no such run", selection=tmp_path / "task.jsonl")
+        assert (tmp_path / "task.jsonl").read_bytes() == content
+    with pytest.raises(ConfigError, match="is a folder, and a selection is a file"):
+        reports.relevance(tmp_path / "no such run", selection=tmp_path)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_batches_of_nothing_are_refused(name: str, run: Path) -> None:
+    with pytest.raises(ConfigError, match="a batch of 0 windows cannot be read"):
+        REPORTS[name](run, texts=[TEXT], tokens=60, rows=0)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_windows_of_nothing_are_refused(name: str, run: Path) -> None:
+    with pytest.raises(ConfigError, match="length 0 must both be at least 1"):
+        REPORTS[name](run, texts=[TEXT], tokens=60, length=0)
+
+
 def test_every_verb_of_analyze_is_a_function_here() -> None:
     verbs: Any = get_command(app)
     assert set(verbs.commands["analyze"].commands) == set(REPORTS)

@@ -110,6 +110,15 @@ def test_a_gguf_file_out_and_in(llama: Path, command: Any, twin: Any) -> None:
     assert "finemoe generate" not in result.stdout, "there is no tokenizer"
 
 
+def test_the_name_says_the_format_however_it_is_written(llama: Path, command: Any) -> None:
+    command("import", llama, "ours", "-q")
+    result = command("export", "ours", "OUT.GGUF", "-q")
+    assert rows(narrow(result))["Exported"] == "llama (GGUF) to OUT.GGUF"
+    assert Path("OUT.GGUF").is_file()
+    result = command("export", "OUT.GGUF", "again.Gguf", "--format", "gguf", "-q")
+    assert (result.exit_code, Path("again.Gguf").is_file()) == (0, True)
+
+
 def test_a_foreign_folder_is_exported_through_a_temporary_import(llama: Path, command: Any) -> None:
     result = command("export", llama, "out.gguf", "-q")
     assert result.exit_code == 0

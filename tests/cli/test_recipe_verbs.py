@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from finemoe.checkpoint.kinds import COMPARISON
 from finemoe.cli import completion
 from finemoe.evaluation.tasks import TASKS
 from finemoe.model.presets import PRESETS
@@ -131,6 +132,18 @@ def test_env_says_what_a_bug_report_needs_and_no_secret(
     assert "hunter" not in json.dumps(found)
 
 
+def test_env_goes_on_where_the_cache_cannot_be_listed(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setenv("FINEMOE_CACHE", "/")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "iterdir", refused)
+        result = command("env")
+        assert machine.env()["cache"] == {"folder": "/", "unreadable": "Permission denied"}
+    assert (result.exit_code, "folder /, unreadable Permission denied" in result.stdout) == (0, True)
+
+
 def test_env_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINEMOE_CACHE", str(tmp_path))
     monkeypatch.setenv("FINEMOE_NATIVE", "0")
@@ -144,6 +157,7 @@ def test_env_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_names_to_complete_are_those_that_there_are() -> None:
     assert completion.complete_tasks("") == list(TASKS)
+    assert completion._COMPARISON == COMPARISON
     assert completion.complete_preset("tiny-m") == ["tiny-moe"]
     assert completion.complete_preset("") == list(PRESETS)
     tables = {section.name.split(".")[0] for sections in recipe_sections().values() for section in sections}
@@ -172,6 +186,10 @@ def test_recipes_and_runs_are_found_below_what_was_typed(tmp_path: Path, monkeyp
     assert completion.complete_run("runs/") == ["runs/comparison/dense/seed-0", "runs/one"]
     assert completion.complete_run("runs/o") == ["runs/one"]
     assert completion.complete_model("recipes/b") == ["recipes/b.toml"]
+    (tmp_path / "runs" / "comparison" / "compare.json").touch()
+    assert completion.complete_resumable("runs/") == ["runs/comparison", "runs/one"]
+    assert completion.complete_resumable("runs/comp") == ["runs/comparison"]
+    assert completion.complete_resumable("runs/comparison/de") == ["runs/comparison/dense/seed-0"]
 
 
 COMPLETIONS = {
@@ -181,11 +199,18 @@ COMPLETIONS = {
     "finemoe recipe k": "keys",
     "finemoe train --che": "--check",
     "finemoe size mini-m": "mini-moe",
+    "finemoe resume runs/": "runs/both",
+    "finemoe show runs/both": "runs/both",
+    "finemoe analyze load runs/both/": "runs/both/one",
+    "finemoe analyze difference runs/both/one runs/both/": "runs/both/one",
 }
 
 
 @pytest.mark.parametrize(("typed", "offered"), COMPLETIONS.items())
 def test_a_tab_is_answered_without_torch(typed: str, offered: str, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "both" / "one").mkdir(parents=True)
+    for name in ("compare.json", "one/config.json", "one/metrics.jsonl"):
+        (tmp_path / "runs" / "both" / name).touch()
     words = typed.split()
     asked = {"_FINEMOE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
     code = (

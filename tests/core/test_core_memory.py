@@ -37,6 +37,12 @@ def test_every_group_around_the_process_counts(tmp_path: Path, monkeypatch: pyte
     assert list(memory._left_in_groups(["7:cpu:/outer"])) == []
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_a_group_beyond_its_limit_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_left_in_groups", lambda _: [800, -300])
+    assert memory.available_bytes() == 0
+
+
 def test_the_peak_is_the_process_own_and_not_its_parents() -> None:
     parent = """
 import subprocess, sys

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finemoe.checkpoint.open import load_model
+from finemoe.checkpoint.open import load_model, load_tokenizer
 from finemoe.core.errors import CheckpointError, ConfigError, RunError
 from finemoe.runs.config import read_recipe, resolve_run
 from finemoe.runs.run import Run, resume, train
@@ -55,6 +55,24 @@ def test_what_belongs_to_the_tokenizer_comes_along(corpus: Path, first: Run, tmp
     (opened / "chat_template.jinja").write_text("{{ messages[0].content }}")
     ran = train({**further(corpus, first), "start_from": str(opened)}, out=tmp_path / "run", quiet=True)
     assert (ran.directory / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    assert not (ran.directory / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("generation", [None, {"temperature": 0.6}, {"eos_token_id": 7}])
+def test_stops_that_config_json_names_come_along(
+    corpus: Path, first: Run, generation: dict[str, object] | None, tmp_path: Path
+) -> None:
+    opened = tmp_path / "opened"
+    shutil.copytree(first.directory, opened)
+    config = json.loads((opened / "config.json").read_text())
+    (opened / "config.json").write_text(json.dumps({**config, "eos_token_id": [5, 6]}))  # as in an imported folder
+    if generation is not None:
+        (opened / "generation_config.json").write_text(json.dumps(generation))
+    ran = train({**further(corpus, first), "start_from": str(opened)}, out=tmp_path / "run", quiet=True)
+    assert load_tokenizer(ran.directory).stop_ids == load_tokenizer(opened).stop_ids
+    assert load_tokenizer(ran.directory).stop_ids >= ({7} if generation and "eos_token_id" in generation else {5, 6})
+    written = json.loads((ran.directory / "generation_config.json").read_text())
+    assert written == {"eos_token_id": [5, 6], **(generation or {})}
 
 
 def test_one_checkpoint_of_a_run_brings_the_tokenizer_of_the_run(corpus: Path, first: Run, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def read_passages(
 
     Raises:
         ConfigError: a length or number of tokens that cannot work.
-        DataError: nothing to read, or nothing that counts.
+        DataError: nothing to read, nothing that counts, or a text that is no Unicode.
     """
     if length is None:
         length = min(opened.reach or _DEFAULT_LENGTH, _DEFAULT_LENGTH)
@@ -110,7 +110,13 @@ def read_passages(
 
 
 def batches(opened: LanguageModel, passages: Iterable[Passages], rows: int = 8) -> Iterator[tuple[str, TokenBatch]]:
-    """The windows of each domain in order, at most `rows` at a time, on the model's device."""
+    """The windows of each domain in order, at most `rows` at a time, on the model's device.
+
+    Raises:
+        ConfigError: batches of nothing.
+    """
+    if rows < 1:
+        raise ConfigError(f"a batch of {rows} windows cannot be read: it takes at least 1")
     packing = "isolate" if opened.isolated else "concatenate"
     for passage in passages:
         length = passage.length
@@ -183,6 +189,7 @@ def _documents(opened: LanguageModel, texts: Sequence[str], corpora: Sequence[st
     if not texts and not corpora:
         yield from _own_documents(opened, report)
     for number, text in enumerate(texts, 1):
+        _require_unicode(number, text)
         yield Document(f"text {number}", "text", text)
     seen: set[bytes] = set()
     for one in corpora:
@@ -193,6 +200,14 @@ def _documents(opened: LanguageModel, texts: Sequence[str], corpora: Sequence[st
         for document in unique(corpus.documents(report), seen, report):
             yield Document(document.name, label or document.domain, document.text)
     report.check(0.01)
+
+
+def _require_unicode(number: int, text: str) -> None:
+    """A shell hands over any bytes, and those that are no UTF-8 become half characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"text {number} is not valid Unicode: {error.reason}") from error
 
 
 def _label_and_path(spec: str) -> tuple[str, str]:
@@ -228,9 +243,8 @@ def _by_domain(documents: Iterable[Document], opened: LanguageModel, tokens: int
         order[document.domain] = order.get(document.domain, 0) + size
         ids = found.setdefault(document.domain, [opened.first_id])
         if len(ids) <= tokens:
-            # A document much longer than what is still wanted is not tokenised whole.
-            text = document.text[: 16 * (tokens + 1 - len(ids))]
-            ids.extend([*opened.tokenizer.encode(text), opened.tokenizer.end_of_text_id])
+            beginning = _beginning(opened, document.text, tokens + 1 - len(ids))
+            ids.extend([*beginning, opened.tokenizer.end_of_text_id])
     ranked = sorted(found, key=lambda name: (-order[name], name))
     kept = {name: found[name] for name in ranked[:MOST_DOMAINS]}
     if others := ranked[MOST_DOMAINS:]:
@@ -238,6 +252,14 @@ def _by_domain(documents: Iterable[Document], opened: LanguageModel, tokens: int
         joined = [i for name in others for i in found[name][1:]]
         kept["other"] = [opened.first_id, *kept.pop("other", [0])[1:], *joined]
     return {name: ids[: tokens + 1] for name, ids in kept.items()}
+
+
+def _beginning(opened: LanguageModel, text: str, wanted: int) -> list[int]:
+    """The ids of `text`, or at least `wanted` of a text much longer than that, which is not tokenised whole."""
+    most = 16 * wanted
+    while len(ids := opened.tokenizer.encode(text[:most])) < wanted and most < len(text):
+        most *= 4  # blanks, lines of one sign: a token may have a hundred characters
+    return ids
 
 
 def _counts(opened: LanguageModel, ids: list[int]) -> bool:

@@ -56,8 +56,6 @@ def expert_relevance(
         ConfigError: a dense model, or batches of nothing.
     """
     require_experts(opened)
-    if rows < 1:
-        raise ConfigError(f"a batch of {rows} windows cannot be read: it takes at least 1")
     blocks = len(opened.model.blocks)
     gate: dict[int, NDArray[np.float64]] = {}
     token: dict[int, NDArray[np.float64]] = {}

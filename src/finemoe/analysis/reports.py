@@ -22,7 +22,7 @@ from finemoe.analysis.relevance import expert_relevance, relevance_results, samp
 from finemoe.analysis.trace import require_new_file, trace_info, write_trace
 from finemoe.charts.report import require_report_folder, write_report
 from finemoe.checkpoint.language_model import open_language_model
-from finemoe.checkpoint.selection import Score, write_selection
+from finemoe.checkpoint.selection import Score, require_place, write_selection
 from finemoe.core.config import did_you_mean
 from finemoe.core.errors import ConfigError
 from finemoe.training.alerts import routed_layers
@@ -208,16 +208,18 @@ def relevance(
         score, p: as in `select_experts`.
         length: tokens of a sample; the model's own length, at most the paper's, when None.
         rows: samples in one forward pass.
-        selection: file for the selection, which expert tuning reads.
+        selection: file for the selection, which expert tuning reads; only an older selection is written over.
         out: folder for the report.
 
     Raises:
-        FinemoeError: a dense model, an impossible `p`, or a folder that holds something else.
+        FinemoeError: a dense model, an impossible `p`, or a folder or file that holds something else.
     """
     folder = require_report_folder(out, "relevance")
+    if selection is not None:
+        require_place(Path(selection))
     opened = open_language_model(model)
     require_experts(opened)
-    size = length or sample_length(opened)
+    size = sample_length(opened) if length is None else length
     passages = read_passages(opened, texts=texts, corpora=corpora, tokens=tokens, length=size)
     found = expert_relevance(opened, passages, rows=rows)
     selected = select_experts(opened, found, score, p)

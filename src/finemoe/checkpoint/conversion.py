@@ -82,7 +82,7 @@ def import_(
         report = import_gguf(path, out, metadata=metadata, quiet=quiet)
     else:
         report = import_hf(path, out, quiet=quiet)
-    checks = _verify_import(path, report, quiet) if verify else []
+    checks = _verify_import(path, report, metadata, quiet) if verify else []
     return {**_facts(report, path), "checks": [check.to_dict() for check in checks]}
 
 
@@ -120,7 +120,7 @@ def export(
         RunError: the disk is full or unwritable.
     """
     source, out = Path(source), Path(out)
-    form: Format = format or ("gguf" if out.suffix == ".gguf" else "hf")
+    form: Format = format or ("gguf" if out.suffix.lower() == ".gguf" else "hf")
     options = export_options(form, out, family, dtype, fp8, not tokenizer)
     with passage(source, out, {"format": form, **options}, quiet=quiet) as way:
         facts = {"source": str(source), "format": form, **_write(form, way.source, way.place, options, quiet)}
@@ -204,7 +204,7 @@ def export_options(
         raise ConfigError(f"--dtype {dtype}: no such type{did_you_mean(dtype.lower(), list(_DTYPES))}")
     hf, gguf = _DTYPES[dtype.lower()] if dtype is not None else (None, None)
     if form == "gguf":
-        if out.suffix != ".gguf":
+        if out.suffix.lower() != ".gguf":
             raise ConfigError(f"--format gguf: the name must end in .gguf, as {out}.gguf does")
         given = "--family" if family is not None else "--fp8" if fp8 else None
         if given is not None:
@@ -271,10 +271,10 @@ def _check_foreign(path: Path) -> None:
         raise CheckpointError(f"{path}: holds GGUF files; give the one you want, such as {ggufs[0]}")
 
 
-def _verify_import(source: Path, report: ImportReport, quiet: bool) -> list[Check]:
+def _verify_import(source: Path, report: ImportReport, metadata: Mapping[str, Any] | None, quiet: bool) -> list[Check]:
     raw = None if source.is_file() else read_json(source / "config.json")
     return [
-        check_tensors(lambda: compare_import(source, report.path, quiet=quiet)),
+        check_tensors(lambda: compare_import(source, report.path, metadata=metadata, quiet=quiet)),
         check_twin(report.config, raw, quiet),
     ]
 

@@ -98,7 +98,8 @@ def open_language_model(
             f"{model.config.vocab_size}: they do not belong together, put the model's own tokenizer.json back"
         )
     data = training_data(path) if own else {}
-    reach = data.get("sequence_length") if own else model.config.max_positions
+    length = data.get("sequence_length")  # of a file that an editor may have changed
+    reach = (length if type(length) is int and length > 0 else None) if own else model.config.max_positions
     return LanguageModel(model, tokenizer, path, own, reach, data.get("packing") == "isolate")
 
 

@@ -99,7 +99,8 @@ def read_model_config(path: str | os.PathLike[str]) -> ModelConfig:
 def describe_model(path: str | os.PathLike[str]) -> ModelConfig:
     """The same, for what may have no weights: a config.json, alone or in its folder, or the header of a GGUF file.
 
-    Weights that lie beside it, and can be read, have the last word, as they do when the model is opened.
+    Weights that lie beside it, and can be read, have the last word, as they do when the model is opened; those that
+    cannot are told in the log.
 
     Raises:
         CheckpointError, ConfigError: nothing that describes a model, or not exactly representable.
@@ -117,10 +118,13 @@ def describe_model(path: str | os.PathLike[str]) -> ModelConfig:
         return read_model_config(path)
     try:
         return open_source(path).config
-    except CheckpointError:
+    except CheckpointError as error:
         raw = read_json(folder_file(path, CONFIG))
         with named(path):
-            return family_of(raw).to_config(raw)
+            config = family_of(raw).to_config(raw)
+        if any(path.glob("*.safetensors")):
+            logger.warning("%s; what follows is of the config.json alone", error)
+        return config
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from finemoe.core.config import Config, parse, to_json
 from finemoe.core.errors import ConfigError
-from finemoe.core.files import write_text
+from finemoe.core.files import make_folder, storage_error, write_text
 from finemoe.core.reading import decode_json, reason_of
 from finemoe.model.config import ModelConfig
 from finemoe.model.moe.layer import MoEConfig
@@ -19,6 +20,8 @@ from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
 
 Score = Literal["gate", "token"]
+_MOST_BYTES = 64 << 20
+"""Of a selection; DeepSeek-V3's experts all together make less than one MiB."""
 
 
 class ModelShape(Config):
@@ -106,12 +109,35 @@ def router_fingerprint(model: Transformer) -> str:
     return digest.hexdigest()
 
 
+def require_place(path: Path) -> None:
+    """Before any work: nothing but an older selection is written over.
+
+    Raises:
+        ConfigError: there is a folder, or a file that holds something else.
+    """
+    if path.is_dir():
+        raise ConfigError(
+            f"{path} is a folder, and a selection is a file: name one in it, as {path / 'selection.json'}"
+        )
+    if not path.exists():
+        return
+    table = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        table = decode_json(path.read_bytes()) if path.stat().st_size <= _MOST_BYTES else None
+    if not isinstance(table, dict) or table.get("kind") != "expert_selection":
+        raise ConfigError(f"{path} holds something else, which is not written over: choose another name, or remove it")
+
+
 def write_selection(path: Path, selection: ExpertSelection) -> None:
     """Write it as JSON.
 
     Raises:
         RunError: it cannot be written.
     """
+    try:
+        make_folder(path.parent)
+    except OSError as error:
+        raise storage_error(path, error) from error
     write_text(path, to_json(selection))
 
 

@@ -79,7 +79,8 @@ def _files(source: Path) -> list[Path]:
     if source.is_dir():
         return sorted(path for path in source.iterdir() if path.is_file())
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", source.stem)
-    return sorted(path for path in source.parent.iterdir() if path.name.startswith(stem) and path.suffix == ".gguf")
+    named = (path for path in source.parent.iterdir() if path.name.startswith(stem))
+    return sorted(path for path in named if path.suffix.lower() == ".gguf")
 
 
 def _remove(path: Path) -> None:

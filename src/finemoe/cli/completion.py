@@ -20,6 +20,8 @@ _TASKS = (
     "cluewsc chid triviaqa natural_questions drop bbh bbh_direct gsm8k math humaneval mbpp infilling"
 )
 """Names that would take a second to import from where they belong; a test compares them with that."""
+_COMPARISON = "compare.json"
+"""The same of a file."""
 
 
 def complete_preset(incomplete: str) -> list[str]:
@@ -50,6 +52,13 @@ def complete_run(incomplete: str) -> list[str]:
     """Run directories: those with a config.json and metrics beside it."""
     found = _found(incomplete, "metrics.jsonl", lambda path: (path.parent / "config.json").is_file())
     return sorted({str(Path(name).parent) for name in found})
+
+
+def complete_resumable(incomplete: str) -> list[str]:
+    """What can go on: comparisons, which stand for their runs, and the other runs."""
+    whole = {str(Path(name).parent) for name in _found(incomplete, _COMPARISON, Path.is_file)}
+    alone = (name for name in complete_run(incomplete) if not any(Path(name).is_relative_to(one) for one in whole))
+    return sorted({*whole, *alone})
 
 
 def complete_model(incomplete: str) -> list[str]:

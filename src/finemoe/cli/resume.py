@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from finemoe.cli.completion import complete_run
+from finemoe.cli.completion import complete_resumable
 from finemoe.cli.output import Json, Quiet, report_run
 from finemoe.core.errors import ConfigError
 
@@ -25,7 +25,7 @@ def resume(
             metavar="DIR",
             help="The directory of a run, or of a comparison.",
             show_default=False,
-            autocompletion=complete_run,
+            autocompletion=complete_resumable,
         ),
     ],
     changes: Changes = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finemoe.cli.completion import complete_run
+from finemoe.cli.completion import complete_resumable
 from finemoe.cli.output import IN_NATS, Json, measured_keys, plain_table, print_json, print_rich, title_of
 
 
@@ -19,7 +19,7 @@ def show(
             metavar="DIR...",
             help="Run directories; a comparison stands for its runs.",
             show_default=False,
-            autocompletion=complete_run,
+            autocompletion=complete_resumable,
         ),
     ],
     out: Annotated[

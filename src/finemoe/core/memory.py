@@ -63,7 +63,8 @@ def available_on(device: torch.device) -> int | None:
 def available_bytes() -> int | None:
     """Memory that this process can still have without swapping, in bytes; None where the system does not say.
 
-    On Linux: what the kernel estimates, and no more than any control group around the process leaves.
+    On Linux: what the kernel estimates, and no more than any control group around the process leaves; 0 where one is
+    fuller than its limit, as when that was lowered.
     """
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -71,7 +72,7 @@ def available_bytes() -> int | None:
         groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except (OSError, StopIteration):
         return None
-    return min([whole, *_left_in_groups(groups)])
+    return max(0, min([whole, *_left_in_groups(groups)]))
 
 
 def limit_bytes() -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from finemoe.checkpoint.open import text_home
@@ -16,6 +17,7 @@ from finemoe.data.batch import Batch
 from finemoe.runs.config import RunConfig, read_config
 from finemoe.runs.kernels import is_same_run
 from finemoe.text.files import COMPANIONS
+from finemoe.text.settings import GENERATION_CONFIG
 from finemoe.training.directory import METRICS, read_metrics
 from finemoe.training.method import TrainingData
 
@@ -55,8 +57,17 @@ def describe(directory: Path, config: RunConfig, data: TrainingData[Batch]) -> N
             for source in (text_home(Path(config.start_from)) / name for name in COMPANIONS):
                 if source.exists() and not (directory / source.name).exists():
                     shutil.copyfile(source, directory / source.name)
+            _name_stops(directory / GENERATION_CONFIG, data.tokenizer.settings.stop_ids)
     except OSError as error:
         raise storage_error(directory, error) from error
+
+
+def _name_stops(path: Path, stop_ids: tuple[int, ...]) -> None:
+    """Say what ends a generation where no file says it that came along: it stood in the source's config.json."""
+    with suppress(ValueError, RecursionError):  # a damaged file stays as it came
+        table = json.loads(path.read_bytes()) if path.exists() else {}
+        if stop_ids and isinstance(table, dict) and "eos_token_id" not in table:
+            write_text(path, json.dumps({**table, "eos_token_id": list(stop_ids)}, indent=2) + "\n")
 
 
 def cut_metrics(directory: Path, step: int) -> None:

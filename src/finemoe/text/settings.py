@@ -68,10 +68,17 @@ def with_older_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]
 
     Nothing else needs that file: what cannot be read in it is as if it were not there.
     """
-    found: dict[str, Any] = {}
+    text = None
     with contextlib.suppress(DataError):
         text = read_beside(folder, SPECIAL_TOKENS_MAP, CONFIG_LIMIT, "file")
-        table = {} if text is None else parse_object(text, str(folder / SPECIAL_TOKENS_MAP))
+    return with_tokens_of(text, config)
+
+
+def with_tokens_of(older: str | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with the text of the special_tokens_map.json; None: there is none."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(DataError):
+        table = {} if older is None else parse_object(older, SPECIAL_TOKENS_MAP)
         for key in _SPECIAL_KEYS:
             with contextlib.suppress(DataError):
                 found |= special_tokens_of({key: table.get(key)}, SPECIAL_TOKENS_MAP)

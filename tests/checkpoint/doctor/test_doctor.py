@@ -124,6 +124,7 @@ MILD: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
         "warning",
         "router: weights of less than 16 bits",
     ),
+    "a tensor of nothing": ("v3", lambda f: drop(f, more=torch.zeros(0, 4)), "note", "not needed: holds no element"),
     "a matrix of zeros": ("v3", lambda f: drop(f, **{EXPERT: torch.zeros(12, 136)}), "warning", "nothing but zeros"),
     "prediction module lost": (
         "v3",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -269,6 +270,12 @@ def test_impossible_exports_are_refused_before_anything_is_written(tmp_path: Pat
         with pytest.raises(CheckpointError, match=words):
             export_gguf(source, out, dtype=dtype, quiet=True)
         assert not out.exists()
+
+
+def test_a_folder_whose_name_is_no_utf8_gives_its_file_a_name(tmp_path: Path) -> None:
+    source = import_folder(tmp_path / os.fsdecode(b"caf\xe9"), random_model(MODELS["llama"]))
+    export_gguf(source, tmp_path / "out.gguf", dtype="F32", quiet=True)
+    assert open_gguf(tmp_path / "out.gguf").metadata["general.name"] == "caf\\udce9"
 
 
 def test_mtp_modules_are_left_out_with_a_note(tmp_path: Path) -> None:

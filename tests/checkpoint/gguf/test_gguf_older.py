@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint.gguf.gguf_files import LATENT, LEAD, MODELS, SIGMOID, config_of, moe, random_model, recipe
+from checkpoint.gguf.gguf_files import LATENT, LEAD, MODELS, SIGMOID, companions, config_of, moe, random_model, recipe
 from checkpoint.gguf.written import exported, rewritten, stored
+from finemoe.checkpoint.conversion import import_
 from finemoe.checkpoint.doctor.examine import examine
 from finemoe.checkpoint.gguf.config import Facts, read_model
 from finemoe.checkpoint.gguf.keys import stored_tensors
 from finemoe.checkpoint.gguf.metadata import describe
 from finemoe.checkpoint.gguf.opening import import_gguf, load_gguf, open_gguf
-from finemoe.checkpoint.open import load_model
+from finemoe.checkpoint.open import load_model, load_tokenizer
+from finemoe.checkpoint.proof.written import compare_import
 from finemoe.core.errors import CheckpointError
 from finemoe.runs.planning.sizing import size
 
@@ -129,3 +131,43 @@ def test_a_tokenizer_that_nobody_here_reads_stops_nothing_else(
     assert size(path) == size(whole)
     assert examine(path).problems == ()
     assert any("token ids alone" in finding.text for finding in examine(path).findings)
+
+
+def test_what_an_import_was_told_counts_when_it_is_verified(tmp_path: Path) -> None:
+    """A key that the file lacks may be one without which it is no model at all."""
+    whole = exported(tmp_path, random_model(V3))
+    old = rewritten(whole, tmp_path / "old.gguf", {"deepseek2.context_length": None}, stored(whole))
+    told = {"context_length": 512}
+    facts = import_(old, tmp_path / "told", metadata=told, verify=True, quiet=True)
+    assert [check["sound"] for check in facts["checks"] if check["name"] == "tensors"] == [True]
+    with pytest.raises(CheckpointError, match=r"no deepseek2\.context_length"):
+        compare_import(old, tmp_path / "told")
+    assert compare_import(old, tmp_path / "told", metadata=told).sound
+
+
+def test_a_dimension_of_one_in_front_is_no_problem(tmp_path: Path) -> None:
+    """As older converters wrote the gate of Qwen2-MoE's shared expert."""
+    model = random_model(MODELS["qwen2moe"])
+    new = exported(tmp_path, model)
+    tensors = {name: values[None] if "inp_shexp" in name else values for name, values in stored(new).items()}
+    old = rewritten(new, tmp_path / "old.gguf", {}, tensors)
+    assert open_gguf(old).tensors["blk.0.ffn_gate_inp_shexp.weight"].shape == (1, 64)
+    assert examine(old).problems == ()
+    assert all(torch.equal(load_gguf(old).state_dict()[name], mine) for name, mine in model.state_dict().items())
+
+
+def test_a_special_token_that_nobody_needs_may_be_none(tmp_path: Path) -> None:
+    """A padding of -1, as some converters wrote it: tokenizer and template are whole without it."""
+    files = companions()
+    files["tokenizer_config.json"] = files["tokenizer_config.json"].replace(b"{", b'{"pad_token": "</s>", ', 1)
+    whole = exported(tmp_path, random_model(MODELS["llama"]), files=files)
+    assert open_gguf(whole).metadata["tokenizer.ggml.padding_token_id"] == 1
+    odd = rewritten(whole, tmp_path / "odd.gguf", {"tokenizer.ggml.padding_token_id": 2**32 - 1}, stored(whole))
+    template = open_gguf(odd).chat_template()
+    assert template is not None
+    assert template.render([{"role": "user", "content": "a"}]) == "<s>a</s>"
+    said = "tokenizer.ggml.padding_token_id is 4294967295, outside the 288 tokens: left out, as in llama.cpp"
+    assert import_gguf(odd, tmp_path / "in", quiet=True).warnings == (said,)
+    assert load_tokenizer(tmp_path / "in").encode("abc") == load_tokenizer(whole).encode("abc")
+    assert "pad_token_id" not in (tmp_path / "in" / "generation_config.json").read_text()
+    assert "pad_token" not in (tmp_path / "in" / "tokenizer_config.json").read_text()

@@ -116,7 +116,10 @@ def test_another_shape_than_the_blocks_give(tmp_path: Path) -> None:
 
 
 def test_a_changed_configuration_says_the_blocks_that_are_written(tmp_path: Path) -> None:
-    source = folder_of(tmp_path / "source", with_factors(torch.float32, (64, 64)), (64, 64))
+    weights = with_factors(torch.float32, (64, 64))
+    for name in [name for name in weights if name.endswith(SUFFIX)]:
+        weights[name] = weights[name].log2().round().exp2()  # as DeepSeek-V3.1, whose kernels want powers of two
+    source = folder_of(tmp_path / "source", weights, (64, 64), scale_fmt="ue8m0")
     import_hf(source, tmp_path / "in", quiet=True)
     config = tmp_path / "in" / "config.json"
     before = config.read_text()
@@ -127,6 +130,7 @@ def test_a_changed_configuration_says_the_blocks_that_are_written(tmp_path: Path
     assert report.fp8_new == 0
     written = json.loads((tmp_path / "out" / "config.json").read_bytes())
     assert written["quantization_config"]["weight_block_size"] == [64, 64]
+    assert written["quantization_config"]["scale_fmt"] == "ue8m0", "or new factors would be any numbers"
     found, wanted = load_model(tmp_path / "out").state_dict(), load_model(tmp_path / "in").state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from checkpoint.huggingface.released_configs import RELEASED
@@ -116,7 +117,9 @@ def fake_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) 
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("raise ImportError('none here')", "not installed"),
+        ("raise ModuleNotFoundError(\"No module named 'transformers'\")", "is not installed; `pip install"),
+        ("raise ImportError('hub>=9 is required')", "is installed, and cannot be imported: hub>=9 is required"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "was ended by signal 9"),
         ("import time; time.sleep(60)", "within 1 seconds"),
     ],
 )
@@ -126,6 +129,16 @@ def test_could_not(code: str, reason: str, tmp_path: Path, monkeypatch: pytest.M
     result = verify_twin(RELEASED["smollm2-135m"])
     assert (result.status, result.difference) == ("could not", None)
     assert reason in result.reason
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
+def test_a_twin_that_cannot_be_written_is_no_failure(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(verify, "_write", full)
+    result = verify_twin(RELEASED["smollm2-135m"])
+    assert (result.status, "no twin can be written: No space left" in result.reason) == ("could not", True)
 
 
 def test_a_witness_that_fails_is_no_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

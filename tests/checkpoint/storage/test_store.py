@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import tempfile
 import time
@@ -196,6 +197,24 @@ def test_a_part_whose_line_is_damaged_is_written_again(
     assert fill(store, PARTS) == 1
     store.finish()
     assert_stored(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [(r'"crc32":\d+', '"crc32":7'), ('"bytes":28', '"bytes":24')])
+def test_a_journal_that_lies_is_said_to_and_the_way_on(
+    tmp_path: Path, damage: tuple[str, str], new_store: NewStore
+) -> None:
+    """Lines that could be true: what they say is found out when all is read back."""
+    fill(new_store(tmp_path, SPECS), PARTS)
+    journal = tmp_path / ".model.journal"
+    lines = [line.replace(": ", ":") for line in journal.read_text().splitlines(keepends=True)]
+    at = next(i for i, line in enumerate(lines) if '"tensor":"bias"' in line)
+    lines[at], changed = re.subn(*damage, lines[at])
+    assert changed == 1
+    journal.write_text("".join([*lines, '{"synced": true}\n']))
+    store = new_store(tmp_path, SPECS)
+    assert fill(store, PARTS) == 0
+    with pytest.raises(CheckpointError, match=r"journal .* says: one of them is damaged; give the same command again"):
+        store.finish()
 
 
 @pytest.mark.parametrize("change", ["plan", "file", "size", "journal"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,14 +34,19 @@ def test_a_config_json_is_enough(tmp_path: Path) -> None:
     assert size(other) == found
 
 
-def test_weights_that_are_damaged_do_not_stop_a_size(tmp_path: Path) -> None:
+def test_weights_that_are_damaged_do_not_stop_a_size(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(logging.getLogger("finemoe"), "propagate", True)
     folder = publish(tmp_path / "there", V3_FP8)
     whole = size(folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    assert not caplog.records
     assert size(folder) == whole
+    assert caplog.messages[0].startswith(str(weights)), "they might have said otherwise"
+    assert caplog.messages[0].endswith("what follows is of the config.json alone")
     weights.unlink()
     assert size(folder) == whole
+    assert len(caplog.records) == 1, "a config.json that was fetched alone is no reason for a word"
     (folder / "model.safetensors.index.json").write_text("{")
     assert size(folder / CONFIG) == whole
 

@@ -191,6 +191,8 @@ def test_little_memory_makes_small_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     small = choices(10**9, 1e4)
     assert 256 <= small["training.micro_batch_tokens"] < small["training.tokens_per_step"]
     assert small["training.tokens_per_step"] % small["training.micro_batch_tokens"] == 0
+    monkeypatch.setattr(starter.memory, "available_bytes", lambda: 0)  # none is not "nobody knows"
+    assert choices(10**9, 1e4)["training.micro_batch_tokens"] <= 256
 
 
 def test_threads_are_those_that_a_control_group_allows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,9 +192,11 @@ def _gguf_export(subject: Subject, config: ModelConfig, always: list[str]) -> di
     missing: list[str] = []
     if subject.kind != "gguf":
         try:
-            missing = metadata_of(_companions(subject), config.vocab_size, "tokenizer")[1]
-        except DataError:
-            missing = ["no tokenizer: GGUF has no name for its splitting, so --no-tokenizer must be given"]
+            ends = subject.raw.get("eos_token_id")
+            missing = metadata_of(_companions(subject), config.vocab_size, "tokenizer", ends)[1]
+        except DataError as error:
+            reason = str(error).removeprefix("the tokenizer cannot be written to GGUF: ")
+            missing = [f"no tokenizer, so --no-tokenizer must be given: {reason}"]
         except FinemoeError as error:
             return _export("gguf", "gguf", reason=str(error).partition(": ")[2] or str(error))
     training = [f"no {text} (training)" for text in training_only(config)]
@@ -207,10 +209,6 @@ def _companions(subject: Subject) -> dict[str, bytes]:
     for name in COMPANIONS:
         if (subject.home / name).exists():
             files[name] = read_bytes(folder_file(subject.home, name), TOKENIZER_BYTES)
-            try:
-                files[name].decode()
-            except UnicodeDecodeError as error:
-                raise CheckpointError(f"{name}: not UTF-8") from error
     return files
 
 

@@ -117,7 +117,7 @@ def _open_unknown(subject: Subject, found: Findings, deep: bool, quiet: bool) ->
         found.problem("files", f"{path}: not opened: only .gguf and .safetensors files are")
         return
     if path.name.endswith(".partial") or (path / JOURNAL).exists():
-        out = path.with_suffix("")
+        out = str(path).removesuffix(".partial")
         found.problem("files", f"an interrupted import or export; give its command again to finish {out}")
         return
     ggufs = sorted(file.name for file in path.glob("*.gguf"))
@@ -158,8 +158,10 @@ def _open_huggingface(subject: Subject, found: Findings, deep: bool, quiet: bool
             loaded, again, _ = split_copies(family.placements(subject.config))
             subject.places = {name: Place(p.ours, p.shape) for name, p in loaded.items()}
             subject.places |= {name: Place(p.ours, p.shape, True) for name, p in again.items()}
-            reasons = ((name, hf_keys.ignorable(name)) for name in names)
-            subject.spare = {**subject.spare, **{name: reason for name, reason in reasons if reason is not None}}
+            for name in names - subject.places.keys():
+                reason = "holds no element" if 0 in subject.held[name].shape else hf_keys.ignorable(name)
+                if reason is not None:
+                    subject.spare = {**subject.spare, name: reason}
 
 
 def _tensors(path: Path, subject: Subject, found: Findings) -> TensorFolder:

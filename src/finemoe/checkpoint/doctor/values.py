@@ -61,6 +61,7 @@ def _look_at(held: Held) -> tuple[int, bool]:
     bad, zeros = 0, held.nbytes > 0
     for chunk in held.chunks():
         values = chunk.float() if chunk.dtype.itemsize == 1 else chunk
+        values = torch.view_as_real(values) if values.is_complex() else values
         if not values.numel():
             continue
         low, high = torch.aminmax(values)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from finemoe.checkpoint.doctor.findings import Findings, few, number
-from finemoe.checkpoint.doctor.subject import Held, Subject
+from finemoe.checkpoint.doctor.subject import Held, Place, Subject
 from finemoe.checkpoint.huggingface.accounting import SCALE_SUFFIX
 from finemoe.checkpoint.huggingface.fp8 import BLOCK, FACTOR_TYPES, block_of, scale_shape
 from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES
@@ -29,7 +29,7 @@ def account_for_keys(subject: Subject, found: Findings) -> dict[str, Any]:
     misshaped = [
         f"{name} ({list(held[name].shape)} instead of {list(place.shape)})"
         for name, place in places.items()
-        if name in held and held[name].shape != place.shape
+        if name in held and not _fits(subject, held[name], place)
     ]
     scales = {name + SCALE_SUFFIX for name in places if name in held and held[name].dtype == _FP8}
     known = {*places, *scales, *subject.spare}
@@ -62,6 +62,11 @@ def account_for_keys(subject: Subject, found: Findings) -> dict[str, Any]:
         "unexpected": unexpected,
         "source": {status: len(names) for status, names in subject.source_status.items()},
     }
+
+
+def _fits(subject: Subject, held: Held, place: Place) -> bool:
+    """Whether a tensor has its shape; some writers of GGUF files put a dimension of one before it."""
+    return held.shape == place.shape or (subject.kind == "gguf" and held.shape == (1, *place.shape))
 
 
 def _are(count: int) -> str:

@@ -30,6 +30,7 @@ from finemoe.checkpoint.storage.workspace import (
 )
 from finemoe.checkpoint.weights.exportable import Exportable, open_exportable
 from finemoe.core.config import did_you_mean
+from finemoe.core.encodings import in_utf8
 from finemoe.core.errors import CheckpointError, DataError, named
 from finemoe.core.logs import logger, mebibytes
 from finemoe.text.settings import TOKENIZER_CONFIG
@@ -93,7 +94,7 @@ def export_gguf(
     plan, fallbacks = _plan(stored, description, dtype)
     values: dict[str, Any] = {
         "general.type": "model",
-        "general.name": opened.path.resolve().name,
+        "general.name": in_utf8(opened.path.resolve().name),
         "general.file_type": FILE_TYPES[dtype],
         "general.quantization_version": _QUANTIZATION_VERSION,
         **description.values,
@@ -132,7 +133,7 @@ def _tokenizer(opened: Exportable, wanted: bool) -> tuple[dict[str, Any], list[s
     """The tokenizer as metadata, and notes."""
     files = opened.companions if wanted else {}
     try:
-        return metadata_of(files, opened.config.vocab_size, str(opened.path))
+        return metadata_of(files, opened.config.vocab_size, str(opened.path), opened.token_ids.get("eos_token_id"))
     except DataError as error:
         hint = "without the tokenizer (--no-tokenizer) the file can be written, and programs must be given token ids"
         raise DataError(f"{error}; {hint}") from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
+from finemoe.core.encodings import decode_text
 from finemoe.core.errors import CheckpointError, DataError, FinemoeError
 from finemoe.text.chat import CHAT_TEMPLATE, DEFAULT, ChatTemplate
 from finemoe.text.files import parse_object
@@ -17,7 +19,14 @@ from finemoe.text.from_vocabulary import (
     tokenizer_from_vocabulary,
     vocabulary_of,
 )
-from finemoe.text.settings import GENERATION_CONFIG, SAFE_CLASS, TOKENIZER_CONFIG, TokenizerSettings
+from finemoe.text.settings import (
+    GENERATION_CONFIG,
+    SAFE_CLASS,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    TokenizerSettings,
+    with_tokens_of,
+)
 from finemoe.text.tokenizer import FILE_NAME, Tokenizer
 
 LISTS = ("tokens", "token_type", "merges", "scores")
@@ -32,6 +41,7 @@ _SPECIAL = {
     "sep_token": "seperator_token_id",
     "mask_token": "mask_token_id",
 }
+_NEEDED = ("bos_token_id", "eos_token_id")
 _STOPS = ("eot_token_id", "eom_token_id")
 _NONE = ("none", "no_vocab")
 
@@ -108,15 +118,25 @@ def template_of(metadata: Mapping[str, Any], where: str) -> ChatTemplate | None:
 
 
 def _special_tokens(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
-    tokens = _list(metadata, "tokens", str, where)
+    tokens, unusable = _list(metadata, "tokens", str, where), _unusable(metadata, where)
     named = {}
     for name, key in _SPECIAL.items():
         token_id = _value(metadata, key, int, where)
-        if token_id is not None:
+        if token_id is not None and key not in unusable:
             if not 0 <= token_id < len(tokens):
                 raise CheckpointError(f"{where}: {_PREFIX}{key} is {token_id}, outside the {len(tokens)} tokens")
             named[name] = tokens[token_id]
     return named
+
+
+def _unusable(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Keys of special tokens that no text needs, such as a padding of -1 -> what they say; llama.cpp ignores them."""
+    count, found = len(_list(metadata, "tokens", str, where)), {}
+    for key in (key for key in _SPECIAL.values() if key not in _NEEDED):
+        token_id = _value(metadata, key, int, where)
+        if token_id is not None and not 0 <= token_id < count:
+            found[key] = f"{_PREFIX}{key} is {token_id}, outside the {count} tokens"
+    return found
 
 
 def companions_of(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, bytes], list[str]]:
@@ -136,6 +156,7 @@ def companions_of(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, by
     if has_tokenizer(metadata):
         try:
             files |= _tokenizer_files(metadata, template, where)
+            warnings += [f"{said}: left out, as in llama.cpp" for said in _unusable(metadata, where).values()]
         except FinemoeError as error:
             warnings.append(f"the tokenizer is left out, and the model runs on token ids alone: {error}")
     return files, warnings
@@ -149,7 +170,8 @@ def _tokenizer_files(metadata: Mapping[str, Any], template: ChatTemplate | None,
     if sources.keys() - {DEFAULT}:
         config["chat_template"] = [{"name": name, "template": text} for name, text in sources.items()]
     ids = {name: _value(metadata, name, int, where) for name in ("bos_token_id", "eos_token_id")}
-    ids["pad_token_id"] = _value(metadata, "padding_token_id", int, where)
+    if "padding_token_id" not in _unusable(metadata, where):
+        ids["pad_token_id"] = _value(metadata, "padding_token_id", int, where)
     stops = [stop for key in ("eos_token_id", *_STOPS) if (stop := _value(metadata, key, int, where)) is not None]
     generation: dict[str, Any] = {name: value for name, value in ids.items() if value is not None}
     if len(set(stops)) > 1:
@@ -165,8 +187,16 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def metadata_of(files: Mapping[str, bytes], vocab_size: int, where: str) -> tuple[dict[str, Any], list[str]]:
+def metadata_of(
+    files: Mapping[str, bytes], vocab_size: int, where: str, ends: Any = None
+) -> tuple[dict[str, Any], list[str]]:
     """What a file must say of the tokenizer and template in `files`, for a model of `vocab_size`; and notes.
+
+    Args:
+        files: the companions of a model, by name.
+        vocab_size: rows of its embedding.
+        where: names them in errors.
+        ends: `eos_token_id` of its config.json, which counts where generation_config.json has none.
 
     Raises:
         CheckpointError: more tokens than the model has rows.
@@ -178,7 +208,11 @@ def metadata_of(files: Mapping[str, bytes], vocab_size: int, where: str) -> tupl
     )
     if FILE_NAME not in files:
         return {f"{_PREFIX}model": "none"}, ["there is no tokenizer to write: programs must be given token ids"]
-    settings = TokenizerSettings.of(config, generation, where)
+    older = None
+    with contextlib.suppress(DataError):  # nothing else needs it
+        older = _text(files, SPECIAL_TOKENS_MAP, where) if SPECIAL_TOKENS_MAP in files else None
+    config = with_tokens_of(older, config)
+    settings = TokenizerSettings.of(config, {"eos_token_id": ends, **generation}, where)
     tokenizer = Tokenizer.parse(_text(files, FILE_NAME, where), f"{where}: {FILE_NAME}", settings)
     vocabulary = vocabulary_of(tokenizer)
     missing = vocab_size - len(vocabulary.tokens)
@@ -192,6 +226,8 @@ def metadata_of(files: Mapping[str, bytes], vocab_size: int, where: str) -> tupl
     others = [stop for stop in settings.stop_ids if stop != vocabulary.eos_id and 0 <= stop < vocab_size]
     values |= {_PREFIX + key: stop for key, stop in zip(_STOPS, others, strict=False)}
     notes = [f"{missing} rows without a token get names like [PAD{vocab_size - 1}]"] if missing else []
+    if unnamed := [str(stop) for stop in others[len(_STOPS) :]]:
+        notes.append(f"of the tokens that end a generation GGUF names three; left out: {', '.join(unnamed)}")
     jinja = _text(files, CHAT_TEMPLATE, where) if CHAT_TEMPLATE in files else None
     template = ChatTemplate.from_config(config, where, jinja)
     if template is not None:
@@ -206,9 +242,11 @@ def metadata_of(files: Mapping[str, bytes], vocab_size: int, where: str) -> tupl
 
 def _text(files: Mapping[str, bytes], name: str, where: str) -> str:
     try:
-        return files[name].decode()
+        return decode_text(files[name])
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: {name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise DataError(
+            f"{where}: {name} is not {error.encoding.upper()} text: {error.reason} at byte {error.start}"
+        ) from error
 
 
 def _vocabulary(vocabulary: Vocabulary, missing: int) -> dict[str, Any]:

@@ -156,7 +156,8 @@ def _plan(opened: Exportable, family: str | None, dtype: torch.dtype | None, fp8
             )
         else:
             specs[key] = TensorSpec(key, _dtype(key, ours[key], opened, account, dtype), ours[key].shape)
-    settings = _settle(raw, quantized, block, ours, dtype, specs.values(), verbatim, bool(came_as_fp8))
+    came = opened.raw.get("quantization_config") if came_as_fp8 else None
+    settings = _settle(raw, quantized, block, ours, dtype, specs.values(), verbatim, came)
     lost = [key for key in opened.carried.tensors if key not in specs and key not in factors]
     notes = [f"{len(lost)} carried tensors are not of family {name} and are left out: {lost[0]} ..."] if lost else []
     notes += [
@@ -259,9 +260,13 @@ def _settle(
     dtype: torch.dtype | None,
     specs: Any,
     verbatim: bool,
-    came_as_fp8: bool,
+    came: Any,
 ) -> dict[str, Any]:
-    """Make config.json say what the weights are; its quantisation settings, {} when there are none."""
+    """Make config.json say what the weights are; its quantisation settings, {} when there are none.
+
+    `came` are those that the weights came with as FP8; None where they did not. How factors are rounded is kept of them
+    even where the rest is new, as some kernels read factors as powers of two.
+    """
     if dtype is not None or not verbatim:
         sizes: dict[torch.dtype, int] = {}
         for spec in specs:
@@ -272,7 +277,7 @@ def _settle(
     if not quantized:
         raw.pop("quantization_config", None)
         return {}
-    if not (verbatim and came_as_fp8 and isinstance(raw.get("quantization_config"), dict)):
+    if not (verbatim and isinstance(came, dict)):
         left = [k for k, p in ours.items() if len(p.shape) == 2 and k.endswith(".weight") and k not in quantized]
         raw["quantization_config"] = {
             "activation_scheme": "dynamic",
@@ -280,6 +285,7 @@ def _settle(
             "quant_method": "fp8",
             "weight_block_size": list(block),
             "modules_to_not_convert": sorted(key.removesuffix(".weight") for key in left),
+            **({"scale_fmt": came["scale_fmt"]} if isinstance(came, dict) and came.get("scale_fmt") else {}),
         }
     settings: dict[str, Any] = raw["quantization_config"]
     return settings

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -59,7 +60,14 @@ def verify_twin(raw_config: Mapping[str, Any], *, seed: int = 0) -> TwinResult:
     family.to_config(raw_config)
     if not family.native:
         return _could_not(f"transformers has no {family.name!r} of its own, and code from the repository is never run")
-    raw = shrink(raw_config)
+    try:
+        return _verify(family, shrink(raw_config), seed)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        return _could_not(f"no twin can be written: {reason or error}")
+
+
+def _verify(family: Family, raw: Mapping[str, Any], seed: int) -> TwinResult:
     with tempfile.TemporaryDirectory(prefix="finemoe-twin-") as name:
         folder = Path(name)
         tokens = _write(folder, family, raw, seed)
@@ -220,9 +228,13 @@ def _run_witness(folder: Path) -> TwinResult | None:
         return _could_not(f"transformers did not answer within {DEADLINE_SECONDS} seconds")
     except OSError as error:
         return _could_not(f"no second process could be started: {error.strerror or error}")
+    lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"status {done.returncode}"]
     if done.returncode == witness.MISSING:
-        return _could_not("transformers is not installed; `pip install transformers`, and verify again")
+        if "No module named 'transformers'" in lines[-1]:
+            return _could_not("transformers is not installed; `pip install transformers`, and verify again")
+        return _could_not(f"transformers is installed, and cannot be imported: {lines[-1][:300]}")
+    if done.returncode < 0:  # as for want of memory: nobody has compared anything
+        return _could_not(f"the process in which transformers computes was ended by signal {-done.returncode}")
     if done.returncode:
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"status {done.returncode}"]
         return TwinResult("differs", None, TOLERANCE, f"transformers cannot open the twin: {lines[-1][:300]}", None)
     return None

@@ -1,7 +1,7 @@
 """The other side of `verify`: transformers computes the logits of a folder, in a process of its own.
 
 A script: `python -P witness.py FOLDER` reads tokens.safetensors and writes logits.safetensors in the folder. Exit
-status 3: no transformers. It runs no code from elsewhere, and reaches for no network.
+status 3: no transformers that can be imported. It runs no code from elsewhere, and reaches for no network.
 """
 
 from __future__ import annotations

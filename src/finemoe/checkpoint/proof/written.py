@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,19 +49,29 @@ class Comparison:
         return not self.different
 
 
-def compare_import(source: str | os.PathLike[str], out: str | os.PathLike[str], *, quiet: bool = True) -> Comparison:
+def compare_import(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    quiet: bool = True,
+) -> Comparison:
     """Compare an imported folder with the Hugging Face folder or GGUF file that it came from.
 
     Args:
         source: what was imported.
         out: the imported folder; the checksums in its manifest are compared too.
+        metadata: what the import was told that the GGUF file does not say.
         quiet: no progress on stderr.
 
     Raises:
         CheckpointError: one of them cannot be read, or does not have its recorded checksums.
     """
     source, imported = Path(source), read_imported(Path(out), checksums=True)
-    checks = _gguf_imported(source, imported) if source.is_file() else _hf_imported(open_source(source), imported)
+    if source.is_file():
+        checks = _gguf_imported(gguf.open_gguf(source, metadata=metadata), imported)
+    else:
+        checks = _hf_imported(open_source(source), imported)
     return _run(list(checks), f"comparing {source.name}", quiet)
 
 
@@ -141,8 +152,7 @@ def _equal(tensors: TensorFolder, one: str, other: str) -> Callable[[], bool]:
     return lambda: tensors.sha256(one) == tensors.sha256(other)
 
 
-def _gguf_imported(path: Path, imported: Imported) -> Iterator[_Check]:
-    source = gguf.open_gguf(path)
+def _gguf_imported(source: gguf.GGUFSource, imported: Imported) -> Iterator[_Check]:
     for name, stored in source.account.items():
 
         def agree(name: str = name, parts: tuple[Part, ...] = tuple(stored.parts())) -> bool:

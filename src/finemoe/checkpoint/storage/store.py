@@ -74,6 +74,7 @@ class TensorStore:
         self._dirty: set[str] = set()
         with writing(folder):
             self._done = self._resume()
+            self._taken_over = bool(self._done)
             self._journal = self._new_journal()
 
     @property
@@ -132,7 +133,7 @@ class TensorStore:
         """Read everything back against the journal, sync, and write the index; the files, as they are now.
 
         Raises:
-            CheckpointError: the disk does not give back what was written.
+            CheckpointError: the disk does not give back what was written, or the journal of an earlier process lies.
             RunError: the disk is full or the folder unwritable.
         """
         by_tensor: dict[str, list[dict[str, Any]]] = {}
@@ -243,14 +244,24 @@ class TensorStore:
             for name in shard.offsets:  # in the order of their bytes
                 for record in sorted(done.get(name, ()), key=lambda record: record["start"]):
                     if record["start"] != at:
-                        raise ValueError(f"{name} has a part missing, or written twice, at byte {at}")
+                        raise self._wrong(path, ValueError(f"{name}: a part missing, or written twice, at byte {at}"))
                     sound = _crc32(file, record["bytes"], whole) == record["crc32"] and sound
                     at += record["bytes"]
         if at != shard.size:
-            raise ValueError(f"{shard.file} has {shard.size - at} bytes that nobody wrote")
+            raise self._wrong(path, ValueError(f"{shard.file} has {shard.size - at} bytes that nobody wrote"))
         if not sound:
-            raise CheckpointError(f"{path}: the disk does not give back what was written to it; check the disk")
+            said = f"{path}: the disk does not give back what was written to it; check the disk"
+            raise self._wrong(path, CheckpointError(said))
         return whole.hexdigest()
+
+    def _wrong(self, path: Path, error: Exception) -> Exception:
+        """`error`, unless an earlier process may have written, or a disk since changed, what is at fault."""
+        if not self._taken_over:
+            return error
+        return CheckpointError(
+            f"{path}: does not hold what the journal of the interrupted conversion says: one of them is damaged; give "
+            "the same command again, which begins anew, and check the disk if that fails too"
+        )
 
     def _write_index(self) -> WrittenFile:
         total = sum(spec.nbytes for spec in self._specs.values())

@@ -1,8 +1,9 @@
 """The imported folder: our weights, what the source brought along, and a manifest that makes it complete.
 
-`config.json` holds the ModelConfig and where it came from; `model*.safetensors` the weights under our names;
-`carried.safetensors` source tensors kept verbatim; `source.json` the source's configuration and an account of each of
-its tensors; `manifest.json`, written last, size and SHA-256 of every other file.
+`config.json` holds the ModelConfig, where it came from, and the ends of texts that the source's config.json names;
+`model*.safetensors` the weights under our names; `carried.safetensors` source tensors kept verbatim; `source.json` the
+source's configuration and an account of each of its tensors; `manifest.json`, written last, size and SHA-256 of every
+other file.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from finemoe.model.config import ModelConfig
 
 CARRIED = "carried"
 _FORMAT = 1
+_ENDS = "eos_token_id"  # where generation_config.json says none, a tokenizer looks for it in config.json
 _OWN_JSON_BYTES = 256 << 20  # source.json has a line for each source tensor, manifest.json one for each file
 
 
@@ -179,7 +181,8 @@ class ImportedWriter:
         """
         written = [file for store in self._stores() for file in store.finish(quiet=quiet)]
         small: dict[str, bytes] = dict(files)
-        small[CONFIG] = _json({"model": config.model_dump(mode="json"), "source": dict(source)})
+        ends = {key: record["config"][key] for key in (_ENDS,) if record["config"].get(key) is not None}
+        small[CONFIG] = _json({"model": config.model_dump(mode="json"), "source": dict(source), **ends})
         small[SOURCE] = _json(record)
         written += [write_file(self._folder / name, data) for name, data in small.items()]
         entries = {file.name: {"bytes": file.nbytes, "sha256": file.sha256} for file in written}

@@ -21,12 +21,19 @@ from finemoe.cli.analyze.options import (
     Tokens,
     read_as,
 )
+from finemoe.cli.completion import complete_run
 from finemoe.cli.output import Json, deliver, plain_table, print_rich
+
+_Before = Annotated[Path, typer.Argument(metavar="A", help=MODEL, show_default=False, autocompletion=complete_run)]
+_After = Annotated[
+    Path,
+    typer.Argument(metavar="B", help="The one to compare it with.", show_default=False, autocompletion=complete_run),
+]
 
 
 def difference(
-    before: Annotated[Path, typer.Argument(metavar="A", help=MODEL, show_default=False)],
-    after: Annotated[Path, typer.Argument(metavar="B", help="The one to compare it with.", show_default=False)],
+    before: _Before,
+    after: _After,
     texts: Texts = None,
     corpora: Corpora = None,
     text_field: TextField = None,

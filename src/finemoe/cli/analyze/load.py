@@ -21,11 +21,15 @@ from finemoe.cli.analyze.options import (
     Tokens,
     read_as,
 )
+from finemoe.cli.completion import complete_run
 from finemoe.cli.output import Json, deliver, number_table, print_rich
 
 
 def load(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help=MODEL, show_default=False)],
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL...", help=MODEL, show_default=False, autocompletion=complete_run),
+    ],
     texts: Texts = None,
     corpora: Corpora = None,
     text_field: TextField = None,

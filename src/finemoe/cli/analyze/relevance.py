@@ -31,7 +31,8 @@ _Share = Annotated[
     typer.Option("--p", metavar="P", help="Relevance to reach in each layer; default: 0.1 for gate, 0.2 for token."),
 ]
 _Selection = Annotated[
-    Path | None, typer.Option("--out", metavar="FILE", help="Where to write the selection, as JSON.")
+    Path | None,
+    typer.Option("--out", metavar="FILE", help="File for the selection, JSON; only an older selection is replaced."),
 ]
 _Report = Annotated[
     Path | None, typer.Option("--report", metavar="DIR", help="Folder for results.json, report.html and figures/.")

@@ -111,7 +111,8 @@ class Check:
             validating = f"{self.validations} validations of {duration(self.validation_seconds)} included"
             yield "Time", f"about {duration(self.seconds)}, {validating}"
         if self.memory_bytes is not None:
-            there = f"; {_size(self.memory_available_bytes)} available" if self.memory_available_bytes else ""
+            left = self.memory_available_bytes
+            there = f"; {_size(left)} available" if left is not None else ""
             yield "Memory", f"{_size(self.memory_bytes)} at its height{there}"
             yield "", f"{_size(self.checkpoint_copy_bytes)} more while a checkpoint is copied"
         free = f"; {_size(self.disk_free_bytes)} free" if self.disk_free_bytes is not None else ""
@@ -251,6 +252,7 @@ def _measured(config: RunConfig, method: Method[Any], steps: int, quiet: bool) -
     steps = min(steps, config.training.total_steps)
     with _undisturbed():
         available = memory.available_bytes()
+        on_device = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None  # before any of it is taken
         memory.forget_peak()
         trainer, reason = first_trainer(config, method)
         with _shown("measuring", steps, quiet) as advance:
@@ -269,7 +271,7 @@ def _measured(config: RunConfig, method: Method[Any], steps: int, quiet: bool) -
             "tokens_per_second": config.training.tokens_per_step / pace.seconds_a_step(),
             "validation_seconds": validation,
             "memory_bytes": peak,
-            "memory_available_bytes": torch.cuda.mem_get_info()[1] if on_cuda else available,
+            "memory_available_bytes": on_device if on_cuda else available,
             "computes": _computes(trainer),
             "notes": (*_busy(), *((f"kernels by measuring: {reason}",) if reason else ())),
         }

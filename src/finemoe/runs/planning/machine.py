@@ -104,7 +104,10 @@ def _torch() -> dict[str, Any]:
 def _cache() -> dict[str, Any]:
     """The folder of what can be made again, and how large it and its parts are."""
     folder = cache_folder()
-    parts = sorted(entry for entry in folder.iterdir()) if folder.is_dir() else []
+    try:
+        parts = sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        return {"folder": str(folder), "unreadable": error.strerror or str(error)}
     sizes = {part.name: _size(part) for part in parts}
     return {"folder": str(folder), "bytes": sum(sizes.values()), "parts": {k: v for k, v in sizes.items() if v >= 1024}}
 

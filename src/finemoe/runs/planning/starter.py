@@ -279,9 +279,9 @@ class _Plan:
         available, used = memory.available_bytes(), last.memory_bytes or 0
         measured_at = self.tokens_per_step(None)
         micro = step
-        while available and micro > self.length and used * micro / measured_at > available / 2:
+        while available is not None and micro > self.length and used * micro / measured_at > available / 2:
             micro //= 2
-        there = f", and {_bytes(available)} are free" if available else ""
+        there = f", and {_bytes(available)} are free" if available is not None else ""
         return micro, f"Of a step, in memory at once. {_bytes(used)} were in use at {measured_at} tokens{there}."
 
 
