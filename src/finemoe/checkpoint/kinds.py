@@ -99,7 +99,7 @@ def _known(path: Path) -> Literal["run", "checkpoint", "imported", "huggingface"
         return "checkpoint"
     if (path / CONFIG).is_file():
         keys = read_json(folder_file(path, CONFIG))
-        if "model_type" in keys:
+        if "model_type" in keys or ("architectures" in keys and "model" not in keys):
             return "huggingface"
         if "model" in keys:
             return "imported" if "source" in keys else "run"

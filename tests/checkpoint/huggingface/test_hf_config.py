@@ -161,7 +161,6 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v2", {"norm_topk_prob": True}, "`norm_topk_prob`"),
     ("deepseek_v2", {"scoring_func": "sigmoid"}, "`scoring_func`"),
     ("deepseek_v2", {"topk_method": "noaux_tc"}, "`topk_method`"),
-    ("deepseek_v2", {"ep_size": 8}, "`ep_size`"),
     ("deepseek_v2", {"moe_layer_freq": 2}, "`moe_layer_freq`"),
     ("deepseek_v2", {"num_key_value_heads": 8}, "`num_key_value_heads`"),
     ("deepseek_v2", {"attention_bias": True}, "`attention_bias`"),

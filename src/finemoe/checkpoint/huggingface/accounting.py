@@ -24,6 +24,7 @@ SCALE_SUFFIX = "_scale_inv"
 FP8 = torch.float8_e4m3fn
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _SHOWN = 5
+_BASE = "model."
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def take_account(
     loaded, again, originals = split_copies(family.placements(config))
     present = {name: placement for name, placement in again.items() if name in tensors.tensors}
     wanted = {**loaded, **present}
-    _refuse("missing", [f"{n} {list(p.shape)}" for n, p in loaded.items() if n not in tensors.tensors])
+    missing = [name for name in loaded if name not in tensors.tensors]
+    _refuse("missing", [f"{n} {list(loaded[n].shape)}" for n in missing], _renamed(missing, tensors.tensors))
     _refuse("of another shape than config.json gives", _misshaped(tensors, wanted))
     scales = {name: name + SCALE_SUFFIX for name in wanted if tensors.info(name).dtype == FP8}
     _refuse("of an element type that is not read", _unfit(tensors, wanted, scales))
@@ -126,11 +128,23 @@ def split_copies(
     return loaded, again, originals
 
 
-def _refuse(what: str, names: Sequence[str]) -> None:
+def _renamed(missing: Sequence[str], names: Iterable[str]) -> str:
+    """What the names that are there begin with, or lack, where that alone tells them from the missing ones."""
+    there = set(names)
+    for prefix in {name.removesuffix(missing[0]) for name in there if missing and name.endswith(f".{missing[0]}")}:
+        if all(prefix + name in there for name in missing):
+            return f". The names that are there begin with {prefix!r}: take it away from each, as `state_dict` has them"
+    lacking = missing and all(name.removeprefix(_BASE) in there for name in missing if name.startswith(_BASE))
+    if lacking and missing[0].startswith(_BASE):
+        return f". The names that are there lack {_BASE!r}: save the whole model for causal language modelling"
+    return ""
+
+
+def _refuse(what: str, names: Sequence[str], hint: str = "") -> None:
     if names:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
-        raise CheckpointError(f"{count} {what}: {', '.join(names[:_SHOWN])}{more}")
+        raise CheckpointError(f"{count} {what}: {', '.join(names[:_SHOWN])}{more}{hint}")
 
 
 def _facts(tensors: TensorFolder, name: str) -> str:

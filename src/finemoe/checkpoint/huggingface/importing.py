@@ -83,8 +83,6 @@ def open_source(path: Path) -> Source:
     if path.is_dir() and not os.path.lexists(path / CONFIG):
         raise CheckpointError(f"{path}: no {CONFIG} in it, so this is no Hugging Face checkpoint")
     raw = read_json(folder_file(path, CONFIG))
-    if "model_type" not in raw:
-        raise CheckpointError(f"{path / CONFIG}: no `model_type`, so this is no Hugging Face checkpoint")
     _check_quantization(raw.get("quantization_config"), path)
     with named(path):
         family = family_of(raw)

@@ -190,13 +190,15 @@ def write_listed(config: ModelConfig, plain: DenseConfig | None, moe: MoEConfig)
 
 
 def renamed(fields: Fields, name: str, alias: str) -> int:
-    """A whole number with two names.
+    """A whole number with two names; null is 0.
 
     Raises:
         CheckpointError: both are there and differ.
     """
     if fields.has(alias) and not fields.has(name):
         return fields.integer(alias, 0)
+    if name in fields.raw and not fields.has(name):
+        return 0  # null: none
     found = fields.integer(name, 0)
     fields.only(alias, found, why=f"`{name}` is {found}; keep one")
     return found

@@ -18,7 +18,7 @@ from finemoe.core.errors import CheckpointError
 from finemoe.model.config import ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_TIED = "tie_word_embeddings"
+_TIED, _VOCABULARY = "tie_word_embeddings", "vocab_size"
 _MODULES, _MODULES_TOO = "num_nextn_predict_layers", "num_mtp_layers"
 _MODULE = ("enorm.weight", "hnorm.weight", "eh_proj.weight")
 
@@ -49,13 +49,27 @@ def settle_by(family: Family, raw: Mapping[str, Any], tensors: TensorFolder) -> 
         wanted, _, _ = split_copies(family.placements(family.to_config(raw)))
         tensors = tensors.listed(wanted)
 
+    rows = _rows(tensors)
+
     def own_head() -> bool:
         return not (tensors.info(EMBEDDING).shape == tensors.info(HEAD).shape and tensors.equal(EMBEDDING, HEAD))
 
-    return tensors, settle(family, raw, tensors.tensors.keys(), own_head)
+    return tensors, settle(family, raw, tensors.tensors.keys(), own_head, rows)
 
 
-def settle(family: Family, raw: Mapping[str, Any], names: Collection[str], own_head: Callable[[], bool]) -> Settled:
+def _rows(tensors: TensorFolder) -> int | None:
+    """How many tokens embedding and head have; None where they are not there, or not of one size."""
+    shapes = [tensors.info(name).shape for name in (EMBEDDING, HEAD) if name in tensors.tensors]
+    return shapes[0][0] if shapes and len(shapes[0]) == 2 and len(set(shapes)) == 1 else None
+
+
+def settle(
+    family: Family,
+    raw: Mapping[str, Any],
+    names: Collection[str],
+    own_head: Callable[[], bool],
+    rows: int | None = None,
+) -> Settled:
     """The model of `raw` as weights have it.
 
     Args:
@@ -63,6 +77,7 @@ def settle(family: Family, raw: Mapping[str, Any], names: Collection[str], own_h
         raw: config.json.
         names: of all tensors.
         own_head: whether embedding and head, both there, hold different numbers; asked only where they should not.
+        rows: of embedding and head; None where they do not tell.
 
     Raises:
         CheckpointError: as `Family.read`.
@@ -72,6 +87,10 @@ def settle(family: Family, raw: Mapping[str, Any], names: Collection[str], own_h
         return Settled(understood.config, understood.notes, understood.warnings, {})
     changed = dict(raw)
     warnings = [*_switches(family, changed, names), *_head(understood.config, changed, names, own_head)]
+    said = understood.config.vocab_size
+    if rows and rows != said <= 2 * rows:  # a figure beyond all reason is damage, and refused
+        changed[_VOCABULARY] = rows
+        warnings.append(f"config.json: `{_VOCABULARY}` is {said}, and the weights have {rows} tokens: read as {rows}")
     warnings += _modules(family, understood.config, changed, names)
     aside = {}
     if changed != dict(raw):

@@ -48,6 +48,8 @@ class FieldReport:
     """Fields that hold something else."""
     chat: str | None = None
     """A field that holds conversations."""
+    lists: dict[str, None] = field(default_factory=dict)
+    """Fields that hold lists of records."""
 
     def add(self, record: Mapping[str, Any], asked: list[str]) -> None:
         """Take note of one record; `asked` are the fields that would make its text."""
@@ -58,7 +60,10 @@ class FieldReport:
                 self.characters[name] = self.characters.get(name, 0) + len(value)
             else:
                 self.others[name] = None
-                self.chat = self.chat or (name if is_chat(value) else None)
+                if is_chat(value):
+                    self.chat = self.chat or name
+                elif isinstance(value, list) and value and isinstance(value[0], dict):
+                    self.lists[name] = None
 
     def advice(self, seen: int, recipe: bool) -> str:
         """What went wrong and what to set; `recipe` says whether by keys of a recipe or by options of a command."""
@@ -74,6 +79,10 @@ class FieldReport:
             if len(by_size) > 1:
                 both = "\\n".join(f"{{{name}}}" for name in by_size[:2])
                 message += f", or join several by {template_key}, such as '{both}'"
+        elif self.lists and self.chat is None:
+            lists = " and ".join(f"`{name}`" for name in self.lists)
+            message += f". {lists} hold{'' if len(self.lists) > 1 else 's'} lists of records: write the one to train on"
+            message += " into a file of its own"
         elif self.chat is None:
             message += ", and none of them holds text"
         if self.chat is not None:

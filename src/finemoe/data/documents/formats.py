@@ -26,18 +26,18 @@ from finemoe.core.errors import DataError
 from finemoe.data.documents.decoding import DAMAGED, PACKED_SUFFIXES, UndecodableError, checked, open_content
 from finemoe.data.documents.document import Document, SkipReport
 from finemoe.data.documents.fields import ABSENT, NoTextError, TextFields, shown, steps_of, value_at
-from finemoe.data.documents.separated import rows_of
+from finemoe.data.documents.records import records_in
+from finemoe.data.documents.separated import DELIMITERS, heads_a_table, rows_of
 
-LISTS = ("data", "Data", "examples", "rows")
-"""Keys under which a JSON object keeps a list of records."""
 _JSON_CHUNK = 1 << 20
 _LONGEST_CELL = (1 << 31) - 1
-_DELIMITERS = ",;\t|"
+_TABLES = frozenset({".csv", ".tsv", ".tab", ".psv"})
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|authors|contributing|code_of_conduct|dataset_?card)"
     r"([-_.].*)?|_SUCCESS|(md5|sha(1|256|512))(sums?)?(\.txt)?",
     re.IGNORECASE,
 )
+_SAID = re.compile(r"sep=([,;\t|])\r?\n?")  # as Excel writes it
 _MARKUP_SUFFIXES = frozenset({".html", ".htm", ".xhtml", ".xml"})
 _PLAIN = frozenset({"", ".md", ".txt", ".rst", ".markdown", ".cff"})
 
@@ -80,6 +80,8 @@ def read_file(file: TextFile, report: SkipReport) -> Iterator[Document]:
         with open_content(file.path, file.encoding) as (stream, found):
             if found.kind == "text" and file.suffix in _MARKUP_SUFFIXES:
                 found = Contents("markup", f"markup ({file.suffix})", "take the text out of it first")
+            if found.kind == "json" and file.suffix == ".ipynb":
+                found = Contents("markup", "a notebook", "take the text out of its cells first")
             read = _reader(found, file)
             if read is not None:
                 yield from read(stream, file, report)
@@ -121,10 +123,10 @@ def _reader(found: Contents, file: TextFile) -> Reader | None:
     if found.kind == "json-lines" or (found.kind == "text" and file.suffix in (".jsonl", ".ndjson")):
         return _read_json_lines
     if found.kind == "json" or (found.kind == "text" and file.suffix == ".json"):
-        return _read_json_lines if file.suffix in (".jsonl", ".ndjson") else _read_json
+        return _read_json
     if found.kind not in ("text", "empty") or file.suffix in (".parquet", ".arrow", ".feather"):
         return None if found.kind != "empty" else _read_text
-    return _read_table if file.suffix in (".csv", ".tsv", ".tab") else _read_text
+    return _read_table if file.suffix in _TABLES else _read_text_or_table
 
 
 def _read_text(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterator[Document]:
@@ -136,6 +138,13 @@ def _read_text(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterator
     yield Document(file.name, file.domain, text)
 
 
+def _read_text_or_table(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterator[Document]:
+    """A text, or a table under any name: one whose first line names the columns that were asked for."""
+    data = stream.read()
+    table = heads_a_table(data, [steps_of(name)[0] for name in file.fields.names])
+    yield from (_read_table if table else _read_text)(io.BytesIO(data), file, report)
+
+
 def _read_json_lines(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterator[Document]:
     end = 0
     for number, line in enumerate(stream, start=1):
@@ -144,7 +153,8 @@ def _read_json_lines(stream: BinaryIO, file: TextFile, report: SkipReport) -> It
             continue
         where = f"{file.path}:{number}"
         try:
-            record = json.loads(line.decode("utf-8"))
+            # A mark stands within files that were put together, a comma after the items of a list without brackets.
+            record = json.loads(line.decode("utf-8").lstrip("\ufeff").rstrip().removesuffix(","))
         except UnicodeDecodeError as error:
             report.skip(where, f"not a JSON line: {UndecodableError('utf-8', end - len(line) + error.start, error)}")
         except (ValueError, RecursionError) as error:
@@ -185,28 +195,21 @@ def _read_json(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterator
 
 def _only_object(value: dict[str, Any], file: TextFile, report: SkipReport) -> Iterator[Document]:
     """The documents of a JSON file that is a single object."""
-    lists = [value[key] for key in LISTS if isinstance(value.get(key), list)] or _the_list_in(value, file)
-    lacks = [name for name in file.fields.names if steps_of(name)[0] not in value and name not in value]
-    if lacks and lists:
-        for number, record in enumerate(lists[0], start=1):
+    names = file.fields.names
+    records = records_in(value, names, file.named)
+    lacks = [name for name in names if steps_of(name)[0] not in value and name not in value]
+    if records:
+        for number, record in enumerate(records, start=1):
             yield from _record(record, file, number, f"{file.path}:{number}", report)
     elif lacks and not file.named:
-        report.beside.add(value, file.fields.names)
+        report.beside.add(value, names)
         report.leave_out(str(file.path), f"a JSON object without `{lacks[0]}`", unfit=True)
     else:
         yield from _record(value, file, 1, f"{file.path}:1", report)
 
 
-def _the_list_in(value: dict[str, Any], file: TextFile) -> list[list[Any]]:
-    """The only list of objects under any key, where they have the text, or the user named this very file."""
-    found = [one for one in value.values() if isinstance(one, list) and one and isinstance(one[0], dict)]
-    if len(found) != 1 or not (file.named or all(steps_of(name)[0] in found[0][0] for name in file.fields.names)):
-        return []
-    return found
-
-
 def _json_values(stream: BinaryIO) -> Iterator[tuple[Any, bool]]:
-    """The items of a JSON list, or the values of a file one after the other; with each, whether it is of the second
+    """The items of JSON lists, or the values of a file one after the other; with each, whether it is of the second
     kind. The file need not fit in memory, only each value.
 
     Raises:
@@ -214,16 +217,17 @@ def _json_values(stream: BinaryIO) -> Iterator[tuple[Any, bool]]:
     """
     decode, utf8 = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8")()
     text, at, chunk, listed, ended = "", 0, _JSON_CHUNK, False, False
-    first = True
+    first, closed = True, False
     while True:
         at = _past_blanks(text, at, "" if first or not listed else ",")
         if first and text[at : at + 1] == "[":
             listed, at, first = True, at + 1, False
             continue
         if listed and text[at : at + 1] == "]":
-            if text[at + 1 :].strip():
-                raise ValueError("there is more after the end of the list")
-            return
+            listed, at, first, closed = False, at + 1, True, True  # perhaps another follows
+            continue
+        if closed and first and text[at : at + 1]:
+            raise ValueError("there is more after the end of the list")
         try:
             value, end = decode(text, at)
             if end < len(text) or ended:  # else it may go on
@@ -243,7 +247,7 @@ def _json_values(stream: BinaryIO) -> Iterator[tuple[Any, bool]]:
 
 
 def _past_blanks(text: str, at: int, also: str) -> int:
-    while at < len(text) and (text[at].isspace() or text[at] in also):
+    while at < len(text) and (text[at].isspace() or text[at] == "\ufeff" or text[at] in also):
         at += 1
     return at
 
@@ -253,10 +257,13 @@ def _read_table(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterato
     csv.field_size_limit(_LONGEST_CELL)
     with io.TextIOWrapper(checked(stream), encoding="utf-8", newline="") as text:
         head = text.readline()
-        delimiter = max(_DELIMITERS, key=lambda mark: (head.count(mark), mark == "\t" and file.suffix != ".csv"))
+        if said := _SAID.fullmatch(head):
+            head, delimiter = text.readline(), said[1]
+        else:
+            delimiter = max(DELIMITERS, key=lambda mark: (head.count(mark), mark == "\t" and file.suffix != ".csv"))
         rows = rows_of(_after(head, text), delimiter)
         names = [name.strip() for name in next(rows, None) or ()]
-        if _check_columns(file, names, report) is None:
+        if _check_columns(file, names, report, "; the first row must hold the names of the columns") is None:
             return
         for number, cells in enumerate(rows, start=1):
             where = f"{file.path}:{number}"
@@ -299,10 +306,10 @@ def _read_arrow(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterato
             yield from _rows(batches, columns, file, report)
 
 
-def _check_columns(file: TextFile, known: list[str], report: SkipReport) -> list[str] | None:
+def _check_columns(file: TextFile, known: list[str], report: SkipReport, hint: str = "") -> list[str] | None:
     """The columns to read; None where the table is no text of the corpus, such as a list of the files beside it.
 
-    Where a column that was asked for is not there, `report` learns which are.
+    `hint` ends the refusal. Where a column that was asked for is not there, `report` learns which are.
 
     Raises:
         DataError: the table has not all of them, and is meant as text.
@@ -318,7 +325,7 @@ def _check_columns(file: TextFile, known: list[str], report: SkipReport) -> list
         if file.domain_field in missing:
             fix = "set `data.corpus.domain_field` to the one that holds the domain"
         report.lacking.add(dict.fromkeys(known), file.fields.names)
-        problem = f"{file.path}: no column {', '.join(sorted(missing))}; it has {shown(known)}: {fix}"
+        problem = f"{file.path}: no column {', '.join(sorted(missing))}; it has {shown(known)}: {fix}{hint}"
     return list(dict.fromkeys(columns)) if report.meet_table(str(file.path), problem, file.named) else None
 
 

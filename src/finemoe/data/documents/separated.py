@@ -4,7 +4,27 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+DELIMITERS = ",;\t|"
+_NAME = re.compile(r"[^\W\d][\w.-]{0,60}")
+_HEAD, _LOOKED_AT = 1 << 16, 20
+
+
+def heads_a_table(data: bytes, wanted: Sequence[str]) -> bool:
+    """Whether `data` begins with a row of names, among them those `wanted`, and goes on in rows of as many cells."""
+    lines = data[:_HEAD].decode("utf-8", "ignore").splitlines(keepends=True)
+    if len(data) > _HEAD:
+        lines.pop()
+    for delimiter in DELIMITERS:
+        names = [name.strip().strip('"') for name in lines[0].split(delimiter)] if lines else []
+        if len(names) < 2 or not set(wanted) <= set(names) or not all(_NAME.fullmatch(name) for name in names):
+            continue
+        rows = list(rows_of(iter(lines), delimiter))[1:_LOOKED_AT]
+        if rows and all(row is not None and len(row) == len(names) for row in rows):
+            return True
+    return False
 
 
 def rows_of(lines: Iterator[str], delimiter: str) -> Iterator[list[str] | None]:

@@ -63,7 +63,8 @@ def _places(text: str) -> list[str]:
 
 
 def _first_number(text: str) -> str | None:
-    return next((written(number.value) for number in numbers_in(text)), None)
+    first = next(numbers_in(text), None) or read_number(text)  # which knows numbers written as words
+    return None if first is None else written(first.value)
 
 
 def compare_numbers(gold: str, given: str) -> Equality:
@@ -89,7 +90,7 @@ def compare_words(gold: str, given: str) -> Equality:
     return "equal" if first == second else "different"
 
 
-_LETTER = re.compile(r"^\(([a-z])\)(?:\s.*)?$")
+_LETTER = re.compile(r"^\(?([a-z])\)(?:\s.*)?$")
 
 
 def _same_number(a: Number, b: Number) -> Equality:
@@ -117,6 +118,7 @@ _REWRITES = (
     (re.compile(r"π"), r"\\pi "),
     (re.compile(r"∞"), r"\\infty "),
     (re.compile(r"∪"), r"\\cup "),
+    (re.compile(r"∅|\\varnothing(?![a-zA-Z])"), r"\\emptyset "),
     (re.compile(r"±"), r"\\pm "),
     (re.compile(r"\\(?:lor|vee)(?![a-zA-Z])|∨"), " or "),
     (re.compile(r"\\sqrt\s*(\w)"), r"\\sqrt{\1}"),

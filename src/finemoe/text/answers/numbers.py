@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
+from finemoe.text.answers.number_words import number_in_words
 from finemoe.text.answers.words import QUOTES
 
 LONGEST = 2000  # characters of a number or expression that is read at all
 _LONGEST_PART = 500  # of what stands above or below a line in LaTeX
 _MOST_DIGITS = 4000  # of what a power comes to
+_MOST_UNIT_WORDS = 3
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ _SPELLINGS = (
     (re.compile(r"(\\frac\s*\{[^{}]*\})\s*(\d)"), r"\1{\2}"),
     (re.compile(r"\\(?:times|cdot)(?![a-zA-Z])|[×·⋅]"), " * "),
     (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree"), "°"),
-    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"(?<=[\w)}])(?<![a-zA-Z]{2})(\s?)\*\*\1(?=[-+({\w])"), "^"),
+    (re.compile(r"\*\*|(?<!\w)__(?=\S)|(?<=[^\s_])__(?!\w)"), " "),  # bold letters of Markdown
     (re.compile(r"\\(?=[$%])"), ""),
+    (re.compile(r"(?<![\d.,])(\d+),(\d\d)(?= *(?:€|euros?\b|EUR\b))", re.IGNORECASE), r"\1.\2"),
+    (re.compile(r"(?<=€)( ?\d+),(\d\d)(?![\d]|[.,]\d)"), r"\1.\2"),
 )
 
 
@@ -61,12 +66,15 @@ _THOUSANDS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?:_\d{3})+|\d{1,3}(?:'\d{3})+|\d{1,
 _GROUPED = re.compile(_THOUSANDS)
 _DIGITS = re.compile(r"\d+")
 _DECIMAL = re.compile(rf"(?:{_THOUSANDS}|\d+)(?:\.\d+)?|\.\d+")
+_CONTINENTAL = re.compile(  # where nothing else can be meant: 1.234.567, 1.234,56, 1 234,5
+    r"(?:\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?|\d{1,3}(?:\.\d{3}|[' ]\d{3})+,\d{1,2})(?![\d]|[.,]\d)"
+)
 _CURRENCY = r"(?:US)?[$€£¥₹] *|(?:USD|EUR|GBP) +"
 _SIGN = re.compile(rf"(?:([-+])|(minus|negative)\b)? *(?:{_CURRENCY})?(-?)", re.IGNORECASE)
 _EXPONENT = re.compile(r"e([+-]?\d{1,3})(?!\w)", re.IGNORECASE)
 _RAISE = re.compile(r" *\^ *(?:\{ *([+-]?\d{1,3}) *\}|\( *([+-]?\d{1,3}) *\)|([+-]?\d{1,3})(?!\d))")
 _RAISED_AGAIN = re.compile(r" *\^")
-_TIMES = re.compile(r" *[*x] *(?=\d)")
+_TIMES = re.compile(r" *[*xX] *(?=\d)")
 _OVER = re.compile(r" */ *(?=[\d.(+-])")
 _CLOCK = re.compile(r":\d")
 _PLUS_MINUS = re.compile(r" *([+-]?) *")
@@ -80,6 +88,9 @@ Read = tuple[Fraction, int]  # a value and where it ends
 
 
 def _decimal(text: str, at: int) -> Read | None:
+    if continental := _CONTINENTAL.match(text, at):
+        plain = re.sub(r"[.' ]", "", continental[0]).replace(",", ".")
+        return (Fraction(plain), continental.end()) if len(plain) <= LONGEST else None
     found = _DECIMAL.match(text, at)
     if found is None or len(found[0]) > LONGEST:
         return None
@@ -213,24 +224,6 @@ _NO_THINGS = frozenset(
     )
 )
 """Words after a number that make it another number, or that are no thing that is counted."""
-_TO_NINETEEN = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
-)
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-_WORDS = {
-    **{word: Fraction(value) for value, word in enumerate(_TO_NINETEEN)},
-    **{word: Fraction(value) for value, word in zip(range(20, 100, 10), _TENS, strict=True)},
-    **{
-        f"{tens}-{one}": Fraction(value + more)
-        for value, tens in zip(range(20, 100, 10), _TENS, strict=True)
-        for more, one in enumerate(_TO_NINETEEN[1:10], start=1)
-    },
-    **{"a hundred": Fraction(100), "one hundred": Fraction(100), "a half": Fraction(1, 2), "half": Fraction(1, 2)},
-    **{"one half": Fraction(1, 2), "a quarter": Fraction(1, 4), "one quarter": Fraction(1, 4)},
-    **{"one third": Fraction(1, 3), "a third": Fraction(1, 3), "a dozen": Fraction(12)},
-}
-"""Numbers that are written as words; a blank may stand for the hyphen."""
 
 
 def read_number(text: str) -> Number | None:
@@ -239,10 +232,8 @@ def read_number(text: str) -> Number | None:
     if len(text) > LONGEST:
         return None
     text = text.rstrip(".").rstrip()
-    words = " ".join(text.lower().split())
-    for spelling in (words, words.replace("-", " "), words.replace(" ", "-")):
-        if spelling in _WORDS:
-            return Number(_WORDS[spelling])
+    if (words := _in_words(text)) is not None:
+        return Number(words)
     if text.startswith("(") and text.endswith(")") and "(" not in text[1:]:
         text = text[1:-1].strip()  # (-5)
     if (found := number_at(text, 0)) is None:
@@ -252,6 +243,14 @@ def read_number(text: str) -> Number | None:
         return number
     things = _THINGS.fullmatch(text, end)
     return number if things and not _NO_THINGS & set(things[1].lower().split()) else None
+
+
+def _in_words(text: str) -> Fraction | None:
+    """A number in words, with its unit."""
+    if (alone := number_in_words(text)) is not None:
+        return alone
+    blanks = [found.start() for found in re.finditer(" ", text)][-_MOST_UNIT_WORDS:]
+    return next((value for at in blanks if _UNIT.fullmatch(text, at) and (value := number_in_words(text[:at]))), None)
 
 
 _START = re.compile(

@@ -10,6 +10,8 @@ QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "„": '
 """Typographic quotation marks and apostrophes to typed ones."""
 _MARKS = ".,;:!?\"'`*…。，！？"
 _ARTICLES = frozenset(("a", "an", "the"))
+_INITIALS = re.compile(r"(?<!\w)(?:[^\W\d_]\.){2,}")  # U.S., p.m.
+_AMPERSAND = re.compile(r"\s*\\?&\s*")
 _HYPHEN = re.compile(r"(?<=[^\W\d_])[-‐‑](?=[^\W\d_])")
 
 
@@ -19,6 +21,7 @@ def word_form(text: str) -> str:
     Brackets stay, and so do marks within a word; a text that is nothing but articles and marks stays itself.
     """
     text = unicodedata.normalize("NFKC", text).translate(QUOTES).casefold()
+    text = _INITIALS.sub(lambda found: found[0].replace(".", ""), _AMPERSAND.sub(" and ", text))
     words = [word.strip(_MARKS) for word in _HYPHEN.sub(" ", text).split()]
     kept = [word for word in words if word and word not in _ARTICLES]
     return " ".join(kept or [word for word in words if word] or text.split())
@@ -26,7 +29,9 @@ def word_form(text: str) -> str:
 
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _RUN = re.compile(r"[\d,]*\d(?:\.\d+)?")
-_JOINED = re.compile(r"\s*[,;]\s*(?:(?:and|or)\b)?\s*|\s*(?<![^\W\d_])(?:and|or)(?![^\W\d_])\s*", re.IGNORECASE)
+_WORD = r"(?:and/or|and(?: also)?|or(?: else)?|as well as)(?![^\W\d_])|\\?&"
+_JOINED = re.compile(rf"\s*[,;]\s*(?:{_WORD})?\s*|\s*(?<![^\W\d_])(?:{_WORD})\s*", re.IGNORECASE)
+_BEFORE = re.compile(r"\s*(?:both|either)\s+(?=.*(?:\band\b|\bor\b))", re.IGNORECASE | re.DOTALL)
 
 
 def split_list(text: str) -> list[str]:
@@ -34,6 +39,7 @@ def split_list(text: str) -> list[str]:
 
     A comma within 1,234 parts nothing.
     """
+    text = _BEFORE.sub("", text, count=1) if _BEFORE.match(text) else text
     return [part for part in split_outside(text, _JOINED) if part] or [text]
 
 

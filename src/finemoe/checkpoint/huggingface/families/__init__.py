@@ -51,6 +51,12 @@ def family_of(raw: Mapping[str, Any]) -> Family:
         CheckpointError: none, or one that is not known.
     """
     name = raw.get("model_type")
+    if name is None:
+        classes = raw.get("architectures")
+        one = classes[0] if isinstance(classes, list) and classes else None
+        meant = next((known.name for known in FAMILIES.values() if known.architecture == one), None)
+        fix = f'; `architectures` says {one}, so set `"model_type": "{meant}"`' if meant else ""
+        raise CheckpointError(f"config.json: no `model_type`, which says how all else is read{fix}")
     if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(
             f"config.json: `model_type` is {shown(name)}, and finemoe opens {', '.join(FAMILIES)}; "

@@ -13,6 +13,9 @@ from finemoe.model.config import ModelConfig
 
 
 def _read(fields: Fields) -> ModelConfig:
+    window = fields.raw.get("sliding_window")
+    if isinstance(window, int) and window >= fields.integer("max_position_embeddings"):
+        fields.idle("sliding_window", window)  # longer than any text
     return uniform(fields, read_grouped(fields), dense(fields.integer("intermediate_size")))
 
 

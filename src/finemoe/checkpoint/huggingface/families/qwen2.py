@@ -20,6 +20,8 @@ from finemoe.model.config import ModelConfig
 
 def _read(fields: Fields) -> ModelConfig:
     no_window(fields)
+    fields.idle("attention_bias", True)  # what the family always has, under the name of others
+    fields.idle("qkv_bias", True)
     return uniform(fields, read_grouped(fields, bias=True), dense(fields.integer("intermediate_size")))
 
 

@@ -15,7 +15,9 @@ from finemoe.model.config import ModelConfig
 
 def _read(fields: Fields) -> ModelConfig:
     no_window(fields)
-    attention = read_grouped(fields, bias=fields.flag("qkv_bias"))
+    bias = fields.flag("qkv_bias")
+    fields.idle("attention_bias", bias)
+    attention = read_grouped(fields, bias=bias)
     width, shared = fields.integer("moe_intermediate_size"), fields.integer("shared_expert_intermediate_size")
     if shared % width:
         fields.refuse(
