@@ -41,12 +41,23 @@ def command(corpus: Path, folder: Path, out: Path, **training: object) -> list[s
     return [sys.executable, "-m", "finemoe", "train", str(config), "--out", str(out)]
 
 
-def test_a_hang_up_saves_and_the_run_goes_on(corpus: Path, unbroken: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGHUP,
+        signal.SIGXCPU,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)),
+    ],
+)
+def test_a_hang_up_or_warning_saves_and_the_run_goes_on(
+    corpus: Path, unbroken: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """SIGXCPU is what `ulimit -t` sends, SIGUSR1 and SIGUSR2 what batch systems send before the time is over."""
     config = write_config(recipe(corpus, training=TRAINING), tmp_path / "config.json")
     broken = tmp_path / "run"
     process = start(config, broken)
     wait_for(lambda: steps_logged(broken) >= 5)
-    assert send(process, signal.SIGHUP) == INTERRUPTED
+    assert send(process, number) == INTERRUPTED
     [saved] = checkpoints(broken)
     last = [record for record in read_json_lines(broken / "metrics.jsonl") if record["kind"] == "step"][-1]
     assert saved.name == f"step-{last['step']:08d}"

@@ -175,7 +175,9 @@ def test_a_recipe_in_json_that_cannot_be_read_is_told_in_words(tmp_path: Path, c
     assert "limit" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", ".x", "-x", "", "a\0b", "a\nb", "x" * 200, "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["../../x", "/tmp/x", "a/b", "..", ".x", "-x", "", "a\0b", "a\nb", "x" * 200, "a\\b", "a\u202eb", "a\x85"]
+)
 def test_a_name_never_leads_out_of_runs(name: str) -> None:
     with pytest.raises(ConfigError, match=r"`name`.*becomes a folder in runs/"):
         default_directory(name)
@@ -200,6 +202,12 @@ def test_a_plain_name_becomes_a_folder_in_runs(name: str) -> None:
         ("batch_size=8", "here it is `training.tokens_per_step`"),
         ("model.seq_len=8", "here it is `data.sequence_length`"),
         ("epochs=8", "here it is `training.tokens`"),
+        ("training.gradient_clip=1", "here it is `optimizer.max_gradient_norm`"),
+        ("data.path='x'", "here it is `data.corpus.paths`"),
+        ("model.sequence_length=8", "here it is `data.sequence_length`"),
+        ("model.seed=8", "it stands above all tables, as `seed`"),
+        ("TRAINING.tokens=8", "unknown key `TRAINING`, did you mean `training`?"),
+        ("output_dir='x'", "it is an option of the command, as --out"),
         ("schedule.final_share=0.1", 'it goes with kind = "cosine" or "warmup_stable_decay"'),
     ],
 )

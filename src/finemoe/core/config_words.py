@@ -71,7 +71,8 @@ def shown(value: Any) -> str:
 
 def did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
     """', did you mean `x`?' when something close exists, else the list of what exists."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    spellings = dict.fromkeys((name, name.lower()))
+    close = [found for one in spellings for found in difflib.get_close_matches(one, known, n=1, cutoff=cutoff)]
     if close:
         return f", did you mean `{close[0]}`?"
     return f"; known: {', '.join(known)}" if known else ""
@@ -92,6 +93,8 @@ def meant(root: type[BaseModel], table: str, name: str, beside: Sequence[str]) -
     if kinds := _kinds_with(root, name):
         return f": it goes with kind = {' or '.join(kinds)}; known: {', '.join(beside)}"
     paths = [f"{table}.{path}" if table else path for path in keys_of(root)]
+    if own.lower() in OPTIONS and table in ("", "base"):
+        return f": it is an option of the command, as {OPTIONS[own.lower()]}"
     wanted = ELSEWHERE.get(own.lower(), "")
     if elsewhere := [path for path in paths if path.rpartition(".")[2] == own]:
         best = min(elsewhere, key=lambda path: path.count("."))
@@ -101,7 +104,7 @@ def meant(root: type[BaseModel], table: str, name: str, beside: Sequence[str]) -
         return f", did you mean `{wanted.rpartition('.')[2]}`?"
     has_model = table == "model" or "model" in root.model_fields
     if wanted and (wanted in paths or has_model):
-        return f": here it is `{wanted}`"
+        return f": here it is `{wanted}`" if "." in wanted else f": it stands above all tables, as `{wanted}`"
     if wanted.startswith("model.") and f"base{wanted.removeprefix('model')}" in paths:
         return f": here it is `base{wanted.removeprefix('model')}`"
     return did_you_mean(own, beside, _KEY_CUTOFF)
@@ -140,31 +143,33 @@ _HERE = """
 optimizer.learning_rate = lr learning_rate max_lr peak_lr base_lr
 optimizer.betas = beta1 beta2 adam_beta1 adam_beta2
 optimizer.eps = adam_eps adam_epsilon epsilon
-optimizer.weight_decay = wd decay
+optimizer.weight_decay = weight_decay wd decay
 optimizer.max_gradient_norm = grad_clip max_grad_norm clip_grad gradient_clipping clip_grad_norm clip
+    gradient_clip gradient_clip_val clip_norm max_norm
 schedule.kind = lr_schedule lr_scheduler lr_scheduler_type scheduler lr_decay_style
 schedule.warmup_share = warmup warmup_steps warmup_iters warmup_ratio lr_warmup_iters num_warmup_steps
 schedule.final_share = min_lr min_lr_ratio
-training.tokens_per_step = batch_size batch global_batch_size train_batch_size total_batch_size
+training.tokens_per_step = tokens_per_step batch_size batch global_batch_size train_batch_size total_batch_size
 training.micro_batch_tokens = micro_batch_size device_batch_size per_device_train_batch_size
     gradient_accumulation_steps grad_accum gradient_accumulation accumulation_steps
-training.steps = max_steps num_steps max_iters train_iters train_steps total_steps n_steps iters
-training.tokens = epochs num_epochs num_train_epochs n_epochs epoch total_tokens train_tokens max_tokens
+training.steps = steps max_steps num_steps max_iters train_iters train_steps total_steps n_steps iters
+training.tokens = tokens epochs num_epochs num_train_epochs n_epochs epoch total_tokens train_tokens max_tokens
     num_tokens
 training.evaluate_every = eval_every eval_interval eval_steps validate_every val_every
 training.checkpoint_every = save_every save_interval save_steps checkpoint_interval ckpt_every
 training.keep_checkpoints = save_total_limit keep_last
-training.precision = dtype bf16 fp16 torch_dtype mixed_precision
-training.threads = num_threads n_threads
+training.precision = precision dtype bf16 fp16 torch_dtype mixed_precision
+training.threads = threads num_threads n_threads
 training.trackers = wandb tensorboard trackio report_to logger tracker
-data.sequence_length = seq_len seq_length seqlen max_seq_len max_seq_length block_size context_length ctx_len
-    n_ctx max_length
-data.corpus.paths = dataset dataset_path data_path train_file train_files data_dir corpus_path input file
-    files
+data.sequence_length = sequence_length seq_len seq_length seqlen max_seq_len max_seq_length block_size context_length
+    ctx_len n_ctx max_length
+data.corpus.paths = path paths filename dataset dataset_path data_path train_file train_files data_dir corpus_path
+    input file files
 data.corpus.text_field = text_column text_key content_field
 data.validation_share = val_split validation_split val_fraction
+training.device = device gpu accelerator
 model.preset = preset
-seed = random_seed rng_seed
+seed = seed random_seed rng_seed
 name = run_name experiment experiment_name
 start_from = init_from resume_from pretrained checkpoint model_name_or_path
 model.hidden_size = hidden_dim d_model n_embd dim embed_dim embedding_size n_embed hidden model_dim emb_dim
@@ -205,3 +210,7 @@ ELSEWHERE: dict[str, str] = {
     for name in names.split()
 }
 """What other programs call a key, or what stands in a table below -> the key of a recipe."""
+OPTIONS = dict.fromkeys(
+    ("out", "output", "output_dir", "out_dir", "save_dir", "save_path", "log_dir", "work_dir", "run_dir"), "--out"
+)
+"""What other programs keep in their configuration, and finemoe has on the command line."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ from finemoe.training.balancing import has_selection_bias
 from finemoe.training.directory import read_metrics, require_run, summary_if_whole
 from finemoe.training.method import Measured, Method, TrainingData
 from finemoe.training.report import recent_loss
-from finemoe.training.stopping import StopOnSignal
+from finemoe.training.stopping import REPEATED, StopOnSignal
 from finemoe.training.trainer import Observer, Plan, Trainer
 
 
@@ -186,8 +185,8 @@ def _run(
     if not quiet:
         _announce(config, trainer, directory, chosen.reason)
     trackers = [open_tracker(name, directory, config.model_dump(mode="json")) for name in config.training.trackers]
-    # A closed terminal says so twice: the second time is not to end what the first one made it save.
-    hung_up = StopOnSignal(trainer.request_stop, (signal.SIGHUP,))
+    # A closed terminal, and a limit, say so more than once: that is not to end what the first one made it save.
+    hung_up = StopOnSignal(trainer.request_stop, REPEATED)
     with hung_up, Log(metrics, trackers) as log, Save(config, directory, log) as save:
         evaluate = Evaluate(evaluate_every(config), log.emit)
         shown: list[Observer] = [] if quiet else [Show(evaluate, trainer.plan.total_steps)]

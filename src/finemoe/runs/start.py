@@ -32,10 +32,11 @@ def default_directory(name: str) -> Path:
     Raises:
         ConfigError: that could lead out of runs/, or is no name for a folder.
     """
-    if not _NAME.fullmatch(name) or len(os.fsencode(name)) > _MOST_BYTES:
+    if not _NAME.fullmatch(name) or not name.isprintable() or len(os.fsencode(name)) > _MOST_BYTES:
         raise ConfigError(
-            f"`name` {name[:60]!r} becomes a folder in runs/, so it must begin with a letter or digit, hold no slash, "
-            f"and be of at most 100 characters or {_MOST_BYTES} bytes: change it, or say where to write with --out"
+            f"`name` {name[:60]!r} becomes a folder in runs/, so it must begin with a letter or digit, hold no slash "
+            f"and no invisible sign, and be of at most 100 characters or {_MOST_BYTES} bytes: change it, or say where "
+            "to write with --out"
         )
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 

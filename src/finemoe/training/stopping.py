@@ -8,17 +8,22 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, Self, final
 
-POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, `kill`, and a terminal or connection that is gone."""
+INSISTENT = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+"""Ctrl-C, `kill` and Ctrl-\\: who sends a second one wants the process to end at once."""
+REPEATED = (signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1, signal.SIGUSR2)
+"""A terminal or connection that is gone, and the warnings of batch systems and of `ulimit -t`. What sends one sends
+more of them: a closed terminal two, a limit of processor time one a second."""
+POLITE = INSISTENT + REPEATED
+"""All by which a person, a terminal or a machine asks a run to end."""
 
 
 @final
 class StopOnSignal:
     """Turn the first of `signals` into a request; then give the old handlers back, so that a second one is Python's.
 
-    All but SIGHUP, which stays harmless until the end of the block: a closed terminal sends it twice, once from the
-    shell and once from the system, and the second must not end the process while it saves. Where it was ignored before,
-    as under nohup, it stays ignored. Only the main thread may set handlers; in any other this does nothing.
+    All but `REPEATED`, which stay harmless until the end of the block: the second must not end the process while it
+    saves. Where one of them was ignored before, as under nohup, it stays ignored. Only the main thread may set
+    handlers; in any other this does nothing.
     """
 
     def __init__(self, request: Callable[[], object], signals: Iterable[signal.Signals] = POLITE) -> None:
@@ -30,12 +35,12 @@ class StopOnSignal:
         if threading.current_thread() is not threading.main_thread():
             return self
         for number in self._signals:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            if number in INSISTENT or signal.getsignal(number) != signal.SIG_IGN:
                 self._old[number] = signal.signal(number, self._handle)
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._restore(number for number in self._signals if number != signal.SIGHUP)
+        self._restore(number for number in self._signals if number not in REPEATED)
         self._request()
 
     def _restore(self, numbers: Iterable[signal.Signals]) -> None:

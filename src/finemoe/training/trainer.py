@@ -144,8 +144,8 @@ class Trainer:
     def run(self, until: int | None = None) -> bool:
         """Train to step `until` (the end when None). False when a signal asked to stop early.
 
-        The first Ctrl-C, SIGTERM or SIGHUP ends after the current step; a second Ctrl-C or SIGTERM is Python's own. A
-        request to any rank stops all of them.
+        The first signal of `stopping.POLITE` ends after the current step; a second Ctrl-C or SIGTERM is Python's own.
+        A request to any rank stops all of them.
 
         Raises:
             TrainingError: a loss or gradient is not finite. The weights are those before that step.
