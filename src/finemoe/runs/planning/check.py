@@ -234,7 +234,7 @@ def _free(directory: Path) -> int | None:
 def _of_data(method: Method[Any]) -> dict[str, Any]:
     report = method.data.report
     return {
-        "documents": sum(report["documents"].values()) if "documents" in report else None,
+        "documents": report.get("documents_read"),
         "training_tokens": report.get("tokens", {}).get("train"),
         "validation_tokens": report.get("tokens", {}).get("validation"),
         "vocab_size": method.data.tokenizer.vocab_size,
