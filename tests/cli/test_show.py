@@ -152,3 +152,19 @@ def test_a_page_is_of_one_run_and_following_needs_a_place(finished: list[Path], 
         refused = command("show", *words)
         assert refused.exit_code == 2
         assert said in refused.stderr
+
+
+@pytest.mark.parametrize(("width", "columns"), [(80, ("Name", "Kind", "Model")), (48, ("Name", "Steps"))])
+def test_a_name_in_the_list_of_runs_can_be_copied(
+    run_directory: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch, width: int, columns: tuple[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", str(width))
+    for name in ("own-20261129-044827", "a"):
+        shutil.copytree(run_directory, Path("runs") / name)
+    head, _, *rows = command("runs").stdout.splitlines()
+    assert [row.split()[0] for row in rows] == ["a", "own-20261129-044827"]
+    assert set(columns) <= set(head.split())
+    assert ("Date" in head, "Size" in head, "State" in head) == (False, width == 80, True)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert "Date" in command("runs").stdout

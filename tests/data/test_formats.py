@@ -297,7 +297,7 @@ def test_a_wrong_field_names_what_is_there_and_the_key(tmp_path: Path, caplog: p
         said = refusal(tmp_path)
     assert "30 of 30 records have no field `text`; their fields are content, title, id" in said
     assert "set `data.corpus.text_field` to the one that holds the text, such as 'content'" in said
-    assert r"`data.corpus.template`, such as '{content}\n{title}'" in said
+    assert r"`data.corpus.template`, such as '{title}\n{content}'" in said  # in the order of the record
     assert "max_skipped_share" not in said
     assert caplog.text.count("no field `text`") == 1
     assert read(tmp_path, text_field="content")[0] == [row["content"] for row in rows]

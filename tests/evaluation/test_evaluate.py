@@ -57,6 +57,15 @@ def test_a_call_leaves_the_whole_folder(runs: list[Path], data: Path, tmp_path: 
     assert again["scores"]["first"]["hellaswag"]["tokens"] == 0  # every answer was kept
 
 
+def test_one_model_and_one_task_need_no_list(runs: list[Path], data: Path) -> None:
+    listed = evaluate(runs[:1], ["hellaswag"], data=data, settings=Settings(limit=3), quiet=True)
+    for tasks in ("hellaswag", "hellaswag, hellaswag"):
+        found = evaluate(str(runs[0]), tasks, data=data, settings=Settings(limit=3), quiet=True)
+        assert found["scores"]["first"]["hellaswag"]["value"] == listed["scores"]["first"]["hellaswag"]["value"]
+    with pytest.raises(ConfigError, match="no task is named 'hellaswga'"):
+        evaluate(runs[0], "hellaswga")
+
+
 def test_without_a_folder_nothing_is_written(runs: list[Path], data: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(data)
     before = sorted(data.rglob("*"))

@@ -366,6 +366,7 @@ def test_a_recipe_of_one_model_can_be_an_arm(corpus: Path, tmp_path: Path, here:
     comparison = compare(recipe(corpus, arms=["dense", str(path)], seeds=[0]), out=tmp_path / "cmp", quiet=True)
     arm = comparison.results["arms"][str(path)]
     assert (tmp_path / "cmp" / arm["directory"] / "seed-0" / "summary.json").exists()
+    assert comparison.results["matching"]["text"][-1] == f"Taken as they are, not sized to the others: {path}."
     path.write_text(path.read_text() + "\n[trainng]\nsteps = 3\n")
     with pytest.raises(ConfigError, match="must hold \\[model\\] only, and holds trainng"):
         compare(recipe(corpus, arms=["dense", str(path)], seeds=[0]), out=tmp_path / "other", quiet=True)

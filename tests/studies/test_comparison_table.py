@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from finemoe.charts.comparison.words import summary
 from finemoe.studies.tables import comparison_csv, comparison_table
 
 _spec = importlib.util.spec_from_file_location("fake_results", Path(__file__).parents[1] / "charts/fake_results.py")
@@ -59,3 +60,18 @@ def test_the_csv_has_a_row_an_arm():
     for row, arm in zip(rows, results["arms"].values(), strict=True):
         assert float(row["validation_loss"]) == arm["validation_loss"]["mean"]
         assert int(row["total_parameters"]) == arm["total_parameters"]
+
+
+def test_an_arm_that_was_not_sized_to_the_others_says_what_it_cost():
+    results = fake_results()
+    said = "did not cost the same"
+    assert said not in " ".join(summary(results))  # sized, and as unequal as in the paper
+    dear, cheap = results["arms"]["deepseek-moe"], results["arms"]["dense"]
+    dear["mismatch"] = dict.fromkeys(dear["mismatch"])
+    dear["training_flops"] = 1.5 * max(arm["training_flops"] for arm in results["arms"].values())
+    cheap["training_flops"] = dear["training_flops"] / 4
+    least = min(results["arms"].values(), key=lambda arm: arm["training_flops"])["training_flops"]
+    for lines in (" ".join(summary(results)), " ".join(printed(results).split())):
+        assert f"DeepSeekMoE computed {dear['training_flops'] / least:.2f} times what" in lines
+    for change in ({"budget": {"kind": "flops"}}, {"arms": {"deepseek-moe": dear}}):
+        assert said not in " ".join(summary({**results, **change}))

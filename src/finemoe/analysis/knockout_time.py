@@ -40,7 +40,7 @@ def passes(
 
 
 def announce(opened: LanguageModel, passages: Sequence[Passages], planned: Mapping[str, int], rows: int) -> None:
-    """Say how long `planned` takes at most, where that is long; one batch of the text is read to find out."""
+    """Say how long `planned` takes, where that is long; one batch of the text is read to find out."""
     _, batch = next(batches(opened, passages, rows))
     run_batch(opened, batch)  # the first pass of a process also loads what the others find
     started = time.perf_counter()
@@ -52,7 +52,7 @@ def announce(opened: LanguageModel, passages: Sequence[Passages], planned: Mappi
     much = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
     longest = max(planned, key=lambda name: planned[name])
     logger.info(
-        "knock-outs: %d windows, read up to %d times: %s at most, most of it for `%s`; --experiment picks some, "
-        "--tokens reads less",
+        "knock-outs: %d windows, read up to %d times: about %s at the speed of just now, most of it for "
+        "`%s`; --experiment picks some, --tokens reads less",
         windows, sum(planned.values()), much, longest,
     )  # fmt: skip

@@ -84,11 +84,12 @@ def report_comparison(comparison: Comparison, as_json: bool, again: str) -> None
         arm = _shown_arm(comparison.results)
         seed = comparison.results["recipe"]["seeds"][0]
         run = directory / comparison.results["arms"][arm]["directory"] / f"seed-{seed}"
+        prompt = comparison.results["arms"][arm]["samples"][0]["prompt"]
         typer.echo(
             f"\nOpen  {directory / 'report.html'} in a browser; it works offline\n"
             f"Data  {directory / 'results.json'}, {directory / 'results.csv'}\n"
             f"Plots {directory / 'figures'}/\n\n"
-            f'Try   finemoe generate {shlex.quote(str(run))} --prompt "class "\n'
+            f"Try   finemoe generate {shlex.quote(str(run))} --prompt {shlex.quote(prompt)}\n"
             '      finemoe compare ... --set "seeds=[0, 1, 2]" --out DIR       to decide more pairs\n'
             "      finemoe compare ... --set budget.value=10_000_000 --out DIR  for longer runs"
         )

@@ -96,6 +96,7 @@ def report_run(run: Any, as_json: bool) -> None:
     """
     from finemoe.charts.numbers import count, duration, fixed
     from finemoe.core.logs import console
+    from finemoe.runs.planning.machine import other_work
 
     directory = shlex.quote(str(run.directory))
     if as_json:
@@ -116,6 +117,7 @@ def report_run(run: Any, as_json: bool) -> None:
         f"Trained on        {count(summary['tokens'])} tokens in {summary['steps']:,} steps",
         *([f"Passed over       {passed} steps that held nothing to count"] if passed else []),
         f"Time              {duration(summary['seconds'])}, {count(summary['tokens_per_second'])} tokens/s",
+        *([f"                  {work}"] if (work := other_work()) else []),
     )
     typer.echo(f"Directory         {run.directory}")
     typer.echo(f'\nNext: finemoe generate {directory} --prompt "..."')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +11,14 @@ import typer
 from finemoe.cli.output import Json, plain_table, print_json, print_rich
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from finemoe.runs.listing import RunInfo
 
+_NUMBERS = ("Steps", "Held out", "Size", "Date")
+_GAP = 2
+_LESS_WANTED = ("Date", "Size", "Model", "Kind")
+"""Columns in the order in which a narrow terminal goes without them; `--json` has all."""
 _COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
 
 
@@ -24,7 +30,7 @@ def runs(
 
     A run is finished, running (some process is at work there), stopped (`finemoe resume` goes
     on), or failed (a loss was not finite). Of a comparison, steps are its runs, and the loss is
-    that of the best one; name its folder to list them.
+    that of the best one; name its folder to list them. A narrow window shows fewer columns.
 
     \b
     Examples:
@@ -48,25 +54,41 @@ def _print_table(folder: Path, found: Sequence[RunInfo]) -> None:
 
     from finemoe.charts.numbers import fixed
 
+    rows = [
+        {
+            "Name": Text(str(one.path.relative_to(folder)) if one.path != folder else str(folder)),
+            "Kind": Text(one.kind),
+            "Model": Text(one.model),
+            "Steps": Text(_steps(one)),
+            "Held out": Text(fixed(one.loss, 3)),
+            "State": Text(one.state, style=_COLOURS[one.state]),
+            "Size": Text(_bytes(one)),
+            "Date": Text(_date(one)),
+        }
+        for one in found
+    ]
     table = plain_table()
-    table.add_column("Name", overflow="fold")
-    table.add_column("Kind", no_wrap=True)
-    table.add_column("Model", overflow="fold")
-    for title in ("Steps", "Held out"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("State", no_wrap=True)
-    for title in ("Size", "Date"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for one in found:
-        name = str(one.path.relative_to(folder)) if one.path != folder else str(folder)
-        state = Text(one.state, style=_COLOURS[one.state])
-        table.add_row(
-            Text(name), one.kind, Text(one.model), _steps(one), fixed(one.loss, 3), state, _bytes(one), _date(one)
-        )
+    titles = _that_fit(rows)
+    for title in titles:
+        table.add_column(title, justify="right" if title in _NUMBERS else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[title] for title in titles))
     print_rich(table)
     for one in found:
         if one.message:
             typer.echo(f"{one.path} failed: {one.message}")
+
+
+def _that_fit(rows: Sequence[Mapping[str, Text]]) -> list[str]:
+    """The columns to show: a name is there to be copied, and others go before it is broken over several lines."""
+    from rich.console import Console
+
+    width = {title: max(len(title), *(row[title].cell_len for row in rows)) + _GAP for title in rows[0]}
+    for title in _LESS_WANTED:
+        if sum(width.values()) - _GAP <= Console().width:
+            break
+        del width[title]
+    return list(width)
 
 
 def _steps(one: RunInfo) -> str:

@@ -161,12 +161,19 @@ def prepare(config: DataConfig) -> PreparedData:
     _check_lengths(prepared)
     _say_control_tokens(**report["control_tokens"])
     logger.info(
-        "corpus: %d + %d documents, %.2f M + %.2f M tokens to train and validate on, vocabulary of %d",
-        *(report["documents"][side] for side in SIDES),
+        "corpus: %s, %.2f M + %.2f M tokens to train and validate on, vocabulary of %d",
+        _documents(scan),
         *(report["tokens"][side] / 1e6 for side in SIDES),
         tokenizer.vocab_size,
     )
     return prepared
+
+
+def _documents(scan: Scan) -> str:
+    """How many on each side; of those that are cut in two, how many there are."""
+    if scan.tails:
+        return "1 document" if scan.skips.kept == 1 else f"{scan.skips.kept} documents"
+    return " + ".join(str(scan.totals[side].documents) for side in SIDES) + " documents"
 
 
 def _trained_tokenizer(config: DataConfig, scan: Scan, cache: Path) -> Tokenizer:

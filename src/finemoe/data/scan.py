@@ -67,6 +67,7 @@ class Scan:
         """What was read and what was left out, as JSON."""
         return {
             "documents": {side: self.totals[side].documents for side in SIDES},
+            "documents_read": self.skips.kept,
             "bytes": {side: self.totals[side].num_bytes for side in SIDES},
             "duplicates": self.skips.duplicates,
             "empty": self.skips.empty,

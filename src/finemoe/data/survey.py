@@ -19,6 +19,8 @@ _PIECE = 2_000  # characters of a piece of the sample; smaller where there is li
 _ROWS = 200
 _ENOUGH = 1000  # documents that have the usual field
 _LONG = 0.9
+_MUCH = 0.1  # of the text of the field that holds most
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Survey:
     long_bytes: int
     """Nine of ten documents are shorter."""
     text_field: str | None
-    """The field of records that holds the text; None where there are no records."""
+    """The field of records that holds most of the text; None where there are no records, or where it is `text`."""
     sample: tuple[str, ...] = field(repr=False)
     """Pieces from everywhere in the text, about two megabytes or all of it."""
     skipped: int = 0
@@ -48,6 +50,12 @@ class Survey:
     """Documents whose text an earlier one had; not counted above."""
     empty: int = 0
     """Documents without any text; not counted above."""
+    texts: tuple[str, ...] = ()
+    """The fields that hold much text, `text_field` among them, in the order of the records; empty where it is None."""
+    num_set_aside: int = 0
+    """Files that are no text of the corpus: pictures, a README, the licence."""
+    set_aside: tuple[str, ...] = ()
+    """The first few of them, and what they are."""
 
 
 def survey(paths: Sequence[str], quiet: bool = False) -> Survey:
@@ -61,7 +69,8 @@ def survey(paths: Sequence[str], quiet: bool = False) -> Survey:
         DataError: a path leads nowhere, or nothing in the files is text.
     """
     files = _files(paths)
-    text_field = _text_field(tuple(paths))
+    sizes = _text_sizes(tuple(paths))
+    text_field = max(sizes, key=lambda name: sizes[name]) if sizes else None
     corpus = FilesCorpus(paths=tuple(paths), text_field=text_field or "text")
     report = SkipReport(quiet=True)
     sample, lengths = _Sample(), []
@@ -92,6 +101,9 @@ def survey(paths: Sequence[str], quiet: bool = False) -> Survey:
         first_skipped=first,
         duplicates=report.duplicates,
         empty=report.empty,
+        texts=tuple(name for name, size in sizes.items() if size > _MUCH * max(sizes.values())),
+        num_set_aside=report.num_set_aside,
+        set_aside=tuple(f"{Path(one.name).name} ({one.reason})" for one in report.set_aside[:_NAMED]),
     )
 
 
@@ -143,8 +155,8 @@ def _files(paths: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def _text_field(paths: tuple[str, ...]) -> str | None:
-    """The field that holds the most text, where records have no `text`; None where that is what they have."""
+def _text_sizes(paths: tuple[str, ...]) -> Mapping[str, int]:
+    """Characters by field, where records have no `text`; empty where that is what they have."""
     report = SkipReport(quiet=True)
     try:
         kept = sum(1 for _ in islice(FilesCorpus(paths=paths).documents(report), _ENOUGH))
@@ -152,11 +164,9 @@ def _text_field(paths: tuple[str, ...]) -> str | None:
         sizes = {name: _size_of(paths, name) for name in (*report.lacking.characters, *report.lacking.others)}
         if not any(sizes.values()):
             raise
-        return max(sizes, key=lambda name: sizes[name])
+        return sizes
     held = report.lacking if report.lacking.records else report.beside
-    if kept >= held.records or not held.characters:
-        return None
-    return max(held.characters, key=lambda name: held.characters[name])
+    return {} if kept >= held.records else held.characters
 
 
 def _size_of(paths: tuple[str, ...], text_field: str) -> int:

@@ -30,8 +30,8 @@ Loaded = Mapping[str, tuple[Sequence[Item], int]]
 
 
 def evaluate(
-    models: Sequence[Source],
-    tasks: Sequence[str],
+    models: Sequence[Source] | Source,
+    tasks: Sequence[str] | str,
     data: Mapping[str, Source | None] | Source | None = None,
     settings: Settings | None = None,
     *,
@@ -45,8 +45,9 @@ def evaluate(
     """Ask every model every task.
 
     Args:
-        models: run directories, imported or Hugging Face folders, GGUF files. Several are compared, item by item.
-        tasks: names of TASKS.
+        models: run directories, imported or Hugging Face folders, GGUF files, or one of them. Several are compared,
+            item by item.
+        tasks: names of TASKS; one text is read as after `--tasks`, with commas between names.
         data: a file or folder for all tasks, or one by task; where there is none, the hub.
         settings: how they are asked; as in the papers when None.
         samples: completions of each problem, of tasks that run code.
@@ -65,6 +66,8 @@ def evaluate(
     """
     folder = require_report_folder(out, "evaluation", ours=("answers",))
     settings = settings or Settings()
+    models = [models] if isinstance(models, (str, os.PathLike)) else models
+    tasks = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else tasks
     chosen = read_as(choose_tasks(tasks, samples, temperature), reading)
     for model in models:
         kind_of(Path(model))  # a path that holds nothing is refused before the first model is read

@@ -19,7 +19,7 @@ from finemoe.core.reading import damage_of, require_numbers
 from finemoe.generation import Engine, SamplingConfig
 from finemoe.model.size import ModelSize, measure
 from finemoe.runs.start import resolve_device
-from finemoe.studies.arms import SizedArm
+from finemoe.studies.arms import ARMS, SizedArm
 from finemoe.studies.config import CompareConfig
 from finemoe.studies.statistics import CONFIDENCE, interval, paired
 from finemoe.studies.study import final_loss
@@ -150,15 +150,18 @@ def _machine(config: CompareConfig, threads: int, parallel: int) -> dict[str, An
 def _matching(config: CompareConfig) -> dict[str, Any]:
     width = config.base.feed_forward.ffn_hidden_size
     total, active = config.matching.total_multiple, config.matching.active_multiple
+    taken = [name for name in config.arms if name not in ARMS]
+    sized = [
+        f"One standard feed-forward layer is a SwiGLU of width {width}.",
+        f"Mixtures hold {total} of them; Hash and Switch activate 1 a token, GShard and DeepSeekMoE {active}.",
+        "As in the paper, Dense, Hash and Switch therefore use fewer FLOPs a token than GShard and DeepSeekMoE.",
+    ]
+    asis = f"Taken as they are, not sized to the others: {', '.join(taken)}."
     return {
         "reference_width": width,
         "total_multiple": total,
         "active_multiple": active,
-        "text": [
-            f"One standard feed-forward layer is a SwiGLU of width {width}.",
-            f"Mixtures hold {total} of them; Hash and Switch activate 1 a token, GShard and DeepSeekMoE {active}.",
-            "As in the paper, Dense, Hash and Switch therefore use fewer FLOPs a token than GShard and DeepSeekMoE.",
-        ],
+        "text": [*(sized if len(taken) < len(config.arms) else []), *([asis] if taken else [])],
     }
 
 

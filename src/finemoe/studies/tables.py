@@ -12,7 +12,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from finemoe.charts.comparison.words import Pair, arm_names, by_loss, known_pairs, pair_sentence, speed_of, stat
+from finemoe.charts.comparison.words import (
+    Pair,
+    arm_names,
+    by_loss,
+    known_pairs,
+    pair_sentence,
+    speed_of,
+    stat,
+    unequal_cost,
+)
 from finemoe.charts.numbers import Results, clean, count, decimals_for, finite, plus_minus, scientific
 
 NAME_WIDTH = 18  # with every other column at its widest, the line ends at column 80
@@ -49,6 +58,7 @@ def comparison_table(results: Results) -> Group:
         parts.insert(0, Text("Incomplete: some runs have not finished.", style="yellow"))
     if lines := _pair_lines(known_pairs(results), ranked, names):
         parts += [Text(""), lines]
+    parts += [Text(line) for line in unequal_cost(results)]
     return Group(*parts)
 
 

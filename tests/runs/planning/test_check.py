@@ -13,6 +13,7 @@ import torch
 import finemoe
 from finemoe.core.errors import ConfigError
 from finemoe.runs.planning.check import Check, _Pace
+from finemoe.runs.planning.machine import other_work
 from finemoe.training.trainer import Trainer
 from runs.tiny_runs import LENGTH, recipe, steps, write_corpus
 
@@ -147,7 +148,10 @@ def test_the_report_is_within_80_columns_and_json(corpus: Path, monkeypatch: pyt
     assert max(map(len, text.splitlines())) <= 80
     for part in ("9 documents", "tokens/s, measured over 3 steps", "6 validations", "Memory", "can start", "load 99.0"):
         assert part in " ".join(text.split())
+    assert ("OMP_WAIT_POLICY=passive" in text) == (torch.get_num_threads() > 1)
     assert json.loads(json.dumps(found.to_dict()))["passes"] == found.passes
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 99.0, 99.0))
+    assert other_work() is None
 
 
 def test_a_check_that_found_nothing_out_still_prints() -> None:

@@ -15,9 +15,10 @@ import pytest
 
 import finemoe
 from finemoe.core.errors import ConfigError, DataError
+from finemoe.data.survey import Survey
 from finemoe.runs.planning import starter
 from finemoe.runs.planning.check import Check
-from finemoe.runs.planning.starter import CANDIDATES, _Plan, describe, new_recipe
+from finemoe.runs.planning.starter import CANDIDATES, _length, _Plan, describe, new_recipe
 from runs.tiny_runs import write_corpus
 
 
@@ -97,11 +98,27 @@ def test_the_field_of_any_kind_of_records_is_found(texts: Path, tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("quick")
+def test_fields_and_files_that_are_left_out_are_told(texts: Path, tmp_path: Path) -> None:
+    documents = [path.read_text() for path in sorted((texts / "train").iterdir())]
+    rows = [{"id": 1, "asked": text[:80], "replied": text, "tag": "x"} for text in documents]
+    (tmp_path / "mail.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "NOTICE.txt").write_text("About the mail.")
+    made = new_recipe(tmp_path, quiet=True)
+    assert made.tables["data"]["corpus"]["text_field"] == "replied"
+    said, found = 'template = "{asked}\\n{replied}"', made.text
+    assert f"To train on asked as well, write\n# {said}\n# in place of this line.\ntext_field" in found
+    assert "# Left out, as no text of the corpus: NOTICE.txt (about the data).\n" in found
+    joined = tomllib.loads(found.replace('text_field = "replied"', said))["data"]["corpus"]
+    assert finemoe.check({**made.tables, "data": {**made.tables["data"], "corpus": joined}}, quiet=True).refused == ()
+
+
+@pytest.mark.usefixtures("quick")
 def test_one_document_is_enough(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINEMOE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "one.txt").write_text("".join(path.read_text() for path in sorted((texts / "train").iterdir())))
     made = new_recipe(tmp_path / "one.txt", quiet=True)
-    assert finemoe.check({**made.tables, "name": "x"}, quiet=True, steps=1).refused == ()
+    found = finemoe.check({**made.tables, "name": "x"}, quiet=True, steps=1)
+    assert (found.refused, found.documents) == ((), 1)  # one, though its tail is held out
 
 
 @pytest.mark.usefixtures("quick")
@@ -150,6 +167,14 @@ def test_a_larger_text_gets_a_larger_vocabulary_and_longer_sequences(tmp_path: P
     assert small["data"]["sequence_length"] < large["data"]["sequence_length"]
     assert small["training"]["tokens_per_step"] <= large["training"]["tokens_per_step"]
     assert small["training"]["tokens"] < large["training"]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("documents", "said"), [(1, "the document is longer (1.00M tokens)"), (9, "half of them above")]
+)
+def test_what_is_cut_is_told_by_how_many_there_are(documents: int, said: str) -> None:
+    found = Survey(("x",), {}, 1, documents, 3_000_000, 3_000_000, 3_000_000, None, ())
+    assert said in _length(found, 1_000_000, 3.0)[1]
 
 
 def plan(tokens: int) -> _Plan:

@@ -12,6 +12,7 @@ from finemoe.charts.numbers import Results, finite, fixed, plus_minus
 from finemoe.charts.words import listed
 
 LONGEST_NAME = 20
+_ALIKE = 1.05  # FLOPs of two arms that were meant to cost the same, after whole steps
 Pair = Mapping[str, Any]
 
 
@@ -113,6 +114,7 @@ def summary(results: Results) -> list[str]:
     pairs = known_pairs(results)
     mine = [pair for pair in pairs if best in (pair["a"], pair["b"])]
     lines.extend(_lead_sentences(mine, best, names))
+    lines.extend(unequal_cost(results))
     decided = sum(pair.get("verdict") in ("better", "worse") for pair in pairs)
     if len(pairs) > len(mine):
         lines.append(f"Of all {len(pairs)} pairs: {decided} decided, {len(pairs) - decided} undecided.")
@@ -122,6 +124,25 @@ def summary(results: Results) -> list[str]:
     if missing:
         lines.append(f"Without a usable loss: {listed(missing)}.")
     return lines
+
+
+def unequal_cost(results: Results) -> list[str]:
+    """What a preset or a recipe cost beside the cheapest arm: nothing sized it to the others; it may just be larger."""
+    costs = {arm: finite(record.get("training_flops")) for arm, record in results["arms"].items()}
+    known = {arm: cost for arm, cost in costs.items() if cost}
+    taken = [arm for arm in known if set((results["arms"][arm].get("mismatch") or {}).values()) <= {None}]
+    if len(known) < 2 or not taken or (results.get("budget") or {}).get("kind") != "tokens":
+        return []
+    least = min(known, key=lambda arm: known[arm])
+    most = max(known, key=lambda arm: known[arm])
+    if known[most] < _ALIKE * known[least] or not {least, most} & set(taken):
+        return []
+    names = arm_names(results)
+    times = f"{known[most] / known[least]:.2f} times what {names[least]} did"
+    return [
+        f"They did not cost the same: {names[most]} computed {times}. "
+        'With `budget.kind = "flops"` every arm computes as much.'
+    ]
 
 
 def _best_sentence(results: Results, name: str, best: str, count: int) -> str:

@@ -77,7 +77,7 @@ class FieldReport:
         if by_size:
             message += f": set {field_key} to the one that holds the text, such as {by_size[0]!r}"
             if len(by_size) > 1:
-                both = "\\n".join(f"{{{name}}}" for name in by_size[:2])
+                both = "\\n".join(f"{{{name}}}" for name in self.characters if name in by_size[:2])
                 message += f", or join several by {template_key}, such as '{both}'"
         elif self.lists and self.chat is None:
             lists = " and ".join(f"`{name}`" for name in self.lists)

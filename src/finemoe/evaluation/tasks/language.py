@@ -38,7 +38,7 @@ class TextTask:
         With a `limit` a folder is still read to its end, as every domain has its share; a file is one domain.
         """
         if source is None:
-            raise DataError(f"{self.name} needs a text: name a file or folder of text, JSON Lines or Parquet")
+            raise DataError(f"{self.name} needs a text: name a file or folder of yours by --data {self.name}=PATH")
         if shots:
             raise ConfigError(f"{self.name}: shots is {shots}, but a text has no worked examples: leave it out")
         if limit is not None and limit < 1:

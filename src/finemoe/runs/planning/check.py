@@ -22,6 +22,7 @@ from finemoe.core.logs import progress
 from finemoe.model.size import measure
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
 from finemoe.runs.directory import require_free
+from finemoe.runs.planning.machine import other_work
 from finemoe.runs.run import evaluate_every, first_trainer
 from finemoe.runs.start import build_method, check_memory, check_start, checkpoint_bytes, default_directory
 from finemoe.training.method import Method
@@ -235,7 +236,7 @@ def _free(directory: Path) -> int | None:
 def _of_data(method: Method[Any]) -> dict[str, Any]:
     report = method.data.report
     return {
-        "documents": sum(report["documents"].values()) if "documents" in report else None,
+        "documents": report.get("documents_read"),
         "training_tokens": report.get("tokens", {}).get("train"),
         "validation_tokens": report.get("tokens", {}).get("validation"),
         "vocab_size": method.data.tokenizer.vocab_size,
@@ -301,18 +302,19 @@ class _Pace:
 
 
 def _busy() -> Iterator[str]:
-    """What else the machine was doing, where that is enough to falsify the times."""
-    cores = os.cpu_count() or 1
-    load = os.getloadavg()[0]
-    if load > cores + 1:
-        yield f"measured beside other work (load {load:.1f} on {cores} cores): alone it will be faster"
+    """What falsifies the times, and on a CPU what there is against it: idle threads that wait awake take cores too."""
+    if (work := other_work()) is not None:
+        yield f"measured {work}: alone it will be faster"
+        if torch.get_num_threads() > 1:
+            yield "where other work stays, OMP_WAIT_POLICY=passive before the command may be several times faster"
 
 
 def _computes(trainer: Trainer) -> str:
     kernels, plan = trainer.model.kernels, trainer.plan
     precision = "bf16" if plan.bf16 else "fp32"
     chosen = f"attention {kernels.attention}, experts {kernels.experts}, products {kernels.products}"
-    return f"{plan.device}, {precision}, {torch.get_num_threads()} threads; {chosen}"
+    threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
+    return f"{plan.device}, {precision}, {threads}; {chosen}"
 
 
 @contextmanager

@@ -121,3 +121,10 @@ def _size(path: Path) -> int:
         except OSError:  # another process tidied up
             continue
     return total
+
+
+def other_work() -> str | None:
+    """What else the machine is doing, where it is enough to falsify times: more waits than one run accounts for."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0]
+    return f"beside other work (load {load:.1f} on {cores} cores)" if load > cores + 1 else None

@@ -145,9 +145,7 @@ def _choices(found: Survey, quiet: bool) -> Iterator[Choice]:
     yield Choice("data.corpus.kind", "files", f"{documents}, {_bytes(found.text_bytes)} of text.")
     yield Choice("data.corpus.paths", list(found.paths), "Relative to the folder that you start `finemoe` in.")
     if found.text_field is not None:
-        yield Choice(
-            "data.corpus.text_field", found.text_field, "The field that holds most of the text in your records."
-        )
+        yield Choice("data.corpus.text_field", found.text_field, _field_reason(found))
     if found.skipped > _USUALLY_SKIPPED * (found.documents + found.duplicates + found.skipped):
         yield _tolerance(found)
     yield from plan.training_choices(last)
@@ -158,6 +156,17 @@ def _choices(found: Survey, quiet: bool) -> Iterator[Choice]:
         rate,
         f"Peak of the schedule, for a hidden size of {hidden}: 0.004 was best at 64, and larger models want less.",
     )
+
+
+def _field_reason(found: Survey) -> str:
+    """Why this field, and how to have the others that hold text: a question is worth little without its answer."""
+    said = "The field that holds most of the text in your records."
+    plain = [name for name in found.texts if not set(name) & set("{}")]
+    if len(found.texts) < 2 or len(plain) != len(found.texts):
+        return said
+    joined = json.dumps("\n".join(f"{{{name}}}" for name in plain), ensure_ascii=False)
+    others = " and ".join(name for name in plain if name != found.text_field)
+    return f"{said} To train on {others} as well, write\ntemplate = {joined}\nin place of this line."
 
 
 def _length(found: Survey, tokens: int, bytes_per_token: float) -> tuple[int, str]:
@@ -173,6 +182,8 @@ def _length(found: Survey, tokens: int, bytes_per_token: float) -> tuple[int, st
     else:
         half = count(found.median_bytes / bytes_per_token)
         why = f"documents are longer (half of them above {half} tokens), and are cut"
+        if found.documents == 1:
+            why = f"the document is longer ({half} tokens), and is cut"
     return length, f"Tokens of a sequence, how far the model looks back: {why}."
 
 
@@ -300,6 +311,10 @@ def _written(choices: Sequence[Choice], found: Survey) -> Iterator[str]:
     kinds = ", ".join(f"{number} {suffix}" for suffix, number in found.suffixes.items())
     yield f"# A first recipe for {', '.join(found.paths)}"
     yield f"# ({kinds}; {_bytes(found.disk_bytes)} on disk, {_bytes(found.text_bytes)} of text)."
+    if found.num_set_aside:
+        more = found.num_set_aside - len(found.set_aside)
+        named = ", ".join(found.set_aside) + (f" and {more:,} more" if more else "")
+        yield from _comment(f"Left out, as no text of the corpus: {named}.")
     if found.skipped:
         yield f"# Left out as they could not be read as text, files or records: {found.skipped:,}."
     if found.duplicates:
@@ -323,7 +338,8 @@ def _written(choices: Sequence[Choice], found: Survey) -> Iterator[str]:
 
 
 def _comment(text: str) -> Iterator[str]:
-    yield from textwrap.wrap(text, 96, initial_indent="# ", subsequent_indent="# ", break_long_words=False)
+    for line in text.split("\n"):
+        yield from textwrap.wrap(line, 96, initial_indent="# ", subsequent_indent="# ", break_long_words=False)
 
 
 def _toml(value: Any) -> str:
@@ -370,6 +386,7 @@ def describe(starter: Starter) -> Mapping[str, Any]:
         "skipped",
         "duplicates",
         "empty",
+        "num_set_aside",
     )
     return {
         "text": starter.text,
