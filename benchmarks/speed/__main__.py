@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.speed import around, decoding, layers, memory, steps, sweeps
+from benchmarks.speed import around, decoding, engine, layers, memory, steps, sweeps
 from benchmarks.speed.context import Context
 from benchmarks.speed.process import PeerError
 from benchmarks.speed.progress import Watch
@@ -49,6 +49,10 @@ PARTS = {
     "memory": Part("peak memory beside transformers", memory.memory, 100),
     "decode-llama": Part("generating, Llama shape, beside transformers and llama.cpp", decoding.llama, 120),
     "decode-v3": Part("generating, V3 shape", decoding.deepseek, 150),
+    "batch-llama": Part("8 and 32 sequences at once, Llama shape", engine.batches_llama, 180),
+    "batch-v3": Part("the same, V3 shape", engine.batches_v3, 240),
+    "requests": Part("a newcomer, shared beginnings, mixed lengths (--before)", engine.requests, 240),
+    "guesses": Part("one text with guesses of its prediction module (--trained)", engine.guesses, 60),
     "text": Part("tokenising and packing", around.text, 25),
     "start-up": Part("finemoe --help", around.start_up, 10),
     "checkpoint": Part("how long a checkpoint stops training", around.checkpoint, 80),
@@ -69,6 +73,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="repetitions, at least (default: 7)")
     parser.add_argument("--quick", action="store_true", help="small models, 3 repetitions: to see that it works")
     parser.add_argument("--peer", default=sys.executable, metavar="PYTHON", help="interpreter that has the peers")
+    parser.add_argument("--before", type=Path, metavar="DIR", help="a checkout with the engine of fixed slots")
+    parser.add_argument("--trained", type=Path, metavar="RUN", help="a run of recipes/mtp.toml")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of every program")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the JSON")
     found = parser.parse_args(given)
@@ -150,7 +156,9 @@ def main(given: Sequence[str] | None = None) -> int:
     keep_freed_pages()  # as `finemoe train`; plain torch in this process has it too
     names = [name for name in PARTS if wanted.only is None or name in wanted.only]
     watch = Watch({name: PARTS[name].seconds for name in names})
-    context = Context(wanted.repeats, wanted.quick, wanted.threads, wanted.peer, watch.tell)
+    context = Context(
+        wanted.repeats, wanted.quick, wanted.threads, wanted.peer, wanted.before, wanted.trained, watch.tell
+    )
     started = time.perf_counter()
     try:
         rows, failed = run(context, names, watch)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from benchmarks.speed.growth import Growth
 from benchmarks.speed.peaks import Peaks
@@ -23,6 +24,10 @@ class Context:
     threads: int
     python: str
     """Interpreter that is asked first for peers."""
+    before: Path | None = None
+    """A checkout from before there was one engine."""
+    trained: Path | None = None
+    """A run whose model has a prediction module."""
     watch: Callable[[str], None] = lambda text: None
     """Told what is being measured."""
     peaks: Peaks = field(default_factory=Peaks)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from benchmarks.speed.device import device_memory, forget_peak
+from benchmarks.speed.own_engine import EngineOperations
 from benchmarks.speed.serving import memory, serve
 from benchmarks.speed.training import batch_of, chosen_kernels, loss_of, make_trainer, step
 
@@ -31,10 +32,11 @@ class Own:
         self.batch: TokenBatch
         self.trainers: dict[str, Trainer] = {}
         self.device = "cpu"
+        self.engine = EngineOperations()
 
     def open(self, path: str, device: str = "cpu") -> dict[str, Any]:
         """Load a run, as `finemoe generate` does."""
-        self.model = load_model(Path(path)).to(device)
+        self.model = self.engine.model = load_model(Path(path)).to(device)
         self.device = device
         return {}
 
@@ -118,7 +120,8 @@ def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
     own = Own()
     methods = (own.open, own.train, own.loss, own.step, own.validate, own.memory, own.generate, own.prefill, own.logits)
-    methods = (*methods, own.measured_step)
+    methods = (*methods, own.measured_step, *(own.engine.batch, own.engine.first_token, own.engine.many))
+    methods = (*methods, own.engine.speculate)
     serve({method.__name__: method for method in methods}, versions={"torch": torch.__version__})
 
 

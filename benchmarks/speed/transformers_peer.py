@@ -110,6 +110,15 @@ class Peer:
         ids_found = found[0, len(prompt) :].tolist()
         return {"first": first - started, "seconds": (last - first) / max(1, count), "ids": ids_found}
 
+    @torch.no_grad()
+    def batch(self, prompts: list[list[int]], count: int) -> dict[str, Any]:
+        """Greedy decoding of all at once: seconds of one of the `count` tokens of each behind its first."""
+        times, ids = Times(), torch.tensor(prompts)
+        options = {"max_new_tokens": 1 + count, "do_sample": False, "stopping_criteria": [times]}
+        found = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        seconds = (times.seen[-1] - times.seen[0]) / max(1, count)
+        return {"seconds": seconds, "ids": found[:, ids.shape[1] :].tolist()}
+
     def prefill(self, prompt: list[int]) -> dict[str, Any]:
         """Seconds from the prompt to the first token."""
         return {"seconds": self.generate(prompt, 0)["first"]}
@@ -127,7 +136,7 @@ def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
     peer = Peer()
     methods = (peer.open, peer.train, peer.use, peer.loss, peer.step, peer.memory, peer.generate, peer.prefill)
-    operations = {method.__name__: method for method in (*methods, peer.logits, peer.measured_step)}
+    operations = {method.__name__: method for method in (*methods, peer.logits, peer.measured_step, peer.batch)}
     serve(operations, versions={"transformers": transformers.__version__, "transformers' torch": torch.__version__})
 
 
