@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -299,3 +300,45 @@ def test_penalties_and_least_probability_reach_the_draw(command: Any, run_direct
     result = command(*arguments, "--min-p", "1.5")
     assert result.exit_code == 2
     assert "min_p" in result.stderr
+
+
+def test_samples_and_guesses_are_asked_for_by_options(command: Any, run_directory: Path) -> None:
+    arguments = ("generate", run_directory, "--prompt", "def def def", "-n", "12", "--json")
+    drawn = records(command(*arguments, "--samples", "3", "--logprobs", "2"))
+    assert len({tuple(one["tokens"]) for one in drawn}) == 3
+    assert all(len(one["likely"]) == len(one["tokens"]) for one in drawn)
+    plain = records(command(*arguments, "--temperature", "0"))
+    guessed = command(*arguments, "--temperature", "0", "--guess", "text", "--cache-size", "4MB")
+    assert records(guessed)[0]["tokens"] == plain[0]["tokens"]
+    assert "tokens a pass" in guessed.stderr
+
+
+def test_a_completion_is_held_to_its_form(command: Any, run_directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="pip install 'finemoe[serve]'")
+    arguments = ("generate", run_directory, "--prompt", "def ", "-n", "40", "--json")
+    (chosen,) = records(command(*arguments, "--choice", "yes", "--choice", "no"))
+    assert chosen["completion"] in ("yes", "no")
+    (matched,) = records(command(*arguments, "--regex", "[a-c]{3}"))
+    assert re.fullmatch("[a-c]{3}", matched["completion"])
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": [1, 22]}')
+    (held,) = records(command(*arguments, "--json-schema", schema))
+    assert json.loads(held["completion"]) in (1, 22)
+    assert records(command(*arguments, "--json-schema", '{"enum": [1, 22]}')) == [held]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--json-schema", "nowhere.json"], "cannot be read"),
+        (["--json-schema", "{"], "json_schema"),
+        (["--cache-size", "much"], "no size"),
+        (["--cache-size", "10"], "10 bytes for the cache"),
+        (["--samples", "0"], "0 completions"),
+        (["--guess", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_held_to_is_refused(command: Any, run_directory: Path, options: list[str], named: str) -> None:
+    result = command("generate", run_directory, "--prompt", "a", *options)
+    assert result.exit_code == 2
+    assert named in result.stderr

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,9 +17,10 @@ from typer.testing import CliRunner
 
 import finemoe
 from finemoe.cli.main import app
-from finemoe.core.errors import ConfigError
+from finemoe.core.errors import ConfigError, FinemoeError
 from finemoe.core.logs import logger, speak
 from finemoe.generation.generate import Completion
+from finemoe.text.tokenizer import Tokenizer
 from runs.tiny_runs import recipe, write_corpus
 
 
@@ -110,6 +113,60 @@ def test_generate_wants_prompts_or_messages(run: Path, arguments: dict[str, obje
 def test_generate_refuses_impossible_sampling_before_the_model_is_opened(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="top_p"):
         finemoe.generate(tmp_path / "nothing", "a", top_p=2.0)
+
+
+def test_samples_of_a_prompt_are_drawn_apart_and_alternatives_are_told(run: Path) -> None:
+    drawn = finemoe.generate(run, ["a b", "c"], n=3, max_new_tokens=8, logprobs=2, quiet=True)
+    assert [one.prompt for one in drawn] == ["a b"] * 3 + ["c"] * 3
+    assert len({one.tokens for one in drawn[:3]}) == 3
+    assert drawn[0].tokens == finemoe.generate(run, "a b", max_new_tokens=8, quiet=True)[0].tokens
+    for one in drawn:
+        assert len(one.likely) == len(one.tokens)
+        for logprob, likely in zip(one.logprobs, one.likely, strict=True):
+            assert likely[0][1] >= likely[1][1]
+            assert logprob <= likely[0][1] + 1e-6
+    assert "likely" in drawn[0].to_dict()
+
+
+def test_guesses_and_the_type_of_the_cache_reach_the_engine(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    greedy = {"temperature": 0.0, "max_new_tokens": 30}
+    (plain,) = finemoe.generate(run, "a b a b a b", quiet=True, **greedy)
+    with caplog.at_level("INFO", "finemoe"):
+        (guessed,) = finemoe.generate(run, "a b a b a b", guess="text", guess_tokens=2, **greedy)
+    assert "tokens a pass" in caplog.text
+    (by_itself,) = finemoe.generate(run, "a b a b a b", guess=str(run), quiet=True, **greedy)
+    assert guessed.tokens == by_itself.tokens == plain.tokens
+    (narrow,) = finemoe.generate(run, "a b", cache_dtype="bf16", cache_bytes=1 << 20, quiet=True, **greedy)
+    assert len(narrow.tokens) <= 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"n": 0}, "n: 0 completions"),
+        ({"guess_tokens": 2}, "goes with guess"),
+        ({"guess": "text", "guess_tokens": 0}, "guess_tokens: 0"),
+        ({"guess": "module"}, "no multi-token prediction module"),
+        ({"cache_dtype": "int4"}, "fp32, bf16, fp8"),
+        ({"regex": "a", "choice": ["b"]}, "exactly one"),
+        ({"temprature": 1.0}, "temperature"),
+        ({"stop": ""}, "empty string"),
+    ],
+    ids=str,
+)
+def test_generate_refuses_what_it_cannot_do(run: Path, arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        finemoe.generate(run, "a", quiet=True, **arguments)
+
+
+def test_a_model_with_another_tokenizer_cannot_guess(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    Tokenizer.train(["zzz yyy xxx www zzz yyy"] * 9, vocab_size=270).save(other / "tokenizer.json")
+    for folder in (other / "checkpoints").glob("*/tokenizer.json"):
+        shutil.copy(other / "tokenizer.json", folder)
+    with pytest.raises(FinemoeError, match="tokenizer"):
+        finemoe.generate(run, "a", guess=other, quiet=True)
 
 
 def test_analyze_calls_the_report_of_that_name(run: Path) -> None:
