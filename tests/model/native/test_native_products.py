@@ -73,6 +73,21 @@ def test_linear(rows: int, columns: int, shared: int) -> None:
     assert_equal_to_float64(linear, F.linear, (drawn(rows, shared), drawn(columns, shared)))
 
 
+@pytest.mark.parametrize("shared", [3, 16, 95, 1024])
+@pytest.mark.parametrize("columns", [1, 3, 4, 9, 130])
+def test_of_few_rows_each_is_multiplied_as_if_alone(columns: int, shared: int) -> None:
+    generator = torch.Generator().manual_seed(columns * shared)
+    states, weight = (torch.randn(count, shared, generator=generator) for count in (63, columns))
+    up, down = torch.randn(columns, shared, generator=generator), torch.randn(shared, columns, generator=generator)
+    with torch.no_grad():
+        alone = torch.cat([linear(row[None], weight) for row in states])
+        activated = torch.cat([native_swiglu(row[None], weight, up, down, None) for row in states])
+        torch.testing.assert_close(alone, states @ weight.T, rtol=1e-4, atol=1e-3)
+        for rows in (2, 5, 6, 7, 12, 13, 31, 63):
+            assert torch.equal(linear(states[:rows], weight), alone[:rows])
+            assert torch.equal(native_swiglu(states[:rows], weight, up, down, None), activated[:rows])
+
+
 def test_linear_takes_any_leading_dimensions_and_strides() -> None:
     weight = drawn(6, 5)
     assert_equal_to_float64(linear, F.linear, (drawn(2, 3, 4, 5), weight))
