@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from pydantic import Field, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from finemoe.core.config import (
     Config,
@@ -198,3 +198,16 @@ def test_what_holds_for_every_item_of_a_list_is_said_once() -> None:
     assert text.count("`more.0.width`") == 1
     assert "(got 0) (and the same of 2 more); `more.3.radius`" in text
     assert "more.1" not in text
+
+
+class Numbers(Config):
+    count: PositiveInt | None = None
+    share: float = 0.5
+    on: bool = False
+
+
+@pytest.mark.parametrize("name", ["count", "share"])
+def test_true_is_no_number(name: str) -> None:
+    assert parse(Numbers, {"on": True}, "here").on
+    with pytest.raises(ConfigError, match=f"here: `{name}` must be a number, not true"):
+        parse(Numbers, {name: True}, "here")

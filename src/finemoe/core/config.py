@@ -7,12 +7,13 @@ import json
 import os
 import re
 import tomllib
+import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from finemoe.core.config_words import did_you_mean as did_you_mean  # for all who look a name up
 from finemoe.core.config_words import meant, must_be, shown
@@ -30,6 +31,24 @@ class Config(BaseModel):
     """Base of every configuration: frozen, complete, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_truth_for_numbers(cls, data: Any) -> Any:
+        """pydantic would take `true` for 1."""
+        for name, field in cls.model_fields.items() if isinstance(data, Mapping) else ():
+            value = data.get(name)
+            if isinstance(value, bool) and _is_number(field.annotation):
+                raise ValueError(f"`{name}` must be a number, not {str(value).lower()}")
+        return data
+
+
+def _is_number(annotation: Any) -> bool:
+    kinds = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
+    members = [
+        typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind for kind in kinds or (annotation,)
+    ]
+    return (int in members or float in members) and bool not in members
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

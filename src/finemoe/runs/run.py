@@ -305,13 +305,14 @@ def _announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str)
     kernels = trainer.model.kernels
     size = measure(config.model, config.data.sequence_length)
     logger.info(
-        "%s: %.2fM parameters, %.2fM active; %s, %s, %d threads; kernels: attention %s, experts %s, products %s",
+        "%s: %.2fM parameters, %.2fM active; %s, %s, %d thread%s; kernels: attention %s, experts %s, products %s",
         directory,
         size.total_parameters / 1e6,
         size.active_parameters / 1e6,
         trainer.plan.device,
         "bf16" if trainer.plan.bf16 else "fp32",
         torch.get_num_threads(),
+        "s" * (torch.get_num_threads() > 1),
         kernels.attention,
         kernels.experts,
         kernels.products,

@@ -23,6 +23,7 @@ from finemoe.model.size import measure
 from finemoe.runs.config import RunConfig
 from finemoe.studies.worker import FAILED, FINISHED, INTERRUPTED
 from finemoe.training.directory import METRICS, check_record, summary_if_whole
+from finemoe.training.stopping import StopOnSignal
 
 _POLL_SECONDS = 0.5
 _PLAIN_SECONDS = 30.0
@@ -59,6 +60,10 @@ class Outcome:
     failures: dict[str, str] = field(default_factory=dict)
     """By job name: the message of a run that could not go on."""
 
+    def interrupt(self) -> None:
+        """Somebody asked it to end."""
+        self.interrupted = True
+
 
 @dataclass
 class _Active:
@@ -70,22 +75,27 @@ class _Active:
 def run_fleet(jobs: Sequence[Job], parallel: int, *, description: str, quiet: bool) -> Outcome:
     """Run `jobs` in order, `parallel` at a time; finished ones are skipped, begun ones go on.
 
-    Ctrl-C ends every active run after its step, saved, and returns with `interrupted`.
+    Ctrl-C, a closed terminal and what else asks a run to end (`POLITE`) end every active run after its step, saved, and
+    return with `interrupted`.
     """
     waiting = [job for job in jobs if not job.finished]
     outcome = Outcome()
     active: list[_Active] = []
     board = _Board(jobs, description, quiet)
+    with StopOnSignal(outcome.interrupt):
+        _run(waiting, active, parallel, outcome, board)
+    return outcome
+
+
+def _run(waiting: list[Job], active: list[_Active], parallel: int, outcome: Outcome, board: _Board) -> None:
     try:
-        while waiting or active:
+        while (waiting or active) and not outcome.interrupted:
             while waiting and len(active) < parallel:
                 active.append(_start(waiting.pop(0)))
             time.sleep(_POLL_SECONDS)
             for one in [one for one in active if one.process.poll() is not None]:
                 active.remove(one)
-                _conclude(one, outcome, board)
-                if outcome.interrupted:  # a worker was told to stop: so is the study
-                    raise KeyboardInterrupt
+                _conclude(one, outcome, board)  # a worker that was told to stop interrupts the study too
             board.refresh([one.job for one in active])
     except KeyboardInterrupt:
         outcome.interrupted = True
@@ -95,7 +105,6 @@ def run_fleet(jobs: Sequence[Job], parallel: int, *, description: str, quiet: bo
         for one in active:
             one.process.wait()
         board.close()
-    return outcome
 
 
 def _start(job: Job) -> _Active:

@@ -39,11 +39,15 @@ def find_preset(name: str) -> Preset:
     Raises:
         ConfigError: naming the closest preset.
     """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {_nearest(name)}")
+    return PRESETS[name]
+
+
+def _nearest(name: str) -> str:
     from finemoe.core.config import did_you_mean
 
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset `{name[:60]}`{did_you_mean(name, sorted(PRESETS))}")
-    return PRESETS[name]
+    return f"`{name[:60]}`{did_you_mean(name, sorted(PRESETS))}"
 
 
 def group_of(name: str) -> str:
@@ -66,5 +70,7 @@ def resolve(model: Mapping[str, Any], source: str) -> ModelRecipe:
     own = {key: value for key, value in model.items() if key != "preset"}
     if not isinstance(model.get("preset", ""), str):
         raise ConfigError(f"{source}: `preset` must be text in quotes{shown(model['preset'])}")
+    if "preset" in model and model["preset"] not in PRESETS:
+        raise ConfigError(f"{source}: unknown `preset` {_nearest(model['preset'])}")
     base = find_preset(model["preset"]).model if "preset" in model else {}
     return parse(ModelRecipe, merge(base, own), source, table="base" if source.endswith(": base") else "model")
