@@ -60,7 +60,7 @@ UNREADABLE: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
     "generation config is empty": (
         "generation_config.json",
         text("generation_config.json", ""),
-        "not valid JSON",
+        "is empty",
         "end a generation",
     ),
     "generation config links nowhere": (

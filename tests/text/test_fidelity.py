@@ -164,9 +164,9 @@ def test_neighbours_with_a_wrong_value_are_refused(tmp_path: Path, name: str, co
         ("tokenizer_config.json", "\ud800", "cannot be read"),
         ("tokenizer_config.json", " " * (17 << 20), "17 MiB is more than the 16 MiB allowed"),
         ("generation_config.json", "<!DOCTYPE html><html></html>", "an HTML page"),
-        ("generation_config.json", "", "not JSON"),
+        ("generation_config.json", "", "it is empty"),
         ("special_tokens_map.json", "{", "not JSON"),
-        ("config.json", "", "not JSON"),
+        ("config.json", "", "it is empty"),
     ],
 )
 def test_neighbours_that_cannot_be_read_are_left_out_with_a_warning(

@@ -129,6 +129,8 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
     """
     if text.count("[") + text.count("{") > MOST_BRACKETS:  # those in strings too: no real file comes near
         raise DataError(f"{what}: more than {MOST_BRACKETS} lists and objects, which no real file has")
+    if not text.strip():
+        raise DataError(f"{what}: it is empty")
     try:
         value = json.loads(text.removeprefix("\ufeff"))
         require_whole_characters(text.encode("utf-8", "replace"), value)

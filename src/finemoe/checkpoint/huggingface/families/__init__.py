@@ -55,7 +55,8 @@ def family_of(raw: Mapping[str, Any]) -> Family:
         classes = raw.get("architectures")
         one = classes[0] if isinstance(classes, list) and classes else None
         meant = next((known.name for known in FAMILIES.values() if known.architecture == one), None)
-        fix = f'; `architectures` says {one}, so set `"model_type": "{meant}"`' if meant else ""
+        fix = f"; set it to one of {', '.join(FAMILIES)}"
+        fix = f'; `architectures` says {one}, so set `"model_type": "{meant}"`' if meant else fix
         raise CheckpointError(f"config.json: no `model_type`, which says how all else is read{fix}")
     if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(
