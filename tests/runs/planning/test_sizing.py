@@ -51,6 +51,11 @@ def test_weights_that_are_damaged_do_not_stop_a_size(tmp_path: Path, caplog: Any
     assert size(folder / CONFIG) == whole
 
 
+def test_of_mistral_as_its_model_card_has_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED["mistral-7b-instruct-v0.3"]))
+    assert size(tmp_path).total_parameters == 7_248_023_552
+
+
 @pytest.mark.parametrize("name", ["nomt.json", "config.json"])
 def test_a_foreign_configuration_without_a_model_type_is_told_which_to_write(tmp_path: Path, name: str) -> None:
     raw = {key: value for key, value in RELEASED["deepseek-v3"].items() if key != "model_type"}

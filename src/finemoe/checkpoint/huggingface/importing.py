@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from finemoe.checkpoint.huggingface.accounting import Account, our_specs, take_account
+from finemoe.checkpoint.huggingface.contradictions import contradictions
 from finemoe.checkpoint.huggingface.families import family_of
 from finemoe.checkpoint.huggingface.fp8 import Block, block_of, dequantize, factors_of
 from finemoe.checkpoint.huggingface.settling import settle_by
@@ -90,7 +91,11 @@ def open_source(path: Path) -> Source:
     tensors = TensorFolder.open(path)
     with named(path):
         tensors, settled = settle_by(family, raw, tensors)
-        account = take_account(tensors, settled.config, family, settled.aside, block_of(raw))
+        try:
+            account = take_account(tensors, settled.config, family, settled.aside, block_of(raw))
+        except CheckpointError as error:
+            told = contradictions(raw, settled.config, family.spellings, tensors)
+            raise CheckpointError(f"{error}{told}") from error
     notes = (*settled.notes, *tensors.notes)
     warnings = (*tensors.warnings, *settled.warnings, *account.warnings)
     return Source(path, family.name, raw, settled.config, tensors, account, notes, warnings)

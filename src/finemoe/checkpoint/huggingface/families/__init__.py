@@ -15,6 +15,7 @@ from finemoe.checkpoint.huggingface.families import (
     glm4_moe,
     kimi_k2,
     llama,
+    mistral,
     mixtral,
     olmoe,
     qwen2,
@@ -29,6 +30,7 @@ from finemoe.model.config import ModelConfig
 
 FAMILIES: Mapping[str, Family] = {
     "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,
     "qwen2": qwen2.FAMILY,
