@@ -36,7 +36,7 @@ UNREADABLE: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
     "tokenizer config is a page": (
         "tokenizer_config.json",
         text("tokenizer_config.json", "<!DOCTYPE html><html><body>404</body></html>"),
-        "an HTML page",
+        "an HTML page: fetch the file itself again",
         "what begins a text",
     ),
     "tokenizer config says a key twice": (
@@ -72,7 +72,7 @@ UNREADABLE: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
     "template is a page": (
         "chat_template.jinja",
         text("chat_template.jinja", "<html><head></head></html>"),
-        "an HTML page",
+        "an HTML page: fetch the file itself again",
         "chat template",
     ),
     "template was not fetched": ("chat_template.jinja", text("chat_template.jinja", POINTER), "Git LFS", "template"),

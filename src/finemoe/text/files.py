@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finemoe.core.contents import HEAD_BYTES, JSON, contents_of, explain
+from finemoe.core.contents import AGAIN, HEAD_BYTES, JSON, contents_of, explain
 from finemoe.core.encodings import decode_text
 from finemoe.core.errors import DataError
 from finemoe.core.logs import logger
@@ -100,7 +100,7 @@ def template_problem(data: bytes) -> str | None:
     if found.kind != "empty" and not data.strip():
         return "is empty"
     if found.kind not in ("text", *JSON):
-        return f"is {found.what}"
+        return found.sentence if found.kind == "pointer" else f"is {found.what}: {AGAIN}"
     try:
         text = decode_text(data)
     except UnicodeDecodeError as error:
@@ -130,7 +130,7 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
     if text.count("[") + text.count("{") > MOST_BRACKETS:  # those in strings too: no real file comes near
         raise DataError(f"{what}: more than {MOST_BRACKETS} lists and objects, which no real file has")
     if not text.strip():
-        raise DataError(f"{what}: it is empty")
+        raise DataError(f"{what}: not JSON: it is empty")
     try:
         value = json.loads(text.removeprefix("\ufeff"))
         require_whole_characters(text.encode("utf-8", "replace"), value)
