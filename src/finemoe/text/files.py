@@ -5,6 +5,7 @@ Bounded in size, and never through a link out of their folder.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,9 +73,16 @@ def read_beside(folder: Path, name: str, limit: int, what: str) -> str | None:
 
 
 def leads_out(folder: Path, name: str) -> bool:
-    """Whether `name` in `folder` is a link to something elsewhere: refused always, however little is lost with it."""
+    """Whether `name` in `folder` is a link elsewhere or in a circle: refused however little is lost with it."""
     file = folder / name
-    return file.is_symlink() and file.exists() and not _stays(folder, file)
+    if not file.is_symlink():
+        return False
+    try:
+        file.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return True
+    return not _stays(folder, file)
 
 
 def read_table(folder: Path, name: str) -> dict[str, Any]:
