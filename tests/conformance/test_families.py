@@ -106,6 +106,7 @@ WRITTEN: dict[str, tuple[int, int]] = {
     "smollm2-135m": (18, 22),
     "deepseek-r1-distill-qwen-1.5b": (19, 21),
     "qwen3-0.6b": (19, 20),
+    "mistral-7b-instruct-v0.3": (19, 22),
     "mixtral-8x7b": (45, 48),
     "olmoe-1b-7b": (41, 40),
     "qwen1.5-moe-a2.7b": (46, 41),

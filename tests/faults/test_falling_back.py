@@ -5,16 +5,20 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from finemoe.core.errors import RunError
+from finemoe.checkpoint.kinds import kind_of, read_config
+from finemoe.checkpoint.open import load_model, read_model_config
+from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.files import plain_words
 from finemoe.core.logs import JsonLines
 from finemoe.evaluation.runner import Answers
 from finemoe.evaluation.task import Scored
 from finemoe.runs.directory import cut_metrics
+from finemoe.runs.planning.sizing import size
 from finemoe.runs.run import resume, train
 from finemoe.training.directory import read_metrics, read_summary
 from runs.tiny_runs import checkpoints, newest_state, recipe, steps
@@ -139,3 +143,18 @@ def test_a_full_disk_under_an_evaluation_is_told_in_words(tmp_path: Path, monkey
 def test_what_the_system_refuses_has_no_number(error: OSError, words: str) -> None:
     assert plain_words(error).startswith(words)
     assert "Errno" not in plain_words(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"<html></html>", b"[1]", b"\0" * 64, b"\xff\xfe\xff"])
+@pytest.mark.parametrize("open_it", [kind_of, load_model, size, read_config, read_model_config])
+def test_a_damaged_configuration_of_a_run_is_put_back(
+    copied: Path, content: bytes, open_it: Callable[[Path], object]
+) -> None:
+    (copied / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        open_it(copied)
+    assert str(caught.value).startswith(f"{copied / 'config.json'}: the configuration of this run is damaged: ")
+    copy = checkpoints(copied)[-1] / "config.json"
+    assert str(caught.value).endswith(f"each checkpoint of the run holds a copy, such as {copy}")
+    shutil.copyfile(copy, copied / "config.json")
+    open_it(copied)

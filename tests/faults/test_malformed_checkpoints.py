@@ -159,9 +159,6 @@ MALFORMED: dict[str, tuple[dict[str, Any], Damage, str]] = {
     "config links out": (LLAMA, link_out("config.json"), "leads out of the folder"),
     "tokenizer links out": (LLAMA, link_out("tokenizer.json"), "leads out of the folder"),
     "template links out": (LLAMA, link_out("chat_template.jinja"), "leads out of the folder"),
-    "tokenizer is deep": (LLAMA, text("tokenizer.json", "[" * 100_000), "levels deep"),
-    "tokenizer is huge": (LLAMA, lambda f: os.truncate(f / "tokenizer.json", 1 << 30), "has at most"),
-    "generation config is no JSON": (LLAMA, text("generation_config.json", "x"), "not valid JSON"),
     "a tensor is missing": (LLAMA, replace(LLAMA, **{NORM: None}), rf"1 tensor is missing: {NORM}"),
     "many are missing": (
         LLAMA,

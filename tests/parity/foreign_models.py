@@ -81,6 +81,11 @@ _GLM: dict[str, Any] = {
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", _GROUPED),
     "llama-head-dim": ("Llama", {**_GROUPED, "head_dim": 12, "rms_norm_eps": 1e-5}),
+    "mistral": ("Mistral", {**_GROUPED, "sliding_window": None}),
+    "mistral-head-dim": (
+        "Mistral",
+        {**_GROUPED, "sliding_window": 64, "head_dim": 12, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+    ),
     "llama-linear": ("Llama", {**_GROUPED, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4}}),
     "llama-llama3": (
         "Llama",

@@ -111,7 +111,11 @@ def test_every_setting_counts(case: str, change: dict[str, Any], tmp_path: Path)
 
 
 CLASSES = {case.split("-")[0]: name for case, (name, _) in CASES.items()}
-NEEDED: dict[str, dict[str, Any]] = {"deepseek_v2": {"num_experts_per_tok": 6}, "glm4_moe": {"head_dim": 128}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "glm4_moe": {"head_dim": 128},
+    "mistral": {"sliding_window": 131_072},
+}
 """What a config needs said, though its class says nothing."""
 OTHERWISE = {"deepseek_v2": {"n_routed_experts", "n_shared_experts"}}
 """Where DeepSeek's own code takes none, and transformers some."""

@@ -157,6 +157,22 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "content", [b"<!DOCTYPE html><html></html>", b"\x89PNG\r\n\x1a\n", b"{{ \xff }}", b"", b"a\0b", b" " * (2 << 20)]
+)
+def test_a_file_that_is_no_template_is_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(content)
+    assert ChatTemplate.load(tmp_path) is None
+    assert f"{tmp_path / 'chat_template.jinja'}: " in caplog.text
+    assert "left out: its chat template is lost" in caplog.text
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "plain"}))
+    template = ChatTemplate.load(tmp_path)
+    assert template is not None
+    assert template.sources == {"default": "plain"}
+
+
+@pytest.mark.parametrize(
     ("value", "says"),
     [
         (7, "chat_template must be text, or a list"),

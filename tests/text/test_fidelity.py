@@ -143,20 +143,47 @@ def test_the_end_may_be_known_only_to_the_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("tokenizer_config.json", "[1]", "must be a JSON object, not list"),
-        ("tokenizer_config.json", "{", "not JSON"),
-        ("tokenizer_config.json", '{"a":' + "[" * 100_000, "nested too deeply"),
         ("tokenizer_config.json", '{"add_bos_token": 1}', "add_bos_token is 1, but must be true or false"),
         ("tokenizer_config.json", '{"bos_token": 7}', "bos_token is 7, but must be text"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x', but must be an id"),
-        ("tokenizer_config.json", "\ud800", "cannot be read"),
-        ("tokenizer_config.json", " " * (17 << 20), "17 MiB is more than the 16 MiB allowed"),
     ],
 )
-def test_malformed_neighbours_are_refused(tmp_path: Path, name: str, content: str, says: str) -> None:
+def test_neighbours_with_a_wrong_value_are_refused(tmp_path: Path, name: str, content: str, says: str) -> None:
     write(tmp_path, deepseek())
     (tmp_path / name).write_bytes(content.encode("utf-8", errors="surrogatepass"))
     with pytest.raises(DataError, match=says):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("tokenizer_config.json", "[1]", "must be a JSON object, not list"),
+        ("tokenizer_config.json", "{", "not JSON"),
+        ("tokenizer_config.json", '{"a":' + "[" * 100_000, "nested too deeply"),
+        ("tokenizer_config.json", "\ud800", "cannot be read"),
+        ("tokenizer_config.json", " " * (17 << 20), "17 MiB is more than the 16 MiB allowed"),
+        ("generation_config.json", "<!DOCTYPE html><html></html>", "an HTML page"),
+        ("generation_config.json", "", "it is empty"),
+        ("special_tokens_map.json", "{", "not JSON"),
+        ("config.json", "", "it is empty"),
+    ],
+)
+def test_neighbours_that_cannot_be_read_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, content: str, says: str
+) -> None:
+    plain = Tokenizer.load(write(tmp_path, deepseek()))
+    (tmp_path / name).write_bytes(content.encode("utf-8", errors="surrogatepass"))
+    told = Tokenizer.load(tmp_path)
+    assert (told.adds_bos, told.stop_ids) == (plain.adds_bos, plain.stop_ids)
+    assert str(tmp_path / name) in caplog.text
+    assert says in caplog.text
+    assert "left out: " in caplog.text
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("<html><body>404</body></html>")
+    with pytest.raises(DataError, match="an HTML page"):
         Tokenizer.load(tmp_path)
 
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.core.contents import explanation
@@ -98,12 +98,31 @@ def _known(path: Path) -> Literal["run", "checkpoint", "imported", "huggingface"
     if (path / STATE).exists():
         return "checkpoint"
     if (path / CONFIG).is_file():
-        keys = read_json(folder_file(path, CONFIG))
+        keys = read_config(path)
         if "model_type" in keys or ("architectures" in keys and "model" not in keys):
             return "huggingface"
         if "model" in keys:
             return "imported" if "source" in keys else "run"
     return "run" if (path / "checkpoints").is_dir() else None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json in `folder`, whoever wrote it.
+
+    Raises:
+        CheckpointError: it cannot be read; where it is a run's, with what to put in its place.
+    """
+    try:
+        return read_json(folder_file(folder, CONFIG))
+    except CheckpointError as error:
+        copies = sorted((folder / "checkpoints").glob(f"step-*/{CONFIG}"))
+        if not copies:
+            raise
+        why = str(error).removeprefix(f"{folder / CONFIG}: ")
+        raise CheckpointError(
+            f"{folder / CONFIG}: the configuration of this run is damaged: {why}. Put it back: each checkpoint of the "
+            f"run holds a copy, such as {copies[-1]}"
+        ) from error
 
 
 def is_imported(path: Path) -> bool:

@@ -25,6 +25,7 @@ WRITTEN = frozenset({"text", "empty", *JSON})
 """Made of characters that are worth reading."""
 _NO_EXPLANATION = frozenset({"text", "binary", "empty"})
 
+AGAIN = "fetch the file itself again"
 _LATER = "pack it as .gz, .bz2, .xz or .zst instead, or unpack it"
 _UNPACK = "unpack it first"
 _AS_TEXT = "take the text out of it first, into a .txt or .jsonl file"
@@ -131,6 +132,8 @@ def explanation(path: Path, wanted: frozenset[str]) -> str | None:
 def explain(head: bytes, wanted: frozenset[str]) -> str | None:
     """As `explanation`, of the first bytes themselves, or of the whole of a small file."""
     found = contents_of(head[:HEAD_BYTES])
+    if found.kind == "markup" and wanted == JSON:  # where settings belong, a page is what came in place of them
+        return f"is {found.what}: {AGAIN}"
     return None if found.kind in _NO_EXPLANATION | wanted else found.sentence
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, final
 
 from finemoe.core.errors import DataError
-from finemoe.text.files import CONFIG_LIMIT, MEGABYTE, parse_object, read_beside
+from finemoe.core.logs import logger
+from finemoe.text.files import COMPANIONS, MEGABYTE, leads_out, read_beside, read_table, template_problem
 from finemoe.text.settings import TOKENIZER_CONFIG, special_tokens_of, with_older_tokens
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -69,13 +70,14 @@ class ChatTemplate:
     def load(folder: str | Path) -> ChatTemplate | None:
         """From chat_template.jinja or tokenizer_config.json in `folder`; None: no template there.
 
+        A file that cannot be read, or is no template, is left out with a warning.
+
         Raises:
-            DataError: a file that is unreadable or not what its name says.
+            DataError: a `chat_template` that is neither text nor named texts, or a link that leads out of the folder.
         """
         folder = Path(folder)
-        text = read_beside(folder, TOKENIZER_CONFIG, CONFIG_LIMIT, "file")
-        config = {} if text is None else parse_object(text, str(folder / TOKENIZER_CONFIG))
-        jinja = read_beside(folder, CHAT_TEMPLATE, _SOURCE_LIMIT, "chat template")
+        config = read_table(folder, TOKENIZER_CONFIG)
+        jinja = _beside(folder)
         name = TOKENIZER_CONFIG if jinja is None else CHAT_TEMPLATE
         config = with_older_tokens(folder, config)
         return ChatTemplate.from_config(config, f"chat template of {folder / name}", jinja)
@@ -172,6 +174,21 @@ class ChatTemplate:
 
     def _too_long(self) -> DataError:
         return DataError(f"{self.origin}: takes longer than {self.seconds:g} s: does it loop without end?")
+
+
+def _beside(folder: Path) -> str | None:
+    """chat_template.jinja in `folder`; None: there is none, or, with a warning, none that is a template."""
+    try:
+        text = read_beside(folder, CHAT_TEMPLATE, _SOURCE_LIMIT, "chat template")
+        problem = None if text is None else template_problem(text.encode("utf-8", "replace"))
+        if problem is not None:
+            raise DataError(f"chat template {folder / CHAT_TEMPLATE}: it {problem}")
+    except DataError as error:
+        if leads_out(folder, CHAT_TEMPLATE):
+            raise
+        logger.warning("%s; left out: %s", error, COMPANIONS[CHAT_TEMPLATE])
+        return None
+    return text
 
 
 def _checked(source: str, origin: str) -> str:

@@ -5,28 +5,31 @@ Bounded in size, and never through a link out of their folder.
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finemoe.core.contents import HEAD_BYTES, JSON, explain
+from finemoe.core.contents import AGAIN, HEAD_BYTES, JSON, contents_of, explain
 from finemoe.core.encodings import decode_text
 from finemoe.core.errors import DataError
+from finemoe.core.logs import logger
 from finemoe.core.reading import require_whole_characters
 
 MEGABYTE = 2**20
 TOKENIZER_LIMIT = 64 * MEGABYTE
 CONFIG_LIMIT = 16 * MEGABYTE
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files of text and tokens that travel with the weights of a model."""
+COMPANIONS: Mapping[str, str] = {
+    "tokenizer.json": "the tokenizer is lost, and the model runs on token ids alone",
+    "tokenizer_config.json": "special tokens, what begins a text and a chat template are lost where it alone has them",
+    "special_tokens_map.json": "special tokens are lost where this file alone names them",
+    "added_tokens.json": "tokens are lost where this file alone names them",
+    "generation_config.json": "tokens that end a generation are lost where this file alone names them",
+    "chat_template.jinja": "its chat template is lost",
+    "chat_template.json": "its chat template is lost",
+}
+"""Files of text and tokens that travel with the weights of a model -> what is lost with one that cannot be read."""
 MOST_BRACKETS = 4_000_000
 """Of lists and objects in a JSON file: three bytes of `[],` become more than sixty in memory."""
 
@@ -64,9 +67,53 @@ def read_beside(folder: Path, name: str, limit: int, what: str) -> str | None:
     file = folder / name
     if not file.exists() and not file.is_symlink():
         return None
-    if file.is_symlink() and not _stays(folder, file):
+    if leads_out(folder, name):
         raise DataError(f"{what} {file}: is a link that leads out of its folder: put the file itself there")
     return read_bounded(file, limit, what)
+
+
+def leads_out(folder: Path, name: str) -> bool:
+    """Whether `name` in `folder` is a link elsewhere or in a circle: refused however little is lost with it."""
+    file = folder / name
+    if not file.is_symlink():
+        return False
+    try:
+        file.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return True
+    return not _stays(folder, file)
+
+
+def read_table(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object of a companion; an empty one where there is none, or, with a warning, none that can be read.
+
+    Raises:
+        DataError: a link that leads out of the folder.
+    """
+    try:
+        text = read_beside(folder, name, CONFIG_LIMIT, "file")
+        return {} if text is None else parse_object(text, str(folder / name))
+    except DataError as error:
+        if leads_out(folder, name):
+            raise
+        lost = COMPANIONS.get(name, "tokens that end a generation are lost where this file alone names them")
+        logger.warning("%s; left out: %s", error, lost)
+        return {}
+
+
+def template_problem(data: bytes) -> str | None:
+    """Why the content of a chat_template.jinja is no template, so that "it ..." is a sentence; None: it is text."""
+    found = contents_of(data[:HEAD_BYTES])
+    if found.kind != "empty" and not data.strip():
+        return "is empty"
+    if found.kind not in ("text", *JSON):
+        return found.sentence if found.kind == "pointer" else f"is {found.what}: {AGAIN}"
+    try:
+        text = decode_text(data)
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 (byte {error.start})"
+    return "holds zero bytes, which no text does" if "\x00" in text else None
 
 
 def _stays(folder: Path, file: Path) -> bool:
@@ -90,6 +137,8 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
     """
     if text.count("[") + text.count("{") > MOST_BRACKETS:  # those in strings too: no real file comes near
         raise DataError(f"{what}: more than {MOST_BRACKETS} lists and objects, which no real file has")
+    if not text.strip():
+        raise DataError(f"{what}: not JSON: it is empty")
     try:
         value = json.loads(text.removeprefix("\ufeff"))
         require_whole_characters(text.encode("utf-8", "replace"), value)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finemoe.core.errors import DataError
-from finemoe.text.files import CONFIG_LIMIT, parse_object, read_beside
+from finemoe.text.files import parse_object, read_table
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -35,13 +35,12 @@ class TokenizerSettings:
     def read(folder: Path) -> TokenizerSettings:
         """From tokenizer_config.json, special_tokens_map.json and generation_config.json in `folder`, where they exist.
 
+        One that cannot be read is left out, with a warning.
+
         Raises:
-            DataError: a file that is unreadable or not what its name says.
+            DataError: a value of the wrong type, or a link that leads out of the folder.
         """
-        tables = {}
-        for name in (TOKENIZER_CONFIG, GENERATION_CONFIG, "config.json"):
-            text = read_beside(folder, name, CONFIG_LIMIT, "file")
-            tables[name] = {} if text is None else parse_object(text, str(folder / name))
+        tables = {name: read_table(folder, name) for name in (TOKENIZER_CONFIG, GENERATION_CONFIG, "config.json")}
         config = with_older_tokens(folder, tables[TOKENIZER_CONFIG])
         generation = tables[GENERATION_CONFIG] if "eos_token_id" in tables[GENERATION_CONFIG] else tables["config.json"]
         return TokenizerSettings.of(config, generation, str(folder))
@@ -68,20 +67,25 @@ def with_older_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]
 
     Nothing else needs that file: what cannot be read in it is as if it were not there.
     """
-    text = None
-    with contextlib.suppress(DataError):
-        text = read_beside(folder, SPECIAL_TOKENS_MAP, CONFIG_LIMIT, "file")
-    return with_tokens_of(text, config)
+    table: dict[str, Any] = {}
+    with contextlib.suppress(DataError):  # a link that leads out of the folder
+        table = read_table(folder, SPECIAL_TOKENS_MAP)
+    return _with_tokens(table, config)
 
 
 def with_tokens_of(older: str | None, config: Mapping[str, Any]) -> dict[str, Any]:
     """The same, with the text of the special_tokens_map.json; None: there is none."""
-    found: dict[str, Any] = {}
+    table: dict[str, Any] = {}
     with contextlib.suppress(DataError):
         table = {} if older is None else parse_object(older, SPECIAL_TOKENS_MAP)
-        for key in _SPECIAL_KEYS:
-            with contextlib.suppress(DataError):
-                found |= special_tokens_of({key: table.get(key)}, SPECIAL_TOKENS_MAP)
+    return _with_tokens(table, config)
+
+
+def _with_tokens(table: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key in _SPECIAL_KEYS:
+        with contextlib.suppress(DataError):
+            found |= special_tokens_of({key: table.get(key)}, SPECIAL_TOKENS_MAP)
     return {**found, **{key: value for key, value in config.items() if key not in found or value is not None}}
 
 

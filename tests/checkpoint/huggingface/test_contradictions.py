@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from checkpoint.huggingface.published import LLAMA, TIED, V3, publish, tensors_of, write_weights
+from checkpoint.huggingface.published import LLAMA, MIXTRAL, TIED, V3, publish, tensors_of, write_weights
 from checkpoint.huggingface.test_hf_config import BY_FAMILY
 from finemoe.checkpoint.huggingface.exporting import export_hf
 from finemoe.checkpoint.huggingface.families import FAMILIES
@@ -79,3 +79,29 @@ def test_a_model_type_that_is_missing_is_the_one_of_the_class(tmp_path: Path, na
     (tmp_path / "a" / "config.json").write_text(json.dumps(write))
     with pytest.raises(CheckpointError, match=r'no `model_type`.* so set `"model_type": "llama"`'):
         read_model_config(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("raw", "field", "wrong", "right"),
+    [
+        *((LLAMA, "num_hidden_layers", wrong, 2) for wrong in (1, 3, 4000)),
+        *((LLAMA, "num_key_value_heads", 2, 1), (LLAMA, "num_key_value_heads", None, 1)),
+        *((LLAMA, "intermediate_size", 40, 24), (LLAMA, "hidden_size", 32, 16), (LLAMA, "head_dim", 4, 8)),
+        *((MIXTRAL, "num_local_experts", wrong, 3) for wrong in (2, 4)),
+        *((MIXTRAL, "intermediate_size", 40, 24), (MIXTRAL, "num_hidden_layers", 1, 2)),
+        *((V3, "num_hidden_layers", 3, 2), (V3, "n_routed_experts", 8, 4), (V3, "moe_intermediate_size", 16, 12)),
+        *((V3, "intermediate_size", 150, 140), (V3, "hidden_size", 128, 136)),
+    ],
+)
+def test_a_size_that_the_weights_contradict_is_named(
+    tmp_path: Path, raw: dict[str, Any], field: str, wrong: int | None, right: int
+) -> None:
+    publish(tmp_path / "a", raw)
+    write = {**raw, field: wrong}
+    if wrong is None:
+        del write[field]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(write))
+    with pytest.raises(CheckpointError) as error:
+        open_source(tmp_path / "a")
+    said = f"{wrong}" if wrong is not None else "2 (left out, so by default)"
+    assert f"In config.json `{field}` is {said}, and the weights have {right}: get the config.json" in str(error.value)

@@ -50,6 +50,8 @@ def tiny(family: str, draw: Any) -> ModelConfig:
         raw |= {"head_dim": 6}
     if family in ("qwen2_moe", "qwen3_moe"):
         raw |= {"decoder_sparse_step": draw(st.integers(1, 2)), "mlp_only_layers": draw(st.sampled_from([[], [0]]))}
+    if family == "mistral":
+        raw |= {"sliding_window": None}
     if family == "glm4_moe":
         raw |= {"use_qk_norm": draw(flag), "attention_bias": draw(flag), "partial_rotary_factor": 2 / 3}
         raw |= {"num_nextn_predict_layers": draw(st.integers(0, 2))}

@@ -121,6 +121,13 @@ def test_announced_prediction_modules_that_are_absent(tmp_path: Path, caplog: An
     assert "promises 1" in warning
 
 
+def test_two_prediction_modules_are_announced_and_one_is_there(tmp_path: Path, caplog: Any) -> None:
+    config, warning = told(tmp_path / "source", {**V3, "num_nextn_predict_layers": 2}, tensors_of(V3), caplog)
+    assert len(config.mtp) == 1
+    assert "promises 2 multi-token prediction module(s), and the weights hold 1: opened with 1" in warning
+    assert "without" not in warning
+
+
 def test_a_torn_module_that_nobody_announces_is_carried(tmp_path: Path, caplog: Any) -> None:
     weights = tensors_of(V3)
     del weights["model.layers.2.mlp.experts.3.down_proj.weight"]

@@ -16,7 +16,7 @@ from finemoe.checkpoint.gguf.exporting import export_gguf
 from finemoe.checkpoint.gguf.opening import open_gguf
 from finemoe.checkpoint.kinds import CONFIG
 from finemoe.checkpoint.open import read_model_config
-from finemoe.core.errors import FinemoeError
+from finemoe.core.errors import CheckpointError, FinemoeError
 from finemoe.model.config import expand
 from finemoe.model.presets import resolve
 from finemoe.model.size import measure
@@ -49,6 +49,23 @@ def test_weights_that_are_damaged_do_not_stop_a_size(tmp_path: Path, caplog: Any
     assert len(caplog.records) == 1, "a config.json that was fetched alone is no reason for a word"
     (folder / "model.safetensors.index.json").write_text("{")
     assert size(folder / CONFIG) == whole
+
+
+def test_of_mistral_as_its_model_card_has_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED["mistral-7b-instruct-v0.3"]))
+    assert size(tmp_path).total_parameters == 7_248_023_552
+
+
+@pytest.mark.parametrize("name", ["nomt.json", "config.json"])
+def test_a_foreign_configuration_without_a_model_type_is_told_which_to_write(tmp_path: Path, name: str) -> None:
+    raw = {key: value for key, value in RELEASED["deepseek-v3"].items() if key != "model_type"}
+    (tmp_path / name).write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=rf'{name}: .*no `model_type`.* set `"model_type": "deepseek_v3"`'):
+        size(tmp_path / name)
+    del raw["architectures"]
+    (tmp_path / name).write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=rf"{name}: .*no `model_type`.* set it to one of llama, "):
+        size(tmp_path / name)
 
 
 def test_of_a_gguf_file_the_header_is_enough(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from finemoe.checkpoint.doctor.findings import Findings
 from finemoe.checkpoint.doctor.subject import Subject
+from finemoe.checkpoint.huggingface.importing import companion_of
 from finemoe.checkpoint.kinds import CONFIG
 from finemoe.checkpoint.open import load_chat_template, load_tokenizer
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
-from finemoe.core.errors import FinemoeError
+from finemoe.core.errors import CheckpointError, FinemoeError
 from finemoe.text import Tokenizer, class_problem, fidelity
 from finemoe.text.files import COMPANIONS
 
@@ -61,8 +62,19 @@ def _tokenizer(subject: Subject, found: Findings) -> Tokenizer | None:
             return None
     with found.guard("tokenizer"):
         _check_links(home)
+        _check_readable(home, found)
         return load_tokenizer(home)
     return None
+
+
+def _check_readable(home: Path, found: Findings) -> None:
+    """Warn of each file beside tokenizer.json that is left out wherever it is met."""
+    for name in COMPANIONS:
+        if name != _TOKENIZER and _has(home, name):
+            try:
+                companion_of(home, name)
+            except CheckpointError as error:
+                found.warning("tokenizer", f"{error}; left out: {COMPANIONS[name]}")
 
 
 def _facts(tokenizer: Tokenizer, subject: Subject, found: Findings) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from finemoe.checkpoint.huggingface.accounting import Account, our_specs, take_account
+from finemoe.checkpoint.huggingface.contradictions import contradictions
 from finemoe.checkpoint.huggingface.families import family_of
 from finemoe.checkpoint.huggingface.fp8 import Block, block_of, dequantize, factors_of
 from finemoe.checkpoint.huggingface.settling import settle_by
@@ -28,7 +29,7 @@ from finemoe.checkpoint.weights.placement import Placement
 from finemoe.core.errors import CheckpointError, named
 from finemoe.core.logs import logger, mebibytes
 from finemoe.model.config import ModelConfig
-from finemoe.text.files import COMPANIONS
+from finemoe.text.files import COMPANIONS, leads_out, template_problem
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,11 @@ def open_source(path: Path) -> Source:
     tensors = TensorFolder.open(path)
     with named(path):
         tensors, settled = settle_by(family, raw, tensors)
-        account = take_account(tensors, settled.config, family, settled.aside, block_of(raw))
+        try:
+            account = take_account(tensors, settled.config, family, settled.aside, block_of(raw))
+        except CheckpointError as error:
+            told = contradictions(raw, settled.config, family.spellings, tensors)
+            raise CheckpointError(f"{error}{told}") from error
     notes = (*settled.notes, *tensors.notes)
     warnings = (*tensors.warnings, *settled.warnings, *account.warnings)
     return Source(path, family.name, raw, settled.config, tensors, account, notes, warnings)
@@ -129,7 +134,7 @@ def import_hf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, qu
     with named(opened.path):
         specs, notes = our_specs(opened.config, opened.tensors, opened.account)
     carried = [_spec(opened.tensors, name) for name in opened.tensors.tensors if name in opened.account.carried]
-    companions, ignored = _companions(opened)
+    companions, ignored, left_out = _companions(opened)
     nbytes = sum(spec.nbytes for spec in (*specs, *carried)) + sum(len(data) for data in companions.values())
     mark = fingerprint("import", opened.tensors.files, opened.tensors.headers(), opened.raw)
     count = len(opened.tensors.tensors) + len(specs)
@@ -149,7 +154,7 @@ def import_hf(source: str | os.PathLike[str], out: str | os.PathLike[str], *, qu
         resumed=resumed,
         seconds=time.monotonic() - started,
         notes=(*opened.notes, *notes, *ignored),
-        warnings=opened.warnings,
+        warnings=(*opened.warnings, *left_out),
     )
 
 
@@ -158,19 +163,40 @@ def _spec(tensors: TensorFolder, name: str) -> TensorSpec:
     return TensorSpec(name, info.dtype, info.shape)
 
 
-def _companions(source: Source) -> tuple[dict[str, bytes], list[str]]:
-    """Tokenizer and generation files, and a note on the files that are left behind."""
-    files = {}
+def _companions(source: Source) -> tuple[dict[str, bytes], list[str], list[str]]:
+    """Tokenizer and generation files, a note on the files that are left behind, and warnings of unreadable ones.
+
+    The weights need none of them, so that none stops an import; a link that leads out of the folder is refused all the
+    same.
+    """
+    files, warnings = {}, []
     present = sorted(os.listdir(source.path))
     for name in COMPANIONS:
         if name in present:
-            data = read_bytes(folder_file(source.path, name), TOKENIZER_BYTES)
-            if name.endswith(".json"):
-                parse_json(data, str(source.path / name))
-            files[name] = data
+            try:
+                files[name] = companion_of(source.path, name)
+            except CheckpointError as error:
+                if leads_out(source.path, name):
+                    raise
+                warnings.append(f"{error}; left out: {COMPANIONS[name]}")
+                logger.warning("%s", warnings[-1])  # at once: it is easier mended before the weights are copied
     known = {*COMPANIONS, CONFIG, "model.safetensors.index.json"}
     left = [name for name in present if name not in known and not name.endswith(".safetensors") and name[0] != "."]
-    return files, [f"not taken along: {', '.join(left)}"] if left else []
+    return files, [f"not taken along: {', '.join(left)}"] if left else [], warnings
+
+
+def companion_of(folder: Path, name: str) -> bytes:
+    """A tokenizer or generation file, checked as far as its kind goes.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not what its name says.
+    """
+    data = read_bytes(folder_file(folder, name), TOKENIZER_BYTES)
+    if name.endswith(".json"):
+        parse_json(data, str(folder / name))
+    elif (problem := template_problem(data)) is not None:
+        raise CheckpointError(f"{folder / name}: it {problem}")
+    return data
 
 
 def _record(source: Source, sums: Mapping[str, str]) -> dict[str, Any]:

@@ -171,8 +171,9 @@ def without_absent_mtp(config: ModelConfig, names: Collection[str]) -> tuple[Mod
         present -= 1
     if present == len(config.mtp):
         return config, ()
-    note = (
-        f"config.json promises {len(config.mtp)} multi-token prediction module(s), and the weights hold {present}: "
-        "opened without; speculative decoding and MTP training need them"
-    )
+    note = f"config.json promises {len(config.mtp)} multi-token prediction module(s), and the weights hold {present}: "
+    if present:
+        note += f"opened with {present}, which speculative decoding and MTP training use; the others are not there"
+    else:
+        note += "opened without; speculative decoding and MTP training need them"
     return config.model_copy(update={"mtp": config.mtp[:present]}), (note,)

@@ -50,6 +50,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     if mark_of(data) is not None:  # as editors on Windows save it
         with contextlib.suppress(UnicodeDecodeError):  # told below, with everything else that is no JSON
             data = decode_text(data).encode("utf-8")
+    if not data.strip():
+        raise CheckpointError(f"{where}: is empty, so not valid JSON: an object is needed")
     _check_brackets(data, where)
     try:
         text = data.decode("utf-8")

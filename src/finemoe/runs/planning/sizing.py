@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finemoe.checkpoint.kinds import CONFIG, require_there
+from finemoe.checkpoint.huggingface.families import family_of
+from finemoe.checkpoint.kinds import CONFIG, read_config, require_there
 from finemoe.checkpoint.open import describe_model, read_model_config
 from finemoe.checkpoint.own_config import refuse_older
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.core.config import did_you_mean, parse, read_toml
-from finemoe.core.errors import ConfigError
+from finemoe.core.errors import ConfigError, named
 from finemoe.data import DataConfig
 from finemoe.model.config import ModelConfig, expand
 from finemoe.model.presets import PRESETS, resolve
@@ -24,6 +25,8 @@ from finemoe.model.size import ModelSize, measure
 
 # Where a model was trained elsewhere nothing says on which length; DeepSeek's own models all began on 4096.
 _ELSEWHERE = 4096
+# Keys of a Hugging Face config.json that no file of ours has outside its tables.
+_FOREIGN = frozenset({"architectures", "hidden_size", "num_attention_heads", "num_hidden_layers"})
 
 
 def size(model: str | os.PathLike[str] | ModelConfig, seq_len: int | None = None) -> ModelSize:
@@ -55,8 +58,11 @@ def size(model: str | os.PathLike[str] | ModelConfig, seq_len: int | None = None
         return _of_recipe(read_toml(path), path, seq_len)
     file = folder_file(path, CONFIG) if path.is_dir() and (path / CONFIG).exists() else path
     if file.suffix.lower() == ".json":
-        raw = read_json(folder_file(file.parent, file.name))
-        if "model_type" not in raw and "source" not in raw:  # a run's, or one of its checkpoints'
+        raw = read_config(path) if path.is_dir() else read_json(folder_file(file.parent, file.name))
+        if "model_type" not in raw and "model" not in raw and raw.keys() & _FOREIGN:
+            with named(file):
+                family_of(raw)
+        elif "model_type" not in raw and "source" not in raw:  # a run's, or one of its checkpoints'
             refuse_older(raw, file)
             return _of_recipe(raw, file, seq_len)
     return _elsewhere(describe_model(path), seq_len)

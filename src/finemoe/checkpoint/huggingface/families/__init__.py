@@ -15,6 +15,7 @@ from finemoe.checkpoint.huggingface.families import (
     glm4_moe,
     kimi_k2,
     llama,
+    mistral,
     mixtral,
     olmoe,
     qwen2,
@@ -29,6 +30,7 @@ from finemoe.model.config import ModelConfig
 
 FAMILIES: Mapping[str, Family] = {
     "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,
     "qwen2": qwen2.FAMILY,
@@ -55,7 +57,8 @@ def family_of(raw: Mapping[str, Any]) -> Family:
         classes = raw.get("architectures")
         one = classes[0] if isinstance(classes, list) and classes else None
         meant = next((known.name for known in FAMILIES.values() if known.architecture == one), None)
-        fix = f'; `architectures` says {one}, so set `"model_type": "{meant}"`' if meant else ""
+        fix = f"; set it to one of {', '.join(FAMILIES)}"
+        fix = f'; `architectures` says {one}, so set `"model_type": "{meant}"`' if meant else fix
         raise CheckpointError(f"config.json: no `model_type`, which says how all else is read{fix}")
     if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(

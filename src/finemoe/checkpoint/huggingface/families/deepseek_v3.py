@@ -35,6 +35,9 @@ def read_v3(fields: Fields) -> ModelConfig:
     Raises:
         CheckpointError: settings that our model cannot compute, or that implementations read differently.
     """
+    if "rope_interleave" in fields.raw and fields.raw["rope_interleave"] is None:
+        why = "transformers takes that for false and DeepSeek's code for true; write which of them the weights are for"
+        fields.refuse("rope_interleave", None, why)
     fields.only("rope_interleave", True, False, why="true or false is needed")
     attention = read_latent(fields, "half_split" if fields.value("rope_interleave") is False else "interleaved")
     fields.only("scoring_func", "sigmoid", why="this family's routers score by sigmoid")
