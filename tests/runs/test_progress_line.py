@@ -39,3 +39,16 @@ def test_a_pipe_has_a_plain_line_at_the_end(corpus: Path, tmp_path: Path, caplog
     assert f"validation {run.summary['final_validation_loss']:.4f}" in shown[0]
     assert "MaxVio" not in shown[0]  # nothing is routed
     assert shown[0].endswith(" 0 s left")
+
+
+def test_tokens_that_are_no_whole_steps_are_told(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = recipe(corpus, "dense")
+    step = raw["training"]["tokens_per_step"]
+    raw["training"] |= {"tokens": 2 * step + 5, "checkpoint_every": 1}
+    del raw["training"]["steps"]
+    with caplog.at_level(logging.INFO, "finemoe"):
+        train(raw, out=tmp_path / "run")
+    told = f"2 steps of {step} tokens: {2 * step:,} of the {2 * step + 5:,} tokens asked for, as steps are whole"
+    assert told in caplog.messages

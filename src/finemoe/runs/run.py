@@ -319,12 +319,21 @@ def _announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str)
     )
     if reason:
         logger.info("kernels chosen by measuring: %s", reason)
-    logger.info("%d steps of %d tokens", trainer.plan.total_steps, config.training.tokens_per_step)
+    logger.info("%s", _length(config))
     for note in trainer.method.notes:
         logger.info("%s", note)
     logger.info("%s", portability(config.model).sentence())
     if trainer.state.step:
         logger.info("resuming after step %d", trainer.state.step)
+
+
+def _length(config: RunConfig) -> str:
+    training = config.training
+    total = training.total_steps * training.tokens_per_step
+    said = f"{training.total_steps} steps of {training.tokens_per_step} tokens"
+    if training.tokens is None or total == training.tokens:
+        return said
+    return f"{said}: {total:,} of the {training.tokens:,} tokens asked for, as steps are whole"
 
 
 def _summary(config: RunConfig, trainer: Trainer, last: Measured, metrics: Path) -> dict[str, Any]:
