@@ -81,7 +81,8 @@ CacheDtype = Annotated[
     Literal["fp32", "bf16", "fp8"] | None, typer.Option(help="Of the cache.", show_default="the weights'")
 ]
 CacheSize = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Of the cache, such as 2GB.", show_default="a quarter of the free memory")
+    str | None,
+    typer.Option(metavar="SIZE", help="Of the cache, such as 2GB.", show_default="a quarter of the free memory"),
 ]
 
 
