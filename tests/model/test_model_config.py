@@ -118,7 +118,7 @@ def test_resolve_takes_a_model_without_preset() -> None:
 
 
 def test_unknown_preset_suggests_one() -> None:
-    with pytest.raises(ConfigError, match="unknown preset `tiny-mo`, did you mean `tiny-moe`"):
+    with pytest.raises(ConfigError, match="here: unknown `preset` `tiny-mo`, did you mean `tiny-moe`"):
         resolve({"preset": "tiny-mo"}, "here")
 
 
