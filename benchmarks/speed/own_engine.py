@@ -66,7 +66,7 @@ class EngineOperations:
         seconds, tokens, texts = 0.0, 0, []
         guessed, right, passes = 0, 0, 0
         for prompt in prompts:
-            guesses = {"guesses": FromModule(self.model)} if guess == "module" else {}
+            guesses = {"guesses": FromModule(self.model, most=2)} if guess == "module" else {}
             engine, _ = self._asked([prompt], [1 + count], **guesses)
             text: list[int] = []
             while not text:

@@ -76,7 +76,9 @@ Guess = Annotated[
         help="Guess next tokens, for speed: from the text, the prediction module, or a small model.",
     ),
 ]
-GuessTokens = Annotated[int | None, typer.Option(help="Tokens guessed at a time.", metavar="N", show_default="1 or 4")]
+GuessTokens = Annotated[
+    int | None, typer.Option(help="Tokens guessed at a time.", metavar="N", show_default="2 of module, else 4")
+]
 CacheDtype = Annotated[
     Literal["fp32", "bf16", "fp8"] | None, typer.Option(help="Of the cache.", show_default="the weights'")
 ]

@@ -101,7 +101,7 @@ def generate(
         json_schema, regex, choice: what the completion must be, see `Grammar`; at most one of them.
         guess: where guesses of the next tokens come from: `text` (what came next the last time), `module` (the model's
             own multi-token prediction), or the path of a smaller model of the same tokenizer. The text stays the same.
-        guess_tokens: at a time; None: 1 of the module, 4 of the others.
+        guess_tokens: at a time; None: 2 of the module, 4 of the others.
         dtype: of the weights in memory.
         cache_dtype, cache_bytes: of the cache; None: the weights', and a quarter of the free memory at most.
         special: read control tokens that a text spells out, such as <think>, as tokens and not as text.

@@ -291,7 +291,7 @@ def guesses_from(source: str | os.PathLike[str], opened: LanguageModel, most: in
     Args:
         source: `text`, `module`, or the path of a smaller model with the same tokenizer.
         opened: whose tokens are guessed.
-        most: tokens at a time; None: 1 of the module, which learnt no more, and 4 of the others.
+        most: tokens at a time; None: 2 of the module, which then runs twice, and 4 of the others.
 
     Raises:
         ConfigError: no module, or a model that spells its tokens in another way.
@@ -300,7 +300,7 @@ def guesses_from(source: str | os.PathLike[str], opened: LanguageModel, most: in
     if source == "text":
         return FromText(most or 4)
     if source == "module":
-        return FromModule(opened.model, most or 1, opened.tokenizer.vocab_size)
+        return FromModule(opened.model, most or 2, opened.tokenizer.vocab_size)
     small = open_language_model(source)
     theirs, ours = small.tokenizer.token_bytes, opened.tokenizer.token_bytes
     other = next((i for i in sorted(theirs.keys() & ours.keys()) if theirs[i] != ours[i]), None)
