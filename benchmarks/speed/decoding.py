@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,32 +36,40 @@ def deepseek(context: Context) -> list[Row]:
     return _generating(context, "decode-v3", "V3", shapes.v3_decoder(3 if context.quick else 10))
 
 
-def _generating(context: Context, key: str, name: str, config: ModelConfig) -> list[Row]:
+@contextmanager
+def programs(context: Context, config: ModelConfig) -> Iterator[dict[str, Peer]]:
+    """finemoe, and transformers and llama.cpp where they are installed, each with the same weights loaded."""
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         context.watch("writing the model")
         run, folder = write_models(config, Path(temporary), length=1024)
         file = Path(temporary) / "model.gguf"
-        peers = {"finemoe": (stack.enter_context(context.own()), run)}
-        for peer_name, module, path in (("transformers", "transformers", folder), ("llama.cpp", "llama_cpp", file)):
-            peer = stack.enter_context(context.peer(peer_name, module))
+        running = {"finemoe": stack.enter_context(context.own())}
+        for name, module in (("transformers", "transformers"), ("llama.cpp", "llama_cpp")):
+            peer = stack.enter_context(context.peer(name, module))
             if peer is not None:
-                peers[peer_name] = (peer, path)
-        if "llama.cpp" in peers:
+                running[name] = peer
+        if "llama.cpp" in running:
             export_gguf(run, file, dtype="F32", tokenizer=False, quiet=True)
-        for peer_name, (peer, path) in peers.items():
-            context.watch(f"loading the model, {peer_name}")
-            peer.ask("open", path=str(path))
-        running = {peer_name: peer for peer_name, (peer, _) in peers.items()}
+        paths = {"finemoe": run, "transformers": folder, "llama.cpp": file}
+        for name, peer in running.items():
+            context.watch(f"loading the model, {name}")
+            peer.ask("open", path=str(paths[name]))
+        yield running
+
+
+def _generating(context: Context, key: str, name: str, config: ModelConfig) -> list[Row]:
+    with programs(context, config) as running:
         short, long = shapes.token_ids(config, 1, PROMPT)[0], shapes.token_ids(config, 1, READ)[0]
         _same_logits(context, key, running, short)
         count = _TOKENS // 2 if context.quick else _TOKENS
-        decoded = _timed(context, running, "generate", prompt=short, count=count)
-        read = _timed(context, running, "prefill", prompt=long)
+        decoded = timed(context, running, "generate", prompt=short, count=count)
+        read = timed(context, running, "prefill", prompt=long)
     size = measure(config, PROMPT + _TOKENS)
     return rows_of(key, name, decoded, read, 4.0 * size.active_parameters_without_embedding)
 
 
-def _timed(context: Context, running: Mapping[str, Peer], do: str, **request: object) -> Samples:
+def timed(context: Context, running: Mapping[str, Peer], do: str, **request: object) -> Samples:
+    """Each program does the same, in turn."""
     contestants = [Contestant(name, peer.timer(do, **request)) for name, peer in running.items()]
 
     def watch(text: str) -> None:

@@ -6,18 +6,15 @@ import os
 import random
 import sys
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.speed import shapes
 from benchmarks.speed.context import Context
-from benchmarks.speed.decoding import PROMPT
+from benchmarks.speed.decoding import PROMPT, programs, timed
 from benchmarks.speed.process import Peer, PeerError
-from benchmarks.speed.steps import write_models
 from benchmarks.speed.table import Measured, Row
 from benchmarks.speed.timing import Contestant, Samples, interleave, ratios
 
-from finemoe.checkpoint.gguf.exporting import export_gguf
 from finemoe.model.config import ModelConfig
 
 _TOKENS = 16
@@ -37,27 +34,13 @@ def batches_v3(context: Context) -> list[Row]:
 
 def _batches(context: Context, key: str, name: str, config: ModelConfig) -> list[Row]:
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
-        context.watch("writing the model")
-        run, folder = write_models(config, Path(temporary), length=1024)
-        file = Path(temporary) / "model.gguf"
-        peers = {"finemoe": (stack.enter_context(context.own()), run)}
-        for peer_name, module, path in (("transformers", "transformers", folder), ("llama.cpp", "llama_cpp", file)):
-            peer = stack.enter_context(context.peer(peer_name, module))
-            if peer is not None:
-                peers[peer_name] = (peer, path)
-        if "llama.cpp" in peers:
-            export_gguf(run, file, dtype="F32", tokenizer=False, quiet=True)
-        for peer_name, (peer, path) in peers.items():
-            context.watch(f"loading the model, {peer_name}")
-            peer.ask("open", path=str(path))
-        running = {peer_name: peer for peer_name, (peer, _) in peers.items()}
+    with programs(context, config) as running:
         for count in (8, 32):
             prompts = shapes.token_ids(config, count, PROMPT)
             if "transformers" in running and key == "batch-v3":
                 _choose_experts(context, running["transformers"], prompts)
             _same_tokens(context, f"{key}, {count}", running, prompts)
-            samples = _timed(context, running, "batch", prompts=prompts, count=_TOKENS)
+            samples = timed(context, running, "batch", prompts=prompts, count=_TOKENS)
             rows += _batch_rows(key, f"decode {name}, {count} at once", count, samples)
     return rows
 
@@ -101,16 +84,6 @@ def _batch_rows(key: str, what: str, count: int, samples: Samples) -> list[Row]:
         Row(key, f"{what}, speed / {name}", sides["finemoe"], sides[name], found, higher=True, **goals[name])
         for name, found in ((name, ratios(rates["finemoe"], rates[name])) for name in goals if name in rates)
     ]
-
-
-def _timed(context: Context, running: dict[str, Peer], do: str, **request: object) -> Samples:
-    contestants = [Contestant(name, peer.timer(do, **request)) for name, peer in running.items()]
-    return interleave(
-        contestants,
-        context.repeats,
-        budget=context.seconds(_SECONDS),
-        watch=lambda text: context.watch(f"{do}: {text}"),
-    )
 
 
 def requests(context: Context) -> list[Row]:

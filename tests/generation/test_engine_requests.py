@@ -42,6 +42,19 @@ def done(engine: Engine, requests: list[Request]) -> list[Any]:
     return [found[id] for id in ids]
 
 
+def tokens_fed(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each pass from now on has, as they come."""
+    fed: list[int] = []
+    forward = model.forward
+
+    def counted(tokens: torch.Tensor, **others: Any) -> Any:
+        fed.append(tokens.numel())
+        return forward(tokens, **others)
+
+    monkeypatch.setattr(model, "forward", counted)
+    return fed
+
+
 def test_among_thirty_two_others_a_text_is_the_same_to_the_last_bit(model: Transformer) -> None:
     if not steady(model):
         pytest.skip("no C++ kernels here")
@@ -114,14 +127,7 @@ def test_a_prefix_under_another_constraint_is_read_again(monkeypatch: pytest.Mon
     first = done(engine, [Request(prompt, GREEDY)])
     second = done(engine, [Request(prompt, GREEDY, constraint=without)])
     equal = {layer: RoutingConstraint(shared=False) for layer in model.moe_layers}
-    fed: list[int] = []
-    forward = model.forward
-
-    def counted(tokens: torch.Tensor, **others: Any) -> Any:
-        fed.append(tokens.numel())
-        return forward(tokens, **others)
-
-    monkeypatch.setattr(model, "forward", counted)
+    fed = tokens_fed(model, monkeypatch)
     third = done(engine, [Request(prompt, GREEDY, constraint=equal)])
     assert sum(fed) < len(prompt)  # an equal constraint is the same one
     monkeypatch.undo()
@@ -167,14 +173,7 @@ def test_a_narrow_cache_says_nearly_the_same(model: Transformer, dtype: torch.dt
 
 
 def test_samples_of_one_prompt_read_it_once(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    fed: list[int] = []
-    forward = model.forward
-
-    def counted(tokens: torch.Tensor, **others: Any) -> Any:
-        fed.append(tokens.numel())
-        return forward(tokens, **others)
-
-    monkeypatch.setattr(model, "forward", counted)
+    fed = tokens_fed(model, monkeypatch)
     prompt = tuple(range(100, 200))
     Engine(model, block_size=16).generate([prompt] * 4, DRAWN)
     assert sum(fed) == 100 + 3 + 4 * 9
