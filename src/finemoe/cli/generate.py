@@ -15,7 +15,7 @@ from finemoe.cli.completion import complete_run
 from finemoe.cli.output import Json, print_json, printable
 
 if TYPE_CHECKING:
-    from finemoe.checkpoint.language_model import Dtype, LanguageModel
+    from finemoe.checkpoint.language_model import LanguageModel
     from finemoe.generation import Engine, Request, SamplingConfig, Sequence
     from finemoe.text.tokenizer import Tokenizer
 
@@ -151,6 +151,7 @@ def generate(
 
 
 def _generate(texts: list[str], options: Mapping[str, Any], sampling: SamplingConfig) -> None:
+    from finemoe.checkpoint.language_model import open_language_model
     from finemoe.core.logs import logger
     from finemoe.generation import Request
     from finemoe.generation.generate import check_counts, complete, completion, engine_with, grammar_of
@@ -159,7 +160,7 @@ def _generate(texts: list[str], options: Mapping[str, Any], sampling: SamplingCo
     check_counts(samples, options["guess_tokens"])
     grammar = grammar_of({**options, "json_schema": _schema(options["json_schema"])})
     cache_bytes = _bytes(options["cache_size"])
-    opened = _open(options["source"], options["dtype"])
+    opened = open_language_model(options["source"], options["dtype"])
     given = texts if chat is None else [chat, *([system] if system is not None else [])]
     texts, ids = _encoded(opened, texts, chat, system, options["special"])
     if not options["special"]:
@@ -278,12 +279,6 @@ def _bytes(given: str | None) -> int | None:
         raise ConfigError(
             f"--cache-size: {given!r} is no size; write it as 2GB, 512MiB or a number of bytes"
         ) from error
-
-
-def _open(source: Path, dtype: Dtype) -> LanguageModel:
-    from finemoe.checkpoint.language_model import open_language_model
-
-    return open_language_model(source, dtype)
 
 
 def _encoded(

@@ -159,8 +159,9 @@ class Engine:
             raise DataError(f"token id {outside} is outside the model's vocabulary of {self._model.config.vocab_size}")
         sequence = Sequence.start(self._next_id, prompt, request.sampling, request.repetition)
         sequence.salt = salt_of(request.constraint)
-        alike = (one.constraint for one in self._sequences.values() if one.salt[:_SALT] == sequence.salt)
-        sequence.constraint = next(alike, request.constraint)  # those with the very same object share their passes
+        if request.constraint is not None:  # those with the very same object share their passes
+            alike = (one.constraint for one in self._sequences.values() if one.salt[:_SALT] == sequence.salt)
+            sequence.constraint = next(alike, request.constraint)
         if request.grammar is not None:
             sequence.grammar = self._grammars.start(request.grammar)
         sequence.text = self._text(request)
