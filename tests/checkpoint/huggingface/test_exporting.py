@@ -31,6 +31,10 @@ from finemoe.checkpoint.weights.exportable import open_exportable
 from finemoe.checkpoint.weights.imported import read_imported
 from finemoe.core.config import to_json
 from finemoe.core.errors import CheckpointError
+from finemoe.model.config import expand
+from finemoe.model.initialize import initialize
+from finemoe.model.presets import resolve
+from finemoe.model.transformer import Transformer
 from finemoe.text import Tokenizer
 
 
@@ -177,6 +181,23 @@ def test_powers_of_two_stay_powers_of_two(tmp_path: Path) -> None:
     raw = {**V3_FP8, "quantization_config": {**V3_FP8["quantization_config"], "scale_fmt": "ue8m0"}}
     imported = import_hf(publish(tmp_path / "source", raw), tmp_path / "imported", quiet=True).path
     assert exporting._plan(open_exportable(imported), None, None, False).power_of_two
+
+
+def test_a_model_of_no_family_is_told_each_reason_once(tmp_path: Path) -> None:
+    config = expand(resolve({"preset": "tiny-lite", "vocab_size": 300, "mtp_depth": 1}, "test"))
+    model = Transformer(config)
+    initialize(model, seed=1)
+    text = json.dumps({"model": config.model_dump(mode="json"), "data": {"sequence_length": 64}})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(text)
+    run_state.save(tmp_path / "run" / "checkpoints", 1, run_state.RunState(model.state_dict(), {}, {}, text), keep=1)
+    with pytest.raises(CheckpointError) as raised:
+        export_hf(tmp_path / "run", tmp_path / "exported", quiet=True)
+    told = str(raised.value)
+    assert "no family computes this model. llama, mistral" in told
+    assert told.count("a GGUF file leaves them out") == 1
+    assert "deepseek_v3, kimi_k2: its router is softmax_topk" in told
+    assert not (tmp_path / "exported").exists()
 
 
 def test_another_family_that_computes_the_same(tmp_path: Path) -> None:

@@ -192,7 +192,12 @@ def _choose_family(opened: Exportable, family: str | None) -> str:
     fit = [name for name, refusal in refusals.items() if refusal is None]
     if fit:
         return fit[0]
-    raise CheckpointError(f"{opened.path}: no family computes this model: {'; '.join(map(str, refusals.values()))}")
+    names_by_reason: dict[str, list[str]] = {}
+    for name, refusal in refusals.items():
+        reason = str(refusal).removeprefix(f"the model cannot be written as {name}: ")
+        names_by_reason.setdefault(reason, []).append(name)
+    why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in names_by_reason.items())
+    raise CheckpointError(f"{opened.path}: no family computes this model. {why}")
 
 
 def _config_json(opened: Exportable, name: str, account: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
