@@ -272,8 +272,8 @@ def refuse_mtp(config: ModelConfig) -> None:
     """Raise where there are multi-token prediction modules."""
     if config.mtp:
         raise CheckpointError(
-            f"the format has no place for the {len(config.mtp)} multi-token prediction module(s); a GGUF file leaves them "
-            "out (OUT.gguf)"
+            f"the format has no place for the {len(config.mtp)} multi-token prediction module(s); "
+            "a GGUF file leaves them out (OUT.gguf)"
         )
 
 
