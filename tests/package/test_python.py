@@ -149,6 +149,7 @@ def test_guesses_and_the_type_of_the_cache_reach_the_engine(run: Path, caplog: p
         ({"guess": "module"}, "no multi-token prediction module"),
         ({"cache_dtype": "int4"}, "fp32, bf16, fp8"),
         ({"regex": "a", "choice": ["b"]}, "exactly one"),
+        ({"choice": []}, "choice"),
         ({"temprature": 1.0}, "temperature"),
         ({"stop": ""}, "empty string"),
     ],

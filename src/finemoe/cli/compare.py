@@ -84,7 +84,7 @@ def report_comparison(comparison: Comparison, as_json: bool, again: str) -> None
         arm = _shown_arm(comparison.results)
         seed = comparison.results["recipe"]["seeds"][0]
         run = directory / comparison.results["arms"][arm]["directory"] / f"seed-{seed}"
-        prompt = comparison.results["arms"][arm]["samples"][0]["prompt"]
+        prompt = next((sample["prompt"] for sample in comparison.results["arms"][arm]["samples"]), "")
         typer.echo(
             f"\nOpen  {directory / 'report.html'} in a browser; it works offline\n"
             f"Data  {directory / 'results.json'}, {directory / 'results.csv'}\n"

@@ -158,7 +158,9 @@ def _generate(texts: list[str], options: Mapping[str, Any], sampling: SamplingCo
 
     chat, system, samples = options["chat"], options["system"], options["samples"]
     check_counts(samples, options["guess_tokens"])
-    grammar = grammar_of({**options, "json_schema": _schema(options["json_schema"])})
+    grammar = grammar_of(
+        {**options, "json_schema": _schema(options["json_schema"]), "choice": options["choice"] or None}
+    )
     cache_bytes = _bytes(options["cache_size"])
     opened = open_language_model(options["source"], options["dtype"])
     given = texts if chat is None else [chat, *([system] if system is not None else [])]

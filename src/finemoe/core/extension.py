@@ -77,7 +77,9 @@ def _load_or_give_up(library: Path) -> None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        _failure(library).write_text(f"{error.__cause__ or error}\n", encoding="utf-8", errors="replace")
+        said = str(error.__cause__ or error)
+        if not any(reason in said for reason in _PASSING):
+            _failure(library).write_text(f"{said}\n", encoding="utf-8", errors="replace")
         library.unlink(missing_ok=True)
         raise
 

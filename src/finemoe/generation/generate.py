@@ -134,12 +134,12 @@ def generate(
 
 
 def grammar_of(given: Mapping[str, Any]) -> Grammar | None:
-    """What `json_schema`, `regex` and `choice` of `given` ask for; None where they are None or empty.
+    """What `json_schema`, `regex` and `choice` of `given` ask for; None where they are None.
 
     Raises:
-        ConfigError: several of them at once, or a schema that is no JSON.
+        ConfigError: several of them at once, a schema that is no JSON, or no text to choose.
     """
-    asked = {name: given[name] for name in ("json_schema", "regex", "choice") if given[name]}
+    asked = {name: given[name] for name in ("json_schema", "regex", "choice") if given[name] is not None}
     return parse(Grammar, asked, "generate") if asked else None
 
 

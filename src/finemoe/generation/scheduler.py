@@ -197,7 +197,8 @@ class Scheduler:
         end = (one.num_cached // self._pool.size + 1) * self._pool.size
         if one.salt != other.salt or not end < min(len(one.prompt) + 1, len(other.prompt)):
             return False
-        return one.prompt[:end] == other.prompt[:end]
+        start = end - self._pool.size  # most that differ do so in this very block
+        return one.prompt[start:end] == other.prompt[start:end] and one.prompt[:start] == other.prompt[:start]
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a sequence that waits what is known of its text; whether there is room for it to begin."""

@@ -61,8 +61,10 @@ class Outcome:
     """By job name: the message of a run that could not go on."""
 
     def interrupt(self) -> None:
-        """Somebody asked it to end."""
-        self.interrupted = True
+        """Somebody asked it to end: at once, as Ctrl-C does; not again while the runs save."""
+        if not self.interrupted:
+            self.interrupted = True
+            raise KeyboardInterrupt
 
 
 @dataclass

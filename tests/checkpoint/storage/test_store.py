@@ -215,6 +215,10 @@ def test_a_journal_that_lies_is_said_to_and_the_way_on(
     assert fill(store, PARTS) == 0
     with pytest.raises(CheckpointError, match=r"journal .* says: one of them is damaged; give the same command again"):
         store.finish()
+    store = new_store(tmp_path, SPECS)
+    assert fill(store, PARTS) == len(PARTS)
+    store.finish()
+    assert_stored(tmp_path)
 
 
 @pytest.mark.parametrize("change", ["plan", "file", "size", "journal"])

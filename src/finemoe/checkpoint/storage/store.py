@@ -258,6 +258,7 @@ class TensorStore:
         """`error`, unless an earlier process may have written, or a disk since changed, what is at fault."""
         if not self._taken_over:
             return error
+        self._journal_path.unlink(missing_ok=True)
         return CheckpointError(
             f"{path}: does not hold what the journal of the interrupted conversion says: one of them is damaged; give "
             "the same command again, which begins anew, and check the disk if that fails too"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finemoe.data.documents.fields import steps_of
@@ -12,7 +12,7 @@ LISTS = ("data", "Data", "examples", "rows")
 _TEXT = (str, int, float)
 
 
-def records_in(value: Mapping[str, Any], names: Iterable[str], named: bool) -> list[Any] | None:
+def records_in(value: Mapping[str, Any], names: Sequence[str], named: bool) -> list[Any] | None:
     """The records of a file that is the object `value`; None where it is none but a record itself, or something else.
 
     Args:
@@ -28,7 +28,7 @@ def records_in(value: Mapping[str, Any], names: Iterable[str], named: bool) -> l
     if (rows := _by_rows(value)) is not None:
         return rows
     under = next((value[key] for key in LISTS if isinstance(value.get(key), list)), None)
-    return under or _only_list(value, wanted, named) or _by_key(value, wanted)
+    return under if under is not None else _only_list(value, wanted, named) or _by_key(value, wanted)
 
 
 def _only_list(value: Mapping[str, Any], wanted: list[str], named: bool) -> list[Any] | None:

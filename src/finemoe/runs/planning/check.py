@@ -24,7 +24,14 @@ from finemoe.runs.config import RunConfig, read_recipe, resolve_run
 from finemoe.runs.directory import require_free
 from finemoe.runs.planning.machine import other_work
 from finemoe.runs.run import evaluate_every, first_trainer
-from finemoe.runs.start import build_method, check_memory, check_start, checkpoint_bytes, default_directory
+from finemoe.runs.start import (
+    build_method,
+    check_memory,
+    check_start,
+    checkpoint_bytes,
+    default_directory,
+    resolve_device,
+)
 from finemoe.training.method import Method
 from finemoe.training.report import StepReport
 from finemoe.training.trainer import Trainer
@@ -252,8 +259,7 @@ def _measured(config: RunConfig, method: Method[Any], steps: int, quiet: bool) -
     """
     steps = min(steps, config.training.total_steps)
     with _undisturbed():
-        available = memory.available_bytes()
-        on_device = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None  # before any of it is taken
+        available = memory.available_on(resolve_device(config.training)[0])  # before any of it is taken
         memory.forget_peak()
         trainer, reason = first_trainer(config, method)
         with _shown("measuring", steps, quiet) as advance:
@@ -272,7 +278,7 @@ def _measured(config: RunConfig, method: Method[Any], steps: int, quiet: bool) -
             "tokens_per_second": config.training.tokens_per_step / pace.seconds_a_step(),
             "validation_seconds": validation,
             "memory_bytes": peak,
-            "memory_available_bytes": on_device if on_cuda else available,
+            "memory_available_bytes": available,
             "computes": _computes(trainer),
             "notes": (*_busy(), *((f"kernels by measuring: {reason}",) if reason else ())),
         }
