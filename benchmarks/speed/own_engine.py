@@ -41,9 +41,11 @@ class EngineOperations:
         return {"seconds": seconds, "ids": list(found.values())}
 
     def first_token(self, prompt: Sequence[int], others: Prompts) -> dict[str, Any]:
-        """Seconds from a request to its first token, while `others` decode."""
-        engine, ids = self._asked(others, [10_000] * len(others))
-        waiting = set(ids)
+        """Seconds from a request to its first token, while `others` decode; its engine is warm without others too."""
+        engine, _ = self._asked([list(reversed(prompt))], [2])
+        while engine.busy:
+            engine.step()
+        waiting = {engine.submit(Request(tuple(other), _greedy(1000))) for other in others}
         while waiting:
             waiting -= {event.sequence.id for event in engine.step()}
         started = time.perf_counter()
