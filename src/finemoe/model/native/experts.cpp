@@ -20,7 +20,9 @@ struct Piece {  // consecutive rows of one expert
 
 // Experts largest first; one with more than its share of the rows is cut, so that no thread waits for it alone.
 std::vector<Piece> cut(const Experts& x) {
-  const int64_t share = std::max<int64_t>(128, (x.rows() + 2 * at::get_num_threads() - 1) / (2 * at::get_num_threads()));
+  const int64_t threads = at::get_num_threads();
+  int64_t share = std::max<int64_t>(128, (x.rows() + 2 * threads - 1) / (2 * threads));
+  if (x.count < threads) share = std::min(share, std::max<int64_t>(32, (x.rows() + threads - 1) / threads));
   std::vector<Piece> pieces;
   for (int64_t e = 0; e < x.count; ++e) {
     const int64_t rows = x.begin[e + 1] - x.begin[e];
