@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finemoe.text.answers import compare_latex, compare_numbers, compare_words, final_number
+from finemoe.text.answers.number_words import number_in_words
 
 
 @pytest.mark.parametrize(
@@ -81,3 +82,10 @@ def test_word_forms_know_initials_and_ampersands_and_the_empty_set() -> None:
     assert compare_words("(B)", "B)") == "equal"
     assert compare_words("(B)", "C)") == "different"
     assert compare_latex(r"\emptyset", "∅") == "equal"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("two thousand, three hundred", 2300), ("twenty, one", None), ("one, two", None)]
+)
+def test_a_comma_belongs_to_a_number_behind_its_thousands_alone(text: str, value: int | None) -> None:
+    assert number_in_words(text) == value

@@ -88,7 +88,9 @@ def settle(
     changed = dict(raw)
     warnings = [*_switches(family, changed, names), *_head(understood.config, changed, names, own_head)]
     said = understood.config.vocab_size
-    if rows and rows != said <= 2 * rows:  # a figure beyond all reason is damage, and refused
+    if (
+        rows and rows != said and said <= 2 * rows and rows <= 2 * said
+    ):  # a figure beyond all reason is damage, and refused
         changed[_VOCABULARY] = rows
         warnings.append(f"config.json: `{_VOCABULARY}` is {said}, and the weights have {rows} tokens: read as {rows}")
     warnings += _modules(family, understood.config, changed, names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 _TO_NINETEEN = (
@@ -18,13 +19,15 @@ _PARTS = {
     **{"eighth": 8, "eighths": 8, "tenth": 10, "tenths": 10},
 }
 _LONGEST = 24  # words
+_AFTER_A_SCALE = re.compile(rf"\b({'|'.join(_SCALES)}),(?=\s)")
+"""two million, three hundred; elsewhere a comma parts a list."""
 
 Read = tuple[int, int]  # a value and the place of the word after it
 
 
 def number_in_words(text: str) -> Fraction | None:
     """The number that all of `text` writes as words; None where it writes none, or anything else."""
-    words = text.lower().replace("-", " ").replace(",", " ").split()
+    words = _AFTER_A_SCALE.sub(r"\1 ", text.lower().replace("-", " ")).split()
     if not 0 < len(words) <= _LONGEST:
         return None
     if words[0] in ("minus", "negative"):

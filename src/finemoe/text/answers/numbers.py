@@ -66,7 +66,7 @@ _THOUSANDS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?:_\d{3})+|\d{1,3}(?:'\d{3})+|\d{1,
 _GROUPED = re.compile(_THOUSANDS)
 _DIGITS = re.compile(r"\d+")
 _DECIMAL = re.compile(rf"(?:{_THOUSANDS}|\d+)(?:\.\d+)?|\.\d+")
-_CONTINENTAL = re.compile(  # where nothing else can be meant: 1.234.567, 1.234,56, 1 234,5
+_CONTINENTAL = re.compile(  # where hardly anything else is meant: 1.234.567, 1.234,56, 1 234,5
     r"(?:\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?|\d{1,3}(?:\.\d{3}|[' ]\d{3})+,\d{1,2})(?![\d]|[.,]\d)"
 )
 _CURRENCY = r"(?:US)?[$€£¥₹] *|(?:USD|EUR|GBP) +"
