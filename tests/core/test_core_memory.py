@@ -52,3 +52,18 @@ print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=Tr
 """
     result = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True, timeout=60)
     assert 1_000_000 < int(result.stdout) < 300_000_000
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no large pages to ask for")
+def test_large_pages_are_asked_for_and_contents_stay() -> None:
+    script = """
+import torch
+from finemoe.core.memory import use_huge_pages
+tensor = torch.empty(16 << 20, dtype=torch.uint8)
+use_huge_pages(tensor.data_ptr(), tensor.nbytes)
+tensor.fill_(7)
+flags = [line.split() for line in open("/proc/self/smaps") if line.startswith("VmFlags")]
+print(any("hg" in line for line in flags), int(tensor.long().sum()) == 7 << 24)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert found == ["True", "True"]

@@ -20,7 +20,7 @@ from finemoe.checkpoint.kinds import CONFIG, STATE, kind_of
 from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.run_state import state as run_state
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
-from finemoe.checkpoint.weights.build import Part, build, cast
+from finemoe.checkpoint.weights.build import Part, build
 from finemoe.checkpoint.weights.imported import Imported, read_imported
 from finemoe.core.errors import CheckpointError, named
 from finemoe.core.logs import logger
@@ -47,8 +47,7 @@ def load_model(
     path = Path(path)
     kind = kind_of(path)
     if kind == "run":
-        model = run_state.load_model(path, kernels)
-        return model if dtype is None else cast(model, dtype)
+        return run_state.load_model(path, kernels, dtype=dtype)
     if kind == "gguf":
         return gguf.load_gguf(path, kernels, dtype=dtype)
     if kind == "imported":

@@ -1,4 +1,4 @@
-"""Process memory: keep freed pages on CPU, and read the peak."""
+"""Process memory: keep freed pages, large pages for weights, what is free, and the peak."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _KEEP_BYTES = 1 << 30
+_MADV_HUGEPAGE = 14
+_HUGE_PAGE = 1 << 21
 _UNLIMITED = 1 << 60  # how the first interface of control groups writes that there is no limit
 
 
@@ -32,6 +34,20 @@ def keep_freed_pages() -> bool:
     except (OSError, AttributeError):  # musl and others have no mallopt
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES))
+
+
+def use_huge_pages(address: int, size: int) -> None:
+    """Ask Linux to back the `size` bytes at `address` with pages of 2 MiB, where nothing was written to them yet.
+
+    Weights that are read once for every token run through more small pages than the processor remembers translations
+    of: where large ones are left to programs that ask, the memory gives up to twice as much. Elsewhere nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    first = address // _HUGE_PAGE * _HUGE_PAGE  # a page that is shared with a neighbour may be large, too
+    last = -(-(address + size) // _HUGE_PAGE) * _HUGE_PAGE
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_HUGEPAGE)
 
 
 def peak_bytes() -> int:

@@ -19,11 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from finemoe.checkpoint.kinds import CONFIG, MANIFEST, STATE
 from finemoe.checkpoint.own_config import model_of
+from finemoe.checkpoint.storage.memory import empty_tensors, wanted_type
 from finemoe.checkpoint.storage.streaming import AbandonedError, Recorded, write_bytes, write_tensors
 from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.files import make_folder, sha256, storage_error, sync
@@ -207,28 +209,37 @@ def newest_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path}: every checkpoint is damaged")
 
 
-def load_model(path: str | os.PathLike[str], kernels: Kernels | None = None) -> Transformer:
+def load_model(
+    path: str | os.PathLike[str], kernels: Kernels | None = None, *, dtype: torch.dtype | None = None
+) -> Transformer:
     """The model of a run directory (its newest undamaged checkpoint), or of one checkpoint folder, in eval mode.
+
+    `dtype` of the weights; None: float32, as they are stored. Routers are float32 all the same.
 
     Raises:
         CheckpointError: not a run, nothing undamaged, or weights that do not fit the configuration.
     """
     folder = newest_checkpoint(Path(path))
     raw = read_object(folder / CONFIG, _ANOTHER, CheckpointError)
-    model = Transformer(model_of(raw, folder / CONFIG), kernels)
+    with torch.device("meta"):
+        model = Transformer(model_of(raw, folder / CONFIG), kernels)
     with damage_of(folder / MODEL, _ANOTHER, CheckpointError):
         tensors = load_file(folder / MODEL)
-    load_weights(model, tensors, str(folder))
+    types = {name: wanted_type(name, tensor.dtype, dtype) for name, tensor in model.state_dict().items()}
+    copies = empty_tensors({name: (tensor.shape, types.get(name, tensor.dtype)) for name, tensor in tensors.items()})
+    for name, copy in copies.items():
+        copy.copy_(tensors[name])
+    load_weights(model, copies, str(folder), assign=True)
     return model.eval()
 
 
-def load_weights(model: Transformer, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Fill `model`; every tensor is used and none is missing.
+def load_weights(model: Transformer, tensors: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:
+    """Fill `model`; every tensor is used and none is missing. With `assign` they become the model's own.
 
     Raises:
         CheckpointError: naming the keys or shapes that do not fit.
     """
     try:
-        model.load_state_dict(dict(tensors), strict=True)
+        model.load_state_dict(dict(tensors), strict=True, assign=assign)
     except RuntimeError as error:
         raise CheckpointError(f"{source}: the weights do not fit the configuration: {error}") from error

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from finemoe.checkpoint.storage.memory import empty_tensors, wanted_type
 from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import Kernels, ModelConfig
@@ -14,7 +15,6 @@ from finemoe.model.transformer import Transformer
 
 Part = tuple[str, tuple[int | slice, ...], Tensor]
 """Name of a tensor of ours, where in it, and what goes there."""
-_ROUTER = ".router."
 
 
 def build(
@@ -43,21 +43,8 @@ def build(
     if shapes.keys() != stored.keys():
         odd = sorted(shapes.keys() ^ stored.keys())[:5]
         raise CheckpointError(f"the weights do not fit the configuration: {', '.join(odd)}")
-    state = {name: torch.empty(shape, dtype=_wanted(name, stored[name], dtype)) for name, shape in shapes.items()}
+    state = empty_tensors({name: (shape, wanted_type(name, stored[name], dtype)) for name, shape in shapes.items()})
     for name, index, tensor in parts:
         state[name][index].copy_(tensor)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
-
-
-def _wanted(name: str, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    if not stored.is_floating_point:
-        return stored
-    return torch.float32 if _ROUTER in name else dtype or stored
-
-
-def cast(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The same model with weights of another type, routers excepted."""
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(_wanted(name, parameter.dtype, dtype))
-    return model

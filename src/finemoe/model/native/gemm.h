@@ -358,9 +358,15 @@ DotRows pick_dot_rows(int64_t rows, std::integer_sequence<int, tall...>) {
   return kernels[rows - 1];
 }
 
-// out[i] = weight[n][shared] · x[i] for fewer than kFewRows rows, in tiles of about the same height.
+// out[i] = weight[n][shared] · x[i] for fewer than kFewRows rows, in tiles of about the same height. Weights for one row
+// are read as the single stream that the processor fetches ahead by itself.
 inline void few_rows(const float* const* x, int64_t rows, const float* weight, int64_t n, int64_t shared,
                      float* const* out) {
+  if (rows == 1) {
+    Ahead none{nullptr, 0};
+    for (int64_t j = 0; j < n; ++j) dot_rows<1, 1>(x, weight + j * shared, shared, out, j, none);
+    return;
+  }
   constexpr auto heights = std::make_integer_sequence<int, kHigh>{};
   const int64_t tiles = (rows + kHigh - 1) / kHigh;
   for (int64_t j = 0, width; j < n; j += width) {

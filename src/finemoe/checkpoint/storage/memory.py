@@ -1,0 +1,36 @@
+"""Memory for weights that are about to be read, and the element type they get there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from finemoe.core.memory import use_huge_pages
+
+_ROUTER = ".router."
+_ALIGNED = 64  # bytes: a line of the cache, and the widest vector
+
+
+def empty_tensors(wanted: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, Tensor]:
+    """Tensors of these shapes and types, side by side in one piece of memory, in large pages where the system has them.
+
+    In one piece, because large pages begin and end at multiples of 2 MiB, which few tensors do.
+    """
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in wanted.items()}
+    whole = torch.empty(sum(-(-size // _ALIGNED) * _ALIGNED for size in sizes.values()), dtype=torch.uint8)
+    use_huge_pages(whole.data_ptr(), whole.nbytes)
+    made, first = {}, 0
+    for name, (shape, dtype) in wanted.items():
+        made[name] = whole[first : first + sizes[name]].view(dtype).view(tuple(shape))
+        first += -(-sizes[name] // _ALIGNED) * _ALIGNED
+    return made
+
+
+def wanted_type(name: str, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """Element type of a tensor that is stored as `stored`; routers are float32 whatever is asked for."""
+    if not stored.is_floating_point:
+        return stored
+    return torch.float32 if _ROUTER in name else dtype or stored
