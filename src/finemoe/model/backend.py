@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -49,6 +49,9 @@ class Decode:
     grouped_query: Callable[..., Tensor]
     latent: Callable[..., Tensor]
     """(hidden, what the layer holds, where the tokens stand) -> [batch, seq, hidden], in the order of the C++ call."""
+    blocks: Callable[[Tensor, int, Sequence[Any]], list[Tensor]]
+    """(hidden, so many blocks, what they hold in the order in which they use it) -> [batch, seq, hidden], and how many
+    tokens went to each expert of each mixture; nothing where it cannot take the weights."""
 
 
 @dataclass(frozen=True)

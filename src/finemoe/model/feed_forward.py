@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
@@ -53,6 +54,11 @@ class SwiGLU(nn.Module):
         self.gate_proj = Projection(hidden_size, ffn_hidden_size, backend)
         self.up_proj = Projection(hidden_size, ffn_hidden_size, backend)
         self.down_proj = Projection(ffn_hidden_size, hidden_size, backend)
+
+    def parts(self) -> tuple[Any, ...]:
+        """All that the layer computes with, for one call."""
+        limit = math.inf if self.limit is None else self.limit
+        return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, limit
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` to `[..., hidden]`."""

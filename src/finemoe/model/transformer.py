@@ -43,6 +43,7 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig, model: ModelConfig, backend: Backend) -> None:
         super().__init__()
         attention: Any = ATTENTIONS[config.attention.kind][1]
+        self.backend = backend
         self.attention_norm = RMSNorm(model.hidden_size, model.norm_eps, backend)
         self.attention = attention(config.attention, model.hidden_size, model.norm_eps, backend)
         self.feed_forward_norm = RMSNorm(model.hidden_size, model.norm_eps, backend)
@@ -52,6 +53,19 @@ class Block(nn.Module):
             self.feed_forward = SwiGLU(model.hidden_size, dense.ffn_hidden_size, backend, dense.swiglu_limit)
         else:
             self.feed_forward = MoELayer(config.feed_forward, model.hidden_size, model.vocab_size, backend)
+        self._hooks = [hooks for part in self.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+
+    def parts(self, hidden: Tensor, places: Places, cache: AttentionCache) -> tuple[Any, ...] | None:
+        """All that the block computes with, for one call; None where it must go operation by operation."""
+        if any(self._hooks):  # somebody wants to see, or to change, what passes a module
+            return None
+        attention = self.attention.parts(hidden, places, cache)
+        feed_forward = self.feed_forward.parts()
+        if attention is None or feed_forward is None:
+            return None
+        norms = (self.attention_norm, self.feed_forward_norm)
+        first, second = ((norm.weight, norm.eps) for norm in norms)
+        return (*first, *attention, *second, isinstance(self.feed_forward, MoELayer), *feed_forward)
 
     def forward(
         self,
@@ -70,6 +84,33 @@ class Block(nn.Module):
             return hidden + self.feed_forward(normed), None
         output, routing = self.feed_forward(normed, tokens, constraint=constraint, record=record)
         return hidden + output, routing
+
+
+def in_one_call(
+    blocks: Sequence[Block], hidden: Tensor, places: Places, cache: Sequence[AttentionCache]
+) -> tuple[Tensor, list[RoutingRecord | None]] | None:
+    """Few tokens through `blocks` in one native call; None where that cannot be.
+
+    Returns what comes out, and of each block what it routed.
+    """
+    decode = blocks[0].backend.decode if blocks else None
+    if decode is None or torch.is_grad_enabled():
+        return None
+    parts: list[Any] = []
+    for block, layer in zip(blocks, cache, strict=True):
+        own = block.parts(hidden, places, layer)
+        if own is None:
+            return None
+        parts += own
+    found = decode.blocks(places.apart(hidden), len(blocks), parts)
+    if not found:
+        return None
+    counts, dropped = iter(found[1:]), torch.zeros((), dtype=torch.int64)
+    records = [
+        RoutingRecord(next(counts), dropped, {}, None) if isinstance(block.feed_forward, MoELayer) else None
+        for block in blocks
+    ]
+    return found[0].view_as(hidden), records
 
 
 class MTPModule(nn.Module):
@@ -102,8 +143,13 @@ class MTPModule(nn.Module):
         Returns the state that the next depth reads, the same after the last norm, and the block's routing record.
         """
         joined = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
-        inputs = (self.projection(joined), tokens, places, cache, constraint, record)
-        output, routed = run_block(self.block, self.recompute, *inputs)
+        inputs = self.projection(joined)
+        few = cache is not None and constraint is None and not record
+        whole = in_one_call([self.block], inputs, places, [cache]) if cache is not None and few else None
+        if whole is not None:
+            output, (routed,) = whole
+        else:
+            output, routed = run_block(self.block, self.recompute, inputs, tokens, places, cache, constraint, record)
         return output, self.norm(output), routed
 
 
@@ -200,20 +246,38 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         places = Places(positions, None if documents is None else within_documents(documents), groups)
         first, hidden = (0, self.embedding(tokens)) if start is None else start
-        routing: dict[int, RoutingRecord] = {}
-        given: list[Tensor] = []
-        for layer, block in enumerate(list(self.blocks)[first:], first):
-            if states:
-                given.append(hidden)
-            layer_cache = None if cache is None else cache[layer]
-            layer_constraint = None if constraint is None else constraint.get(layer)
-            inputs = (hidden, tokens, places, layer_cache, layer_constraint, record)
-            hidden, routed = run_block(block, self.kernels.recompute, *inputs)
-            if routed is not None:
-                routing[layer] = routed
+        given: list[Tensor] | None = [] if states else None
+        hidden, routing = self._through(first, hidden, tokens, places, cache, constraint, record, given)
         output = self.norm(hidden)
         ahead = self._ahead(output, tokens, places, constraint, record, routing) if mtp else ()
-        return ModelOutput(output, routing, tuple(ahead), tuple(given))
+        return ModelOutput(output, routing, tuple(ahead), tuple(given or ()))
+
+    def _through(
+        self,
+        first: int,
+        hidden: Tensor,
+        tokens: Tensor,
+        places: Places,
+        cache: Sequence[AttentionCache] | None,
+        constraint: Mapping[int, RoutingConstraint] | None,
+        record: bool,
+        given: list[Tensor] | None,
+    ) -> tuple[Tensor, dict[int, RoutingRecord]]:
+        """The blocks from number `first` on: what comes out, and what was routed. `given`: keep what each was given."""
+        blocks: list[Any] = list(self.blocks)[first:]
+        if cache is not None and constraint is None and not record and given is None:
+            few = in_one_call(blocks, hidden, places, cache[first : len(self.blocks)])
+            if few is not None:
+                return few[0], {layer: routed for layer, routed in enumerate(few[1], first) if routed is not None}
+        routing: dict[int, RoutingRecord] = {}
+        for layer, block in enumerate(blocks, first):
+            if given is not None:
+                given.append(hidden)
+            own = (None if cache is None else cache[layer], None if constraint is None else constraint.get(layer))
+            hidden, routed = run_block(block, self.kernels.recompute, hidden, tokens, places, *own, record)
+            if routed is not None:
+                routing[layer] = routed
+        return hidden, routing
 
     def _ahead(
         self,

@@ -152,9 +152,10 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, hidden: Tensor, *, places: Places, cache: GroupedQueryCache | None) -> Tensor:
         """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
-        decode = self.backend.decode if places.single else None
-        if cache is not None and decode is not None and decode.takes(hidden, cache.keys, self.q_proj.weight):
-            return decode.grouped_query(places.apart(hidden), *self._whole(places, cache)).view_as(hidden)
+        whole = self.parts(hidden, places, cache)
+        if whole is not None:
+            assert self.backend.decode is not None  # as `parts` says
+            return self.backend.decode.grouped_query(places.apart(hidden), *whole[1:]).view_as(hidden)
         rope, mask = self.config.rope, places.mask
         rotary = places.rotation(self.config.turning, rope)
         query, key = self._heads(self.q_proj(hidden), self.q_norm), self._heads(self.k_proj(hidden), self.k_norm)
@@ -180,10 +181,14 @@ class GroupedQueryAttention(nn.Module):
             mixed.append(found.transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(mixed)[None]
 
-    def _whole(self, places: Places, cache: GroupedQueryCache) -> tuple[Any, ...]:
-        """All that the layer computes with, for the same in one call."""
+    def parts(self, hidden: Tensor, places: Places, cache: GroupedQueryCache | None) -> tuple[Any, ...] | None:
+        """0, and all that the layer computes with, for one call; None where it must go operation by operation."""
+        decode = self.backend.decode if places.queries else None
+        if cache is None or decode is None or not decode.takes(hidden, cache.keys, self.q_proj.weight):
+            return None
         q_norm, k_norm = self.q_norm, self.k_norm
         return (
+            0,
             *(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight),
             *(self.q_proj.bias, self.k_proj.bias, self.v_proj.bias),
             *(None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight),

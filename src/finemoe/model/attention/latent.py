@@ -161,11 +161,11 @@ class LatentAttention(nn.Module):
 
     def forward(self, hidden: Tensor, *, places: Places, cache: LatentCache | None) -> Tensor:
         """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
-        queries = places.apart(places.positions).shape[1] if places.single else 0
-        absorbs = self._absorbs(cache is not None, queries)
-        decode = self.backend.decode if absorbs and places.single else None
-        if cache is not None and decode is not None and decode.takes(hidden, cache.states, self.q_proj.weight):
-            return decode.latent(places.apart(hidden), *self._whole(places, cache)).view_as(hidden)
+        absorbs = self._absorbs(cache is not None, places.queries)
+        whole = self.parts(hidden, places, cache)
+        if whole is not None:
+            assert self.backend.decode is not None  # as `parts` says
+            return self.backend.decode.latent(places.apart(hidden), *whole[1:]).view_as(hidden)
         config, rope, mask = self.config, self.config.rope, places.mask
         rotary = places.rotation(config.qk_rope_head_dim, rope)
         query = hidden if self.q_down_proj is None or self.q_norm is None else self.q_norm(self.q_down_proj(hidden))
@@ -213,10 +213,14 @@ class LatentAttention(nn.Module):
             mixed.append(found.transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(mixed)[None]
 
-    def _whole(self, places: Places, cache: LatentCache) -> tuple[Any, ...]:
-        """All that the layer computes with, for the absorbed form in one call."""
+    def parts(self, hidden: Tensor, places: Places, cache: LatentCache | None) -> tuple[Any, ...] | None:
+        """1, and all that the layer computes with, for the absorbed form in one call; None where it takes another."""
+        decode = self.backend.decode if places.queries and self._absorbs(True, places.queries) else None
+        if cache is None or decode is None or not decode.takes(hidden, cache.states, self.q_proj.weight):
+            return None
         config, down, norm = self.config, self.q_down_proj, self.q_norm
         return (
+            1,
             *(None if down is None else down.weight, None if norm is None else norm.weight),
             *(self.q_proj.weight, self.kv_down_proj.weight, self.kv_norm.weight, self.kv_up_proj.weight),
             *(config.latent_norm_eps, config.num_heads, *places.rotation(config.qk_rope_head_dim, config.rope)),

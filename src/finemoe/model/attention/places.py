@@ -27,21 +27,25 @@ class Places:
         self.groups = tuple(groups)
         self._index: dict[tuple[int, int], Tensor] = {}
         self._rotations: dict[tuple[int, RopeConfig], tuple[Tensor, Tensor]] = {}
+        self._known: dict[tuple[int, int], tuple[RopeConfig, tuple[Tensor, Tensor]]] = {}  # by identity
 
     def rotation(self, dim: int, rope: RopeConfig) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each `[batch, seq, dim / 2]`."""
-        key = (dim, rope)
-        if key not in self._rotations:
-            self._rotations[key] = rotation(self.positions, dim, rope)
-        return self._rotations[key]
+        known = self._known.get((dim, id(rope)))
+        if known is None:
+            key = (dim, rope)
+            if key not in self._rotations:
+                self._rotations[key] = rotation(self.positions, dim, rope)
+            known = self._known[dim, id(rope)] = (rope, self._rotations[key])  # which keeps the identity its own
+        return known[1]
 
     @property
-    def single(self) -> bool:
-        """Whether all sequences of the pass feed equally many tokens."""
-        return len(self.groups) <= 1
+    def queries(self) -> int:
+        """How many tokens every sequence of the pass feeds; 0 where they feed different numbers."""
+        return 0 if len(self.groups) > 1 else self.apart(self.positions).shape[1]
 
     def apart(self, states: Tensor) -> Tensor:
-        """`[batch, seq, ...]` with a sequence a row; of a flat pass, where it is `single`, `[1, tokens, ...]` in."""
+        """`[batch, seq, ...]` with a sequence a row; of a flat pass, `[1, tokens, ...]` in, with one group."""
         return states.view(*self.groups[0].positions.shape, *states.shape[2:]) if self.groups else states
 
     def index(self, heads: int, number: int = 0) -> Tensor:

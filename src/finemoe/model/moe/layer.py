@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -163,6 +164,20 @@ class MoELayer(nn.Module):
         shared = config.num_shared_experts
         self.shared_experts = SwiGLU(hidden_size, shared * width, backend, limit) if shared else None
         self.shared_gate = Projection(hidden_size, 1, backend) if config.gate_shared_experts else None
+
+    def parts(self) -> tuple[Any, ...] | None:
+        """All that the layer computes with, for one call in eval mode; None where it must go operation by operation."""
+        router = self.router.parts()
+        if router is None or self.training or self.experts.backend.fused_experts is None:
+            return None
+        if not isinstance(self.dispatch, LocalDispatch):
+            return None
+        experts = (self.experts.gate_up_proj, self.experts.down_proj)
+        limit = math.inf if self.experts.limit is None else self.experts.limit
+        if self.shared_experts is None:
+            return (*router, *experts, limit, False)
+        gate = None if self.shared_gate is None else self.shared_gate.weight
+        return (*router, *experts, limit, True, *self.shared_experts.parts(), gate)
 
     def forward(
         self, hidden: Tensor, tokens: Tensor, *, constraint: RoutingConstraint | None, record: bool

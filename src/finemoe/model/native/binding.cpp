@@ -3,13 +3,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <utility>
 
 #include "experts.h"
 #include "linear.h"
-#include "parallel.h"
 
 namespace {
 
@@ -116,54 +113,6 @@ void experts_backward(const Tensor& grad, const Tensor& gate_up, const Tensor& s
   finemoe::experts_backward(x, numbers(gate_up, "gate_up"), numbers(grad, "grad"), gradients);
 }
 
-// Assignments sorted by expert, without comparing: where each expert's rows begin follows from the counts.
-void sort_by_expert(const Tensor& expert_ids, Tensor order, Tensor slots, Tensor counts) {
-  const int64_t* expert = ids(expert_ids, "expert_ids");
-  int64_t *row = const_cast<int64_t*>(ids(order, "order")), *slot = const_cast<int64_t*>(ids(slots, "slots"));
-  int64_t* count = const_cast<int64_t*>(ids(counts, "counts"));
-  const int64_t n = expert_ids.numel(), experts = counts.numel();
-  TORCH_CHECK(order.numel() == n && slots.numel() == n, "order and slots need one place for each assignment");
-  std::fill_n(count, experts, 0);
-  for (int64_t a = 0; a < n; ++a) {
-    TORCH_CHECK(expert[a] >= 0 && expert[a] < experts, "expert id ", expert[a], " is not below ", experts);
-    ++count[expert[a]];
-  }
-  std::vector<int64_t> next(experts, 0);
-  for (int64_t e = 1; e < experts; ++e) next[e] = next[e - 1] + count[e - 1];
-  for (int64_t a = 0; a < n; ++a) {
-    slot[a] = next[expert[a]]++;
-    row[slot[a]] = a;
-  }
-}
-
-// The k largest scores of each row, largest first, of equals the first; NaN counts as the least.
-void top_k(const Tensor& scores, Tensor chosen) {
-  const float* all = numbers(scores, "scores");
-  int64_t* out = const_cast<int64_t*>(ids(chosen, "chosen"));
-  TORCH_CHECK(scores.dim() == 2 && chosen.dim() == 2 && scores.size(0) == chosen.size(0),
-              "scores and chosen must be matrices of as many rows");
-  const int64_t n = scores.size(1), k = chosen.size(1);
-  TORCH_CHECK(0 < k && k <= n, "k must be from 1 to the ", n, " columns of scores, not ", k);
-  finemoe::share_range(scores.size(0), 64, [&](int64_t first, int64_t last) {
-    std::vector<float> best(k);
-    for (int64_t row = first; row < last; ++row) {
-      int64_t* taken = out + row * k;
-      for (int64_t j = 0; j < n; ++j) {
-        const float asked = all[row * n + j];
-        const float score = std::isnan(asked) ? -std::numeric_limits<float>::infinity() : asked;
-        if (j >= k && score <= best[k - 1]) continue;
-        int64_t place = std::min(j, k - 1);
-        for (; place > 0 && score > best[place - 1]; --place) {
-          best[place] = best[place - 1];
-          taken[place] = taken[place - 1];
-        }
-        best[place] = score;
-        taken[place] = j;
-      }
-    }
-  });
-}
-
 void check_linear(const Tensor& x, const Tensor& weight, const Tensor& out) {
   TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && out.dim() == 2, "x, weight and their product must be matrices");
   TORCH_CHECK(x.size(1) == weight.size(1) && x.size(0) == out.size(0) && weight.size(0) == out.size(1),
@@ -200,9 +149,6 @@ TORCH_LIBRARY_FRAGMENT(finemoe, library) {
       "Tensor? gates, Tensor gate_weight, Tensor up_weight, Tensor down_weight, float limit, Tensor(a!)? grad_states, "
       "Tensor(b!)? grad_gates, Tensor(c!) grad_gate, Tensor(d!) grad_up, Tensor(e!) grad_down) -> ()",
       experts_backward);
-  library.def("sort_by_expert(Tensor expert_ids, Tensor(a!) order, Tensor(b!) slots, Tensor(c!) counts) -> ()",
-              sort_by_expert);
-  library.def("top_k(Tensor scores, Tensor(a!) chosen) -> ()", top_k);
   library.def("linear_forward(Tensor x, Tensor weight, Tensor(a!) out) -> ()", linear_forward);
   library.def("linear_grad_input(Tensor grad, Tensor weight, Tensor(a!) out) -> ()", linear_grad_input);
   library.def("linear_grad_weight(Tensor grad, Tensor x, Tensor(a!) out) -> ()", linear_grad_weight);

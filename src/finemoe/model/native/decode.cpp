@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "blocks.h"
+#include "decode.h"
 #include "linear.h"
 #include "norm.h"
 #include "rope.h"
@@ -13,7 +14,6 @@ namespace {
 
 using at::Tensor;
 using namespace finemoe;
-using Optional = std::optional<Tensor>;
 
 using Buffer = std::unique_ptr<float[]>;
 Buffer buffer(int64_t count) { return Buffer(new float[std::max<int64_t>(count, 1)]); }
@@ -118,6 +118,10 @@ void output(const float* mixed, int64_t rows, const Tensor& o_proj, Tensor& out)
   project(mixed, o.inputs, rows, {o}, const_cast<float*>(numbers(out, "out")));
 }
 
+}  // namespace
+
+namespace finemoe {
+
 void decode_grouped_query(const Tensor& hidden, const Tensor& q_proj, const Tensor& k_proj, const Tensor& v_proj,
                           const Optional& q_bias, const Optional& k_bias, const Optional& v_bias,
                           const Optional& q_norm, const Optional& k_norm, double eps, const Tensor& cosine,
@@ -158,6 +162,8 @@ void decode_grouped_query(const Tensor& hidden, const Tensor& q_proj, const Tens
   output(mixed.get(), rows, o_proj, out);
 }
 
+namespace {
+
 // The absorbed form: W_UK is applied to the queries, W_UV to what is mixed from the latents themselves.
 struct Absorbed {
   const Tokens& tokens;
@@ -196,6 +202,8 @@ struct Absorbed {
     });
   }
 };
+
+}  // namespace
 
 void decode_latent(const Tensor& hidden, const Optional& q_down_proj, const Optional& q_norm, const Tensor& q_proj,
                    const Tensor& kv_down_proj, const Tensor& kv_norm, const Tensor& kv_up_proj, double eps,
@@ -246,7 +254,7 @@ void decode_latent(const Tensor& hidden, const Optional& q_down_proj, const Opti
   output(result.get(), rows, o_proj, out);
 }
 
-}  // namespace
+}  // namespace finemoe
 
 TORCH_LIBRARY_FRAGMENT(finemoe, library) {
   library.def(
@@ -254,10 +262,10 @@ TORCH_LIBRARY_FRAGMENT(finemoe, library) {
       "Tensor? k_bias, Tensor? v_bias, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cosine, Tensor sine, "
       "bool interleaved, Tensor positions, Tensor(a!) keys, Tensor(b!) values, Tensor? index, float scale, Tensor o_proj, "
       "Tensor(c!) out) -> ()",
-      decode_grouped_query);
+      finemoe::decode_grouped_query);
   library.def(
       "decode_latent(Tensor hidden, Tensor? q_down_proj, Tensor? q_norm, Tensor q_proj, Tensor kv_down_proj, "
       "Tensor kv_norm, Tensor kv_up_proj, float eps, int heads, Tensor cosine, Tensor sine, bool interleaved, "
       "Tensor positions, Tensor(a!) states, Tensor? index, float scale, Tensor o_proj, Tensor(b!) out) -> ()",
-      decode_latent);
+      finemoe::decode_latent);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,3 +31,23 @@ def latent(hidden: Tensor, *layer: Any) -> Tensor:
     output = hidden.new_empty(hidden.shape)
     torch.ops.finemoe.decode_latent(hidden.contiguous(), *layer, output)
     return output
+
+
+def blocks(hidden: Tensor, count: int, parts: Sequence[Any]) -> list[Tensor]:
+    """`hidden [batch, seq, hidden]` through `count` whole blocks; `parts` in the order in which they use them.
+
+    Returns the same shape, and for each mixture the tokens of each of its experts, `[experts]` int64; nothing where the
+    weights are not all float32.
+    """
+    tensors: list[Tensor | None] = []
+    integers: list[int] = []
+    reals: list[float] = []
+    for part in parts:
+        if part is None or isinstance(part, Tensor):
+            tensors.append(part)
+        elif isinstance(part, float):
+            reals.append(part)
+        else:
+            integers.append(part)
+    found: list[Tensor] = torch.ops.finemoe.decode_blocks(hidden, count, tensors, integers, reals)
+    return found

@@ -10,7 +10,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from finemoe.model.moe.decision import RoutingConstraint, RoutingDecision
-from finemoe.model.moe.routers.select import GroupsConfig, float32_logits, select_in_groups
+from finemoe.model.moe.routers.select import GroupsConfig, Parts, float32_logits, select_in_groups
 
 
 class GroupLimitedConfig(GroupsConfig):
@@ -46,6 +46,11 @@ class GroupLimitedRouter(nn.Module):
 
     def reset(self, draw: torch.Generator, frequencies: Callable[[], Tensor] | None) -> None:
         """Nothing is held beside the weights."""
+
+    def parts(self) -> Parts:
+        """What C++ computes with."""
+        groups = (self.config.num_groups, self.config.groups_per_token, 1)
+        return self.weight, None, 0, self.experts_per_token, *groups, False, self.config.route_scale
 
     def forward(self, hidden: Tensor, tokens: Tensor, constraint: RoutingConstraint | None) -> RoutingDecision:
         """`hidden [tokens, hidden]`; `tokens [tokens]` ids, unused here."""

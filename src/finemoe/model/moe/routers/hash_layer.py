@@ -72,6 +72,9 @@ class HashLayerRouter(nn.Module):
     def _shape(self) -> tuple[int, int]:
         return self.num_experts, self.expert_of_token.shape[1]
 
+    def parts(self) -> None:
+        """C++ looks nothing up."""
+
     def forward(self, hidden: Tensor, tokens: Tensor, constraint: RoutingConstraint | None) -> RoutingDecision:
         """`hidden [tokens, hidden]` only gives dtype and device; `tokens [tokens]` ids decide."""
         expert_ids = self.expert_of_token[tokens]

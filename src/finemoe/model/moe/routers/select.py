@@ -22,6 +22,10 @@ SCORE_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sqrtsoftplus": lambda logits: F.softplus(logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt(),
 }
 
+Parts = tuple[Tensor, Tensor | None, int, int, int, int, int, bool, float]
+"""A learned router as native/routing.h has it: weight, bias, number of the score function in SCORE_FUNCTIONS, k, 
+groups, groups per token, how many of a group's scores count, whether gates are normalised, what multiplies them."""
+
 
 def float32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """`[tokens, experts]` from `hidden [tokens, hidden]` and centroids `weight [experts, hidden]`, never narrower.

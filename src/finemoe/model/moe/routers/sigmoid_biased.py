@@ -10,7 +10,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from finemoe.model.moe.decision import RoutingConstraint, RoutingDecision
-from finemoe.model.moe.routers.select import SCORE_FUNCTIONS, GroupsConfig, float32_logits, select_in_groups
+from finemoe.model.moe.routers.select import SCORE_FUNCTIONS, GroupsConfig, Parts, float32_logits, select_in_groups
 
 
 class SigmoidBiasedConfig(GroupsConfig):
@@ -58,6 +58,14 @@ class SigmoidBiasedRouter(nn.Module):
     def reset(self, draw: torch.Generator, frequencies: Callable[[], Tensor] | None) -> None:
         """No expert is preferred."""
         self.selection_bias.zero_()
+
+    def parts(self) -> Parts:
+        """What C++ computes with."""
+        config = self.config
+        score = list(SCORE_FUNCTIONS).index(config.score_function)
+        groups = (config.num_groups, config.groups_per_token, 2)
+        gates = (config.normalize_gates, config.route_scale)
+        return self.weight, self.selection_bias, score, self.experts_per_token, *groups, *gates
 
     def forward(self, hidden: Tensor, tokens: Tensor, constraint: RoutingConstraint | None) -> RoutingDecision:
         """`hidden [tokens, hidden]`; `tokens [tokens]` ids, unused here."""

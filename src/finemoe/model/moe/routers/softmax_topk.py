@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finemoe.core.config import Config
 from finemoe.model.moe.decision import RoutingConstraint, RoutingDecision
-from finemoe.model.moe.routers.select import float32_logits, select
+from finemoe.model.moe.routers.select import Parts, float32_logits, select
 
 
 class SoftmaxTopKConfig(Config):
@@ -49,6 +49,20 @@ class SoftmaxTopKRouter(nn.Module):
 
     def reset(self, draw: torch.Generator, frequencies: Callable[[], Tensor] | None) -> None:
         """Nothing is held beside the weights."""
+
+    def parts(self) -> Parts:
+        """What C++ computes with."""
+        return (
+            self.weight,
+            None,
+            0,
+            self.experts_per_token,
+            1,
+            1,
+            1,
+            self.config.normalize_gates,
+            self.config.route_scale,
+        )
 
     def forward(self, hidden: Tensor, tokens: Tensor, constraint: RoutingConstraint | None) -> RoutingDecision:
         """`hidden [tokens, hidden]`; `tokens [tokens]` ids, unused here."""
