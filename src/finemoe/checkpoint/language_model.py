@@ -61,17 +61,25 @@ class LanguageModel:
         """
         return load_chat_template(self.source)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, special: bool = False) -> tuple[str, list[int]]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        special: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> tuple[str, list[int]]:
         """What the template makes of `messages`, up to where the model answers: the text and its ids.
 
-        Control tokens that a message spells out are text, unless `special` (`text.control.encode_chat`).
+        Control tokens that a message spells out are text, unless `special` (`text.control.encode_chat`). `tools` are
+        JSON schemas of what it may call, and `variables` all else that its template asks for.
 
         Raises:
             DataError: there is no template, or it fails.
         """
         if self.template is None:
             raise DataError(f"{self.source}: has no chat template, so it was not made to answer: use --prompt")
-        return encode_chat(self.template, self.tokenizer, messages, special=special)
+        return encode_chat(self.template, self.tokenizer, messages, special=special, tools=tools, **variables)
 
     @property
     def first_id(self) -> int:

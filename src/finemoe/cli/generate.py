@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from finemoe.cli.completion import complete_run
-from finemoe.cli.output import Json, print_json, printable
+from finemoe.cli.output import Json, bytes_of, print_json, printable
 
 if TYPE_CHECKING:
     from finemoe.checkpoint.language_model import LanguageModel
@@ -161,7 +161,7 @@ def _generate(texts: list[str], options: Mapping[str, Any], sampling: SamplingCo
     grammar = grammar_of(
         {**options, "json_schema": _schema(options["json_schema"]), "choice": options["choice"] or None}
     )
-    cache_bytes = _bytes(options["cache_size"])
+    cache_bytes = bytes_of(options["cache_size"], "--cache-size")
     opened = open_language_model(options["source"], options["dtype"])
     given = texts if chat is None else [chat, *([system] if system is not None else [])]
     texts, ids = _encoded(opened, texts, chat, system, options["special"])
@@ -264,22 +264,6 @@ def _schema(given: str | None) -> str | None:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(
             f"--json-schema {given}: cannot be read: {reason}; give a file, or the JSON itself"
-        ) from error
-
-
-def _bytes(given: str | None) -> int | None:
-    """`2GB`, `512MiB` or a number of bytes."""
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    from finemoe.core.errors import ConfigError
-
-    if given is None:
-        return None
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(given))
-    except ValidationError as error:
-        raise ConfigError(
-            f"--cache-size: {given!r} is no size; write it as 2GB, 512MiB or a number of bytes"
         ) from error
 
 

@@ -28,6 +28,7 @@ from finemoe.cli.presets import presets
 from finemoe.cli.recipe import recipe
 from finemoe.cli.resume import resume
 from finemoe.cli.runs import runs
+from finemoe.cli.serve import serve
 from finemoe.cli.show import show
 from finemoe.cli.size import size
 from finemoe.cli.trace import trace
@@ -84,7 +85,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
 )
 _VERBS = (
-    train, resume, runs, show, generate, evaluate, compare, paper, trace, size, presets, import_, export, doctor, env,
+    train, resume, runs, show, generate, serve, evaluate, compare, paper, trace, size, presets, import_, export, doctor,
+    env,
 )  # fmt: skip
 for verb in _VERBS:
     app.command(verb.__name__.rstrip("_"))(verb)  # `import` is a word of the language
@@ -117,6 +119,7 @@ def finemoe(
       finemoe train recipes/tiny.toml --out runs/tiny
       finemoe recipe new my-texts/ --out mine.toml       a recipe for your own files
       finemoe generate runs/tiny --prompt "def main("
+      finemoe serve runs/tiny                  a page to chat on, and OpenAI's API
       finemoe compare --out runs/comparison    dense, hash, Switch, GShard, DeepSeekMoE
       finemoe import MODEL imported/model      from Hugging Face or GGUF
       finemoe analyze experts runs/tiny --out experts

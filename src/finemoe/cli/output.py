@@ -146,3 +146,17 @@ def title_of(key: str) -> str:
 def printable(text: str) -> str:
     """`text` for a terminal, without control characters, which a model may write by chance."""
     return "".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text)
+
+
+def bytes_of(given: str | None, option: str) -> int | None:
+    """`2GB`, `512MiB` or a number of bytes."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    from finemoe.core.errors import ConfigError
+
+    if given is None:
+        return None
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(given))
+    except ValidationError as error:
+        raise ConfigError(f"{option}: {given!r} is no size; write it as 2GB, 512MiB or a number of bytes") from error

@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -56,6 +56,22 @@ class Request:
     """Its text goes on where the prompt's ends; False: it begins one of its own, as an answer does."""
     deadline: float | None = None
     """`time.monotonic()` at which it ends where it is."""
+    routes: bool = False
+    """Report the experts that each of its tokens came out of: `Event.routes`."""
+    guess: str | None = None
+    """Which of the engine's sources of guesses it takes, where the engine has several (`Chosen`)."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """The experts of one layer that a token came out of: those of the token before it, which said what comes."""
+
+    experts: tuple[int, ...]
+    """Best first."""
+    gates: tuple[float, ...]
+    """What their outputs were weighed by."""
+    shared: float | None
+    """Share of the shared experts in the layer's output, 0 to 1; None without them."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,8 @@ class Event:
     """The most probable tokens in its place, where they were asked for."""
     text: str = ""
     """What it makes certain of the text: whole characters, and nothing that a stop string may still take back."""
+    routes: Mapping[int, Route] = field(default_factory=dict)
+    """By layer, where they were asked for."""
 
 
 class Engine:
@@ -129,7 +147,7 @@ class Engine:
         self._vocab_size = min(vocab_size or known, known, model.config.vocab_size)
         blocks = blocks_for(model, block_size, cache_dtype, cache_bytes)
         self._runner = Runner(model, blocks, block_size, dtype=cache_dtype, steady=steady)
-        pool = BlockPool(blocks, block_size, reuse=reuse and not steady)
+        self._pool = pool = BlockPool(blocks, block_size, reuse=reuse and not steady)
         if steady:  # prompts are read whole, and once: read again with what followed, they would round otherwise
             max_tokens = chunk = blocks * block_size
         self._scheduler = Scheduler(
@@ -139,6 +157,8 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._sequences: dict[int, Sequence] = {}
         self._next_id, self.acceptance = 0, Acceptance()
+        self.ended: list[Sequence] = []
+        """Who ended in the last step, or was cancelled since: also those of whom there is no event."""
 
     def submit(self, request: Request) -> int:
         """Queue a request; the id of its sequence.
@@ -164,7 +184,9 @@ class Engine:
             sequence.constraint = next(alike, request.constraint)
         if request.grammar is not None:
             sequence.grammar = self._grammars.start(request.grammar)
-        sequence.text = self._text(request)
+        sequence.text, sequence.guess = self._text(request), request.guess
+        if request.guess is not None:  # a prediction module has read what its own requests have read
+            sequence.salt += b" guessed by " + request.guess.encode()
         if request.experts or request.sampling.prompt_logprobs is not None:
             sequence.salt += b" alone %d" % sequence.id  # all of its prompt has to be read
         parent = self._sequences.get(request.parent) if request.parent is not None else None
@@ -208,6 +230,16 @@ class Engine:
         """Whether anything waits or runs."""
         return bool(self._sequences)
 
+    @property
+    def num_running(self) -> int:
+        """Sequences that take part in passes; others wait."""
+        return len(self._scheduler.running)
+
+    @property
+    def blocks_used(self) -> int:
+        """Blocks of the cache that sequences hold."""
+        return self._pool.num_blocks - self._pool.num_free
+
     def events(self) -> Iterator[Event]:
         """`step` until nothing is left, token by token."""
         while self.busy:
@@ -216,19 +248,22 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One pass: the tokens drawn. Empty while prompts are being read, or when all is done."""
+        self.ended = []
         self._leave()
         running = [one for one in self._scheduler.running if one.completion]
         drafts = self._guesses.propose(running) if self._guesses is not None and running else {}
         feeds = self._scheduler.next(self._within_length(drafts))
         if not feeds:
             return []
-        states = self._runner.run(feeds, experts=any(self._requests[feed.sequence.id].experts for feed in feeds))
+        asked = [self._requests[feed.sequence.id] for feed in feeds]
+        states = self._runner.run(feeds, routes=any(request.experts or request.routes for request in asked))
         events, kept = self._draw(feeds, states)
         for feed, found, count in zip(feeds, states, kept, strict=True):
             if feed.sequence.sampling.prompt_logprobs is not None and feed.start < len(feed.sequence.prompt):
                 score_prompt(self._model, feed.sequence, feed.start, found.all, self._vocab_size)
             if self._requests[feed.sequence.id].experts:
-                feed.sequence.remember(feed.start, {layer: ids[:count] for layer, ids in found.experts.items()})
+                chosen = {layer: routes.experts[:count] for layer, routes in found.routes.items()}
+                feed.sequence.remember(feed.start, chosen)
         if self._guesses is not None:
             self._guesses.learn(self._runner, feeds, states, kept)
         for feed, count in zip(feeds, kept, strict=True):
@@ -246,6 +281,8 @@ class Engine:
         if not open_:
             return events, kept
         begun, depth = len(open_), 0
+        for number in open_:
+            feeds[number].sequence.passes += 1
         while open_:
             ready = [feeds[number].sequence for number in open_]
             rows = torch.stack([states[number].logits[depth, : self._vocab_size] for number in open_])
@@ -254,7 +291,9 @@ class Engine:
                 feed, token = feeds[number], drawn.token_id
                 text = feed.sequence.append(token, drawn.logprob, self._stop_ids)
                 feed.sequence.likely.append(drawn.likely)
-                events.append(Event(feed.sequence, token, drawn.logprob, drawn.likely, text))
+                row = firsts[number] + depth - 1
+                routes = _routes(states[number], row) if self._requests[feed.sequence.id].routes else {}
+                events.append(Event(feed.sequence, token, drawn.logprob, drawn.likely, text, routes))
                 guessed = feed.tokens[firsts[number] + depth] if depth + 1 < feed.wants else None
                 if guessed is not None:
                     self.acceptance.count(depth, guessed == token)
@@ -287,6 +326,7 @@ class Engine:
         self._scheduler.finish(sequence)
         if self._guesses is not None:
             self._guesses.forget(sequence)
+        self.ended.append(sequence)
         del self._sequences[sequence.id], self._requests[sequence.id]
 
     def _text(self, request: Request) -> TextStream | None:
@@ -312,6 +352,7 @@ def engine_for(
     guesses: Guesses | None = None,
     cache_bytes: int | None = None,
     cache_dtype: torch.dtype | None = None,
+    max_sequences: int = 32,
 ) -> Engine:
     """An engine for a model as it was opened: it stops where the model's own tokenizer ends a text or a turn.
 
@@ -324,10 +365,23 @@ def engine_for(
         stop_ids=tokenizer.stop_ids,
         cache_bytes=cache_bytes,
         cache_dtype=cache_dtype,
+        max_sequences=max_sequences,
         steady=steady,
         guesses=guesses,
         tokenizer=tokenizer,
     )
+
+
+def _routes(states: States, row: int) -> dict[int, Route]:
+    """The experts of one token of a feed."""
+    return {
+        layer: Route(
+            tuple(found.experts[row].tolist()),
+            tuple(found.gates[row].tolist()),
+            None if found.shared is None else float(found.shared[row]),
+        )
+        for layer, found in states.routes.items()
+    }
 
 
 def salt_of(constraint: Constraint | None) -> bytes:

@@ -69,6 +69,18 @@ class Ahead:
 
 
 @dataclass(frozen=True)
+class Routes:
+    """Which experts the tokens of a feed went through in one layer."""
+
+    experts: Tensor
+    """[tokens, k] int64, best first."""
+    gates: Tensor
+    """[tokens, k]: what their outputs were weighed by."""
+    shared: Tensor | None
+    """[tokens]: share of the shared experts in the layer's output; None without them."""
+
+
+@dataclass(frozen=True)
 class States:
     """What a pass made of one feed."""
 
@@ -76,8 +88,8 @@ class States:
     """[wants, vocab]: of what follows the last tokens."""
     all: Tensor
     """[tokens, hidden]: of every token."""
-    experts: Mapping[int, Tensor] = field(default_factory=dict)
-    """By layer, [tokens, k] int64: the experts chosen, best first; where they were asked for."""
+    routes: Mapping[int, Routes] = field(default_factory=dict)
+    """By layer, where they were asked for."""
 
 
 class Runner:
@@ -110,12 +122,12 @@ class Runner:
         self._rows = steady_rows(model) if steady else 0
 
     @torch.inference_mode()
-    def run(self, feeds: Sequence[Feed], *, experts: bool = False) -> list[States]:
+    def run(self, feeds: Sequence[Feed], *, routes: bool = False) -> list[States]:
         """All of `feeds`; those under one constraint share their passes.
 
         Args:
             feeds: of different sequences.
-            experts: report which experts were chosen.
+            routes: report which experts were chosen.
         """
         for feed in feeds:
             for source, target in feed.copies:
@@ -124,7 +136,7 @@ class Runner:
         found: dict[int, States] = {}
         for numbers in self._passes(feeds):
             part = [feeds[number] for number in numbers]
-            found.update(zip(numbers, self._pass(part, experts), strict=True))
+            found.update(zip(numbers, self._pass(part, routes), strict=True))
         return [found[number] for number in range(len(feeds))]
 
     @torch.inference_mode()
@@ -157,7 +169,7 @@ class Runner:
             yield from ([number] for number in numbers if number not in set(single))
             yield from (single[first : first + self._rows] for first in range(0, len(single), self._rows))
 
-    def _pass(self, feeds: Sequence[Feed], experts: bool) -> list[States]:
+    def _pass(self, feeds: Sequence[Feed], routes: bool) -> list[States]:
         """One forward pass over feeds sorted by length."""
         tokens, groups = self._filled(feeds)
         device = self.model.head_weight.device
@@ -168,7 +180,7 @@ class Runner:
             cache=self.cache,
             groups=groups,
             constraint=feeds[0].constraint,
-            record=experts,
+            record=routes,
         )
         hidden = output.hidden[0]
         ends = list(accumulate(len(feed.tokens) for feed in feeds))
@@ -176,7 +188,11 @@ class Runner:
         found, first = [], 0
         for last, rows in zip(ends, logits, strict=True):
             chosen = {
-                layer: record.decision.expert_ids[first:last]
+                layer: Routes(
+                    record.decision.expert_ids[first:last],
+                    record.decision.gate_weights[first:last],
+                    None if record.shared_share is None else record.shared_share[first:last],
+                )
                 for layer, record in output.routing.items()
                 if record.decision is not None
             }

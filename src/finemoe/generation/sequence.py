@@ -58,6 +58,10 @@ class Sequence:
     """Texts read under different ones never share blocks."""
     constraint: Constraint | None = None
     """What holds for its experts, by layer."""
+    guess: str | None = None
+    """Which source guesses its next tokens, of an engine that has several."""
+    passes: int = 0
+    """In which tokens of it were drawn."""
     experts: dict[int, list[list[int]]] = field(default_factory=dict)
     """By layer, where they were asked for: the experts that each token chose, best first."""
 

@@ -8,6 +8,7 @@ the one that would have been drawn without guesses, token by token, and only pas
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Protocol, final
@@ -211,6 +212,36 @@ class FromModule:
                 "and guessing with it only costs time",
                 self._counted[1], _ENOUGH,
             )  # fmt: skip
+
+
+@final
+class Chosen:
+    """Several sources, of which each request names its own (`Request.guess`), or none."""
+
+    def __init__(self, sources: Mapping[str, Guesses]) -> None:
+        """By name."""
+        self._sources = dict(sources)
+
+    def propose(self, sequences: Items[Sequence]) -> dict[int, list[int]]:
+        """As `Guesses`."""
+        guessed: dict[int, list[int]] = {}
+        for name, source in self._sources.items():
+            own = [one for one in sequences if one.guess == name]
+            if own:
+                guessed |= source.propose(own)
+        return guessed
+
+    def learn(self, runner: Runner, feeds: Items[Feed], states: Items[States], kept: Items[int]) -> None:
+        """As `Guesses`."""
+        for name, source in self._sources.items():
+            own = [number for number, feed in enumerate(feeds) if feed.sequence.guess == name]
+            if own:
+                source.learn(runner, [feeds[n] for n in own], [states[n] for n in own], [kept[n] for n in own])
+
+    def forget(self, sequence: Sequence) -> None:
+        """As `Guesses`."""
+        if sequence.guess in self._sources:
+            self._sources[sequence.guess].forget(sequence)
 
 
 @dataclass

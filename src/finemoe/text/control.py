@@ -35,9 +35,17 @@ def spellings(tokenizer: Tokenizer, text: str) -> Iterator[str]:
 
 
 def encode_chat(
-    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, special: bool = False
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    special: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **variables: Any,
 ) -> tuple[str, list[int]]:
     """What `template` makes of `messages`, up to where the model answers: the text and its ids.
+
+    `tools` and `variables` as in `ChatTemplate.render`.
 
     The template's own control tokens are tokens. Those that a message spells out are text, so that nobody opens a turn
     from within one; unless `special`. What the assistant said is the model's own, and stays as it was.
@@ -47,7 +55,7 @@ def encode_chat(
     """
     mark = None if special else _mark_for(messages)
     kept = messages if mark is None else [_guarded(message, tokenizer, mark) for message in messages]
-    text = template.render(kept, add_generation_prompt=True)
+    text = template.render(kept, add_generation_prompt=True, tools=tools, **variables)
     if mark is None or kept == list(messages):
         return text, tokenizer.encode_template(text)
     text = text.replace(json_escape(mark), mark)

@@ -37,6 +37,8 @@ class RoutingConstraint:
     """[tokens, k] int64: take these experts; weights still come from the current scores."""
     allowed: Tensor | None = None
     """[experts] or [tokens, experts] bool: the others are never selected. At least k per token must stay allowed."""
+    forced: Tensor | None = None
+    """[experts] bool: every token goes to these, whatever their scores, which still weigh them; at most k of them."""
     num_active: int | None = None
     """Experts per token instead of the configured number."""
     num_masked: int = 0
@@ -59,3 +61,5 @@ class RoutingRecord:
     """Differentiable scalars by name: coefficient times loss, summed over the sequences of the batch; in training."""
     decision: RoutingDecision | None
     """The whole decision, only when asked for."""
+    shared_share: Tensor | None = None
+    """[tokens] when asked for: length of what the shared experts add, over that and the routed experts' together."""

@@ -146,6 +146,12 @@ def routed_output(
     return dispatch.combine(experts(rows, counts), ticket, gate_weights)
 
 
+def _share(shared: Tensor, routed: Tensor) -> Tensor:
+    """[tokens]: how much of both lengths is that of `shared [batch, seq, hidden]`."""
+    lengths = [states.detach().flatten(0, 1).float().norm(dim=-1) for states in (shared, routed)]
+    return lengths[0] / (lengths[0] + lengths[1]).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 class MoELayer(nn.Module):
     """A feed-forward layer of many experts. Shared experts are one SwiGLU of their summed width: the same function.
 
@@ -197,13 +203,16 @@ class MoELayer(nn.Module):
             output = routed_output(self.dispatch, self.experts, flat, decision, keep, gates).view_as(hidden)
         else:
             output = torch.zeros_like(hidden)
+        share = None
         if self.shared_experts is not None and constraint.shared:
             shared = self.shared_experts(hidden)
-            output = output + (shared if self.shared_gate is None else F.sigmoid(self.shared_gate(hidden)) * shared)
+            shared = shared if self.shared_gate is None else F.sigmoid(self.shared_gate(hidden)) * shared
+            share = _share(shared, output) if record else None
+            output = output + shared
         balance = {}
         if self.training:
             balance = balance_terms(self.config.balance, decision, hidden.shape[0], self.config.layout)
-        return output, RoutingRecord(decision.load(), dropped, balance, decision if record else None)
+        return output, RoutingRecord(decision.load(), dropped, balance, decision if record else None, share)
 
     def _kept(self, decision: RoutingDecision, tokens: Tensor) -> Tensor | None:
         """[tokens, k] bool: assignments within capacity; None where nothing is dropped."""

@@ -90,7 +90,11 @@ def permitted(scores: Tensor, constraint: RoutingConstraint) -> Tensor:
     scores = _allowed(scores, constraint)
     if constraint.num_masked:
         scores = scores.scatter(-1, top_k(scores, constraint.num_masked), -torch.inf)
-    return scores
+    return _forced(scores, constraint)
+
+
+def _forced(scores: Tensor, constraint: RoutingConstraint) -> Tensor:
+    return scores if constraint.forced is None else scores.masked_fill(constraint.forced, torch.inf)
 
 
 def _allowed(scores: Tensor, constraint: RoutingConstraint) -> Tensor:
@@ -119,7 +123,7 @@ def select_in_groups(
     if constraint is not None:
         k = constraint.num_active or k
         starved = limited.isfinite().sum(dim=-1, keepdim=True) < k
-        limited = torch.where(starved, scores, limited)
+        limited = _forced(torch.where(starved, scores, limited), constraint)
     return top_k(limited, k)
 
 

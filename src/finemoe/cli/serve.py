@@ -1,0 +1,87 @@
+"""`finemoe serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from finemoe.cli.completion import complete_run
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL ...",
+        help="Run directories, checkpoints, imported or Hugging Face folders, GGUF files; NAME=PATH gives a name.",
+        show_default=False,
+        autocompletion=complete_run,
+    ),
+]
+Size = Annotated[str | None, typer.Option(metavar="SIZE", help="For weights and caches of all models, such as 8GB.")]
+Key = Annotated[
+    Path | None, typer.Option("--api-key-file", metavar="FILE", help="Clients must send the key that it holds.")
+]
+
+
+def serve(
+    sources: Sources,
+    host: Annotated[str, typer.Option(help="To listen at; others than this machine reach 0.0.0.0.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    api_key_file: Key = None,
+    on_demand: Annotated[bool, typer.Option("--on-demand", help="Open a model when it is first asked for.")] = False,
+    memory: Size = None,
+    cache_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of each model's cache.", show_default="a quarter of the free memory"),
+    ] = None,
+    dtype: Annotated[Literal["fp32", "bf16", "stored"], typer.Option(help="Weights in memory.")] = "fp32",
+    limit: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Change a limit (docs/howto/serve.md lists them).")
+    ] = None,
+) -> None:
+    """Serve models: OpenAI's API, and a page to chat on where you see the experts work.
+
+    The page is at the address itself. Programs that speak to OpenAI need two things: the
+    address with /v1 as their base URL, and the model's name, which GET /v1/models lists.
+    Only this machine can connect unless --host says otherwise; then give a key, too: in a
+    file (--api-key-file) or as FINEMOE_API_KEY. No prompt, answer or key is ever logged.
+    Ctrl-C lets answers end and stops; a second one stops at once.
+
+    \b
+    Examples:
+      finemoe serve runs/demo/deepseekmoe-seed0
+      finemoe serve SmolLM2-135M-Instruct small=runs/tiny --port 9000
+      finemoe serve A B C --on-demand --memory 8GB
+      finemoe serve runs/tiny --limit max_new_tokens=512
+    """
+    from finemoe.cli.output import bytes_of, printable
+    from finemoe.core.config import parse, with_overrides
+    from finemoe.core.errors import ConfigError
+    from finemoe.core.logs import console
+    from finemoe.server import require
+    from finemoe.server.config import Limits
+
+    bounds = parse(Limits, with_overrides({}, limit or []), "--limit")
+    require()
+    from finemoe.server.models import Options, named
+    from finemoe.server.run import LOOPBACK, key_from
+    from finemoe.server.run import serve as run
+
+    key = key_from(api_key_file)
+    if host not in (LOOPBACK, "::1", "localhost") and key is None:
+        console().print(
+            f"warning: everybody who reaches {host} can use this server: give it a key (--api-key-file)", style="yellow"
+        )
+    options = Options(dtype, bytes_of(cache_size, "--cache-size"), bytes_of(memory, "--memory"), bounds)
+    models = named(sources)
+
+    def ready(address: str) -> None:
+        console().print(f"page     {address}/")
+        console().print(f"API      {address}/v1, models: {', '.join(printable(name) for name in models)}")
+        console().print("stop     Ctrl-C")
+
+    try:
+        run(models, options, host=host, port=port, key=key, load=not on_demand, ready=ready)
+    except SystemExit as error:
+        raise ConfigError("the server could not start; the lines above say why") from error

@@ -1,0 +1,290 @@
+"""From what a client asks to what the engine is asked: prompts, sampling, grammars, what holds for the experts."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from finemoe.checkpoint.language_model import LanguageModel
+from finemoe.core.errors import ConfigError, DataError
+from finemoe.generation.config import SamplingConfig
+from finemoe.generation.engine import Request
+from finemoe.generation.grammar import Grammar
+from finemoe.generation.scoring import middle_ids, reach_of
+from finemoe.generation.sequence import Constraint
+from finemoe.model.moe.decision import RoutingConstraint
+from finemoe.model.moe.layer import MoEConfig
+from finemoe.server.config import Limits
+from finemoe.server.dialects import THINK, Dialect
+from finemoe.server.errors import ApiError
+from finemoe.server.schema import ChatRequest, CompletionRequest, ExpertsSchema, Message, Sampling
+
+MIXED = "ids of tokens and texts are mixed: give one list of ids, or a list of lists"
+DEFAULT_TOKENS = 16
+"""Of POST /v1/completions where `max_tokens` is left out, as OpenAI has it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one request is for the engine."""
+
+    prompts: Sequence[tuple[str, tuple[int, ...]]]
+    """Texts and ids; n choices of each."""
+    requests: Sequence[Request]
+    """A choice each, those of the first prompt first."""
+    thinking: bool = False
+    """The prompt ended within a thought."""
+
+
+def chat(request: ChatRequest, opened: LanguageModel, dialect: Dialect, limits: Limits) -> Asked:
+    """A conversation.
+
+    Raises:
+        ApiError: what the model cannot do.
+    """
+    if opened.template is None:
+        raise ApiError(
+            400,
+            f"{request.model} has no chat template, so it was not made to answer: ask POST /v1/completions to go on "
+            "with a text",
+            param="messages",
+        )
+    tools = None if request.tool_choice == "none" else request.tools
+    if tools and dialect.tools is None:
+        raise ApiError(400, f"{request.model}: its chat template knows no tools that can be read", param="tools")
+    given = [tool.model_dump(exclude_none=True) for tool in tools or ()]
+    messages = [_message(message) for message in request.messages]
+    try:
+        text, ids = opened.encode_chat(
+            messages, special=request.finemoe.special, tools=given or None, **request.chat_template_kwargs
+        )
+    except DataError as error:
+        raise ApiError(400, str(error), param="messages") from error
+    most = request.max_completion_tokens or request.max_tokens
+    grammar = _grammar(request, request.response_format)
+    logprobs = (request.top_logprobs or 0) if request.logprobs else 0
+    room = _room(len(ids), most, opened, limits, limits.max_new_tokens)
+    sampling = _sampling(request, room, logprobs)
+    like = Request((), sampling, grammar=grammar, continues=False)
+    thinking = dialect.reasoning and text.rstrip().endswith(THINK)
+    return Asked([(text, tuple(ids))], _requests(request, like, [tuple(ids)], opened, limits), thinking)
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """As templates know it: content is a text, and the arguments of calls are values."""
+    found: dict[str, Any] = message.model_dump(exclude_none=True)
+    if isinstance(message.content, list):
+        found["content"] = "".join(part.text for part in message.content)
+    found.setdefault("content", "")
+    if found["role"] == "developer":  # OpenAI's newer name
+        found["role"] = "system"
+    for call in found.get("tool_calls", ()):
+        try:
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        except ValueError as error:
+            raise ApiError(400, f"the arguments of an earlier call are no JSON: {error}", param="messages") from error
+    return found
+
+
+def completion(request: CompletionRequest, opened: LanguageModel, limits: Limits) -> Asked:
+    """A text, or several.
+
+    Raises:
+        ApiError: what the model cannot do.
+    """
+    most = request.max_tokens or DEFAULT_TOKENS
+    special = request.finemoe.special
+    if request.suffix is not None:
+        prefix = str(request.prompt)
+        try:
+            ids, cut = middle_ids(opened, prefix, request.suffix, max(8, reach_of(opened) - most))
+        except ConfigError as error:
+            raise ApiError(400, str(error), param="suffix") from error
+        if cut:
+            raise ApiError(
+                400, f"prompt and suffix are longer than {reach_of(opened):,} tokens leave room", param="suffix"
+            )
+        prompts = [(prefix, tuple(ids))]
+    else:
+        given: list[str | list[int]]
+        whole: Any = request.prompt
+        given = [whole] if isinstance(whole, str) or (whole and isinstance(whole[0], int)) else whole
+        if any(isinstance(one, int) for one in given):
+            raise ApiError(400, MIXED, param="prompt")
+        prompts = [_prompt(one, opened, special) for one in given]
+    room = min(_room(max(1, len(ids)), most, opened, limits, most) for _, ids in prompts)
+    scored = request.logprobs if request.echo else None
+    sampling = _sampling(request, room, request.logprobs or 0, prompt_logprobs=scored)
+    like = Request((), sampling, grammar=_grammar(request, None), continues=True)
+    return Asked(prompts, _requests(request, like, [ids for _, ids in prompts], opened, limits))
+
+
+def _prompt(given: str | list[int], opened: LanguageModel, special: bool) -> tuple[str, tuple[int, ...]]:
+    if isinstance(given, str):
+        ids = opened.encode(given, special=special)
+        return given, tuple(ids) or (opened.first_id,)
+    size = opened.tokenizer.vocab_size
+    outside = next((token for token in given if not 0 <= token < size), None)
+    if outside is not None:
+        raise ApiError(400, f"token id {outside} is outside the vocabulary of {size:,}", param="prompt")
+    return opened.tokenizer.decode(given), tuple(given) or (opened.first_id,)
+
+
+def _room(prompt: int, most: int | None, opened: LanguageModel, limits: Limits, default: int) -> int:
+    """Tokens that may be added."""
+    reach = min(reach_of(opened), limits.max_prompt_tokens or reach_of(opened))
+    if prompt >= reach:
+        raise ApiError(
+            400,
+            f"the prompt has {prompt:,} tokens, and the model reads {reach:,} with what it adds: shorten it",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    if most is None:
+        return min(default, reach - prompt)
+    if most > limits.max_new_tokens:
+        raise ApiError(
+            400, f"max_tokens {most:,} is above the {limits.max_new_tokens:,} of this server", param="max_tokens"
+        )
+    if prompt + most > reach:
+        raise ApiError(
+            400,
+            f"{prompt:,} tokens of prompt and {most:,} to add are more than the {reach:,} that the model reads: ask "
+            f"for {reach - prompt:,} or fewer, or shorten the prompt",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    return most
+
+
+def _sampling(request: Sampling, room: int, logprobs: int, prompt_logprobs: int | None = None) -> SamplingConfig:
+    own = request.finemoe
+    stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    return SamplingConfig(
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_k=own.top_k,
+        top_p=request.top_p,
+        min_p=own.min_p,
+        repetition_penalty=own.repetition_penalty,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logit_bias=tuple(sorted((int(token), bias) for token, bias in (request.logit_bias or {}).items())),
+        seed=secrets.randbits(62) if request.seed is None else request.seed,
+        max_new_tokens=room,
+        min_new_tokens=min(own.min_new_tokens, room),
+        stop=stop,
+        stop_ids=tuple(own.stop_ids),
+        ignore_end=own.ignore_end,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _requests(
+    request: Sampling, like: Request, prompts: Sequence[tuple[int, ...]], opened: LanguageModel, limits: Limits
+) -> list[Request]:
+    """A request of the engine for each choice."""
+    n = request.n or 1
+    if n * len(prompts) > limits.max_choices:
+        raise ApiError(
+            400,
+            f"{n * len(prompts)} completions at once are more than the {limits.max_choices} of a request",
+            param="n",
+        )
+    constraint = constraint_of(request.finemoe.experts, opened)
+    routing = request.finemoe.routing
+    found = []
+    for prompt in prompts:
+        for number in range(n):
+            found.append(
+                Request(
+                    prompt, like.sampling, number, None, constraint, like.grammar, continues=like.continues,
+                    routes=routing, guess=request.finemoe.guess,
+                )
+            )  # fmt: skip
+    return found
+
+
+def _grammar(request: Sampling, form: Any) -> Grammar | None:
+    """What the answer must be.
+
+    Raises:
+        ApiError: several things at once.
+    """
+    asked: dict[str, Any] = {}
+    if form is not None and form.type == "json_object":
+        asked["json_schema"] = {"type": "object"}
+    if form is not None and form.type == "json_schema":
+        asked["json_schema"] = form.json_schema.schema_
+    if request.finemoe.regex is not None:
+        asked["regex"] = request.finemoe.regex
+    if request.finemoe.choice is not None:
+        asked["choice"] = tuple(request.finemoe.choice)
+    if not asked:
+        return None
+    if len(asked) > 1:
+        raise ApiError(400, f"give one of {', '.join(sorted(asked))}: an answer has one form", param="finemoe")
+    return Grammar(**asked)
+
+
+def constraint_of(asked: ExpertsSchema | None, opened: LanguageModel) -> Constraint | None:
+    """What holds for the experts, by layer; None where nothing is asked.
+
+    Raises:
+        ApiError: layers or experts that the model has not, or too few left to choose from.
+    """
+    if asked is None or asked == ExpertsSchema():
+        return None
+    layers = {number: layer.config for number, layer in opened.model.moe_layers.items()}
+    for name in ("disabled", "forced"):
+        _check_experts(name, getattr(asked, name), layers)
+    if not layers:
+        raise ApiError(400, "the model is dense: it has no experts to choose from", param="finemoe.experts")
+    return {number: _of_layer(number, config, asked) for number, config in layers.items()}
+
+
+def _check_experts(name: str, by_layer: Mapping[str, Sequence[int]], layers: Mapping[int, MoEConfig]) -> None:
+    where = f"finemoe.experts.{name}"
+    for layer, experts in by_layer.items():
+        if int(layer) not in layers:
+            known = ", ".join(map(str, layers))
+            raise ApiError(400, f"layer {layer} has no experts; those that have: {known or 'none'}", param=where)
+        count = layers[int(layer)].num_routed_experts
+        beyond = next((expert for expert in experts if expert >= count), None)
+        if beyond is not None:
+            raise ApiError(400, f"layer {layer} has experts 0 to {count - 1}, not {beyond}", param=where)
+
+
+def _of_layer(number: int, config: MoEConfig, asked: ExpertsSchema) -> RoutingConstraint:
+    disabled, forced = set(asked.disabled.get(str(number), ())), set(asked.forced.get(str(number), ()))
+    active = asked.active or config.experts_per_token
+    left = config.num_routed_experts - len(disabled)
+    where = "finemoe.experts"
+    if disabled & forced:
+        raise ApiError(400, f"layer {number}: expert {min(disabled & forced)} is disabled and forced", param=where)
+    if active > left:
+        raise ApiError(400, f"layer {number} has {left} experts left, and a token goes to {active}", param=where)
+    if len(forced) > active:
+        raise ApiError(
+            400, f"layer {number}: {len(forced)} experts are forced, and a token goes to {active}", param=where
+        )
+    if (disabled or forced or asked.active) and not config.router.learned:
+        raise ApiError(400, f"layer {number}: router {config.router.kind!r} looks its experts up", param=where)
+    return RoutingConstraint(
+        allowed=_mask(config, disabled).logical_not() if disabled else None,
+        forced=_mask(config, forced) if forced else None,
+        num_active=asked.active,
+        routed=asked.routed,
+        shared=asked.shared,
+    )
+
+
+def _mask(config: MoEConfig, experts: set[int]) -> torch.Tensor:
+    mask = torch.zeros(config.num_routed_experts, dtype=torch.bool)
+    mask[sorted(experts)] = True
+    return mask

@@ -1,0 +1,273 @@
+"""The models of a server by name, opened when they are asked for; when memory is short, the least used one goes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model
+from finemoe.checkpoint.open import read_model_config
+from finemoe.core.config import did_you_mean
+from finemoe.core.errors import ConfigError, FinemoeError
+from finemoe.core.logs import logger
+from finemoe.generation.engine import Engine, engine_for
+from finemoe.generation.runner import BLOCK_SIZE, blocks_for
+from finemoe.generation.scoring import reach_of
+from finemoe.generation.speculation import Chosen, FromModule, FromText
+from finemoe.model.config import ModelConfig
+from finemoe.model.size import measure
+from finemoe.server.config import Limits
+from finemoe.server.dialects import Dialect
+from finemoe.server.errors import ApiError
+from finemoe.server.worker import Worker
+
+REPORT = "results.json"
+"""What `finemoe analyze experts MODEL --out MODEL/experts` writes; any folder within the model's will do."""
+_TOKENS = 8  # of a card
+_BYTES = {"fp32": 4, "bf16": 2, "stored": 4}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How models are opened."""
+
+    dtype: Dtype = "fp32"
+    cache_bytes: int | None = None
+    """[bytes] Of a model's cache; None: a quarter of what is free."""
+    memory: int | None = None
+    """[bytes] For weights and caches of all models; None: none of them ever goes."""
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(eq=False)
+class Served:
+    """A model that is open."""
+
+    name: str
+    opened: LanguageModel
+    worker: Worker
+    dialect: Dialect
+    bytes: int
+    last_used: float = field(default_factory=time.monotonic)
+
+
+class Models:
+    """All that a server has."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, Path],
+        options: Options,
+        observe: Callable[[str, Engine, float], None] = lambda name, engine, seconds: None,
+    ) -> None:
+        """Nothing is opened yet.
+
+        Raises:
+            FinemoeError: one of them is no model.
+        """
+        self._sources, self._options, self._observe = dict(sources), options, observe
+        self._configs = {name: read_model_config(path) for name, path in self._sources.items()}
+        self._cards = {name: cards_of(path) for name, path in self._sources.items()}
+        self._open: dict[str, Served] = {}
+        self._lock = asyncio.Lock()
+        self.created = int(time.time())
+
+    @property
+    def limits(self) -> Limits:
+        """What each request is bound by."""
+        return self._options.limits
+
+    @property
+    def names(self) -> list[str]:
+        """In the order in which they were given."""
+        return list(self._sources)
+
+    @property
+    def open(self) -> list[Served]:
+        """Those that are in memory."""
+        return list(self._open.values())
+
+    def check(self, name: str) -> None:
+        """Whether there is such a model.
+
+        Raises:
+            ApiError: there is none.
+        """
+        if name not in self._sources:
+            raise ApiError(
+                404, f"there is no model{did_you_mean(name, self.names)}", param="model", code="model_not_found"
+            )
+
+    async def get(self, name: str) -> Served:
+        """The model of that name, opened first where that has not been done.
+
+        Raises:
+            ApiError: there is none, or it cannot be opened.
+        """
+        self.check(name)
+        served = self._open.get(name)
+        if served is None:
+            async with self._lock:
+                served = self._open.get(name) or await self._load(name)
+        served.last_used = time.monotonic()
+        return served
+
+    async def close(self) -> None:
+        """End everything."""
+        for served in list(self._open.values()):
+            await served.worker.close()
+        self._open.clear()
+
+    async def _load(self, name: str) -> Served:
+        await self._make_room(name)
+        started = time.monotonic()
+        try:
+            opened = await asyncio.to_thread(open_language_model, self._sources[name], self._options.dtype)
+        except (FinemoeError, OSError, MemoryError) as error:
+            logger.error("%s cannot be opened: %s", name, error)
+            raise ApiError(503, f"the model {name} cannot be opened now; the server's log says why") from error
+        template = await asyncio.to_thread(_template, opened)
+        limits = self._options.limits
+        cache = self._cache_bytes(opened)
+        worker = Worker(
+            lambda: _engine(opened, cache, limits),
+            most_open=limits.max_running + limits.max_waiting,
+            observe=lambda engine, seconds: self._observe(name, engine, seconds),
+        )
+        size = sum(tensor.nbytes for tensor in opened.model.state_dict().values()) + cache
+        served = Served(name, opened, worker, Dialect.of(template), size)
+        self._open[name] = served
+        logger.info("%s is ready after %.1f s", name, time.monotonic() - started)
+        return served
+
+    def _cache_bytes(self, opened: LanguageModel) -> int:
+        """What is given, or a quarter of the free memory, and no more than all that run can fill."""
+        weight = opened.model.embedding.weight
+        config = opened.model.config
+        numbers = sum(one.attention.cache_elements_per_token() for one in [*config.blocks, *config.mtp])
+        block = BLOCK_SIZE * numbers * weight.element_size()
+        running = self._options.limits.max_running
+        most = running * -(-(reach_of(opened) + BLOCK_SIZE) // BLOCK_SIZE)
+        if self._options.cache_bytes is not None:
+            return self._options.cache_bytes
+        return block * min(blocks_for(opened.model, BLOCK_SIZE, None, None), most)
+
+    async def _make_room(self, name: str) -> None:
+        """Close what was not used for longest, and is idle, until the new one has room.
+
+        Raises:
+            ApiError: those that are busy leave none.
+        """
+        if self._options.memory is None:
+            return
+        needed = measure(self._configs[name], 1).total_parameters * _BYTES[self._options.dtype]
+        while sum(one.bytes for one in self._open.values()) + needed > self._options.memory and self._open:
+            idle = [one for one in self._open.values() if not one.worker.open]
+            if not idle:
+                raise ApiError(503, f"there is no memory for {name} while the others are at work: try again later")
+            oldest = min(idle, key=lambda one: one.last_used)
+            del self._open[oldest.name]
+            await oldest.worker.close()
+            logger.info("%s was closed to make room for %s", oldest.name, name)
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """As GET /v1/models shows it."""
+        config, served = self._configs[name], self._open.get(name)
+        size = measure(config, 1)
+        facts: dict[str, Any] = {
+            "loaded": served is not None,
+            "parameters": size.total_parameters,
+            "active_parameters": size.active_parameters,
+            "guesses": ["text", *(["module"] if config.mtp else [])],
+            "layers": [_layer(number, config) for number in range(len(config.blocks))],
+            "cards": self._cards[name] is not None,
+        }
+        if served is not None:
+            facts["chat"] = served.opened.template is not None
+            facts["tools"] = served.dialect.tools is not None
+            facts["reasoning"] = served.dialect.reasoning
+            facts["context"] = reach_of(served.opened)
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "finemoe", "finemoe": facts}
+
+    def cards(self, name: str) -> dict[str, Any]:
+        """What an analysis says of the experts, by layer and expert.
+
+        Raises:
+            ApiError: there is none.
+        """
+        self.check(name)
+        report = self._cards[name]
+        if report is None:
+            raise ApiError(404, f"there is no analysis of {name}: finemoe analyze experts writes one", param="model")
+        return {"experts": short_cards(report)}
+
+
+def _template(opened: LanguageModel) -> list[str]:
+    return [] if opened.template is None else list(opened.template.sources.values())
+
+
+def _engine(opened: LanguageModel, cache_bytes: int, limits: Limits) -> Engine:
+    size = opened.tokenizer.vocab_size
+    sources: dict[str, Any] = {"text": FromText()}
+    if opened.model.mtp:
+        sources["module"] = FromModule(opened.model, 2, size)
+    return engine_for(opened, guesses=Chosen(sources), cache_bytes=cache_bytes, max_sequences=limits.max_running)
+
+
+def _layer(number: int, config: ModelConfig) -> dict[str, Any]:
+    layer = config.blocks[number].feed_forward
+    if layer.kind == "dense":
+        return {"layer": number, "kind": "dense"}
+    counts = {
+        "experts": layer.num_routed_experts,
+        "active": layer.experts_per_token,
+        "shared": layer.num_shared_experts,
+    }
+    return {"layer": number, "kind": "moe", **counts}
+
+
+def cards_of(source: Path) -> dict[str, Any] | None:
+    """The newest analysis of its experts that lies within a model's folder; None where there is none to be read."""
+    folder = source if source.is_dir() else source.parent
+    found = [*folder.glob(f"*/{REPORT}"), *folder.glob(f"*/*/{REPORT}")]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(report, dict) and isinstance(report.get("cards"), list):
+            return report
+    return None
+
+
+def short_cards(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The heart of each card, by layer and expert."""
+    layers: dict[str, dict[str, Any]] = {}
+    for card in report["cards"]:
+        domains = sorted(card["domains"], key=lambda domain: -(domain.get("lift") or 0))
+        tokens = [token["text"] for token in card["tokens"][:_TOKENS]]
+        short = {"domain": domains[0]["domain"] if domains else None, "tokens": tokens, "share": card["share"]}
+        layers.setdefault(str(card["layer"]), {})[str(card["expert"])] = {"title": " ".join(tokens[:3]), **short}
+    return layers
+
+
+def named(sources: Iterable[str]) -> dict[str, Path]:
+    """Names for models: `NAME=PATH`, or the last part of a path.
+
+    Raises:
+        ConfigError: two with the same name.
+    """
+    found: dict[str, Path] = {}
+    for source in sources:
+        name, _, path = source.partition("=") if "=" in source and not Path(source).exists() else ("", "", source)
+        whole = Path(path)
+        name = name or whole.resolve().name.removesuffix(".gguf")
+        if name in found:
+            raise ConfigError(f"two models are called {name}: give one of them another name, OTHER={source}")
+        found[name] = whole
+    return found

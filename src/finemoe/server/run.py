@@ -1,0 +1,126 @@
+"""The server as a process: a socket, signals, the log, and nothing that was asked or answered in it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from finemoe.core.errors import ConfigError
+from finemoe.server.app import create_app
+from finemoe.server.models import Models, Options
+
+KEY_VARIABLE = "FINEMOE_API_KEY"
+LOOPBACK = "127.0.0.1"
+
+
+def serve(
+    sources: Mapping[str, Path],
+    options: Options,
+    *,
+    host: str = LOOPBACK,
+    port: int = 8000,
+    key: str | None = None,
+    load: bool = True,
+    ready: Any = None,
+) -> None:
+    """Serve models until the process is told to stop.
+
+    Args:
+        sources: paths by name.
+        options: how models are opened, and what is allowed.
+        host, port: to listen at; port 0: any that is free.
+        key: that clients must send; None: nobody is asked.
+        load: open all models at the start, else each when it is first asked for.
+        ready: called with the address once the socket listens.
+
+    Raises:
+        ConfigError: the address cannot be used.
+    """
+    app = create_app(
+        lambda metrics: Models(sources, options, metrics.passed),
+        key=key,
+        max_body_bytes=options.limits.max_body_bytes,
+        slow_seconds=options.limits.slow_seconds,
+        load=load,
+    )
+    listening = _listen(host, port)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=True,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, round(options.limits.drain_seconds)),
+    )
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    server = _Server(config, app, ready, listening)
+    server.run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens, and takes no new requests once it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, app: Any, ready: Any, listening: socket.socket) -> None:
+        super().__init__(config)
+        self._app, self._ready, self._listening = app, ready, listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, and then the address."""
+        await super().startup(sockets=sockets)
+        if self._ready is not None and not self.should_exit:
+            host, port = self._listening.getsockname()[:2]
+            self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """A signal."""
+        server = getattr(self._app.state, "server", None)
+        if server is not None:
+            server.stopping = True
+        super().handle_exit(sig, frame)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(
+            f"{host}:{port} cannot be listened at: {error.strerror or error}; choose another --port"
+        ) from error
+    return listening
+
+
+def key_from(file: Path | None, environment: Mapping[str, str] | None = None) -> str | None:
+    """The key in `file`, or in FINEMOE_API_KEY; None where there is neither.
+
+    Raises:
+        ConfigError: a file that cannot be read, or holds no key.
+    """
+    if file is None:
+        given = (os.environ if environment is None else environment).get(KEY_VARIABLE)
+    else:
+        try:
+            given = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"--api-key-file {file} cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from error
+    if given is None:
+        return None
+    key = given.strip()
+    if not key or not key.isascii() or any(char.isspace() for char in key):
+        where = KEY_VARIABLE if file is None else str(file)
+        raise ConfigError(f"{where} holds no key: write one line of letters, digits and signs without blanks")
+    return key

@@ -1,0 +1,185 @@
+"""From what an engine writes to what a client reads: pieces as they come, or the whole, which is all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finemoe.core.errors import FinemoeError
+from finemoe.generation.sequence import Sequence as Written
+from finemoe.server.answers import Choice, Delta, TextLogprobs, rest_of
+from finemoe.server.asking import Asked
+from finemoe.server.dialects import Splitter
+from finemoe.server.errors import ApiError
+from finemoe.server.metrics import Metrics
+from finemoe.server.models import Served
+from finemoe.server.schema import ChatRequest, CompletionRequest
+from finemoe.server.worker import Done, Failed, Job, Piece, StoppedError
+
+
+@dataclass
+class Writing:
+    """An answer on its way."""
+
+    served: Served
+    asked: Asked
+    job: Job
+    choices: Sequence[Choice]
+    metrics: Metrics
+    started: float = field(default_factory=time.monotonic)
+    written: dict[int, Written] = field(default_factory=dict)
+    """Completions that have ended, by the index of their choice."""
+
+    def close(self) -> None:
+        """Nobody reads on: what has not ended is cancelled."""
+        self.served.worker.cancel(self.job)
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """What comes, as soon as it is certain; what is there already comes together.
+
+        Raises:
+            ApiError: it cannot be done, or something broke.
+        """
+        left, begun = len(self.choices), False
+        while left:
+            items = [await self.job.items.get()]
+            while not self.job.items.empty():
+                items.append(self.job.items.get_nowait())
+            found: dict[int, Delta] = {}
+            for item in items:
+                if isinstance(item, Failed):
+                    raise refusal(item.error)
+                if not begun and isinstance(item, Piece):
+                    begun = True
+                    self.metrics.first.labels(self.served.name).observe(time.monotonic() - self.started)
+                choice, delta = self.choices[item.index], found.setdefault(item.index, Delta(item.index))
+                if isinstance(item, Done):
+                    left -= 1
+                    self._ended(item.index, item.written)
+                    delta.add(choice.finish(item.written))
+                else:
+                    delta.add(choice.push(item.event))
+            for delta in found.values():
+                if not delta.empty:
+                    yield delta
+
+    async def whole(self) -> list[Delta]:
+        """All of it, a delta a choice.
+
+        Raises:
+            ApiError: as in `deltas`.
+        """
+        found = [Delta(choice.index) for choice in self.choices]
+        async for delta in self.deltas():
+            found[delta.index].add(delta)
+        return found
+
+    def _ended(self, index: int, written: Written) -> None:
+        self.written[index] = written
+        name = self.served.name
+        self.metrics.ended.labels(name, written.finish_reason or "stop").inc()
+        self.metrics.written.labels(name).inc(len(written.completion))
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens, each prompt counted once."""
+        prompt = sum(len(ids) for _, ids in self.asked.prompts)
+        completion = sum(len(one.completion) for one in self.written.values())
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def facts(self) -> dict[str, Any]:
+        """What OpenAI's usage has no place for."""
+        passes = sum(one.passes for one in self.written.values())
+        tokens = sum(len(one.completion) for one in self.written.values())
+        return {
+            "tokens_per_pass": round(tokens / passes, 3) if passes else 0.0,
+            "seconds": round(time.monotonic() - self.started, 3),
+        }
+
+
+def refusal(error: Exception) -> ApiError:
+    """What a failure is for a client: its own mistake in our words, a defect of ours without details."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, FinemoeError):
+        return ApiError(400, str(error))
+    if isinstance(error, StoppedError):
+        return ApiError(503, "the server stops; ask again in a moment")
+    return ApiError(500, "something broke in the server, not in your request; its log says what")
+
+
+def begin(request: ChatRequest | CompletionRequest, served: Served, asked: Asked, metrics: Metrics) -> Writing:
+    """Ask the engine.
+
+    Raises:
+        FullError: too many wait.
+    """
+    job = served.worker.submit(asked.requests)
+    tokenizer = served.opened.tokenizer
+    chat = isinstance(request, ChatRequest)
+    tools = isinstance(request, ChatRequest) and bool(request.tools) and request.tool_choice != "none"
+    choices = [
+        Choice(
+            index,
+            tokenizer,
+            splitter=Splitter(served.dialect, tools=tools, thinking=asked.thinking) if chat else None,
+            logprobs=bool(request.logprobs) if chat else request.logprobs is not None,
+            routing=request.finemoe.routing,
+        )
+        for index in range(len(asked.requests))
+    ]
+    metrics.prompt.labels(served.name).inc(sum(len(ids) for _, ids in asked.prompts))
+    return Writing(served, asked, job, choices, metrics)
+
+
+class TextShape:
+    """The older shape of choices: text, with the prompt before it where `echo` asks for that."""
+
+    def __init__(self, request: CompletionRequest, writing: Writing) -> None:
+        self._request, self._writing = request, writing
+        n = request.n or 1
+        self._prompts = [writing.asked.prompts[index // n] for index in range(len(writing.choices))]
+        tokenizer = writing.served.opened.tokenizer
+        echo = bool(request.echo)
+        self._logprobs = [TextLogprobs(tokenizer, not echo) for _ in writing.choices]
+        self._begun: set[int] = set()
+
+    def choice(self, delta: Delta) -> dict[str, Any]:
+        """A piece, or the whole; the first of each choice has the prompt with it."""
+        entries: list[dict[str, Any] | None] = list(delta.logprobs)
+        ids = [entry["id"] for entry in delta.logprobs]
+        if self._request.echo and delta.index not in self._begun:
+            text, prompt = self._prompts[delta.index]
+            delta.content = text + delta.content
+            if self._request.logprobs is not None:
+                scored = self._scored(delta.index)
+                entries, ids = [None, *scored, *entries], [*prompt, *ids]
+        self._begun.add(delta.index)
+        logprobs = self._logprobs[delta.index].shape(entries, ids) if self._request.logprobs is not None else None
+        return {"index": delta.index, "text": delta.content, **rest_of(delta, logprobs)}
+
+    def _scored(self, index: int) -> list[dict[str, Any]]:
+        """The prompt's tokens but the first; the engine has read all of it before it draws the first token."""
+        choice, prompt = self._writing.choices[index], self._prompts[index][1]
+        found = choice.scored or []
+        return [choice.logprob(token, *one) for token, one in zip(prompt[1:], found, strict=True)]
+
+
+async def until_gone(receive: Any) -> None:
+    """Ends when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(receive: Any, work: Any) -> Any:
+    """What `work` gives; None where the client went first."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(until_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for one in (task, gone):
+            if not one.done():
+                one.cancel()
