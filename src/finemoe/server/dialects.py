@@ -107,6 +107,8 @@ class Splitter:
         elif self._state != "call":
             keep = max((n for mark in marks for n in range(1, len(mark)) if self._held.endswith(mark[:n])), default=0)
             whole = self._held[: len(self._held) - keep]
+            if marks:  # line breaks before a mark say nothing
+                whole = whole.rstrip("\n")
             self._held = self._held[len(whole) :]
             yield from self._said(whole)
 
@@ -128,10 +130,10 @@ class Splitter:
             self._state, self._blank = "content", True
             return
         if self._marks is not None and mark in (self._marks.begin, *self._marks.around):
-            yield from self._said(before.rstrip() if mark == self._marks.begin else before)
+            yield from self._said(before.rstrip("\n") if mark == self._marks.begin else before)
             self._state = "call" if mark == self._marks.begin else "content"
             return
-        yield from self._said(before.rstrip() if mark == THOUGHT else before)
+        yield from self._said(before.rstrip("\n") if mark == THOUGHT else before)
         self._state, self._blank = ("content" if mark == THOUGHT else "reasoning"), True
 
     def _said(self, text: str) -> Iterator[Part]:

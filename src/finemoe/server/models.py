@@ -100,8 +100,16 @@ class Models:
         """
         if name not in self._sources:
             raise ApiError(
-                404, f"there is no model{did_you_mean(name, self.names)}", param="model", code="model_not_found"
+                404, f"there is no model {name!r}{did_you_mean(name, self.names)}", param="model", code="model_not_found"
             )
+
+    def opened(self, name: str) -> Served:
+        """One that is in memory.
+
+        Raises:
+            KeyError: it is not.
+        """
+        return self._open[name]
 
     async def get(self, name: str) -> Served:
         """The model of that name, opened first where that has not been done.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from finemoe.core.errors import ConfigError
 from finemoe.server.app import create_app
@@ -27,7 +28,8 @@ def serve(
     port: int = 8000,
     key: str | None = None,
     load: bool = True,
-    ready: Any = None,
+    ready: Callable[[str], None] = lambda address: None,
+    started: Callable[[Running], None] = lambda server: None,
 ) -> None:
     """Serve models until the process is told to stop.
 
@@ -37,7 +39,8 @@ def serve(
         host, port: to listen at; port 0: any that is free.
         key: that clients must send; None: nobody is asked.
         load: open all models at the start, else each when it is first asked for.
-        ready: called with the address once the socket listens.
+        ready: called with the address once models are open and the socket listens.
+        started: called with what can be told to stop (`should_exit = True`), before that.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -61,27 +64,30 @@ def serve(
     )
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    server = _Server(config, app, ready, listening)
+    server = Running(config, app, ready, listening)
+    started(server)
     server.run(sockets=[listening])
 
 
-class _Server(uvicorn.Server):
+class Running(uvicorn.Server):
     """Says where it listens, and takes no new requests once it is told to stop."""
 
-    def __init__(self, config: uvicorn.Config, app: Any, ready: Any, listening: socket.socket) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: FastAPI, ready: Callable[[str], None], listening: socket.socket
+    ) -> None:
         super().__init__(config)
-        self._app, self._ready, self._listening = app, ready, listening
+        self.app, self._ready, self._listening = app, ready, listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's, and then the address."""
         await super().startup(sockets=sockets)
-        if self._ready is not None and not self.should_exit:
+        if not self.should_exit:
             host, port = self._listening.getsockname()[:2]
             self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """A signal."""
-        server = getattr(self._app.state, "server", None)
+        server = getattr(self.app.state, "server", None)
         if server is not None:
             server.stopping = True
         super().handle_exit(sig, frame)

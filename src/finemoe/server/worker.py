@@ -140,10 +140,10 @@ class Worker:
     # ---- the thread -------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        self._engine = self._make_engine()
+        self.engine = self._make_engine()
         while True:
             with self._wake:
-                while not self._inbox and not self._closing and not self._engine.busy:
+                while not self._inbox and not self._closing and not self.engine.busy:
                     self._wake.wait()
                 messages, self._inbox = self._inbox, []
                 closing = self._closing
@@ -153,7 +153,7 @@ class Worker:
                 for job in list(self._jobs):
                     self._drop(job)
                 return
-            if self._engine.busy:
+            if self.engine.busy:
                 self._step()
 
     def _begin(self, job: Job) -> None:
@@ -162,7 +162,7 @@ class Worker:
         try:
             for index, request in enumerate(job.requests):
                 parent = first.get(request.prompt)
-                number = self._engine.submit(request if parent is None else replace(request, parent=parent))
+                number = self.engine.submit(request if parent is None else replace(request, parent=parent))
                 first.setdefault(request.prompt, number)
                 job.sequences[number] = index
                 self._by_sequence[number] = job
@@ -172,19 +172,19 @@ class Worker:
     def _step(self) -> None:
         started = time.perf_counter()
         try:
-            events = self._engine.step()
+            events = self.engine.step()
         except Exception as error:
             logger.exception("a pass failed; the requests that ran are ended, and the engine begins anew")
             for job in list(self._jobs):
                 self._fail(job, error)
-            self._engine = self._make_engine()
+            self.engine = self._make_engine()
             return
-        self._observe(self._engine, time.perf_counter() - started)
+        self._observe(self.engine, time.perf_counter() - started)
         news: list[tuple[Job, Item]] = []
         for event in events:
             job = self._by_sequence[event.sequence.id]
             news.append((job, Piece(job.sequences[event.sequence.id], event)))
-        for written in self._engine.ended:
+        for written in self.engine.ended:
             if written.id in self._by_sequence:  # else it was cancelled
                 job = self._by_sequence.pop(written.id)
                 news.append((job, Done(job.sequences.pop(written.id), written)))
@@ -196,7 +196,7 @@ class Worker:
     def _drop(self, job: Job) -> None:
         for number in list(job.sequences):
             self._by_sequence.pop(number, None)
-            self._engine.cancel(number)
+            self.engine.cancel(number)
         job.sequences.clear()
         self._jobs.discard(job)
         self._deliver([(job, Failed(StoppedError("the server stops, or the request was cancelled")))])
@@ -206,7 +206,7 @@ class Worker:
             logger.error("a request failed: %s", type(error).__name__)
         for number in list(job.sequences):
             self._by_sequence.pop(number, None)
-            self._engine.cancel(number)
+            self.engine.cancel(number)
         job.sequences.clear()
         self._jobs.discard(job)
         self._deliver([(job, Failed(error))])
