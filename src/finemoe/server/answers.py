@@ -191,7 +191,7 @@ class TextLogprobs:
         """What tokens add: `entries` as `Choice.logprob` makes them, None where nothing came before."""
         shaped: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for entry, token_id in zip(entries, ids, strict=True):
-            shaped["tokens"].append(self._tokenizer.token_bytes.get(token_id, b"").decode(errors="replace"))
+            shaped["tokens"].append(_spelling(self._tokenizer.token_bytes.get(token_id, b"")))
             shaped["text_offset"].append(self._place)
             self._place += len(self._decoder.push(token_id))
             shaped["token_logprobs"].append(None if entry is None else entry["logprob"])
@@ -203,5 +203,14 @@ def _table(entry: Mapping[str, Any]) -> dict[str, float]:
     """Texts of alternatives, and of the token itself; of tokens with one text the likelier counts."""
     table: dict[str, float] = {}
     for other in [*entry["top_logprobs"], entry]:
-        table[other["token"]] = max(other["logprob"], table.get(other["token"], -9999.0))
+        name = _spelling(bytes(other["bytes"]))
+        table[name] = max(other["logprob"], table.get(name, -9999.0))
     return table
+
+
+def _spelling(content: bytes) -> str:
+    """A token's text; as OpenAI writes them, `bytes:\\xe2` for those that are no whole characters."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)

@@ -10,12 +10,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import FileResponse, JSONResponse, Response
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 
@@ -133,8 +133,22 @@ def create_app(
     _add_writing(app)
     _add_models(app)
     _add_tokens(app)
-    app.mount("/", StaticFiles(directory=str(files("finemoe.server") / "page"), html=True), name="page")
+    _add_page(app)
     return app
+
+
+def _add_page(app: FastAPI) -> None:
+    """Each file of the page at its own path: nothing else can be read."""
+    folder = Path(str(files("finemoe.server"))) / "page"
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file():
+            route = "/" if name == "index.html" else f"/{name}"
+            app.add_api_route(route, _file(path), methods=["GET", "HEAD"], include_in_schema=False)
+
+
+def _file(path: Path) -> Callable[[], FileResponse]:
+    return lambda: FileResponse(path, headers={"cache-control": "no-cache"})
 
 
 def _version() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,7 @@ def chat(request: ChatRequest, opened: LanguageModel, dialect: Dialect, limits: 
         raise ApiError(400, f"{request.model}: its chat template knows no tools that can be read", param="tools")
     given = [tool.model_dump(exclude_none=True) for tool in tools or ()]
     messages = [_message(message) for message in request.messages]
+    check_length("".join(message["content"] for message in messages), opened, "messages")
     try:
         text, ids = opened.encode_chat(
             messages, special=request.finemoe.special, tools=given or None, **request.chat_template_kwargs
@@ -101,6 +103,7 @@ def completion(request: CompletionRequest, opened: LanguageModel, limits: Limits
     special = request.finemoe.special
     if request.suffix is not None:
         prefix = str(request.prompt)
+        check_length(prefix + request.suffix, opened, "prompt")
         try:
             ids, cut = middle_ids(opened, prefix, request.suffix, max(8, reach_of(opened) - most))
         except ConfigError as error:
@@ -126,6 +129,7 @@ def completion(request: CompletionRequest, opened: LanguageModel, limits: Limits
 
 def _prompt(given: str | list[int], opened: LanguageModel, special: bool) -> tuple[str, tuple[int, ...]]:
     if isinstance(given, str):
+        check_length(given, opened, "prompt")
         ids = opened.encode(given, special=special)
         return given, tuple(ids) or (opened.first_id,)
     size = opened.tokenizer.vocab_size
@@ -133,6 +137,23 @@ def _prompt(given: str | list[int], opened: LanguageModel, special: bool) -> tup
     if outside is not None:
         raise ApiError(400, f"token id {outside} is outside the vocabulary of {size:,}", param="prompt")
     return opened.tokenizer.decode(given), tuple(given) or (opened.first_id,)
+
+
+def check_length(text: str, opened: LanguageModel, param: str) -> None:
+    """Refuse what cannot fit, before it is read: taking a long text apart costs a hundred times its size.
+
+    Raises:
+        ApiError: not even the longest tokens would spell so much within what the model reads.
+    """
+    reach = reach_of(opened)
+    longest = max(map(len, opened.tokenizer.token_bytes.values()))
+    if len(text) > reach * longest:
+        raise ApiError(
+            400,
+            f"{len(text):,} characters are more than the {reach:,} tokens that the model reads could spell: shorten it",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 def _room(prompt: int, most: int | None, opened: LanguageModel, limits: Limits, default: int) -> int:
@@ -197,14 +218,14 @@ def _requests(
             param="n",
         )
     constraint = constraint_of(request.finemoe.experts, opened)
-    routing = request.finemoe.routing
+    routing, deadline = request.finemoe.routing, time.monotonic() + limits.max_seconds
     found = []
     for prompt in prompts:
         for number in range(n):
             found.append(
                 Request(
                     prompt, like.sampling, number, None, constraint, like.grammar, continues=like.continues,
-                    routes=routing, guess=request.finemoe.guess,
+                    deadline=deadline, routes=routing, guess=request.finemoe.guess,
                 )
             )  # fmt: skip
     return found

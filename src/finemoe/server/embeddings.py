@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finemoe.generation.scoring import reach_of
-from finemoe.server.asking import MIXED
+from finemoe.server.asking import MIXED, check_length
 from finemoe.server.errors import ApiError
 from finemoe.server.models import Served
 from finemoe.server.schema import EmbeddingRequest
@@ -38,6 +38,8 @@ def _encoded(inputs: Sequence[Any], served: Served) -> list[list[int]]:
     for number, one in enumerate(inputs):
         if isinstance(one, int):
             raise ApiError(400, MIXED, param="input")
+        if isinstance(one, str):
+            check_length(one, served.opened, "input")
         ids = served.opened.encode(one) if isinstance(one, str) else list(one)
         if not ids:
             raise ApiError(400, f"input {number} is empty", param="input")

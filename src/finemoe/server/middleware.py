@@ -41,7 +41,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status = time.monotonic(), 0
+        started, status, refused = time.monotonic(), 0, False
 
         async def noted(message: MutableMapping[str, Any]) -> None:
             nonlocal status
@@ -50,15 +50,27 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), *HEADERS.items()]
             await send(message)
 
+        read = 0
+
+        async def bounded() -> MutableMapping[str, Any]:
+            nonlocal read, refused
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._most and not refused:
+                refused = True
+                await _answer(noted, self._too_long())
+            return {"type": "http.disconnect"} if refused else message
+
+        async def unless_refused(message: MutableMapping[str, Any]) -> None:
+            if not refused:
+                await noted(message)
+
         try:
             refusal = self._refusal(scope)
             if refusal is not None:
                 await _answer(noted, refusal)
             else:
-                await self._app(scope, self._bounded(receive), noted)
-        except ApiError as error:
-            if not status:
-                await _answer(noted, error)
+                await self._app(scope, bounded, unless_refused)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", None) or "other"
@@ -81,19 +93,6 @@ class Guard:
         return ApiError(
             401, "the key is missing or wrong: send it as Authorization: Bearer KEY", code="invalid_api_key"
         )
-
-    def _bounded(self, receive: Receive) -> Receive:
-        read = 0
-
-        async def bounded() -> MutableMapping[str, Any]:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self._most:
-                raise self._too_long()
-            return message
-
-        return bounded
 
     def _too_long(self) -> ApiError:
         return ApiError(413, f"the request is longer than the {self._most:,} bytes that this server reads")

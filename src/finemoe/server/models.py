@@ -99,9 +99,8 @@ class Models:
             ApiError: there is none.
         """
         if name not in self._sources:
-            raise ApiError(
-                404, f"there is no model {name!r}{did_you_mean(name, self.names)}", param="model", code="model_not_found"
-            )
+            said = f"there is no model {name[:100]!r}{did_you_mean(name, self.names)}"
+            raise ApiError(404, said, param="model", code="model_not_found")
 
     def opened(self, name: str) -> Served:
         """One that is in memory.
