@@ -1,4 +1,4 @@
-"""A live server on the loopback address, with a small mixture that talks, thinks and calls tools as its text is forced to."""
+"""A live server on the loopback address, and a small mixture that says, thinks and calls what its text is forced to."""
 
 from __future__ import annotations
 

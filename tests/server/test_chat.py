@@ -7,6 +7,7 @@ from typing import Any
 
 import openai
 import pytest
+
 from server.conftest import Live
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Say something."}]
@@ -88,7 +89,10 @@ def test_reasoning_comes_apart(client: openai.OpenAI) -> None:
     assert set(message.content) <= set("def")
     begun = ask(
         client,
-        extra_body={"finemoe": {"regex": "[a-c]{3}</think>[d-f]{4}"}, "chat_template_kwargs": {"enable_thinking": True}},
+        extra_body={
+            "finemoe": {"regex": "[a-c]{3}</think>[d-f]{4}"},
+            "chat_template_kwargs": {"enable_thinking": True},
+        },
     )
     assert set(begun.choices[0].message.reasoning_content) <= set("abc")
 
@@ -119,7 +123,11 @@ def test_tools_are_called(client: openai.OpenAI, stream: bool) -> None:
         calls, content, reason = choice.message.tool_calls, choice.message.content, choice.finish_reason
     assert (content, reason) == ("Well.", "tool_calls")
     (call,) = calls
-    assert (call.type, call.function.name, json.loads(call.function.arguments)) == ("function", "weather", {"city": "Ulm"})
+    assert (call.type, call.function.name, json.loads(call.function.arguments)) == (
+        "function",
+        "weather",
+        {"city": "Ulm"},
+    )
     asked = {"id": call.id, "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
     turns = [
         *MESSAGES,
@@ -140,11 +148,15 @@ def test_equal_seeds_give_equal_text_and_others_do_not(client: openai.OpenAI) ->
     assert len(free) > 1
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a field nobody knows": ({"extra_body": {"best_of": 2}}, "best_of"),
     "audio": ({"extra_body": {"modalities": ["audio"]}}, "modalities"),
     "a forced function": ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "messages",
+    ),
     "a hot temperature": ({"temperature": 2.5}, "temperature"),
     "truth for a number": ({"temperature": True}, "temperature"),
     "an empty stop": ({"stop": [""]}, "stop"),

@@ -8,11 +8,11 @@ from typing import Any
 import openai
 import pytest
 import torch
-from server.conftest import Live
 
 from finemoe.checkpoint.language_model import open_language_model
 from finemoe.generation import Engine, Request, SamplingConfig
 from finemoe.generation.generate import generate
+from server.conftest import Live
 
 PROMPT = "def main():\n  "
 

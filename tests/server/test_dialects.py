@@ -48,7 +48,8 @@ CASES = {
         [Part("content", "I look."), Part("call", '{"city": "Ulm"}', "weather")],
     ),
     "two calls": (
-        '<tool_call>{"name": "a", "arguments": {}}</tool_call>\n<tool_call>{"name": "b", "arguments": {"x": 1}}</tool_call>',
+        '<tool_call>{"name": "a", "arguments": {}}</tool_call>\n'
+        '<tool_call>{"name": "b", "arguments": {"x": 1}}</tool_call>',
         HERMES,
         False,
         [Part("call", "{}", "a"), Part("call", '{"x": 1}', "b")],
@@ -68,7 +69,8 @@ CASES = {
         [Part("call", '{"city": "Ulm"}', "weather")],
     ),
     "DeepSeek-V3.1": (
-        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Ulm"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Ulm"}'
+        "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
         DEEPSEEK,
         False,
         [Part("call", '{"city": "Ulm"}', "weather")],

@@ -13,13 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
-from server.conftest import Live
 
 from finemoe.core.errors import ConfigError
 from finemoe.core.memory import peak_bytes
 from finemoe.server.config import Limits
 from finemoe.server.models import Options
 from finemoe.server.run import key_from
+from server.conftest import Live
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize")
 JSON = {"content-type": "application/json"}
@@ -80,7 +80,12 @@ def test_a_key_opens_what_is_not_the_page(start: Callable[..., Live], writer: Pa
     assert live.client.get("/health").status_code == 200
     assert live.client.get("/ready").status_code == 200
     assert live.client.get("/").status_code == 200
-    for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"authorization": "Bearer secret2"}):
+    for given in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "secret"},
+        {"authorization": "Bearer secret2"},
+    ):
         for path in ("/v1/models", "/metrics"):
             refused = live.client.get(path, headers=given)
             assert refused.status_code == 401
@@ -127,8 +132,12 @@ def test_paths_and_methods_that_are_none(live: Live) -> None:
 def hostile(draw: random.Random) -> bytes:
     """Something that no sane client sends."""
     deep = draw.choice([50, 1000, 100_000])
-    number = draw.choice(["1e999", "-1e999", "9" * 400, "NaN", "Infinity", "-0", "1.5", "true", "null", '"7"', "[]", "{}"])
-    field = draw.choice(["temperature", "top_p", "max_tokens", "n", "seed", "stop", "logprobs", "logit_bias", "prompt", "model"])
+    number = draw.choice(
+        ["1e999", "-1e999", "9" * 400, "NaN", "Infinity", "-0", "1.5", "true", "null", '"7"', "[]", "{}"]
+    )
+    field = draw.choice(
+        ["temperature", "top_p", "max_tokens", "n", "seed", "stop", "logprobs", "logit_bias", "prompt", "model"]
+    )
     text = draw.choice(["\x00", "\ud800", "é" * 10, "\\", "<|end_of_text|>", "\u202e", "a" * 200_000])
     make = draw.choice([
         lambda: b"[" * deep,
@@ -149,7 +158,7 @@ def hostile(draw: random.Random) -> bytes:
 
 
 def test_hostile_bodies_get_a_refusal_each_in_time_and_memory(live: Live) -> None:
-    """The number of the issue, 1,000, is in the slow test of the same name; the peak is this process's, server and all."""
+    """Fewer than the slow test below has; the peak is this process's, server and all."""
     _attack(live, 150)
 
 
@@ -186,8 +195,8 @@ def test_a_reader_who_takes_nothing_is_cut_off(start: Callable[..., Live], write
     with socket.socket() as lazy:
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         lazy.connect((host, int(port)))
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        lazy.sendall(head.encode() + body)
+        lines = ("POST /v1/completions HTTP/1.1", "host: x", "content-type: application/json")
+        lazy.sendall("\r\n".join((*lines, f"content-length: {len(body)}", "", "")).encode() + body)
         live.wait_until_idle("writer", 60)
         assert live.engine("writer").blocks_used == 0
 

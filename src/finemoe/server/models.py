@@ -172,7 +172,9 @@ class Models:
         """
         if self._options.memory is None:
             return
-        needed = measure(self._configs[name], 1).total_parameters * _BYTES[self._options.dtype]
+        weights = measure(self._configs[name], 1)
+        numbers = weights.total_parameters + weights.mtp_parameters
+        needed = numbers * _BYTES[self._options.dtype] + (self._options.cache_bytes or 0)
         while sum(one.bytes for one in self._open.values()) + needed > self._options.memory and self._open:
             idle = [one for one in self._open.values() if not one.worker.open]
             if not idle:

@@ -1,0 +1,122 @@
+"""Several models: opened on demand, closed when memory is short; a broken pass ends what ran and nothing else."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finemoe.checkpoint.open import read_model_config
+from finemoe.core.errors import ConfigError, FinemoeError
+from finemoe.model.size import measure
+from finemoe.server.models import Models, Options, named
+from server.conftest import Live, write_run
+
+CACHE = 1 << 20
+
+
+def test_names_come_from_paths_or_are_given(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert named([f"{tmp_path}/a", f"b={tmp_path}/a"]) == {"a": tmp_path / "a", "b": tmp_path / "a"}
+    assert named([f"{tmp_path}/x/../a/"]) == {"a": Path(f"{tmp_path}/x/../a/")}
+    assert named(["x/model.gguf"]) == {"model": Path("x/model.gguf")}
+    with pytest.raises(ConfigError, match="two models are called a"):
+        named([f"{tmp_path}/a", "elsewhere/a"])
+
+
+def test_what_is_no_model_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(FinemoeError, match="neither"):
+        Models({"x": tmp_path}, Options())
+
+
+def test_models_are_opened_when_asked_for_and_the_least_used_goes(start: Callable[..., Live], tmp_path: Path) -> None:
+    sources = {name: write_run(tmp_path / name, chat=False, seed=seed) for seed, name in enumerate("abc")}
+    one = 4 * measure(read_model_config(sources["a"]), 1).total_parameters
+    live = start(sources, Options(cache_bytes=CACHE, memory=int(2.9 * (one + CACHE))), load=False)
+
+    def loaded() -> dict[str, bool]:
+        return {card["id"]: card["finemoe"]["loaded"] for card in live.client.get("/v1/models").json()["data"]}
+
+    ask = lambda name: live.post("/v1/completions", model=name, prompt="x", max_tokens=2, temperature=0)  # noqa: E731
+    assert loaded() == {"a": False, "b": False, "c": False}
+    first = ask("a").json()["choices"][0]["text"]
+    assert ask("b").status_code == 200
+    assert ask("a").status_code == 200
+    assert loaded() == {"a": True, "b": True, "c": False}
+    assert ask("c").status_code == 200
+    assert loaded() == {"a": True, "b": False, "c": True}
+    assert ask("b").status_code == 200
+    assert ask("a").json()["choices"][0]["text"] == first
+
+
+def test_a_model_that_broke_after_the_start_is_told_and_the_others_go_on(
+    start: Callable[..., Live], writer: Path, tmp_path: Path
+) -> None:
+    other = write_run(tmp_path / "other", chat=False)
+    live = start({"writer": writer, "other": other}, Options(cache_bytes=CACHE), load=False)
+    for path in (other / "checkpoints").rglob("model.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    refused = live.post("/v1/completions", model="other", prompt="x")
+    assert refused.status_code == 503
+    assert "log" in refused.json()["error"]["message"]
+    assert str(tmp_path) not in refused.text
+    assert live.post("/v1/completions", model="writer", prompt="x", max_tokens=2).status_code == 200
+
+
+def test_a_broken_pass_ends_what_ran_and_the_next_request_is_answered(
+    start: Callable[..., Live], writer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = start({"writer": writer}, Options(cache_bytes=CACHE))
+    engine, worker = live.engine("writer"), live.app.state.server.models.opened("writer").worker
+
+    def broken() -> Any:
+        if len(worker._jobs) < 2:  # both are to run
+            return []
+        raise RuntimeError("a defect with /a/path in it")
+
+    monkeypatch.setattr(engine, "step", broken)
+    answers: list[Any] = []
+    ask = lambda **more: answers.append(  # noqa: E731
+        live.post("/v1/completions", model="writer", prompt="x", max_tokens=4, **more)
+    )
+    threads = [threading.Thread(target=ask, kwargs={"stream": stream}) for stream in (False, True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    by_status = {answer.status_code: answer.text for answer in answers}
+    assert "something broke" in by_status[500]
+    assert "something broke" in by_status[200].splitlines()[0]
+    assert "/a/path" not in "".join(by_status.values())
+    assert live.post("/v1/completions", model="writer", prompt="x", max_tokens=4).status_code == 200
+    assert live.engine("writer") is not engine
+
+
+def test_a_model_is_described(live: Live) -> None:
+    card = live.client.get("/v1/models/talker").json()
+    facts = card["finemoe"]
+    assert (facts["chat"], facts["tools"], facts["reasoning"], facts["context"]) == (True, True, True, 256)
+    assert facts["guesses"] == ["text", "module"]
+    assert facts["layers"][0] == {"layer": 0, "kind": "dense"}
+    assert facts["layers"][1] == {"layer": 1, "kind": "moe", "experts": 8, "active": 2, "shared": 1}
+    assert not live.client.get("/v1/models/writer").json()["finemoe"]["chat"]
+    assert live.client.get("/v1/models/none").status_code == 404
+    assert live.client.get("/v1/models/writer/experts").status_code == 404
+
+
+def test_cards_of_an_analysis_are_shown(start: Callable[..., Live], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", chat=False)
+    card = {
+        "layer": 1, "expert": 3, "share": 0.2, "tokens": [{"text": "def"}, {"text": "␣x"}],
+        "domains": [{"domain": "code", "lift": 2.0}, {"domain": "prose", "lift": 0.5}],
+    }  # fmt: skip
+    (run / "experts").mkdir()
+    (run / "experts" / "results.json").write_text(json.dumps({"kind": "experts", "cards": [card]}))
+    live = start({"run": run}, Options(cache_bytes=CACHE))
+    assert live.client.get("/v1/models/run").json()["finemoe"]["cards"]
+    found = live.client.get("/v1/models/run/experts").json()["experts"]["1"]["3"]
+    assert found == {"title": "def ␣x", "domain": "code", "tokens": ["def", "␣x"], "share": 0.2}
