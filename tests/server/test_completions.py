@@ -170,7 +170,7 @@ EXPERTS: dict[str, tuple[dict[str, Any], str]] = {
     "a dense layer": ({"disabled": {"0": [0]}}, "layer 0 has no experts"),
     "no such expert": ({"forced": {"1": [8]}}, "experts 0 to 7, not 8"),
     "both at once": ({"forced": {"1": [3]}, "disabled": {"1": [3]}}, "expert 3 is disabled and forced"),
-    "too few left": ({"disabled": {"1": [0, 1, 2, 3, 4, 5, 6]}}, "1 experts left, and a token goes to 2"),
+    "too few left": ({"disabled": {"1": [0, 1, 2, 3, 4, 5, 6]}}, "1 experts left, and a token would go to 2"),
     "too many forced": ({"forced": {"1": [0, 1, 2]}}, "3 experts are forced"),
     "more than there are": ({"active": 9}, "8 experts left"),
 }

@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.generation.config import SamplingConfig
+from finemoe.generation.constraints import Wish, constrain
 from finemoe.generation.engine import Request
 from finemoe.generation.grammar import Grammar
 from finemoe.generation.scoring import middle_ids, reach_of
 from finemoe.generation.sequence import Constraint
-from finemoe.model.moe.decision import RoutingConstraint
-from finemoe.model.moe.layer import MoEConfig
 from finemoe.server.config import Limits
 from finemoe.server.dialects import THINK, Dialect
 from finemoe.server.errors import ApiError
@@ -259,53 +256,11 @@ def constraint_of(asked: ExpertsSchema | None, opened: LanguageModel) -> Constra
     Raises:
         ApiError: layers or experts that the model has not, or too few left to choose from.
     """
-    if asked is None or asked == ExpertsSchema():
+    if asked is None:
         return None
-    layers = {number: layer.config for number, layer in opened.model.moe_layers.items()}
-    for name in ("disabled", "forced"):
-        _check_experts(name, getattr(asked, name), layers)
-    if not layers:
-        raise ApiError(400, "the model is dense: it has no experts to choose from", param="finemoe.experts")
-    return {number: _of_layer(number, config, asked) for number, config in layers.items()}
-
-
-def _check_experts(name: str, by_layer: Mapping[str, Sequence[int]], layers: Mapping[int, MoEConfig]) -> None:
-    where = f"finemoe.experts.{name}"
-    for layer, experts in by_layer.items():
-        if int(layer) not in layers:
-            known = ", ".join(map(str, layers))
-            raise ApiError(400, f"layer {layer} has no experts; those that have: {known or 'none'}", param=where)
-        count = layers[int(layer)].num_routed_experts
-        beyond = next((expert for expert in experts if expert >= count), None)
-        if beyond is not None:
-            raise ApiError(400, f"layer {layer} has experts 0 to {count - 1}, not {beyond}", param=where)
-
-
-def _of_layer(number: int, config: MoEConfig, asked: ExpertsSchema) -> RoutingConstraint:
-    disabled, forced = set(asked.disabled.get(str(number), ())), set(asked.forced.get(str(number), ()))
-    active = asked.active or config.experts_per_token
-    left = config.num_routed_experts - len(disabled)
-    where = "finemoe.experts"
-    if disabled & forced:
-        raise ApiError(400, f"layer {number}: expert {min(disabled & forced)} is disabled and forced", param=where)
-    if active > left:
-        raise ApiError(400, f"layer {number} has {left} experts left, and a token goes to {active}", param=where)
-    if len(forced) > active:
-        raise ApiError(
-            400, f"layer {number}: {len(forced)} experts are forced, and a token goes to {active}", param=where
-        )
-    if (disabled or forced or asked.active) and not config.router.learned:
-        raise ApiError(400, f"layer {number}: router {config.router.kind!r} looks its experts up", param=where)
-    return RoutingConstraint(
-        allowed=_mask(config, disabled).logical_not() if disabled else None,
-        forced=_mask(config, forced) if forced else None,
-        num_active=asked.active,
-        routed=asked.routed,
-        shared=asked.shared,
-    )
-
-
-def _mask(config: MoEConfig, experts: set[int]) -> torch.Tensor:
-    mask = torch.zeros(config.num_routed_experts, dtype=torch.bool)
-    mask[sorted(experts)] = True
-    return mask
+    by_layer = [{int(layer): experts for layer, experts in table.items()} for table in (asked.disabled, asked.forced)]
+    wish = Wish(*by_layer, active=asked.active, shared=asked.shared, routed=asked.routed)
+    try:
+        return constrain(opened.model, wish)
+    except ConfigError as error:
+        raise ApiError(400, str(error), param="finemoe.experts") from error
