@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from finemoe.checkpoint.open import load_chat_template, load_model, load_tokenizer
     from finemoe.core.errors import FinemoeError
     from finemoe.evaluation.evaluate import evaluate
+    from finemoe.generation.conversation import Conversation, chat
     from finemoe.generation.generate import Completion, generate
     from finemoe.model.config import ModelConfig
     from finemoe.model.transformer import Transformer
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from finemoe.runs.report import run_report as show
     from finemoe.runs.result import Run
     from finemoe.runs.run import resume, train
+    from finemoe.server.run import serve
     from finemoe.studies.compare import Comparison, compare
     from finemoe.studies.keys import recipe_keys
     from finemoe.studies.paper import paper
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 _VERBS = {
     "analyze": "finemoe.analysis.reports:analyze",
+    "chat": "finemoe.generation.conversation:chat",
     "check": "finemoe.runs.planning.check:check",
     "compare": "finemoe.studies.compare:compare",
     "doctor": "finemoe.checkpoint.doctor.examine:examine",
@@ -51,6 +54,7 @@ _VERBS = {
     "paper": "finemoe.studies.paper:paper",
     "recipe_keys": "finemoe.studies.keys:recipe_keys",
     "resume": "finemoe.runs.run:resume",
+    "serve": "finemoe.server.run:serve",
     "show": "finemoe.runs.report:run_report",
     "size": "finemoe.runs.planning.sizing:size",
     "trace": "finemoe.analysis.reports:trace",
@@ -58,6 +62,7 @@ _VERBS = {
 }
 _OTHERS = {
     "Check": "finemoe.runs.planning.check:Check",
+    "Conversation": "finemoe.generation.conversation:Conversation",
     "Comparison": "finemoe.studies.compare:Comparison",
     "Completion": "finemoe.generation.generate:Completion",
     "FinemoeError": "finemoe.core.errors:FinemoeError",
@@ -76,6 +81,7 @@ __all__ = [
     "Check",
     "Comparison",
     "Completion",
+    "Conversation",
     "FinemoeError",
     "LanguageModel",
     "ModelConfig",
@@ -83,6 +89,7 @@ __all__ = [
     "Tokenizer",
     "Transformer",
     "analyze",
+    "chat",
     "check",
     "compare",
     "doctor",
@@ -100,6 +107,7 @@ __all__ = [
     "paper",
     "recipe_keys",
     "resume",
+    "serve",
     "show",
     "size",
     "trace",

@@ -65,8 +65,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def process() -> Command:
     """Run a verb in a process of its own."""
 
-    def call(*arguments: str | Path) -> Any:
+    def call(*arguments: str | Path, input: str | None = None) -> Any:
         words = [sys.executable, "-m", "finemoe", *map(str, arguments)]
-        return subprocess.run(words, capture_output=True, text=True, timeout=60)
+        return subprocess.run(words, capture_output=True, text=True, timeout=60, input=input)
 
     return call

@@ -14,7 +14,8 @@ from finemoe.checkpoint.open import read_model_config
 from finemoe.core.errors import ConfigError, FinemoeError
 from finemoe.model.size import measure
 from finemoe.server.models import Models, Options, named
-from server.conftest import Live, write_run
+from server.conftest import Live
+from server.talkers import write_run
 
 CACHE = 1 << 20
 

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from finemoe.cli.analyze.verbs import analyze
+from finemoe.cli.chat import chat
 from finemoe.cli.compare import compare
 from finemoe.cli.doctor import doctor
 from finemoe.cli.env import env
@@ -85,8 +86,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
 )
 _VERBS = (
-    train, resume, runs, show, generate, serve, evaluate, compare, paper, trace, size, presets, import_, export, doctor,
-    env,
+    train, resume, runs, show, generate, chat, serve, evaluate, compare, paper, trace, size, presets, import_, export,
+    doctor, env,
 )  # fmt: skip
 for verb in _VERBS:
     app.command(verb.__name__.rstrip("_"))(verb)  # `import` is a word of the language
@@ -119,7 +120,8 @@ def finemoe(
       finemoe train recipes/tiny.toml --out runs/tiny
       finemoe recipe new my-texts/ --out mine.toml       a recipe for your own files
       finemoe generate runs/tiny --prompt "def main("
-      finemoe serve runs/tiny                  a page to chat on, and OpenAI's API
+      finemoe chat runs/tiny                   talk to it, see and switch its experts
+      finemoe serve runs/tiny                  the same on a page, and OpenAI's API
       finemoe compare --out runs/comparison    dense, hash, Switch, GShard, DeepSeekMoE
       finemoe import MODEL imported/model      from Hugging Face or GGUF
       finemoe analyze experts runs/tiny --out experts

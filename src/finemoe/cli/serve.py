@@ -82,6 +82,6 @@ def serve(
         console().print("stop     Ctrl-C")
 
     try:
-        run(models, options, host=host, port=port, key=key, load=not on_demand, ready=ready)
+        run(*sources, options=options, host=host, port=port, key=key, load=not on_demand, ready=ready)
     except SystemExit as error:
         raise ConfigError("the server could not start; the lines above say why") from error

@@ -258,8 +258,8 @@ def constraint_of(asked: ExpertsSchema | None, opened: LanguageModel) -> Constra
     """
     if asked is None:
         return None
-    by_layer = [{int(layer): experts for layer, experts in table.items()} for table in (asked.disabled, asked.forced)]
-    wish = Wish(*by_layer, active=asked.active, shared=asked.shared, routed=asked.routed)
+    disabled, forced = ({int(layer): ids for layer, ids in one.items()} for one in (asked.disabled, asked.forced))
+    wish = Wish(disabled, forced, asked.active, asked.shared, asked.routed)
     try:
         return constrain(opened.model, wish)
     except ConfigError as error:

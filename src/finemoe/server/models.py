@@ -265,6 +265,18 @@ def short_cards(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return layers
 
 
+def check_sources(sources: Mapping[str, Path]) -> None:
+    """Whether each of them is a model, before anything listens.
+
+    Raises:
+        FinemoeError: one is none, or none is given.
+    """
+    if not sources:
+        raise ConfigError("nothing to serve: name a run, a folder or a GGUF file")
+    for path in sources.values():
+        read_model_config(path)
+
+
 def named(sources: Iterable[str]) -> dict[str, Path]:
     """Names for models: `NAME=PATH`, or the last part of a path.
 

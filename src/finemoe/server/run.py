@@ -14,16 +14,15 @@ from fastapi import FastAPI
 
 from finemoe.core.errors import ConfigError
 from finemoe.server.app import create_app
-from finemoe.server.models import Models, Options
+from finemoe.server.models import Models, Options, check_sources, named
 
 KEY_VARIABLE = "FINEMOE_API_KEY"
 LOOPBACK = "127.0.0.1"
 
 
 def serve(
-    sources: Mapping[str, Path],
-    options: Options,
-    *,
+    *models: str | os.PathLike[str],
+    options: Options | None = None,
     host: str = LOOPBACK,
     port: int = 8000,
     key: str | None = None,
@@ -31,11 +30,11 @@ def serve(
     ready: Callable[[str], None] = lambda address: None,
     started: Callable[[Running], None] = lambda server: None,
 ) -> None:
-    """Serve models until the process is told to stop.
+    """Serve models until the process is told to stop: OpenAI's API, and a page to chat on.
 
     Args:
-        sources: paths by name.
-        options: how models are opened, and what is allowed.
+        models: paths, each as `finemoe generate` takes it; `NAME=PATH` gives a name.
+        options: how models are opened, and what is allowed; None: as `finemoe serve` does.
         host, port: to listen at; port 0: any that is free.
         key: that clients must send; None: nobody is asked.
         load: open all models at the start, else each when it is first asked for.
@@ -43,8 +42,10 @@ def serve(
         started: called with what can be told to stop (`should_exit = True`), before that.
 
     Raises:
-        ConfigError: the address cannot be used.
+        FinemoeError: the address cannot be used, or something that is no model.
     """
+    sources, options = named(str(model) for model in models), options or Options()
+    check_sources(sources)
     app = create_app(
         lambda metrics: Models(sources, options, metrics.passed),
         key=key,

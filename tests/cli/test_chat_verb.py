@@ -1,0 +1,84 @@
+"""`finemoe chat`: lines in, answers out, and commands about experts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.talkers import write_run
+
+FEW = ("-n", "6", "--temperature", "0")
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("chat") / "talker", chat=True)
+
+
+def test_lines_are_answered(process: Any, talker: Path) -> None:
+    result = process("chat", talker, *FEW, input="Hello\nAnd now?\n")
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) >= 2
+    assert "2 layers of experts" in result.stderr
+    again = process("chat", talker, *FEW, input="Hello\nAnd now?\n")
+    assert again.stdout == result.stdout
+
+
+def test_commands(process: Any, talker: Path, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    lines = [
+        "/experts", "Hello", "/experts", "/disable L1 E3", "/force L2 5", "/active 1", "/shared off", "/retry", "/free",
+        "/set temperature 0.5", "/system Be brief.", f"/save {file}", f"/save {file}", "/new", "/help",
+        "/disable L9 E1", "/disable L1", "/set top_q 3", "/experiment", "/quit", "never read",
+    ]  # fmt: skip
+    result = process("chat", talker, *FEW, input="\n".join(lines) + "\n")
+    assert result.returncode == 0
+    said = " ".join(result.stderr.split())
+    for words in (
+        "no expert has written anything yet",
+        "experts: without L1 E3",
+        "without L1 E3; always L2 E5; 1 active; without the shared ones",
+        "experts: as the model has them",
+        "temperature = 0.5",
+        f"{file.name} exists and is left as it is",
+        "layer 9 has no experts; those that have: 1, 2",
+        "name an expert behind the layer",
+        "top_q",
+        "unknown command /experiment",
+    ):
+        assert words in said, words
+    assert "L1  E" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    saved = json.loads(file.read_text())
+    assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"]
+    assert saved["sampling"]["temperature"] == 0.5
+
+
+def test_nothing_there(process: Any, tmp_path: Path) -> None:
+    result = process("chat", tmp_path, input="x\n")
+    assert result.returncode == 2
+    assert "neither a run" in " ".join(result.stderr.split())
+
+
+def test_interrupted_in_an_answer_the_next_line_is_read(talker: Path) -> None:
+    import sys
+
+    command = [sys.executable, "-m", "finemoe", "chat", str(talker), "-n", "250", "--temperature", "1.5"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as chat:  # type: ignore[call-overload]
+        assert chat.stdin is not None
+        chat.stdin.write("Hello\n")
+        chat.stdin.flush()
+        assert chat.stdout.read(1)
+        chat.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        _, errors = chat.communicate("/set seed 5\n/quit\n", timeout=60)
+    assert chat.returncode == 0, errors
+    assert "seed = 5" in errors
+    assert "Traceback" not in errors
