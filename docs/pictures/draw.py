@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[tuple[str, str], ...], ...] = (
         ("analysis", "what the experts do"),
         ("evaluation", "tasks, judged and counted"),
     ),
-    (("runs", "the program of a training run: recipe, observers, checkpoints, summary"),),
+    (("runs", "recipe, observers, checkpoints, summary"), ("server", "OpenAI's API, a page, talking")),
     (("studies", "comparisons at matched compute, the papers' claims"),),
     (("cli", "verbs only"),),
 )

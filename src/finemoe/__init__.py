@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from finemoe.checkpoint.open import load_chat_template, load_model, load_tokenizer
     from finemoe.core.errors import FinemoeError
     from finemoe.evaluation.evaluate import evaluate
-    from finemoe.generation.conversation import Conversation, chat
     from finemoe.generation.generate import Completion, generate
     from finemoe.model.config import ModelConfig
     from finemoe.model.transformer import Transformer
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from finemoe.runs.report import run_report as show
     from finemoe.runs.result import Run
     from finemoe.runs.run import resume, train
+    from finemoe.server.conversation import Conversation, chat
     from finemoe.server.run import serve
     from finemoe.studies.compare import Comparison, compare
     from finemoe.studies.keys import recipe_keys
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _VERBS = {
     "analyze": "finemoe.analysis.reports:analyze",
-    "chat": "finemoe.generation.conversation:chat",
+    "chat": "finemoe.server.conversation:chat",
     "check": "finemoe.runs.planning.check:check",
     "compare": "finemoe.studies.compare:compare",
     "doctor": "finemoe.checkpoint.doctor.examine:examine",
@@ -62,7 +62,7 @@ _VERBS = {
 }
 _OTHERS = {
     "Check": "finemoe.runs.planning.check:Check",
-    "Conversation": "finemoe.generation.conversation:Conversation",
+    "Conversation": "finemoe.server.conversation:Conversation",
     "Comparison": "finemoe.studies.compare:Comparison",
     "Completion": "finemoe.generation.generate:Completion",
     "FinemoeError": "finemoe.core.errors:FinemoeError",

@@ -11,8 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from finemoe.server.config import Limits
-from finemoe.server.models import Options
+from finemoe.server.models import Limits, Options
 from finemoe.server.run import serve
 from server.talkers import write_run
 
@@ -48,7 +47,7 @@ class Live:
 
     @property
     def app(self) -> Any:
-        return self.servers[0].app
+        return self.servers[0].config.app
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.client.post(path, json=body)

@@ -16,8 +16,7 @@ import pytest
 
 from finemoe.core.errors import ConfigError
 from finemoe.core.memory import peak_bytes
-from finemoe.server.config import Limits
-from finemoe.server.models import Options
+from finemoe.server.models import Limits, Options
 from finemoe.server.run import key_from
 from server.conftest import Live
 

@@ -16,8 +16,8 @@ from finemoe.cli.completion import complete_run
 from finemoe.cli.output import printable
 
 if TYPE_CHECKING:
-    from finemoe.generation.conversation import Conversation
     from finemoe.generation.engine import Event
+    from finemoe.server.conversation import Conversation
 
 Source = Annotated[
     Path,
@@ -62,7 +62,7 @@ def chat(
     from finemoe.checkpoint.kinds import kind_of
 
     kind_of(source)  # a path that holds nothing is refused before a second of imports
-    from finemoe.generation.conversation import chat as begin
+    from finemoe.server.conversation import chat as begin
 
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
     talk = begin(source, system=system, dtype=dtype, **sampling)
@@ -218,7 +218,7 @@ def _wish(talk: Conversation, **changes: Any) -> None:
     """Change what holds for the experts, where that is possible."""
     from dataclasses import replace
 
-    from finemoe.generation.constraints import constrain
+    from finemoe.server.constraints import constrain
 
     wish = replace(talk.wish, **changes)
     constrain(talk.opened.model, wish)
@@ -254,7 +254,7 @@ def _shared(talk: Conversation, rest: str) -> None:
 
 
 def _free(talk: Conversation, rest: str) -> None:
-    from finemoe.generation.constraints import Wish
+    from finemoe.server.constraints import Wish
 
     _wish(talk, **vars(Wish()))
 

@@ -57,10 +57,9 @@ def serve(
     """
     from finemoe.cli.output import bytes_of, printable
     from finemoe.core.config import parse, with_overrides
-    from finemoe.core.errors import ConfigError
     from finemoe.core.logs import console
     from finemoe.server import require
-    from finemoe.server.config import Limits
+    from finemoe.server.models import Limits
 
     bounds = parse(Limits, with_overrides({}, limit or []), "--limit")
     require()
@@ -81,7 +80,4 @@ def serve(
         console().print(f"API      {address}/v1, models: {', '.join(printable(name) for name in models)}")
         console().print("stop     Ctrl-C")
 
-    try:
-        run(*sources, options=options, host=host, port=port, key=key, load=not on_demand, ready=ready)
-    except SystemExit as error:
-        raise ConfigError("the server could not start; the lines above say why") from error
+    run(*sources, options=options, host=host, port=port, key=key, load=not on_demand, ready=ready)

@@ -125,8 +125,7 @@ class Engine:
             cache_bytes: for the cache; None: a quarter of the memory that is free, and no more than is of use.
             cache_dtype: of the cache, such as torch.bfloat16 or torch.float8_e4m3fn; None: the weights'.
             block_size: tokens of a block.
-            max_sequences, max_tokens: most that run at once, and most tokens of one pass.
-            chunk: most tokens of one prompt in a pass in which others take part.
+            max_sequences, max_tokens, chunk: most that run at once, most tokens of one pass, and of one prompt in it.
             reuse: a prompt that begins as an earlier one did is read from where they part.
             steady: what a request gets does not depend on its neighbours, to the last bit, at the price of speed.
             guesses: where guesses of the next tokens come from.
@@ -157,8 +156,7 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._sequences: dict[int, Sequence] = {}
         self._next_id, self.acceptance = 0, Acceptance()
-        self.ended: list[Sequence] = []
-        """Who ended in the last step, or was cancelled since: also those of whom there is no event."""
+        self.ended: list[Sequence] = []  # in the last step, or cancelled since: also those of whom there is no event
 
     def submit(self, request: Request) -> int:
         """Queue a request; the id of its sequence.

@@ -100,7 +100,7 @@ class Server:
 
 def create_app(
     models: Callable[[Metrics], Models], *, key: str | None = None, max_body_bytes: int = 4 << 20,
-    slow_seconds: float = 30.0, load: bool = False,
+    slow_seconds: float = 30.0, load: bool = False, ready: Callable[[], None] = lambda: None,
 ) -> FastAPI:  # fmt: skip
     """The application.
 
@@ -110,6 +110,7 @@ def create_app(
         max_body_bytes: of a request.
         slow_seconds: a reader of a stream who takes nothing for so long is cut off.
         load: open all models at the start.
+        ready: called when requests are taken.
     """
     metrics = Metrics()
 
@@ -118,6 +119,7 @@ def create_app(
         server = app.state.server = Server(models(metrics), metrics, slow_seconds)
         for name in server.models.names if load else ():
             await server.models.get(name)
+        ready()
         yield
         server.stopping = True
         await server.models.close()

@@ -12,14 +12,14 @@ from typing import Any
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.generation.config import SamplingConfig
-from finemoe.generation.constraints import Wish, constrain
 from finemoe.generation.engine import Request
 from finemoe.generation.grammar import Grammar
 from finemoe.generation.scoring import middle_ids, reach_of
 from finemoe.generation.sequence import Constraint
-from finemoe.server.config import Limits
+from finemoe.server.constraints import Wish, constrain
 from finemoe.server.dialects import THINK, Dialect
 from finemoe.server.errors import ApiError
+from finemoe.server.models import Limits
 from finemoe.server.schema import ChatRequest, CompletionRequest, ExpertsSchema, Message, Sampling
 
 MIXED = "ids of tokens and texts are mixed: give one list of ids, or a list of lists"

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
 from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model
 from finemoe.checkpoint.open import read_model_config
-from finemoe.core.config import did_you_mean
+from finemoe.core.config import Config, did_you_mean
 from finemoe.core.errors import ConfigError, FinemoeError
 from finemoe.core.logs import logger
 from finemoe.generation.engine import Engine, engine_for
@@ -21,7 +23,6 @@ from finemoe.generation.scoring import reach_of
 from finemoe.generation.speculation import Chosen, FromModule, FromText
 from finemoe.model.config import ModelConfig
 from finemoe.model.size import measure
-from finemoe.server.config import Limits
 from finemoe.server.dialects import Dialect
 from finemoe.server.errors import ApiError
 from finemoe.server.worker import Worker
@@ -30,6 +31,29 @@ REPORT = "results.json"
 """What `finemoe analyze experts MODEL --out MODEL/experts` writes; any folder within the model's will do."""
 _TOKENS = 8  # of a card
 _BYTES = {"fp32": 4, "bf16": 2, "stored": 4}
+
+
+class Limits(Config):
+    """Bounds that keep one client from taking what belongs to all. Who goes beyond them is told which one it was."""
+
+    max_waiting: NonNegativeInt = 64
+    """[requests] Completions that may wait for their turn, beside those that run; beyond it the answer is 429."""
+    max_running: PositiveInt = 32
+    """[requests] Completions that a model writes at the same time."""
+    max_body_bytes: PositiveInt = 4 << 20
+    """[bytes] Of a request."""
+    max_prompt_tokens: PositiveInt | None = None
+    """[tokens] None: as long as the model was made or trained for."""
+    max_new_tokens: PositiveInt = 4096
+    """[tokens] Of a completion. More is refused; without `max_tokens` a chat answer may be as long as this."""
+    max_choices: PositiveInt = 16
+    """[completions] Of one request: its prompts times its n."""
+    max_seconds: PositiveFloat = 600.0
+    """[s] After which an answer ends where it is, with `finish_reason` "length"."""
+    slow_seconds: PositiveFloat = 30.0
+    """[s] A reader of a stream who takes nothing for so long is cut off."""
+    drain_seconds: PositiveFloat = 30.0
+    """[s] That answers have to end after SIGTERM."""
 
 
 @dataclass(frozen=True)

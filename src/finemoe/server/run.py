@@ -7,14 +7,14 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-import uvicorn
-from fastapi import FastAPI
+from typing import TYPE_CHECKING
 
 from finemoe.core.errors import ConfigError
 from finemoe.server.app import create_app
 from finemoe.server.models import Models, Options, check_sources, named
+
+if TYPE_CHECKING:
+    import uvicorn
 
 KEY_VARIABLE = "FINEMOE_API_KEY"
 LOOPBACK = "127.0.0.1"
@@ -28,7 +28,7 @@ def serve(
     key: str | None = None,
     load: bool = True,
     ready: Callable[[str], None] = lambda address: None,
-    started: Callable[[Running], None] = lambda server: None,
+    started: Callable[[uvicorn.Server], None] = lambda server: None,
 ) -> None:
     """Serve models until the process is told to stop: OpenAI's API, and a page to chat on.
 
@@ -44,16 +44,19 @@ def serve(
     Raises:
         FinemoeError: the address cannot be used, or something that is no model.
     """
+    import uvicorn
+
     sources, options = named(str(model) for model in models), options or Options()
     check_sources(sources)
+    listening = _listen(host, port)
     app = create_app(
         lambda metrics: Models(sources, options, metrics.passed),
         key=key,
         max_body_bytes=options.limits.max_body_bytes,
         slow_seconds=options.limits.slow_seconds,
         load=load,
+        ready=lambda: ready(_address(listening)),
     )
-    listening = _listen(host, port)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -65,33 +68,17 @@ def serve(
     )
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    server = Running(config, app, ready, listening)
+    server = uvicorn.Server(config)
     started(server)
-    server.run(sockets=[listening])
+    try:
+        server.run(sockets=[listening])
+    except SystemExit as error:  # which uvicorn raises when the application could not start
+        raise ConfigError("the server could not start; the log says why") from error
 
 
-class Running(uvicorn.Server):
-    """Says where it listens, and takes no new requests once it is told to stop."""
-
-    def __init__(
-        self, config: uvicorn.Config, app: FastAPI, ready: Callable[[str], None], listening: socket.socket
-    ) -> None:
-        super().__init__(config)
-        self.app, self._ready, self._listening = app, ready, listening
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's, and then the address."""
-        await super().startup(sockets=sockets)
-        if not self.should_exit:
-            host, port = self._listening.getsockname()[:2]
-            self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        """A signal."""
-        server = getattr(self.app.state, "server", None)
-        if server is not None:
-            server.stopping = True
-        super().handle_exit(sig, frame)
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _listen(host: str, port: int) -> socket.socket:

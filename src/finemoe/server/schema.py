@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
@@ -17,7 +17,7 @@ Layer = Annotated[str, Field(pattern=r"^[0-9]{1,4}$")]
 Expert = Annotated[StrictInt, Field(ge=0, le=1 << 16)]
 
 
-class Schema(BaseModel):
+class Schema(BaseModel, ABC):
     """Closed to what it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -35,7 +35,7 @@ class ExpertsSchema(Schema):
     routed: StrictBool = Field(default=True, description="false: the routed experts add nothing.")
 
 
-class Extension(Schema):
+class FinemoeFields(Schema):
     """What OpenAI's API has not."""
 
     routing: StrictBool = Field(default=False, description="Report the experts that each token came out of.")
@@ -75,7 +75,7 @@ class StreamOptions(Schema):
     include_usage: StrictBool = Field(default=False, description="Tokens are counted in one more chunk at the end.")
 
 
-class Sampling(Schema):
+class Sampling(Schema, ABC):
     """What both ways to complete have in common."""
 
     model: StrictStr = Field(description="As GET /v1/models names it.")
@@ -100,7 +100,7 @@ class Sampling(Schema):
     user: StrictStr | None = Field(
         default=None, description="Whatever the client calls its user; nothing depends on it."
     )
-    finemoe: Extension = Field(default=Extension(), description="What OpenAI's API has not.")
+    finemoe: FinemoeFields = Field(default=FinemoeFields(), description="What OpenAI's API has not.")
 
     @field_validator("stop")
     @classmethod
@@ -285,8 +285,3 @@ class DetokenizeRequest(Schema):
 
     model: StrictStr
     ids: list[Annotated[StrictInt, Field(ge=0, le=1 << 30)]]
-
-
-def fields_of(request: Mapping[str, Any]) -> list[str]:
-    """The names that were given, for logs."""
-    return sorted(request)

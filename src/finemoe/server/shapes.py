@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -22,7 +23,7 @@ class Facts(BaseModel):
     seconds: float
 
 
-class Head(BaseModel):
+class Head(BaseModel, ABC):
     """What answers have in common."""
 
     id: str
@@ -32,7 +33,7 @@ class Head(BaseModel):
     finemoe: Facts
 
 
-class TokenChoice(BaseModel):
+class TokenChoice(BaseModel, ABC):
     """One of the completions that were asked for."""
 
     index: int

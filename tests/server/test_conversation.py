@@ -9,8 +9,8 @@ import pytest
 
 import finemoe
 from finemoe.core.errors import ConfigError
-from finemoe.generation.constraints import Wish, constrain
-from finemoe.generation.conversation import Conversation
+from finemoe.server.constraints import Wish, constrain
+from finemoe.server.conversation import Conversation
 from server.talkers import write_run
 
 

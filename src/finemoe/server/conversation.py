@@ -9,9 +9,9 @@ from typing import Any, final
 from finemoe.checkpoint.language_model import LanguageModel, open_language_model
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.generation.config import SamplingConfig
-from finemoe.generation.constraints import Wish, constrain
 from finemoe.generation.engine import Engine, Event, Request, engine_for
 from finemoe.generation.scoring import reach_of
+from finemoe.server.constraints import Wish, constrain
 
 _LEAST_ROOM = 8  # tokens of an answer
 
@@ -55,6 +55,11 @@ class Conversation:
 
     @system.setter
     def system(self, text: str | None) -> None:
+        """Exchange it, or take it away.
+
+        Raises:
+            ConfigError: the model was not made to answer.
+        """
         if not self.answers and text is not None:
             raise ConfigError("this model has no chat template, and so no system message: it only goes on with a text")
         rest = [message for message in self.messages if message["role"] != "system"]
