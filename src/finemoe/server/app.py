@@ -65,8 +65,9 @@ _SAID: dict[int | str, dict[str, Any]] = {
 class Server:
     """What the paths share."""
 
-    def __init__(self, models: Models, metrics: Metrics, slow_seconds: float) -> None:
-        self.models, self.metrics, self.slow_seconds = models, metrics, slow_seconds
+    def __init__(self, models: Models, metrics: Metrics, slow_seconds: float, drain_seconds: float) -> None:
+        self.models, self.metrics = models, metrics
+        self.slow_seconds, self.drain_seconds = slow_seconds, drain_seconds
         self.stopping = False
 
     def check(self) -> None:
@@ -99,9 +100,15 @@ class Server:
 
 
 def create_app(
-    models: Callable[[Metrics], Models], *, key: str | None = None, max_body_bytes: int = 4 << 20,
-    slow_seconds: float = 30.0, load: bool = False, ready: Callable[[], None] = lambda: None,
-) -> FastAPI:  # fmt: skip
+    models: Callable[[Metrics], Models],
+    *,
+    key: str | None = None,
+    max_body_bytes: int = 4 << 20,
+    slow_seconds: float = 30.0,
+    drain_seconds: float = 30.0,
+    load: bool = False,
+    ready: Callable[[], None] = lambda: None,
+) -> FastAPI:
     """The application.
 
     Args:
@@ -109,6 +116,7 @@ def create_app(
         key: that clients must send; None: nobody is asked.
         max_body_bytes: of a request.
         slow_seconds: a reader of a stream who takes nothing for so long is cut off.
+        drain_seconds: that streams have to end once the server is told to stop.
         load: open all models at the start.
         ready: called when requests are taken.
     """
@@ -116,7 +124,7 @@ def create_app(
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        server = app.state.server = Server(models(metrics), metrics, slow_seconds)
+        server = app.state.server = Server(models(metrics), metrics, slow_seconds, drain_seconds)
         for name in server.models.names if load else ():
             await server.models.get(name)
         ready()
@@ -268,7 +276,9 @@ def _stream(
         finally:
             writing.close()
 
-    return EventSourceResponse(events(), sep="\n", send_timeout=server.slow_seconds, ping=15)
+    return EventSourceResponse(
+        events(), sep="\n", send_timeout=server.slow_seconds, ping=15, shutdown_grace_period=server.drain_seconds
+    )
 
 
 def _json(value: Any) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -80,6 +81,45 @@ class Served:
     last_used: float = field(default_factory=time.monotonic)
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A model in memory, with its engine, before anybody asks it."""
+
+    opened: LanguageModel
+    engine: Engine
+    make_engine: Callable[[], Engine]
+    dialect: Dialect
+    bytes: int
+
+
+def prepare(name: str, source: Path, options: Options) -> Ready:
+    """Open a model.
+
+    Raises:
+        FinemoeError: it cannot be opened, or its cache has no room.
+    """
+    started = time.monotonic()
+    opened = open_language_model(source, options.dtype)
+    cache = _cache_bytes(opened, options)
+    make = lambda: _engine(opened, cache, options.limits)  # noqa: E731
+    engine = make()
+    template = [] if opened.template is None else list(opened.template.sources.values())
+    size = sum(tensor.nbytes for tensor in opened.model.state_dict().values()) + cache
+    logger.info("%s is ready after %.1f s", name, time.monotonic() - started)
+    return Ready(opened, engine, make, Dialect.of(template), size)
+
+
+def _cache_bytes(opened: LanguageModel, options: Options) -> int:
+    """What is given, or a quarter of the free memory, and no more than all that run can fill."""
+    config = opened.model.config
+    numbers = sum(one.attention.cache_elements_per_token() for one in [*config.blocks, *config.mtp])
+    block = BLOCK_SIZE * numbers * opened.model.embedding.weight.element_size()
+    most = options.limits.max_running * -(-(reach_of(opened) + BLOCK_SIZE) // BLOCK_SIZE)
+    if options.cache_bytes is not None:
+        return options.cache_bytes
+    return block * min(blocks_for(opened.model, BLOCK_SIZE, None, None), most)
+
+
 class Models:
     """All that a server has."""
 
@@ -88,12 +128,14 @@ class Models:
         sources: Mapping[str, Path],
         options: Options,
         observe: Callable[[str, Engine, float], None] = lambda name, engine, seconds: None,
+        ready: Mapping[str, Ready] = MappingProxyType({}),
     ) -> None:
-        """Nothing is opened yet.
+        """Nothing is opened but what is `ready`.
 
         Raises:
             FinemoeError: one of them is no model.
         """
+        self._ready = dict(ready)
         self._sources, self._options, self._observe = dict(sources), options, observe
         self._configs = {name: read_model_config(path) for name, path in self._sources.items()}
         self._cards = {name: cards_of(path) for name, path in self._sources.items()}
@@ -156,37 +198,22 @@ class Models:
 
     async def _load(self, name: str) -> Served:
         await self._make_room(name)
-        started = time.monotonic()
         try:
-            opened = await asyncio.to_thread(open_language_model, self._sources[name], self._options.dtype)
+            known = self._ready.pop(name, None)
+            ready = known or await asyncio.to_thread(prepare, name, self._sources[name], self._options)
         except (FinemoeError, OSError, MemoryError) as error:
             logger.error("%s cannot be opened: %s", name, error)
             raise ApiError(503, f"the model {name} cannot be opened now; the server's log says why") from error
-        template = await asyncio.to_thread(_template, opened)
         limits = self._options.limits
-        cache = self._cache_bytes(opened)
         worker = Worker(
-            lambda: _engine(opened, cache, limits),
+            ready.engine,
+            ready.make_engine,
             most_open=limits.max_running + limits.max_waiting,
             observe=lambda engine, seconds: self._observe(name, engine, seconds),
         )
-        size = sum(tensor.nbytes for tensor in opened.model.state_dict().values()) + cache
-        served = Served(name, opened, worker, Dialect.of(template), size)
+        served = Served(name, ready.opened, worker, ready.dialect, ready.bytes)
         self._open[name] = served
-        logger.info("%s is ready after %.1f s", name, time.monotonic() - started)
         return served
-
-    def _cache_bytes(self, opened: LanguageModel) -> int:
-        """What is given, or a quarter of the free memory, and no more than all that run can fill."""
-        weight = opened.model.embedding.weight
-        config = opened.model.config
-        numbers = sum(one.attention.cache_elements_per_token() for one in [*config.blocks, *config.mtp])
-        block = BLOCK_SIZE * numbers * weight.element_size()
-        running = self._options.limits.max_running
-        most = running * -(-(reach_of(opened) + BLOCK_SIZE) // BLOCK_SIZE)
-        if self._options.cache_bytes is not None:
-            return self._options.cache_bytes
-        return block * min(blocks_for(opened.model, BLOCK_SIZE, None, None), most)
 
     async def _make_room(self, name: str) -> None:
         """Close what was not used for longest, and is idle, until the new one has room.
@@ -238,10 +265,6 @@ class Models:
         if report is None:
             raise ApiError(404, f"there is no analysis of {name}: finemoe analyze experts writes one", param="model")
         return {"experts": short_cards(report)}
-
-
-def _template(opened: LanguageModel) -> list[str]:
-    return [] if opened.template is None else list(opened.template.sources.values())
 
 
 def _engine(opened: LanguageModel, cache_bytes: int, limits: Limits) -> Engine:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from finemoe.core.errors import ConfigError
 from finemoe.server.app import create_app
-from finemoe.server.models import Models, Options, check_sources, named
+from finemoe.server.models import Models, Options, check_sources, named, prepare
 
 if TYPE_CHECKING:
     import uvicorn
@@ -49,11 +49,17 @@ def serve(
     sources, options = named(str(model) for model in models), options or Options()
     check_sources(sources)
     listening = _listen(host, port)
+    try:
+        opened = {name: prepare(name, path, options) for name, path in sources.items()} if load else {}
+    except BaseException:
+        listening.close()
+        raise
     app = create_app(
-        lambda metrics: Models(sources, options, metrics.passed),
+        lambda metrics: Models(sources, options, metrics.passed, opened),
         key=key,
         max_body_bytes=options.limits.max_body_bytes,
         slow_seconds=options.limits.slow_seconds,
+        drain_seconds=options.limits.drain_seconds,
         load=load,
         ready=lambda: ready(_address(listening)),
     )
@@ -64,7 +70,7 @@ def serve(
         server_header=False,
         date_header=True,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(1, round(options.limits.drain_seconds)),
+        timeout_graceful_shutdown=1 + round(options.limits.drain_seconds),
     )
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -68,6 +68,7 @@ class Worker:
 
     def __init__(
         self,
+        engine: Engine,
         make_engine: Callable[[], Engine],
         *,
         most_open: int,
@@ -76,12 +77,12 @@ class Worker:
         """Start the thread.
 
         Args:
-            make_engine: called in the thread; again after a defect, so that one broken request does not end all others
-                for ever.
+            engine: nobody else's from now on.
+            make_engine: makes another after a defect, so that one broken pass does not end all requests to come.
             most_open: completions that may run or wait.
             observe: called after every pass, in the thread, with its seconds.
         """
-        self._make_engine, self._most_open, self._observe = make_engine, most_open, observe
+        self.engine, self._make_engine, self._most_open, self._observe = engine, make_engine, most_open, observe
         self._loop = asyncio.get_running_loop()
         self._inbox: list[Job | Callable[[], None]] = []
         self._wake = threading.Condition()
@@ -140,7 +141,6 @@ class Worker:
     # ---- the thread -------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        self.engine = self._make_engine()
         while True:
             with self._wake:
                 while not self._inbox and not self._closing and not self.engine.busy:
