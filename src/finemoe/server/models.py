@@ -199,8 +199,10 @@ class Models:
     async def _load(self, name: str) -> Served:
         await self._make_room(name)
         try:
-            known = self._ready.pop(name, None)
-            ready = known or await asyncio.to_thread(prepare, name, self._sources[name], self._options)
+            if name in self._ready:
+                ready = self._ready.pop(name)
+            else:
+                ready = await asyncio.to_thread(prepare, name, self._sources[name], self._options)
         except (FinemoeError, OSError, MemoryError) as error:
             logger.error("%s cannot be opened: %s", name, error)
             raise ApiError(503, f"the model {name} cannot be opened now; the server's log says why") from error
