@@ -1,0 +1,91 @@
+// From a conversation and the settings to a request, and from the stream to an answer.
+
+import { stream } from "./api.js";
+import { newTrace, take } from "./trace.js";
+
+/** {disabled, forced, active, shared} without what says nothing; undefined if nothing is left. */
+function constraint(experts) {
+  const out = {};
+  for (const name of ["disabled", "forced"]) {
+    const layers = Object.entries(experts?.[name] ?? {}).filter(([, ids]) => ids.length);
+    if (layers.length) out[name] = Object.fromEntries(layers);
+  }
+  if (Number.isInteger(experts?.active)) out.active = experts.active;
+  if (experts?.shared === false) out.shared = false;
+  return Object.keys(out).length ? out : undefined;
+}
+
+/** The request for the answer to `messages`; {path, body}. Settings that are empty are left to the server. */
+export function requestFor({ model, messages, system, settings, experts, routing, seed }) {
+  const facts = model.finemoe ?? {};
+  const chat = facts.chat !== false;
+  const body = { model: model.id };
+  if (chat) {
+    body.messages = [...(system ? [{ role: "system", content: system }] : []),
+      ...messages.map(({ role, content }) => ({ role, content }))];
+  } else {
+    // A model without a template continues text: everything so far, as it stands.
+    body.prompt = messages.map(({ content }) => content).join("");
+  }
+  body.stream = true;
+  body.stream_options = { include_usage: true };
+  for (const name of ["temperature", "top_p", "max_tokens", "presence_penalty", "frequency_penalty"]) {
+    if (typeof settings[name] === "number") body[name] = settings[name];
+  }
+  // The completions of OpenAI end after 16 tokens unless told otherwise, which is no length to look at.
+  if (!chat && body.max_tokens === undefined) body.max_tokens = Math.min(128, Math.max(16, Math.floor((facts.context ?? 256) / 2)));
+  if (settings.stop?.length) body.stop = settings.stop;
+  body.seed = seed;
+  if (routing && settings.alternatives > 0) {
+    if (chat) Object.assign(body, { logprobs: true, top_logprobs: settings.alternatives });
+    else body.logprobs = settings.alternatives;
+  }
+  const ours = {};
+  if (routing) ours.routing = true;
+  const limits = constraint(experts);
+  if (limits) ours.experts = limits;
+  if (settings.guess && facts.guesses?.includes(settings.guess)) ours.guess = settings.guess;
+  for (const name of ["top_k", "min_p", "repetition_penalty", "min_new_tokens"]) {
+    if (typeof settings[name] === "number") ours[name] = settings[name];
+  }
+  if (settings.ignore_end) ours.ignore_end = true;
+  if (Object.keys(ours).length) body.finemoe = ours;
+  return { method: "POST", path: chat ? "v1/chat/completions" : "v1/completions", body };
+}
+
+/** A seed is always sent, so that the same request can be made again with one thing changed. */
+export const seedFor = (settings) => (Number.isInteger(settings.seed) ? settings.seed : Math.floor(Math.random() * 2 ** 31));
+
+/**
+ * Runs a request; `onChange(answer)` after each chunk. Returns the answer in the end, also of a request that was stopped
+ * or failed: {content, reasoning, calls, trace, finish, usage, timing, error}.
+ */
+export async function answer(request, { signal, onChange = () => {}, onWait } = {}) {
+  const result = { content: "", reasoning: "", calls: [], trace: newTrace(), finish: "", usage: null, error: "" };
+  try {
+    for await (const chunk of stream(request.path, request.body, signal, onWait)) {
+      if (chunk.usage) result.usage = { ...chunk.usage, ...chunk.finemoe };
+      const choice = chunk.choices?.[0];
+      if (!choice) continue;
+      result.content += choice.delta?.content ?? choice.text ?? "";
+      result.reasoning += choice.delta?.reasoning_content ?? "";
+      for (const call of choice.delta?.tool_calls ?? []) takeCall(result.calls, call);
+      take(result.trace, choice);
+      if (choice.finish_reason) result.finish = choice.finish_reason;
+      onChange(result);
+    }
+  } catch (error) {
+    if (error.name === "AbortError") result.finish = "stopped";
+    else result.error = error.message;
+  }
+  // A model without experts reports none, but its tokens have alternatives worth looking at.
+  if (!result.trace.tokens.length) result.trace.a = [];
+  onChange(result);
+  return result;
+}
+
+function takeCall(calls, piece) {
+  const call = (calls[piece.index ?? 0] ??= { name: "", arguments: "" });
+  call.name += piece.function?.name ?? "";
+  call.arguments += piece.function?.arguments ?? "";
+}

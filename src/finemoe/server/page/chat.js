@@ -1,0 +1,286 @@
+// The conversation that is shown: sending, stopping, editing, retrying, and answering again beside an answer.
+
+import { answer, requestFor, seedFor } from "./answering.js";
+import { Beside } from "./beside.js";
+import { button, byId, el, onceAFrame, say } from "./dom.js";
+import { Message } from "./messages.js";
+import { settings } from "./settings.js";
+import { Speaker } from "./speaking.js";
+import { forgetTrace, save, saveTrace, traceOf } from "./store.js";
+import { changed, inWords } from "./switchboard.js";
+import { ROOT, add, choose, newConversation, path, remove } from "./tree.js";
+
+export class Chat {
+  /** `host`: model(), expertView(), showToken(...), showCurl(request), changed(), notice(text), modelsUsed(). */
+  constructor(host) {
+    this.host = host;
+    this.log = byId("log");
+    this.scroller = byId("scroll");
+    this.messages = new Map();
+    this.open(null);
+  }
+
+  get chatting() { return this.host.model()?.finemoe?.chat !== false; }
+
+  open(conversation) {
+    this.stop();
+    this.conversation = conversation ?? newConversation(this.host.model()?.id);
+    this.render();
+    this.toEnd();
+  }
+
+  path() { return path(this.conversation); }
+
+  traces() { return this.path().map((node) => (node.id === this.answering?.id ? this.live : traceOf(node))).filter(Boolean); }
+
+  render() {
+    this.closeBeside();
+    for (const message of this.messages.values()) message.destroy();
+    this.messages.clear();
+    const nodes = this.path();
+    this.log.replaceChildren(...nodes.map((node) => this.message(node).element));
+    if (!nodes.length) this.log.append(this.welcome());
+    this.host.changed();
+  }
+
+  welcome() {
+    return el("div.welcome", {}, el("h2", {}, this.chatting ? "Ask something" : "Write a beginning"),
+      el("p", {}, this.chatting ? "With the expert view on, each word of the answer shows which small parts of the model, its experts, made it. Click one to switch it off and see what changes."
+        : "This model has not learnt to answer; it continues the text that you begin. With the expert view on, each word shows which small parts of the model, its experts, made it."));
+  }
+
+  message(node, trace = traceOf(node)) {
+    const message = new Message(node, { conversation: this.conversation, model: this.conversation.model, trace, experts: this.host.expertView(), chat: this.chatting, does: {
+      edit: (old, text) => this.edit(old, text),
+      retry: (old) => this.retry(old),
+      choose: (other) => { this.stop(); choose(this.conversation, other); save(this.conversation); this.render(); this.focusOn(other); },
+      remove: (old) => this.remove(old),
+      curl: (request) => this.host.showCurl(request),
+      token: (from, shown, at, pinned, view) => this.token(from.node, shown, at, pinned, view),
+    } });
+    this.messages.set(node.id, message);
+    return message;
+  }
+
+  focusOn(node) {
+    const article = this.messages.get(node.id)?.element;
+    (article?.querySelector(".versions button:not([disabled])") ?? article?.querySelector("button"))?.focus({ preventScroll: true });
+    article?.scrollIntoView({ block: "nearest" });
+  }
+
+  token(node, trace, at, pinned, view) {
+    // What is held stays until something else is clicked.
+    if (!pinned && this.held && this.held.view !== null) return;
+    if (this.held && pinned && this.held.view === view && this.held.at === at) {
+      this.release();
+      this.host.showToken(trace, at, { pinned: false });
+      return;
+    }
+    if (pinned) {
+      this.release();
+      this.held = { view, at };
+      view.select(at);
+    }
+    const again = node.request && !this.answering ? (kind, layer, expert) => this.tryOut(node, kind, layer, expert) : null;
+    this.host.showToken(trace, at, { pinned, tryOut: again });
+  }
+
+  release() {
+    this.held?.view?.select(-1);
+    this.held = null;
+  }
+
+  /** The text that is sent for what follows `parent`. */
+  messagesUntil(parent) {
+    return parent === ROOT ? [] : path(this.conversation, parent).filter((node) => node.content);
+  }
+
+  requestAfter(parent, { model = this.host.model(), experts = this.conversation.experts, seed = seedFor(settings) } = {}) {
+    return requestFor({ model, messages: this.messagesUntil(parent), system: this.conversation.system, settings, experts, seed,
+      routing: this.host.expertView() });
+  }
+
+  /** What the button would send now, for `curl`. */
+  draftRequest(text) {
+    const messages = [...this.messagesUntil(this.path().at(-1)?.id ?? ROOT), ...(text ? [{ role: "user", content: text }] : [])];
+    return requestFor({ model: this.host.model(), messages, system: this.conversation.system, settings, experts: this.conversation.experts,
+      seed: seedFor(settings), routing: this.host.expertView() });
+  }
+
+  async send(text, otherModel = null) {
+    if (this.answering) return;
+    let parent = this.path().at(-1)?.id ?? ROOT;
+    if (text) parent = add(this.conversation, parent, { role: "user", content: text }).id;
+    await this.answerTo(parent, otherModel);
+  }
+
+  edit(node, text) {
+    if (!text.trim()) return;
+    this.stop();
+    const fresh = add(this.conversation, node.parent, { role: node.role, content: text });
+    this.answerTo(fresh.id);
+  }
+
+  retry(node) {
+    this.stop();
+    this.answerTo(node.parent);
+  }
+
+  remove(node) {
+    this.stop();
+    for (const gone of remove(this.conversation, node)) forgetTrace(gone);
+    save(this.conversation);
+    this.render();
+    byId("draft").focus();
+  }
+
+  async answerTo(parent, otherModel = null) {
+    const model = this.host.model();
+    if (!model) return;
+    this.stop();
+    const request = this.requestAfter(parent);
+    const node = add(this.conversation, parent, { role: "assistant", model: model.id, request });
+    this.conversation.model = model.id;
+    this.answering = node;
+    save(this.conversation);
+    this.render();
+    const controller = (this.controller = new AbortController());
+    this.host.busy(true);
+    const speaker = new Speaker();
+    const message = this.messages.get(node.id);
+    message.streaming(true, this.conversation);
+    this.toEnd();
+    const grow = onceAFrame(() => {
+      if (this.answering !== node) return;
+      const stay = this.atEnd();
+      if (this.live?.tokens.length && !message.trace) {
+        message.trace = this.live;
+        if (this.host.expertView()) { message.asTokens = true; message.show(); }
+      }
+      message.change();
+      if (stay) this.toEnd();
+    });
+    let finished;
+    if (otherModel) this.besideModels(node, otherModel, new Promise((resolve) => { finished = resolve; }));
+    const take = (now) => {
+      Object.assign(node, { content: now.content, finish: now.finish });
+      if (now.reasoning) node.reasoning = now.reasoning;
+      if (now.calls.length) node.calls = now.calls;
+      this.live = now.trace;
+    };
+    const result = await answer(request, { signal: controller.signal, onWait: (seconds) => this.host.notice(`The server is full; asking again in ${seconds} s.`, false),
+      onChange: (now) => { take(now); speaker.heard(now.content); grow(); } });
+    take(result);
+    node.usage = result.usage;
+    if (result.error) node.error = result.error;
+    if (result.trace.tokens.length) saveTrace(node, result.trace);
+    if (this.answering === node) {
+      this.answering = null;
+      this.host.busy(false);
+    }
+    speaker.done(node.content, node.error);
+    finished?.();
+    this.settle(node, message);
+  }
+
+  /** The answer is whole, or has ended: keep it. An answer of which nothing came at all is kept only with its error. */
+  settle(node, message) {
+    const conversation = this.owner(node);
+    if (!conversation) return;
+    if (!node.content && !node.reasoning && !node.error && node.finish === "stopped") {
+      remove(conversation, node);
+      save(conversation);
+      this.render();
+      return;
+    }
+    save(conversation);
+    const stay = this.atEnd();
+    message.trace = traceOf(node);
+    message.streaming(false, conversation);
+    message.show();
+    if (stay) this.toEnd();
+    this.host.changed();
+    this.host.modelsUsed();
+  }
+
+  owner(node) { return this.conversation.nodes[node.id] ? this.conversation : null; }
+
+  stop() {
+    if (!this.answering) return;
+    const node = this.answering;
+    this.answering = null;
+    node.finish = "stopped";
+    this.controller.abort();
+    this.host.busy(false);
+    save(this.conversation);
+  }
+
+  /** An expert off or forced: the same request, the same seed, one thing changed. */
+  tryOut(node, kind, layer, expert) {
+    const before = node.request.body.finemoe?.experts ?? {};
+    const experts = changed(before, kind, layer, expert);
+    this.besideWith(node, experts, `${kind === "disabled" ? "Without" : "Always with"} expert ${expert} of layer ${layer}`);
+  }
+
+  /** The last answer again with the switches as they stand. */
+  tryAll() {
+    const node = this.path().findLast((each) => each.role === "assistant" && each.request);
+    if (!node) { say("There is no answer yet."); return; }
+    const title = inWords(this.conversation.experts) || "As trained";
+    this.besideWith(node, this.conversation.experts, title[0].toUpperCase() + title.slice(1));
+  }
+
+  besideWith(node, experts, title) {
+    const body = structuredClone(node.request.body);
+    body.finemoe = { ...body.finemoe, routing: true, experts };
+    for (const name of ["disabled", "forced"]) if (!Object.keys(experts[name] ?? {}).length) delete experts[name];
+    if (!Object.keys(experts).length) delete body.finemoe.experts;
+    this.showBeside(node, { ...node.request, body }, title, experts);
+  }
+
+  besideModels(node, other, ready) {
+    const request = this.requestAfter(node.parent, { model: other, experts: {}, seed: node.request.body.seed });
+    this.showBeside(node, request, other.id, null, ready);
+  }
+
+  showBeside(node, request, title, experts, ready = Promise.resolve()) {
+    this.closeBeside();
+    const message = this.messages.get(node.id);
+    if (!message) return;
+    const trace = () => (node === this.answering ? this.live : traceOf(node));
+    const original = { title: experts ? "Original" : node.model, get content() { return node.content; }, get trace() { return trace(); } };
+    const box = new Beside({ original, request, title, curl: (each) => this.host.showCurl(each),
+      onClose: () => { message.element.classList.remove("comparing"); this.beside = null; message.element.querySelector("button")?.focus(); },
+      onToken: (shown, at, pinned, view) => this.token(node, shown, at, pinned, view),
+      actions: (result) => [
+        button("Keep as a version", () => this.keep(node, request, result)),
+        experts ? button("Keep for the next answers", () => { this.conversation.experts = experts; save(this.conversation); this.host.changed(); say("Kept."); }) : "",
+      ] });
+    this.beside = { box, message };
+    // While both models write, the answer itself stays in sight; afterwards the comparison stands in its place.
+    message.beside.replaceChildren(box.element);
+    ready.then(() => { if (this.beside?.box === box) message.element.classList.add("comparing"); });
+    box.run(ready);
+    box.element.scrollIntoView({ block: "nearest" });
+  }
+
+  keep(node, request, result) {
+    const fresh = add(this.conversation, node.parent, { role: "assistant", model: request.body.model, request, content: result.content,
+      finish: result.finish, usage: result.usage, ...(result.reasoning ? { reasoning: result.reasoning } : {}), ...(result.error ? { error: result.error } : {}) });
+    if (result.trace.tokens.length) saveTrace(fresh, result.trace);
+    save(this.conversation);
+    this.render();
+    this.focusOn(fresh);
+  }
+
+  closeBeside() {
+    this.release();
+    this.beside?.box.destroy();
+    this.beside?.message.element.classList.remove("comparing");
+    this.beside = null;
+  }
+
+  atEnd() { return this.scroller.scrollHeight - this.scroller.scrollTop - this.scroller.clientHeight < 60; }
+
+  toEnd() { this.scroller.scrollTop = this.scroller.scrollHeight; }
+}
