@@ -1,7 +1,7 @@
 // Two answers beside each other, with what differs marked token by token.
 
 import { answer } from "./answering.js";
-import { button, el, onceAFrame, say } from "./dom.js";
+import { button, el, fill, onceAFrame, say } from "./dom.js";
 import { TokenView } from "./lanes.js";
 import { differences, wordsAsTrace } from "./trace.js";
 
@@ -11,10 +11,11 @@ const seen = (content, trace) => (trace?.tokens.length ? trace : wordsAsTrace(co
 export class Beside {
   /**
    * `original`: {title, content, trace}, may still be growing; `request`: what is sent for the other; `title`: what is different;
+   * `name`: of the other column;
    * `actions(result)`: buttons for the finished answer; `onToken(trace, at, pinned, view)`.
    */
-  constructor({ original, request, title, actions, onToken, onClose, curl }) {
-    Object.assign(this, { original, request, title, actions, onToken, curl });
+  constructor({ original, request, title, name = title, actions, onToken, onClose, curl }) {
+    Object.assign(this, { original, request, name, actions, onToken, curl });
     this.controller = new AbortController();
     this.summary = el("p.summary", { role: "status" });
     this.buttons = el("div.row");
@@ -30,7 +31,7 @@ export class Beside {
     const given = seen(content, trace);
     this.views[index]?.destroy();
     this.views[index] = new TokenView(given, { label: name, onToken: (at, pinned) => { if (given.layers.length) this.onToken(given, at, pinned, this.views[index]); } });
-    column.replaceChildren(el("h4", {}, name), this.views[index].element);
+    fill(column, el("h4", {}, name), this.views[index].element);
     return this.views[index];
   }
 
@@ -38,17 +39,17 @@ export class Beside {
   async run(ready = Promise.resolve()) {
     const started = button("Stop", () => this.controller.abort());
     this.summary.textContent = "Answering again...";
-    this.buttons.replaceChildren(started);
+    fill(this.buttons, started);
     this.draw(this.left, this.original.title, this.original.content, this.original.trace, 0);
     let drawn = null;
     const grow = onceAFrame(() => {
       if (this.gone) return;
-      if (!drawn && this.result.trace.tokens.length) drawn = this.draw(this.right, this.title, "", this.result.trace, 1);
+      if (!drawn && this.result.trace.tokens.length) drawn = this.draw(this.right, this.name, "", this.result.trace, 1);
       drawn?.update();
       // While it grows, only the first difference is certain.
-      if (!drawn && this.result.content) this.right.replaceChildren(el("h4", {}, this.title), el("p.plain-text", {}, this.result.content));
+      if (!drawn && this.result.content) fill(this.right, el("h4", {}, this.name), el("p.plain-text", {}, this.result.content));
     });
-    this.right.replaceChildren(el("h4", {}, this.title), el("p.quiet", {}, "..."));
+    fill(this.right, el("h4", {}, this.name), el("p.quiet", {}, "..."));
     const result = await answer(this.request, { signal: this.controller.signal, onChange: (now) => { this.result = now; grow(); },
       onWait: (seconds) => { this.summary.textContent = `The server is full; asking again in ${seconds} s.`; } });
     await ready;
@@ -58,7 +59,7 @@ export class Beside {
 
   finish(result) {
     const left = this.draw(this.left, this.original.title, this.original.content, this.original.trace, 0);
-    const right = this.draw(this.right, this.title, result.content, result.trace, 1);
+    const right = this.draw(this.right, this.name, result.content, result.trace, 1);
     const texts = [left, right].map((view) => view.trace.tokens.map((token) => token.t));
     const { marks, start } = differences(...texts);
     left.mark(marks[0], "differs");
@@ -69,7 +70,7 @@ export class Beside {
       : !differing && !gone ? "No token differs."
         : `The same for the first ${start} tokens; then ${differing} of ${texts[1].length} tokens are different (underlined), and ${gone} of the original are gone.`;
     say(this.summary.textContent);
-    this.buttons.replaceChildren(...this.actions(result), button("curl", () => this.curl(this.request)));
+    fill(this.buttons, ...this.actions(result), button("curl", () => this.curl(this.request)));
   }
 
   destroy() {

@@ -2,7 +2,7 @@
 
 import { answer, requestFor, seedFor } from "./answering.js";
 import { Beside } from "./beside.js";
-import { button, byId, el, onceAFrame, say } from "./dom.js";
+import { button, byId, el, fill, onceAFrame, say } from "./dom.js";
 import { Message } from "./messages.js";
 import { settings } from "./settings.js";
 import { Speaker } from "./speaking.js";
@@ -38,7 +38,7 @@ export class Chat {
     for (const message of this.messages.values()) message.destroy();
     this.messages.clear();
     const nodes = this.path();
-    this.log.replaceChildren(...nodes.map((node) => this.message(node).element));
+    fill(this.log, ...nodes.map((node) => this.message(node).element));
     if (!nodes.length) this.log.append(this.welcome());
     this.host.changed();
   }
@@ -240,7 +240,7 @@ export class Chat {
 
   besideModels(node, other, ready) {
     const request = this.requestAfter(node.parent, { model: other, experts: {}, seed: node.request.body.seed });
-    this.showBeside(node, request, other.id, null, ready);
+    this.showBeside(node, request, `Two models: ${node.model} and ${other.id}`, null, ready);
   }
 
   showBeside(node, request, title, experts, ready = Promise.resolve()) {
@@ -249,7 +249,7 @@ export class Chat {
     if (!message) return;
     const trace = () => (node === this.answering ? this.live : traceOf(node));
     const original = { title: experts ? "Original" : node.model, get content() { return node.content; }, get trace() { return trace(); } };
-    const box = new Beside({ original, request, title, curl: (each) => this.host.showCurl(each),
+    const box = new Beside({ original, request, title, name: experts ? title : request.body.model, curl: (each) => this.host.showCurl(each),
       onClose: () => { message.element.classList.remove("comparing"); this.beside = null; message.element.querySelector("button")?.focus(); },
       onToken: (shown, at, pinned, view) => this.token(node, shown, at, pinned, view),
       actions: (result) => [
@@ -258,7 +258,7 @@ export class Chat {
       ] });
     this.beside = { box, message };
     // While both models write, the answer itself stays in sight; afterwards the comparison stands in its place.
-    message.beside.replaceChildren(box.element);
+    fill(message.beside, box.element);
     ready.then(() => { if (this.beside?.box === box) message.element.classList.add("comparing"); });
     box.run(ready);
     box.element.scrollIntoView({ block: "nearest" });

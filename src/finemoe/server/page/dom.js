@@ -12,8 +12,15 @@ export function el(spec, props = {}, ...children) {
     else if (name === "value") node.value = value;
     else node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(...flat(children));
   return node;
+}
+
+const flat = (children) => children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false && child !== "");
+
+/** Puts children, also nested in lists, in place of what a box holds. */
+export function fill(box, ...children) {
+  box.replaceChildren(...flat(children));
 }
 
 export function button(text, onclick, props = {}) {

@@ -1,7 +1,7 @@
 // The load by layer over the conversation: a row for each layer, a cell for each expert, dark where it was chosen often.
 
 import { cardOf } from "./colours.js";
-import { button, el } from "./dom.js";
+import { button, el, fill } from "./dom.js";
 import { expertDetail } from "./inspector.js";
 import { highlight } from "./lanes.js";
 import { moeLayers } from "./switchboard.js";
@@ -35,7 +35,7 @@ export class Heatmap {
     this.detail.replaceChildren();
     if (!layers.length) {
       this.canvas = null;
-      this.box.replaceChildren(el("h3", {}, "Load in this conversation"), el("p.quiet", {}, "Appears with the first answer: how often each expert of each layer was chosen."));
+      fill(this.box, el("h3", {}, "Load in this conversation"), el("p.quiet", {}, "Appears with the first answer: how often each expert of each layer was chosen."));
       return;
     }
     this.experts = layers.map((layer, at) => known.find((each) => each.layer === layer)?.experts ?? Math.max(...counts[at].keys()) + 1);
@@ -45,7 +45,7 @@ export class Heatmap {
       onpointerleave: () => { highlight(null); this.hint.textContent = this.idle; } });
     this.idle = `${tokens} tokens. Rows are layers, cells experts. Dark blue: never; grey: about twice an even share; yellow: four times or more.`;
     this.hint = el("p.quiet.hint", {}, this.idle);
-    this.box.replaceChildren(el("h3", {}, "Load in this conversation"), el("div.heat", {}, this.canvas), this.hint, this.detail, this.table());
+    fill(this.box, el("h3", {}, "Load in this conversation"), el("div.heat", {}, this.canvas), this.hint, this.detail, this.table());
     this.paint();
   }
 
@@ -60,7 +60,7 @@ export class Heatmap {
   }
 
   open(layer, expert) {
-    this.detail.replaceChildren(expertDetail(layer, expert, { tryOut: this.tryOut, close: () => this.detail.replaceChildren() }));
+    fill(this.detail, expertDetail(layer, expert, { tryOut: this.tryOut, close: () => this.detail.replaceChildren() }));
     this.detail.querySelector("button")?.focus();
   }
 

@@ -1,8 +1,8 @@
 // The token that is pointed at: its probability, what else could have stood there, and its experts layer by layer.
 
 import { cardOf, colourOf, swatch } from "./colours.js";
-import { button, el } from "./dom.js";
-import { highlight, nameOf } from "./lanes.js";
+import { button, el, fill } from "./dom.js";
+import { highlight, nameOf, visible } from "./lanes.js";
 
 const percent = (share) => (share >= 0.1 ? `${Math.round(share * 100)} %` : `${(share * 100).toFixed(1)} %`);
 
@@ -38,7 +38,7 @@ export class Inspector {
 
   clear() {
     this.pinned = null;
-    this.box.replaceChildren(el("h3", {}, "Token"), el("p.quiet", {}, "Point at a word of an answer, or go through the words with the arrow keys, to see which experts made it. A click holds it here."));
+    fill(this.box, el("h3", {}, "Token"), el("p.quiet", {}, "Point at a word of an answer, or go through the words with the arrow keys, to see which experts made it. A click holds it here."));
   }
 
   /** `tryOut` is missing where an answer cannot be made again. */
@@ -47,8 +47,8 @@ export class Inspector {
     if (!token) return;
     this.pinned = pinned;
     const shared = (index) => token.s[index];
-    this.box.replaceChildren(
-      el("h3", {}, "Token ", el("code.token-name", {}, token.t.trim() ? token.t.replaceAll("\n", "↵") : nameOf(token.t))),
+    fill(this.box,
+      el("h3", {}, "Token ", el("code.token-name", {}, token.t.trim() ? visible(token.t) : nameOf(token.t))),
       el("p.quiet", {}, [`number ${at + 1}`, token.i !== undefined ? `id ${token.i}` : "",
         token.p !== null ? `probability ${percent(Math.exp(token.p))}` : "", pinned ? "held" : ""].filter(Boolean).join(" · ")),
       this.alternatives(token, trace.a[at]),
@@ -58,11 +58,14 @@ export class Inspector {
 
   alternatives(token, others) {
     if (!others?.length) return "";
+    // What was drawn need not be among the likeliest.
+    const rows = others.some(([text]) => text === token.t) || token.p === null ? [...others] : [[token.t, token.p], ...others];
+    rows.sort((a, b) => b[1] - a[1]);
     return el("table.alternatives", {}, el("caption", {}, "What could have stood here"),
       el("thead.sr", {}, el("tr", {}, ["token", "probability", "log-probability"].map((name) => el("th", { scope: "col" }, name)))),
-      el("tbody", {}, others.map(([text, logprob]) => {
+      el("tbody", {}, rows.map(([text, logprob]) => {
         const own = text === token.t;
-        return el(own ? "tr.own" : "tr", {}, el("th", { scope: "row" }, el("code", {}, text.trim() ? text : nameOf(text)), own ? el("span.quiet", {}, " chosen") : ""),
+        return el(own ? "tr.own" : "tr", {}, el("th", { scope: "row" }, el("code", {}, text.trim() ? visible(text) : nameOf(text)), own ? el("span.quiet", {}, " chosen") : ""),
           el("td", {}, bar(Math.exp(logprob)), percent(Math.exp(logprob))), el("td.number", {}, logprob.toFixed(2)));
       })));
   }
@@ -76,7 +79,7 @@ export class Inspector {
         const open = chip.getAttribute("aria-expanded") === "true";
         for (const each of chips) each.setAttribute("aria-expanded", "false");
         chip.setAttribute("aria-expanded", String(!open));
-        detail.replaceChildren(open ? "" : expertDetail(layer, expert, { tryOut }));
+        fill(detail, open ? "" : expertDetail(layer, expert, { tryOut }));
       }, { class: "chip", "aria-expanded": "false", title: card?.title ?? null,
         "aria-label": `Expert ${expert}, gate ${(gates[slot] ?? 0).toFixed(2)}${card?.title ? `, ${card.title}` : ""}`,
         onpointerenter: () => highlight({ layer, expert }), onpointerleave: () => highlight(null),

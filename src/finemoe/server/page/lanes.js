@@ -6,7 +6,7 @@ import { colourOf } from "./colours.js";
 import { el, onceAFrame } from "./dom.js";
 
 const PER_ROW = 16; // columns beside each other; a deeper model gets another row
-const ROW = 22;
+const ROW = 26;
 const MARGIN = 400; // drawn above and below the window, so that most scrolling draws nothing
 
 const views = new Set();
@@ -23,7 +23,8 @@ export const redrawAll = () => views.forEach((view) => view.draw(true));
 document.addEventListener("scroll", onceAFrame(() => views.forEach((view) => view.draw(false))), { capture: true, passive: true });
 window.addEventListener("resize", onceAFrame(redrawAll));
 
-const visible = (text) => text.replaceAll("\t", "→");
+/** White space that would not be seen, as signs. */
+export const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "→");
 
 /** How a token is called, where its text alone would say nothing. */
 export function nameOf(text) {
@@ -71,7 +72,7 @@ export class TokenView {
     if (layers.length !== this.known) {
       this.known = layers.length;
       // The room under a token is a length that follows from the model; custom properties are allowed where style attributes are not.
-      this.element.style.setProperty("--lane-width", `${this.columns * (this.columns > 10 ? 3 : 4)}px`);
+      this.element.style.setProperty("--lane-width", `${this.columns * (this.columns > 8 ? 3 : 5)}px`);
       this.element.style.setProperty("--lane-height", `${this.rows * ROW}px`);
       this.places = [];
     }
@@ -83,14 +84,16 @@ export class TokenView {
   append(at) {
     const token = this.trace.tokens[at];
     const text = token.t;
-    // Tokens of one word stay on one line; a very long "word" (Chinese, base64) may break.
-    if (!this.word || /^\s/.test(text) || /\s$/.test(this.spans.at(-1)?.textContent ?? "") || this.word.textContent.length + text.length > 18) {
-      this.word = el("span.word");
+    const before = this.trace.tokens[at - 1]?.t ?? "";
+    // Tokens of one word, and the mark after it, stay on one line; a very long "word" (Chinese, base64) may break.
+    const joined = /[\p{L}\p{N}]$/u.test(before) && /^[\p{L}\p{N}.,:;!?'’]/u.test(text);
+    if (!this.word || !joined || this.word.textContent.length + text.length > 18) {
+      this.word = el(/^ \S/.test(text) ? "span.word.spaced" : "span.word");
       this.wordStart = at;
       this.element.append(this.word);
     }
-    const shown = visible(text.replaceAll("\n", "↵").replace(/^ (?=\S)/, " "));
-    const span = el("span.tok", { role: "button", tabindex: at === this.current ? "0" : "-1", "data-at": at }, shown || "·");
+    // The space before a word is a distance and no part of its box, so that the lane stands under the letters.
+    const span = el("span.tok", { role: "button", tabindex: at === this.current ? "0" : "-1", "data-at": at }, visible(text.replace(/^ (?=\S)/, "")) || "·");
     if (!text.trim()) span.setAttribute("aria-label", nameOf(text));
     this.word.append(span);
     this.spans.push(span);
@@ -108,6 +111,7 @@ export class TokenView {
       if (marks[at]) span.setAttribute("aria-label", `${nameOf(this.trace.tokens[at].t)}, ${word}`);
       else if (this.trace.tokens[at].t.trim()) span.removeAttribute("aria-label");
     });
+    this.draw(true);
   }
 
   listen() {
@@ -182,7 +186,7 @@ export class TokenView {
   lane(pen, at) {
     const [left, top, width] = this.places[at];
     const token = this.trace.tokens[at];
-    const step = Math.min(width / this.columns, 10);
+    const step = Math.min((width - 4) / this.columns, 9);
     this.trace.layers.forEach((layer, index) => {
       const experts = token.e[index];
       if (!experts?.length) return;

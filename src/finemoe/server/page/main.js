@@ -3,7 +3,7 @@
 import { curl, expertCards, models, onKeyWanted, requests } from "./api.js";
 import { Chat } from "./chat.js";
 import { colouredByDomain, hasDomains, legend, swatch, useCards } from "./colours.js";
-import { ask, button, byId, copy, dialog, el } from "./dom.js";
+import { ask, button, byId, copy, dialog, el, fill } from "./dom.js";
 import { Heatmap } from "./heatmap.js";
 import { HELP, LANES } from "./help.js";
 import { Inspector } from "./inspector.js";
@@ -24,7 +24,7 @@ const keepView = () => write("finemoe.view", view);
 function notice(text, lasting = true) {
   const box = byId("notice");
   box.hidden = !text;
-  box.replaceChildren(el("span.grow", {}, text), button("×", () => notice(""), { class: "plain", "aria-label": "Close the notice" }));
+  fill(box, el("span.grow", {}, text), button("×", () => notice(""), { class: "plain", "aria-label": "Close the notice" }));
   if (text && !lasting) setTimeout(() => notice(""), 4000);
 }
 
@@ -106,7 +106,7 @@ function drawLegend() {
     drawLegend();
     byId("legend").querySelector("button.small")?.focus();
   }, { class: "small" }), colouredByDomain() ? legend().map(({ domain, colour }) => el("span.key", {}, swatch(colour), domain)) : ""] : "";
-  box.replaceChildren(el("span", {}, "Under each word: one column for each layer of the model, in it the experts that made the word; taller means a larger say."), more, domains);
+  fill(box, el("span", {}, "Under each word: one column for each layer of the model, in it the experts that made the word; taller means a larger say."), more, domains);
 }
 
 function paint() {
@@ -145,7 +145,7 @@ async function loadModels() {
   }
   const select = byId("model");
   const wanted = select.value || chat.conversation.model || view.model;
-  select.replaceChildren(...known.map((model) => el("option", { value: model.id }, model.id)));
+  fill(select, ...known.map((model) => el("option", { value: model.id }, model.id)));
   if (known.some((model) => model.id === wanted)) select.value = wanted;
   byId("compare-open").hidden = known.length < 2;
   if (!known.length) notice("The server has no models.");

@@ -1,6 +1,6 @@
 // One message on the page: its text or its tokens, its versions, and what can be done with it.
 
-import { button, copy, el } from "./dom.js";
+import { button, copy, el, fill } from "./dom.js";
 import { TokenView } from "./lanes.js";
 import { update } from "./markdown.js";
 import { versions } from "./tree.js";
@@ -29,7 +29,7 @@ export class Message {
   fill(conversation) {
     const { node, does } = this;
     const { all, at } = versions(conversation, node);
-    this.head.replaceChildren(el("span.who", {}, this.who), all.length > 1 ? el("span.versions", { role: "group", "aria-label": "Versions" },
+    fill(this.head, el("span.who", {}, this.who), all.length > 1 ? el("span.versions", { role: "group", "aria-label": "Versions" },
       button("<", () => does.choose(all[at - 1]), { disabled: at === 0, "aria-label": "Earlier version", class: "plain" }),
       el("span", {}, el("span.sr", {}, "version "), `${at + 1}/${all.length}`),
       button(">", () => does.choose(all[at + 1]), { disabled: at === all.length - 1, "aria-label": "Later version", class: "plain" })) : "");
@@ -38,7 +38,7 @@ export class Message {
       return;
     }
     const copied = button("Copy", () => copy(node.content, copied));
-    this.foot.replaceChildren(copied,
+    fill(this.foot, copied,
       node.role === "user" ? button("Edit", () => this.edit()) : button("Retry", () => does.retry(node)),
       this.trace?.tokens.length ? button(this.asTokens ? "Show as text" : "Show experts", () => { this.asTokens = !this.asTokens; this.fill(conversation); this.show(); }) : "",
       node.request ? button("curl", () => does.curl(node.request)) : "",
@@ -104,7 +104,7 @@ export class Message {
         if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); form.requestSubmit(); }
       },
     }, field, el("div.row.end", {}, button("Cancel", leave), el("button.strong", { type: "submit" }, "Send as a new version")));
-    this.body.replaceChildren(form);
+    fill(this.body, form);
     this.foot.hidden = true;
     field.focus();
   }

@@ -55,7 +55,7 @@ export function openSettings({ model, system, onSystem }) {
       : el("label.field.full", {}, el("span", {}, "System message (of this conversation)"), systemField),
     FIELDS.map(field),
     el("label.field", {}, el("span", {}, "Stop at"), stops, el("small.quiet", { id: "help-stop" }, "one text a line, four at most")),
-    guesses.length ? el("label.field", {}, el("span", {}, "Guess ahead"), guess, el("small.quiet", {}, "faster; the answer stays the same")) : "",
+    guesses.length ? el("label.field", {}, el("span", {}, "Guess ahead"), guess, el("small.quiet", {}, "may be faster; changes nothing in what is likely")) : "",
     el("div.field", {}, check("ignore_end", "Go on after the end of the answer"), check("quiet", "Screen reader: only say when an answer is finished")));
   // A change is told when a field loses focus; closing with Escape must not lose the last one.
   const box = dialog("Settings", form, { wide: true });

@@ -1,6 +1,6 @@
 // The conversations that the browser keeps: open, rename, delete, and out and in as files.
 
-import { ask, button, byId, el } from "./dom.js";
+import { ask, button, byId, el, fill } from "./dom.js";
 import { exported, forget, imported, list, load, save } from "./store.js";
 import { titleOf } from "./tree.js";
 
@@ -24,7 +24,7 @@ export class Sidebar {
       el("span.item-actions", {},
         button("✎", () => this.rename(id), { class: "plain", "aria-label": `Rename ${title}`, title: "Rename" }),
         button("×", () => this.delete(id, title), { class: "plain", "aria-label": `Delete ${title}`, title: "Delete" }))));
-    box.replaceChildren(...(items.length ? items : [el("li.quiet", {}, "Conversations stay in this browser.")]));
+    fill(box, ...(items.length ? items : [el("li.quiet", {}, "Conversations stay in this browser.")]));
   }
 
   async rename(id) {

@@ -1,6 +1,6 @@
 // A streamed answer for a screen reader: whole sentences, a few seconds apart, instead of every token.
 
-import { byId, say } from "./dom.js";
+import { byId, fill, say } from "./dom.js";
 import { settings } from "./settings.js";
 
 const EVERY = 4000; // milliseconds
@@ -25,7 +25,7 @@ export class Speaker {
     this.last = performance.now();
     const line = document.createElement("p");
     line.textContent = text;
-    byId("live").replaceChildren(line);
+    fill(byId("live"), line);
   }
 
   done(text, error) {

@@ -1,6 +1,6 @@
 // What holds for the next answers: experts switched off or forced, their number, and the shared ones.
 
-import { button, el } from "./dom.js";
+import { button, el, fill } from "./dom.js";
 
 export const moeLayers = (model) => (model?.finemoe?.layers ?? []).filter((layer) => layer.kind === "moe");
 
@@ -34,7 +34,7 @@ export function drawSwitchboard(box, { model, experts, onChange, retry }) {
   const focused = document.activeElement?.id;
   const title = el("h3", {}, "For the next answers");
   if (!layers.length) {
-    box.replaceChildren(title, el("p.quiet", {}, model?.finemoe?.layers ? "This model has no experts: every token goes through all of it." : "Known after the first answer, when the model is loaded."));
+    fill(box, title, el("p.quiet", {}, model?.finemoe?.layers ? "This model has no experts: every token goes through all of it." : "Known after the first answer, when the model is loaded."));
     return;
   }
   const usual = Math.max(...layers.map((layer) => layer.active ?? 1));
@@ -54,7 +54,7 @@ export function drawSwitchboard(box, { model, experts, onChange, retry }) {
     el("li", {}, `${kind === "disabled" ? "off" : "forced"}: expert ${id} of layer ${layer} `,
       button("×", () => onChange(changed(experts, null, layer, id)), { class: "plain", "aria-label": `No longer: ${kind} expert ${id} of layer ${layer}` })))));
   const any = inWords(experts);
-  box.replaceChildren(title,
+  fill(box, title,
     el("label.field", { for: "active" }, el("span", {}, "Experts a token uses: ", shown), slider),
     el("p.quiet", { id: "active-help" }, "Fewer is faster and blurs; the model was trained with ", String(usual), "."),
     shared, chips.length ? el("ul.constraints", {}, chips) : "",
