@@ -82,7 +82,7 @@ export class Chat {
       view.select(at);
     }
     const again = node.request && !this.answering ? (kind, layer, expert) => this.tryOut(node, kind, layer, expert) : null;
-    this.host.showToken(trace, at, { pinned, tryOut: again });
+    this.host.showToken(trace, at, { pinned, tryOut: again, span: view.spans[at] });
   }
 
   release() {

@@ -58,9 +58,12 @@ const host = {
   expertView: () => view.experts,
   notice,
   showCurl,
-  showToken(trace, at, { pinned, tryOut }) {
+  showToken(trace, at, { pinned, tryOut, span }) {
     inspector.show(trace, at, { pinned, tryOut, layers: moeLayers(current()) });
-    if (pinned && !WIDE.matches) panel(true, false);
+    if (pinned && !WIDE.matches) {
+      panel(true, false);
+      span?.scrollIntoView({ block: "nearest" });
+    }
   },
   busy(now) {
     byId("stop").hidden = !now;
@@ -155,6 +158,7 @@ async function loadModels() {
 function side(open) {
   byId("app").classList.toggle("side-open", open);
   byId("side-toggle").setAttribute("aria-expanded", String(open));
+  if (open) byId("new").focus();
 }
 
 function panel(open, focus = true) {
@@ -241,6 +245,7 @@ byId("theme").addEventListener("click", () => theme({ system: "light", light: "d
 byId("side-toggle").addEventListener("click", () => side(!byId("app").classList.contains("side-open")));
 byId("panel-toggle").addEventListener("click", () => panel(!byId("app").classList.contains("panel-open")));
 byId("panel-close").addEventListener("click", () => { panel(false); byId("panel-toggle").focus(); });
+document.querySelector("main").addEventListener("click", () => side(false));
 byId("view-toggle").addEventListener("click", () => { expertView(!view.experts); if (!chat.answering) chat.render(); });
 
 expertView(view.experts);

@@ -10,7 +10,7 @@ const ENDS = { length: "stopped at the length limit", stopped: "stopped by you",
 export class Message {
   /** `does` holds the actions: edit, retry, choose, curl, remove, token; `trace` the tokens of the answer, or null. */
   constructor(node, { conversation, model, trace, experts, chat, does }) {
-    Object.assign(this, { node, trace, does, chat });
+    Object.assign(this, { node, trace, does, chat, experts });
     this.asTokens = experts && node.role === "assistant" && (trace?.tokens.length ?? 0) > 0;
     this.head = el("div.message-head");
     this.reasoning = el("div.markdown");
@@ -44,6 +44,7 @@ export class Message {
       node.request ? button("curl", () => does.curl(node.request)) : "",
       button("Delete", () => does.remove(node)),
       el("span.facts", {}, this.facts()));
+    if (this.experts && node.role === "assistant" && !this.trace) this.foot.append(el("span.facts", {}, "made without the expert view: Retry shows its experts"));
     if (node.error) this.foot.prepend(el("p.problem", {}, el("strong", {}, "Broke off: "), node.error));
   }
 

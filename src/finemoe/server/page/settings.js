@@ -31,7 +31,7 @@ export function keep(changes) {
 export function openSettings({ model, system, onSystem }) {
   const guesses = model?.finemoe?.guesses ?? [];
   const field = ([name, label, help, limits]) => el("label.field", {}, el("span", {}, label),
-    el("input", { type: "number", name, inputmode: "decimal", placeholder: "server's choice", value: settings[name] ?? "", "aria-describedby": `help-${name}`, ...limits,
+    el("input", { type: "number", name, inputmode: "decimal", placeholder: name === "seed" ? "drawn each time" : "server's choice", value: settings[name] ?? "", "aria-describedby": `help-${name}`, ...limits,
       step: "any", onchange: (event) => change(name, event.target) }), el("small.quiet", { id: `help-${name}` }, help));
   const change = (name, input) => {
     const number = input.value === "" ? undefined : Number(input.value);
