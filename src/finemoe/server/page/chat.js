@@ -92,7 +92,13 @@ export class Chat {
 
   /** The text that is sent for what follows `parent`. */
   messagesUntil(parent) {
-    return parent === ROOT ? [] : path(this.conversation, parent).filter((node) => node.content);
+    const sent = [];
+    for (const node of parent === ROOT ? [] : path(this.conversation, parent)) {
+      if (node.content) sent.push(node);
+      // Nothing came of this message (it was refused, say): two messages of a user in a row are an error to many templates.
+      else if (this.chatting && node.role === "assistant") sent.pop();
+    }
+    return sent;
   }
 
   requestAfter(parent, { model = this.host.model(), experts = this.conversation.experts, seed = seedFor(settings) } = {}) {

@@ -74,14 +74,14 @@ export class Inspector {
     const detail = el("div");
     const chips = experts.map((expert, slot) => {
       const card = cardOf(layer, expert);
-      const chip = button([swatch(colourOf(layer, expert)), el("span", {}, `${expert}`), bar((gates[slot] ?? 0) / (Math.max(...gates) || 1), colourOf(layer, expert)),
-        el("span.quiet", {}, gates[slot] === undefined ? "" : gates[slot].toFixed(2))], () => {
+      const hidden = (text) => el("span.sr", {}, text);
+      const chip = button([swatch(colourOf(layer, expert)), hidden("Expert "), el("span", {}, `${expert}`), bar((gates[slot] ?? 0) / (Math.max(...gates) || 1), colourOf(layer, expert)),
+        gates[slot] === undefined ? "" : [hidden(", gate "), el("span.quiet", {}, gates[slot].toFixed(2))], card?.title ? hidden(`, ${card.title}`) : ""], () => {
         const open = chip.getAttribute("aria-expanded") === "true";
         for (const each of chips) each.setAttribute("aria-expanded", "false");
         chip.setAttribute("aria-expanded", String(!open));
         fill(detail, open ? "" : expertDetail(layer, expert, { tryOut }));
       }, { class: "chip", "aria-expanded": "false", title: card?.title ?? null,
-        "aria-label": `Expert ${expert}, gate ${(gates[slot] ?? 0).toFixed(2)}${card?.title ? `, ${card.title}` : ""}`,
         onpointerenter: () => highlight({ layer, expert }), onpointerleave: () => highlight(null),
         onfocus: () => highlight({ layer, expert }), onblur: () => highlight(null) });
       return chip;

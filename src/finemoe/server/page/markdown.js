@@ -106,8 +106,8 @@ function node(block, depth) {
     case "math": return el("div.formula", { tabindex: "0", role: "group", "aria-label": "Formula" }, formula(block.lines.join("\n"), true));
     case "heading": {
       const [, marks, text] = block.lines[0].match(HEADING);
-      // The page has h1 and h2 of its own; those of an answer come below.
-      return el(`h${Math.min(6, marks.length + 2)}`, {}, inline(text));
+      // The page has h1 and h2 of its own, and models begin at any level: two levels keep the outline without gaps.
+      return el(`${marks.length < 4 ? "h3" : "h4"}.level${marks.length}`, {}, inline(text));
     }
     case "rule": return el("hr");
     case "quote": return el("blockquote", {}, draw(block.lines.map((line) => line.replace(/^ {0,3}> ?/, "")), depth + 1));

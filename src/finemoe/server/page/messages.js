@@ -29,7 +29,7 @@ export class Message {
   fill(conversation) {
     const { node, does } = this;
     const { all, at } = versions(conversation, node);
-    fill(this.head, el("span.who", {}, this.who), all.length > 1 ? el("span.versions", { role: "group", "aria-label": "Versions" },
+    fill(this.head, el("h2.who", {}, this.who), all.length > 1 ? el("span.versions", { role: "group", "aria-label": "Versions" },
       button("<", () => does.choose(all[at - 1]), { disabled: at === 0, "aria-label": "Earlier version", class: "plain" }),
       el("span", {}, el("span.sr", {}, "version "), `${at + 1}/${all.length}`),
       button(">", () => does.choose(all[at + 1]), { disabled: at === all.length - 1, "aria-label": "Later version", class: "plain" })) : "");
