@@ -61,7 +61,7 @@ export const seedFor = (settings) => (Number.isInteger(settings.seed) ? settings
  * or failed: {content, reasoning, calls, trace, finish, usage, timing, error}.
  */
 export async function answer(request, { signal, onChange = () => {}, onWait } = {}) {
-  const result = { content: "", reasoning: "", calls: [], trace: newTrace(), finish: "", usage: null, error: "" };
+  const result = { content: "", reasoning: "", calls: [], trace: newTrace(request.body.model), finish: "", usage: null, error: "" };
   try {
     for await (const chunk of stream(request.path, request.body, signal, onWait)) {
       if (chunk.usage) result.usage = { ...chunk.usage, ...chunk.finemoe };

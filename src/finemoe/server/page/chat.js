@@ -11,7 +11,7 @@ import { changed, inWords } from "./switchboard.js";
 import { ROOT, add, choose, newConversation, path, remove } from "./tree.js";
 
 export class Chat {
-  /** `host`: model(), expertView(), showToken(...), showCurl(request), changed(), notice(text), modelsUsed(). */
+  /** `host`: model(), expertView(), showToken(...), showCurl(request), changed(), notice(text), opened(), cardsOf(model), modelsUsed(). */
   constructor(host) {
     this.host = host;
     this.log = byId("log");
@@ -25,6 +25,7 @@ export class Chat {
   open(conversation) {
     this.stop();
     this.conversation = conversation ?? newConversation(this.host.model()?.id);
+    this.host.opened();
     this.render();
     this.toEnd();
   }
@@ -38,6 +39,7 @@ export class Chat {
     for (const message of this.messages.values()) message.destroy();
     this.messages.clear();
     const nodes = this.path();
+    this.shownAs = this.chatting;
     fill(this.log, ...nodes.map((node) => this.message(node).element));
     if (!nodes.length) this.log.append(this.welcome());
     this.host.changed();
@@ -70,8 +72,9 @@ export class Chat {
 
   token(node, trace, at, pinned, view) {
     // What is held stays until something else is clicked.
-    if (!pinned && this.held && this.held.view !== null) return;
-    if (this.held && pinned && this.held.view === view && this.held.at === at) {
+    if (this.held?.view.gone) this.held = null;
+    if (!pinned && this.held) return;
+    if (pinned && this.held && this.held.view === view && this.held.at === at) {
       this.release();
       this.host.showToken(trace, at, { pinned: false });
       return;
@@ -203,7 +206,9 @@ export class Chat {
     const stay = this.atEnd();
     message.trace = traceOf(node);
     message.streaming(false, conversation);
-    message.show();
+    // The tokens that are drawn stay, and with them what is held or has the focus.
+    if (message.view?.trace === message.trace) message.change();
+    else message.show();
     if (stay) this.toEnd();
     this.host.changed();
     this.host.modelsUsed();
@@ -224,7 +229,7 @@ export class Chat {
   /** An expert off or forced: the same request, the same seed, one thing changed. */
   tryOut(node, kind, layer, expert) {
     const before = node.request.body.finemoe?.experts ?? {};
-    const experts = changed(before, kind, layer, expert);
+    const experts = changed(structuredClone(before), kind, layer, expert);
     this.besideWith(node, experts, `${kind === "disabled" ? "Without" : "Always with"} expert ${expert} of layer ${layer}`);
   }
 
@@ -246,6 +251,7 @@ export class Chat {
 
   besideModels(node, other, ready) {
     const request = this.requestAfter(node.parent, { model: other, experts: {}, seed: node.request.body.seed });
+    this.host.cardsOf(other);
     this.showBeside(node, request, `Two models: ${node.model} and ${other.id}`, null, ready);
   }
 

@@ -12,27 +12,31 @@ function shade([r, g, b], depth) {
 
 const table = DEPTHS.flatMap((depth) => HUES.map((hue) => shade(hue, depth)));
 
-let cards = null;
+const cards = new Map(); // by model: {layer: {expert: card}}
 let domains = [];
-let byDomain = false;
+let wanted = true;
 
-/** The cards of the model, and whether they colour the lanes. */
-export function useCards(given, colourByDomain) {
-  cards = given;
-  domains = [...new Set(Object.values(given ?? {}).flatMap((layer) => Object.values(layer).map((card) => card.domain)).filter(Boolean))].sort();
-  byDomain = Boolean(colourByDomain && domains.length);
+/** The cards of a model. Domains have one colour for all models, so that two of them can be compared. */
+export function setCards(model, given) {
+  cards.set(model, given);
+  const all = [...cards.values()].flatMap((each) => Object.values(each)).flatMap((layer) => Object.values(layer));
+  domains = [...new Set(all.map((card) => card.domain).filter(Boolean))].sort();
 }
 
-export const cardOf = (layer, expert) => cards?.[layer]?.[expert] ?? null;
-export const hasDomains = () => domains.length > 0;
-export const colouredByDomain = () => byDomain;
+export const cardOf = (model, layer, expert) => cards.get(model)?.[layer]?.[expert] ?? null;
+export const hasDomains = (model) => Object.values(cards.get(model) ?? {}).some((layer) => Object.values(layer).some((card) => card.domain));
+export function wantDomains(yes) { wanted = yes; }
+export const colouredByDomain = () => wanted && domains.length > 0;
 export const legend = () => domains.map((domain, at) => ({ domain, colour: table[at % table.length] }));
 
-export function colourOf(layer, expert) {
-  if (!byDomain) return table[expert % table.length];
-  const at = domains.indexOf(cardOf(layer, expert)?.domain);
+export function colourOf(model, layer, expert) {
+  if (!wanted || !hasDomainsOf(model)) return table[expert % table.length];
+  const at = domains.indexOf(cardOf(model, layer, expert)?.domain);
   return at < 0 ? "rgb(140 140 140)" : table[at % table.length];
 }
+
+// Asked for every piece of every lane.
+const hasDomainsOf = (model) => domains.length > 0 && cards.has(model);
 
 /** A square of a colour, drawn by script: a style attribute would be refused by the policy. */
 export function swatch(colour) {

@@ -83,12 +83,24 @@ export function ask(title, { value, label, ok = "OK", type = "text", text } = {}
   });
 }
 
-/** Calls back at most once a frame. */
+/** Calls back at most once a frame; what takes long has to wait, so that the page can always be used. */
 export function onceAFrame(callback) {
   let waiting = false;
-  return () => {
+  const run = () => {
+    const start = performance.now();
+    waiting = false;
+    callback();
+    const took = performance.now() - start;
+    if (took < 12) return;
+    waiting = true;
+    setTimeout(() => { waiting = false; if (again) request(); }, took * 3);
+  };
+  let again = false;
+  const request = () => {
+    again = waiting;
     if (waiting) return;
     waiting = true;
-    requestAnimationFrame(() => { waiting = false; callback(); });
+    requestAnimationFrame(run);
   };
+  return request;
 }

@@ -53,15 +53,12 @@ class Reader {
   /** Everything until one of `ends`, as a row. */
   row(ends = []) {
     const row = make("mrow");
-    // A formula nested deeper than anybody writes is an attack on the stack.
-    if ((this.depth += 1) > 40) throw new Error("too deep");
     for (;;) {
       this.skipSpace();
       const next = this.peek();
       if (next === undefined || ends.includes(next)) break;
       row.append(this.scripted());
     }
-    this.depth -= 1;
     return row;
   }
 
@@ -111,6 +108,14 @@ class Reader {
   }
 
   atom() {
+    // A formula nested deeper than anybody writes is an attack on the stack.
+    if ((this.depth += 1) > 60) throw new Error("too deep");
+    const node = this.read();
+    this.depth -= 1;
+    return node;
+  }
+
+  read() {
     const token = this.tokens[this.at];
     this.at += 1;
     if (token === undefined) return make("mrow");

@@ -29,7 +29,9 @@ export class Heatmap {
   times(at, expert) { return (this.load.counts[at].get(expert) ?? 0) / this.even[at]; }
 
   show(traces, model) {
-    this.load = loadOf(traces);
+    this.model = model?.id;
+    // Expert 5 of one model is nothing to expert 5 of another.
+    this.load = loadOf(traces.filter((trace) => trace.model === this.model));
     const { layers, counts, tokens } = this.load;
     const known = moeLayers(model);
     this.detail.replaceChildren();
@@ -60,7 +62,7 @@ export class Heatmap {
   }
 
   open(layer, expert) {
-    fill(this.detail, expertDetail(layer, expert, { tryOut: this.tryOut, close: () => this.detail.replaceChildren() }));
+    fill(this.detail, expertDetail(this.model, layer, expert, { tryOut: this.tryOut, close: () => this.detail.replaceChildren() }));
     this.detail.querySelector("button")?.focus();
   }
 
@@ -97,9 +99,9 @@ export class Heatmap {
     const expert = Math.floor((event.offsetX - 24) / this.cell);
     const layer = this.load.layers[at];
     if (layer === undefined || expert < 0 || expert >= this.experts[at]) return;
-    const card = cardOf(layer, expert);
+    const card = cardOf(this.model, layer, expert);
     this.hint.textContent = `Expert ${expert} of layer ${layer}${card?.title ? ` (${card.title})` : ""}: ${this.load.counts[at].get(expert) ?? 0} of ${this.load.tokens} tokens, ${this.times(at, expert).toFixed(1)} times an even share.`;
-    highlight({ layer, expert });
+    highlight({ model: this.model, layer, expert });
     if (clicked) this.open(layer, expert);
   }
 }

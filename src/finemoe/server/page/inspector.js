@@ -14,15 +14,11 @@ export function bar(share, colour) {
   return el("span.meter", { "aria-hidden": "true" }, fill);
 }
 
-export function expertName(layer, expert) {
-  return `expert ${expert} of layer ${layer}`;
-}
-
 /** What is known of an expert, and its two switches. `tryOut(kind, layer, expert)` answers again beside the original. */
-export function expertDetail(layer, expert, { tryOut, close }) {
-  const card = cardOf(layer, expert);
+export function expertDetail(model, layer, expert, { tryOut, close }) {
+  const card = cardOf(model, layer, expert);
   return el("div.expert-detail", { role: "group", "aria-label": `Layer ${layer}, expert ${expert}` },
-    el("div.row", {}, swatch(colourOf(layer, expert)), el("strong.grow", {}, `Expert ${expert} of layer ${layer}`), close ? button("×", close, { class: "plain", "aria-label": "Close the expert" }) : ""),
+    el("div.row", {}, swatch(colourOf(model, layer, expert)), el("strong.grow", {}, `Expert ${expert} of layer ${layer}`), close ? button("×", close, { class: "plain", "aria-label": "Close the expert" }) : ""),
     card ? el("p", {}, el("strong", {}, card.title ?? "No title"), card.domain ? ` · ${card.domain}` : "",
       Number.isFinite(card.share) ? ` · ${percent(card.share)} of the tokens` : "") : el("p.quiet", {}, "No card: this model has not been analysed."),
     card?.tokens?.length ? el("p.quiet", {}, "Often chosen for ", card.tokens.slice(0, 10).map((token) => [el("code", {}, nameOf(String(token))), " "])) : "",
@@ -52,7 +48,7 @@ export class Inspector {
       el("p.quiet", {}, [`number ${at + 1}`, token.i !== undefined ? `id ${token.i}` : "",
         token.p !== null ? `probability ${percent(Math.exp(token.p))}` : "", pinned ? "held" : ""].filter(Boolean).join(" · ")),
       this.alternatives(token, trace.a[at]),
-      trace.layers.map((layer, index) => this.layer(layer, token.e[index] ?? [], token.g[index] ?? [], shared(index), tryOut,
+      trace.layers.map((layer, index) => this.layer(trace.model, layer, token.e[index] ?? [], token.g[index] ?? [], shared(index), tryOut,
         layers.find((each) => each.layer === layer))));
   }
 
@@ -70,20 +66,21 @@ export class Inspector {
       })));
   }
 
-  layer(layer, experts, gates, shared, tryOut, facts) {
+  layer(model, layer, experts, gates, shared, tryOut, facts) {
     const detail = el("div");
     const chips = experts.map((expert, slot) => {
-      const card = cardOf(layer, expert);
+      const card = cardOf(model, layer, expert);
+      const colour = colourOf(model, layer, expert);
       const hidden = (text) => el("span.sr", {}, text);
-      const chip = button([swatch(colourOf(layer, expert)), hidden("Expert "), el("span", {}, `${expert}`), bar((gates[slot] ?? 0) / (Math.max(...gates) || 1), colourOf(layer, expert)),
+      const chip = button([swatch(colour), hidden("Expert "), el("span", {}, `${expert}`), bar((gates[slot] ?? 0) / (Math.max(...gates) || 1), colour),
         gates[slot] === undefined ? "" : [hidden(", gate "), el("span.quiet", {}, gates[slot].toFixed(2))], card?.title ? hidden(`, ${card.title}`) : ""], () => {
         const open = chip.getAttribute("aria-expanded") === "true";
         for (const each of chips) each.setAttribute("aria-expanded", "false");
         chip.setAttribute("aria-expanded", String(!open));
-        fill(detail, open ? "" : expertDetail(layer, expert, { tryOut }));
+        fill(detail, open ? "" : expertDetail(model, layer, expert, { tryOut }));
       }, { class: "chip", "aria-expanded": "false", title: card?.title ?? null,
-        onpointerenter: () => highlight({ layer, expert }), onpointerleave: () => highlight(null),
-        onfocus: () => highlight({ layer, expert }), onblur: () => highlight(null) });
+        onpointerenter: () => highlight({ model, layer, expert }), onpointerleave: () => highlight(null),
+        onfocus: () => highlight({ model, layer, expert }), onblur: () => highlight(null) });
       return chip;
     });
     return el("div.layer", { role: "group", "aria-label": `Layer ${layer}` },

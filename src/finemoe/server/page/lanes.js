@@ -10,10 +10,10 @@ const ROW = 26;
 const MARGIN = 400; // drawn above and below the window, so that most scrolling draws nothing
 
 const views = new Set();
-let highlighted = null; // {layer, expert}
+let highlighted = null; // {model, layer, expert}
 
 export function highlight(expert) {
-  if (highlighted?.layer === expert?.layer && highlighted?.expert === expert?.expert) return;
+  if (highlighted?.model === expert?.model && highlighted?.layer === expert?.layer && highlighted?.expert === expert?.expert) return;
   highlighted = expert;
   redrawAll();
 }
@@ -57,6 +57,7 @@ export class TokenView {
   }
 
   destroy() {
+    this.gone = true;
     this.observer.disconnect();
     views.delete(this);
   }
@@ -186,6 +187,7 @@ export class TokenView {
   lane(pen, at) {
     const [left, top, width] = this.places[at];
     const token = this.trace.tokens[at];
+    const { model } = this.trace;
     const step = Math.min((width - 4) / this.columns, 9);
     this.trace.layers.forEach((layer, index) => {
       const experts = token.e[index];
@@ -198,8 +200,8 @@ export class TokenView {
         // Without gates (a router that has none) all experts of a token weigh the same.
         const height = gates.length ? (gates[slot] ?? 0) * room : (ROW - 3) / experts.length;
         y -= height;
-        pen.globalAlpha = highlighted && (highlighted.layer !== layer || highlighted.expert !== expert) ? 0.13 : 1;
-        pen.fillStyle = colourOf(layer, expert);
+        pen.globalAlpha = !highlighted || (highlighted.layer === layer && highlighted.expert === expert && highlighted.model === model) ? 1 : 0.13;
+        pen.fillStyle = colourOf(model, layer, expert);
         pen.fillRect(x, y, Math.max(1, step - 1), Math.max(0.5, height - 0.5));
       });
     });

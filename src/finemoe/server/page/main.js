@@ -2,7 +2,7 @@
 
 import { curl, expertCards, models, onKeyWanted, requests } from "./api.js";
 import { Chat } from "./chat.js";
-import { colouredByDomain, hasDomains, legend, swatch, useCards } from "./colours.js";
+import { colouredByDomain, hasDomains, legend, setCards, swatch, wantDomains } from "./colours.js";
 import { ask, button, byId, copy, dialog, el, fill } from "./dom.js";
 import { Heatmap } from "./heatmap.js";
 import { HELP, LANES } from "./help.js";
@@ -16,7 +16,7 @@ import { drawSwitchboard, moeLayers } from "./switchboard.js";
 const WIDE = matchMedia("(min-width: 1100px)");
 const view = { experts: WIDE.matches, domains: true, theme: "system", model: "", ...read("finemoe.view", {}) };
 let known = [];
-const cards = new Map(); // by model, or null where there are none
+const asked = new Set(); // models whose cards were asked for
 
 const current = () => known.find((model) => model.id === byId("model").value) ?? null;
 const keepView = () => write("finemoe.view", view);
@@ -58,6 +58,8 @@ const host = {
   expertView: () => view.experts,
   notice,
   showCurl,
+  cardsOf,
+  opened: () => inspector.clear(),
   showToken(trace, at, { pinned, tryOut, span }) {
     inspector.show(trace, at, { pinned, tryOut, layers: moeLayers(current()) });
     if (pinned && !WIDE.matches) {
@@ -102,18 +104,26 @@ function drawLegend() {
   const box = byId("legend");
   box.hidden = !view.experts || !chat.traces().some((trace) => trace.layers.length);
   const more = button("?", () => dialog("What the lanes show", LANES()), { class: "plain", "aria-label": "What the lanes show" });
-  const domains = hasDomains() ? [button(colouredByDomain() ? "Colour by expert" : "Colour by domain", () => {
+  const domains = hasDomains(current()?.id) ? [button(colouredByDomain() ? "Colour by expert" : "Colour by domain", () => {
     view.domains = !colouredByDomain();
     keepView();
-    paint();
+    wantDomains(view.domains);
+    redrawAll();
     drawLegend();
     byId("legend").querySelector("button.small")?.focus();
   }, { class: "small" }), colouredByDomain() ? legend().map(({ domain, colour }) => el("span.key", {}, swatch(colour), domain)) : ""] : "";
   fill(box, el("span", {}, "Under each word: one column for each layer of the model, in it the experts that made the word; taller means a larger say."), more, domains);
 }
 
-function paint() {
-  useCards(cards.get(current()?.id) ?? null, view.domains);
+async function cardsOf(model) {
+  if (!model.finemoe?.cards || asked.has(model.id)) return;
+  asked.add(model.id);
+  try {
+    setCards(model.id, (await expertCards(model.id)) ?? {});
+  } catch (error) {
+    asked.delete(model.id);
+    notice(error.message);
+  }
   redrawAll();
 }
 
@@ -131,11 +141,8 @@ async function modelChosen(fresh = true) {
   byId("draft").placeholder = chatting ? "Write a message" : "Write the beginning of a text, or leave empty to go on";
   byId("draft-label").textContent = chatting ? "Message" : "Text to continue";
   byId("send").textContent = chatting ? "Send" : "Continue";
-  if (!chat.answering) chat.render();
-  if (model.finemoe?.cards && !cards.has(model.id)) {
-    try { cards.set(model.id, await expertCards(model.id)); } catch (error) { notice(error.message); }
-  }
-  paint();
+  if (!chat.answering && chat.shownAs !== chatting) chat.render();
+  await cardsOf(model);
   drawPanel();
 }
 
@@ -248,6 +255,7 @@ byId("panel-close").addEventListener("click", () => { panel(false); byId("panel-
 document.querySelector("main").addEventListener("click", () => side(false));
 byId("view-toggle").addEventListener("click", () => { expertView(!view.experts); if (!chat.answering) chat.render(); });
 
+wantDomains(view.domains);
 expertView(view.experts);
 theme(view.theme);
 const last = read(`finemoe.conversation.${read("finemoe.last", "")}`, null);

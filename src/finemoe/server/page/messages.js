@@ -44,7 +44,7 @@ export class Message {
       node.request ? button("curl", () => does.curl(node.request)) : "",
       button("Delete", () => does.remove(node)),
       el("span.facts", {}, this.facts()));
-    if (this.experts && node.role === "assistant" && !this.trace) this.foot.append(el("span.facts", {}, "made without the expert view: Retry shows its experts"));
+    if (this.experts && node.content && node.role === "assistant" && !this.trace) this.foot.append(el("span.facts", {}, "made without the expert view: Retry shows its experts"));
     if (node.error) this.foot.prepend(el("p.problem", {}, el("strong", {}, "Broke off: "), node.error));
   }
 

@@ -1,8 +1,8 @@
 // What is known of each token of an answer. Short names, because a trace is kept in the browser:
-//   {layers: [1, 2], tokens: [{t: text, i: id, p: log-probability, e: [[ids] by layer], g: [[gates] by layer], s: [shared by layer]}],
+//   {model, layers: [1, 2], tokens: [{t: text, i: id, p: log-probability, e: [[ids] by layer], g: [[gates] by layer], s: [shared by layer]}],
 //    a: [[[text, log-probability], ...] by token]}
 
-export const newTrace = () => ({ layers: [], tokens: [], a: [] });
+export const newTrace = (model) => ({ model, layers: [], tokens: [], a: [] });
 
 const short = (number) => (typeof number === "number" ? Math.round(number * 1000) / 1000 : null);
 
@@ -47,7 +47,7 @@ export function cleaned(data) {
   }));
   const a = Array.isArray(data.a) ? data.a.map((list) => (Array.isArray(list) ? list : [])
     .filter((pair) => typeof pair?.[0] === "string" && Number.isFinite(pair[1])).map(([text, logprob]) => [text, logprob])) : [];
-  return { layers, tokens, a };
+  return { model: typeof data.model === "string" ? data.model : "", layers, tokens, a };
 }
 
 /** An answer without a trace as words, so that it can be compared all the same. */
