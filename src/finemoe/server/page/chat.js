@@ -11,7 +11,7 @@ import { changed, inWords } from "./switchboard.js";
 import { ROOT, add, choose, newConversation, path, remove } from "./tree.js";
 
 export class Chat {
-  /** `host`: model(), expertView(), showToken(...), showCurl(request), changed(), notice(text), opened(), cardsOf(model), modelsUsed(). */
+  /** `host`: model(), expertView(), showToken(...), showCurl(request), changed(), notice(text), opened(), comparing(), cardsOf(model), modelsUsed(). */
   constructor(host) {
     this.host = host;
     this.log = byId("log");
@@ -273,7 +273,8 @@ export class Chat {
     fill(message.beside, box.element);
     ready.then(() => { if (this.beside?.box === box) message.element.classList.add("comparing"); });
     box.run(ready);
-    box.element.scrollIntoView({ block: "nearest" });
+    this.host.comparing();
+    box.element.scrollIntoView({ block: "start" });
   }
 
   keep(node, request, result) {

@@ -24,6 +24,7 @@ export function setCards(model, given) {
 }
 
 export const cardOf = (model, layer, expert) => cards.get(model)?.[layer]?.[expert] ?? null;
+export const hasCards = (model) => Object.keys(cards.get(model) ?? {}).length > 0;
 export const hasDomains = (model) => Object.values(cards.get(model) ?? {}).some((layer) => Object.values(layer).some((card) => card.domain));
 export function wantDomains(yes) { wanted = yes; }
 export const colouredByDomain = () => wanted && domains.length > 0;

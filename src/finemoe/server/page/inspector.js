@@ -1,6 +1,6 @@
 // The token that is pointed at: its probability, what else could have stood there, and its experts layer by layer.
 
-import { cardOf, colourOf, swatch } from "./colours.js";
+import { cardOf, colourOf, hasCards, swatch } from "./colours.js";
 import { button, el, fill } from "./dom.js";
 import { highlight, nameOf, visible } from "./lanes.js";
 
@@ -14,13 +14,16 @@ export function bar(share, colour) {
   return el("span.meter", { "aria-hidden": "true" }, fill);
 }
 
+const NO_CARD = "No card: the analysis of this model says nothing of this expert.";
+const NO_CARDS = "No card: this model has not been analysed.";
+
 /** What is known of an expert, and its two switches. `tryOut(kind, layer, expert)` answers again beside the original. */
 export function expertDetail(model, layer, expert, { tryOut, close }) {
   const card = cardOf(model, layer, expert);
   return el("div.expert-detail", { role: "group", "aria-label": `Layer ${layer}, expert ${expert}` },
     el("div.row", {}, swatch(colourOf(model, layer, expert)), el("strong.grow", {}, `Expert ${expert} of layer ${layer}`), close ? button("×", close, { class: "plain", "aria-label": "Close the expert" }) : ""),
     card ? el("p", {}, el("strong", {}, card.title ?? "No title"), card.domain ? ` · ${card.domain}` : "",
-      Number.isFinite(card.share) ? ` · ${percent(card.share)} of the tokens` : "") : el("p.quiet", {}, "No card: this model has not been analysed."),
+      Number.isFinite(card.share) ? ` · ${percent(card.share)} of the tokens` : "") : el("p.quiet", {}, hasCards(model) ? NO_CARD : NO_CARDS),
     card?.tokens?.length ? el("p.quiet", {}, "Often chosen for ", card.tokens.slice(0, 10).map((token) => [el("code", {}, nameOf(String(token))), " "])) : "",
     tryOut ? el("div.row", {}, button("Switch off", () => tryOut("disabled", layer, expert)), button("Force", () => tryOut("forced", layer, expert))) : "",
     tryOut ? el("p.quiet", {}, "The answer is made again beside the original, with the same seed.") : "");

@@ -59,6 +59,8 @@ const host = {
   notice,
   showCurl,
   cardsOf,
+  /** In a small window the panel would cover what it has begun. */
+  comparing() { if (!WIDE.matches) panel(false); },
   opened: () => inspector.clear(),
   showToken(trace, at, { pinned, tryOut, span }) {
     inspector.show(trace, at, { pinned, tryOut, layers: moeLayers(current()) });

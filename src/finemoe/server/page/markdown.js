@@ -122,7 +122,7 @@ function draw(lines, depth = 0) {
   return blocks([...lines]).map((block) => node(block, depth));
 }
 
-const PAIRS = [["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
+const PAIRS = [["***", "strong"], ["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
 const PLAIN = /^[^\\`$*_~[!<h\n]+/;
 
 /** Nodes for the text of a line: one walk from left to right, with a bounded look ahead. */
@@ -164,7 +164,9 @@ function span(rest, before, depth) {
     if (!rest.startsWith(mark) || /^\s/.test(rest.slice(mark.length))) continue;
     if (mark[0] === "_" && /\w/.test(before)) continue;
     const end = closing(rest, mark);
-    if (end > 0) return { node: el(tag, {}, inline(rest.slice(mark.length, end), depth + 1)), length: end + mark.length };
+    if (end < 0) continue;
+    const inside = inline(rest.slice(mark.length, end), depth + 1);
+    return { node: el(tag, {}, mark.length === 3 ? el("em", {}, inside) : inside), length: end + mark.length };
   }
   return null;
 }
