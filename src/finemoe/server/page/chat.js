@@ -11,7 +11,8 @@ import { changed, inWords } from "./switchboard.js";
 import { ROOT, add, choose, newConversation, path, remove } from "./tree.js";
 
 export class Chat {
-  /** `host`: model(), expertView(), showToken(...), showCurl(request), changed(), notice(text), opened(), comparing(), cardsOf(model), modelsUsed(). */
+  /** `host`: model(), expertView(), showToken(...), showCurl(request), changed(), notice(text), opened(), comparing(), cardsOf(model), refresh(id): whether it is known now,
+   *  modelsUsed(). */
   constructor(host) {
     this.host = host;
     this.log = byId("log");
@@ -177,8 +178,14 @@ export class Chat {
       if (now.calls.length) node.calls = now.calls;
       this.live = now.trace;
     };
-    const result = await answer(request, { signal: controller.signal, onWait: (seconds) => this.host.notice(`The server is full; asking again in ${seconds} s.`, false),
+    const ask = () => answer(node.request, { signal: controller.signal, onWait: (seconds) => this.host.notice(`The server is full; asking again in ${seconds} s.`, false),
       onChange: (now) => { take(now); speaker.heard(now.content); grow(); } });
+    let result = await ask();
+    // Whether a model that was not loaded can chat is known only now; one that cannot refuses the first request.
+    if (result.error && !result.content && model.finemoe?.chat === undefined && await this.host.refresh(model.id)) {
+      node.request = this.requestAfter(parent, { seed: request.body.seed });
+      if (node.request.path !== request.path) result = await ask();
+    }
     take(result);
     node.usage = result.usage;
     if (result.error) node.error = result.error;

@@ -76,8 +76,12 @@ const host = {
   },
   /** Something that the panel shows has changed. */
   changed() { queueMicrotask(drawPanel); },
+  async refresh(id) {
+    await loadModels();
+    return current()?.id === id && current().finemoe?.chat !== undefined;
+  },
   /** A model that was not loaded says more of itself once it is. */
-  modelsUsed() { if (!current()?.finemoe?.layers) loadModels(); },
+  modelsUsed() { if (!current()?.finemoe?.loaded || !current().finemoe.layers) loadModels(); },
 };
 
 const chat = new Chat(host);

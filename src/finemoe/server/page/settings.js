@@ -6,9 +6,9 @@ import { read, write } from "./store.js";
 const NAME = "finemoe.settings";
 
 const FIELDS = [
-  ["temperature", "Temperature", "0 always takes the likeliest token; higher is more daring", { min: 0, max: 5, step: 0.05 }],
-  ["top_p", "Top-p", "draw only from the likeliest tokens that together have this probability", { min: 0, max: 1, step: 0.01 }],
-  ["top_k", "Top-k", "draw only from this many likeliest tokens", { min: 0, step: 1 }],
+  ["temperature", "Temperature", "0 always takes the likeliest token; higher is more daring", { min: 0, max: 2, step: 0.05 }],
+  ["top_p", "Top-p", "draw only from the likeliest tokens that together have this probability", { min: 0.01, max: 1, step: 0.01 }],
+  ["top_k", "Top-k", "draw only from this many likeliest tokens", { min: 1, step: 1 }],
   ["min_p", "Min-p", "leave out what is less likely than this share of the likeliest", { min: 0, max: 1, step: 0.01 }],
   ["max_tokens", "Longest answer", "in tokens", { min: 1, step: 1 }],
   ["min_new_tokens", "Shortest answer", "in tokens", { min: 0, step: 1 }],
@@ -48,7 +48,7 @@ export function openSettings({ model, system, onSystem }) {
     onchange: () => keep({ stop: stops.value.split("\n").filter(Boolean).slice(0, 4) }) });
   const systemField = el("textarea", { name: "system", rows: 3, value: system, placeholder: "You are a helpful assistant.", onchange: () => onSystem(systemField.value) });
   const guess = el("select", { name: "guess", onchange: () => keep({ guess: guess.value }) },
-    el("option", { value: "" }, "server's choice"), guesses.map((each) => el("option", { value: each, selected: settings.guess === each }, each === "text" ? "from the text" : "by the prediction module")));
+    el("option", { value: "" }, "off"), guesses.map((each) => el("option", { value: each, selected: settings.guess === each }, each === "text" ? "from the text" : "by the prediction module")));
   const check = (name, label) => el("label.check", {}, el("input", { type: "checkbox", name, checked: Boolean(settings[name]), onchange: (event) => keep({ [name]: event.target.checked || undefined }) }), label);
   const form = el("form.settings", { onsubmit: (event) => event.preventDefault() },
     model?.finemoe?.chat === false ? el("p.quiet", {}, "This model has no chat template: it continues text, and takes no system message.")
