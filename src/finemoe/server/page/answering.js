@@ -33,7 +33,7 @@ export function requestFor({ model, messages, system, settings, experts, routing
     if (typeof settings[name] === "number") body[name] = settings[name];
   }
   // The completions of OpenAI end after 16 tokens unless told otherwise, which is no length to look at.
-  if (!chat && body.max_tokens === undefined) body.max_tokens = Math.min(128, Math.max(16, Math.floor((facts.context ?? 256) / 2)));
+  if (!chat && body.max_tokens === undefined) body.max_tokens = Math.max(16, Math.min(128, (facts.context ?? 256) - tokensOf(messages, model.id)));
   if (settings.stop?.length) body.stop = settings.stop;
   body.seed = seed;
   if (routing && settings.alternatives > 0) {
@@ -51,6 +51,15 @@ export function requestFor({ model, messages, system, settings, experts, routing
   if (settings.ignore_end) ours.ignore_end = true;
   if (Object.keys(ours).length) body.finemoe = ours;
   return { method: "POST", path: chat ? "v1/chat/completions" : "v1/completions", body };
+}
+
+/** About how many tokens messages have, rather too many than too few: what the last usage says, and the text since. */
+function tokensOf(messages, model) {
+  const last = messages.findLastIndex((message) => message.usage && message.model === model);
+  const known = last < 0 ? 0 : messages[last].usage.prompt_tokens + messages[last].usage.completion_tokens;
+  const text = messages.slice(last + 1).reduce((sum, message) => sum + message.content.length, 0);
+  // Text is not always cut again as it was written.
+  return Math.ceil(known * 1.1 + text / 1.5) + 8;
 }
 
 /** A seed is always sent, so that the same request can be made again with one thing changed. */

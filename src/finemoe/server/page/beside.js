@@ -66,7 +66,7 @@ export class Beside {
     right.mark(marks[1], "differs");
     const differing = marks[1].filter(Boolean).length;
     const gone = marks[0].filter(Boolean).length;
-    this.summary.textContent = result.error ? `Broke off: ${result.error}`
+    this.summary.textContent = result.error ? `${this.name} broke off: ${result.error}`
       : !differing && !gone ? "No token differs."
         : `The same for the first ${start} tokens; then ${differing} of ${texts[1].length} tokens are different (underlined), and ${gone} of the original are gone.`;
     say(this.summary.textContent);

@@ -272,8 +272,8 @@ export class Chat {
       onClose: () => { message.element.classList.remove("comparing"); this.beside = null; message.element.querySelector("button")?.focus(); },
       onToken: (shown, at, pinned, view) => this.token(node, shown, at, pinned, view),
       actions: (result) => [
-        button("Keep as a version", () => this.keep(node, request, result)),
-        experts ? button("Keep for the next answers", () => { this.conversation.experts = experts; save(this.conversation); this.host.changed(); say("Kept."); }) : "",
+        result.content ? button("Keep as a version", () => this.keep(node, request, result)) : "",
+        experts && !result.error ? button("Keep for the next answers", () => { this.conversation.experts = experts; save(this.conversation); this.host.changed(); say("Kept."); }) : "",
       ] });
     this.beside = { box, message };
     // While both models write, the answer itself stays in sight; afterwards the comparison stands in its place.

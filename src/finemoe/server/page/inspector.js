@@ -76,7 +76,7 @@ export class Inspector {
       const colour = colourOf(model, layer, expert);
       const hidden = (text) => el("span.sr", {}, text);
       const chip = button([swatch(colour), hidden("Expert "), el("span", {}, `${expert}`), bar((gates[slot] ?? 0) / (Math.max(...gates) || 1), colour),
-        gates[slot] === undefined ? "" : [hidden(", gate "), el("span.quiet", {}, gates[slot].toFixed(2))], card?.title ? hidden(`, ${card.title}`) : ""], () => {
+        gates[slot] === undefined ? "" : [hidden(", gate "), el("span.quiet", {}, gates[slot].toFixed(gates[slot] < 0.1 ? 3 : 2))], card?.title ? hidden(`, ${card.title}`) : ""], () => {
         const open = chip.getAttribute("aria-expanded") === "true";
         for (const each of chips) each.setAttribute("aria-expanded", "false");
         chip.setAttribute("aria-expanded", String(!open));

@@ -98,7 +98,8 @@ export class TokenView {
     if (!text.trim()) span.setAttribute("aria-label", nameOf(text));
     this.word.append(span);
     this.spans.push(span);
-    for (const _ of text.match(/\n/g) ?? []) { this.element.append(el("br")); this.word = null; }
+    // One line is broken, however many breaks a token holds: an empty line would have no lane.
+    if (text.includes("\n")) { this.element.append(el("br")); this.word = null; }
     this.trace.layers.forEach((_, layer) => {
       const sum = (token.g[layer] ?? []).reduce((total, gate) => total + (gate ?? 0), 0);
       this.scale[layer] = Math.max(this.scale[layer] ?? 0, sum);
@@ -188,7 +189,8 @@ export class TokenView {
     const [left, top, width] = this.places[at];
     const token = this.trace.tokens[at];
     const { model } = this.trace;
-    const step = Math.min((width - 4) / this.columns, 9);
+    // The lane of a long word is no wider than can be taken in at a glance.
+    const step = Math.min((width - 4) / this.columns, Math.max(9, 40 / this.columns));
     this.trace.layers.forEach((layer, index) => {
       const experts = token.e[index];
       if (!experts?.length) return;

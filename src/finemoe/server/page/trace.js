@@ -4,7 +4,7 @@
 
 export const newTrace = (model) => ({ model, layers: [], tokens: [], a: [] });
 
-const short = (number) => (typeof number === "number" ? Math.round(number * 1000) / 1000 : null);
+const short = (number) => (typeof number === "number" ? Math.round(number * 10000) / 10000 : null);
 
 function indexOf(trace, layer) {
   const at = trace.layers.indexOf(layer);
