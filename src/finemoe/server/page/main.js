@@ -104,6 +104,9 @@ function drawPanel() {
   if (view.experts) heatmap.show(chat.traces(), current());
   if (chat.path().length) { write("finemoe.last", chat.conversation.id); sidebar.draw(); }
   drawLegend();
+  const usage = chat.path().findLast((node) => node.usage && node.model === current()?.id)?.usage;
+  const context = current()?.finemoe?.context;
+  byId("composer-hint").textContent = usage && context ? `${usage.prompt_tokens + usage.completion_tokens} of ${context} tokens` : "";
 }
 
 function drawLegend() {
