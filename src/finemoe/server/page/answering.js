@@ -1,7 +1,10 @@
 // From a conversation and the settings to a request, and from the stream to an answer.
 
 import { stream } from "./api.js";
-import { newTrace, take } from "./trace.js";
+import { mend, newTrace, take } from "./trace.js";
+
+export const CHAT = "v1/chat/completions";
+export const TEXT = "v1/completions";
 
 /** {disabled, forced, active, shared} without what says nothing; undefined if nothing is left. */
 function constraint(experts) {
@@ -15,20 +18,23 @@ function constraint(experts) {
   return Object.keys(out).length ? out : undefined;
 }
 
+function conversationOf(nodes, system, chat) {
+  // A model without a template continues text: everything so far, as it stands.
+  if (!chat) return { prompt: nodes.map(({ content }) => content).join("") };
+  const messages = system ? [{ role: "system", content: system }] : [];
+  for (const { role, content } of nodes) {
+    if (content) messages.push({ role, content });
+    // Nothing came of the message before (it was refused, say): two messages of a user in a row are an error to many templates.
+    else if (role === "assistant" && messages.at(-1)?.role === "user") messages.pop();
+  }
+  return { messages };
+}
+
 /** The request for the answer to `messages`; {path, body}. Settings that are empty are left to the server. */
 export function requestFor({ model, messages, system, settings, experts, routing, seed }) {
   const facts = model.finemoe ?? {};
   const chat = facts.chat !== false;
-  const body = { model: model.id };
-  if (chat) {
-    body.messages = [...(system ? [{ role: "system", content: system }] : []),
-      ...messages.map(({ role, content }) => ({ role, content }))];
-  } else {
-    // A model without a template continues text: everything so far, as it stands.
-    body.prompt = messages.map(({ content }) => content).join("");
-  }
-  body.stream = true;
-  body.stream_options = { include_usage: true };
+  const body = { model: model.id, ...conversationOf(messages, system, chat), stream: true, stream_options: { include_usage: true } };
   for (const name of ["temperature", "top_p", "max_tokens", "presence_penalty", "frequency_penalty"]) {
     if (typeof settings[name] === "number") body[name] = settings[name];
   }
@@ -50,7 +56,7 @@ export function requestFor({ model, messages, system, settings, experts, routing
   }
   if (settings.ignore_end) ours.ignore_end = true;
   if (Object.keys(ours).length) body.finemoe = ours;
-  return { method: "POST", path: chat ? "v1/chat/completions" : "v1/completions", body };
+  return { method: "POST", path: chat ? CHAT : TEXT, body };
 }
 
 /** About how many tokens messages have, rather too many than too few: what the last usage says, and the text since. */
@@ -60,6 +66,17 @@ function tokensOf(messages, model) {
   const text = messages.slice(last + 1).reduce((sum, message) => sum + message.content.length, 0);
   // Text is not always cut again as it was written.
   return Math.ceil(known * 1.1 + text / 1.5) + 8;
+}
+
+/** What a message keeps of its request: all but the conversation, which stands in the messages before it. */
+export function kept({ method, path, body: { messages, prompt, ...body } }) {
+  return { method, path, body };
+}
+
+/** The whole request again. */
+export function whole(request, messages, system) {
+  const { model, ...rest } = request.body;
+  return { ...request, body: { model, ...conversationOf(messages, system, request.path === CHAT), ...rest } };
 }
 
 /** A seed is always sent, so that the same request can be made again with one thing changed. */
@@ -87,8 +104,7 @@ export async function answer(request, { signal, onChange = () => {}, onWait } = 
     if (error.name === "AbortError") result.finish = "stopped";
     else result.error = error.message;
   }
-  // A model without experts reports none, but its tokens have alternatives worth looking at.
-  if (!result.trace.tokens.length) result.trace.a = [];
+  mend(result.trace);
   onChange(result);
   return result;
 }

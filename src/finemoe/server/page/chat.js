@@ -1,14 +1,14 @@
 // The conversation that is shown: sending, stopping, editing, retrying, and answering again beside an answer.
 
-import { answer, requestFor, seedFor } from "./answering.js";
+import { answer, kept, requestFor, seedFor, whole } from "./answering.js";
 import { Beside } from "./beside.js";
 import { button, byId, el, fill, onceAFrame, say } from "./dom.js";
 import { Message } from "./messages.js";
 import { settings } from "./settings.js";
 import { Speaker } from "./speaking.js";
-import { forgetTrace, save, saveTrace, traceOf } from "./store.js";
+import { forgetTrace, load, save, saveTrace, traceOf } from "./store.js";
 import { changed, inWords } from "./switchboard.js";
-import { ROOT, add, choose, newConversation, path, remove } from "./tree.js";
+import { ROOT, add, choose, newConversation, path, remove, until } from "./tree.js";
 
 export class Chat {
   /** `host`: model(), expertView(), showToken(...), showCurl(request), changed(), notice(text), opened(), comparing(), cardsOf(model), refresh(id): whether it is known now,
@@ -58,7 +58,7 @@ export class Chat {
       retry: (old) => this.retry(old),
       choose: (other) => { this.stop(); choose(this.conversation, other); save(this.conversation); this.render(); this.focusOn(other); },
       remove: (old) => this.remove(old),
-      curl: (request) => this.host.showCurl(request),
+      curl: (old) => this.host.showCurl(this.requestOf(old)),
       token: (from, shown, at, pinned, view) => this.token(from.node, shown, at, pinned, view),
     } });
     this.messages.set(node.id, message);
@@ -94,25 +94,17 @@ export class Chat {
     this.held = null;
   }
 
-  /** The text that is sent for what follows `parent`. */
-  messagesUntil(parent) {
-    const sent = [];
-    for (const node of parent === ROOT ? [] : path(this.conversation, parent)) {
-      if (node.content) sent.push(node);
-      // Nothing came of this message (it was refused, say): two messages of a user in a row are an error to many templates.
-      else if (this.chatting && node.role === "assistant") sent.pop();
-    }
-    return sent;
-  }
-
   requestAfter(parent, { model = this.host.model(), experts = this.conversation.experts, seed = seedFor(settings) } = {}) {
-    return requestFor({ model, messages: this.messagesUntil(parent), system: this.conversation.system, settings, experts, seed,
+    return requestFor({ model, messages: until(this.conversation, parent), system: this.conversation.system, settings, experts, seed,
       routing: this.host.expertView() });
   }
 
+  /** The request that an answer came from. */
+  requestOf(node) { return whole(node.request, until(this.conversation, node.parent), node.system); }
+
   /** What the button would send now, for `curl`. */
   draftRequest(text) {
-    const messages = [...this.messagesUntil(this.path().at(-1)?.id ?? ROOT), ...(text ? [{ role: "user", content: text }] : [])];
+    const messages = [...this.path(), ...(text ? [{ role: "user", content: text }] : [])];
     return requestFor({ model: this.host.model(), messages, system: this.conversation.system, settings, experts: this.conversation.experts,
       seed: seedFor(settings), routing: this.host.expertView() });
   }
@@ -148,8 +140,10 @@ export class Chat {
     const model = this.host.model();
     if (!model) return;
     this.stop();
-    const request = this.requestAfter(parent);
-    const node = add(this.conversation, parent, { role: "assistant", model: model.id, request });
+    const conversation = this.conversation;
+    let request = this.requestAfter(parent);
+    const { system } = this.conversation;
+    const node = add(this.conversation, parent, { role: "assistant", model: model.id, request: kept(request), ...(system ? { system } : {}) });
     this.conversation.model = model.id;
     this.answering = node;
     save(this.conversation);
@@ -165,7 +159,7 @@ export class Chat {
       const stay = this.atEnd();
       if (this.live?.tokens.length && !message.trace) {
         message.trace = this.live;
-        if (this.host.expertView()) { message.asTokens = true; message.show(); }
+        if (this.live.layers.length && this.host.expertView()) { message.asTokens = true; message.show(); }
       }
       message.change();
       if (stay) this.toEnd();
@@ -178,13 +172,15 @@ export class Chat {
       if (now.calls.length) node.calls = now.calls;
       this.live = now.trace;
     };
-    const ask = () => answer(node.request, { signal: controller.signal, onWait: (seconds) => this.host.notice(`The server is full; asking again in ${seconds} s.`, false),
+    const ask = () => answer(request, { signal: controller.signal, onWait: (seconds) => this.host.notice(`The server is full; asking again in ${seconds} s.`, false),
       onChange: (now) => { take(now); speaker.heard(now.content); grow(); } });
     let result = await ask();
     // Whether a model that was not loaded can chat is known only now; one that cannot refuses the first request.
     if (result.error && !result.content && model.finemoe?.chat === undefined && await this.host.refresh(model.id)) {
-      node.request = this.requestAfter(parent, { seed: request.body.seed });
-      if (node.request.path !== request.path) result = await ask();
+      const { path: asked, body } = request;
+      request = this.requestAfter(parent, { seed: body.seed });
+      node.request = kept(request);
+      if (request.path !== asked) result = await ask();
     }
     take(result);
     node.usage = result.usage;
@@ -196,13 +192,17 @@ export class Chat {
     }
     speaker.done(node.content, node.error);
     finished?.();
-    this.settle(node, message);
+    this.settle(node, message, conversation);
   }
 
   /** The answer is whole, or has ended: keep it. An answer of which nothing came at all is kept only with its error. */
-  settle(node, message) {
-    const conversation = this.owner(node);
-    if (!conversation) return;
+  settle(node, message, conversation) {
+    if (conversation !== this.conversation) {
+      // Another one was opened meanwhile; what came of the answer belongs to its own, unless that was deleted.
+      if (load(conversation.id)) save(conversation);
+      return;
+    }
+    if (!conversation.nodes[node.id]) return;
     if (!node.content && !node.reasoning && !node.error && node.finish === "stopped") {
       remove(conversation, node);
       save(conversation);
@@ -214,14 +214,12 @@ export class Chat {
     message.trace = traceOf(node);
     message.streaming(false, conversation);
     // The tokens that are drawn stay, and with them what is held or has the focus.
-    if (message.view?.trace === message.trace) message.change();
+    if (message.view?.trace === message.trace && !message.trace.mended) message.change();
     else message.show();
     if (stay) this.toEnd();
     this.host.changed();
     this.host.modelsUsed();
   }
-
-  owner(node) { return this.conversation.nodes[node.id] ? this.conversation : null; }
 
   stop() {
     if (!this.answering) return;
@@ -249,11 +247,12 @@ export class Chat {
   }
 
   besideWith(node, experts, title) {
-    const body = structuredClone(node.request.body);
+    const request = structuredClone(this.requestOf(node));
+    const { body } = request;
     body.finemoe = { ...body.finemoe, routing: true, experts };
     for (const name of ["disabled", "forced"]) if (!Object.keys(experts[name] ?? {}).length) delete experts[name];
     if (!Object.keys(experts).length) delete body.finemoe.experts;
-    this.showBeside(node, { ...node.request, body }, title, experts);
+    this.showBeside(node, request, title, experts);
   }
 
   besideModels(node, other, ready) {
@@ -285,8 +284,8 @@ export class Chat {
   }
 
   keep(node, request, result) {
-    const fresh = add(this.conversation, node.parent, { role: "assistant", model: request.body.model, request, content: result.content,
-      finish: result.finish, usage: result.usage, ...(result.reasoning ? { reasoning: result.reasoning } : {}), ...(result.error ? { error: result.error } : {}) });
+    const fresh = add(this.conversation, node.parent, { role: "assistant", model: request.body.model, request: kept(request), content: result.content,
+      finish: result.finish, usage: result.usage, ...(node.system ? { system: node.system } : {}), ...(result.reasoning ? { reasoning: result.reasoning } : {}), ...(result.error ? { error: result.error } : {}) });
     if (result.trace.tokens.length) saveTrace(fresh, result.trace);
     save(this.conversation);
     this.render();

@@ -4,7 +4,7 @@ import { cardOf, colourOf, hasCards, swatch } from "./colours.js";
 import { button, el, fill } from "./dom.js";
 import { highlight, nameOf, visible } from "./lanes.js";
 
-const percent = (share) => (share >= 0.1 ? `${Math.round(share * 100)} %` : `${(share * 100).toFixed(1)} %`);
+const percent = (share) => (share < 0.0005 ? "< 0.1 %" : share >= 0.1 ? `${Math.round(share * 100)} %` : `${(share * 100).toFixed(1)} %`);
 
 /** A bar from 0 to 1; its number stands beside it as text. */
 export function bar(share, colour) {

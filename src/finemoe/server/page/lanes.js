@@ -28,7 +28,7 @@ export const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "
 
 /** How a token is called, where its text alone would say nothing. */
 export function nameOf(text) {
-  if (text === "") return "(no text)";
+  if (text === "") return "part of the character before, or a sign without text";
   if (!text.trim()) return [...text].map((char) => ({ " ": "space", "\n": "new line", "\t": "tab" })[char] ?? "blank").join(", ");
   return text.replaceAll("\n", " new line ");
 }
@@ -73,7 +73,7 @@ export class TokenView {
     if (layers.length !== this.known) {
       this.known = layers.length;
       // The room under a token is a length that follows from the model; custom properties are allowed where style attributes are not.
-      this.element.style.setProperty("--lane-width", `${this.columns * (this.columns > 8 ? 3 : 5)}px`);
+      this.element.style.setProperty("--lane-width", `${Math.max(18, this.columns * (this.columns > 8 ? 3 : 5))}px`);
       this.element.style.setProperty("--lane-height", `${this.rows * ROW}px`);
       this.places = [];
     }

@@ -11,7 +11,7 @@ export class Message {
   /** `does` holds the actions: edit, retry, choose, curl, remove, token; `trace` the tokens of the answer, or null. */
   constructor(node, { conversation, model, trace, experts, chat, does }) {
     Object.assign(this, { node, trace, does, chat, experts });
-    this.asTokens = experts && node.role === "assistant" && (trace?.tokens.length ?? 0) > 0;
+    this.asTokens = experts && node.role === "assistant" && (trace?.layers.length ?? 0) > 0;
     this.head = el("div.message-head");
     this.reasoning = el("div.markdown");
     this.thinking = el("details.reasoning", { hidden: true }, el("summary", {}, "Reasoning"), this.reasoning);
@@ -40,8 +40,8 @@ export class Message {
     const copied = button("Copy", () => copy(node.content, copied));
     fill(this.foot, copied,
       node.role === "user" ? button("Edit", () => this.edit()) : button("Retry", () => does.retry(node)),
-      this.trace?.tokens.length ? button(this.asTokens ? "Show as text" : "Show experts", () => { this.asTokens = !this.asTokens; this.fill(conversation); this.show(); }) : "",
-      node.request ? button("curl", () => does.curl(node.request)) : "",
+      this.trace?.tokens.length ? button(this.asTokens ? "Show as text" : this.trace.layers.length ? "Show experts" : "Show tokens", () => { this.asTokens = !this.asTokens; this.fill(conversation); this.show(); }) : "",
+      node.request ? button("curl", () => does.curl(node)) : "",
       button("Delete", () => does.remove(node)),
       el("span.facts", {}, this.facts()));
     if (this.experts && node.content && node.role === "assistant" && !this.trace) this.foot.append(el("span.facts", {}, "made without the expert view: Retry shows its experts"));

@@ -1,6 +1,7 @@
 // What the browser keeps: a key for each conversation, and one for each answer's trace, so that a full
 // storage costs the oldest traces and never a message.
 
+import { CHAT, TEXT } from "./answering.js";
 import { cleaned } from "./trace.js";
 import { ROLES, ROOT, newConversation, newId, titleOf } from "./tree.js";
 
@@ -129,8 +130,10 @@ function importTree(conversation, data) {
     if (!names.has(node.parent)) throw new Error("A message of this file answers one that is missing.");
     const copy = { id: names.get(node.id), parent: names.get(node.parent), role: node.role, content: node.content,
       created: Number(node.created) || Date.now() };
-    for (const field of ["reasoning", "model", "finish", "error"]) if (typeof node[field] === "string") copy[field] = node[field];
-    for (const field of ["usage", "request"]) if (node[field] && typeof node[field] === "object") copy[field] = node[field];
+    for (const field of ["reasoning", "model", "finish", "error", "system"]) if (typeof node[field] === "string") copy[field] = node[field];
+    if (Number.isInteger(node.usage?.prompt_tokens) && Number.isInteger(node.usage.completion_tokens)) copy.usage = node.usage;
+    // A file may not say where a request goes.
+    if ([CHAT, TEXT].includes(node.request?.path) && node.request.body?.model) copy.request = { method: "POST", path: node.request.path, body: node.request.body };
     conversation.nodes[copy.id] = copy;
     const trace = data.traces?.[node.id];
     if (Array.isArray(trace?.layers) && Array.isArray(trace?.tokens)) saveTrace(copy, cleaned(trace));

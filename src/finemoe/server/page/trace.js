@@ -4,6 +4,8 @@
 
 export const newTrace = (model) => ({ model, layers: [], tokens: [], a: [] });
 
+const UNKNOWN = "\ufffd";
+
 const short = (number) => (typeof number === "number" ? Math.round(number * 10000) / 10000 : null);
 
 function indexOf(trace, layer) {
@@ -28,12 +30,38 @@ export function take(trace, choice) {
   }
   const known = choice.logprobs;
   if (Array.isArray(known?.content)) {
-    for (const each of known.content) trace.a.push((each.top_logprobs ?? []).map((other) => [other.token, short(other.logprob)]));
+    for (const each of known.content) {
+      if (each.token?.includes(UNKNOWN)) (trace.bytes ??= {})[trace.a.length] = each.bytes;
+      trace.a.push((each.top_logprobs ?? []).map((other) => [other.token, short(other.logprob)]));
+    }
   } else if (Array.isArray(known?.tokens)) {
-    known.tokens.forEach((_, at) => {
+    known.tokens.forEach((token, at) => {
+      // OpenAI's spelling of half a character: bytes:\xe2\x80
+      if (/^bytes:(\\x[0-9a-f]{2})+$/.test(token)) (trace.bytes ??= {})[trace.a.length] = token.match(/[0-9a-f]{2}(?=\\|$)/g).map((hex) => Number.parseInt(hex, 16));
       const others = Object.entries(known.top_logprobs?.[at] ?? {});
       trace.a.push(others.map(([text, logprob]) => [text, short(logprob)]).sort((a, b) => b[1] - a[1]));
     });
+  }
+}
+
+/**
+ * Characters of several tokens: the first of them shows the whole character, the others nothing. Until all of its bytes
+ * are there, a token has only the sign for an unknown one.
+ */
+export function mend(trace) {
+  const { bytes = {}, tokens } = trace;
+  delete trace.bytes;
+  for (let at = 0; at < tokens.length; at += 1) {
+    if (!bytes[at]) continue;
+    const run = [];
+    let end = at;
+    while (bytes[end]) { run.push(...bytes[end]); end += 1; }
+    const text = new TextDecoder().decode(new Uint8Array(run));
+    if (!text.includes(UNKNOWN)) {
+      tokens.slice(at, end).forEach((token, index) => { token.t = index ? "" : text; });
+      trace.mended = true;
+    }
+    at = end;
   }
 }
 

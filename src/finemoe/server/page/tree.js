@@ -15,16 +15,22 @@ export function childrenOf(conversation, parent) {
 }
 
 /** The messages that are shown, first to last. */
-export function path(conversation, until = null) {
+export function path(conversation) {
   const way = [];
   let parent = ROOT;
   for (;;) {
     const node = conversation.nodes[conversation.chosen[parent]];
     if (!node || node.parent !== parent || way.length > 10000) return way;
     way.push(node);
-    if (node.id === until) return way;
     parent = node.id;
   }
+}
+
+/** All that stands before the children of `id`, first to last, whichever versions are shown. */
+export function until(conversation, id) {
+  const way = [];
+  for (let node = conversation.nodes[id]; node && way.length < 10000; node = conversation.nodes[node.parent]) way.unshift(node);
+  return way;
 }
 
 export function add(conversation, parent, fields) {
