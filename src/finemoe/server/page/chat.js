@@ -190,7 +190,7 @@ export class Chat {
       this.answering = null;
       this.host.busy(false);
     }
-    speaker.done(node.content, node.error);
+    speaker.done(node.content, node.error, node.finish === "stopped");
     finished?.();
     this.settle(node, message, conversation);
   }

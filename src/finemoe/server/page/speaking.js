@@ -28,8 +28,8 @@ export class Speaker {
     fill(byId("live"), line);
   }
 
-  done(text, error) {
-    if (!settings.quiet && text.length > this.said) this.speak(text.slice(this.said));
-    say(error ? `The answer broke off: ${error}` : "The answer is finished.");
+  done(text, error, stopped) {
+    if (!settings.quiet && !stopped && text.length > this.said) this.speak(text.slice(this.said));
+    say(error ? `The answer broke off: ${error}` : stopped ? "Stopped." : "The answer is finished.");
   }
 }
