@@ -68,7 +68,8 @@ export class Beside {
     const gone = marks[0].filter(Boolean).length;
     this.summary.textContent = result.error ? `${this.name} broke off: ${result.error}`
       : !differing && !gone ? "No token differs."
-        : `${start ? `The same for the first ${start} tokens; then` : "From the first token on,"} ${differing} of ${texts[1].length} tokens are different (underlined), and ${gone} of the original are gone.`;
+        : [start ? `The same for the first ${start} tokens; then` : "From the first token on,",
+          `${differing} of ${texts[1].length} tokens are different (underlined), and ${gone} of the original are gone.`].join(" ");
     say(this.summary.textContent);
     fill(this.buttons, ...this.actions(result), button("curl", () => this.curl(this.request)));
   }

@@ -11,8 +11,8 @@ import { changed, inWords } from "./switchboard.js";
 import { ROOT, add, choose, newConversation, path, remove, until } from "./tree.js";
 
 export class Chat {
-  /** `host`: model(), expertView(), showToken(...), showCurl(request), changed(), notice(text), opened(), comparing(), cardsOf(model), refresh(id): whether it is known now,
-   *  modelsUsed(). */
+  /** `host`: model(), expertView(), showToken(...), showCurl(request), changed(), notice(text), opened(), comparing(),
+   *  cardsOf(model), refresh(id): whether it is known now, modelsUsed(). */
   constructor(host) {
     this.host = host;
     this.log = byId("log");
@@ -48,8 +48,11 @@ export class Chat {
 
   welcome() {
     return el("div.welcome", {}, el("h2", {}, this.chatting ? "Ask something" : "Write a beginning"),
-      el("p", {}, this.chatting ? "With the expert view on, each word of the answer shows which small parts of the model, its experts, made it. Click one to switch it off and see what changes."
-        : "This model has not learnt to answer; it continues the text that you begin. With the expert view on, each word shows which small parts of the model, its experts, made it."));
+      el("p", {}, this.chatting
+        ? "With the expert view on, each word of the answer shows which small parts of the model, its experts, made it. "
+          + "Click one to switch it off and see what changes."
+        : "This model has not learnt to answer; it continues the text that you begin. "
+          + "With the expert view on, each word shows which small parts of the model, its experts, made it."));
   }
 
   message(node, trace = traceOf(node)) {
@@ -285,7 +288,8 @@ export class Chat {
 
   keep(node, request, result) {
     const fresh = add(this.conversation, node.parent, { role: "assistant", model: request.body.model, request: kept(request), content: result.content,
-      finish: result.finish, usage: result.usage, ...(node.system ? { system: node.system } : {}), ...(result.reasoning ? { reasoning: result.reasoning } : {}), ...(result.error ? { error: result.error } : {}) });
+      finish: result.finish, usage: result.usage, ...(node.system ? { system: node.system } : {}),
+      ...(result.reasoning ? { reasoning: result.reasoning } : {}), ...(result.error ? { error: result.error } : {}) });
     if (result.trace.tokens.length) saveTrace(fresh, result.trace);
     save(this.conversation);
     this.render();

@@ -16,7 +16,8 @@ const OPERATORS = {
   lor: "∨", vee: "∨", neg: "¬", lnot: "¬", forall: "∀", exists: "∃", to: "→", rightarrow: "→", leftarrow: "←", gets: "←",
   Rightarrow: "⇒", implies: "⟹", Leftarrow: "⇐", iff: "⟺", Leftrightarrow: "⇔", leftrightarrow: "↔", mapsto: "↦", mid: "∣",
   parallel: "∥", perp: "⊥", angle: "∠", langle: "⟨", rangle: "⟩", lfloor: "⌊", rfloor: "⌋", lceil: "⌈", rceil: "⌉", lVert: "‖",
-  rVert: "‖", Vert: "‖", lvert: "|", rvert: "|", vert: "|", prime: "′", top: "⊤", bot: "⊥", star: "⋆", dagger: "†", bullet: "∙", "{": "{", "}": "}", "|": "‖", "%": "%", "#": "#", "&": "&", $: "$", _: "_",
+  rVert: "‖", Vert: "‖", lvert: "|", rvert: "|", vert: "|", prime: "′", top: "⊤", bot: "⊥", star: "⋆", dagger: "†", bullet: "∙",
+  "{": "{", "}": "}", "|": "‖", "%": "%", "#": "#", "&": "&", $: "$", _: "_",
 };
 const LARGE = { sum: "∑", prod: "∏", int: "∫", iint: "∬", oint: "∮", bigcup: "⋃", bigcap: "⋂", bigoplus: "⨁" };
 const NAMES = ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln", "lg", "exp",

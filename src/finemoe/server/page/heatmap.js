@@ -57,7 +57,7 @@ export class Heatmap {
       el("thead", {}, el("tr", {}, ["Layer", "Most chosen", "Never"].map((name) => el("th", { scope: "col" }, name)))),
       el("tbody", {}, layers.map((layer, at) => el("tr", {}, el("th", { scope: "row" }, String(layer)),
         el("td", {}, [...counts[at]].sort((a, b) => b[1] - a[1]).slice(0, 3).map(([expert, count]) =>
-          button(`${expert}: ${Math.round((100 * count) / tokens)} %`, () => this.open(layer, expert), { class: "small", "aria-label": `Expert ${expert} of layer ${layer}, ${Math.round((100 * count) / tokens)} % of the tokens` }))),
+          button(`${expert}: ${Math.round((100 * count) / tokens)} %`, () => this.open(layer, expert), { class: "small", title: `Expert ${expert} of layer ${layer}` }))),
         el("td", {}, `${this.experts[at] - counts[at].size} of ${this.experts[at]}`))))));
   }
 
@@ -100,7 +100,9 @@ export class Heatmap {
     const layer = this.load.layers[at];
     if (layer === undefined || expert < 0 || expert >= this.experts[at]) return;
     const card = cardOf(this.model, layer, expert);
-    this.hint.textContent = `Expert ${expert} of layer ${layer}${card?.title ? ` (${card.title})` : ""}: ${this.load.counts[at].get(expert) ?? 0} of ${this.load.tokens} tokens, ${this.times(at, expert).toFixed(1)} times an even share.`;
+    const count = this.load.counts[at].get(expert) ?? 0;
+    this.hint.textContent = `Expert ${expert} of layer ${layer}${card?.title ? ` (${card.title})` : ""}: ${count} of ${this.load.tokens} tokens, `
+      + `${this.times(at, expert).toFixed(1)} times an even share.`;
     highlight({ model: this.model, layer, expert });
     if (clicked) this.open(layer, expert);
   }

@@ -5,9 +5,13 @@ import { el } from "./dom.js";
 /** For somebody who has never heard of experts. */
 export function LANES() {
   return el("div.help", {},
-    el("p", {}, "This model is made of layers. In each layer many small networks, the experts, stand side by side, and for each token (a word or a piece of one) a router picks a few of them. The rest of the layer rests."),
-    el("p", {}, "The strip under a word shows that choice. Each column is a layer, from the first on the left to the last on the right. Each colour is an expert (or, where the model has been analysed, what the expert is good at). The taller a piece, the larger the expert's weight, which is called its gate."),
-    el("p", {}, "Point at a word to read its experts by number in the panel; click to hold it there. Click an expert to switch it off or to force it: the answer is made again beside the first, and what differs is underlined."),
+    el("p", {}, "This model is made of layers. In each layer many small networks, the experts, stand side by side, and for each token (a "
+      + "word or a piece of one) a router picks a few of them. The rest of the layer rests."),
+    el("p", {}, "The strip under a word shows that choice. Each column is a layer, from the first on the left to the last on the right. "
+      + "Each colour is an expert (or, where the model has been analysed, what the expert is good at). The taller a piece, the "
+      + "larger the expert's weight, which is called its gate."),
+    el("p", {}, "Point at a word to read its experts by number in the panel; click to hold it there. Click an expert to switch it off or "
+      + "to force it: the answer is made again beside the first, and what differs is underlined."),
     el("p", {}, "Shared experts work for every token. Their share says how much of the layer's output is theirs."));
 }
 
@@ -24,6 +28,7 @@ export function HELP() {
     el("h3", {}, "Versions"),
     el("p", {}, "Editing a message or retrying an answer loses nothing: < 2/3 > above it goes between the versions, each with all that followed it."),
     el("h3", {}, "What is kept where"),
-    el("p", {}, "Conversations stay in this browser; Export writes one as JSON. A key, if the server wants one, is kept until the tab is closed. The page speaks to this server and to nobody else."),
+    el("p", {}, "Conversations stay in this browser; Export writes one as JSON. A key, if the server wants one, is kept until the tab is "
+      + "closed. The page speaks to this server and to nobody else."),
     el("h3", {}, "The lanes"), LANES());
 }

@@ -21,7 +21,8 @@ const NO_CARDS = "No card: this model has not been analysed.";
 export function expertDetail(model, layer, expert, { tryOut, close }) {
   const card = cardOf(model, layer, expert);
   return el("div.expert-detail", { role: "group", "aria-label": `Layer ${layer}, expert ${expert}` },
-    el("div.row", {}, swatch(colourOf(model, layer, expert)), el("strong.grow", {}, `Expert ${expert} of layer ${layer}`), close ? button("×", close, { class: "plain", "aria-label": "Close the expert" }) : ""),
+    el("div.row", {}, swatch(colourOf(model, layer, expert)), el("strong.grow", {}, `Expert ${expert} of layer ${layer}`),
+      close ? button("×", close, { class: "plain", "aria-label": "Close the expert" }) : ""),
     card ? el("p", {}, el("strong", {}, card.title ?? "No title"), card.domain ? ` · ${card.domain}` : "",
       Number.isFinite(card.share) ? ` · ${percent(card.share)} of the tokens` : "") : el("p.quiet", {}, hasCards(model) ? NO_CARD : NO_CARDS),
     card?.tokens?.length ? el("p.quiet", {}, "Often chosen for ", card.tokens.slice(0, 10).map((token) => [el("code", {}, nameOf(String(token))), " "])) : "",
@@ -37,7 +38,8 @@ export class Inspector {
 
   clear() {
     this.pinned = null;
-    fill(this.box, el("h3", {}, "Token"), el("p.quiet", {}, "Point at a word of an answer, or go through the words with the arrow keys, to see which experts made it. A click holds it here."));
+    fill(this.box, el("h3", {}, "Token"), el("p.quiet", {},
+      "Point at a word of an answer, or go through the words with the arrow keys, to see which experts made it. A click holds it here."));
   }
 
   /** `tryOut` is missing where an answer cannot be made again. */
@@ -75,8 +77,10 @@ export class Inspector {
       const card = cardOf(model, layer, expert);
       const colour = colourOf(model, layer, expert);
       const hidden = (text) => el("span.sr", {}, text);
-      const chip = button([swatch(colour), hidden("Expert "), el("span", {}, `${expert}`), bar((gates[slot] ?? 0) / (Math.max(...gates) || 1), colour),
-        gates[slot] === undefined ? "" : [hidden(", gate "), el("span.quiet", {}, gates[slot].toFixed(gates[slot] < 0.1 ? 3 : 2))], card?.title ? hidden(`, ${card.title}`) : ""], () => {
+      const chip = button([swatch(colour), hidden("Expert "), el("span", {}, `${expert}`),
+        bar((gates[slot] ?? 0) / (Math.max(...gates) || 1), colour),
+        gates[slot] === undefined ? "" : [hidden(", gate "), el("span.quiet", {}, gates[slot].toFixed(gates[slot] < 0.1 ? 3 : 2))],
+        card?.title ? hidden(`, ${card.title}`) : ""], () => {
         const open = chip.getAttribute("aria-expanded") === "true";
         for (const each of chips) each.setAttribute("aria-expanded", "false");
         chip.setAttribute("aria-expanded", String(!open));

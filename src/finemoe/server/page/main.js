@@ -14,10 +14,12 @@ import { onStorageTrouble, read, save, write } from "./store.js";
 import { drawSwitchboard, moeLayers } from "./switchboard.js";
 
 const WIDE = matchMedia("(min-width: 1100px)");
-const view = { experts: WIDE.matches, domains: true, theme: "system", model: "", ...read("finemoe.view", {}) };
+const view = { domains: true, theme: "system", model: "", ...read("finemoe.view", {}) };
 let known = [];
 const asked = new Set(); // models whose cards were asked for
 
+/** On in a wide window, until somebody has chosen. */
+const expertsShown = () => view.experts ?? WIDE.matches;
 const current = () => known.find((model) => model.id === byId("model").value) ?? null;
 const keepView = () => write("finemoe.view", view);
 
@@ -31,7 +33,9 @@ function notice(text, lasting = true) {
 function showCurl(request) {
   const text = curl(request);
   const take = button("Copy", () => copy(text, take), { class: "strong" });
-  dialog("The request as curl", el("div", {}, el("pre.curl", { tabindex: "0", role: "group", "aria-label": "Command" }, el("code", {}, text)), el("div.row.end", {}, take)), { wide: true });
+  dialog("The request as curl", el("div", {},
+    el("pre.curl", { tabindex: "0", role: "group", "aria-label": "Command" }, el("code", {}, text)),
+    el("div.row.end", {}, take)), { wide: true });
 }
 
 function showRequests() {
@@ -55,7 +59,7 @@ const heatmap = new Heatmap(byId("heatmap"), { tryOut: (kind, layer, expert) => 
 
 const host = {
   model: current,
-  expertView: () => view.experts,
+  expertView: expertsShown,
   notice,
   showCurl,
   cardsOf,
@@ -101,7 +105,7 @@ function drawPanel() {
     if (chat.path().length) save(chat.conversation);
     drawPanel();
   } });
-  if (view.experts) heatmap.show(chat.traces(), current());
+  if (expertsShown()) heatmap.show(chat.traces(), current());
   if (chat.path().length) { write("finemoe.last", chat.conversation.id); sidebar.draw(); }
   drawLegend();
   const usage = chat.path().findLast((node) => node.usage && node.model === current()?.id)?.usage;
@@ -111,7 +115,7 @@ function drawPanel() {
 
 function drawLegend() {
   const box = byId("legend");
-  box.hidden = !view.experts || !chat.traces().some((trace) => trace.layers.length);
+  box.hidden = !expertsShown() || !chat.traces().some((trace) => trace.layers.length);
   const more = button("?", () => dialog("What the lanes show", LANES()), { class: "plain", "aria-label": "What the lanes show" });
   const domains = hasDomains(current()?.id) ? [button(colouredByDomain() ? "Colour by expert" : "Colour by domain", () => {
     view.domains = !colouredByDomain();
@@ -184,8 +188,6 @@ function panel(open, focus = true) {
 }
 
 function expertView(on) {
-  view.experts = on;
-  keepView();
   byId("view-toggle").setAttribute("aria-checked", String(on));
   byId("app").classList.toggle("experts", on);
   if (!on) panel(false);
@@ -223,7 +225,8 @@ function chooseOther() {
     event.preventDefault();
     box.close();
     send(others.find((model) => model.id === select.value));
-  } }, el("p", {}, `What you have written goes to ${current()?.id} and, with the same seed, to the model chosen here. What differs is marked.`), el("label.field", {}, "Second model", select),
+  } }, el("p", {}, `What you have written goes to ${current()?.id} and, with the same seed, to the model chosen here. What differs is marked.`),
+  el("label.field", {}, "Second model", select),
   draft.value.trim() ? "" : el("p.problem", {}, "Write a message first."),
   el("div.row.end", {}, el("button.strong", { type: "submit", disabled: !draft.value.trim() }, "Send to both"))));
 }
@@ -262,10 +265,15 @@ byId("side-toggle").addEventListener("click", () => side(!byId("app").classList.
 byId("panel-toggle").addEventListener("click", () => panel(!byId("app").classList.contains("panel-open")));
 byId("panel-close").addEventListener("click", () => { panel(false); byId("panel-toggle").focus(); });
 document.querySelector("main").addEventListener("click", () => side(false));
-byId("view-toggle").addEventListener("click", () => { expertView(!view.experts); if (!chat.answering) chat.render(); });
+byId("view-toggle").addEventListener("click", () => {
+  view.experts = !expertsShown();
+  keepView();
+  expertView(view.experts);
+  if (!chat.answering) chat.render();
+});
 
 wantDomains(view.domains);
-expertView(view.experts);
+expertView(expertsShown());
 theme(view.theme);
 const last = read(`finemoe.conversation.${read("finemoe.last", "")}`, null);
 if (last?.nodes) chat.open(last);

@@ -40,7 +40,11 @@ export class Message {
     const copied = button("Copy", () => copy(node.content, copied));
     fill(this.foot, copied,
       node.role === "user" ? button("Edit", () => this.edit()) : button("Retry", () => does.retry(node)),
-      this.trace?.tokens.length ? button(this.asTokens ? "Show as text" : this.trace.layers.length ? "Show experts" : "Show tokens", () => { this.asTokens = !this.asTokens; this.fill(conversation); this.show(); }) : "",
+      this.trace?.tokens.length ? button(this.asTokens ? "Show as text" : this.trace.layers.length ? "Show experts" : "Show tokens", () => {
+        this.asTokens = !this.asTokens;
+        this.fill(conversation);
+        this.show();
+      }) : "",
       node.request ? button("curl", () => does.curl(node)) : "",
       button("Delete", () => does.remove(node)),
       el("span.facts", {}, this.facts()));

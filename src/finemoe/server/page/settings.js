@@ -31,13 +31,15 @@ export function keep(changes) {
 export function openSettings({ model, system, onSystem }) {
   const guesses = model?.finemoe?.guesses ?? [];
   const field = ([name, label, help, limits]) => el("label.field", {}, el("span", {}, label),
-    el("input", { type: "number", name, inputmode: "decimal", placeholder: name === "seed" ? "drawn each time" : "server's choice", value: settings[name] ?? "", "aria-describedby": `help-${name}`, ...limits,
+    el("input", { type: "number", name, inputmode: "decimal", placeholder: name === "seed" ? "drawn each time" : "server's choice",
+      value: settings[name] ?? "", "aria-describedby": `help-${name}`, ...limits,
       step: "any", onchange: (event) => change(name, event.target) }), el("small.quiet", { id: `help-${name}` }, help));
   const change = (name, input) => {
     const number = input.value === "" ? undefined : Number(input.value);
     const limit = FIELDS.find((each) => each[0] === name)[3];
     const whole = limit.step === 1;
-    const wrong = number !== undefined && (!Number.isFinite(number) || number < (limit.min ?? -Infinity) || number > (limit.max ?? Infinity) || (whole && !Number.isInteger(number)));
+    const wrong = number !== undefined && (!Number.isFinite(number)
+      || number < (limit.min ?? -Infinity) || number > (limit.max ?? Infinity) || (whole && !Number.isInteger(number)));
     const sentence = wrong ? `${whole ? "A whole number" : "A number"} from ${limit.min}${limit.max === undefined ? "" : ` to ${limit.max}`}, or empty.` : "";
     input.setCustomValidity(sentence);
     input.toggleAttribute("aria-invalid", wrong);
@@ -46,10 +48,13 @@ export function openSettings({ model, system, onSystem }) {
   };
   const stops = el("textarea", { name: "stop", rows: 2, "aria-describedby": "help-stop", value: (settings.stop ?? []).join("\n"),
     onchange: () => keep({ stop: stops.value.split("\n").filter(Boolean).slice(0, 4) }) });
-  const systemField = el("textarea", { name: "system", rows: 3, value: system, placeholder: "You are a helpful assistant.", onchange: () => onSystem(systemField.value) });
+  const systemField = el("textarea", { name: "system", rows: 3, value: system,
+    placeholder: "You are a helpful assistant.", onchange: () => onSystem(systemField.value) });
   const guess = el("select", { name: "guess", onchange: () => keep({ guess: guess.value }) },
-    el("option", { value: "" }, "off"), guesses.map((each) => el("option", { value: each, selected: settings.guess === each }, each === "text" ? "from the text" : "by the prediction module")));
-  const check = (name, label) => el("label.check", {}, el("input", { type: "checkbox", name, checked: Boolean(settings[name]), onchange: (event) => keep({ [name]: event.target.checked || undefined }) }), label);
+    el("option", { value: "" }, "off"),
+    guesses.map((each) => el("option", { value: each, selected: settings.guess === each }, each === "text" ? "from the text" : "by the prediction module")));
+  const check = (name, label) => el("label.check", {}, el("input", { type: "checkbox", name, checked: Boolean(settings[name]),
+    onchange: (event) => keep({ [name]: event.target.checked || undefined }) }), label);
   const form = el("form.settings", { onsubmit: (event) => event.preventDefault() },
     model?.finemoe?.chat === false ? el("p.quiet", {}, "This model has no chat template: it continues text, and takes no system message.")
       : el("label.field.full", {}, el("span", {}, "System message (of this conversation)"), systemField),

@@ -34,7 +34,8 @@ export function drawSwitchboard(box, { model, experts, onChange, retry }) {
   const focused = document.activeElement?.id;
   const title = el("h3", {}, "For the next answers");
   if (!layers.length) {
-    fill(box, title, el("p.quiet", {}, model?.finemoe?.layers ? "This model has no experts: every token goes through all of it." : "Known after the first answer, when the model is loaded."));
+    fill(box, title, el("p.quiet", {},
+      model?.finemoe?.layers ? "This model has no experts: every token goes through all of it." : "Known after the first answer, when the model is loaded."));
     return;
   }
   const usual = Math.max(...layers.map((layer) => layer.active ?? 1));
