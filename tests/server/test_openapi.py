@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from server.conftest import Live
 
 
@@ -34,7 +35,13 @@ def test_every_path_is_described(live: Live) -> None:
 
 @pytest.mark.parametrize("path", ["completions", "embeddings", "models", "tokenize", "health|ready|metrics"])
 def test_schemathesis_finds_nothing(live: Live, path: str) -> None:
-    command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{live.address}/openapi.json", "--max-examples", "15"]
+    command = [
+        str(Path(sys.executable).with_name("schemathesis")),
+        "run",
+        f"{live.address}/openapi.json",
+        "--max-examples",
+        "15",
+    ]
     command += ["--include-path-regex", path, "--seed", "1", "--no-color", "--request-timeout", "60"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

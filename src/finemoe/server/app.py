@@ -86,6 +86,8 @@ class Server:
             ApiError: it is refused.
         """
         self.check()
+        self.models.check(request.model)
+        request.check()
         served = await self.models.get(request.model)
         guess = request.finemoe.guess
         if guess == "module" and not served.opened.model.mtp:

@@ -20,7 +20,17 @@ from finemoe.server.constraints import Wish, constrain
 from finemoe.server.dialects import THINK, Dialect
 from finemoe.server.errors import ApiError
 from finemoe.server.models import Limits
-from finemoe.server.schema import ChatRequest, CompletionRequest, ExpertsSchema, Message, Sampling
+from finemoe.server.schema import (
+    Answered,
+    ChatRequest,
+    CompletionRequest,
+    ExpertsSchema,
+    ResponseFormat,
+    Returned,
+    Said,
+    Sampling,
+    SchemaFormat,
+)
 
 MIXED = "ids of tokens and texts are mixed: give one list of ids, or a list of lists"
 DEFAULT_TOKENS = 16
@@ -74,7 +84,7 @@ def chat(request: ChatRequest, opened: LanguageModel, dialect: Dialect, limits: 
     return Asked([(text, tuple(ids))], _requests(request, like, [tuple(ids)], opened, limits), thinking)
 
 
-def _message(message: Message) -> dict[str, Any]:
+def _message(message: Said | Answered | Returned) -> dict[str, Any]:
     """As templates know it: content is a text, and the arguments of calls are values."""
     found: dict[str, Any] = message.model_dump(exclude_none=True)
     if isinstance(message.content, list):
@@ -228,7 +238,7 @@ def _requests(
     return found
 
 
-def _grammar(request: Sampling, form: Any) -> Grammar | None:
+def _grammar(request: Sampling, form: ResponseFormat | None) -> Grammar | None:
     """What the answer must be.
 
     Raises:
@@ -237,7 +247,7 @@ def _grammar(request: Sampling, form: Any) -> Grammar | None:
     asked: dict[str, Any] = {}
     if form is not None and form.type == "json_object":
         asked["json_schema"] = {"type": "object"}
-    if form is not None and form.type == "json_schema":
+    if isinstance(form, SchemaFormat):
         asked["json_schema"] = form.json_schema.schema_
     if request.finemoe.regex is not None:
         asked["regex"] = request.finemoe.regex

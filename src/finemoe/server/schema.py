@@ -5,16 +5,32 @@ from __future__ import annotations
 from abc import ABC
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+from finemoe.server.errors import ApiError
 
 MOST_LIKELY = 20
 """Alternatives beside a token, at most: OpenAI's bound."""
 _NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
+
+def _whole(value: Any) -> Any:
+    """JSON knows no integers apart: 3.0 is one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)
+Integer = Annotated[StrictInt, Whole]
+_CLOSED = Field(json_schema_extra={"additionalProperties": False})  # names that fit no pattern are refused
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Count = Annotated[StrictInt, Field(ge=1, le=1 << 20)]
+Count = Annotated[StrictInt, Field(ge=1, le=1 << 20), Whole]
+Variable = Annotated[str, Field(pattern=_NAME)]
+Stop = Annotated[StrictStr, Field(min_length=1)]
+Token = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[Number, Field(ge=-100, le=100)]
 Layer = Annotated[str, Field(pattern=r"^[0-9]{1,4}$")]
-Expert = Annotated[StrictInt, Field(ge=0, le=1 << 16)]
+Expert = Annotated[StrictInt, Field(ge=0, le=1 << 16), Whole]
+Table = Annotated[dict[Layer, list[Expert]], _CLOSED]
 
 
 class Schema(BaseModel, ABC):
@@ -26,9 +42,13 @@ class Schema(BaseModel, ABC):
 class ExpertsSchema(Schema):
     """What holds for the experts of one request; its neighbours are not touched by it."""
 
-    disabled: dict[Layer, list[Expert]] = Field(default={}, description="By layer: experts that are never chosen.")
-    forced: dict[Layer, list[Expert]] = Field(default={}, description="By layer: experts that every token goes to.")
-    active: Annotated[StrictInt, Field(ge=1, le=1 << 16)] | None = Field(
+    disabled: Annotated[dict[Layer, list[Expert]], _CLOSED] = Field(
+        default={}, description="By layer: experts that are never chosen."
+    )
+    forced: Annotated[dict[Layer, list[Expert]], _CLOSED] = Field(
+        default={}, description="By layer: experts that every token goes to."
+    )
+    active: Annotated[StrictInt, Field(ge=1, le=1 << 16), Whole] | None = Field(
         default=None, description="Routed experts of a token, instead of the model's own number."
     )
     shared: StrictBool = Field(default=True, description="false: the shared experts add nothing.")
@@ -51,10 +71,10 @@ class FinemoeFields(Schema):
     repetition_penalty: Annotated[Number, Field(gt=0, le=100)] = Field(
         default=1.0, description="Divides scores of tokens that were there."
     )
-    min_new_tokens: Annotated[StrictInt, Field(ge=0, le=1 << 20)] = Field(
+    min_new_tokens: Annotated[StrictInt, Field(ge=0, le=1 << 20), Whole] = Field(
         default=0, description="Before so many, the text does not end."
     )
-    stop_ids: Annotated[list[Annotated[StrictInt, Field(ge=0, le=1 << 30)]], Field(max_length=64)] = Field(
+    stop_ids: Annotated[list[Annotated[StrictInt, Field(ge=0, le=1 << 30), Whole]], Field(max_length=64)] = Field(
         default=[], description="Tokens that end the text, beside the model's own."
     )
     ignore_end: StrictBool = Field(default=False, description="Go on behind the end of the text and of the turn.")
@@ -83,18 +103,16 @@ class Sampling(Schema, ABC):
         default=None, description="0 always takes the most probable token; 1 where it is left out."
     )
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
-    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=16)] | None = Field(
+    n: Annotated[StrictInt, Field(ge=1, le=128), Whole] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = Field(
         default=None, description="Ends the text, which leaves it out; across the borders of tokens."
     )
-    seed: Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)] | None = Field(
+    seed: Annotated[StrictInt, Field(ge=1 - (1 << 53), le=(1 << 53) - 1), Whole] | None = Field(
         default=None, description="Equal seeds give equal text; left out, each request draws its own."
     )
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[Number, Field(ge=-100, le=100)]] | None
-    ) = None
+    logit_bias: Annotated[dict[Token, Bias], _CLOSED] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     user: StrictStr | None = Field(
@@ -102,40 +120,37 @@ class Sampling(Schema, ABC):
     )
     finemoe: FinemoeFields = Field(default=FinemoeFields(), description="What OpenAI's API has not.")
 
-    @field_validator("stop")
-    @classmethod
-    def _stops_something(cls, value: Any) -> Any:
-        if "" in ([value] if isinstance(value, str) else value or []):
-            raise ValueError("an empty string would stop every text before it begins; leave it out")
-        return value
+    def check(self) -> None:
+        """What several fields say together; asked once the model is known.
 
-    @model_validator(mode="after")
-    def _options_of_a_stream(self) -> Any:
+        Raises:
+            ApiError: they do not go together.
+        """
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream: true")
-        return self
+            raise ApiError(400, "stream_options goes with stream: true", param="stream_options")
 
 
 class CompletionRequest(Sampling):
     """POST /v1/completions: continue a text."""
 
-    prompt: StrictStr | list[StrictInt] | Annotated[list[StrictStr | list[StrictInt]], Field(min_length=1)] = Field(
+    prompt: StrictStr | list[Integer] | Annotated[list[StrictStr | list[Integer]], Field(min_length=1)] = Field(
         description="A text, ids of tokens, or a list of either."
     )
     max_tokens: Count | None = Field(default=None, description="16 where it is left out, as OpenAI has it.")
-    logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LIKELY)] | None = Field(
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LIKELY), Whole] | None = Field(
         default=None, description="Log-probabilities of the tokens, and of so many most probable ones beside each."
     )
     echo: StrictBool | None = Field(default=None, description="The prompt comes first, with its log-probabilities.")
     suffix: StrictStr | None = Field(default=None, description="What stands behind the gap that is to be filled.")
 
-    @model_validator(mode="after")
-    def _check(self) -> Any:
+    def check(self) -> None:
+        """As `Sampling.check`."""
+        super().check()
         if self.suffix is not None and self.echo:
-            raise ValueError("echo and suffix exclude each other: the prompt would not stand before the text")
+            said = "echo and suffix exclude each other: the prompt would not stand before the text"
+            raise ApiError(400, said, param="echo")
         if self.suffix is not None and not isinstance(self.prompt, str):
-            raise ValueError("suffix goes with one prompt, a text")
-        return self
+            raise ApiError(400, "suffix goes with one prompt, a text", param="suffix")
 
 
 class FunctionSchema(Schema):
@@ -144,16 +159,7 @@ class FunctionSchema(Schema):
     name: Annotated[StrictStr, Field(pattern=_NAME)]
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
-    strict: StrictBool | None = Field(default=None, description="Only false or null: calls are not held to the schema.")
-
-    @field_validator("strict")
-    @classmethod
-    def _not_strict(cls, value: bool | None) -> bool | None:
-        if value:
-            raise ValueError(
-                "strict calls are not supported: leave it out, or hold the whole answer by response_format"
-            )
-        return value
+    strict: Literal[False] | None = Field(default=None, description="Calls cannot be held to their schema.")
 
 
 class ToolSchema(Schema):
@@ -172,17 +178,27 @@ class FormatSchema(Schema):
     strict: StrictBool | None = Field(default=None, description="The answer always keeps to the schema.")
 
 
-class ResponseFormat(Schema):
-    """What the answer must be."""
+class TextFormat(Schema):
+    """Any text."""
 
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: FormatSchema | None = None
+    type: Literal["text"]
 
-    @model_validator(mode="after")
-    def _check(self) -> Any:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError('json_schema goes with type "json_schema", and that with it')
-        return self
+
+class ObjectFormat(Schema):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaFormat(Schema):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: FormatSchema
+
+
+ResponseFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+"""What the answer must be."""
 
 
 class TextPart(Schema):
@@ -207,25 +223,38 @@ class Call(Schema):
     function: CallFunction
 
 
-class Message(Schema):
-    """One turn of a conversation."""
+Content = StrictStr | list[TextPart]
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | list[TextPart] | None = None
+
+class Said(Schema):
+    """What was said to the model."""
+
+    role: Literal["system", "developer", "user"]
+    content: Content
+    name: StrictStr | None = None
+
+
+class Answered(Schema):
+    """What the model answered."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
     name: StrictStr | None = None
     reasoning_content: StrictStr | None = None
     tool_calls: list[Call] | None = None
-    tool_call_id: StrictStr | None = None
+    refusal: None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> Any:
-        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.reasoning_content)):
-            raise ValueError(f"a {self.role} message needs content")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("only the assistant calls tools")
-        if (self.role == "tool") != (self.tool_call_id is not None):
-            raise ValueError("tool_call_id goes with the role tool, and that with it")
-        return self
+
+class Returned(Schema):
+    """What a tool that it called returned."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: StrictStr
+
+
+Message = Annotated[Said | Answered | Returned, Field(discriminator="role")]
+"""One turn of a conversation."""
 
 
 class ChatRequest(Sampling):
@@ -235,24 +264,25 @@ class ChatRequest(Sampling):
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = Field(default=None, description="OpenAI's newer name of max_tokens.")
     logprobs: StrictBool | None = None
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LIKELY)] | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LIKELY), Whole] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[ToolSchema], Field(min_length=1, max_length=128)] | None = None
     tool_choice: Literal["none", "auto"] | None = Field(default=None, description="Which function cannot be forced.")
     parallel_tool_calls: Literal[True] | None = None
-    chat_template_kwargs: dict[Annotated[str, Field(pattern=_NAME)], StrictBool | StrictStr | StrictInt | None] = Field(
+    chat_template_kwargs: Annotated[dict[Variable, StrictBool | StrictStr | Integer | None], _CLOSED] = Field(
         default={}, description="Variables of the chat template, such as enable_thinking."
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> Any:
+    def check(self) -> None:
+        """As `Sampling.check`."""
+        super().check()
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens is the older name of max_completion_tokens: give one of them")
+            said = "max_tokens is the older name of max_completion_tokens: give one of them"
+            raise ApiError(400, said, param="max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs: true")
+            raise ApiError(400, "top_logprobs goes with logprobs: true", param="top_logprobs")
         if self.tool_choice is not None and not self.tools:
-            raise ValueError("tool_choice goes with tools")
-        return self
+            raise ApiError(400, "tool_choice goes with tools", param="tool_choice")
 
 
 class EmbeddingRequest(Schema):
@@ -261,8 +291,8 @@ class EmbeddingRequest(Schema):
     model: StrictStr
     input: (
         StrictStr
-        | Annotated[list[StrictInt], Field(min_length=1)]
-        | Annotated[list[StrictStr | list[StrictInt]], Field(min_length=1, max_length=256)]
+        | Annotated[list[Integer], Field(min_length=1)]
+        | Annotated[list[StrictStr | list[Integer]], Field(min_length=1, max_length=256)]
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: None = Field(default=None, description="Vectors are as wide as the model: not supported.")
@@ -284,4 +314,4 @@ class DetokenizeRequest(Schema):
     """POST /detokenize."""
 
     model: StrictStr
-    ids: list[Annotated[StrictInt, Field(ge=0, le=1 << 30)]]
+    ids: list[Annotated[StrictInt, Field(ge=0, le=1 << 30), Whole]]
