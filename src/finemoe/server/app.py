@@ -326,7 +326,7 @@ def _add_models(app: FastAPI) -> None:
         """For Prometheus."""
         server: Server = app.state.server
         for served in server.models.open:
-            server.metrics.open.labels(served.name).set(served.worker.open)
+            server.metrics.seen(served.name, served.worker)
         return Response(server.metrics.text(), media_type=CONTENT_TYPE)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from finemoe.generation.engine import Engine
+from finemoe.server.worker import Worker
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -35,11 +35,15 @@ class Metrics:
         self.blocks = Gauge("finemoe_cache_blocks_used", "Blocks of the cache in use", ["model"], registry=registry)
         self.running = Gauge("finemoe_running_completions", "Completions that run", ["model"], registry=registry)
 
-    def passed(self, model: str, engine: Engine, seconds: float) -> None:
+    def passed(self, model: str, seconds: float) -> None:
         """A pass was made."""
         self.passes.labels(model).observe(seconds)
-        self.running.labels(model).set(engine.num_running)
-        self.blocks.labels(model).set(engine.blocks_used)
+
+    def seen(self, model: str, worker: Worker) -> None:
+        """How things stand just now."""
+        self.open.labels(model).set(worker.open)
+        self.running.labels(model).set(worker.engine.num_running)
+        self.blocks.labels(model).set(worker.engine.blocks_used)
 
     def text(self) -> bytes:
         """All of them."""

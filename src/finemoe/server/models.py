@@ -127,7 +127,7 @@ class Models:
         self,
         sources: Mapping[str, Path],
         options: Options,
-        observe: Callable[[str, Engine, float], None] = lambda name, engine, seconds: None,
+        observe: Callable[[str, float], None] = lambda name, seconds: None,
         ready: Mapping[str, Ready] = MappingProxyType({}),
     ) -> None:
         """Nothing is opened but what is `ready`.
@@ -211,7 +211,7 @@ class Models:
             ready.engine,
             ready.make_engine,
             most_open=limits.max_running + limits.max_waiting,
-            observe=lambda engine, seconds: self._observe(name, engine, seconds),
+            observe=lambda seconds: self._observe(name, seconds),
         )
         served = Served(name, ready.opened, worker, ready.dialect, ready.bytes)
         self._open[name] = served

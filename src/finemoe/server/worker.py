@@ -72,7 +72,7 @@ class Worker:
         make_engine: Callable[[], Engine],
         *,
         most_open: int,
-        observe: Callable[[Engine, float], None] = lambda engine, seconds: None,
+        observe: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         """Start the thread.
 
@@ -179,7 +179,7 @@ class Worker:
                 self._fail(job, error)
             self.engine = self._make_engine()
             return
-        self._observe(self.engine, time.perf_counter() - started)
+        self._observe(time.perf_counter() - started)
         news: list[tuple[Job, Item]] = []
         for event in events:
             job = self._by_sequence[event.sequence.id]

@@ -1,0 +1,1 @@
+"""A server under load: nothing lost, nothing mixed up, nothing that grows."""
