@@ -26,7 +26,7 @@ class Context:
     """Interpreter that is asked first for peers."""
     before: Path | None = None
     """A checkout from before there was one engine."""
-    trained: Path | None = None
+    trained: tuple[Path, ...] = ()
     """A run whose model has a prediction module."""
     watch: Callable[[str], None] = lambda text: None
     """Told what is being measured."""

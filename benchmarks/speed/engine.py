@@ -157,23 +157,27 @@ def _mixed(context: Context, own: Peer, run: Path, vocab: int) -> list[Row]:
 
 
 def guesses(context: Context) -> list[Row]:
-    """Greedy texts of a model that was trained with a prediction module, with its guesses and without."""
-    if context.trained is None:
-        context.note("guesses were left out: --trained names a run of recipes/mtp.toml")
-        return []
+    """Greedy texts of models that were trained with a prediction module, with its guesses and without."""
+    if not context.trained:
+        context.note("guesses were left out: --trained names a run of recipes/mtp.toml or mtp-dense.toml")
+    return [row for run in context.trained for row in _guesses(context, run)]
+
+
+def _guesses(context: Context, run: Path) -> list[Row]:
     from finemoe.checkpoint.language_model import open_language_model
 
-    opened = open_language_model(context.trained)
+    opened = open_language_model(run)
+    name = "mixture" if opened.model.config.blocks[-1].feed_forward.kind == "moe" else "dense"
     texts = ("def main(", "class Reader:\n", "import os\n", "    for name in names:\n", '"""Return', "if __name__ ==")
     prompts = [opened.encode(text) for text in texts]
     count = 32 if context.quick else 128
     with context.own() as own:
-        own.ask("open", path=str(context.trained))
+        own.ask("open", path=str(run))
         found = {guess: own.ask("speculate", prompts=prompts, count=count, guess=guess) for guess in (None, "module")}
         if found[None]["ids"] != found["module"]["ids"]:
             raise PeerError("the texts with guesses are not those without")
-        context.checks["guesses: share of the module's that were right"] = found["module"]["accepted"]
-        context.checks["guesses: tokens a pass"] = found["module"]["tokens_per_pass"]
+        context.checks[f"guesses, {name}: share of the module's that were right"] = found["module"]["accepted"]
+        context.checks[f"guesses, {name}: tokens a pass"] = found["module"]["tokens_per_pass"]
         contestants = [
             Contestant(name, own.timer("speculate", prompts=prompts, count=count, guess=guess))
             for name, guess in (("with guesses", "module"), ("without", None))
@@ -183,7 +187,9 @@ def guesses(context: Context) -> list[Row]:
     sides = (Measured(name, rates[name], "tokens/s") for name in ("with guesses", "without"))
     values = ratios(rates["with guesses"], rates["without"])
     return [
-        Row("guesses", "one text, with MTP guesses / without", *sides, values, higher=True, target=1.25, stretch=1.5)
+        Row(
+            "guesses", f"one text, {name}, MTP guesses / without", *sides, values, higher=True, target=1.25, stretch=1.5
+        )
     ]
 
 
