@@ -74,7 +74,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small models, 3 repetitions: to see that it works")
     parser.add_argument("--peer", default=sys.executable, metavar="PYTHON", help="interpreter that has the peers")
     parser.add_argument("--before", type=Path, metavar="DIR", help="a checkout with the engine of fixed slots")
-    parser.add_argument("--trained", type=Path, metavar="RUN", action="append", help="of mtp.toml, mtp-dense.toml")
+    parser.add_argument(
+        "--trained", type=Path, metavar="RUN", action="append", default=[], help="of mtp.toml, mtp-dense.toml"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of every program")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the JSON")
     found = parser.parse_args(given)
