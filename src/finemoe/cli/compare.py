@@ -89,6 +89,8 @@ def report_comparison(comparison: Comparison, as_json: bool, again: str) -> None
             f"\nOpen  {directory / 'report.html'} in a browser; it works offline\n"
             f"Data  {directory / 'results.json'}, {directory / 'results.csv'}\n"
             f"Plots {directory / 'figures'}/\n\n"
+            f"Talk  finemoe chat {shlex.quote(str(run))}        with /experts: who wrote what\n"
+            f"      finemoe serve {shlex.quote(str(run))}       the same on a page, in colours\n"
             f"Try   finemoe generate {shlex.quote(str(run))} --prompt {shlex.quote(prompt)}\n"
             '      finemoe compare ... --set "seeds=[0, 1, 2]" --out DIR       to decide more pairs\n'
             "      finemoe compare ... --set budget.value=10_000_000 --out DIR  for longer runs"
