@@ -97,13 +97,13 @@ def test_a_constraint_is_that_of_its_sequence_alone() -> None:
     together = Runner(model, 64, 8)
     texts = Texts(8)
     feeds = [texts.part(n, text(n), 0, 20 + n, constraint=held[n]) for n in range(4)]
-    found = together.run(feeds, experts=True)
+    found = together.run(feeds, routes=True)
     for number, feed in enumerate(feeds):
-        alone = Runner(model, 64, 8).run([feed], experts=True)[0]
+        alone = Runner(model, 64, 8).run([feed], routes=True)[0]
         torch.testing.assert_close(found[number].all, alone.all, rtol=1e-4, atol=1e-5)
         for layer in layers:
-            chosen = found[number].experts[layer]
-            assert torch.equal(chosen, alone.experts[layer])
+            chosen = found[number].routes[layer].experts
+            assert torch.equal(chosen, alone.routes[layer].experts)
             assert chosen.shape == (20 + number, 3 if held[number] is without else 7)
             assert (chosen < 9).all() or held[number] is not only
 

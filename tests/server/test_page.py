@@ -84,7 +84,10 @@ def test_a_conversation_is_written_and_is_there_after_reloading(page: Any) -> No
     assert "Hello there" in page.inner_text("#log")
 
 
-def test_a_long_answer_is_stopped_and_asked_for_again(page: Any, live: Live) -> None:
+def test_a_long_answer_is_stopped_and_asked_for_again(page: Any, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = live.engine("talker")
+    ordinary = engine.step
+    monkeypatch.setattr(engine, "step", lambda: time.sleep(0.05) or ordinary())  # as a large model
     set_up(page, 128, 1.5)
     say(page, "Hello there")
     written = page.locator("#log .message.assistant .message-body")
@@ -92,6 +95,7 @@ def test_a_long_answer_is_stopped_and_asked_for_again(page: Any, live: Live) -> 
     page.click("#stop")
     answers(page, 1)
     live.wait_until_idle("talker")
+    monkeypatch.setattr(engine, "step", ordinary)
     page.get_by_role("button", name="Retry").click()
     answers(page, 1)
     assert "2/2" in page.inner_text("#log")

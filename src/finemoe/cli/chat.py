@@ -48,7 +48,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Equal seeds give equal answers.")] = 0,
     dtype: Annotated[Literal["fp32", "bf16", "stored"], typer.Option(help="Weights in memory.")] = "fp32",
 ) -> None:
-    """Talk to a model, see which experts wrote what, and switch them off.
+    """Talk to a model, and see which experts wrote what.
 
     A model with a chat template answers; any other goes on with the text that you write, and
     you with its own. /help lists what else can be said. Lines may be piped in, too.

@@ -40,10 +40,10 @@ def serve(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Change a limit (docs/howto/serve.md lists them).")
     ] = None,
 ) -> None:
-    """Serve models: OpenAI's API, and a page to chat on where you see the experts work.
+    """Serve models: a page to talk on, and OpenAI's API.
 
-    The page is at the address itself. Programs that speak to OpenAI need two things: the
-    address with /v1 as their base URL, and the model's name, which GET /v1/models lists.
+    The page is at the address itself, and shows the experts at work. Programs that speak to
+    OpenAI need that address with /v1 as their base URL, and a name of GET /v1/models.
     Only this machine can connect unless --host says otherwise; then give a key, too: in a
     file (--api-key-file) or as FINEMOE_API_KEY. No prompt, answer or key is ever logged.
     Ctrl-C lets answers end and stops; a second one stops at once.
