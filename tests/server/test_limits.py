@@ -33,9 +33,14 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     return error
 
 
-def test_who_comes_when_all_are_busy_is_told_when_to_come_again(start: Callable[..., Live], writer: Path) -> None:
+def test_who_comes_when_all_are_busy_is_told_when_to_come_again(
+    start: Callable[..., Live], writer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     live = start({"writer": writer}, Options(limits=Limits(max_running=1, max_waiting=1), cache_bytes=4 << 20))
-    body = {"model": "writer", "prompt": "x", "max_tokens": 200, "finemoe": {"ignore_end": True}}
+    engine = live.engine("writer")
+    ordinary = engine.step
+    monkeypatch.setattr(engine, "step", lambda: time.sleep(0.02) or ordinary())  # as a large model
+    body = {"model": "writer", "prompt": "x", "max_tokens": 100, "finemoe": {"ignore_end": True}}
     answers: list[httpx.Response] = []
     ask = lambda: answers.append(httpx.post(f"{live.address}/v1/completions", json=body, timeout=60))  # noqa: E731
     threads = [threading.Thread(target=ask) for _ in range(6)]
