@@ -56,7 +56,7 @@ def chat(
     \b
     Examples:
       finemoe chat SmolLM2-135M-Instruct
-      finemoe chat runs/demo/deepseekmoe-seed0 --temperature 0.6
+      finemoe chat runs/demo/arms/deepseek-moe/seed-0 --temperature 0.6
       echo "Name three rivers." | finemoe chat SmolLM2-135M-Instruct --temperature 0
     """
     from finemoe.checkpoint.kinds import kind_of

@@ -12,7 +12,7 @@ from finemoe.cli.completion import complete_run
 Sources = Annotated[
     list[str],
     typer.Argument(
-        metavar="MODEL ...",
+        metavar="MODEL",
         help="Run directories, checkpoints, imported or Hugging Face folders, GGUF files; NAME=PATH gives a name.",
         show_default=False,
         autocompletion=complete_run,
@@ -50,7 +50,7 @@ def serve(
 
     \b
     Examples:
-      finemoe serve runs/demo/deepseekmoe-seed0
+      finemoe serve runs/demo/arms/deepseek-moe/seed-0
       finemoe serve SmolLM2-135M-Instruct small=runs/tiny --port 9000
       finemoe serve A B C --on-demand --memory 8GB
       finemoe serve runs/tiny --limit max_new_tokens=512
