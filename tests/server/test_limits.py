@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import socket
@@ -16,6 +17,7 @@ import pytest
 
 from finemoe.core.errors import ConfigError
 from finemoe.core.memory import peak_bytes
+from finemoe.server.middleware import AT_END, Guard
 from finemoe.server.models import Limits, Options
 from finemoe.server.run import key_from
 from server.conftest import Live
@@ -211,3 +213,18 @@ def test_metrics_count_and_tell_nothing(live: Live) -> None:
     assert 'finemoe_requests_total{path="/v1/completions",status="200"}' in text
     assert 'finemoe_completion_tokens_total{model="writer"}' in text
     assert "secret" not in text
+
+
+def test_an_answer_that_never_began_is_ended_too() -> None:
+    """A client may go between its request and the first byte: no generator has run by then that could clean up."""
+    ended: list[str] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        scope[AT_END] = lambda: ended.append("closed")
+        raise asyncio.CancelledError
+
+    guard = Guard(application, key=None, most_bytes=10, count=lambda path, status: None)
+    scope = {"type": "http", "path": "/v1/completions", "method": "POST", "headers": []}
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(guard(scope, None, None))  # type: ignore[arg-type]
+    assert ended == ["closed"]

@@ -121,3 +121,16 @@ def test_cards_of_an_analysis_are_shown(start: Callable[..., Live], tmp_path: Pa
     assert live.client.get("/v1/models/run").json()["finemoe"]["cards"]
     found = live.client.get("/v1/models/run/experts").json()["experts"]["1"]["3"]
     assert found == {"title": "def ␣x", "domain": "code", "tokens": ["def", "␣x"], "share": 0.2}
+
+
+def test_a_model_that_is_closed_while_a_prompt_is_read_is_told(
+    start: Callable[..., Live], writer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = start({"writer": writer}, Options(cache_bytes=CACHE))
+    worker = live.app.state.server.models.opened("writer").worker
+    monkeypatch.setattr(worker, "_closing", True)  # as another request's model needs the room
+    for path, asked in (("/v1/completions", {"prompt": "x"}), ("/v1/embeddings", {"input": "x"})):
+        refused = live.post(path, model="writer", **asked)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+    monkeypatch.setattr(worker, "_closing", False)

@@ -25,7 +25,7 @@ from finemoe.server.answers import chat_choice, chat_chunk
 from finemoe.server.embeddings import embed
 from finemoe.server.errors import ApiError, ErrorAnswer, busy
 from finemoe.server.metrics import CONTENT_TYPE, Metrics
-from finemoe.server.middleware import Guard
+from finemoe.server.middleware import AT_END, Guard
 from finemoe.server.models import Models, Served
 from finemoe.server.schema import (
     ChatRequest,
@@ -45,7 +45,7 @@ from finemoe.server.shapes import (
     Tokens,
     Words,
 )
-from finemoe.server.worker import FullError
+from finemoe.server.worker import FullError, StoppedError
 from finemoe.server.writing import TextShape, Writing, begin, refusal, unless_gone
 
 _SAID: dict[int | str, dict[str, Any]] = {
@@ -192,7 +192,11 @@ def _add_errors(app: FastAPI) -> None:
         logger.error("a request failed", exc_info=error)
         return await refused(request, refusal(error))
 
+    async def stopped(request: Request, error: Exception) -> Response:
+        return await refused(request, refusal(error))  # its model was closed while it was being read
+
     app.add_exception_handler(ApiError, refused)
+    app.add_exception_handler(StoppedError, stopped)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, unknown)
     app.add_exception_handler(Exception, broken)
@@ -224,6 +228,7 @@ def _add_writing(app: FastAPI) -> None:
         server: Server = app.state.server
         limits = server.models.limits
         writing = await server.ask(body, lambda served: asking.chat(body, served.opened, served.dialect, limits))
+        request.scope[AT_END] = writing.close
         named = _head("chatcmpl", "chat.completion", body.model)
         if body.stream:
             begun: set[int] = set()
@@ -241,6 +246,7 @@ def _add_writing(app: FastAPI) -> None:
         """Go on with a text, whole or as a stream of server-sent events."""
         server: Server = app.state.server
         writing = await server.ask(body, lambda served: asking.completion(body, served.opened, server.models.limits))
+        request.scope[AT_END] = writing.close
         named, shape = _head("cmpl", "text_completion", body.model), TextShape(body, writing).choice
         if body.stream:
             return _stream(server, writing, body, named, shape)
@@ -254,10 +260,7 @@ def _head(prefix: str, kind: str, model: str) -> dict[str, Any]:
 async def _whole(
     writing: Writing, request: Request, head: Mapping[str, Any], shape: Callable[[Any], dict[str, Any]]
 ) -> Response:
-    try:
-        deltas = await unless_gone(request.receive, writing.whole())
-    finally:
-        writing.close()
+    deltas = await unless_gone(request.receive, writing.whole())
     if deltas is None:
         return Response(status_code=499)  # nobody reads it
     body = {**head, "choices": [shape(delta) for delta in deltas], "usage": writing.usage(), "finemoe": writing.facts()}
@@ -279,8 +282,6 @@ def _stream(
             yield {"data": "[DONE]"}
         except ApiError as error:
             yield {"data": _json(error.body())}
-        finally:
-            writing.close()
 
     return EventSourceResponse(
         events(), sep="\n", send_timeout=server.slow_seconds, ping=15, shutdown_grace_period=server.drain_seconds
@@ -349,6 +350,7 @@ def _add_tokens(app: FastAPI) -> None:
     async def tokenize(body: TokenizeRequest) -> Any:
         """The ids of a text, and the text of each."""
         opened = (await app.state.server.models.get(body.model)).opened
+        asking.check_length(body.text, opened, "text")
         ids = await asyncio.to_thread(opened.tokenizer.encode, body.text, special=body.special)
         spelling = opened.tokenizer.token_bytes
         return {"ids": ids, "tokens": [spelling[one].decode(errors="replace") for one in ids], "count": len(ids)}

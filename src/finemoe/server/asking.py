@@ -67,7 +67,7 @@ def chat(request: ChatRequest, opened: LanguageModel, dialect: Dialect, limits: 
         raise ApiError(400, f"{request.model}: its chat template knows no tools that can be read", param="tools")
     given = [tool.model_dump(exclude_none=True) for tool in tools or ()]
     messages = [_message(message) for message in request.messages]
-    check_length("".join(message["content"] for message in messages), opened, "messages")
+    check_length(f"{messages}{given}", opened, "messages")
     try:
         text, ids = opened.encode_chat(
             messages, special=request.finemoe.special, tools=given or None, **request.chat_template_kwargs
@@ -153,8 +153,7 @@ def check_length(text: str, opened: LanguageModel, param: str) -> None:
         ApiError: not even the longest tokens would spell so much within what the model reads.
     """
     reach = reach_of(opened)
-    longest = max(map(len, opened.tokenizer.token_bytes.values()))
-    if len(text) > reach * longest:
+    if len(text) > reach * opened.tokenizer.longest_token:
         raise ApiError(
             400,
             f"{len(text):,} characters are more than the {reach:,} tokens that the model reads could spell: shorten it",

@@ -16,6 +16,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+AT_END = "finemoe.at_end"
+"""Of a scope: called when nobody reads the answer any more, also of a stream that never began."""
 OPEN = ("/health", "/ready")
 """Paths that need no key, beside the page."""
 _POLICY = (
@@ -72,6 +74,7 @@ class Guard:
             else:
                 await self._app(scope, bounded, unless_refused)
         finally:
+            scope.get(AT_END, lambda: None)()
             route = scope.get("route")
             path = getattr(route, "path", None) or "other"
             self._count(path, status)
@@ -83,7 +86,7 @@ class Guard:
         if length.isdigit() and len(length) < 20 and int(length) > self._most:
             return self._too_long()
         guarded = scope["path"] not in OPEN and (
-            scope["path"].startswith(("/v1/", "/metrics")) or scope["method"] != "GET"
+            scope["path"].startswith(("/v1/", "/metrics")) or scope["method"] not in ("GET", "HEAD")
         )
         if self._key is None or not guarded:
             return None

@@ -99,7 +99,9 @@ class Worker:
 
         Raises:
             FullError: too many wait.
+            StoppedError: the model was closed; the thread would never answer.
         """
+        self._check_running()
         if self.open + len(requests) > self._most_open:
             raise FullError
         job = Job(requests, open=len(requests))
@@ -113,7 +115,12 @@ class Worker:
             self._send(lambda: self._drop(job))
 
     async def call(self, function: Callable[[], Any]) -> Any:
-        """`function`, in the thread, between two passes."""
+        """`function`, in the thread, between two passes.
+
+        Raises:
+            StoppedError: the model was closed.
+        """
+        self._check_running()
         future: Future[Any] = Future()
 
         def run() -> None:
@@ -132,6 +139,10 @@ class Worker:
             self._closing = True
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
+
+    def _check_running(self) -> None:
+        if self._closing:
+            raise StoppedError("the model was closed")
 
     def _send(self, message: Job | Callable[[], None]) -> None:
         with self._wake:

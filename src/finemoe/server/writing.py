@@ -106,7 +106,7 @@ def refusal(error: Exception) -> ApiError:
     if isinstance(error, FinemoeError):
         return ApiError(400, str(error))
     if isinstance(error, StoppedError):
-        return ApiError(503, "the server stops; ask again in a moment")
+        return ApiError(503, "the server stops, or the model was just closed to make room: ask again in a moment")
     return ApiError(500, "something broke in the server, not in your request; its log says what")
 
 

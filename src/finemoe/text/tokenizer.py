@@ -237,6 +237,11 @@ class Tokenizer:
         """The bytes each id stands for; added tokens stand for their name."""
         return bytes_of_tokens(self._inner, self._decoding)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """[bytes] Of the longest token."""
+        return max(map(len, self.token_bytes.values()))
+
     def bytes_of(self, ids: Iterable[int]) -> bytes:
         """The bytes that ids of this vocabulary stand for, with the space that some families put before a text."""
         return b"".join(map(self.token_bytes.__getitem__, ids))
