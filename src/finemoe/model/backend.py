@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -45,13 +45,16 @@ class Decode:
     """A few tokens through a whole attention layer and its cache in one call."""
 
     takes: Callable[..., bool]
-    """Whether it can take `hidden [batch, seq, hidden]` and these other tensors of the layer."""
+    """Whether it can take `hidden [batch, seq, hidden]`: few tokens, and no gradient."""
+    reads: Callable[..., bool]
+    """Whether it can compute with these tensors of a layer."""
     grouped_query: Callable[..., Tensor]
     latent: Callable[..., Tensor]
     """(hidden, what the layer holds, where the tokens stand) -> [batch, seq, hidden], in the order of the C++ call."""
-    blocks: Callable[[Tensor, int, Sequence[Any]], list[Tensor]]
-    """(hidden, so many blocks, what they hold in the order in which they use it) -> [batch, seq, hidden], and how many
-    tokens went to each expert of each mixture; nothing where it cannot take the weights."""
+    blocks: Callable[..., list[Tensor]]
+    """(hidden, so many blocks, the tensors, integers and reals that they use in that order, where tokens stand) ->
+    [batch, seq, hidden], and how many tokens went to each expert of each mixture; nothing where it cannot take the
+    weights."""
 
 
 @dataclass(frozen=True)

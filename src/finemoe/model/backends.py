@@ -111,7 +111,7 @@ NATIVE = Backend(
     attend=_attend,
     experts=automatic,
     cross_entropy_sum=_cross_entropy_sum,
-    decode=Decode(decode.takes, decode.grouped_query, decode.latent, decode.blocks),
+    decode=Decode(decode.takes, usable, decode.grouped_query, decode.latent, decode.blocks),
     blocks=Blocks(usable, in_blocks),
     fused_experts=_FUSED,
 )

@@ -7,6 +7,7 @@ Scalings are a table: a new one is a config with `inverse_frequencies`, and a li
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, Literal, Self
 
 import torch
@@ -175,14 +176,19 @@ class RopeConfig(Config):
 
 def rotation(positions: Tensor, dim: int, rope: RopeConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines for `positions [batch, seq]`, each `[batch, seq, dim / 2]` in float32."""
-    frequencies = _frequencies(dim, rope.theta, positions.device)
-    if rope.scaling is not None:
-        frequencies = rope.scaling.inverse_frequencies(frequencies, rope.theta)
-    angles = positions[..., None].float() * frequencies
+    angles = positions[..., None].float() * _turns(dim, rope, positions.device)
     if isinstance(rope.scaling, YarnScaling):
         factor = rope.scaling.rotary_factor
         return angles.cos() * factor, angles.sin() * factor
     return angles.cos(), angles.sin()
+
+
+@lru_cache(maxsize=64)
+def _turns(dim: int, rope: RopeConfig, device: torch.device) -> Tensor:
+    """By how much each pair turns a position, the same for every pass."""
+    with torch.inference_mode(False):  # a pass of training may come after one of generation
+        plain = _frequencies(dim, rope.theta, device)
+        return plain if rope.scaling is None else rope.scaling.inverse_frequencies(plain, rope.theta)
 
 
 def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:

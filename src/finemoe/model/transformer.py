@@ -20,6 +20,7 @@ from finemoe.model.feed_forward import DenseConfig, SwiGLU
 from finemoe.model.moe.decision import RoutingConstraint, RoutingRecord
 from finemoe.model.moe.layer import MoELayer
 from finemoe.model.norm import RMSNorm
+from finemoe.model.one_call import Parts, in_one_call
 from finemoe.model.projection import Projection, TokenEmbedding
 
 
@@ -53,19 +54,25 @@ class Block(nn.Module):
             self.feed_forward = SwiGLU(model.hidden_size, dense.ffn_hidden_size, backend, dense.swiglu_limit)
         else:
             self.feed_forward = MoELayer(config.feed_forward, model.hidden_size, model.vocab_size, backend)
-        self._hooks = [hooks for part in self.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self.routes = isinstance(self.feed_forward, MoELayer)
 
-    def parts(self, hidden: Tensor, places: Places, cache: AttentionCache) -> tuple[Any, ...] | None:
-        """All that the block computes with, for one call; None where it must go operation by operation."""
-        if any(self._hooks):  # somebody wants to see, or to change, what passes a module
-            return None
-        attention = self.attention.parts(hidden, places, cache)
-        feed_forward = self.feed_forward.parts()
-        if attention is None or feed_forward is None:
-            return None
-        norms = (self.attention_norm, self.feed_forward_norm)
-        first, second = ((norm.weight, norm.eps) for norm in norms)
-        return (*first, *attention, *second, isinstance(self.feed_forward, MoELayer), *feed_forward)
+    def parts(self, cache: AttentionCache) -> Parts:
+        """What the block computes with over this cache, for one call; kept there."""
+        known: Parts | None = cache.known.get(self)
+        if known is None or not known.still_hold:
+            attention, feed_forward = self.attention.parts(cache), self.feed_forward.parts()
+            found = None
+            if attention is not None and feed_forward is not None:
+                norms = (self.attention_norm, self.feed_forward_norm)
+                first, second = ((norm.weight, norm.eps) for norm in norms)
+                found = (*first, *attention, *second, self.routes, *feed_forward)
+            cache.known[self] = known = Parts(self, found)
+        return known
+
+    def where(self, places: Places) -> tuple[Tensor | None, ...] | None:
+        """Where the tokens of a pass stand, as its attention wants to know it for one call; None where it cannot."""
+        found: tuple[Tensor | None, ...] | None = self.attention.where(places)
+        return found
 
     def forward(
         self,
@@ -84,33 +91,6 @@ class Block(nn.Module):
             return hidden + self.feed_forward(normed), None
         output, routing = self.feed_forward(normed, tokens, constraint=constraint, record=record)
         return hidden + output, routing
-
-
-def in_one_call(
-    blocks: Sequence[Block], hidden: Tensor, places: Places, cache: Sequence[AttentionCache]
-) -> tuple[Tensor, list[RoutingRecord | None]] | None:
-    """Few tokens through `blocks` in one native call; None where that cannot be.
-
-    Returns what comes out, and of each block what it routed.
-    """
-    decode = blocks[0].backend.decode if blocks else None
-    if decode is None or torch.is_grad_enabled():
-        return None
-    parts: list[Any] = []
-    for block, layer in zip(blocks, cache, strict=True):
-        own = block.parts(hidden, places, layer)
-        if own is None:
-            return None
-        parts += own
-    found = decode.blocks(places.apart(hidden), len(blocks), parts)
-    if not found:
-        return None
-    counts, dropped = iter(found[1:]), torch.zeros((), dtype=torch.int64)
-    records = [
-        RoutingRecord(next(counts), dropped, {}, None) if isinstance(block.feed_forward, MoELayer) else None
-        for block in blocks
-    ]
-    return found[0].view_as(hidden), records
 
 
 class MTPModule(nn.Module):

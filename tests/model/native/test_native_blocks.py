@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from finemoe.model import native
 from finemoe.model.attention.blocks import Group
 from finemoe.model.config import ModelConfig, expand
 from finemoe.model.initialize import initialize
 from finemoe.model.moe.decision import RoutingConstraint
+from finemoe.model.moe.dispatch import LocalDispatch
 from finemoe.model.presets import resolve
+from finemoe.model.projection import Projection
 from finemoe.model.transformer import Block, ModelOutput, Transformer
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
@@ -112,7 +117,7 @@ def test_bits_are_those_of_single_operations(
     made = model(attention, feed_forward)
     found, cached = run(made, sequences, width)
     assert not calls
-    monkeypatch.setattr(Block, "parts", lambda *_: None)
+    monkeypatch.setattr(Block, "where", lambda *_: None)
     expected, stored = run(made, sequences, width)
     assert len(calls) == 3
     assert torch.equal(found.hidden, expected.hidden)
@@ -132,7 +137,7 @@ def test_a_prediction_module_takes_one_call_too(calls: list[str], monkeypatch: p
         for _ in range(2):
             outputs.append(made.ahead(hidden, tokens, groups, made.new_blocks(BLOCKS, SIZE)))
             assert len(calls) == len(outputs) - 1
-            monkeypatch.setattr(Block, "parts", lambda *_: None)
+            monkeypatch.setattr(Block, "where", lambda *_: None)
     assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
 
 
@@ -164,3 +169,80 @@ def test_what_one_call_cannot_do_goes_operation_by_operation(what: str, calls: l
             assert what == "mixed"  # torch's own refusal: nothing read float64 as float32
     assert calls
     assert seen == ([1] if what == "hook" else [])
+
+
+EXCHANGES: dict[str, Callable[[Transformer], object]] = {
+    "a weight": lambda made: setattr(made.blocks[0].attention, "o_proj", twice(made.blocks[0].attention.o_proj)),
+    "a weight in place of a weight": lambda made: setattr(
+        made.blocks[1].feed_forward.experts,
+        "down_proj",
+        nn.Parameter(2 * made.blocks[1].feed_forward.experts.down_proj),
+    ),
+    "a weight by name": lambda made: made.load_state_dict(
+        {**made.state_dict(), "blocks.2.attention_norm.weight": torch.full((HIDDEN,), 1.5)}, assign=True
+    ),
+    "numbers in a weight": lambda made: made.blocks[0].feed_forward.down_proj.weight.data.mul_(2),
+    "a buffer": lambda made: setattr(made.blocks[1].feed_forward.router, "selection_bias", torch.randn(12)),
+    "a hook": lambda made: made.blocks[0].register_forward_hook(lambda _, __, out: (2 * out[0], out[1])),
+    "a hook deep inside": lambda made: made.blocks[1].feed_forward.router.register_forward_hook(
+        lambda _, __, decision: replace(decision, gate_weights=2 * decision.gate_weights)
+    ),
+    "where experts lie": lambda made: setattr(made.blocks[1].feed_forward, "dispatch", Halved()),
+    "the form of attention": lambda made: [setattr(block.attention, "form", "expanded") for block in made.blocks],
+}
+
+
+class Halved:
+    """Experts elsewhere, which give half of what they should."""
+
+    def dispatch(self, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        return LocalDispatch().dispatch(*inputs)
+
+    def combine(self, *inputs: Any) -> torch.Tensor:
+        return LocalDispatch().combine(*inputs) / 2
+
+    def in_place(self, *_: Any) -> None:
+        return None
+
+
+def twice(projection: Projection) -> Projection:
+    made = Projection(projection.in_features, projection.out_features, projection.backend)
+    made.weight = nn.Parameter(2 * projection.weight)
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exchange", EXCHANGES.values(), ids=EXCHANGES)
+def test_what_was_exchanged_since_is_noticed(
+    exchange: Callable[[Transformer], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = model(LATENT, FEED_FORWARD["sigmoid"])
+    tokens, positions, groups = flat(2, 1)
+    cache = made.new_blocks(BLOCKS, SIZE)
+
+    def hidden() -> torch.Tensor:
+        for layer in cache:
+            layer.states.normal_(generator=torch.Generator().manual_seed(4))
+        return made(tokens, positions=positions, cache=cache, groups=groups).hidden
+
+    before = hidden()
+    exchange(made)
+    found = hidden()
+    monkeypatch.setattr(Block, "where", lambda *_: None)
+    assert torch.equal(found, hidden())
+    if made.blocks[0].attention.form == "auto":
+        assert not torch.equal(found, before)
+
+
+@torch.no_grad()
+def test_two_caches_of_one_model_take_turns() -> None:
+    made = model(GROUPED, FEED_FORWARD["softmax"])
+    tokens, positions, groups = flat(2, 1)
+    caches = [made.new_blocks(BLOCKS, SIZE) for _ in range(2)]
+    for number, cache in enumerate(caches):
+        for layer in cache:
+            layer.keys.normal_(generator=torch.Generator().manual_seed(number))
+            layer.values.normal_(generator=torch.Generator().manual_seed(number))
+    first, other, again = (made(tokens, positions=positions, cache=caches[n], groups=groups).hidden for n in (0, 1, 0))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -99,6 +99,7 @@ class GroupedQueryCache:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys = keys
         self.values = values
+        self.known: dict[object, Any] = {}  # by block: what it computes with over this cache, for it to keep
 
     def update(self, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor, Spans]:
         """Store `[batch, kv_heads, seq, head_dim]` at the places.
@@ -152,10 +153,11 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, hidden: Tensor, *, places: Places, cache: GroupedQueryCache | None) -> Tensor:
         """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
-        whole = self.parts(hidden, places, cache)
-        if whole is not None:
-            assert self.backend.decode is not None  # as `parts` says
-            return self.backend.decode.grouped_query(places.apart(hidden), *whole[1:]).view_as(hidden)
+        decode, where = self.backend.decode, None if cache is None else self.where(places)
+        if decode is not None and cache is not None and where is not None and decode.takes(hidden):
+            own = self.parts(cache)
+            if own is not None:
+                return decode.grouped_query(places.apart(hidden), *own[1:], *where).view_as(hidden)
         rope, mask = self.config.rope, places.mask
         rotary = places.rotation(self.config.turning, rope)
         query, key = self._heads(self.q_proj(hidden), self.q_norm), self._heads(self.k_proj(hidden), self.k_norm)
@@ -181,10 +183,10 @@ class GroupedQueryAttention(nn.Module):
             mixed.append(found.transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(mixed)[None]
 
-    def parts(self, hidden: Tensor, places: Places, cache: GroupedQueryCache | None) -> tuple[Any, ...] | None:
+    def parts(self, cache: GroupedQueryCache) -> tuple[Any, ...] | None:
         """0, and all that the layer computes with, for one call; None where it must go operation by operation."""
-        decode = self.backend.decode if places.queries else None
-        if cache is None or decode is None or not decode.takes(hidden, cache.keys, self.q_proj.weight):
+        decode = self.backend.decode
+        if decode is None or not decode.reads(cache.keys, self.q_proj.weight):
             return None
         q_norm, k_norm = self.q_norm, self.k_norm
         return (
@@ -192,10 +194,16 @@ class GroupedQueryAttention(nn.Module):
             *(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight),
             *(self.q_proj.bias, self.k_proj.bias, self.v_proj.bias),
             *(None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight),
-            *(0.0 if q_norm is None else q_norm.eps, *places.rotation(self.config.turning, self.config.rope)),
-            *(self.config.rope.layout == "interleaved", places.apart(places.positions), cache.keys, cache.values),
-            *(places.index(self.config.num_kv_heads) if places.groups else None, self.scale, self.o_proj.weight),
+            *(0.0 if q_norm is None else q_norm.eps, self.config.rope.layout == "interleaved"),
+            *(cache.keys, cache.values, self.scale, self.o_proj.weight),
         )
+
+    def where(self, places: Places) -> tuple[Tensor | None, ...] | None:
+        """Cosines, sines, positions and the index of the cache, for one call; None where the pass is too mixed."""
+        if not places.queries:
+            return None
+        index = places.index(self.config.num_kv_heads) if places.groups else None
+        return (*places.rotation(self.config.turning, self.config.rope), places.own_positions, index)
 
     def _heads(self, states: Tensor, norm: RMSNorm | None) -> Tensor:
         """`[batch, seq, heads · head_dim]` to `[batch, heads, seq, head_dim]`, normalised on the way."""

@@ -104,6 +104,7 @@ class LatentCache:
     def __init__(self, states: Tensor, kv_lora_rank: int) -> None:
         self.states = states
         self.kv_lora_rank = kv_lora_rank
+        self.known: dict[object, Any] = {}  # by block, as in GroupedQueryCache
 
     def update(self, latents: Tensor, rotary_keys: Tensor, places: Places) -> tuple[Tensor, Spans]:
         """Store both, `[batch, seq, ...]`, at the places.
@@ -162,10 +163,11 @@ class LatentAttention(nn.Module):
     def forward(self, hidden: Tensor, *, places: Places, cache: LatentCache | None) -> Tensor:
         """`hidden [batch, seq, hidden]`; the mask of `places` is for attention without a cache."""
         absorbs = self._absorbs(cache is not None, places.queries)
-        whole = self.parts(hidden, places, cache)
-        if whole is not None:
-            assert self.backend.decode is not None  # as `parts` says
-            return self.backend.decode.latent(places.apart(hidden), *whole[1:]).view_as(hidden)
+        decode, where = self.backend.decode, None if cache is None else self.where(places)
+        if decode is not None and cache is not None and where is not None and decode.takes(hidden):
+            own = self.parts(cache)
+            if own is not None:
+                return decode.latent(places.apart(hidden), *own[1:], *where).view_as(hidden)
         config, rope, mask = self.config, self.config.rope, places.mask
         rotary = places.rotation(config.qk_rope_head_dim, rope)
         query = hidden if self.q_down_proj is None or self.q_norm is None else self.q_norm(self.q_down_proj(hidden))
@@ -213,20 +215,26 @@ class LatentAttention(nn.Module):
             mixed.append(found.transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(mixed)[None]
 
-    def parts(self, hidden: Tensor, places: Places, cache: LatentCache | None) -> tuple[Any, ...] | None:
+    def parts(self, cache: LatentCache) -> tuple[Any, ...] | None:
         """1, and all that the layer computes with, for the absorbed form in one call; None where it takes another."""
-        decode = self.backend.decode if places.queries and self._absorbs(True, places.queries) else None
-        if cache is None or decode is None or not decode.takes(hidden, cache.states, self.q_proj.weight):
+        decode = self.backend.decode
+        if decode is None or not decode.reads(cache.states, self.q_proj.weight):
             return None
         config, down, norm = self.config, self.q_down_proj, self.q_norm
         return (
             1,
             *(None if down is None else down.weight, None if norm is None else norm.weight),
             *(self.q_proj.weight, self.kv_down_proj.weight, self.kv_norm.weight, self.kv_up_proj.weight),
-            *(config.latent_norm_eps, config.num_heads, *places.rotation(config.qk_rope_head_dim, config.rope)),
-            *(config.rope.layout == "interleaved", places.apart(places.positions), cache.states),
-            *(places.index(1) if places.groups else None, self.scale, self.o_proj.weight),
+            *(config.latent_norm_eps, config.num_heads, config.rope.layout == "interleaved"),
+            *(cache.states, self.scale, self.o_proj.weight),
         )
+
+    def where(self, places: Places) -> tuple[Tensor | None, ...] | None:
+        """Cosines, sines, positions and the index of the cache, for one call; None where it is not absorbed."""
+        if not places.queries or not self._absorbs(True, places.queries):
+            return None
+        index = places.index(1) if places.groups else None
+        return (*places.rotation(self.config.qk_rope_head_dim, self.config.rope), places.own_positions, index)
 
     def _absorbs(self, cached: bool, num_queries: int) -> bool:
         if self.form == "auto":

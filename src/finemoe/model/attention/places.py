@@ -39,10 +39,15 @@ class Places:
             known = self._known[dim, id(rope)] = (rope, self._rotations[key])  # which keeps the identity its own
         return known[1]
 
-    @property
+    @cached_property
     def queries(self) -> int:
         """How many tokens every sequence of the pass feeds; 0 where they feed different numbers."""
-        return 0 if len(self.groups) > 1 else self.apart(self.positions).shape[1]
+        return 0 if len(self.groups) > 1 else self.own_positions.shape[1]
+
+    @cached_property
+    def own_positions(self) -> Tensor:
+        """`positions` with a sequence a row; of a flat pass, of its one group."""
+        return self.groups[0].positions if self.groups else self.positions
 
     def apart(self, states: Tensor) -> Tensor:
         """`[batch, seq, ...]` with a sequence a row; of a flat pass, `[1, tokens, ...]` in, with one group."""

@@ -124,9 +124,9 @@ namespace finemoe {
 
 void decode_grouped_query(const Tensor& hidden, const Tensor& q_proj, const Tensor& k_proj, const Tensor& v_proj,
                           const Optional& q_bias, const Optional& k_bias, const Optional& v_bias,
-                          const Optional& q_norm, const Optional& k_norm, double eps, const Tensor& cosine,
-                          const Tensor& sine, bool interleaved, const Tensor& positions, Tensor keys, Tensor values,
-                          const Optional& index, double scale, const Tensor& o_proj, Tensor out) {
+                          const Optional& q_norm, const Optional& k_norm, double eps, bool interleaved, Tensor keys,
+                          Tensor values, double scale, const Tensor& o_proj, const Tensor& cosine, const Tensor& sine,
+                          const Tensor& positions, const Optional& index, Tensor out) {
   const Tokens tokens(hidden, positions, cosine, sine, interleaved, index ? index->size(1) : keys.size(2));
   const Weight q = weight(q_proj, "q_proj", q_bias), k = weight(k_proj, "k_proj", k_bias);
   const Weight v = weight(v_proj, "v_proj", v_bias);
@@ -207,8 +207,8 @@ struct Absorbed {
 
 void decode_latent(const Tensor& hidden, const Optional& q_down_proj, const Optional& q_norm, const Tensor& q_proj,
                    const Tensor& kv_down_proj, const Tensor& kv_norm, const Tensor& kv_up_proj, double eps,
-                   int64_t heads, const Tensor& cosine, const Tensor& sine, bool interleaved, const Tensor& positions,
-                   Tensor states, const Optional& index, double scale, const Tensor& o_proj, Tensor out) {
+                   int64_t heads, bool interleaved, Tensor states, double scale, const Tensor& o_proj, const Tensor& cosine,
+                   const Tensor& sine, const Tensor& positions, const Optional& index, Tensor out) {
   TORCH_CHECK(states.dim() == 3, "states must be [batch, capacity, width]");
   const Tokens tokens(hidden, positions, cosine, sine, interleaved, index ? index->size(1) : states.size(1));
   const Weight first = weight(q_down_proj ? *q_down_proj : q_proj, "query projection"), q = weight(q_proj, "q_proj");
@@ -259,13 +259,13 @@ void decode_latent(const Tensor& hidden, const Optional& q_down_proj, const Opti
 TORCH_LIBRARY_FRAGMENT(finemoe, library) {
   library.def(
       "decode_grouped_query(Tensor hidden, Tensor q_proj, Tensor k_proj, Tensor v_proj, Tensor? q_bias, "
-      "Tensor? k_bias, Tensor? v_bias, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cosine, Tensor sine, "
-      "bool interleaved, Tensor positions, Tensor(a!) keys, Tensor(b!) values, Tensor? index, float scale, Tensor o_proj, "
+      "Tensor? k_bias, Tensor? v_bias, Tensor? q_norm, Tensor? k_norm, float eps, bool interleaved, Tensor(a!) keys, "
+      "Tensor(b!) values, float scale, Tensor o_proj, Tensor cosine, Tensor sine, Tensor positions, Tensor? index, "
       "Tensor(c!) out) -> ()",
       finemoe::decode_grouped_query);
   library.def(
       "decode_latent(Tensor hidden, Tensor? q_down_proj, Tensor? q_norm, Tensor q_proj, Tensor kv_down_proj, "
-      "Tensor kv_norm, Tensor kv_up_proj, float eps, int heads, Tensor cosine, Tensor sine, bool interleaved, "
-      "Tensor positions, Tensor(a!) states, Tensor? index, float scale, Tensor o_proj, Tensor(b!) out) -> ()",
+      "Tensor kv_norm, Tensor kv_up_proj, float eps, int heads, bool interleaved, Tensor(a!) states, "
+      "float scale, Tensor o_proj, Tensor cosine, Tensor sine, Tensor positions, Tensor? index, Tensor(b!) out) -> ()",
       finemoe::decode_latent);
 }

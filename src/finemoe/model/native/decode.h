@@ -13,14 +13,14 @@ using Optional = std::optional<at::Tensor>;
 void decode_grouped_query(const at::Tensor& hidden, const at::Tensor& q_proj, const at::Tensor& k_proj,
                           const at::Tensor& v_proj, const Optional& q_bias, const Optional& k_bias,
                           const Optional& v_bias, const Optional& q_norm, const Optional& k_norm, double eps,
-                          const at::Tensor& cosine, const at::Tensor& sine, bool interleaved,
-                          const at::Tensor& positions, at::Tensor keys, at::Tensor values, const Optional& index,
-                          double scale, const at::Tensor& o_proj, at::Tensor out);
+                          bool interleaved, at::Tensor keys, at::Tensor values, double scale, const at::Tensor& o_proj,
+                          const at::Tensor& cosine, const at::Tensor& sine, const at::Tensor& positions,
+                          const Optional& index, at::Tensor out);
 
 void decode_latent(const at::Tensor& hidden, const Optional& q_down_proj, const Optional& q_norm,
                    const at::Tensor& q_proj, const at::Tensor& kv_down_proj, const at::Tensor& kv_norm,
-                   const at::Tensor& kv_up_proj, double eps, int64_t heads, const at::Tensor& cosine,
-                   const at::Tensor& sine, bool interleaved, const at::Tensor& positions, at::Tensor states,
-                   const Optional& index, double scale, const at::Tensor& o_proj, at::Tensor out);
+                   const at::Tensor& kv_up_proj, double eps, int64_t heads, bool interleaved, at::Tensor states,
+                   double scale, const at::Tensor& o_proj, const at::Tensor& cosine, const at::Tensor& sine,
+                   const at::Tensor& positions, const Optional& index, at::Tensor out);
 
 }  // namespace finemoe

@@ -13,10 +13,10 @@ from finemoe.model.native import usable
 MOST_TOKENS = 63
 
 
-def takes(hidden: Tensor, *others: Tensor) -> bool:
-    """Whether `hidden [batch, seq, hidden]` and the layer's own tensors may take that way: few tokens, no gradient."""
+def takes(hidden: Tensor) -> bool:
+    """Whether `hidden [batch, seq, hidden]` may take that way: few tokens, no gradient."""
     few = hidden.shape[0] * hidden.shape[1] <= MOST_TOKENS
-    return few and not torch.is_grad_enabled() and usable(hidden, *others)
+    return few and not torch.is_grad_enabled() and usable(hidden)
 
 
 def grouped_query(hidden: Tensor, *layer: Any) -> Tensor:
@@ -33,21 +33,18 @@ def latent(hidden: Tensor, *layer: Any) -> Tensor:
     return output
 
 
-def blocks(hidden: Tensor, count: int, parts: Sequence[Any]) -> list[Tensor]:
-    """`hidden [batch, seq, hidden]` through `count` whole blocks; `parts` in the order in which they use them.
+def blocks(
+    hidden: Tensor,
+    count: int,
+    tensors: Sequence[Tensor | None],
+    integers: Sequence[int],
+    reals: Sequence[float],
+    places: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """`hidden [batch, seq, hidden]` through `count` whole blocks, in the order in which they use what they are given.
 
     Returns the same shape, and for each mixture the tokens of each of its experts, `[experts]` int64; nothing where the
     weights are not all float32.
     """
-    tensors: list[Tensor | None] = []
-    integers: list[int] = []
-    reals: list[float] = []
-    for part in parts:
-        if part is None or isinstance(part, Tensor):
-            tensors.append(part)
-        elif isinstance(part, float):
-            reals.append(part)
-        else:
-            integers.append(part)
-    found: list[Tensor] = torch.ops.finemoe.decode_blocks(hidden, count, tensors, integers, reals)
+    found: list[Tensor] = torch.ops.finemoe.decode_blocks(hidden, count, tensors, integers, reals, places)
     return found

@@ -19,6 +19,7 @@ namespace {
 
 using at::Tensor;
 using namespace finemoe;
+using Optionals = c10::List<std::optional<Tensor>>;
 
 const float* numbers(const Tensor& tensor, const char* name, int64_t count) {
   TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_cpu() && tensor.is_contiguous() && tensor.numel() == count,
@@ -26,12 +27,14 @@ const float* numbers(const Tensor& tensor, const char* name, int64_t count) {
   return tensor.const_data_ptr<float>();
 }
 
-// What the blocks are made of, in the order in which they use it.
+// What the blocks are made of, in the order in which they use it, and of each where its tokens stand: cosines, sines,
+// positions and the index of its cache.
 struct Parts {
-  const c10::List<std::optional<Tensor>>& tensors;
+  const Optionals& tensors;
   c10::IntArrayRef integers;
   c10::ArrayRef<double> reals;
-  size_t t = 0, i = 0, r = 0;
+  const Optionals& places;
+  size_t t = 0, i = 0, r = 0, p = 0;
 
   Optional perhaps() {
     TORCH_CHECK(t < tensors.size(), "the blocks want more tensors than there are");
@@ -46,12 +49,22 @@ struct Parts {
     TORCH_CHECK(i < integers.size(), "the blocks want more integers than there are");
     return integers[i++];
   }
+  Optional place() {
+    TORCH_CHECK(p < places.size(), "the blocks want to know more places than are given");
+    return places.get(p++);
+  }
+  Tensor known_place() {
+    const Optional found = place();
+    TORCH_CHECK(found, "the blocks want to know a place that is not given");
+    return *found;
+  }
   double real() {
     TORCH_CHECK(r < reals.size(), "the blocks want more numbers than there are");
     return reals[r++];
   }
   void check_used_up() const {
-    TORCH_CHECK(t == tensors.size() && i == integers.size() && r == reals.size(), "the blocks leave something over");
+    TORCH_CHECK(t == tensors.size() && i == integers.size() && r == reals.size() && p == places.size(),
+                "the blocks leave something over");
   }
 };
 
@@ -82,24 +95,21 @@ void attend(Parts& parts, Pass& pass) {
     const Tensor q = parts.tensor(), k = parts.tensor(), v = parts.tensor();
     const Optional q_bias = parts.perhaps(), k_bias = parts.perhaps(), v_bias = parts.perhaps();
     const Optional q_norm = parts.perhaps(), k_norm = parts.perhaps();
-    const Tensor cosine = parts.tensor(), sine = parts.tensor(), positions = parts.tensor();
-    const Tensor keys = parts.tensor(), values = parts.tensor();
-    const Optional index = parts.perhaps();
-    const Tensor o = parts.tensor();
+    const Tensor keys = parts.tensor(), values = parts.tensor(), o = parts.tensor();
+    const Tensor cosine = parts.known_place(), sine = parts.known_place(), positions = parts.known_place();
     const double eps = parts.real(), scale = parts.real();
-    decode_grouped_query(pass.normed, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, eps, cosine, sine,
-                         parts.integer() != 0, positions, keys, values, index, scale, o, pass.made);
+    decode_grouped_query(pass.normed, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, eps, parts.integer() != 0, keys,
+                         values, scale, o, cosine, sine, positions, parts.place(), pass.made);
     return;
   }
   const Optional q_down = parts.perhaps(), q_norm = parts.perhaps();
   const Tensor q = parts.tensor(), down = parts.tensor(), norm = parts.tensor(), up = parts.tensor();
-  const Tensor cosine = parts.tensor(), sine = parts.tensor(), positions = parts.tensor(), states = parts.tensor();
-  const Optional index = parts.perhaps();
-  const Tensor o = parts.tensor();
+  const Tensor states = parts.tensor(), o = parts.tensor();
+  const Tensor cosine = parts.known_place(), sine = parts.known_place(), positions = parts.known_place();
   const double eps = parts.real(), scale = parts.real();
   const int64_t heads = parts.integer();
-  decode_latent(pass.normed, q_down, q_norm, q, down, norm, up, eps, heads, cosine, sine, parts.integer() != 0,
-                positions, states, index, scale, o, pass.made);
+  decode_latent(pass.normed, q_down, q_norm, q, down, norm, up, eps, heads, parts.integer() != 0, states, scale, o, cosine,
+                sine, positions, parts.place(), pass.made);
 }
 
 Experts experts(const Pass& pass, const Tensor& gate_up, const Tensor& down, double limit) {
@@ -166,21 +176,21 @@ Tensor mixture(Parts& parts, Pass& pass) {
 }
 
 // What the kernels can take: all numbers float32, all counts int64, here and in one piece.
-bool plain(const c10::List<std::optional<Tensor>>& tensors) {
-  for (const std::optional<Tensor>& tensor : tensors)
+bool plain(const Optionals& tensors) {
+  for (const Optional& tensor : tensors)
     if (tensor && !(tensor->is_cpu() && (tensor->scalar_type() == at::kFloat || tensor->scalar_type() == at::kLong)))
       return false;
   return true;
 }
 
 // Empty where a tensor is none that the kernels can take.
-std::vector<Tensor> decode_blocks(const Tensor& hidden, int64_t count, const c10::List<std::optional<Tensor>>& tensors,
-                                  c10::IntArrayRef integers, c10::ArrayRef<double> reals) {
+std::vector<Tensor> decode_blocks(const Tensor& hidden, int64_t count, const Optionals& tensors,
+                                  c10::IntArrayRef integers, c10::ArrayRef<double> reals, const Optionals& places) {
   TORCH_CHECK(hidden.dim() == 3 && hidden.scalar_type() == at::kFloat && hidden.is_cpu() &&
                   hidden.size(0) * hidden.size(1) < kFewRows,
               "hidden must be float32 [batch, seq, hidden] of few tokens on the CPU");
   if (!plain(tensors)) return {};
-  Parts parts{tensors, integers, reals};
+  Parts parts{tensors, integers, reals, places};
   Pass pass(hidden);
   std::vector<Tensor> loads;
   for (int64_t block = 0; block < count; ++block) {
@@ -202,6 +212,7 @@ std::vector<Tensor> decode_blocks(const Tensor& hidden, int64_t count, const c10
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(finemoe, library) {
-  library.def("decode_blocks(Tensor hidden, int count, Tensor?[] tensors, int[] integers, float[] reals) -> Tensor[]",
+  library.def("decode_blocks(Tensor hidden, int count, Tensor?[] tensors, int[] integers, float[] reals, "
+              "Tensor?[] places) -> Tensor[]",
               decode_blocks);
 }
