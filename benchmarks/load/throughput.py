@@ -8,7 +8,6 @@ counts. Time to the first token is of the server, as a client sees it.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import random
 import statistics
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
+from benchmarks.load.clients import streams
 from benchmarks.load.server import Server
 
 
@@ -28,35 +27,17 @@ def prompts_of(count: int, length: int, vocab: int, seed: int) -> list[list[int]
     return [[draw.randrange(vocab) for _ in range(length)] for _ in range(count)]
 
 
-async def _ask(client: httpx.AsyncClient, prompt: list[int], tokens: int) -> tuple[float, int]:
-    """Seconds to the first token, and tokens."""
-    body: dict[str, Any] = {"model": "model", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
-    body |= {"stream_options": {"include_usage": True}, "finemoe": {"ignore_end": True}}
-    began, first, count = time.perf_counter(), 0.0, 0
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                first = first or time.perf_counter() - began
-                usage = json.loads(line[6:]).get("usage")
-                count = usage["completion_tokens"] if usage else count
-    return first, count
-
-
-async def through_server(address: str, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
+def through_server(address: str, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
     """Tokens a second, and the median of the seconds to a first token."""
-    async with httpx.AsyncClient(base_url=address, timeout=300, limits=httpx.Limits(max_connections=128)) as client:
-        began = time.perf_counter()
-        found = await asyncio.gather(*(_ask(client, prompt, tokens) for prompt in prompts))
-        seconds = time.perf_counter() - began
-    return sum(count for _, count in found) / seconds, statistics.median(first for first, _ in found)
+    told = {"model": "model", "max_tokens": tokens, "temperature": 0, "finemoe": {"ignore_end": True}}
+    return streams(address, [{**told, "prompt": prompt} for prompt in prompts])
 
 
 def clients() -> None:
     """A process of its own: reads what to ask from stdin, and answers with figures."""
     for line in sys.stdin:
         asked = json.loads(line)
-        print(json.dumps(asyncio.run(through_server(asked["address"], asked["prompts"], asked["tokens"]))), flush=True)
+        print(json.dumps(through_server(asked["address"], asked["prompts"], asked["tokens"])), flush=True)
 
 
 def bare(engine: Any, prompts: list[list[int]], tokens: int) -> float:

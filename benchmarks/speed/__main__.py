@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.speed import around, decoding, engine, layers, memory, steps, sweeps
+from benchmarks.speed import around, decoding, engine, layers, memory, server, steps, sweeps
 from benchmarks.speed.context import Context
 from benchmarks.speed.process import PeerError
 from benchmarks.speed.progress import Watch
@@ -53,6 +53,7 @@ PARTS = {
     "batch-v3": Part("the same, V3 shape", engine.batches_v3, 240),
     "requests": Part("a newcomer, shared beginnings, mixed lengths (--before)", engine.requests, 240),
     "guesses": Part("one text with guesses of its prediction module (--trained)", engine.guesses, 60),
+    "server": Part("the server beside llama.cpp's own (--gguf)", server.served, 240),
     "text": Part("tokenising and packing", around.text, 25),
     "start-up": Part("finemoe --help", around.start_up, 10),
     "checkpoint": Part("how long a checkpoint stops training", around.checkpoint, 80),
@@ -77,6 +78,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trained", type=Path, metavar="RUN", action="append", default=[], help="of mtp.toml, mtp-dense.toml"
     )
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="with a tokenizer, for the servers")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of every program")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the JSON")
     found = parser.parse_args(given)
@@ -165,6 +167,7 @@ def main(given: Sequence[str] | None = None) -> int:
         wanted.peer,
         wanted.before,
         tuple(wanted.trained or ()),
+        wanted.gguf,
         watch.tell,
     )
     started = time.perf_counter()

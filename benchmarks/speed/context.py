@@ -28,6 +28,8 @@ class Context:
     """A checkout from before there was one engine."""
     trained: tuple[Path, ...] = ()
     """A run whose model has a prediction module."""
+    gguf: Path | None = None
+    """A file that servers can serve."""
     watch: Callable[[str], None] = lambda text: None
     """Told what is being measured."""
     peaks: Peaks = field(default_factory=Peaks)

@@ -13,7 +13,9 @@ import pytest
 from finemoe.checkpoint.open import read_model_config
 from finemoe.core.errors import ConfigError, FinemoeError
 from finemoe.model.size import measure
+from finemoe.server import models
 from finemoe.server.models import Models, Options, named
+from finemoe.server.worker import apart
 from server.conftest import Live
 from server.talkers import write_run
 
@@ -32,6 +34,31 @@ def test_names_come_from_paths_or_are_given(tmp_path: Path) -> None:
 def test_what_is_no_model_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(FinemoeError, match="neither"):
         Models({"x": tmp_path}, Options())
+
+
+def test_a_model_is_opened_in_a_thread_that_ends_with_it(
+    start: Callable[..., Live], writer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Helpers of another thread that computed would put those of the engine to sleep: a third of its tokens a second.
+    opened: list[threading.Thread] = []
+    ordinary = models.prepare
+
+    def prepare(*given: Any) -> Any:
+        opened.append(threading.current_thread())
+        return ordinary(*given)
+
+    monkeypatch.setattr(models, "prepare", prepare)
+    live = start({"m": writer}, Options(cache_bytes=CACHE), load=False)
+    assert live.post("/v1/completions", model="m", prompt="x", max_tokens=2).status_code == 200
+    assert len(opened) == 1
+    opened[0].join(5)
+    assert not opened[0].is_alive()
+
+
+def test_what_opening_raises_is_raised() -> None:
+    with pytest.raises(FinemoeError, match="no model"):
+        apart(lambda: (_ for _ in ()).throw(FinemoeError("no model")))
+    assert apart(lambda: threading.current_thread().name) == "opening"
 
 
 def test_models_are_opened_when_asked_for_and_the_least_used_goes(start: Callable[..., Live], tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from finemoe.model.config import ModelConfig
 from finemoe.model.size import measure
 from finemoe.server.dialects import Dialect
 from finemoe.server.errors import ApiError
-from finemoe.server.worker import Worker
+from finemoe.server.worker import Worker, apart
 
 REPORT = "results.json"
 """What `finemoe analyze experts MODEL --out MODEL/experts` writes; any folder within the model's will do."""
@@ -202,7 +202,7 @@ class Models:
             if name in self._ready:
                 ready = self._ready.pop(name)
             else:
-                ready = await asyncio.to_thread(prepare, name, self._sources[name], self._options)
+                ready = await asyncio.to_thread(apart, lambda: prepare(name, self._sources[name], self._options))
         except (FinemoeError, OSError, MemoryError) as error:
             logger.error("%s cannot be opened: %s", name, error)
             raise ApiError(503, f"the model {name} cannot be opened now; the server's log says why") from error
