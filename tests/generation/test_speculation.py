@@ -114,3 +114,22 @@ def test_acceptance_is_counted_by_depth() -> None:
     assert found.rates == [2 / 3, 1.0]
     assert found.tokens_per_pass == 2.5
     assert Acceptance().tokens_per_pass == 0.0
+
+
+@pytest.mark.parametrize("name", ["text", "module, again", "the model itself"])
+def test_the_last_token_alone_says_that_it_is_the_last(model: Transformer, name: str) -> None:
+    # Several tokens may come of one pass, and who looks later finds the sequence further on, or at its end.
+    engine = Engine(model, guesses=sources(model)[name], stop_ids=[3])
+    for seed, count in enumerate((5, 12, 30)):
+        engine.submit(Request((1, 2, 1, 2), SamplingConfig(seed=seed, max_new_tokens=count)))
+    said: dict[int, list[str | None]] = {}
+    ended: dict[int, str | None] = {}
+    while engine.busy:
+        events = engine.step()
+        for event in events:
+            said.setdefault(event.sequence.id, []).append(event.finish_reason)
+        ended |= {one.id: one.finish_reason for one in engine.ended}
+    assert len(ended) == 3
+    for number, reasons in said.items():
+        assert reasons[-1] == ended[number] is not None
+        assert set(reasons[:-1]) <= {None}

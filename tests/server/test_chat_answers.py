@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from finemoe.checkpoint.language_model import open_language_model
+from finemoe.generation import Request, SamplingConfig
+from finemoe.generation.engine import Event, engine_for
+from finemoe.server.answers import Choice
+from finemoe.server.dialects import Dialect, Splitter
 from server.conftest import Live
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Say something."}]
@@ -81,6 +87,32 @@ def test_logprobs_belong_to_the_content(client: openai.OpenAI) -> None:
         assert len(values) == 4
         assert values == sorted(values, reverse=True)
         assert token.logprob <= values[0] <= 0
+
+
+def test_logprobs_of_an_empty_answer_have_their_place(client: openai.OpenAI) -> None:
+    answer = ask(client, logprobs=True, extra_body={"finemoe": {"choice": ["Yes"]}}, stop="Y")
+    assert answer.choices[0].message.content == ""
+    assert [token.token for token in answer.choices[0].logprobs.content][:1] == ["Y"]
+    assert ask(client, extra_body={"finemoe": {"choice": ["Yes"]}}).choices[0].logprobs is None
+
+
+def test_tokens_that_are_read_late_are_no_last_ones(writer: Path) -> None:
+    # The engine has a thread of its own: a sequence may have ended before its earlier tokens are looked at.
+    opened = open_language_model(writer)
+    engine = engine_for(opened)
+    engine.submit(Request(tuple(opened.tokenizer.encode("a word")), SamplingConfig(seed=1, max_new_tokens=12)))
+    events = list(engine.events())
+    ends = events[-1].finish_reason == "stop"
+
+    def looked_at(some: list[Event]) -> list[int]:
+        splitter = Splitter(Dialect(), tools=False, thinking=False)
+        choice = Choice(0, opened.tokenizer, splitter=splitter, logprobs=True, routing=False)
+        return [entry["id"] for event in some for entry in choice.push(event).logprobs]
+
+    ids = [event.token_id for event in events]
+    assert looked_at(events) == ids[: -1 if ends else None]
+    events[-1].sequence.finish_reason = "stop"  # as where a token ended it
+    assert looked_at(events[:-1]) == ids[:-1]
 
 
 def test_reasoning_comes_apart(client: openai.OpenAI) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import json
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -205,6 +207,26 @@ def test_a_reader_who_takes_nothing_is_cut_off(start: Callable[..., Live], write
         lazy.sendall("\r\n".join((*lines, f"content-length: {len(body)}", "", "")).encode() + body)
         live.wait_until_idle("writer", 60)
         assert live.engine("writer").blocks_used == 0
+
+
+def test_a_client_that_is_killed_in_mid_stream_leaves_nothing_behind(live: Live) -> None:
+    code = """if True:
+        import json, sys, httpx
+        body = {"model": "writer", "prompt": "x", "max_tokens": 128, "n": 16, "stream": True}
+        body["finemoe"] = {"ignore_end": True}
+        with httpx.stream("POST", sys.argv[1] + "/v1/completions", json=body, timeout=60) as answer:
+            for line in answer.iter_lines():
+                print(line, flush=True)
+    """
+    with subprocess.Popen([sys.executable, "-c", code, live.address], stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline().startswith("data: {")
+        client.kill()
+        client.wait(10)
+    live.wait_until_idle("writer", 20)
+    assert live.engine("writer").blocks_used == 0
+    answer = live.post("/v1/completions", model="writer", prompt="x", max_tokens=3)
+    assert answer.json()["usage"]["completion_tokens"] == 3
 
 
 def test_metrics_count_and_tell_nothing(live: Live) -> None:

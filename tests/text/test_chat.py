@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finemoe.core.errors import DataError
-from finemoe.text import ChatTemplate
+from finemoe.text import ChatTemplate, chat
 
 TOKENS = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
 TALK = [
@@ -279,3 +281,34 @@ def test_a_rendering_cannot_open_files() -> None:
     # idna is a codec that Python imports at need: the nearest thing to a file that a template can reach for.
     with pytest.raises(DataError, match="Too many open files"):
         ChatTemplate.of("{{ 'x'.encode('idna') }}").render(TALK)
+
+
+def test_one_process_renders_many_and_another_takes_its_place() -> None:
+    template = ChatTemplate.of("{{ messages[0].content }}")
+    assert template.render([{"role": "user", "content": "one\ntwo"}]) == "one\ntwo"
+    first = chat._renderer()._process
+    assert first is not None
+    with pytest.raises(DataError, match="takes longer than"):
+        ChatTemplate({"default": ENDLESS}, seconds=0.2).render(TALK)
+    texts = template.render_all([[{"role": "user", "content": str(number)}] for number in range(50)])
+    assert texts == [str(number) for number in range(50)]
+    assert chat._renderer()._process is first
+    first.kill()
+    assert template.render([{"role": "user", "content": "again"}]) == "again"
+
+
+def test_threads_and_forks_get_their_own_answers() -> None:
+    template = ChatTemplate.of("{{ messages[0].content }}")
+    with ThreadPoolExecutor(8) as threads:
+        found = threads.map(lambda n: template.render([{"role": "user", "content": str(n)}]), range(64))
+        assert list(found) == [str(number) for number in range(64)]
+    child = os.fork()
+    if not child:
+        same = template.render([{"role": "user", "content": "child"}]) == "child"
+        chat._renderer().close()
+        os._exit(0 if same else 1)
+    assert template.render([{"role": "user", "content": "parent"}]) == "parent"
+    assert os.waitpid(child, 0)[1] == 0
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

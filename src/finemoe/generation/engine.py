@@ -79,7 +79,7 @@ class Event:
     """A token was drawn."""
 
     sequence: Sequence
-    """Which it was added to; `finish_reason` is set when it was the last."""
+    """Which it was added to; by the time that somebody looks it may have gone on."""
     token_id: int
     logprob: float
     likely: Likely = ()
@@ -88,6 +88,8 @@ class Event:
     """What it makes certain of the text: whole characters, and nothing that a stop string may still take back."""
     routes: Mapping[int, Route] = field(default_factory=dict)
     """By layer, where they were asked for."""
+    finish_reason: FinishReason | None = None
+    """Why the sequence ended with this token; None where it goes on."""
 
 
 class Engine:
@@ -291,7 +293,8 @@ class Engine:
                 feed.sequence.likely.append(drawn.likely)
                 row = firsts[number] + depth - 1
                 routes = _routes(states[number], row) if self._requests[feed.sequence.id].routes else {}
-                events.append(Event(feed.sequence, token, drawn.logprob, drawn.likely, text, routes))
+                reason = feed.sequence.finish_reason
+                events.append(Event(feed.sequence, token, drawn.logprob, drawn.likely, text, routes, reason))
                 guessed = feed.tokens[firsts[number] + depth] if depth + 1 < feed.wants else None
                 if guessed is not None:
                     self.acceptance.count(depth, guessed == token)

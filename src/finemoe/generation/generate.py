@@ -193,7 +193,7 @@ def complete(
     done: dict[int, Completed] = {}
     with nullcontext(lambda _: None) if quiet else progress("generating", len(order), "completions") as advance:
         for event in engine.events():
-            if event.sequence.finish_reason is not None:
+            if event.finish_reason is not None:
                 done[event.sequence.id] = event.sequence
                 advance(1)
     return [done[i] for i in order]

@@ -73,7 +73,7 @@ class Choice:
         if self.scored is None:
             self.scored = event.sequence.prompt_logprobs
         delta = self._said(event.text)
-        ends = event.sequence.finish_reason == "stop" and event.sequence.stopped_by is None
+        ends = event.finish_reason == "stop" and event.sequence.stopped_by is None
         if self._logprobs and not (ends and self._chat):  # the token that ends an answer is no part of its content
             delta.logprobs.append(self.logprob(event.token_id, event.logprob, event.likely))
         if self._routing:
@@ -140,8 +140,8 @@ def routes_of(event: Event) -> dict[str, Any]:
     return found if found["shared"] else {"experts": found["experts"], "gates": found["gates"]}
 
 
-def chat_choice(whole: Delta) -> dict[str, Any]:
-    """A choice of a whole chat answer."""
+def chat_choice(whole: Delta, logprobs: bool) -> dict[str, Any]:
+    """A choice of a whole chat answer; an empty one has no log-probabilities, but a place for them where asked for."""
     calls = [{name: value for name, value in call.items() if name != "index"} for call in whole.calls]
     message: dict[str, Any] = {"role": "assistant", "content": whole.content or (None if calls else "")}
     message["refusal"] = None
@@ -149,7 +149,7 @@ def chat_choice(whole: Delta) -> dict[str, Any]:
         message["reasoning_content"] = whole.reasoning
     if calls:
         message["tool_calls"] = calls
-    return {"index": whole.index, "message": message, **rest_of(whole, _chat_logprobs(whole))}
+    return {"index": whole.index, "message": message, **rest_of(whole, _chat_logprobs(whole) if logprobs else None)}
 
 
 def chat_chunk(delta: Delta, first: bool) -> dict[str, Any]:
@@ -161,12 +161,10 @@ def chat_chunk(delta: Delta, first: bool) -> dict[str, Any]:
         said["reasoning_content"] = delta.reasoning
     if delta.calls:
         said["tool_calls"] = delta.calls
-    return {"index": delta.index, "delta": said, **rest_of(delta, _chat_logprobs(delta))}
+    return {"index": delta.index, "delta": said, **rest_of(delta, _chat_logprobs(delta) if delta.logprobs else None)}
 
 
-def _chat_logprobs(delta: Delta) -> dict[str, Any] | None:
-    if not delta.logprobs:
-        return None
+def _chat_logprobs(delta: Delta) -> dict[str, Any]:
     shown = [{name: value for name, value in entry.items() if name != "id"} for entry in delta.logprobs]
     return {"content": shown, "refusal": None}
 

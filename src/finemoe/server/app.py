@@ -239,7 +239,7 @@ def _add_writing(app: FastAPI) -> None:
                 return chat_chunk(delta, first)
 
             return _stream(server, writing, body, {**named, "object": "chat.completion.chunk"}, shape)
-        return await _whole(writing, request, named, chat_choice)
+        return await _whole(writing, request, named, lambda delta: chat_choice(delta, bool(body.logprobs)))
 
     @app.post("/v1/completions", response_model=TextAnswer, tags=["write"])
     async def complete(body: CompletionRequest, request: Request) -> Any:

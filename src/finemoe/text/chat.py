@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, final
 
+from finemoe.core.child import ask, end
 from finemoe.core.errors import DataError
 from finemoe.core.logs import logger
 from finemoe.text.files import COMPANIONS, MEGABYTE, leads_out, read_beside, read_table, template_problem
@@ -22,6 +27,61 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 _SOURCE_LIMIT = MEGABYTE
 _MOST_CHARS = 16 * MEGABYTE
 _MEMORY = 1024 * MEGABYTE
+
+
+@final
+class Renderer:
+    """The process that has a copy of itself render each template. Threads take turns."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def render(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+        """What `rendering.py` answers; None where nothing comes in time."""
+        with self._lock:
+            process = self._running()
+            answer = None
+            try:
+                answer = ask(process, request, seconds)
+            finally:  # an interrupt, too, leaves an answer behind that belongs to this request
+                if answer is None:
+                    self._process = None
+                    end(process)
+            return answer
+
+    def close(self) -> None:
+        """End it; the next request starts another."""
+        with self._lock:
+            process, self._process = self._process, None
+            if process is not None:
+                end(process)
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is not None:
+            end(self._process)  # it died; its pipes are still open
+            self._process = None
+        if self._process is None:
+            script = Path(__file__).with_name("rendering.py")
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(script)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        return self._process
+
+
+@cache
+def _renderer() -> Renderer:
+    """That of this process, which ends with it."""
+    made = Renderer()
+    atexit.register(made.close)
+    return made
+
+
+os.register_at_fork(after_in_child=_renderer.cache_clear)  # the process, and a lock that may be held, are the parent's
 
 
 @final
@@ -110,7 +170,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> list[str]:
-        """`render` for many conversations in one process, whose start costs more than most of them.
+        """`render` for many conversations in one process.
 
         Raises:
             DataError: as `render`.
@@ -145,31 +205,19 @@ class ChatTemplate:
             raise DataError(f"{self.origin}: none of its templates is called {DEFAULT!r}: {', '.join(self.sources)}")
         return self.sources[wanted]
 
-    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send `request` to a process of its own."""
         try:
-            text = json.dumps(request, allow_nan=False)
+            json.dumps(request, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{self.origin}: messages, tools and variables must be plain JSON: {error}") from error
-        script = Path(__file__).with_name("rendering.py")
-        try:
-            done = subprocess.run(
-                [sys.executable, "-P", str(script)],
-                input=text,
-                capture_output=True,
-                encoding="utf-8",
-                timeout=self.seconds + 60,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise self._too_long() from None
-        if done.returncode == -signal.SIGALRM:
+        answer = _renderer().render(request, self.seconds + 60)
+        if answer is None or answer.get("status") == -signal.SIGALRM:
             raise self._too_long()
-        if done.returncode:
+        if "status" in answer:
             raise DataError(
-                f"{self.origin}: broke off while rendering (status {done.returncode}): use another template"
+                f"{self.origin}: broke off while rendering (status {answer['status']}): use another template"
             )
-        answer: dict[str, Any] = json.loads(done.stdout)
         return answer
 
     def _too_long(self) -> DataError:

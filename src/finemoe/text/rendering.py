@@ -1,14 +1,16 @@
-"""Renders chat templates in a process of its own: run as a script, a request on stdin, the answer on stdout.
+"""Renders chat templates, each in a process of its own: run as a script, requests on stdin, answers on stdout.
 
 A template is a program from a stranger. jinja2's sandbox keeps it from Python's internals; it does not keep it
 from looping for ever, or from building a string of a terabyte in one expression. The limits of a process do.
-Nothing of finemoe is imported here, so that starting takes little.
+This script starts once, and each request has a copy of it (fork), which is confined, answers and ends: a copy takes two
+milliseconds, a start seventy. Nothing of finemoe is imported here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import signal
 import sys
@@ -157,17 +159,40 @@ def _confine(seconds: float, memory: int) -> None:
         resource.setrlimit(limit, (value, value))
 
 
-def main() -> None:
-    """Answer one request: {"source", "conversations", "most_chars", "seconds", "memory"}."""
-    request = json.load(sys.stdin)
-    _warm_up()
+def _answer(line: bytes, writer: int) -> NoReturn:
+    """In a process of its own: answer one request, {"source", "conversations", "most_chars", "seconds", "memory"}."""
+    request = json.loads(line)
     _confine(request["seconds"], request["memory"])
     try:
         texts = render(request["source"], request["conversations"], request["most_chars"])
         answer: dict[str, Any] = {"texts": texts}
     except Exception as error:  # whatever a template provokes is the template's fault
         answer = {"line": _line(error), "message": _explain(error)}
-    json.dump(answer, sys.stdout)
+    with os.fdopen(writer, "wb") as pipe:
+        pipe.write(json.dumps(answer).encode())
+    os._exit(0)
+
+
+def main() -> None:
+    """A request a line until stdin ends, a line for each. This process never sees what a template does."""
+    _warm_up()
+    for line in sys.stdin.buffer:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(reader)
+            try:
+                _answer(line, writer)
+            finally:
+                os._exit(1)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:
+            answer = pipe.read()
+        _, status = os.waitpid(child, 0)
+        if status:
+            answer = json.dumps({"status": os.waitstatus_to_exitcode(status)}).encode()
+        sys.stdout.buffer.write(answer + b"\n")
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

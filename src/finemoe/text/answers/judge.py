@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
-import select
-import signal
 import subprocess
 import sys
 import threading
-import time
-from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from finemoe.core.child import ask, end, next_line
 
 Equality = Literal["equal", "different", "unreadable", "error"]
 """error: the comparison itself failed or took too long, which says nothing about the answer."""
@@ -44,12 +41,8 @@ class Judge:
                 return "error"
             answer = None
             try:
-                with suppress(OSError):  # it has died
-                    request = {"gold": gold, "given": given, "seconds": deadline_seconds}
-                    assert child.stdin is not None
-                    child.stdin.write(json.dumps(request).encode() + b"\n")
-                    child.stdin.flush()
-                    answer = _line(child, deadline_seconds)
+                request = {"gold": gold, "given": given, "seconds": deadline_seconds}
+                answer = ask(child, request, deadline_seconds)
             finally:  # an interrupt, too, leaves a child whose next answer belongs to this question
                 if answer is None:
                     self._end()
@@ -73,7 +66,7 @@ class Judge:
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
-        ready = _line(self._process, _START_SECONDS)
+        ready = next_line(self._process, _START_SECONDS)
         if ready is None or not ready.get("ready"):
             self._vain += 1
             self._end()
@@ -81,31 +74,8 @@ class Judge:
 
     def _end(self) -> None:
         child, self._process = self._process, None
-        if child is None:
-            return
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):  # what it never read
-                    pipe.close()
-
-
-def _line(child: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
-    """The child's next line, or None where it gives none in time."""
-    assert child.stdout is not None
-    until, text = time.monotonic() + seconds, b""
-    while not text.endswith(b"\n"):
-        ready, _, _ = select.select([child.stdout], [], [], max(0.0, until - time.monotonic()))
-        data = os.read(child.stdout.fileno(), 65536) if ready else b""
-        if not data:
-            return None
-        text += data
-    try:
-        return dict(json.loads(text))
-    except ValueError:
-        return None
+        if child is not None:
+            end(child)
 
 
 def available() -> bool:

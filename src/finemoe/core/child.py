@@ -1,0 +1,50 @@
+"""A child process that answers a line with a line, as its parent sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from typing import Any
+
+
+def ask(child: subprocess.Popen[bytes], request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+    """What it answers; None where it has died, answers no JSON, or not in time: then it has to be ended."""
+    assert child.stdin is not None
+    try:
+        child.stdin.write(json.dumps(request).encode() + b"\n")
+        child.stdin.flush()
+    except OSError:
+        return None
+    return next_line(child, seconds)
+
+
+def next_line(child: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
+    """The child's next line, or None where it gives none in time."""
+    assert child.stdout is not None
+    until, pieces = time.monotonic() + seconds, [b""]
+    while not pieces[-1].endswith(b"\n"):
+        ready, _, _ = select.select([child.stdout], [], [], max(0.0, until - time.monotonic()))
+        data = os.read(child.stdout.fileno(), 1 << 16) if ready else b""
+        if not data:
+            return None
+        pieces.append(data)
+    try:
+        return dict(json.loads(b"".join(pieces)))
+    except ValueError:
+        return None
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Kill it and all that it started; it must lead a session of its own."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            with suppress(BrokenPipeError):  # what it never read
+                pipe.close()
