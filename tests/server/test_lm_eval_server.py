@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from finemoe.checkpoint.language_model import LanguageModel, open_language_model
+from finemoe.generation import SamplingConfig
 from finemoe.generation.generate import generate
 from finemoe.generation.scoring import Windows, WindowScore, continuation_windows, score, text_windows
+from finemoe.server.conversation import Conversation
 from server.conftest import Live
 
 completions = pytest.importorskip("lm_eval.models.openai_completions")
@@ -76,3 +78,18 @@ def test_texts_are_the_same(client: Any, writer: Path) -> None:
     )
     own = generate(writer, prompts, temperature=0, max_new_tokens=12, stop="\n\n", quiet=True)
     assert found == [one.completion for one in own]
+
+
+def test_answers_are_the_same(live: Live, talker: Path) -> None:
+    client = completions.LocalChatCompletion(
+        base_url=f"{live.address}/v1/chat/completions", model="talker", num_concurrent=1, tokenizer_backend=None
+    )
+    questions = ["Say something.", "Which rivers are there?", "1 + 1 = ?"]
+    contexts = [client.apply_chat_template([{"role": "user", "content": one}]) for one in questions]
+    found = client.generate_until(
+        [asked(one, {"until": ["\n\n"], "max_gen_toks": 12}) for one in contexts], disable_tqdm=True
+    )
+    opened = open_language_model(talker)
+    for question, text in zip(questions, found, strict=True):
+        talk = Conversation(opened, sampling=SamplingConfig(temperature=0.0, max_new_tokens=12, stop=("\n\n",)))
+        assert text == "".join(event.text for event in talk.ask(question))
