@@ -15,7 +15,7 @@ from finemoe.model.attention.places import Places, store
 from finemoe.model.backend import Backend
 from finemoe.model.norm import RMSNorm
 from finemoe.model.projection import Projection
-from finemoe.model.rope import RopeConfig
+from finemoe.model.rope import RopeConfig, the_same
 from finemoe.model.spans import Spans
 
 
@@ -134,6 +134,7 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         self.config = config
         self.backend = backend
+        self.rope = the_same(config.rope)
         self.scale = config.rope.softmax_factor / math.sqrt(config.head_dim)
         query_size, key_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = Projection(hidden_size, query_size, backend, bias=config.qkv_bias)
@@ -158,7 +159,7 @@ class GroupedQueryAttention(nn.Module):
             own = self.parts(cache)
             if own is not None:
                 return decode.grouped_query(places.apart(hidden), *own[1:], *where).view_as(hidden)
-        rope, mask = self.config.rope, places.mask
+        rope, mask = self.rope, places.mask
         rotary = places.rotation(self.config.turning, rope)
         query, key = self._heads(self.q_proj(hidden), self.q_norm), self._heads(self.k_proj(hidden), self.k_norm)
         value = self._heads(self.v_proj(hidden), None)
@@ -203,7 +204,7 @@ class GroupedQueryAttention(nn.Module):
         if not places.queries:
             return None
         index = places.index(self.config.num_kv_heads) if places.groups else None
-        return (*places.rotation(self.config.turning, self.config.rope), places.own_positions, index)
+        return (*places.rotation(self.config.turning, self.rope), places.own_positions, index)
 
     def _heads(self, states: Tensor, norm: RMSNorm | None) -> Tensor:
         """`[batch, seq, heads · head_dim]` to `[batch, heads, seq, head_dim]`, normalised on the way."""

@@ -21,7 +21,7 @@ from finemoe.model.attention.places import Places, store
 from finemoe.model.backend import Backend
 from finemoe.model.norm import RMSNorm
 from finemoe.model.projection import Projection
-from finemoe.model.rope import RopeConfig
+from finemoe.model.rope import RopeConfig, the_same
 from finemoe.model.spans import Mask, Spans
 
 LatentForm = Literal["auto", "expanded", "absorbed"]
@@ -139,6 +139,7 @@ class LatentAttention(nn.Module):
         self.config = config
         self.backend = backend
         self.form = form
+        self.rope = the_same(config.rope)
         self.scale = config.rope.softmax_factor / math.sqrt(config.qk_head_dim)
         queries = config.num_heads * config.qk_head_dim
         self.q_down_proj: nn.Linear | None = None
@@ -168,7 +169,7 @@ class LatentAttention(nn.Module):
             own = self.parts(cache)
             if own is not None:
                 return decode.latent(places.apart(hidden), *own[1:], *where).view_as(hidden)
-        config, rope, mask = self.config, self.config.rope, places.mask
+        config, rope, mask = self.config, self.rope, places.mask
         rotary = places.rotation(config.qk_rope_head_dim, rope)
         query = hidden if self.q_down_proj is None or self.q_norm is None else self.q_norm(self.q_down_proj(hidden))
         query = self.q_proj(query).unflatten(-1, (config.num_heads, config.qk_head_dim)).transpose(1, 2)
@@ -234,7 +235,7 @@ class LatentAttention(nn.Module):
         if not places.queries or not self._absorbs(True, places.queries):
             return None
         index = places.index(1) if places.groups else None
-        return (*places.rotation(self.config.qk_rope_head_dim, self.config.rope), places.own_positions, index)
+        return (*places.rotation(self.config.qk_rope_head_dim, self.rope), places.own_positions, index)
 
     def _absorbs(self, cached: bool, num_queries: int) -> bool:
         if self.form == "auto":
