@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from finemoe.core.errors import FinemoeError
     from finemoe.evaluation.evaluate import evaluate
     from finemoe.generation.generate import Completion, generate
+    from finemoe.methods.upcycling import upcycle
     from finemoe.model.config import ModelConfig
     from finemoe.model.transformer import Transformer
     from finemoe.runs.listing import list_runs
@@ -59,6 +60,7 @@ _VERBS = {
     "size": "finemoe.runs.planning.sizing:size",
     "trace": "finemoe.analysis.reports:trace",
     "train": "finemoe.runs.run:train",
+    "upcycle": "finemoe.methods.upcycling:upcycle",
 }
 _OTHERS = {
     "Check": "finemoe.runs.planning.check:Check",
@@ -112,6 +114,7 @@ __all__ = [
     "size",
     "trace",
     "train",
+    "upcycle",
 ]
 
 

@@ -72,6 +72,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "size",
         "trace",
         "train",
+        "upcycle",
     ]
     assert set(finemoe.__all__) < set(dir(finemoe))
     assert all(getattr(finemoe, name) is not None for name in finemoe.__all__)

@@ -34,6 +34,7 @@ from finemoe.cli.show import show
 from finemoe.cli.size import size
 from finemoe.cli.trace import trace
 from finemoe.cli.train import train
+from finemoe.cli.upcycle import upcycle
 from finemoe.core.errors import FinemoeError
 from finemoe.core.files import plain_words
 
@@ -87,7 +88,7 @@ app = typer.Typer(
 )
 _VERBS = (
     train, resume, runs, show, generate, chat, serve, evaluate, compare, paper, trace, size, presets, import_, export,
-    doctor, env,
+    upcycle, doctor, env,
 )  # fmt: skip
 for verb in _VERBS:
     app.command(verb.__name__.rstrip("_"))(verb)  # `import` is a word of the language
