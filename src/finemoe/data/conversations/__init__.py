@@ -1,0 +1,1 @@
+"""From the records that people have to conversations, preference pairs and prompts."""

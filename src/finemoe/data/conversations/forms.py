@@ -1,0 +1,321 @@
+"""Records in the forms that people have: which form one is in, and the conversation, pair or prompt that it says.
+
+Forms are a table: a new one is a function from a record to what it says, None where the record is in another, and a
+line in FORMS. A record in no form, or with something wrong in it, is named with the fields that it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from finemoe.data.documents.fields import shown
+
+Message = dict[str, Any]
+"""`role` and `content`, text; perhaps `reasoning_content`, `tool_calls`, `tool_call_id`, `name`, and `train`, False for
+an assistant's message that is context and not to be learnt. As chat templates know them."""
+Kind = Literal["conversation", "pair", "prompt"]
+
+_ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "bing": "assistant",
+    "bard": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool",
+}  # fmt: skip
+_KEPT = ("reasoning_content", "tool_calls", "tool_call_id", "name", "train")
+
+
+class FormError(Exception):
+    """A record that is in no form, or whose form is broken; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in turn, which end with what the assistant said; of a prompt, with what it is to answer."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    """JSON schemas of what could be called."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to the same conversation, of which one is better."""
+
+    prompt: Conversation
+    chosen: tuple[Message, ...]
+    """What the better answer adds; one message as a rule."""
+    rejected: tuple[Message, ...]
+    margin: float | None = None
+    """By how much, where the record has scores."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a record says."""
+
+    form: str
+    """Its name in FORMS."""
+    conversation: Conversation | None = None
+    pair: Pair | None = None
+    dropped: tuple[str, ...] = field(default=())
+    """What of it was left out, such as an answer behind the last question."""
+
+    @property
+    def kind(self) -> Kind:
+        """What it can be used for."""
+        if self.pair is not None:
+            return "pair"
+        assert self.conversation is not None
+        return "conversation" if self.conversation.messages[-1]["role"] == "assistant" else "prompt"
+
+
+def read(record: Mapping[str, Any]) -> Said:
+    """What `record` says, in whatever form.
+
+    Raises:
+        FormError: it is in none of FORMS, or broken.
+    """
+    for name, form in FORMS.items():
+        found = form(record)
+        if found is not None:
+            pair = found if isinstance(found, Pair) else None
+            return Said(name, None if isinstance(found, Pair) else found, pair)
+    raise FormError(
+        f"it is in no form of a conversation that is known; its fields are {shown(record)}. Known: "
+        + "; ".join(f"{name}: {said}" for name, said in FIELDS.items())
+    )
+
+
+# ---- messages -------------------------------------------------------------------------------------------------------
+
+
+def messages_of(turns: Any, where: str) -> tuple[Message, ...]:
+    """Messages in OpenAI's or ShareGPT's shape, checked.
+
+    Raises:
+        FormError: something else, an unknown role, or content that is no text.
+    """
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise FormError(f"`{where}` must be a list of messages that is not empty")
+    return tuple(_message(turn, f"{where}[{number}]") for number, turn in enumerate(turns))
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise FormError(f"`{where}` is no message: it must have a role and content")
+    said, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    role = _ROLES.get(str(said).lower())
+    if role is None:
+        raise FormError(f"`{where}` has the role {said!r}; known are {', '.join(dict.fromkeys(_ROLES.values()))}")
+    message: Message = {"role": role, "content": text_of(content, f"{where}.content")}
+    for name in _KEPT:
+        if turn.get(name) is not None:
+            message[name] = turn[name]
+    if "weight" in turn and turn["weight"] in (0, 1):  # as OpenAI's own files have it
+        message["train"] = bool(turn["weight"])
+    if "train" in message and not isinstance(message["train"], bool):
+        raise FormError(f"`{where}.train` is {message['train']!r}: write true or false")
+    if not message["content"] and role != "assistant" and "tool_calls" not in message:
+        raise FormError(f"`{where}` is empty: a {role} message says something")
+    return message
+
+
+def text_of(content: Any, where: str) -> str:
+    """The text of a content: text itself, or parts of which all are text.
+
+    Raises:
+        FormError: a picture, a number, or anything else.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence):
+        texts = [part if isinstance(part, str) else _part(part, where) for part in content]
+        return "".join(texts)
+    raise FormError(f"`{where}` is {type(content).__name__}, and must be text")
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise FormError(f"`{where}` has a part of type {kind!r}: only text can be learnt")
+
+
+def _ends_with_assistant(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
+    if not messages or messages[-1]["role"] != "assistant":
+        raise FormError(f"`{where}` must end with what the assistant said")
+    return messages
+
+
+def _tools(record: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    tools = record.get("tools") or ()
+    if not isinstance(tools, Sequence) or isinstance(tools, str) or not all(isinstance(one, Mapping) for one in tools):
+        raise FormError("`tools` must be a list of JSON schemas")
+    return tuple(dict(one) for one in tools)
+
+
+def _said(role: str, text: str) -> Message:
+    return {"role": role, "content": text}
+
+
+def _has(record: Mapping[str, Any], *names: str) -> bool:
+    return all(record.get(name) is not None for name in names)
+
+
+# ---- forms ----------------------------------------------------------------------------------------------------------
+
+
+def _scored(record: Mapping[str, Any]) -> Pair | None:
+    """Several answers with scores each: the best and the worst of them."""
+    answers = record.get("completions", record.get("responses"))
+    asked = next((record[name] for name in ("prompt", "instruction", "question") if record.get(name)), None)
+    if asked is None or not isinstance(answers, Sequence) or isinstance(answers, str) or not answers:
+        return None
+    if not all(isinstance(one, Mapping) for one in answers):
+        return None
+    scored = [(_score(one), text_of(one.get("response", one.get("content", one.get("text"))), "completions"))
+              for one in answers]  # fmt: skip
+    known = [(score, text) for score, text in scored if score is not None and text]
+    if len(known) < 2:
+        raise FormError("`completions` must hold two answers with a score each, such as `overall_score`")
+    best, worst = max(known, key=lambda one: one[0]), min(known, key=lambda one: one[0])
+    if best[0] == worst[0]:
+        raise FormError(f"all of `completions` have the score {best[0]:g}: none is better")
+    chosen, rejected = ((_said("assistant", text),) for _, text in (best, worst))
+    return Pair(_prompt_of(asked, record), chosen, rejected, best[0] - worst[0])
+
+
+def _score(answer: Mapping[str, Any]) -> float | None:
+    for name in ("overall_score", "score", "rating", "reward", "fine-grained_score"):
+        value = answer.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    return None
+
+
+def _pairs(record: Mapping[str, Any]) -> Pair | None:
+    """Two answers, beside a prompt or each behind the whole conversation."""
+    better = record.get("chosen", record.get("response"))
+    if better is None or record.get("rejected") is None:
+        return None
+    scores = [record.get(f"{name}_score", record.get(f"score_{name}")) for name in ("chosen", "rejected")]
+    margin = float(scores[0] - scores[1]) if all(isinstance(one, (int, float)) for one in scores) else None
+    both = [better, record["rejected"]]
+    asked = next((record[name] for name in ("prompt", "instruction", "question") if record.get(name)), None)
+    if asked is not None:
+        prompt = _prompt_of(asked, record)
+        chosen, rejected = (_answer(one, prompt, name) for one, name in zip(both, ("chosen", "rejected"), strict=True))
+        return _checked(Pair(prompt, chosen, rejected, margin))
+    if any(isinstance(one, str) for one in both):
+        raise FormError("`chosen` and `rejected` are texts, and there is no `prompt` that they answer")
+    whole = [messages_of(one, name) for one, name in zip(both, ("chosen", "rejected"), strict=True)]
+    same = 0
+    while same < min(map(len, whole)) and whole[0][same] == whole[1][same]:
+        same += 1
+    prompt = Conversation(whole[0][:same], _tools(record))
+    return _checked(Pair(prompt, whole[0][same:], whole[1][same:], margin))
+
+
+def _answer(value: Any, prompt: Conversation, where: str) -> tuple[Message, ...]:
+    if isinstance(value, str):
+        return (_said("assistant", value),)
+    messages = messages_of(value, where)
+    asked = prompt.messages
+    return messages[len(asked) :] if messages[: len(asked)] == asked else messages
+
+
+def _checked(pair: Pair) -> Pair:
+    if not pair.prompt.messages:
+        raise FormError("`chosen` and `rejected` have no message in common that they answer")
+    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        _ends_with_assistant(answer, name)
+        if not any(one["content"] or one.get("tool_calls") for one in answer):
+            raise FormError(f"`{name}` is empty")
+    if pair.chosen == pair.rejected:
+        raise FormError("`chosen` and `rejected` are the same: neither is better")
+    return pair
+
+
+def _prompt_of(asked: Any, record: Mapping[str, Any]) -> Conversation:
+    """What is asked, as text or messages, with a system message beside it."""
+    messages = (_said("user", asked),) if isinstance(asked, str) else messages_of(asked, "prompt")
+    more = record.get("input", record.get("context"))
+    if isinstance(asked, str) and isinstance(more, str) and more.strip():
+        messages = (_said("user", f"{asked}\n\n{more}"),)
+    system = record.get("system") or record.get("system_prompt")
+    if isinstance(system, str) and messages[0]["role"] != "system":
+        messages = (_said("system", system), *messages)
+    return Conversation(messages, _tools(record))
+
+
+def _turns(name: str) -> Callable[[Mapping[str, Any]], Conversation | None]:
+    """Messages under one name."""
+
+    def form(record: Mapping[str, Any]) -> Conversation | None:
+        if record.get(name) is None:
+            return None
+        messages = messages_of(record[name], name)
+        system = record.get("system") or record.get("system_prompt")
+        if isinstance(system, str) and messages[0]["role"] != "system":
+            messages = (_said("system", system), *messages)
+        return Conversation(messages, _tools(record))
+
+    return form
+
+
+def _completed(record: Mapping[str, Any]) -> Conversation | None:
+    """A prompt and what completes it, as texts or messages."""
+    if not _has(record, "prompt", "completion"):
+        return None
+    prompt = _prompt_of(record["prompt"], record)
+    answer = _ends_with_assistant(_answer(record["completion"], prompt, "completion"), "completion")
+    return Conversation((*prompt.messages, *answer), prompt.tools)
+
+
+def _instructed(record: Mapping[str, Any]) -> Conversation | None:
+    """Alpaca's form and its kin: an instruction, perhaps with an input, and the answer under one of several names."""
+    asked = next((record[name] for name in ("instruction", "question", "query") if record.get(name)), None)
+    answer = next((record[name] for name in ("output", "response", "answer", "answers") if record.get(name)), None)
+    if not isinstance(asked, str) or not isinstance(answer, str):
+        return None
+    prompt = _prompt_of(asked, record)
+    history = record.get("history") or ()
+    past: list[Message] = []
+    for number, turn in enumerate(history):
+        if not isinstance(turn, Sequence) or len(turn) != 2:
+            raise FormError(f"`history[{number}]` must be a question and its answer")
+        past += [_said("user", text_of(turn[0], "history")), _said("assistant", text_of(turn[1], "history"))]
+    system = [one for one in prompt.messages if one["role"] == "system"]
+    rest = [one for one in prompt.messages if one["role"] != "system"]
+    return Conversation((*system, *past, *rest, _said("assistant", answer)), prompt.tools)
+
+
+def _asked(record: Mapping[str, Any]) -> Conversation | None:
+    """Only what is asked."""
+    asked = next((record[name] for name in ("prompt", "question", "instruction", "query") if record.get(name)), None)
+    return None if asked is None else _prompt_of(asked, record)
+
+
+FORMS: dict[str, Callable[[Mapping[str, Any]], Conversation | Pair | None]] = {
+    "pairs": _pairs,
+    "scored answers": _scored,
+    "messages": _turns("messages"),
+    "ShareGPT": _turns("conversations"),
+    "conversation": _turns("conversation"),
+    "prompt and completion": _completed,
+    "instruction and output": _instructed,
+    "prompts": _asked,
+}
+"""In the order in which they are tried: what says more comes first."""
+FIELDS: Mapping[str, str] = {
+    "messages": "`messages` of role and content",
+    "ShareGPT": "`conversations` of from and value",
+    "prompt and completion": "`prompt`, `completion`",
+    "instruction and output": "`instruction`, perhaps `input`, and `output`",
+    "pairs": "`prompt`, `chosen`, `rejected`",
+    "scored answers": "`prompt`, `completions` with a score each",
+    "prompts": "`prompt` alone",
+}

@@ -1,0 +1,180 @@
+"""Records in the forms that people have, and what is said of those that are in none."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finemoe.data.conversations.forms import FORMS, FormError, read
+
+ASKED = [{"role": "user", "content": "1 + 1?"}]
+ANSWERED = [*ASKED, {"role": "assistant", "content": "2"}]
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+CONVERSATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "messages": ({"messages": ANSWERED}, "messages"),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "1 "}, {"type": "text", "text": "+ 1?"}]},
+                      ANSWERED[1]]},
+        "messages",
+    ),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]}, "ShareGPT"
+    ),
+    "Alpaca": ({"instruction": "1 + 1?", "input": "", "output": "2"}, "instruction and output"),
+    "question and answer": ({"question": "1 + 1?", "answer": "2"}, "instruction and output"),
+    "Dolly": ({"instruction": "1 + 1?", "context": "", "response": "2"}, "instruction and output"),
+    "texts": ({"prompt": "1 + 1?", "completion": "2"}, "prompt and completion"),
+    "prompt and completion as messages": ({"prompt": ASKED, "completion": ANSWERED[1:]}, "prompt and completion"),
+    "completion that repeats the prompt": ({"prompt": ASKED, "completion": ANSWERED}, "prompt and completion"),
+}  # fmt: skip
+
+PAIRS: dict[str, tuple[dict[str, Any], str]] = {
+    "texts": ({"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}, "pairs"),
+    "messages": (
+        {"prompt": ASKED, "chosen": ANSWERED[1:], "rejected": [{"role": "assistant", "content": "3"}]}, "pairs"
+    ),
+    "whole conversations": (
+        {"chosen": ANSWERED, "rejected": [*ASKED, {"role": "assistant", "content": "3"}]}, "pairs"
+    ),
+    "prompt beside whole conversations": (
+        {"prompt": "1 + 1?", "chosen": ANSWERED, "rejected": [*ASKED, {"role": "assistant", "content": "3"}]}, "pairs"
+    ),
+    "Dolly with a worse answer": ({"instruction": "1 + 1?", "response": "2", "rejected": "3"}, "pairs"),
+    "UltraFeedback": (
+        {"instruction": "1 + 1?", "completions": [
+            {"response": "3", "overall_score": 1.0}, {"response": "2", "overall_score": 9}, {"response": "4",
+                                                                                             "overall_score": 2},
+        ]},
+        "scored answers",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "form"), CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_one_conversation_in_many_forms(record: dict[str, Any], form: str) -> None:
+    found = read(record)
+    assert (found.form, found.kind) == (form, "conversation")
+    assert found.conversation is not None
+    assert list(found.conversation.messages) == ANSWERED
+
+
+@pytest.mark.parametrize(("record", "form"), PAIRS.values(), ids=PAIRS)
+def test_one_pair_in_many_forms(record: dict[str, Any], form: str) -> None:
+    found = read(record)
+    assert (found.form, found.kind) == (form, "pair")
+    assert found.pair is not None
+    assert list(found.pair.prompt.messages) == ASKED
+    assert [one["content"] for one in found.pair.chosen] == ["2"]
+    assert [one["content"] for one in found.pair.rejected] == ["3"]
+    assert found.pair.margin == (8.0 if form == "scored answers" else None)
+
+
+@pytest.mark.parametrize(
+    "record", [{"prompt": "1 + 1?"}, {"question": "1 + 1?"}, {"messages": ASKED}, {"prompt": ASKED}], ids=str
+)
+def test_prompts_end_with_a_question(record: dict[str, Any]) -> None:
+    found = read(record)
+    assert found.kind == "prompt"
+    assert found.conversation is not None
+    assert list(found.conversation.messages) == ASKED
+
+
+def test_what_belongs_to_a_message_stays_with_it() -> None:
+    call = [{"type": "function", "id": "1", "function": {"name": "add", "arguments": "{}"}}]
+    turns = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": None, "tool_calls": call, "reasoning_content": "hm"},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+        {"role": "assistant", "content": "no", "weight": 0},
+        {"role": "assistant", "content": "2", "train": True},
+    ]
+    found = read({"messages": turns, "tools": TOOLS}).conversation
+    assert found is not None
+    assert [one["role"] for one in found.messages] == ["system", "user", "assistant", "tool", "assistant", "assistant"]
+    assert found.messages[2] == {"role": "assistant", "content": "", "tool_calls": call, "reasoning_content": "hm"}
+    assert found.messages[3]["tool_call_id"] == "1"
+    assert [one.get("train") for one in found.messages[4:]] == [False, True]
+    assert list(found.tools) == TOOLS
+
+
+def test_systems_inputs_and_histories() -> None:
+    record = {
+        "instruction": "Add.", "input": "1 and 1", "output": "2", "system": "Be brief.",
+        "history": [["Hello", "Hi"]],
+    }  # fmt: skip
+    found = read(record).conversation
+    assert found is not None
+    assert [(one["role"], one["content"]) for one in found.messages] == [
+        ("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi"), ("user", "Add.\n\n1 and 1"),
+        ("assistant", "2"),
+    ]  # fmt: skip
+    given = read({"conversations": [{"from": "system", "value": "own"}, {"from": "human", "value": "x"}],
+                  "system": "beside"}).conversation  # fmt: skip
+    assert given is not None
+    assert [one["content"] for one in given.messages] == ["own", "x"]
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"txt": "x", "id": 3}, "its fields are txt, id. Known: messages"),
+        ({"messages": []}, "`messages` must be a list of messages that is not empty"),
+        ({"messages": "hello"}, "`messages` must be a list"),
+        (
+            {"messages": [{"role": "narrator", "content": "x"}]},
+            r"`messages\[0\]` has the role 'narrator'; known are system",
+        ),
+        ({"messages": [{"content": "x"}]}, "has the role None"),
+        ({"messages": [{"role": "user", "content": 3}]}, r"`messages\[0\].content` is int, and must be text"),
+        ({"messages": [{"role": "user", "content": ""}, ANSWERED[1]]}, "is empty: a user message says something"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "a part of type 'image_url': only text",
+        ),
+        ({"messages": [{**ANSWERED[1], "train": "no"}]}, "write true or false"),
+        ({"messages": ANSWERED, "tools": "add"}, "`tools` must be a list"),
+        ({"prompt": "x", "chosen": "a", "rejected": "a"}, "are the same"),
+        ({"prompt": "x", "chosen": "", "rejected": "a"}, "`chosen` is empty"),
+        ({"chosen": "a", "rejected": "b"}, "no `prompt` that they answer"),
+        ({"prompt": ASKED, "chosen": ASKED, "rejected": ANSWERED}, "`chosen` must end with what the assistant said"),
+        ({"prompt": "x", "completions": [{"response": "a", "score": 1}]}, "two answers with a score each"),
+        (
+            {"prompt": "x", "completions": [{"response": "a", "score": 1}, {"response": "b", "score": 1}]},
+            "have the score 1: none is better",
+        ),
+        ({"instruction": "x", "output": "y", "history": ["a"]}, r"`history\[0\]` must be a question and its answer"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named(record: dict[str, Any], says: str) -> None:
+    with pytest.raises(FormError, match=says):
+        read(record)
+
+
+keys = st.sampled_from(["role", "content", "from", "value"])
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), inner)
+    ),
+    max_leaves=8,
+)
+names = st.sampled_from(
+    ["messages", "conversations", "prompt", "completion", "chosen", "rejected", "instruction", "output", "completions",
+     "system", "tools", "input", "history", "response"]
+)  # fmt: skip
+
+
+@given(st.dictionaries(names, values, max_size=5))
+def test_no_record_breaks_the_reader(record: dict[str, Any]) -> None:
+    with contextlib.suppress(FormError):
+        found = read(record)
+        assert found.form in FORMS
+        json.dumps([found.conversation and found.conversation.messages, found.kind], default=list)
