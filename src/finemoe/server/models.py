@@ -183,12 +183,24 @@ class Models:
             ApiError: there is none, or it cannot be opened.
         """
         self.check(name)
-        served = self._open.get(name)
+        served = self._held(name)
         if served is None:
             async with self._lock:
-                served = self._open.get(name) or await self._load(name)
+                served = self._held(name) or await self._load(name)
         served.last_used = time.monotonic()
         return served
+
+    def _held(self, name: str) -> Served | None:
+        """It, where it is in memory and answers."""
+        served = self._open.get(name)
+        if served is not None and served.worker.broken:
+            del self._open[name]
+            return None
+        return served
+
+    def holds(self, served: Served) -> bool:
+        """Whether it was not closed since."""
+        return self._open.get(served.name) is served
 
     async def close(self) -> None:
         """End everything."""
