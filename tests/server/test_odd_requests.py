@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from finemoe.server.dialects import Dialect, Splitter
 from finemoe.server.models import Limits, Options
+from finemoe.server.writing import TextShape
 from server.conftest import Live
 
 ASKED = [{"role": "user", "content": "x"}]
@@ -124,3 +126,34 @@ def test_brackets_without_end_in_a_call_are_shown_as_they_are() -> None:
     splitter = Splitter(Dialect(tools="hermes"), tools=True, thinking=False)
     deep = "<tool_call>" + "[" * 50_000 + "</tool_call>"
     assert "".join(part.text for part in [*splitter.push(deep), *splitter.finish()]) == deep
+
+
+def test_text_that_a_stop_held_back_comes_when_time_is_up(
+    start: Callable[..., Live], writer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = start({"writer": writer}, Options(limits=Limits(max_seconds=0.5), cache_bytes=4 << 20))
+    engine = live.engine("writer")
+    ordinary = engine.step
+    monkeypatch.setattr(engine, "step", lambda: time.sleep(0.02) or ordinary())
+    asked = {"model": "writer", "prompt": "x", "max_tokens": 200, "stop": "a" * 199 + "b"}
+    answer = live.post("/v1/completions", finemoe={"choice": ["a" * 200]}, **asked).json()
+    assert answer["usage"]["completion_tokens"] < 200
+    assert set(answer["choices"][0]["text"]) == {"a"}
+
+
+def test_a_stream_that_breaks_says_so(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> Any:
+        raise ValueError("a defect with /a/path in it")
+
+    monkeypatch.setattr(TextShape, "choice", broken)
+    text = live.post("/v1/completions", model="writer", prompt="x", max_tokens=2, stream=True).text
+    assert "something broke in the server" in text
+    assert "/a/path" not in text
+
+
+def test_signs_at_which_clients_end_a_line_are_spelled_out_in_streams(live: Live) -> None:
+    said = "a\u2028b\u2029c\x85d"
+    body = {"model": "writer", "prompt": "x", "max_tokens": 60, "stream": True, "finemoe": {"choice": [said]}}
+    with live.client.stream("POST", "/v1/completions", json=body) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: {")]
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == said

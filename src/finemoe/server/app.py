@@ -61,6 +61,9 @@ _SAID: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 
+_BREAKS = "\x85\u2028\u2029"
+"""Many a client that reads line by line ends a line at these, too."""
+
 
 class Server:
     """What the paths share."""
@@ -289,6 +292,9 @@ def _stream(
             yield {"data": "[DONE]"}
         except ApiError as error:
             yield {"data": _json(error.body())}
+        except Exception as error:
+            logger.error("a stream failed", exc_info=error)
+            yield {"data": _json(refusal(error).body())}
 
     return EventSourceResponse(
         events(), sep="\n", send_timeout=server.slow_seconds, ping=15, shutdown_grace_period=server.drain_seconds
@@ -296,7 +302,10 @@ def _stream(
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for sign in _BREAKS if not text.isascii() else ():
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
 
 
 def _add_models(app: FastAPI) -> None:
