@@ -222,3 +222,26 @@ def test_vectors_wait_in_the_same_bounds(
     assert set(answers) == {200, 429}
     live.wait_until_idle("writer")
     assert live.post("/v1/embeddings", model="writer", input="x").status_code == 200
+
+
+def test_caches_count_too(start: Callable[..., Live], tmp_path: Path) -> None:
+    sources = {name: write_run(tmp_path / name, chat=False) for name in "ab"}
+    size = models.prepare("a", sources["a"], Options()).bytes
+    together = Options(memory=int(1.5 * size))
+    capped = models.prepare("a", sources["a"], together)
+    assert capped.bytes <= size
+    live = start(sources, Options(memory=int(1.9 * capped.bytes), cache_bytes=None), load=False)
+    for name in "aba":
+        assert live.post("/v1/completions", model=name, prompt="x", max_tokens=2).status_code == 200
+        held = live.app.state.server.models.open
+        assert sum(one.bytes for one in held) <= 1.9 * capped.bytes
+
+
+def test_what_never_fits_is_told(start: Callable[..., Live], writer: Path) -> None:
+    with pytest.raises(ConfigError, match="--memory allows 100,000: give more"):
+        models.prepare_all({"writer": writer}, Options(cache_bytes=CACHE, memory=100_000))
+    live = start({"writer": writer}, Options(cache_bytes=CACHE, memory=100_000), load=False)
+    for _ in range(2):
+        refused = live.post("/v1/completions", model="writer", prompt="x", max_tokens=2)
+        assert refused.status_code == 503
+        assert "larger than the memory" in refused.json()["error"]["message"]
