@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+from finemoe.core.errors import DataError
+from finemoe.server import asking
 from finemoe.server.dialects import Dialect, Splitter
 from finemoe.server.models import Limits, Options
 from finemoe.server.writing import TextShape
@@ -157,3 +159,18 @@ def test_signs_at_which_clients_end_a_line_are_spelled_out_in_streams(live: Live
     with live.client.stream("POST", "/v1/completions", json=body) as answer:
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: {")]
     assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == said
+
+
+def test_what_a_tokenizer_refuses_is_the_clients_mistake(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    def holes(*given: Any) -> Any:
+        raise DataError("token id 7 is none of the vocabulary")
+
+    monkeypatch.setattr(asking, "completion", holes)
+    assert "token id 7" in refusal(live.post("/v1/completions", model="writer", prompt=[7]))
+
+
+def test_a_number_has_one_name(live: Live) -> None:
+    experts = {"disabled": {"1": [2], "01": [3]}}
+    refusal(live.post("/v1/completions", model="writer", prompt="x", finemoe={"experts": experts}))
+    refusal(live.post("/v1/completions", model="writer", prompt="x", logit_bias={"7": 1, "07": 2}))
+    assert live.post("/v1/completions", model="writer", prompt="x", logit_bias={"0": 1, "10": 2}).status_code == 200

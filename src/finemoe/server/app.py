@@ -19,6 +19,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 
+from finemoe.core.errors import FinemoeError
 from finemoe.core.logs import logger
 from finemoe.server import asking
 from finemoe.server.answers import chat_choice, chat_chunk
@@ -200,10 +201,11 @@ def _add_errors(app: FastAPI) -> None:
         return await refused(request, refusal(error))
 
     async def known(request: Request, error: Exception) -> Response:
-        return await refused(request, refusal(error))  # its model was closed meanwhile; or it is nested too deeply
+        return await refused(request, refusal(error))  # it was closed, or is not to be read
 
     app.add_exception_handler(ApiError, refused)
     app.add_exception_handler(StoppedError, known)
+    app.add_exception_handler(FinemoeError, known)
     app.add_exception_handler(RecursionError, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, unknown)

@@ -45,9 +45,9 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=1, le=1 << 20), Whole]
 Variable = Annotated[str, Field(pattern=_NAME)]
 Stop = Annotated[AnyStr, Field(min_length=1), AfterValidator(unicode)]
-Token = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Token = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]  # a number has one name, lest one entry hide another
 Bias = Annotated[Number, Field(ge=-100, le=100)]
-Layer = Annotated[str, Field(pattern=r"^[0-9]{1,4}$")]
+Layer = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,3})$")]
 Expert = Annotated[StrictInt, Field(ge=0, le=1 << 16), Whole]
 Table = Annotated[dict[Layer, list[Expert]], _CLOSED]
 
