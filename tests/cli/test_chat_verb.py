@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from server.talkers import write_run
+from server.talkers import CHAT, write_run
 
 FEW = ("-n", "6", "--temperature", "0")
 
@@ -82,3 +82,39 @@ def test_interrupted_in_an_answer_the_next_line_is_read(talker: Path) -> None:
     assert chat.returncode == 0, errors
     assert "seed = 5" in errors
     assert "Traceback" not in errors
+
+
+def test_a_thought_that_the_prompt_opens_is_shown_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    from types import SimpleNamespace
+
+    from finemoe.cli.chat import _write
+
+    talk: Any = SimpleNamespace(opened=SimpleNamespace(template=SimpleNamespace(sources={"default": CHAT})))
+
+    def events() -> Any:
+        talk.thinking = True  # known once the prompt is rendered
+        for text in ("an id", "ea</thi", "nk>\n\nNo", "."):
+            yield SimpleNamespace(text=text)
+
+    _write(events(), talk)
+    assert capsys.readouterr().out == "an idea\n\nNo.\n"
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_what_is_no_text_is_refused_in_a_sentence(tmp_path: Path, chat: bool, errors: str) -> None:
+    import os
+    import sys
+
+    run = write_run(tmp_path / "run", chat=chat)
+    command = [sys.executable, "-m", "finemoe", "chat", str(run), *FEW]
+    environment = {**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"}
+    done = subprocess.run(command, input=b"\xff\n", capture_output=True, timeout=60, check=False, env=environment)
+    assert b"UTF-8" in done.stderr or b"not valid Unicode" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_an_entry_of_a_table_can_be_set(process: Any, talker: Path) -> None:
+    result = process("chat", talker, *FEW, input="/set logit_bias.10 5\n/set stop_at_end_of_text true\nHello\n")
+    assert result.returncode == 0, result.stderr
+    assert "logit_bias = " in result.stderr

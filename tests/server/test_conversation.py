@@ -109,3 +109,30 @@ def test_a_wish_that_changes_nothing_is_none(talk: Conversation) -> None:
     found = constrain(talk.opened.model, Wish(active=1))
     assert found is not None
     assert set(found) == {1, 2}  # not the prediction module
+
+
+def test_a_retry_that_cannot_be_leaves_what_was_said(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    said(talk.ask("one"))
+    known, events = list(talk.messages), list(talk.events)
+    talk.system = "word " * 300
+    with pytest.raises(ConfigError, match="begin anew"):
+        said(talk.retry())
+    talk.system = None
+    assert talk.messages == known
+    assert talk.events == events
+
+    def interrupted(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(talk._engine, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            said(talk.ask("two"))
+    assert talk.messages == known
+
+
+def test_whether_the_prompt_ends_in_a_thought_is_known(talk: Conversation) -> None:
+    said(talk.ask("one"))
+    assert not talk.thinking
+    said(talk.ask("I say <think>"))
+    assert not talk.thinking

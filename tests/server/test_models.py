@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from finemoe.checkpoint.open import read_model_config
 from finemoe.core.errors import ConfigError, FinemoeError
 from finemoe.model.size import measure
-from finemoe.server import models
-from finemoe.server.models import Models, Options, named
+from finemoe.server import asking, embeddings, models
+from finemoe.server.models import Limits, Models, Options, named
 from finemoe.server.worker import apart
 from server.conftest import Live
 from server.talkers import write_run
@@ -161,3 +163,85 @@ def test_a_model_that_is_closed_while_a_prompt_is_read_is_told(
         assert refused.status_code == 503
         assert refused.headers["retry-after"] == "1"
     monkeypatch.setattr(worker, "_closing", False)
+
+
+def test_a_model_that_goes_while_a_prompt_is_read_is_opened_again(
+    start: Callable[..., Live], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = {name: write_run(tmp_path / name, chat=False) for name in "ab"}
+    one = 4 * measure(read_model_config(sources["a"]), 1).total_parameters
+    live = start(sources, Options(cache_bytes=CACHE, memory=int(1.9 * (one + CACHE))), load=False)
+    ordinary, asked = asking.completion, []
+
+    def completion(request: Any, *rest: Any) -> Any:
+        asked.append(request.model)
+        if asked == ["a"]:  # the other needs its room just now
+            body = {"model": "b", "prompt": "x", "max_tokens": 2}
+            assert httpx.post(f"{live.address}/v1/completions", json=body, timeout=60).status_code == 200
+        return ordinary(request, *rest)
+
+    monkeypatch.setattr(asking, "completion", completion)
+    assert live.post("/v1/completions", model="a", prompt="x", max_tokens=2).status_code == 200
+    assert asked == ["a", "b", "a"]
+
+
+def test_an_engine_in_any_state_or_none_at_all_leaves_nobody_waiting(
+    start: Callable[..., Live], writer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = start({"writer": writer}, Options(cache_bytes=CACHE))
+    worker = live.app.state.server.models.opened("writer").worker
+
+    def broken(*given: Any) -> Any:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(worker.engine, "step", broken)
+    monkeypatch.setattr(worker.engine, "cancel", broken)
+    monkeypatch.setattr(worker, "_make_engine", broken)
+    assert live.post("/v1/completions", model="writer", prompt="x", max_tokens=4).status_code == 500
+    worker._thread.join(10)
+    assert not worker._thread.is_alive()
+    again = httpx.post(f"{live.address}/v1/completions", json={"model": "writer", "prompt": "x", "max_tokens": 4})
+    assert again.status_code == 200
+    assert live.app.state.server.models.opened("writer").worker is not worker
+
+
+def test_vectors_wait_in_the_same_bounds(
+    start: Callable[..., Live], writer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = start({"writer": writer}, Options(limits=Limits(max_running=1, max_waiting=1), cache_bytes=CACHE))
+    ordinary = embeddings._vector
+    monkeypatch.setattr(embeddings, "_vector", lambda *given: time.sleep(0.3) or ordinary(*given))
+    answers: list[int] = []
+    body = {"model": "writer", "input": "x"}
+    ask = lambda: answers.append(httpx.post(f"{live.address}/v1/embeddings", json=body, timeout=60).status_code)  # noqa: E731
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(answers) == {200, 429}
+    live.wait_until_idle("writer")
+    assert live.post("/v1/embeddings", model="writer", input="x").status_code == 200
+
+
+def test_caches_count_too(start: Callable[..., Live], tmp_path: Path) -> None:
+    sources = {name: write_run(tmp_path / name, chat=False) for name in "ab"}
+    size = models.prepare("a", sources["a"], Options()).bytes
+    together = Options(memory=int(1.5 * size))
+    capped = models.prepare("a", sources["a"], together)
+    assert capped.bytes <= size
+    live = start(sources, Options(memory=int(1.9 * capped.bytes), cache_bytes=None), load=False)
+    for name in "aba":
+        assert live.post("/v1/completions", model=name, prompt="x", max_tokens=2).status_code == 200
+        held = live.app.state.server.models.open
+        assert sum(one.bytes for one in held) <= 1.9 * capped.bytes
+
+
+def test_what_never_fits_is_told(start: Callable[..., Live], writer: Path) -> None:
+    with pytest.raises(ConfigError, match="--memory allows 100,000: give more"):
+        models.prepare_all({"writer": writer}, Options(cache_bytes=CACHE, memory=100_000))
+    live = start({"writer": writer}, Options(cache_bytes=CACHE, memory=100_000), load=False)
+    for _ in range(2):
+        refused = live.post("/v1/completions", model="writer", prompt="x", max_tokens=2)
+        assert refused.status_code == 503
+        assert "larger than the memory" in refused.json()["error"]["message"]

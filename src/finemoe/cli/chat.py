@@ -89,6 +89,8 @@ def _loop(talk: Conversation) -> None:
 
 def _read() -> str | None:
     """A line; None at the end, or where Ctrl-C is pressed on an empty one."""
+    from finemoe.core.errors import ConfigError
+
     try:
         return input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
     except EOFError:
@@ -96,6 +98,8 @@ def _read() -> str | None:
     except KeyboardInterrupt:
         print()
         return None
+    except UnicodeDecodeError:
+        raise ConfigError("a line is no UTF-8: convert what is piped in, such as with iconv") from None
 
 
 @contextlib.contextmanager
@@ -114,19 +118,25 @@ def _write(events: Iterator[Event], talk: Conversation) -> None:
 
     template = talk.opened.template
     dialect = Dialect() if template is None else Dialect.of(list(template.sources.values()))
-    splitter = Splitter(dialect, tools=False, thinking=False)
+    splitter: Splitter | None = None
     terminal = sys.stdout.isatty()
 
+    before = ""
+
     def show(parts: list[Part]) -> None:
+        nonlocal before
         for part in parts:
+            sys.stdout.write("\n\n" if before not in ("", part.kind) else "")
+            before = part.kind
             text = printable(part.text) if terminal else part.text
             sys.stdout.write(typer.style(text, dim=True) if terminal and part.kind == "reasoning" else text)
         sys.stdout.flush()
 
     try:
-        for event in events:
+        for event in events:  # before the first, nobody knows how the prompt ends
+            splitter = splitter or Splitter(dialect, tools=False, thinking=talk.thinking)
             show(splitter.push(event.text))
-        show(splitter.finish())
+        show([] if splitter is None else splitter.finish())
     finally:
         events.close()  # type: ignore[attr-defined]  # a generator, which cancels what is open
         sys.stdout.write("\n")
@@ -278,7 +288,8 @@ def _set(talk: Conversation, rest: str) -> None:
         raise ConfigError("say /set NAME VALUE, such as /set temperature 0.5")
     known = talk.sampling.model_dump(exclude_none=True)
     talk.sampling = parse(SamplingConfig, with_overrides(known, [f"{name}={value.strip()}"]), "/set")
-    _say(f"{name} = {getattr(talk.sampling, name)}")
+    field = name.partition(".")[0]  # logit_bias.17 sets an entry of a table
+    _say(f"{field} = {getattr(talk.sampling, field)}")
 
 
 def _save(talk: Conversation, rest: str) -> None:

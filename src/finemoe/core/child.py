@@ -27,8 +27,10 @@ def next_line(child: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] 
     """The child's next line, or None where it gives none in time."""
     assert child.stdout is not None
     until, pieces = time.monotonic() + seconds, [b""]
+    waiting = select.poll()  # select.select knows no file beyond the 1,024th, which a server soon has open
+    waiting.register(child.stdout, select.POLLIN)
     while not pieces[-1].endswith(b"\n"):
-        ready, _, _ = select.select([child.stdout], [], [], max(0.0, until - time.monotonic()))
+        ready = waiting.poll(1000 * max(0.0, until - time.monotonic()))
         data = os.read(child.stdout.fileno(), 1 << 16) if ready else b""
         if not data:
             return None

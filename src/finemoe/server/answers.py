@@ -63,7 +63,7 @@ class Choice:
         self.index = index
         self._tokenizer, self._splitter = tokenizer, splitter
         self._logprobs, self._routing = logprobs, routing
-        self._calls = 0
+        self._calls = self._given = 0
         self._chat = splitter is not None
         self.scored: list[tuple[float, Likely]] | None = None
         """Log-probabilities of the prompt's tokens but the first, once the first token is drawn."""
@@ -72,6 +72,7 @@ class Choice:
         """A token."""
         if self.scored is None:
             self.scored = event.sequence.prompt_logprobs
+        self._given += len(event.text)
         delta = self._said(event.text)
         ends = event.finish_reason == "stop" and event.sequence.stopped_by is None
         if self._logprobs and not (ends and self._chat):  # the token that ends an answer is no part of its content
@@ -83,7 +84,8 @@ class Choice:
 
     def finish(self, written: Written) -> Delta:
         """It has ended."""
-        delta = Delta(self.index)
+        held = "" if written.text is None else written.text.text[self._given :]  # no token came that set it free
+        delta = self._said(held)
         for part in self._splitter.finish() if self._splitter is not None else ():
             self._add(delta, part)
         reason = REASONS[written.finish_reason or "stop"]

@@ -19,6 +19,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 
+from finemoe.core.errors import FinemoeError
 from finemoe.core.logs import logger
 from finemoe.server import asking
 from finemoe.server.answers import chat_choice, chat_chunk
@@ -61,6 +62,9 @@ _SAID: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 
+_BREAKS = "\x85\u2028\u2029"
+"""Many a client that reads line by line ends a line at these, too."""
+
 
 class Server:
     """What the paths share."""
@@ -88,11 +92,14 @@ class Server:
         self.check()
         self.models.check(request.model)
         request.check()
-        served = await self.models.get(request.model)
         guess = request.finemoe.guess
+        served = await self.models.get(request.model)
         if guess == "module" and not served.opened.model.mtp:
             raise ApiError(400, f"{request.model} has no prediction module to guess with", param="finemoe.guess")
         asked = await asyncio.to_thread(read, served)
+        if not self.models.holds(served):  # it was closed meanwhile, to make room for another
+            served = await self.models.get(request.model)
+            asked = await asyncio.to_thread(read, served)
         try:
             writing = begin(request, served, asked, self.metrics)
         except FullError:
@@ -184,19 +191,22 @@ def _add_errors(app: FastAPI) -> None:
 
     async def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        said = ApiError(error.status_code, f"{request.method} is not for this path: {error.detail}")
-        answer = JSONResponse(said.body(), error.status_code, error.headers)
-        return answer
+        said = f"{request.method} is not for this path: {error.detail}"
+        if error.status_code == 400:  # FastAPI could not read it
+            said = "the request is no JSON that can be read: send UTF-8, nested less deeply, without endless numbers"
+        return JSONResponse(ApiError(error.status_code, said).body(), error.status_code, error.headers)
 
     async def broken(request: Request, error: Exception) -> Response:
         logger.error("a request failed", exc_info=error)
         return await refused(request, refusal(error))
 
-    async def stopped(request: Request, error: Exception) -> Response:
-        return await refused(request, refusal(error))  # its model was closed while it was being read
+    async def known(request: Request, error: Exception) -> Response:
+        return await refused(request, refusal(error))  # it was closed, or is not to be read
 
     app.add_exception_handler(ApiError, refused)
-    app.add_exception_handler(StoppedError, stopped)
+    app.add_exception_handler(StoppedError, known)
+    app.add_exception_handler(FinemoeError, known)
+    app.add_exception_handler(RecursionError, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, unknown)
     app.add_exception_handler(Exception, broken)
@@ -207,8 +217,10 @@ def explain(error: RequestValidationError) -> ApiError:
     details = error.errors()
     said, param = [], None
     for detail in details[:3]:
-        where = ".".join(str(part) for part in detail["loc"] if part != "body")
-        if detail["type"] == "extra_forbidden":
+        unknown = detail["type"] == "extra_forbidden"  # the client's own name, whatever it looks like
+        parts = [str(part) for part in detail["loc"] if part != "body"]
+        where = ".".join(part for part in parts if unknown or "[" not in part)  # pydantic's names of kinds
+        if unknown:
             said.append(f"{where} is not supported by this server: leave it out")
         elif detail["type"] == "json_invalid":
             return ApiError(400, f"the request is no JSON: {detail['ctx']['error']}")
@@ -282,6 +294,9 @@ def _stream(
             yield {"data": "[DONE]"}
         except ApiError as error:
             yield {"data": _json(error.body())}
+        except Exception as error:
+            logger.error("a stream failed", exc_info=error)
+            yield {"data": _json(refusal(error).body())}
 
     return EventSourceResponse(
         events(), sep="\n", send_timeout=server.slow_seconds, ping=15, shutdown_grace_period=server.drain_seconds
@@ -289,7 +304,10 @@ def _stream(
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for sign in _BREAKS if not text.isascii() else ():
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
 
 
 def _add_models(app: FastAPI) -> None:
@@ -333,12 +351,18 @@ def _add_models(app: FastAPI) -> None:
 
 def _add_tokens(app: FastAPI) -> None:
     @app.post("/v1/embeddings", response_model=EmbeddingAnswer, tags=["tokens"])
-    async def embeddings(body: EmbeddingRequest) -> Any:
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Any:
         """A vector for each text: the mean of the last hidden states, or the last of them (`pooling`)."""
         server: Server = app.state.server
         server.check()
         served = await server.models.get(body.model)
-        vectors, tokens = await embed(body, served)
+        try:
+            found = await unless_gone(request.receive, embed(body, served))
+        except FullError:
+            raise busy(served.worker.open) from None
+        if found is None:
+            return Response(status_code=499)  # nobody reads it
+        vectors, tokens = found
         packed: list[Any] = [vector.tolist() for vector in vectors]
         if body.encoding_format == "base64":
             packed = [base64.b64encode(vector.numpy().tobytes()).decode() for vector in vectors]
@@ -363,4 +387,4 @@ def _add_tokens(app: FastAPI) -> None:
         outside = next((one for one in body.ids if one not in opened.tokenizer.token_bytes), None)
         if outside is not None:
             raise ApiError(400, f"token id {outside} is outside the vocabulary of {size:,}", param="ids")
-        return {"text": opened.tokenizer.decode(body.ids)}
+        return {"text": await asyncio.to_thread(opened.tokenizer.decode, body.ids)}

@@ -30,6 +30,7 @@ from finemoe.server.schema import (
     Said,
     Sampling,
     SchemaFormat,
+    unicode,
 )
 
 MIXED = "ids of tokens and texts are mixed: give one list of ids, or a list of lists"
@@ -67,17 +68,18 @@ def chat(request: ChatRequest, opened: LanguageModel, dialect: Dialect, limits: 
         raise ApiError(400, f"{request.model}: its chat template knows no tools that can be read", param="tools")
     given = [tool.model_dump(exclude_none=True) for tool in tools or ()]
     messages = [_message(message) for message in request.messages]
-    check_length(f"{messages}{given}", opened, "messages")
+    check_length(_spelled([messages, given]), opened, "messages")
     try:
         text, ids = opened.encode_chat(
             messages, special=request.finemoe.special, tools=given or None, **request.chat_template_kwargs
         )
-    except DataError as error:
-        raise ApiError(400, str(error), param="messages") from error
+    except DataError as error:  # which names the template's file: nothing that a client may know
+        said = str(error).replace(opened.template.origin, "chat template")
+        raise ApiError(400, said, param="messages") from error
     most = request.max_completion_tokens or request.max_tokens
     grammar = _grammar(request, request.response_format)
     logprobs = (request.top_logprobs or 0) if request.logprobs else 0
-    room = _room(len(ids), most, opened, limits, limits.max_new_tokens)
+    room = _room(len(ids), most, opened, limits, "messages")
     sampling = _sampling(request, room, logprobs)
     like = Request((), sampling, grammar=grammar, continues=False)
     thinking = dialect.reasoning and text.rstrip().endswith(THINK)
@@ -95,9 +97,21 @@ def _message(message: Said | Answered | Returned) -> dict[str, Any]:
     for call in found.get("tool_calls", ()):
         try:
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the arguments of an earlier call are no JSON: {error}", param="messages") from error
     return found
+
+
+def _spelled(value: Any) -> str:
+    """As JSON, where all of it can be written.
+
+    Raises:
+        ApiError: half a character, which escapes within arguments and schemas can spell out.
+    """
+    try:
+        return unicode(json.dumps(value, ensure_ascii=False))
+    except ValueError as error:
+        raise ApiError(400, f"messages or tools: {error}", param="messages") from error
 
 
 def completion(request: CompletionRequest, opened: LanguageModel, limits: Limits) -> Asked:
@@ -106,7 +120,7 @@ def completion(request: CompletionRequest, opened: LanguageModel, limits: Limits
     Raises:
         ApiError: what the model cannot do.
     """
-    most = request.max_tokens or DEFAULT_TOKENS
+    most = request.max_tokens or min(DEFAULT_TOKENS, limits.max_new_tokens)
     special = request.finemoe.special
     if request.suffix is not None:
         prefix = str(request.prompt)
@@ -123,11 +137,12 @@ def completion(request: CompletionRequest, opened: LanguageModel, limits: Limits
     else:
         given: list[str | list[int]]
         whole: Any = request.prompt
-        given = [whole] if isinstance(whole, str) or (whole and isinstance(whole[0], int)) else whole
+        given = [whole] if isinstance(whole, str) or not whole or isinstance(whole[0], int) else whole
         if any(isinstance(one, int) for one in given):
             raise ApiError(400, MIXED, param="prompt")
+        _check_choices(request, len(given), limits)  # before any is read
         prompts = [_prompt(one, opened, special) for one in given]
-    room = min(_room(max(1, len(ids)), most, opened, limits, most) for _, ids in prompts)
+    room = min(_room(len(ids), most, opened, limits, "prompt") for _, ids in prompts)
     scored = request.logprobs if request.echo else None
     sampling = _sampling(request, room, request.logprobs or 0, prompt_logprobs=scored)
     like = Request((), sampling, grammar=_grammar(request, None), continues=True)
@@ -162,18 +177,18 @@ def check_length(text: str, opened: LanguageModel, param: str) -> None:
         )
 
 
-def _room(prompt: int, most: int | None, opened: LanguageModel, limits: Limits, default: int) -> int:
+def _room(prompt: int, most: int | None, opened: LanguageModel, limits: Limits, param: str) -> int:
     """Tokens that may be added."""
     reach = min(reach_of(opened), limits.max_prompt_tokens or reach_of(opened))
     if prompt >= reach:
         raise ApiError(
             400,
             f"the prompt has {prompt:,} tokens, and the model reads {reach:,} with what it adds: shorten it",
-            param="messages",
+            param=param,
             code="context_length_exceeded",
         )
     if most is None:
-        return min(default, reach - prompt)
+        return min(limits.max_new_tokens, reach - prompt)
     if most > limits.max_new_tokens:
         raise ApiError(
             400, f"max_tokens {most:,} is above the {limits.max_new_tokens:,} of this server", param="max_tokens"
@@ -216,13 +231,7 @@ def _requests(
     request: Sampling, like: Request, prompts: Sequence[tuple[int, ...]], opened: LanguageModel, limits: Limits
 ) -> list[Request]:
     """A request of the engine for each choice."""
-    n = request.n or 1
-    if n * len(prompts) > limits.max_choices:
-        raise ApiError(
-            400,
-            f"{n * len(prompts)} completions at once are more than the {limits.max_choices} of a request",
-            param="n",
-        )
+    n = _check_choices(request, len(prompts), limits)
     constraint = constraint_of(request.finemoe.experts, opened)
     routing, deadline = request.finemoe.routing, time.monotonic() + limits.max_seconds
     found = []
@@ -235,6 +244,15 @@ def _requests(
                 )
             )  # fmt: skip
     return found
+
+
+def _check_choices(request: Sampling, prompts: int, limits: Limits) -> int:
+    """Completions of each prompt."""
+    n = request.n or 1
+    if n * prompts > limits.max_choices:
+        said = f"{n * prompts} completions at once are more than the {limits.max_choices} of a request"
+        raise ApiError(400, said, param="n")
+    return n
 
 
 def _grammar(request: Sampling, form: ResponseFormat | None) -> Grammar | None:

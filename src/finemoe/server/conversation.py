@@ -12,6 +12,7 @@ from finemoe.generation.config import SamplingConfig
 from finemoe.generation.engine import Engine, Event, Request, engine_for
 from finemoe.generation.scoring import reach_of
 from finemoe.server.constraints import Wish, constrain
+from finemoe.server.dialects import THINK
 
 _LEAST_ROOM = 8  # tokens of an answer
 
@@ -42,6 +43,8 @@ class Conversation:
         self.events: list[Event] = []
         """Of the last answer, with the experts that each token came out of."""
         self.answers = opened.template is not None
+        self.thinking = False
+        """Whether the last answer began within a thought, which its prompt had opened."""
         self._engine: Engine = engine_for(opened)
         self._tries = 0
         if system is not None:
@@ -72,9 +75,10 @@ class Conversation:
             ConfigError: experts that cannot be had, or no room for an answer.
             DataError: a template that fails.
         """
-        self.messages.append({"role": "user", "content": text})
+        known = self.messages
+        self.messages = [*known, {"role": "user", "content": text}]
         self._tries = 0
-        yield from self._answer()
+        yield from self._answer(known)
 
     def retry(self) -> Iterator[Event]:
         """The last answer again, drawn anew; greedy ones come out the same.
@@ -82,23 +86,24 @@ class Conversation:
         Raises:
             ConfigError: there is none, and as in `ask`.
         """
-        if self.messages and self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
-        if not self.messages or self.messages[-1]["role"] != "user":
+        known = self.messages
+        asked = known[:-1] if known and known[-1]["role"] == "assistant" else known
+        if not asked or asked[-1]["role"] != "user":
             raise ConfigError("there is no answer yet: say something first")
+        self.messages = list(asked)
         self._tries += 1
-        yield from self._answer()
+        yield from self._answer(known)
 
-    def _answer(self) -> Iterator[Event]:
+    def _answer(self, known: list[dict[str, str]]) -> Iterator[Event]:
+        """`known`: the conversation, should there be no answer."""
         said: list[str] = []
-        self.events = []
         asked = len(self.messages)
         try:
-            request = self._request()
-        except (ConfigError, DataError):
-            self.messages.pop()  # what was said can be said again
+            number = self._engine.submit(self._request())
+        except BaseException:  # an interrupt, too: what was said can be said again, and nothing is lost
+            self.messages = known
             raise
-        number = self._engine.submit(request)
+        self.events = []
         try:
             for event in self._engine.events():
                 self.events.append(event)
@@ -110,9 +115,10 @@ class Conversation:
 
     def _request(self) -> Request:
         if self.answers:
-            _, ids = self.opened.encode_chat(self.messages)
+            text, ids = self.opened.encode_chat(self.messages)
+            self.thinking = text.rstrip().endswith(THINK)
         else:
-            ids = self.opened.encode("".join(message["content"] for message in self.messages))
+            ids = self.opened.encode(_readable("".join(message["content"] for message in self.messages)))
         room = reach_of(self.opened) - len(ids)
         if room < _LEAST_ROOM:
             reach = reach_of(self.opened)
@@ -143,6 +149,14 @@ class Conversation:
             "sampling": self.sampling.model_dump(mode="json"),
             "experts": {**wish, **tables},
         }
+
+
+def _readable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the text is not valid Unicode: {error.reason}") from error
+    return text
 
 
 def chat(

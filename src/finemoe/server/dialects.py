@@ -166,7 +166,7 @@ def _calls(text: str) -> list[Part]:
         return _call(name.strip(), fenced[1] if fenced else body)
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # a model may write brackets without end
         return []
     calls = found if isinstance(found, list) else [found]
     parts: list[Part] = []
@@ -181,6 +181,6 @@ def _calls(text: str) -> list[Part]:
 def _call(name: str, arguments: str) -> list[Part]:
     try:
         whole = isinstance(json.loads(arguments), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         whole = False
     return [Part("call", arguments.strip(), name)] if whole and name else []

@@ -63,7 +63,7 @@ class Options:
 
     dtype: Dtype = "fp32"
     cache_bytes: int | None = None
-    """[bytes] Of a model's cache; None: a quarter of what is free."""
+    """[bytes] Of a model's cache; None: a quarter of what is free, or of `memory`."""
     memory: int | None = None
     """[bytes] For weights and caches of all models; None: none of them ever goes."""
     limits: Limits = field(default_factory=Limits)
@@ -117,7 +117,29 @@ def _cache_bytes(opened: LanguageModel, options: Options) -> int:
     most = options.limits.max_running * -(-(reach_of(opened) + BLOCK_SIZE) // BLOCK_SIZE)
     if options.cache_bytes is not None:
         return options.cache_bytes
-    return block * min(blocks_for(opened.model, BLOCK_SIZE, None, None), most)
+    blocks = min(blocks_for(opened.model, BLOCK_SIZE, None, None), most)
+    if options.memory is not None:
+        blocks = max(1, min(blocks, options.memory // 4 // block))
+    return block * blocks
+
+
+def prepare_all(sources: Mapping[str, Path], options: Options) -> dict[str, Ready]:
+    """Open all models.
+
+    Raises:
+        ConfigError: together they need more than the memory that is allowed.
+        FinemoeError: as `prepare`.
+    """
+    found: dict[str, Ready] = {}
+    for name, path in sources.items():
+        found[name] = prepare(name, path, options)
+        needed = sum(one.bytes for one in found.values())
+        if options.memory is not None and needed > options.memory:
+            raise ConfigError(
+                f"{', '.join(found)}: weights and caches take {needed:,} bytes, and --memory allows "
+                f"{options.memory:,}: give more, a smaller --cache-size, or --on-demand for one at a time"
+            )
+    return found
 
 
 class Models:
@@ -140,6 +162,7 @@ class Models:
         self._configs = {name: read_model_config(path) for name, path in self._sources.items()}
         self._cards = {name: cards_of(path) for name, path in self._sources.items()}
         self._open: dict[str, Served] = {}
+        self._sizes: dict[str, int] = {}
         self._lock = asyncio.Lock()
         self.created = int(time.time())
 
@@ -183,12 +206,24 @@ class Models:
             ApiError: there is none, or it cannot be opened.
         """
         self.check(name)
-        served = self._open.get(name)
+        served = self._held(name)
         if served is None:
             async with self._lock:
-                served = self._open.get(name) or await self._load(name)
+                served = self._held(name) or await self._load(name)
         served.last_used = time.monotonic()
         return served
+
+    def _held(self, name: str) -> Served | None:
+        """It, where it is in memory and answers."""
+        served = self._open.get(name)
+        if served is not None and served.worker.broken:
+            del self._open[name]
+            return None
+        return served
+
+    def holds(self, served: Served) -> bool:
+        """Whether it was not closed since."""
+        return self._open.get(served.name) is served
 
     async def close(self) -> None:
         """End everything."""
@@ -197,15 +232,16 @@ class Models:
         self._open.clear()
 
     async def _load(self, name: str) -> Served:
-        await self._make_room(name)
-        try:
-            if name in self._ready:
-                ready = self._ready.pop(name)
-            else:
+        ready = self._ready.pop(name, None)
+        if ready is None:
+            await self._make_room(name, self._sizes.get(name) or self._estimate(name))
+            try:
                 ready = await asyncio.to_thread(apart, lambda: prepare(name, self._sources[name], self._options))
-        except (FinemoeError, OSError, MemoryError) as error:
-            logger.error("%s cannot be opened: %s", name, error)
-            raise ApiError(503, f"the model {name} cannot be opened now; the server's log says why") from error
+            except (FinemoeError, OSError, MemoryError) as error:
+                logger.error("%s cannot be opened: %s", name, error)
+                raise ApiError(503, f"the model {name} cannot be opened now; the server's log says why") from error
+        self._sizes[name] = ready.bytes  # with its cache, which nobody knew before
+        await self._make_room(name, ready.bytes)
         limits = self._options.limits
         worker = Worker(
             ready.engine,
@@ -217,17 +253,22 @@ class Models:
         self._open[name] = served
         return served
 
-    async def _make_room(self, name: str) -> None:
+    def _estimate(self, name: str) -> int:
+        weights = measure(self._configs[name], 1)
+        numbers = weights.total_parameters + weights.mtp_parameters
+        return numbers * _BYTES[self._options.dtype] + (self._options.cache_bytes or 0)
+
+    async def _make_room(self, name: str, needed: int) -> None:
         """Close what was not used for longest, and is idle, until the new one has room.
 
         Raises:
-            ApiError: those that are busy leave none.
+            ApiError: those that are busy leave none, or there is none at all.
         """
         if self._options.memory is None:
             return
-        weights = measure(self._configs[name], 1)
-        numbers = weights.total_parameters + weights.mtp_parameters
-        needed = numbers * _BYTES[self._options.dtype] + (self._options.cache_bytes or 0)
+        if self._sizes.get(name, 0) > self._options.memory:
+            logger.error("%s takes %d bytes, and --memory allows %d", name, needed, self._options.memory)
+            raise ApiError(503, f"the model {name} is larger than the memory that this server may use: give it more")
         while sum(one.bytes for one in self._open.values()) + needed > self._options.memory and self._open:
             idle = [one for one in self._open.values() if not one.worker.open]
             if not idle:

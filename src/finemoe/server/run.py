@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from finemoe.core.errors import ConfigError
 from finemoe.server.app import create_app
-from finemoe.server.models import Models, Options, check_sources, named, prepare
+from finemoe.server.models import Models, Options, check_sources, named, prepare_all
 from finemoe.server.worker import apart
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def serve(
     check_sources(sources)
     listening = _listen(host, port)
     try:
-        opened = apart(lambda: {name: prepare(name, path, options) for name, path in sources.items()}) if load else {}
+        opened = apart(lambda: prepare_all(sources, options)) if load else {}
     except BaseException:
         listening.close()
         raise

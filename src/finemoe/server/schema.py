@@ -5,13 +5,18 @@ from __future__ import annotations
 from abc import ABC
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import StrictStr as AnyStr
 
 from finemoe.server.errors import ApiError
 
 MOST_LIKELY = 20
 """Alternatives beside a token, at most: OpenAI's bound."""
 _NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+_TAKEN = frozenset(
+    {"add_generation_prompt", "conversations", "messages", "self", "special", "template", "tokenizer", "tools"}
+)
+"""What a chat template is given already, or what would be taken for it."""
 
 
 def _whole(value: Any) -> Any:
@@ -19,16 +24,30 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def unicode(text: str) -> str:
+    """`text`, unless it has half a character, as JSON can spell out ("\\ud800") and nobody can read or write.
+
+    Raises:
+        ValueError: it has.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it is not valid Unicode: {error.reason} at place {error.start}") from error
+    return text
+
+
+StrictStr = Annotated[AnyStr, AfterValidator(unicode)]
 Whole = BeforeValidator(_whole)
 Integer = Annotated[StrictInt, Whole]
 _CLOSED = Field(json_schema_extra={"additionalProperties": False})  # names that fit no pattern are refused
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=1, le=1 << 20), Whole]
 Variable = Annotated[str, Field(pattern=_NAME)]
-Stop = Annotated[StrictStr, Field(min_length=1)]
-Token = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Stop = Annotated[AnyStr, Field(min_length=1), AfterValidator(unicode)]
+Token = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]  # a number has one name, lest one entry hide another
 Bias = Annotated[Number, Field(ge=-100, le=100)]
-Layer = Annotated[str, Field(pattern=r"^[0-9]{1,4}$")]
+Layer = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,3})$")]
 Expert = Annotated[StrictInt, Field(ge=0, le=1 << 16), Whole]
 Table = Annotated[dict[Layer, list[Expert]], _CLOSED]
 
@@ -81,7 +100,7 @@ class FinemoeFields(Schema):
     regex: StrictStr | None = Field(
         default=None, description="All of the text matches this expression (Rust's syntax)."
     )
-    choice: list[Annotated[StrictStr, Field(min_length=1)]] | None = Field(
+    choice: list[Stop] | None = Field(
         default=None, description="The text is one of these.", min_length=1, max_length=1000
     )
     special: StrictBool = Field(
@@ -156,7 +175,7 @@ class CompletionRequest(Sampling):
 class FunctionSchema(Schema):
     """A function that the model may call."""
 
-    name: Annotated[StrictStr, Field(pattern=_NAME)]
+    name: Annotated[AnyStr, Field(pattern=_NAME)]
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
     strict: Literal[False] | None = Field(default=None, description="Calls cannot be held to their schema.")
@@ -172,7 +191,7 @@ class ToolSchema(Schema):
 class FormatSchema(Schema):
     """A JSON schema by name."""
 
-    name: Annotated[StrictStr, Field(pattern=_NAME)]
+    name: Annotated[AnyStr, Field(pattern=_NAME)]
     description: StrictStr | None = None
     schema_: dict[str, Any] = Field(alias="schema", description="What the answer must be.")
     strict: StrictBool | None = Field(default=None, description="The answer always keeps to the schema.")
@@ -283,6 +302,10 @@ class ChatRequest(Sampling):
             raise ApiError(400, "top_logprobs goes with logprobs: true", param="top_logprobs")
         if self.tool_choice is not None and not self.tools:
             raise ApiError(400, "tool_choice goes with tools", param="tool_choice")
+        taken = sorted(_TAKEN & self.chat_template_kwargs.keys())
+        if taken:
+            said = f"{taken[0]} cannot be set here, for the server sets it itself: leave it out"
+            raise ApiError(400, said, param="chat_template_kwargs")
 
 
 class EmbeddingRequest(Schema):

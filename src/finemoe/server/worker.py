@@ -110,7 +110,9 @@ class Worker:
         self._jobs: set[Job] = set()
         self._by_sequence: dict[int, Job] = {}
         self.open = 0
-        """Completions that run or wait."""
+        """Completions that run or wait, and calls."""
+        self.broken = False
+        """Whether the thread has ended, as it could make no other engine after a defect."""
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -138,9 +140,12 @@ class Worker:
         """`function`, in the thread, between two passes.
 
         Raises:
+            FullError: too many wait.
             StoppedError: the model was closed.
         """
         self._check_running()
+        if self.open >= self._most_open:
+            raise FullError
         future: Future[Any] = Future()
 
         def run() -> None:
@@ -150,8 +155,12 @@ class Worker:
                 except Exception as error:
                     future.set_exception(error)
 
-        self._send(run)
-        return await asyncio.wrap_future(future)
+        self.open += 1
+        try:
+            self._send(run)
+            return await asyncio.wrap_future(future)
+        finally:
+            self.open -= 1
 
     async def close(self) -> None:
         """End all that is open, and the thread."""
@@ -206,9 +215,7 @@ class Worker:
             events = self.engine.step()
         except Exception as error:
             logger.exception("a pass failed; the requests that ran are ended, and the engine begins anew")
-            for job in list(self._jobs):
-                self._fail(job, error)
-            self.engine = self._make_engine()
+            self._begin_anew(error)
             return
         self._observe(time.perf_counter() - started)
         news: list[tuple[Job, Item]] = []
@@ -224,16 +231,25 @@ class Worker:
         if news:
             self._deliver(news)
 
+    def _begin_anew(self, error: Exception) -> None:
+        """After a defect. Nothing more is asked of the engine, which may be in any state."""
+        jobs = list(self._jobs)
+        self._jobs.clear()
+        self._by_sequence.clear()
+        for job in jobs:
+            job.sequences.clear()
+            self._deliver([(job, Failed(error))])
+        try:
+            self.engine = self._make_engine()
+        except Exception:
+            logger.exception("no engine can be made; the model is closed, and opened again when it is asked for")
+            self._closing = self.broken = True
+
     def _drop(self, job: Job) -> None:
-        for number in list(job.sequences):
-            self._by_sequence.pop(number, None)
-            self.engine.cancel(number)
-        job.sequences.clear()
-        self._jobs.discard(job)
-        self._deliver([(job, Failed(StoppedError("the server stops, or the request was cancelled")))])
+        self._fail(job, StoppedError("the server stops, or the request was cancelled"))
 
     def _fail(self, job: Job, error: Exception) -> None:
-        if not isinstance(error, FinemoeError):
+        if not isinstance(error, (FinemoeError, StoppedError)):
             logger.error("a request failed: %s", type(error).__name__)
         for number in list(job.sequences):
             self._by_sequence.pop(number, None)

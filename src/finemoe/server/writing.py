@@ -12,7 +12,7 @@ from finemoe.core.errors import FinemoeError
 from finemoe.generation.sequence import Sequence as Written
 from finemoe.server.answers import Choice, Delta, TextLogprobs, rest_of
 from finemoe.server.asking import Asked
-from finemoe.server.dialects import Splitter
+from finemoe.server.dialects import Dialect, Splitter
 from finemoe.server.errors import ApiError
 from finemoe.server.metrics import Metrics
 from finemoe.server.models import Served
@@ -107,6 +107,8 @@ def refusal(error: Exception) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, StoppedError):
         return ApiError(503, "the server stops, or the model was just closed to make room: ask again in a moment")
+    if isinstance(error, RecursionError):
+        return ApiError(400, "the request is nested too deeply: send a flatter one")
     return ApiError(500, "something broke in the server, not in your request; its log says what")
 
 
@@ -120,11 +122,14 @@ def begin(request: ChatRequest | CompletionRequest, served: Served, asked: Asked
     tokenizer = served.opened.tokenizer
     chat = isinstance(request, ChatRequest)
     tools = isinstance(request, ChatRequest) and bool(request.tools) and request.tool_choice != "none"
+    form = request.response_format if isinstance(request, ChatRequest) else None
+    # Where a form is asked for, all of the text is the answer, in whatever state the prompt has ended.
+    dialect = served.dialect if form is None or form.type == "text" else Dialect()
     choices = [
         Choice(
             index,
             tokenizer,
-            splitter=Splitter(served.dialect, tools=tools, thinking=asked.thinking) if chat else None,
+            splitter=Splitter(dialect, tools=tools, thinking=asked.thinking) if chat else None,
             logprobs=bool(request.logprobs) if chat else request.logprobs is not None,
             routing=request.finemoe.routing,
         )
@@ -160,11 +165,12 @@ class TextShape:
         logprobs = self._logprobs[delta.index].shape(entries, ids) if self._request.logprobs is not None else None
         return {"index": delta.index, "text": delta.content, **rest_of(delta, logprobs)}
 
-    def _scored(self, index: int) -> list[dict[str, Any]]:
+    def _scored(self, index: int) -> list[dict[str, Any] | None]:
         """The prompt's tokens but the first; the engine has read all of it before it draws the first token."""
         choice, prompt = self._writing.choices[index], self._prompts[index][1]
-        found = choice.scored or []
-        return [choice.logprob(token, *one) for token, one in zip(prompt[1:], found, strict=True)]
+        if choice.scored is None:  # its time was up before the prompt was read
+            return [None] * (len(prompt) - 1)
+        return [choice.logprob(token, *one) for token, one in zip(prompt[1:], choice.scored, strict=True)]
 
 
 async def until_gone(receive: Any) -> None:

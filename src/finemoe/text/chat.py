@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -40,14 +41,10 @@ class Renderer:
     def render(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
         """What `rendering.py` answers; None where nothing comes in time."""
         with self._lock:
-            process = self._running()
-            answer = None
-            try:
-                answer = ask(process, request, seconds)
-            finally:  # an interrupt, too, leaves an answer behind that belongs to this request
-                if answer is None:
-                    self._process = None
-                    end(process)
+            until = time.monotonic() + seconds
+            answer = self._ask(request, seconds)
+            if answer is None and time.monotonic() < until:  # it had died, which says nothing of this template
+                answer = self._ask(request, seconds)
             return answer
 
     def close(self) -> None:
@@ -56,6 +53,16 @@ class Renderer:
             process, self._process = self._process, None
             if process is not None:
                 end(process)
+
+    def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+        process, answer = self._running(), None
+        try:
+            answer = ask(process, request, seconds)
+        finally:  # an interrupt, too, leaves an answer behind that belongs to this request
+            if answer is None:
+                self._process = None
+                end(process)
+        return answer
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is not None:
