@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from finemoe.checkpoint.language_model import open_language_model
+from finemoe.cli.chat import _loop
+from finemoe.server.conversation import Conversation
 from server.talkers import CHAT, write_run
 
 FEW = ("-n", "6", "--temperature", "0")
@@ -34,8 +37,8 @@ def test_commands(process: Any, talker: Path, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     lines = [
         "/experts", "Hello", "/experts", "/disable L1 E3", "/force L2 5", "/active 1", "/shared off", "/retry", "/free",
-        "/set temperature 0.5", "/system Be brief.", f"/save {file}", f"/save {file}", "/new", "/help",
-        "/disable L9 E1", "/disable L1", "/set top_q 3", "/experiment", "/quit", "never read",
+        "/set temperature 0.5", "/system Be brief.", "/system", f"/save {file}", "/save", f"/save {file}", "/new",
+        "/help", "/disable L9 E1", "/disable L1", "/system off", "/set top_q 3", "/experiment", "/quit", "never read",
     ]  # fmt: skip
     result = process("chat", talker, *FEW, input="\n".join(lines) + "\n")
     assert result.returncode == 0
@@ -51,6 +54,11 @@ def test_commands(process: Any, talker: Path, tmp_path: Path) -> None:
         "name an expert behind the layer",
         "top_q",
         "unknown command /experiment",
+        "tokens, the most that were asked for: /set max_new_tokens",
+        "system: Be brief.",
+        "no system message",
+        "differs from token",
+        "name a file: /save talk.json",
     ):
         assert words in said, words
     assert "L1  E" in result.stdout
@@ -89,7 +97,8 @@ def test_a_thought_that_the_prompt_opens_is_shown_apart(capsys: pytest.CaptureFi
 
     from finemoe.cli.chat import _write
 
-    talk: Any = SimpleNamespace(opened=SimpleNamespace(template=SimpleNamespace(sources={"default": CHAT})))
+    opened = SimpleNamespace(template=SimpleNamespace(sources={"default": CHAT}))
+    talk: Any = SimpleNamespace(opened=opened, events=[])
 
     def events() -> Any:
         talk.thinking = True  # known once the prompt is rendered
@@ -118,3 +127,27 @@ def test_an_entry_of_a_table_can_be_set(process: Any, talker: Path) -> None:
     result = process("chat", talker, *FEW, input="/set logit_bias.10 5\n/set stop_at_end_of_text true\nHello\n")
     assert result.returncode == 0, result.stderr
     assert "logit_bias = " in result.stderr
+
+
+def test_a_second_interrupt_of_an_empty_line_ends_and_the_first_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], talker: Path
+) -> None:
+    keys = iter([KeyboardInterrupt, "/set seed 4", KeyboardInterrupt, KeyboardInterrupt, "never read"])
+
+    def read(prompt: str) -> str:
+        key = next(keys)
+        if isinstance(key, str):
+            return key
+        raise key
+
+    monkeypatch.setattr("builtins.input", read)
+    _loop(Conversation(open_language_model(talker)))
+    assert capsys.readouterr().err.count("Ctrl-D ends") == 2
+    assert next(keys) == "never read"
+
+
+def test_a_dense_model_has_no_experts_to_show(process: Any, tmp_path: Path) -> None:
+    dense = {"kind": "dense", "ffn_hidden_size": 24}
+    run = write_run(tmp_path / "dense", chat=False, feed_forward=dense, leading=None, mtp_depth=0)
+    result = process("chat", run, *FEW, input="Hello\n/experts\n")
+    assert "this is a dense model" in result.stderr

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from finemoe.analysis.written import Cards
 from finemoe.checkpoint.open import read_model_config
 from finemoe.core.errors import ConfigError, FinemoeError
 from finemoe.model.size import measure
@@ -145,11 +146,41 @@ def test_cards_of_an_analysis_are_shown(start: Callable[..., Live], tmp_path: Pa
         "domains": [{"domain": "code", "lift": 2.0}, {"domain": "prose", "lift": 0.5}],
     }  # fmt: skip
     (run / "experts").mkdir()
-    (run / "experts" / "results.json").write_text(json.dumps({"kind": "experts", "cards": [card]}))
+    experts = read_model_config(run).blocks[1].feed_forward.num_routed_experts
+    layers = [{"layer": layer, "experts": experts} for layer in read_model_config(run).moe_layers]
+    report = {"kind": "experts", "model": {"source": "elsewhere/run"}, "layers": layers, "cards": [card]}
     live = start({"run": run}, Options(cache_bytes=CACHE))
+    assert not live.client.get("/v1/models/run").json()["finemoe"]["cards"]
+    refused = live.client.get("/v1/models/run/experts").json()["error"]["message"]
+    assert "finemoe analyze experts run --out run/experts" in refused
+    (run / "experts" / "results.json").write_text(json.dumps(report))  # while it is served
     assert live.client.get("/v1/models/run").json()["finemoe"]["cards"]
     found = live.client.get("/v1/models/run/experts").json()["experts"]["1"]["3"]
     assert found == {"title": "def ␣x", "domain": "code", "tokens": ["def", "␣x"], "share": 0.2}
+
+
+def test_an_analysis_of_another_model_is_not_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", chat=False)
+    config = read_model_config(run)
+    experts = config.blocks[1].feed_forward.num_routed_experts
+    layers = [{"layer": layer, "experts": experts} for layer in config.moe_layers]
+    files = [tmp_path / "one.gguf", tmp_path / "other.gguf"]
+    (tmp_path / "one-experts").mkdir()
+    report = {"model": {"source": "one.gguf"}, "layers": layers, "cards": []}
+    (tmp_path / "one-experts" / "results.json").write_text(json.dumps(report))
+    assert [Cards(file, config).newest() is not None for file in files] == [True, False]
+    assert Cards(files[0], config.model_copy(update={"blocks": config.blocks[:2]})).newest() is None
+    (run / "experts").mkdir()
+    for broken in ("{", "[]", json.dumps({**report, "layers": 3}), json.dumps({**report, "cards": None})):
+        (run / "experts" / "results.json").write_text(broken)
+        assert Cards(run, config).newest() is None
+    (run / "experts" / "results.json").write_text(json.dumps(report))
+    assert Cards(run, config).newest() == report
+
+
+def test_names_are_parts_of_addresses() -> None:
+    with pytest.raises(ConfigError, match="has no slash: org-m=x"):
+        named(["org/m=x"])
 
 
 def test_a_model_that_is_closed_while_a_prompt_is_read_is_told(

@@ -26,13 +26,13 @@ Source = Annotated[
 _SHOWN, _BAR = 5, 6  # experts of a layer, and cells of the longest bar: a line of 80 columns
 _HELP = """\
 /experts            which experts wrote the last answer, layer by layer
-/disable L2 E17     never choose expert 17 of layer 2; /retry shows what changes
+/disable L2 E17     never choose expert 17 of layer 2; /retry says what differs
 /force L2 E17       send every token to it
 /active 4           4 routed experts a token;  /active: the model's own number
 /shared off         leave out the shared experts;  /shared on
 /free               all experts as they were
 /retry              the last answer again
-/system TEXT        the system message
+/system TEXT        the system message;  /system off: none
 /set NAME VALUE     temperature, top_p, top_k, min_p, max_new_tokens, seed ...
 /save FILE          the conversation as JSON
 /new                begin a new one
@@ -74,7 +74,23 @@ def chat(
 def _loop(talk: Conversation) -> None:
     from finemoe.core.errors import FinemoeError
 
-    while (line := _read()) is not None:
+    asked_to_end = False
+    while True:
+        try:
+            line = _read()
+        except KeyboardInterrupt:  # perhaps of an answer that had just ended: nothing is lost by a key pressed too late
+            print()
+            if asked_to_end:
+                return
+            asked_to_end = True
+            _say("Ctrl-D ends, and so does Ctrl-C once more")
+            continue
+        except FinemoeError as error:
+            _say(str(error))
+            continue
+        if line is None:
+            return
+        asked_to_end = False
         try:
             if line.startswith("/"):
                 if not _command(talk, line):
@@ -84,19 +100,16 @@ def _loop(talk: Conversation) -> None:
         except FinemoeError as error:
             _say(str(error))
         except KeyboardInterrupt:
-            print()
+            _say("stopped")
 
 
 def _read() -> str | None:
-    """A line; None at the end, or where Ctrl-C is pressed on an empty one."""
+    """A line; None at the end."""
     from finemoe.core.errors import ConfigError
 
     try:
         return input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
     except EOFError:
-        return None
-    except KeyboardInterrupt:
-        print()
         return None
     except UnicodeDecodeError:
         raise ConfigError("a line is no UTF-8: convert what is piped in, such as with iconv") from None
@@ -141,6 +154,11 @@ def _write(events: Iterator[Event], talk: Conversation) -> None:
         events.close()  # type: ignore[attr-defined]  # a generator, which cancels what is open
         sys.stdout.write("\n")
         sys.stdout.flush()
+    if talk.events and talk.events[-1].finish_reason == "length":
+        most = talk.sampling.max_new_tokens
+        full = "the model reads no more tokens: /new begins a new conversation"
+        why = f"the most that were asked for: /set max_new_tokens {2 * most}" if len(talk.events) >= most else full
+        _say(f"cut after {len(talk.events)} tokens, {why}")
 
 
 def _say(text: str) -> None:
@@ -176,6 +194,8 @@ def _command(talk: Conversation, line: str) -> bool:
 def _experts(talk: Conversation, rest: str) -> None:
     from finemoe.core.errors import ConfigError
 
+    if not talk.opened.model.moe_layers:
+        raise ConfigError("this is a dense model: it has no experts to choose from")
     if not talk.events or not talk.events[0].routes:
         raise ConfigError("no expert has written anything yet")
     print("\n".join(expert_lines(talk.events)))
@@ -270,12 +290,28 @@ def _free(talk: Conversation, rest: str) -> None:
 
 
 def _retry(talk: Conversation, rest: str) -> None:
+    before = talk.events
     _write(talk.retry(), talk)
+    _say(_difference(before, talk))
+
+
+def _difference(before: list[Event], talk: Conversation) -> str:
+    """Where an answer leaves the one before it."""
+    old, new = ([event.token_id for event in events] for events in (before, talk.events))
+    same = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    if same == len(old) == len(new):
+        return f"the same {same} tokens as before"
+    spelt = talk.opened.tokenizer.token_bytes
+    was, now = (
+        repr(spelt.get(ids[same], b"").decode(errors="replace")) if same < len(ids) else "the end" for ids in (old, new)
+    )
+    return f"differs from token {same + 1} on: {now} instead of {was}"
 
 
 def _system(talk: Conversation, rest: str) -> None:
-    talk.system = rest or None
-    _say(f"system: {rest}" if rest else "no system message")
+    if rest:
+        talk.system = None if rest == "off" else rest
+    _say(f"system: {talk.system}" if talk.system else "no system message")
 
 
 def _set(talk: Conversation, rest: str) -> None:
@@ -294,14 +330,14 @@ def _set(talk: Conversation, rest: str) -> None:
 
 def _save(talk: Conversation, rest: str) -> None:
     from finemoe.core.errors import ConfigError
+    from finemoe.core.files import write_text
 
-    path = Path(rest or "conversation.json").expanduser()
+    if not rest:
+        raise ConfigError("name a file: /save talk.json")
+    path = Path(rest).expanduser()
     if path.exists():
         raise ConfigError(f"{path} exists and is left as it is: name another file")
-    try:
-        path.write_text(json.dumps(talk.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
+    write_text(path, json.dumps(talk.to_dict(), indent=1, ensure_ascii=False) + "\n")
     _say(f"saved as {path}")
 
 

@@ -191,7 +191,9 @@ def _add_errors(app: FastAPI) -> None:
 
     async def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        said = f"{request.method} is not for this path: {error.detail}"
+        said = f"{request.method} is not for {request.url.path}: {error.detail}"
+        if error.status_code == 404:
+            said = f"there is no {request.url.path} on this server: /openapi.json lists what there is"
         if error.status_code == 400:  # FastAPI could not read it
             said = "the request is no JSON that can be read: send UTF-8, nested less deeply, without endless numbers"
         return JSONResponse(ApiError(error.status_code, said).body(), error.status_code, error.headers)
@@ -226,6 +228,10 @@ def explain(error: RequestValidationError) -> ApiError:
             return ApiError(400, f"the request is no JSON: {detail['ctx']['error']}")
         elif detail["type"] == "missing" and not where:
             said.append("the request has no body: send JSON")
+        elif detail["type"] == "model_attributes_type" and not where:
+            said.append("the request is no JSON object: send one, with the header Content-Type: application/json")
+        elif detail["type"] == "none_required":
+            said.append(f"{where} is not supported by this server: leave it out")
         else:
             said.append(f"{where or 'the request'}: {detail['msg'].removeprefix('Value error, ')}")
         param = param or where or None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
+from finemoe.analysis.written import Cards, short_cards
 from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model
 from finemoe.checkpoint.open import read_model_config
 from finemoe.core.config import Config, did_you_mean
@@ -28,9 +28,6 @@ from finemoe.server.dialects import Dialect
 from finemoe.server.errors import ApiError
 from finemoe.server.worker import Worker, apart
 
-REPORT = "results.json"
-"""What `finemoe analyze experts MODEL --out MODEL/experts` writes; any folder within the model's will do."""
-_TOKENS = 8  # of a card
 _BYTES = {"fp32": 4, "bf16": 2, "stored": 4}
 
 
@@ -160,7 +157,7 @@ class Models:
         self._ready = dict(ready)
         self._sources, self._options, self._observe = dict(sources), options, observe
         self._configs = {name: read_model_config(path) for name, path in self._sources.items()}
-        self._cards = {name: cards_of(path) for name, path in self._sources.items()}
+        self._cards = {name: Cards(path, self._configs[name]) for name, path in self._sources.items()}
         self._open: dict[str, Served] = {}
         self._sizes: dict[str, int] = {}
         self._lock = asyncio.Lock()
@@ -288,7 +285,7 @@ class Models:
             "active_parameters": size.active_parameters,
             "guesses": ["text", *(["module"] if config.mtp else [])],
             "layers": [_layer(number, config) for number in range(len(config.blocks))],
-            "cards": self._cards[name] is not None,
+            "cards": self._cards[name].newest() is not None,
         }
         if served is not None:
             facts["chat"] = served.opened.template is not None
@@ -304,9 +301,12 @@ class Models:
             ApiError: there is none.
         """
         self.check(name)
-        report = self._cards[name]
+        report = self._cards[name].newest()
         if report is None:
-            raise ApiError(404, f"there is no analysis of {name}: finemoe analyze experts writes one", param="model")
+            source = self._sources[name]
+            folder = source / "experts" if source.is_dir() else source.with_name(f"{source.stem}-experts")
+            command = f"finemoe analyze experts {source.name} --out {folder.relative_to(source.parent)}"
+            raise ApiError(404, f"there is no analysis of {name}: `{command}` writes one", param="model")
         return {"experts": short_cards(report)}
 
 
@@ -328,31 +328,6 @@ def _layer(number: int, config: ModelConfig) -> dict[str, Any]:
         "shared": layer.num_shared_experts,
     }
     return {"layer": number, "kind": "moe", **counts}
-
-
-def cards_of(source: Path) -> dict[str, Any] | None:
-    """The newest analysis of its experts that lies within a model's folder; None where there is none to be read."""
-    folder = source if source.is_dir() else source.parent
-    found = [*folder.glob(f"*/{REPORT}"), *folder.glob(f"*/*/{REPORT}")]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(report, dict) and isinstance(report.get("cards"), list):
-            return report
-    return None
-
-
-def short_cards(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The heart of each card, by layer and expert."""
-    layers: dict[str, dict[str, Any]] = {}
-    for card in report["cards"]:
-        domains = sorted(card["domains"], key=lambda domain: -(domain.get("lift") or 0))
-        tokens = [token["text"] for token in card["tokens"][:_TOKENS]]
-        short = {"domain": domains[0]["domain"] if domains else None, "tokens": tokens, "share": card["share"]}
-        layers.setdefault(str(card["layer"]), {})[str(card["expert"])] = {"title": " ".join(tokens[:3]), **short}
-    return layers
 
 
 def check_sources(sources: Mapping[str, Path]) -> None:
@@ -378,6 +353,10 @@ def named(sources: Iterable[str]) -> dict[str, Path]:
         name, _, path = source.partition("=") if "=" in source and not Path(source).exists() else ("", "", source)
         whole = Path(path)
         name = name or whole.resolve().name.removesuffix(".gguf")
+        if "/" in name:
+            raise ConfigError(
+                f"{source}: a name is a part of an address and has no slash: {name.replace('/', '-')}={path}"
+            )
         if name in found:
             raise ConfigError(f"two models are called {name}: give one of them another name, OTHER={source}")
         found[name] = whole

@@ -84,7 +84,9 @@ def serve(
 
 
 def _address(listening: socket.socket) -> str:
+    """As a browser on this machine finds it."""
     host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
@@ -95,11 +97,12 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listening.bind((host, port))
         listening.listen(2048)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         listening.close()
-        raise ConfigError(
-            f"{host}:{port} cannot be listened at: {error.strerror or error}; choose another --port"
-        ) from error
+        unknown = isinstance(error, (socket.gaierror, UnicodeError))
+        advice = "choose another --host" if unknown else "choose another --port"
+        said = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{host}:{port} cannot be listened at: {said}; {advice}") from error
     return listening
 
 
