@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -235,6 +236,28 @@ def test_metrics_count_and_tell_nothing(live: Live) -> None:
     assert 'finemoe_requests_total{path="/v1/completions",status="200"}' in text
     assert 'finemoe_completion_tokens_total{model="writer"}' in text
     assert "secret" not in text
+
+
+def test_metrics_count_who_was_left_and_what_was_closed(
+    start: Callable[..., Live], writer: Path, tmp_path: Path
+) -> None:
+    live = start({"writer": writer, "other": writer}, Options(cache_bytes=4 << 20), load=False)
+    body = {
+        "model": "writer",
+        "prompt": "x",
+        "max_tokens": 128,
+        "n": 16,
+        "stream": True,
+        "finemoe": {"ignore_end": True},
+    }
+    with live.client.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+    live.wait_until_idle("writer", 20)
+    text = live.client.get("/metrics").text
+    left = re.search(r'finemoe_completions_total\{model="writer",reason="cancelled"\} (\S+)', text)
+    assert left is not None
+    assert 0 < float(left[1]) <= 16
+    assert 'finemoe_cache_blocks_used{model="other"} 0.0' in text
 
 
 def test_an_answer_that_never_began_is_ended_too() -> None:

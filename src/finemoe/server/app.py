@@ -69,10 +69,17 @@ _BREAKS = "\x85\u2028\u2029"
 class Server:
     """What the paths share."""
 
-    def __init__(self, models: Models, metrics: Metrics, slow_seconds: float, drain_seconds: float) -> None:
+    def __init__(
+        self,
+        models: Models,
+        metrics: Metrics,
+        slow_seconds: float,
+        drain_seconds: float,
+        told_to_stop: Callable[[], bool],
+    ) -> None:
         self.models, self.metrics = models, metrics
         self.slow_seconds, self.drain_seconds = slow_seconds, drain_seconds
-        self.stopping = False
+        self.stopping, self._told_to_stop = False, told_to_stop
 
     def check(self) -> None:
         """Whether new requests are taken.
@@ -80,7 +87,7 @@ class Server:
         Raises:
             ApiError: the server stops.
         """
-        if self.stopping:
+        if self.stopping or self._told_to_stop():
             raise ApiError(503, "the server stops and takes no more requests")
 
     async def ask(self, request: ChatRequest | CompletionRequest, read: Callable[[Served], asking.Asked]) -> Writing:
@@ -117,6 +124,7 @@ def create_app(
     drain_seconds: float = 30.0,
     load: bool = False,
     ready: Callable[[], None] = lambda: None,
+    told_to_stop: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """The application.
 
@@ -128,12 +136,13 @@ def create_app(
         drain_seconds: that streams have to end once the server is told to stop.
         load: open all models at the start.
         ready: called when requests are taken.
+        told_to_stop: whether no new request is to be taken, while those that run end.
     """
     metrics = Metrics()
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        server = app.state.server = Server(models(metrics), metrics, slow_seconds, drain_seconds)
+        server = app.state.server = Server(models(metrics), metrics, slow_seconds, drain_seconds, told_to_stop)
         for name in server.models.names if load else ():
             await server.models.get(name)
         ready()
@@ -350,8 +359,12 @@ def _add_models(app: FastAPI) -> None:
     async def metrics() -> Response:
         """For Prometheus."""
         server: Server = app.state.server
-        for served in server.models.open:
-            server.metrics.seen(served.name, served.worker)
+        opened = {served.name: served for served in server.models.open}
+        for name in server.models.names:
+            if name in opened:
+                server.metrics.seen(name, opened[name].worker)
+            else:
+                server.metrics.closed(name)
         return Response(server.metrics.text(), media_type=CONTENT_TYPE)
 
 

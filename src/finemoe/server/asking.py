@@ -181,9 +181,10 @@ def _room(prompt: int, most: int | None, opened: LanguageModel, limits: Limits, 
     """Tokens that may be added."""
     reach = min(reach_of(opened), limits.max_prompt_tokens or reach_of(opened))
     if prompt >= reach:
+        who = "the model" if reach == reach_of(opened) else "this server"
         raise ApiError(
             400,
-            f"the prompt has {prompt:,} tokens, and the model reads {reach:,} with what it adds: shorten it",
+            f"the prompt has {prompt:,} tokens, and {who} reads {reach:,} with what it adds: shorten it",
             param=param,
             code="context_length_exceeded",
         )

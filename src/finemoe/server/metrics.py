@@ -45,6 +45,11 @@ class Metrics:
         self.running.labels(model).set(worker.engine.num_running)
         self.blocks.labels(model).set(worker.engine.blocks_used)
 
+    def closed(self, model: str) -> None:
+        """It is not in memory."""
+        for gauge in (self.open, self.running, self.blocks):
+            gauge.labels(model).set(0)
+
     def text(self) -> bytes:
         """All of them."""
         return generate_latest(self._registry)

@@ -55,6 +55,7 @@ def serve(
     except BaseException:
         listening.close()
         raise
+    running: list[uvicorn.Server] = []
     app = create_app(
         lambda metrics: Models(sources, options, metrics.passed, opened),
         key=key,
@@ -63,6 +64,7 @@ def serve(
         drain_seconds=options.limits.drain_seconds,
         load=load,
         ready=lambda: ready(_address(listening)),
+        told_to_stop=lambda: any(one.should_exit for one in running),
     )
     config = uvicorn.Config(
         app,
@@ -76,6 +78,7 @@ def serve(
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)
     server = uvicorn.Server(config)
+    running.append(server)
     started(server)
     try:
         server.run(sockets=[listening])

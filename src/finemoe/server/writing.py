@@ -35,6 +35,8 @@ class Writing:
 
     def close(self) -> None:
         """Nobody reads on: what has not ended is cancelled."""
+        if self.job.open:
+            self.metrics.ended.labels(self.served.name, "cancelled").inc(len(self.choices) - len(self.written))
         self.served.worker.cancel(self.job)
 
     async def deltas(self) -> AsyncIterator[Delta]:
