@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -175,9 +176,12 @@ class ChatTemplate:
         conversations: Iterable[Sequence[Mapping[str, Any]]],
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        marks: Sequence[str] = (),
         **variables: Any,
     ) -> list[str]:
         """`render` for many conversations in one process.
+
+        `marks`: two characters, to stand around what the template says the assistant wrote (`{% generation %}`).
 
         Raises:
             DataError: as `render`.
@@ -197,6 +201,7 @@ class ChatTemplate:
             "source": self._source(tools is not None),
             "conversations": tables,
             "most_chars": _MOST_CHARS,
+            "marks": list(marks),
             "seconds": self.seconds,
             "memory": _MEMORY,
         }
@@ -205,6 +210,10 @@ class ChatTemplate:
             return [str(text) for text in answer["texts"]]
         where = f", line {answer['line']}" if answer["line"] else ""
         raise DataError(f"{self.origin}{where}: {answer['message']}")
+
+    def says_who_wrote(self, has_tools: bool) -> bool:
+        """Whether it says itself what the assistant wrote."""
+        return re.search(r"\{%-?\s*generation\b", self._source(has_tools)) is not None
 
     def _source(self, has_tools: bool) -> str:
         wanted = TOOL_USE if has_tools and TOOL_USE in self.sources else DEFAULT

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from finemoe.text.tokenizer import Tokenizer
@@ -53,13 +54,35 @@ def encode_chat(
     Raises:
         DataError: a malformed message, or a template that fails.
     """
-    mark = None if special else _mark_for(messages)
-    kept = messages if mark is None else [_guarded(message, tokenizer, mark) for message in messages]
-    text = template.render(kept, add_generation_prompt=True, tools=tools, **variables)
-    if mark is None or kept == list(messages):
+    if special:
+        text = template.render(messages, add_generation_prompt=True, tools=tools, **variables)
         return text, tokenizer.encode_template(text)
+    kept, (mark,) = guard(tokenizer, messages, 1)
+    text = template.render(kept, add_generation_prompt=True, tools=tools, **variables)
+    return _unmarked(text, mark), encode_marked(tokenizer, text, mark)
+
+
+def guard(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], count: int
+) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """`messages` with a character inside every control token that somebody but the assistant spells out.
+
+    Returns them, and `count` characters that stand in none of them, of which the first is that one.
+    """
+    marks = unused_characters(messages, count)
+    return [_guarded(message, tokenizer, marks[0]) for message in messages], marks
+
+
+def encode_marked(tokenizer: Tokenizer, text: str, mark: str, *, first: bool = True) -> list[int]:
+    """Ids of what a template made of guarded messages, or of a piece of it; `first`: it begins the text."""
     text = text.replace(json_escape(mark), mark)
-    return text.replace(mark, ""), _encode_guarded(tokenizer, text, mark)
+    if mark not in text and first:
+        return tokenizer.encode_template(text)
+    return _encode_guarded(tokenizer, text, mark, first)
+
+
+def _unmarked(text: str, mark: str) -> str:
+    return text.replace(json_escape(mark), mark).replace(mark, "")
 
 
 def json_escape(char: str) -> str:
@@ -67,10 +90,11 @@ def json_escape(char: str) -> str:
     return f"\\u{ord(char):04x}"
 
 
-def _mark_for(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A character that stands in no message."""
+def unused_characters(messages: Sequence[Mapping[str, Any]], count: int) -> list[str]:
+    """So many characters that stand in no message."""
     words = repr(messages)
-    return next(chr(code) for code in _ROOM if chr(code) not in words and json_escape(chr(code)) not in words)
+    free = (chr(code) for code in _ROOM if chr(code) not in words and json_escape(chr(code)) not in words)
+    return list(islice(free, count))
 
 
 def _guarded(value: Any, tokenizer: Tokenizer, mark: str) -> Any:
@@ -87,12 +111,12 @@ def _guarded(value: Any, tokenizer: Tokenizer, mark: str) -> Any:
     return re.sub(f"([{re.escape(first)}])", rf"\1{mark}", value)
 
 
-def _encode_guarded(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:
+def _encode_guarded(tokenizer: Tokenizer, text: str, mark: str, first: bool = True) -> list[int]:
     """Ids of a rendered text: control tokens where no `mark` breaks their spelling, all else as text."""
     ids: list[int] = []
     start = 0
     for token_id, (begin, end) in tokenizer.recognised(text):
-        ids += tokenizer.encode_piece(text[start:begin].replace(mark, ""), first=start == 0)
+        ids += tokenizer.encode_piece(text[start:begin].replace(mark, ""), first=first and start == 0)
         ids.append(token_id)
         start = end
-    return ids + tokenizer.encode_piece(text[start:].replace(mark, ""), first=start == 0)
+    return ids + tokenizer.encode_piece(text[start:].replace(mark, ""), first=first and start == 0)

@@ -15,7 +15,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -60,7 +60,10 @@ def _check_public(name: object) -> None:
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the assistant wrote; it renders as its content."""
+    """`{% generation %}...{% endgeneration %}` is around what the assistant wrote; it renders as its content.
+
+    With `marks`, a character before it and one behind it.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
@@ -68,7 +71,9 @@ class Generation(jinja2.ext.Extension):
         """The statements between the tags."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
+        around: Sequence[str] = getattr(self.environment, "marks", ()) or ("", "")
+        marks = [jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in around]
+        return [marks[0].set_lineno(line), jinja2.nodes.Scope(body).set_lineno(line), marks[1].set_lineno(line)]
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -81,9 +86,10 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def environment(now: Callable[[], datetime] = datetime.now) -> jinja2.Environment:
+def environment(now: Callable[[], datetime] = datetime.now, marks: Sequence[str] = ()) -> jinja2.Environment:
     """The environment that chat templates are written for; `now` is the clock behind `strftime_now`."""
     made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    made.extend(marks=tuple(marks))
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _raise_exception
     made.globals["strftime_now"] = lambda form: now().strftime(form)
@@ -93,13 +99,17 @@ def environment(now: Callable[[], datetime] = datetime.now) -> jinja2.Environmen
     return made
 
 
-def render(source: str, conversations: Iterable[Mapping[str, Any]], most_chars: int) -> list[str]:
+def render(
+    source: str, conversations: Iterable[Mapping[str, Any]], most_chars: int, marks: Sequence[str] = ()
+) -> list[str]:
     """The text of each conversation, which is the table of variables its template sees.
+
+    `marks`: two characters, to stand around what the template says the assistant wrote.
 
     Raises:
         OverflowError: a text of more than `most_chars` characters.
     """
-    template = environment().from_string(source)
+    template = environment(marks=marks).from_string(source)
     texts = []
     for variables in conversations:
         parts: list[str] = []
@@ -160,11 +170,11 @@ def _confine(seconds: float, memory: int) -> None:
 
 
 def _answer(line: bytes, writer: int) -> NoReturn:
-    """In a process of its own: answer one request, {"source", "conversations", "most_chars", "seconds", "memory"}."""
+    """In a process of its own: answer one request, which `ChatTemplate.render_all` writes."""
     request = json.loads(line)
     _confine(request["seconds"], request["memory"])
     try:
-        texts = render(request["source"], request["conversations"], request["most_chars"])
+        texts = render(request["source"], request["conversations"], request["most_chars"], request["marks"])
         answer: dict[str, Any] = {"texts": texts}
     except Exception as error:  # whatever a template provokes is the template's fault
         answer = {"line": _line(error), "message": _explain(error)}

@@ -1,0 +1,136 @@
+"""A whole conversation as tokens, and which of them the assistant wrote: what a model is taught to write.
+
+A template may say so itself (`{% generation %}`). Of any other it is found by rendering the conversation up to each
+answer, and with it: what comes in between is the answer, where the template is proved to leave alone what it wrote
+before. A template that is neither is refused: nothing is trained on by guessing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from finemoe.core.errors import DataError
+from finemoe.text.chat import ChatTemplate
+from finemoe.text.control import encode_marked, guard
+from finemoe.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A conversation as a model reads it."""
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+    """Of each token: the assistant wrote it, up to the one that ends its turn, and it is to be learnt."""
+
+    def spans(self) -> list[tuple[int, int]]:
+        """First and last + 1 of each run of trained tokens."""
+        edges = [0, *(n for n in range(1, len(self.ids)) if self.trained[n] != self.trained[n - 1]), len(self.ids)]
+        return [(a, b) for a, b in pairwise(edges) if a < b and self.trained[a]]
+
+
+def encode_turns(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **variables: Any,
+) -> Turns:
+    """Tokens of `messages`, all of them, as the template writes them; answers with `train` False are context.
+
+    What stands before an answer is encoded as it is when the model is asked, so that the answer begins with the very
+    token that it would have to write. Control tokens that somebody else's message spells out are text.
+
+    Raises:
+        DataError: a template that fails, that does not say what the assistant wrote and changes what came before, or
+            whose answers end with nothing that stops.
+    """
+    kept, marks = guard(tokenizer, [_plain(message) for message in messages], 3)
+    wanted = [message.get("train", True) for message in messages if message["role"] == "assistant"]
+    tools = list(tools) if tools else None
+    if template.says_who_wrote(tools is not None):
+        pieces = _by_marks(template, kept, marks, tools, variables)
+    else:
+        pieces = _by_prefixes(template, kept, tools, variables)
+    answers = sum(written for written, _ in pieces)
+    if answers != len(wanted):
+        raise DataError(
+            f"{template.origin}: marks {answers} answers in a conversation with {len(wanted)}: a template must put "
+            "{% generation %} around each message of the assistant, and around nothing else"
+        )
+    ids: list[int] = []
+    trained: list[bool] = []
+    learn = iter(wanted)
+    for written, text in pieces:
+        own = encode_marked(tokenizer, text, marks[0], first=not ids)
+        upto = _end_of_turn(own, tokenizer, template, text) if written and next(learn) else 0
+        ids += own
+        trained += [n < upto for n in range(len(own))]
+    return Turns(tuple(ids), tuple(trained))
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key != "train"}
+
+
+def _end_of_turn(ids: Sequence[int], tokenizer: Tokenizer, template: ChatTemplate, text: str) -> int:
+    """How many tokens of an answer are learnt: up to the first that stops, and that one too."""
+    stops = {*tokenizer.stop_ids, tokenizer.end_of_text_id}
+    end = next((n + 1 for n, token in enumerate(ids) if token in stops), None)
+    if end is None:
+        raise DataError(
+            f"{template.origin}: an answer ends with {text[-20:]!r}, which holds no token that stops "
+            f"({', '.join(map(str, sorted(stop for stop in stops if stop is not None)))}), so that a model would never "
+            "learn to end: name the end of a turn as eos_token_id in generation_config.json"
+        )
+    return end
+
+
+def _by_marks(
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    marks: Sequence[str],
+    tools: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any],
+) -> list[tuple[bool, str]]:
+    """Pieces of the text, and whether the assistant wrote them, as the template says."""
+    begin, end = marks[1:3]
+    (text,) = template.render_all([messages], tools=tools, marks=(begin, end), **variables)
+    pieces: list[tuple[bool, str]] = []
+    before, *rest = text.split(begin)
+    pieces.append((False, before))
+    for part in rest:
+        written, closed, after = part.partition(end)
+        if not closed or end in after:
+            raise DataError(f"{template.origin}: {{% generation %}} within {{% generation %}} says nothing clear")
+        pieces += [(True, written), (False, after)]
+    return [piece for piece in pieces if piece[0] or piece[1]]
+
+
+def _by_prefixes(
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any],
+) -> list[tuple[bool, str]]:
+    """The same, from what is added to the text by each answer."""
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    before = template.render_all([messages[:n] for n in answers], True, tools, **variables) if answers else []
+    whole = template.render_all([*(messages[: n + 1] for n in answers), messages], False, tools, **variables)
+    *after, text = whole
+    pieces, place = [], 0
+    for number, asked, answered in zip(answers, before, after, strict=True):
+        if not answered.startswith(asked) or not text.startswith(answered) or len(asked) < place:
+            raise DataError(
+                f"{template.origin}: writes message {number + 1} otherwise when it is asked for, or when more follows, "
+                "so that what the assistant wrote cannot be told: put {% generation %} and {% endgeneration %} around "
+                "it in the template, or end conversations with their first answer"
+            )
+        pieces += [(False, text[place : len(asked)]), (True, text[len(asked) : len(answered)])]
+        place = len(answered)
+    pieces.append((False, text[place:]))
+    return [piece for piece in pieces if piece[0] or piece[1]]
