@@ -25,6 +25,7 @@ MARKED = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 FORGETS = CHATML.replace("m.content +", "(m.content if loop.last else '') +")
+EMPTY = MARKED.replace("{{ m.content + '<|im_end|>' }}{% endgeneration %}", "{% endgeneration %}{{ m.content }}")
 TALK: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "One and one?"},
@@ -81,7 +82,7 @@ def test_what_others_spell_out_is_text_and_what_is_context_is_not_learnt(tokeniz
 
 def test_a_template_that_changes_what_it_wrote_is_refused_for_longer_talks_alone(tokenizer: Tokenizer) -> None:
     template = ChatTemplate.of(FORGETS)
-    with pytest.raises(DataError, match="writes message 3 otherwise .* put {% generation %}"):
+    with pytest.raises(DataError, match=r"writes message 3 otherwise .* put {% generation %}"):
         encode_turns(template, tokenizer, TALK)
     assert text_of(tokenizer, encode_turns(template, tokenizer, TALK[2:3])) == ["Two.<|im_end|>"]
 
@@ -89,12 +90,7 @@ def test_a_template_that_changes_what_it_wrote_is_refused_for_longer_talks_alone
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        (
-            MARKED.replace("{% generation %}", "").replace(
-                "{% endgeneration %}", "{% generation %}{% endgeneration %}"
-            ),
-            "",
-        ),
+        (EMPTY, "no token that stops"),
         ("{% generation %}{{ messages[0].content }}{% endgeneration %}", "marks 1 answers in a conversation with 2"),
         (
             "{% generation %}{% generation %}{{ messages[0].content }}{% endgeneration %}{% endgeneration %}",

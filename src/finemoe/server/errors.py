@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 
 RETRY_SECONDS = 1
@@ -57,3 +58,28 @@ def busy(waiting: int) -> ApiError:
         type="rate_limit_error",
         code="server_busy",
     )
+
+
+def explain(error: RequestValidationError) -> ApiError:
+    """pydantic's refusals in one sentence, with the first field."""
+    details = error.errors()
+    said, param = [], None
+    for detail in details[:3]:
+        unknown = detail["type"] == "extra_forbidden"  # the client's own name, whatever it looks like
+        parts = [str(part) for part in detail["loc"] if part != "body"]
+        where = ".".join(part for part in parts if unknown or "[" not in part)  # pydantic's names of kinds
+        if unknown:
+            said.append(f"{where} is not supported by this server: leave it out")
+        elif detail["type"] == "json_invalid":
+            return ApiError(400, f"the request is no JSON: {detail['ctx']['error']}")
+        elif detail["type"] == "missing" and not where:
+            said.append("the request has no body: send JSON")
+        elif detail["type"] == "model_attributes_type" and not where:
+            said.append("the request is no JSON object: send one, with the header Content-Type: application/json")
+        elif detail["type"] == "none_required":
+            said.append(f"{where} is not supported by this server: leave it out")
+        else:
+            said.append(f"{where or 'the request'}: {detail['msg'].removeprefix('Value error, ')}")
+        param = param or where or None
+    more = f", and {len(details) - 3} more" if len(details) > 3 else ""
+    return ApiError(400, "; ".join(said) + more, param=param)

@@ -16,6 +16,7 @@ from finemoe.server.worker import apart
 
 if TYPE_CHECKING:
     import uvicorn
+    from fastapi import FastAPI
 
 KEY_VARIABLE = "FINEMOE_API_KEY"
 LOOPBACK = "127.0.0.1"
@@ -45,8 +46,6 @@ def serve(
     Raises:
         FinemoeError: the address cannot be used, or something that is no model.
     """
-    import uvicorn
-
     sources, options = named(str(model) for model in models), options or Options()
     check_sources(sources)
     listening = _listen(host, port)
@@ -66,6 +65,20 @@ def serve(
         ready=lambda: ready(_address(listening)),
         told_to_stop=lambda: any(one.should_exit for one in running),
     )
+    server = _server(app, options)
+    running.append(server)
+    started(server)
+    try:
+        server.run(sockets=[listening])
+    except SystemExit as error:  # which uvicorn raises when the application could not start
+        raise ConfigError("the server could not start; the log says why") from error
+
+
+def _server(app: FastAPI, options: Options) -> uvicorn.Server:
+    import uvicorn
+
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -75,15 +88,7 @@ def serve(
         timeout_keep_alive=30,
         timeout_graceful_shutdown=1 + round(options.limits.drain_seconds),
     )
-    for name in ("uvicorn", "uvicorn.error"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    server = uvicorn.Server(config)
-    running.append(server)
-    started(server)
-    try:
-        server.run(sockets=[listening])
-    except SystemExit as error:  # which uvicorn raises when the application could not start
-        raise ConfigError("the server could not start; the log says why") from error
+    return uvicorn.Server(config)
 
 
 def _address(listening: socket.socket) -> str:
