@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 
 RETRY_SECONDS = 1
@@ -60,9 +59,8 @@ def busy(waiting: int) -> ApiError:
     )
 
 
-def explain(error: RequestValidationError) -> ApiError:
+def explain(details: Sequence[Mapping[str, Any]]) -> ApiError:
     """pydantic's refusals in one sentence, with the first field."""
-    details = error.errors()
     said, param = [], None
     for detail in details[:3]:
         unknown = detail["type"] == "extra_forbidden"  # the client's own name, whatever it looks like
