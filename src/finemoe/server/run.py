@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finemoe.core.errors import ConfigError
 from finemoe.server.app import create_app
@@ -16,7 +16,6 @@ from finemoe.server.worker import apart
 
 if TYPE_CHECKING:
     import uvicorn
-    from fastapi import FastAPI
 
 KEY_VARIABLE = "FINEMOE_API_KEY"
 LOOPBACK = "127.0.0.1"
@@ -74,7 +73,7 @@ def serve(
         raise ConfigError("the server could not start; the log says why") from error
 
 
-def _server(app: FastAPI, options: Options) -> uvicorn.Server:
+def _server(app: Any, options: Options) -> uvicorn.Server:
     import uvicorn
 
     for name in ("uvicorn", "uvicorn.error"):
