@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 import finemoe
+from finemoe.checkpoint.language_model import open_language_model
 from finemoe.core.errors import ConfigError
+from finemoe.generation import SamplingConfig
 from finemoe.server.constraints import Wish, constrain
 from finemoe.server.conversation import Conversation
 from server.talkers import write_run
@@ -41,6 +43,18 @@ def test_answers_are_part_of_what_follows(talk: Conversation) -> None:
     text, ids = talk.opened.encode_chat(talk.messages[:3])
     assert first in text
     assert talk.events[0].sequence.prompt == tuple(ids)
+
+
+def test_a_retry_under_another_wish_keeps_the_seed(talker: Path) -> None:
+    sampling = SamplingConfig(temperature=1.0, max_new_tokens=12, seed=5)
+    talk = Conversation(open_language_model(talker), sampling=sampling)
+    first = [event.token_id for event in talk.ask("Hello")]
+    talk.wish = Wish(active=1)
+    fewer = [event.token_id for event in talk.retry()]
+    talk.wish = Wish()
+    assert [event.token_id for event in talk.retry()] == first
+    assert [event.token_id for event in talk.retry()] != first  # nothing was changed: another seed
+    assert fewer != first
 
 
 def test_a_retry_replaces_the_answer(talk: Conversation) -> None:

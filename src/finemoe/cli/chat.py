@@ -31,7 +31,7 @@ _HELP = """\
 /active 4           4 routed experts a token;  /active: the model's own number
 /shared off         leave out the shared experts;  /shared on
 /free               all experts as they were
-/retry              the last answer again
+/retry              the last answer again, with other experts or another seed
 /system TEXT        the system message;  /system off: none
 /set NAME VALUE     temperature, top_p, top_k, min_p, max_new_tokens, seed ...
 /save FILE          the conversation as JSON

@@ -47,6 +47,7 @@ class Conversation:
         """Whether the last answer began within a thought, which its prompt had opened."""
         self._engine: Engine = engine_for(opened)
         self._tries = 0
+        self._answered_under = self.wish
         if system is not None:
             self.system = system
 
@@ -83,6 +84,8 @@ class Conversation:
     def retry(self) -> Iterator[Event]:
         """The last answer again, drawn anew; greedy ones come out the same.
 
+        After a change of what holds for the experts it is drawn with the same seed: what differs is the experts' doing.
+
         Raises:
             ConfigError: there is none, and as in `ask`.
         """
@@ -91,7 +94,7 @@ class Conversation:
         if not asked or asked[-1]["role"] != "user":
             raise ConfigError("there is no answer yet: say something first")
         self.messages = list(asked)
-        self._tries += 1
+        self._tries += self.wish == self._answered_under
         yield from self._answer(known)
 
     def _answer(self, known: list[dict[str, str]]) -> Iterator[Event]:
@@ -103,7 +106,7 @@ class Conversation:
         except BaseException:  # an interrupt, too: what was said can be said again, and nothing is lost
             self.messages = known
             raise
-        self.events = []
+        self.events, self._answered_under = [], self.wish
         try:
             for event in self._engine.events():
                 self.events.append(event)
