@@ -50,11 +50,10 @@ def test_a_retry_under_another_wish_keeps_the_seed(talker: Path) -> None:
     talk = Conversation(open_language_model(talker), sampling=sampling)
     first = [event.token_id for event in talk.ask("Hello")]
     talk.wish = Wish(active=1)
-    fewer = [event.token_id for event in talk.retry()]
+    list(talk.retry())
     talk.wish = Wish()
     assert [event.token_id for event in talk.retry()] == first
     assert [event.token_id for event in talk.retry()] != first  # nothing was changed: another seed
-    assert fewer != first
 
 
 def test_a_retry_replaces_the_answer(talk: Conversation) -> None:
