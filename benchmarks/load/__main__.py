@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import statistics
@@ -122,7 +123,13 @@ async def one(client: httpx.AsyncClient, body: dict[str, Any], alone: list[str],
         if texts != alone:
             tally.wrong.append({"request": body, "alone": alone, "got": texts, "status": status})
     except (httpx.HTTPError, RuntimeError, ValueError) as error:
-        tally.lost.append(f"{kind}: {type(error).__name__}: {error}")
+        waited = f"after {time.monotonic() - began:.0f} s, {len(tally.seconds)} others done"
+        tally.lost.append(f"{kind} {waited}: {type(error).__name__} {error}: {json.dumps(body)[:300]}")
+        print(tally.lost[-1], file=sys.stderr)
+        if isinstance(error, httpx.ReadTimeout):  # what is the server doing?
+            with contextlib.suppress(httpx.HTTPError):
+                seen = [line for line in (await client.get("/metrics")).text.splitlines() if "completions{" in line]
+                print("\n".join(seen), file=sys.stderr)
     finally:
         tally.seconds.append(time.monotonic() - began)
 
