@@ -8,10 +8,11 @@ export const requests = () => made;
 export function onKeyWanted(callback) { askForKey = callback; }
 
 export class ApiError extends Error {
-  constructor(message, { status = 0, param = null, retryAfter = null } = {}) {
+  constructor(message, { status = 0, param = null, code = null, retryAfter = null } = {}) {
     super(message);
     this.status = status;
     this.param = param;
+    this.code = code;
     this.retryAfter = retryAfter;
   }
 }
@@ -25,7 +26,7 @@ async function failure(response) {
   try { error = (await response.json()).error; } catch { /* not ours: a proxy, perhaps */ }
   const after = Number.parseFloat(response.headers.get("Retry-After"));
   return new ApiError(error?.message ?? `The server answered ${response.status}.`,
-    { status: response.status, param: error?.param ?? null, retryAfter: Number.isFinite(after) ? after : null });
+    { status: response.status, param: error?.param ?? null, code: error?.code ?? null, retryAfter: Number.isFinite(after) ? after : null });
 }
 
 async function request(method, path, body, signal) {
@@ -35,7 +36,8 @@ async function request(method, path, body, signal) {
   for (;;) {
     const headers = {};
     if (body) headers["Content-Type"] = "application/json";
-    if (key()) headers.Authorization = `Bearer ${key()}`;
+    const sent = key();
+    if (sent) headers.Authorization = `Bearer ${sent}`;
     let response;
     try {
       response = await fetch(path, { method, headers, body: body ? JSON.stringify(body) : undefined, signal });
@@ -47,7 +49,8 @@ async function request(method, path, body, signal) {
     entry.status = response.status;
     if (response.ok) return response;
     if (response.status !== 401) throw await failure(response);
-    const given = await askForKey();
+    if (key() !== sent) continue; // another request has got one meanwhile
+    const given = await askForKey(Boolean(sent));
     if (!given) throw await failure(response);
     try { sessionStorage.setItem(KEY, given); } catch { throw new ApiError("The browser keeps no key for this page."); }
   }

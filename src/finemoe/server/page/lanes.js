@@ -26,6 +26,20 @@ window.addEventListener("resize", onceAFrame(redrawAll));
 /** White space that would not be seen, as signs. */
 export const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "→");
 
+/** Text with signs where white space is. The signs are drawn by the style and are no text; spaces and tabs are the real ones. */
+const marked = (text) => text.split(/([ \t\n])/).map((part) => ({ " ": () => el("i.sp", {}, " "), "\t": () => el("i.tab", {}, "\t"), "\n": () => el("i.nl") })[part]?.() ?? part);
+
+// What is selected within an answer is copied as it was written: line breaks of the layout are none of the text.
+document.addEventListener("copy", (event) => {
+  const range = getSelection().rangeCount ? getSelection().getRangeAt(0) : null;
+  const { commonAncestorContainer: box } = range ?? {};
+  if (!range || range.collapsed || !(box.closest ? box : box.parentElement).closest(".tokens")) return;
+  const copied = range.cloneContents();
+  for (const sign of copied.querySelectorAll(".nl")) sign.textContent = "\n";
+  event.clipboardData.setData("text/plain", copied.textContent);
+  event.preventDefault();
+});
+
 /** How a token is called, where its text alone would say nothing. */
 export function nameOf(text) {
   if (text === "") return "part of the character before, or a sign without text";
@@ -89,17 +103,22 @@ export class TokenView {
     // Tokens of one word, and the mark after it, stay on one line; a very long "word" (Chinese, base64) may break.
     const joined = /[\p{L}\p{N}]$/u.test(before) && /^[\p{L}\p{N}.,:;!?'’]/u.test(text);
     if (!this.word || !joined || this.word.textContent.length + text.length > 18) {
-      this.word = el(/^ \S/.test(text) ? "span.word.spaced" : "span.word");
+      this.word = el("span.word");
       this.wordStart = at;
       this.element.append(this.word);
     }
-    // The space before a word is a distance and no part of its box, so that the lane stands under the letters.
-    const span = el("span.tok", { role: "button", tabindex: at === this.current ? "0" : "-1", "data-at": at }, visible(text.replace(/^ (?=\S)/, "")) || "·");
+    const end = text.lastIndexOf("\n") + 1;
+    const span = el("span.tok", { role: "button", tabindex: at === this.current ? "0" : "-1", "data-at": at }, text ? marked(end ? text.slice(0, end) : text) : el("i.none"));
     if (!text.trim()) span.setAttribute("aria-label", nameOf(text));
     this.word.append(span);
     this.spans.push(span);
     // One line is broken, however many breaks a token holds: an empty line would have no lane.
-    if (text.includes("\n")) { this.element.append(el("br")); this.word = null; }
+    if (end) {
+      this.element.append(el("br"));
+      this.word = null;
+      // What follows the break in the same token (the indentation, mostly) begins the next line.
+      if (end < text.length) this.element.append(el("span.tail", { "data-at": at }, marked(text.slice(end))));
+    }
     this.trace.layers.forEach((_, layer) => {
       const sum = (token.g[layer] ?? []).reduce((total, gate) => total + (gate ?? 0), 0);
       this.scale[layer] = Math.max(this.scale[layer] ?? 0, sum);
@@ -118,7 +137,7 @@ export class TokenView {
 
   listen() {
     const at = (event) => {
-      const span = event.target.closest?.(".tok");
+      const span = event.target.closest?.("[data-at]");
       return span && this.element.contains(span) ? Number(span.dataset.at) : -1;
     };
     this.element.addEventListener("pointerover", (event) => {
