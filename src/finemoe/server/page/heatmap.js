@@ -37,7 +37,7 @@ export class Heatmap {
     this.detail.replaceChildren();
     if (!layers.length) {
       this.canvas = null;
-      fill(this.box, el("h3", {}, "Load in this conversation"), el("p.quiet", {}, "Appears with the first answer: how often each expert of each layer was chosen."));
+      fill(this.box, el("h3", {}, "Load in this conversation"), el("p.quiet", {}, model?.finemoe?.layers && !known.length ? "This model has no experts to choose from." : "Appears with the first answer: how often each expert of each layer was chosen."));
       return;
     }
     this.experts = layers.map((layer, at) => known.find((each) => each.layer === layer)?.experts ?? Math.max(...counts[at].keys()) + 1);

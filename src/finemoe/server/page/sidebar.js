@@ -61,6 +61,7 @@ export class Sidebar {
         if (file.size > 50_000_000) throw new Error("This file is larger than 50 MB.");
         const conversation = imported(await file.text());
         save(conversation);
+        this.trouble("");
         this.open(conversation);
       } catch (error) {
         this.trouble(error.message);
