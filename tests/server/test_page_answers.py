@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,19 @@ def test_a_notice_of_a_failed_import_goes_with_the_next(page: Any) -> None:
     take(json.dumps({"messages": [{"role": "user", "content": "Hello there"}]}))
     until(lambda: "Hello there" in page.inner_text("#log"))
     assert page.locator("#notice").is_hidden()
+
+
+def test_a_conversation_deleted_in_an_answer_stays_deleted(
+    page: Any, live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_up(page, 40, 1.5)
+    with monkeypatch.context() as patch:
+        slowly(live, patch)
+        say(page, "Hello there")
+        page.wait_for_selector("#stop:visible")
+        page.evaluate("document.querySelector('#conversations [title=Delete]').click()")
+        page.locator("dialog").get_by_role("button", name="Delete").click()
+        until(lambda: page.locator("#log .welcome").count() == 1)
+    live.wait_until_idle("talker")
+    time.sleep(0.2)
+    assert "Hello there" not in page.evaluate("JSON.stringify(localStorage)")

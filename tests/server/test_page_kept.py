@@ -56,7 +56,7 @@ def slowly(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_files_of_the_page_stay_small() -> None:
-    assert sum(file.stat().st_size for file in PAGE.iterdir()) < 150 * 1024
+    assert sum(file.stat().st_size for file in PAGE.iterdir()) < 150_000
 
 
 def test_two_tabs_keep_what_each_has_written(page: Any) -> None:

@@ -6,7 +6,7 @@ import { mend, newTrace, take } from "./trace.js";
 export const CHAT = "v1/chat/completions";
 export const TEXT = "v1/completions";
 
-/** {disabled, forced, active, shared} without what says nothing; undefined if nothing is left. */
+/** `experts` without what says nothing; undefined if nothing is left. */
 function constraint(experts) {
   const out = {};
   for (const name of ["disabled", "forced"]) {
@@ -18,7 +18,7 @@ function constraint(experts) {
   return Object.keys(out).length ? out : undefined;
 }
 
-/** Turns of a chat are set apart; what was written as the continuation of a text goes on with it. */
+/** Turns of a chat are set apart; the continuation of a text is not. */
 function joined(nodes) {
   const turn = (node) => node?.role === "assistant" && node.request?.path !== TEXT;
   return nodes.map((node, at) => (at && (turn(node) || turn(nodes[at - 1])) ? "\n\n" : "") + node.content).join("");
@@ -30,14 +30,14 @@ function conversationOf(nodes, system, chat) {
   const messages = system ? [{ role: "system", content: system }] : [];
   for (const { role, content } of nodes) {
     const last = messages.at(-1);
-    // Nothing came of a question (it was refused, say): two messages of a user in a row are an error to many templates.
+    // Two messages of a user in a row (nothing came of the first) are an error to many templates.
     if (content && last?.role === role) last.content += (role === "user" ? "\n\n" : "") + content;
     else if (content) messages.push({ role, content });
   }
   return { messages };
 }
 
-/** What holds where a setting is empty: of a chat as `finemoe chat` has it, otherwise what the server does. */
+/** What holds where a setting is empty: as `finemoe chat` has it, or the server. */
 export const defaults = (chat) => ({ temperature: chat ? 0.8 : 1, top_p: chat ? 0.95 : 1, max_tokens: chat ? 512 : 128, min_p: 0, min_new_tokens: 0,
   repetition_penalty: 1, presence_penalty: 0, frequency_penalty: 0, alternatives: 5 });
 
@@ -51,7 +51,7 @@ export function requestFor({ model, messages, system, settings, experts, routing
   }
   const usual = defaults(chat);
   if (chat) { body.temperature ??= usual.temperature; body.top_p ??= usual.top_p; }
-  // The server itself ends a chat where the context does. Completions of OpenAI end after 16 tokens, which is no length to look at.
+  // The server ends a chat where the context does, and completions after 16 tokens, which is no length to look at.
   if (!chat || !(facts.context <= usual.max_tokens)) body.max_tokens ??= usual.max_tokens;
   if (settings.stop?.length) body.stop = settings.stop;
   body.seed = seed;
@@ -73,15 +73,15 @@ export function requestFor({ model, messages, system, settings, experts, routing
   return { method: "POST", path: chat ? CHAT : TEXT, body };
 }
 
-/** How many tokens the server would write, where it refuses to write so many; 0 where that is not what it says. */
+/** How many tokens a server that refuses would write; 0 where it does not say. */
 function room({ status, param, message }) {
   if (status !== 400 || param !== "max_tokens") return 0;
   return Number(message.match(/(?:ask for|above the) ([\d,]+)/)?.[1].replaceAll(",", "")) || 0;
 }
 
-const FULL = "Nothing more fits: the conversation is as long as the model can read at once. Shorten a message, or begin a new conversation.";
+const FULL = "Nothing more fits: the model can read no more at once. Shorten a message, or begin a new conversation.";
 
-/** What a message keeps of its request: all but the conversation, which stands in the messages before it. */
+/** What a message keeps of its request: all but the messages before it. */
 export function kept({ method, path, body: { messages, prompt, ...body } }) {
   return { method, path, body };
 }
@@ -92,12 +92,12 @@ export function whole(request, messages, system) {
   return { ...request, body: { model, ...conversationOf(messages, system, request.path === CHAT), ...rest } };
 }
 
-/** A seed is always sent, so that the same request can be made again with one thing changed. */
+/** A seed is always sent: the same request can be made again with one thing changed. */
 export const seedFor = (settings) => (Number.isInteger(settings.seed) ? settings.seed : Math.floor(Math.random() * 2 ** 31));
 
 /**
- * Runs a request; `onChange(answer)` after each chunk. Returns the answer in the end, also of a request that was stopped
- * or failed. Where less fits than `request` asks for, it is asked again, and `request` changed, to what fits. {content, reasoning, calls, trace, finish, usage, timing, error}.
+ * Runs a request; `onChange(answer)` after each chunk. Returns the answer in the end, also if stopped or failed.
+ * Where less fits than `request` asks for, `request` is changed to what fits. {content, reasoning, calls, trace, finish, usage, timing, error}.
  */
 export async function answer(request, { signal, onChange = () => {}, onWait } = {}) {
   const result = { content: "", reasoning: "", calls: [], trace: newTrace(request.body.model), finish: "", usage: null, error: "" };

@@ -1,4 +1,4 @@
-// All that goes over the wire, and the same as curl. Same origin only; the key lives in sessionStorage and in no log.
+// All that goes over the wire, and the same as curl. The key lives in sessionStorage and in no log.
 
 const KEY = "finemoe.key";
 const made = []; // the last requests, newest first: {method, path, body, status}
@@ -77,7 +77,7 @@ function pause(seconds, signal) {
   });
 }
 
-/** The chunks of a streamed answer. A full server is asked again when it says when; `onWait(seconds)` is told. */
+/** The chunks of a streamed answer. A full server is asked again; `onWait(seconds)` is told. */
 export async function* stream(path, body, signal, onWait = () => {}) {
   let response;
   for (let attempt = 0; ; attempt += 1) {
@@ -125,7 +125,7 @@ export async function* stream(path, body, signal, onWait = () => {}) {
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-/** The request as a command. The key is a variable, so that a copied command gives nothing away. */
+/** The request as a command; the key is a variable in it. */
 export function curl({ method, path, body }) {
   const address = new URL(path, document.baseURI).href;
   const lines = [`curl ${body?.stream ? "-N " : ""}${quoted(address)}`];

@@ -5,10 +5,10 @@ import { button, el, fill, onceAFrame, say } from "./dom.js";
 import { TokenView } from "./lanes.js";
 import { differences, wordsAsTrace } from "./trace.js";
 
-/** `seen` for an answer that has no tokens with experts: its words. */
+/** The tokens of an answer, or its words. */
 const seen = (content, trace) => (trace?.tokens.length ? trace : wordsAsTrace(content));
 
-/** The largest change of a token's probability, over the tokens before the first that differs. */
+/** The largest change of a probability among the first `count` tokens. */
 function changeOf(left, right, count) {
   let most = -1;
   for (let at = 0; at < count; at += 1) {
@@ -20,9 +20,9 @@ function changeOf(left, right, count) {
 
 export class Beside {
   /**
-   * `original`: {title, content, trace}, may still be growing; `request`: what is sent for the other; `title`: what is different;
+   * `original`: {title, content, trace}, may still be growing; `request`: of the other; `title`: what is different;
    * `name`: of the other column;
-   * `expert`: [layer, expert] where the request differs by one of these; `two`: whether the original is still being written;
+   * `expert`: [layer, expert] if only that differs; `two`: two models write at once;
    * `actions(result)`: buttons for the finished answer; `onToken(trace, at, pinned, view)`.
    */
   constructor({ original, request, title, name = title, expert, two, actions, onToken, onClose, curl }) {
@@ -62,7 +62,6 @@ export class Beside {
       if (this.gone) return;
       if (!drawn && this.result.trace.tokens.length) drawn = this.draw(this.right, this.name, "", this.result.trace, 1);
       drawn?.update();
-      // While it grows, only the first difference is certain.
       if (!drawn && this.result.content) fill(this.right, el("h4", {}, this.name), el("p.plain-text", {}, this.result.content));
     });
     fill(this.right, el("h4", {}, this.name), el("p.quiet", {}, "..."));
@@ -93,7 +92,6 @@ export class Beside {
     fill(this.buttons, ...this.actions(result), button("curl", () => this.curl(this.request)));
   }
 
-  /** How often the original had used the expert in question. */
   use(trace) {
     const [layer, expert] = this.expert ?? [];
     const at = trace.layers.indexOf(layer);

@@ -1,4 +1,4 @@
-// The conversation that is shown: sending, stopping, editing, retrying, and answering again beside an answer.
+// The conversation that is shown, and what can be done with it.
 
 import { answer, kept, requestFor, seedFor, whole } from "./answering.js";
 import { Beside } from "./beside.js";
@@ -31,7 +31,7 @@ export class Chat {
     this.stop("cut");
   }
 
-  /** Another tab has gone on with this conversation. What is being done here is not disturbed: `save` takes it in later. */
+  /** Another tab has gone on. What is done here is not disturbed: `save` takes it in later. */
   takeIn(other) {
     if (other?.id !== this.conversation.id || this.answering || this.beside || this.log.querySelector("form.edit")) return;
     const stay = this.atEnd();
@@ -207,7 +207,7 @@ export class Chat {
     const ask = () => answer(request, { signal: controller.signal, onWait: (seconds) => this.host.notice(`The server is full; asking again in ${seconds} s.`, false),
       onChange: (now) => { take(now); speaker.heard(now.content); grow(); } });
     let result = await ask();
-    // Whether a model that was not loaded can chat is known only now; one that cannot refuses the first request.
+    // Whether a model that was not loaded can chat is known only now.
     if (result.error && !result.content && model.finemoe?.chat === undefined && await this.host.refresh(model.id)) {
       const { path: asked, body } = request;
       request = this.requestAfter(parent, { seed: body.seed });
@@ -229,10 +229,10 @@ export class Chat {
     this.settle(node, message, conversation);
   }
 
-  /** The answer is whole, or has ended: keep it. An answer of which nothing came at all is kept only with its error. */
+  /** Keeps an answer that has ended; one of which nothing came only with its error. */
   settle(node, message, conversation) {
     if (conversation !== this.conversation) {
-      // Another one was opened meanwhile; what came of the answer belongs to its own, unless that was deleted.
+      // What came of the answer belongs to its own conversation, unless that was deleted.
       if (load(conversation.id)) save(conversation);
       return;
     }
@@ -264,7 +264,7 @@ export class Chat {
     this.controller.why = node.finish = why;
     this.controller.abort();
     this.host.busy(false);
-    save(this.conversation);
+    if (load(this.conversation.id)) save(this.conversation); // it may just have been deleted
   }
 
   /** An expert off or forced: the same request, the same seed, one thing changed. */
@@ -311,7 +311,7 @@ export class Chat {
         experts && !result.error ? button("Keep for the next answers", () => { this.conversation.experts = experts; save(this.conversation); this.host.changed(); box.told.textContent = `Kept: the next answers are made ${inWords(experts) || "as trained"}.`; }) : "",
       ] });
     this.beside = { box, message };
-    // While both models write, the answer itself stays in sight; afterwards the comparison stands in its place.
+    // While both models write, the answer itself stays in sight.
     fill(message.beside, box.element);
     Promise.resolve(ready).then(() => { if (this.beside?.box === box) message.element.classList.add("comparing"); });
     box.run(ready);

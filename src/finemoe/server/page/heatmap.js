@@ -1,4 +1,4 @@
-// The load by layer over the conversation: a row for each layer, a cell for each expert, dark where it was chosen often.
+// The load over the conversation: a row for each layer, a cell for each expert.
 
 import { cardOf } from "./colours.js";
 import { button, el, fill } from "./dom.js";
@@ -25,7 +25,7 @@ export class Heatmap {
     new ResizeObserver(() => this.paint()).observe(box);
   }
 
-  /** A scale on which 1 is an even share of the tokens and 4 the end. */
+  /** 1 is an even share of the tokens. */
   times(at, expert) { return (this.load.counts[at].get(expert) ?? 0) / this.even[at]; }
 
   show(traces, model) {

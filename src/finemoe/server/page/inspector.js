@@ -1,4 +1,4 @@
-// The token that is pointed at: its probability, what else could have stood there, and its experts layer by layer.
+// The token that is pointed at: its probability, its alternatives, its experts.
 
 import { cardOf, colourOf, hasCards, swatch } from "./colours.js";
 import { button, el, fill } from "./dom.js";
@@ -17,7 +17,7 @@ export function bar(share, colour) {
 const NO_CARD = "No card: the analysis of this model says nothing of this expert.";
 const NO_CARDS = () => ["No card: this model has not been analysed. ", el("code", {}, "finemoe analyze experts MODEL --out MODEL/experts"), " does it."];
 
-/** What is known of an expert, and its two switches. `tryOut(kind, layer, expert)` answers again beside the original. */
+/** An expert and its two switches. `tryOut(kind, layer, expert)` answers again beside the original. */
 export function expertDetail(model, layer, expert, { tryOut, close }) {
   const card = cardOf(model, layer, expert);
   return el("div.expert-detail", { role: "group", "aria-label": `Layer ${layer}, expert ${expert}` },

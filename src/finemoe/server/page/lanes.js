@@ -1,4 +1,4 @@
-// The tokens of an answer with a lane under each: a column for each layer, its experts stacked, the height of each its gate.
+// Tokens with a lane under each: a column for each layer, its experts stacked, as high as their gates.
 // Tokens are elements (they can be pointed at and read); lanes are drawn on one canvas that covers what is near the window,
 // so that 2,000 tokens of 12 layers cost no more than a screenful.
 
@@ -26,10 +26,10 @@ window.addEventListener("resize", onceAFrame(redrawAll));
 /** White space that would not be seen, as signs. */
 export const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "→");
 
-/** Text with signs where white space is. The signs are drawn by the style and are no text; spaces and tabs are the real ones. */
+/** Text with signs at its white space. The style draws them: they are no text. */
 const marked = (text) => text.split(/([ \t\n])/).map((part) => ({ " ": () => el("i.sp", {}, " "), "\t": () => el("i.tab", {}, "\t"), "\n": () => el("i.nl") })[part]?.() ?? part);
 
-// What is selected within an answer is copied as it was written: line breaks of the layout are none of the text.
+// Line breaks of the layout are not copied, and those of the text are.
 document.addEventListener("copy", (event) => {
   const range = getSelection().rangeCount ? getSelection().getRangeAt(0) : null;
   const { commonAncestorContainer: box } = range ?? {};
@@ -86,7 +86,7 @@ export class TokenView {
     if (!tokens.length) return;
     if (layers.length !== this.known) {
       this.known = layers.length;
-      // The room under a token is a length that follows from the model; custom properties are allowed where style attributes are not.
+      // Custom properties are allowed where style attributes are not.
       this.element.style.setProperty("--lane-width", `${Math.max(18, this.columns * (this.columns > 8 ? 3 : 5))}px`);
       this.element.style.setProperty("--lane-height", `${this.rows * ROW}px`);
       this.places = [];
@@ -100,7 +100,7 @@ export class TokenView {
     const token = this.trace.tokens[at];
     const text = token.t;
     const before = this.trace.tokens[at - 1]?.t ?? "";
-    // Tokens of one word, and the mark after it, stay on one line; a very long "word" (Chinese, base64) may break.
+    // Tokens of a word stay on one line; a very long "word" (Chinese, base64) may break.
     const joined = /[\p{L}\p{N}]$/u.test(before) && /^[\p{L}\p{N}.,:;!?'’]/u.test(text);
     if (!this.word || !joined || this.word.textContent.length + text.length > 18) {
       this.word = el("span.word");
@@ -116,7 +116,7 @@ export class TokenView {
     if (end) {
       this.element.append(el("br"));
       this.word = null;
-      // What follows the break in the same token (the indentation, mostly) begins the next line.
+      // What follows in the same token (indentation, mostly) begins the next line.
       if (end < text.length) this.element.append(el("span.tail", { "data-at": at }, marked(text.slice(end))));
     }
     this.trace.layers.forEach((_, layer) => {
@@ -208,7 +208,7 @@ export class TokenView {
     const [left, top, width] = this.places[at];
     const token = this.trace.tokens[at];
     const { model } = this.trace;
-    // The lane of a long word is no wider than can be taken in at a glance.
+    // No wider than can be taken in at a glance.
     const step = Math.min((width - 4) / this.columns, Math.max(9, 40 / this.columns));
     this.trace.layers.forEach((layer, index) => {
       const experts = token.e[index];

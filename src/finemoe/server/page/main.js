@@ -147,7 +147,7 @@ async function modelChosen(fresh = true) {
   keepView();
   if (fresh && chat.conversation.model !== model.id) {
     chat.conversation.model = model.id;
-    // Layers and numbers of experts are those of another model: switches set for one mean nothing for the other.
+    // Switches set for one model mean nothing for another.
     chat.conversation.experts = {};
   }
   const chatting = model.finemoe?.chat !== false;

@@ -1,4 +1,4 @@
-// One message on the page: its text or its tokens, its versions, and what can be done with it.
+// One message on the page.
 
 import { button, copy, el, fill } from "./dom.js";
 import { TokenView } from "./lanes.js";
@@ -6,7 +6,7 @@ import { update } from "./markdown.js";
 import { versions } from "./tree.js";
 
 const ENDS = { length: "stopped at the length limit", stopped: "stopped by you", left: "stopped when you left", tool_calls: "asks for a tool", error: "broke off" };
-const CUT = { cut: "the page was closed before the answer was whole.", writing: "the answer is not whole, unless another tab is still writing it." };
+const CUT = { cut: "the page was closed before the answer was whole.", writing: "unless another tab is still writing it." };
 
 export class Message {
   /** `does` holds the actions: edit, retry, choose, curl, remove, token; `trace` the tokens of the answer, or null. */

@@ -28,7 +28,7 @@ export function keep(changes) {
   write(NAME, settings);
 }
 
-/** The dialog; the system message belongs to the conversation, so it comes and goes through `system`. */
+/** The dialog; the system message belongs to the conversation. */
 export function openSettings({ model, system, onSystem, trouble }) {
   const usual = { ...defaults(model?.finemoe?.chat !== false), top_k: "all", seed: "drawn each time" };
   const guesses = model?.finemoe?.guesses ?? [];

@@ -57,7 +57,7 @@ export function onOtherTab(callback) {
 
 export const load = (id) => read(CONVERSATION + id, null);
 
-/** What another tab has written meanwhile stays: it is taken in first, all but what was deleted and is not on the screen. */
+/** What another tab has written meanwhile is taken in first; what is on the screen stays. */
 export function save(conversation) {
   merge(conversation, load(conversation.id), new Set(path(conversation).map((node) => node.id)));
   conversation.updated = Date.now();
@@ -97,7 +97,7 @@ export function exported(conversation) {
   return { format: "finemoe-conversation", version: 1, ...conversation, gone: undefined, title: titleOf(conversation), nodes, traces };
 }
 
-/** A conversation from a file: one of ours, or any {"messages": [{role, content}]}. Every field is looked at. */
+/** A conversation from a file: one of ours, or any {"messages": [{role, content}]}. */
 export function imported(text) {
   let data;
   try { data = JSON.parse(text); } catch { throw new Error("This file is not JSON."); }
@@ -126,7 +126,7 @@ function importMessages(conversation, messages) {
 
 function importTree(conversation, data) {
   if (data.version !== 1) throw new Error(`This file has version ${data.version}; this page reads version 1.`);
-  // New names for all: a file imported twice must not share traces, and no name of a file becomes a key here.
+  // New names: files imported twice share no traces, and no name of a file becomes a key.
   const names = new Map([[ROOT, ROOT]]);
   const nodes = Object.values(data.nodes ?? {});
   for (const node of nodes) {

@@ -1,4 +1,4 @@
-// A conversation is a tree: editing and retrying add a sibling and lose nothing. `chosen` remembers which child is shown.
+// A conversation is a tree: editing and retrying add a sibling. `chosen` remembers which child is shown.
 
 export const ROOT = "root";
 export const ROLES = ["user", "assistant"];
@@ -50,8 +50,8 @@ export function choose(conversation, node) {
 }
 
 /**
- * Takes in what another tab has made of the same conversation. Messages at the same place become versions of each other; of
- * a message that both have, the one written last counts. What was deleted there goes here too, but for the ids in `held`.
+ * Takes in what another tab has made of the same conversation. Messages at the same place become versions; of one that both
+ * have, the one written last counts. What was deleted there goes here too, but for the ids in `held`.
  */
 export function merge(conversation, other, held = new Set()) {
   if (!other?.nodes) return;
@@ -67,7 +67,7 @@ export function merge(conversation, other, held = new Set()) {
   if (gone.size) conversation.gone = [...gone].slice(-2000);
 }
 
-/** Takes a message and all that follows it away; a sibling is shown in its place. Returns what was removed. */
+/** Takes a message and all that follows it away, and returns it; a sibling is shown in its place. */
 export function remove(conversation, node) {
   const gone = [node];
   for (let at = 0; at < gone.length; at += 1) gone.push(...childrenOf(conversation, gone[at].id));
