@@ -119,6 +119,14 @@ def test_a_comparison_without_a_difference_says_what_changed(page: Any) -> None:
     until(lambda: page.locator(".compare .summary").inner_text() == said)
     page.get_by_role("button", name="Keep for the next answers").click()
     assert "Kept: the next answers are made without expert 0 of layer 1." in page.inner_text(".compare")
+    differing = stream.replace('"token": "c"', '"token": "d"').replace('"content": "abc"', '"content": "abd"')
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=differing))
+    if page.locator("#panel-toggle").is_visible():
+        page.click("#panel-toggle")  # a comparison has closed the panel of a small window
+    page.locator("#inspector").get_by_role("button", name="Force").click()
+    until(lambda: "1 of 3 tokens are different" in page.locator(".compare .summary").inner_text())
+    page.wait_for_timeout(200)  # frames that were asked for before take no mark away
+    assert page.locator(".compare .tok.differs").all_inner_texts() == ["c", "d"]
 
 
 def test_a_dense_model_promises_no_load(apart: Any, start: Callable[..., Live], tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ export class Beside {
     this.draw(this.left, this.original.title, this.original.content, this.original.trace, 0);
     let drawn = null;
     const grow = onceAFrame(() => {
-      if (this.gone) return;
+      if (this.gone || this.finished) return;
       if (!drawn && this.result.trace.tokens.length) drawn = this.draw(this.right, this.name, "", this.result.trace, 1);
       drawn?.update();
       if (!drawn && this.result.content) fill(this.right, el("h4", {}, this.name), el("p.plain-text", {}, this.result.content));
@@ -75,6 +75,7 @@ export class Beside {
   }
 
   finish(result) {
+    this.finished = true;
     const left = this.draw(this.left, this.original.title, this.original.content, this.original.trace, 0);
     const right = this.draw(this.right, this.name, result.content, result.trace, 1);
     const texts = [left, right].map((view) => view.trace.tokens.map((token) => token.t));
