@@ -6,7 +6,7 @@ import { mend, newTrace, take } from "./trace.js";
 export const CHAT = "v1/chat/completions";
 export const TEXT = "v1/completions";
 
-/** {disabled, forced, active, shared} without what says nothing; undefined if nothing is left. */
+/** `experts` without what says nothing; undefined if nothing is left. */
 function constraint(experts) {
   const out = {};
   for (const name of ["disabled", "forced"]) {
@@ -18,19 +18,30 @@ function constraint(experts) {
   return Object.keys(out).length ? out : undefined;
 }
 
+/** Turns of a chat are set apart; the continuation of a text is not. */
+function joined(nodes) {
+  const turn = (node) => node?.role === "assistant" && node.request?.path !== TEXT;
+  return nodes.map((node, at) => (at && (turn(node) || turn(nodes[at - 1])) ? "\n\n" : "") + node.content).join("");
+}
+
 function conversationOf(nodes, system, chat) {
   // A model without a template continues text: everything so far, as it stands.
-  if (!chat) return { prompt: nodes.map(({ content }) => content).join("") };
+  if (!chat) return { prompt: joined(nodes.filter(({ content }) => content)) };
   const messages = system ? [{ role: "system", content: system }] : [];
   for (const { role, content } of nodes) {
-    if (content) messages.push({ role, content });
-    // Nothing came of the message before (it was refused, say): two messages of a user in a row are an error to many templates.
-    else if (role === "assistant" && messages.at(-1)?.role === "user") messages.pop();
+    const last = messages.at(-1);
+    // Two messages of a user in a row (nothing came of the first) are an error to many templates.
+    if (content && last?.role === role) last.content += (role === "user" ? "\n\n" : "") + content;
+    else if (content) messages.push({ role, content });
   }
   return { messages };
 }
 
-/** The request for the answer to `messages`; {path, body}. Settings that are empty are left to the server. */
+/** What holds where a setting is empty: as `finemoe chat` has it, or the server. */
+export const defaults = (chat) => ({ temperature: chat ? 0.8 : 1, top_p: chat ? 0.95 : 1, max_tokens: chat ? 512 : 128, min_p: 0, min_new_tokens: 0,
+  repetition_penalty: 1, presence_penalty: 0, frequency_penalty: 0, alternatives: 5 });
+
+/** The request for the answer to `messages`; {path, body}. Empty settings are the `defaults`. */
 export function requestFor({ model, messages, system, settings, experts, routing, seed }) {
   const facts = model.finemoe ?? {};
   const chat = facts.chat !== false;
@@ -38,13 +49,16 @@ export function requestFor({ model, messages, system, settings, experts, routing
   for (const name of ["temperature", "top_p", "max_tokens", "presence_penalty", "frequency_penalty"]) {
     if (typeof settings[name] === "number") body[name] = settings[name];
   }
-  // The completions of OpenAI end after 16 tokens unless told otherwise, which is no length to look at.
-  if (!chat && body.max_tokens === undefined) body.max_tokens = Math.max(16, Math.min(128, (facts.context ?? 256) - tokensOf(messages, model.id)));
+  const usual = defaults(chat);
+  if (chat) { body.temperature ??= usual.temperature; body.top_p ??= usual.top_p; }
+  // The server ends a chat where the context does, and completions after 16 tokens, which is no length to look at.
+  if (!chat || !(facts.context <= usual.max_tokens)) body.max_tokens ??= usual.max_tokens;
   if (settings.stop?.length) body.stop = settings.stop;
   body.seed = seed;
-  if (routing && settings.alternatives > 0) {
-    if (chat) Object.assign(body, { logprobs: true, top_logprobs: settings.alternatives });
-    else body.logprobs = settings.alternatives;
+  const alternatives = settings.alternatives ?? usual.alternatives;
+  if (routing && alternatives > 0) {
+    if (chat) Object.assign(body, { logprobs: true, top_logprobs: alternatives });
+    else body.logprobs = alternatives;
   }
   const ours = {};
   if (routing) ours.routing = true;
@@ -59,16 +73,15 @@ export function requestFor({ model, messages, system, settings, experts, routing
   return { method: "POST", path: chat ? CHAT : TEXT, body };
 }
 
-/** About how many tokens messages have, rather too many than too few: what the last usage says, and the text since. */
-function tokensOf(messages, model) {
-  const last = messages.findLastIndex((message) => message.usage && message.model === model);
-  const known = last < 0 ? 0 : messages[last].usage.prompt_tokens + messages[last].usage.completion_tokens;
-  const text = messages.slice(last + 1).reduce((sum, message) => sum + message.content.length, 0);
-  // Text is not always cut again as it was written.
-  return Math.ceil(known * 1.1 + text / 1.5) + 8;
+/** How many tokens a server that refuses would write; 0 where it does not say. */
+function room({ status, param, message }) {
+  if (status !== 400 || param !== "max_tokens") return 0;
+  return Number(message.match(/(?:ask for|above the) ([\d,]+)/)?.[1].replaceAll(",", "")) || 0;
 }
 
-/** What a message keeps of its request: all but the conversation, which stands in the messages before it. */
+const FULL = "Nothing more fits: the model can read no more at once. Shorten a message, or begin a new conversation.";
+
+/** What a message keeps of its request: all but the messages before it. */
 export function kept({ method, path, body: { messages, prompt, ...body } }) {
   return { method, path, body };
 }
@@ -79,12 +92,12 @@ export function whole(request, messages, system) {
   return { ...request, body: { model, ...conversationOf(messages, system, request.path === CHAT), ...rest } };
 }
 
-/** A seed is always sent, so that the same request can be made again with one thing changed. */
+/** A seed is always sent: the same request can be made again with one thing changed. */
 export const seedFor = (settings) => (Number.isInteger(settings.seed) ? settings.seed : Math.floor(Math.random() * 2 ** 31));
 
 /**
- * Runs a request; `onChange(answer)` after each chunk. Returns the answer in the end, also of a request that was stopped
- * or failed: {content, reasoning, calls, trace, finish, usage, timing, error}.
+ * Runs a request; `onChange(answer)` after each chunk. Returns the answer in the end, also if stopped or failed.
+ * Where less fits than `request` asks for, `request` is changed to what fits. {content, reasoning, calls, trace, finish, usage, timing, error}.
  */
 export async function answer(request, { signal, onChange = () => {}, onWait } = {}) {
   const result = { content: "", reasoning: "", calls: [], trace: newTrace(request.body.model), finish: "", usage: null, error: "" };
@@ -102,7 +115,10 @@ export async function answer(request, { signal, onChange = () => {}, onWait } = 
     }
   } catch (error) {
     if (error.name === "AbortError") result.finish = "stopped";
-    else result.error = error.message;
+    else if (room(error) && room(error) < request.body.max_tokens) {
+      request.body.max_tokens = room(error);
+      return answer(request, { signal, onChange, onWait });
+    } else result.error = error.code === "context_length_exceeded" && /^the prompt has/i.test(error.message) ? `${FULL} (The server: ${error.message}.)` : error.message;
   }
   mend(result.trace);
   onChange(result);

@@ -1,4 +1,4 @@
-// All that goes over the wire, and the same as curl. Same origin only; the key lives in sessionStorage and in no log.
+// All that goes over the wire, and the same as curl. The key lives in sessionStorage and in no log.
 
 const KEY = "finemoe.key";
 const made = []; // the last requests, newest first: {method, path, body, status}
@@ -8,10 +8,11 @@ export const requests = () => made;
 export function onKeyWanted(callback) { askForKey = callback; }
 
 export class ApiError extends Error {
-  constructor(message, { status = 0, param = null, retryAfter = null } = {}) {
+  constructor(message, { status = 0, param = null, code = null, retryAfter = null } = {}) {
     super(message);
     this.status = status;
     this.param = param;
+    this.code = code;
     this.retryAfter = retryAfter;
   }
 }
@@ -25,7 +26,7 @@ async function failure(response) {
   try { error = (await response.json()).error; } catch { /* not ours: a proxy, perhaps */ }
   const after = Number.parseFloat(response.headers.get("Retry-After"));
   return new ApiError(error?.message ?? `The server answered ${response.status}.`,
-    { status: response.status, param: error?.param ?? null, retryAfter: Number.isFinite(after) ? after : null });
+    { status: response.status, param: error?.param ?? null, code: error?.code ?? null, retryAfter: Number.isFinite(after) ? after : null });
 }
 
 async function request(method, path, body, signal) {
@@ -35,7 +36,8 @@ async function request(method, path, body, signal) {
   for (;;) {
     const headers = {};
     if (body) headers["Content-Type"] = "application/json";
-    if (key()) headers.Authorization = `Bearer ${key()}`;
+    const sent = key();
+    if (sent) headers.Authorization = `Bearer ${sent}`;
     let response;
     try {
       response = await fetch(path, { method, headers, body: body ? JSON.stringify(body) : undefined, signal });
@@ -47,7 +49,8 @@ async function request(method, path, body, signal) {
     entry.status = response.status;
     if (response.ok) return response;
     if (response.status !== 401) throw await failure(response);
-    const given = await askForKey();
+    if (key() !== sent) continue; // another request has got one meanwhile
+    const given = await askForKey(Boolean(sent));
     if (!given) throw await failure(response);
     try { sessionStorage.setItem(KEY, given); } catch { throw new ApiError("The browser keeps no key for this page."); }
   }
@@ -74,7 +77,7 @@ function pause(seconds, signal) {
   });
 }
 
-/** The chunks of a streamed answer. A full server is asked again when it says when; `onWait(seconds)` is told. */
+/** The chunks of a streamed answer. A full server is asked again; `onWait(seconds)` is told. */
 export async function* stream(path, body, signal, onWait = () => {}) {
   let response;
   for (let attempt = 0; ; attempt += 1) {
@@ -122,7 +125,7 @@ export async function* stream(path, body, signal, onWait = () => {}) {
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-/** The request as a command. The key is a variable, so that a copied command gives nothing away. */
+/** The request as a command; the key is a variable in it. */
 export function curl({ method, path, body }) {
   const address = new URL(path, document.baseURI).href;
   const lines = [`curl ${body?.stream ? "-N " : ""}${quoted(address)}`];

@@ -1,4 +1,4 @@
-// The conversation that is shown: sending, stopping, editing, retrying, and answering again beside an answer.
+// The conversation that is shown, and what can be done with it.
 
 import { answer, kept, requestFor, seedFor, whole } from "./answering.js";
 import { Beside } from "./beside.js";
@@ -6,9 +6,10 @@ import { button, byId, el, fill, onceAFrame, say } from "./dom.js";
 import { Message } from "./messages.js";
 import { settings } from "./settings.js";
 import { Speaker } from "./speaking.js";
-import { forgetTrace, load, save, saveTrace, traceOf } from "./store.js";
+import { forgetTrace, load, onOtherTab, save, saveTrace, traceOf } from "./store.js";
 import { changed, inWords } from "./switchboard.js";
-import { ROOT, add, choose, newConversation, path, remove, until } from "./tree.js";
+import { mend } from "./trace.js";
+import { ROOT, add, choose, merge, newConversation, path, remove, until } from "./tree.js";
 
 export class Chat {
   /** `host`: model(), expertView(), showToken(...), showCurl(request), changed(), notice(text), opened(), comparing(),
@@ -19,12 +20,34 @@ export class Chat {
     this.scroller = byId("scroll");
     this.messages = new Map();
     this.open(null);
+    addEventListener("pagehide", () => this.leave());
+    onOtherTab((other) => this.takeIn(other));
+  }
+
+  /** The page is closed or loaded again: what has come of an answer stays. */
+  leave() {
+    if (!this.answering) return;
+    if (this.live?.tokens.length) { mend(this.live); saveTrace(this.answering, this.live); }
+    this.stop("cut");
+  }
+
+  /** Another tab has gone on. What is done here is not disturbed: `save` takes it in later. */
+  takeIn(other) {
+    if (other?.id !== this.conversation.id || this.answering || this.beside || this.log.querySelector("form.edit")) return;
+    const stay = this.atEnd();
+    const seen = () => JSON.stringify([this.path(), this.messages.size]);
+    const before = seen();
+    merge(this.conversation, other);
+    for (const name of ["title", "system", "experts"]) this.conversation[name] = other[name];
+    if (seen() === before) this.host.changed();
+    else this.render();
+    if (stay) this.toEnd();
   }
 
   get chatting() { return this.host.model()?.finemoe?.chat !== false; }
 
   open(conversation) {
-    this.stop();
+    this.stop("left");
     this.conversation = conversation ?? newConversation(this.host.model()?.id);
     this.host.opened();
     this.render();
@@ -59,6 +82,7 @@ export class Chat {
     const message = new Message(node, { conversation: this.conversation, model: this.conversation.model, trace, experts: this.host.expertView(), chat: this.chatting, does: {
       edit: (old, text) => this.edit(old, text),
       retry: (old) => this.retry(old),
+      goOn: (old) => { this.stop(); this.answerTo(old.id); },
       choose: (other) => { this.stop(); choose(this.conversation, other); save(this.conversation); this.render(); this.focusOn(other); },
       remove: (old) => this.remove(old),
       curl: (old) => this.host.showCurl(this.requestOf(old)),
@@ -146,7 +170,7 @@ export class Chat {
     const conversation = this.conversation;
     let request = this.requestAfter(parent);
     const { system } = this.conversation;
-    const node = add(this.conversation, parent, { role: "assistant", model: model.id, request: kept(request), ...(system ? { system } : {}) });
+    const node = add(this.conversation, parent, { role: "assistant", model: model.id, finish: "writing", request: kept(request), ...(system ? { system } : {}) });
     this.conversation.model = model.id;
     this.answering = node;
     save(this.conversation);
@@ -169,16 +193,21 @@ export class Chat {
     });
     let finished;
     if (otherModel) this.besideModels(node, otherModel, new Promise((resolve) => { finished = resolve; }));
+    this.live = null;
+    let saved = Date.now();
     const take = (now) => {
-      Object.assign(node, { content: now.content, finish: now.finish });
+      Object.assign(node, { content: now.content, finish: controller.why ?? (now.finish || "writing"), written: Date.now() });
       if (now.reasoning) node.reasoning = now.reasoning;
       if (now.calls.length) node.calls = now.calls;
       this.live = now.trace;
+      if (Date.now() - saved < 1000) return;
+      saved = Date.now();
+      if (load(conversation.id)) save(conversation);
     };
     const ask = () => answer(request, { signal: controller.signal, onWait: (seconds) => this.host.notice(`The server is full; asking again in ${seconds} s.`, false),
       onChange: (now) => { take(now); speaker.heard(now.content); grow(); } });
     let result = await ask();
-    // Whether a model that was not loaded can chat is known only now; one that cannot refuses the first request.
+    // Whether a model that was not loaded can chat is known only now.
     if (result.error && !result.content && model.finemoe?.chat === undefined && await this.host.refresh(model.id)) {
       const { path: asked, body } = request;
       request = this.requestAfter(parent, { seed: body.seed });
@@ -186,6 +215,8 @@ export class Chat {
       if (request.path !== asked) result = await ask();
     }
     take(result);
+    node.finish = controller.why ?? result.finish;
+    node.request = kept(request);
     node.usage = result.usage;
     if (result.error) node.error = result.error;
     if (result.trace.tokens.length) saveTrace(node, result.trace);
@@ -198,10 +229,10 @@ export class Chat {
     this.settle(node, message, conversation);
   }
 
-  /** The answer is whole, or has ended: keep it. An answer of which nothing came at all is kept only with its error. */
+  /** Keeps an answer that has ended; one of which nothing came only with its error. */
   settle(node, message, conversation) {
     if (conversation !== this.conversation) {
-      // Another one was opened meanwhile; what came of the answer belongs to its own, unless that was deleted.
+      // What came of the answer belongs to its own conversation, unless that was deleted.
       if (load(conversation.id)) save(conversation);
       return;
     }
@@ -214,6 +245,8 @@ export class Chat {
     }
     save(conversation);
     const stay = this.atEnd();
+    // An answer may be whole before its first token was drawn.
+    if (!message.trace) message.asTokens = this.host.expertView() && (traceOf(node)?.layers.length ?? 0) > 0;
     message.trace = traceOf(node);
     message.streaming(false, conversation);
     // The tokens that are drawn stay, and with them what is held or has the focus.
@@ -224,21 +257,21 @@ export class Chat {
     this.host.modelsUsed();
   }
 
-  stop() {
+  stop(why = "stopped") {
     if (!this.answering) return;
     const node = this.answering;
     this.answering = null;
-    node.finish = "stopped";
+    this.controller.why = node.finish = why;
     this.controller.abort();
     this.host.busy(false);
-    save(this.conversation);
+    if (load(this.conversation.id)) save(this.conversation); // it may just have been deleted
   }
 
   /** An expert off or forced: the same request, the same seed, one thing changed. */
   tryOut(node, kind, layer, expert) {
     const before = node.request.body.finemoe?.experts ?? {};
     const experts = changed(structuredClone(before), kind, layer, expert);
-    this.besideWith(node, experts, `${kind === "disabled" ? "Without" : "Always with"} expert ${expert} of layer ${layer}`);
+    this.besideWith(node, experts, `${kind === "disabled" ? "Without" : "Always with"} expert ${expert} of layer ${layer}`, [layer, expert]);
   }
 
   /** The last answer again with the switches as they stand. */
@@ -249,13 +282,13 @@ export class Chat {
     this.besideWith(node, this.conversation.experts, title[0].toUpperCase() + title.slice(1));
   }
 
-  besideWith(node, experts, title) {
+  besideWith(node, experts, title, expert) {
     const request = structuredClone(this.requestOf(node));
     const { body } = request;
     body.finemoe = { ...body.finemoe, routing: true, experts };
     for (const name of ["disabled", "forced"]) if (!Object.keys(experts[name] ?? {}).length) delete experts[name];
     if (!Object.keys(experts).length) delete body.finemoe.experts;
-    this.showBeside(node, request, title, experts);
+    this.showBeside(node, request, title, experts, undefined, expert);
   }
 
   besideModels(node, other, ready) {
@@ -264,23 +297,23 @@ export class Chat {
     this.showBeside(node, request, `Two models: ${node.model} and ${other.id}`, null, ready);
   }
 
-  showBeside(node, request, title, experts, ready = Promise.resolve()) {
+  showBeside(node, request, title, experts, ready, expert) {
     this.closeBeside();
     const message = this.messages.get(node.id);
     if (!message) return;
     const trace = () => (node === this.answering ? this.live : traceOf(node));
     const original = { title: experts ? "Original" : node.model, get content() { return node.content; }, get trace() { return trace(); } };
-    const box = new Beside({ original, request, title, name: experts ? title : request.body.model, curl: (each) => this.host.showCurl(each),
+    const box = new Beside({ original, request, title, name: experts ? title : request.body.model, expert, two: !experts, curl: (each) => this.host.showCurl(each),
       onClose: () => { message.element.classList.remove("comparing"); this.beside = null; message.element.querySelector("button")?.focus(); },
       onToken: (shown, at, pinned, view) => this.token(node, shown, at, pinned, view),
       actions: (result) => [
         result.content ? button("Keep as a version", () => this.keep(node, request, result)) : "",
-        experts && !result.error ? button("Keep for the next answers", () => { this.conversation.experts = experts; save(this.conversation); this.host.changed(); say("Kept."); }) : "",
+        experts && !result.error ? button("Keep for the next answers", () => { this.conversation.experts = experts; save(this.conversation); this.host.changed(); box.told.textContent = `Kept: the next answers are made ${inWords(experts) || "as trained"}.`; }) : "",
       ] });
     this.beside = { box, message };
-    // While both models write, the answer itself stays in sight; afterwards the comparison stands in its place.
+    // While both models write, the answer itself stays in sight.
     fill(message.beside, box.element);
-    ready.then(() => { if (this.beside?.box === box) message.element.classList.add("comparing"); });
+    Promise.resolve(ready).then(() => { if (this.beside?.box === box) message.element.classList.add("comparing"); });
     box.run(ready);
     this.host.comparing();
     box.element.scrollIntoView({ block: "start" });

@@ -16,7 +16,7 @@ const cards = new Map(); // by model: {layer: {expert: card}}
 let domains = [];
 let wanted = true;
 
-/** The cards of a model. Domains have one colour for all models, so that two of them can be compared. */
+/** The cards of a model. Domains have one colour for all models. */
 export function setCards(model, given) {
   cards.set(model, given);
   const all = [...cards.values()].flatMap((each) => Object.values(each)).flatMap((layer) => Object.values(layer));
@@ -39,7 +39,7 @@ export function colourOf(model, layer, expert) {
 // Asked for every piece of every lane.
 const hasDomainsOf = (model) => domains.length > 0 && cards.has(model);
 
-/** A square of a colour, drawn by script: a style attribute would be refused by the policy. */
+/** A square of a colour. */
 export function swatch(colour) {
   const node = document.createElement("span");
   node.className = "swatch";

@@ -7,7 +7,7 @@ export function el(spec, props = {}, ...children) {
   if (classes.length) node.className = classes.join(" ");
   for (const [name, value] of Object.entries(props)) {
     if (value === undefined || value === null || value === false) continue;
-    // Handlers are properties and never attributes, so that a strict Content-Security-Policy lets them be.
+    // Handlers are never attributes, which a strict Content-Security-Policy forbids.
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (name === "value") node.value = value;
     else node.setAttribute(name, value === true ? "" : value);
@@ -43,7 +43,7 @@ export async function copy(text, from) {
     await navigator.clipboard.writeText(text);
     from.textContent = "Copied";
   } catch {
-    // No clipboard without a secure context (a server reached by its address in the network): select the old way.
+    // No clipboard without a secure context (an address in the network): select the old way.
     const area = el("textarea", { "aria-hidden": "true", class: "sr" });
     area.value = text;
     (from.closest("dialog") ?? document.body).append(area);
@@ -55,7 +55,7 @@ export async function copy(text, from) {
   setTimeout(() => { from.textContent = before; }, 1500);
 }
 
-/** A modal dialog with a title and a way out; it is removed when closed. Focus goes back to where it was. */
+/** A modal dialog with a title and a way out; it is removed when closed. */
 export function dialog(title, content, { wide = false } = {}) {
   const heading = el("h2", { id: `dialog-${title.replace(/\W+/g, "-")}` }, title);
   const box = el(`dialog${wide ? ".wide" : ""}`, { "aria-labelledby": heading.id },
@@ -83,7 +83,7 @@ export function ask(title, { value, label, ok = "OK", type = "text", text } = {}
   });
 }
 
-/** Calls back at most once a frame; what takes long has to wait, so that the page can always be used. */
+/** Calls back at most once a frame; what takes long has to wait. */
 export function onceAFrame(callback) {
   let waiting = false;
   const run = () => {

@@ -1,24 +1,20 @@
-// TeX as MathML, which every browser draws and screen readers speak. A small subset; what is not known is shown as written.
+// TeX as MathML, which screen readers speak. A small subset; what is not known is shown as written.
 
 const NS = "http://www.w3.org/1998/Math/MathML";
 
-const LETTERS = {
-  alpha: "α", beta: "β", gamma: "γ", delta: "δ", epsilon: "ϵ", varepsilon: "ε", zeta: "ζ", eta: "η", theta: "θ", vartheta: "ϑ",
-  iota: "ι", kappa: "κ", lambda: "λ", mu: "μ", nu: "ν", xi: "ξ", pi: "π", rho: "ρ", sigma: "σ", tau: "τ", upsilon: "υ", phi: "ϕ",
-  varphi: "φ", chi: "χ", psi: "ψ", omega: "ω", Gamma: "Γ", Delta: "Δ", Theta: "Θ", Lambda: "Λ", Xi: "Ξ", Pi: "Π", Sigma: "Σ",
-  Phi: "Φ", Psi: "Ψ", Omega: "Ω", infty: "∞", partial: "∂", nabla: "∇", hbar: "ℏ", ell: "ℓ", emptyset: "∅", Re: "ℜ", Im: "ℑ",
-  dots: "…", ldots: "…", cdots: "⋯", vdots: "⋮",
-};
-const OPERATORS = {
-  cdot: "⋅", times: "×", div: "÷", pm: "±", mp: "∓", ast: "∗", circ: "∘", oplus: "⊕", otimes: "⊗", le: "≤", leq: "≤", ge: "≥",
-  geq: "≥", ne: "≠", neq: "≠", ll: "≪", gg: "≫", approx: "≈", equiv: "≡", sim: "∼", simeq: "≃", propto: "∝", in: "∈", notin: "∉",
-  ni: "∋", subset: "⊂", subseteq: "⊆", supset: "⊃", supseteq: "⊇", cup: "∪", cap: "∩", setminus: "∖", land: "∧", wedge: "∧",
-  lor: "∨", vee: "∨", neg: "¬", lnot: "¬", forall: "∀", exists: "∃", to: "→", rightarrow: "→", leftarrow: "←", gets: "←",
-  Rightarrow: "⇒", implies: "⟹", Leftarrow: "⇐", iff: "⟺", Leftrightarrow: "⇔", leftrightarrow: "↔", mapsto: "↦", mid: "∣",
-  parallel: "∥", perp: "⊥", angle: "∠", langle: "⟨", rangle: "⟩", lfloor: "⌊", rfloor: "⌋", lceil: "⌈", rceil: "⌉", lVert: "‖",
-  rVert: "‖", Vert: "‖", lvert: "|", rvert: "|", vert: "|", prime: "′", top: "⊤", bot: "⊥", star: "⋆", dagger: "†", bullet: "∙",
-  "{": "{", "}": "}", "|": "‖", "%": "%", "#": "#", "&": "&", $: "$", _: "_",
-};
+/** "alpha α beta β" as a table. */
+const pairs = (text) => Object.fromEntries([...text.matchAll(/(\S+)\s+(\S+)/g)].map(([, name, sign]) => [name, sign]));
+
+const LETTERS = pairs(`alpha α beta β gamma γ delta δ epsilon ϵ varepsilon ε zeta ζ eta η theta θ vartheta ϑ iota ι kappa κ lambda λ
+  mu μ nu ν xi ξ pi π rho ρ sigma σ tau τ upsilon υ phi ϕ varphi φ chi χ psi ψ omega ω Gamma Γ Delta Δ Theta Θ
+  Lambda Λ Xi Ξ Pi Π Sigma Σ Phi Φ Psi Ψ Omega Ω infty ∞ partial ∂ nabla ∇ hbar ℏ ell ℓ emptyset ∅ Re ℜ Im ℑ
+  dots … ldots … cdots ⋯ vdots ⋮`);
+const OPERATORS = pairs(`cdot ⋅ times × div ÷ pm ± mp ∓ ast ∗ circ ∘ oplus ⊕ otimes ⊗ le ≤ leq ≤ ge ≥ geq ≥ ne ≠ neq ≠ ll ≪ gg ≫ approx ≈
+  equiv ≡ sim ∼ simeq ≃ propto ∝ in ∈ notin ∉ ni ∋ subset ⊂ subseteq ⊆ supset ⊃ supseteq ⊇ cup ∪ cap ∩ setminus ∖
+  land ∧ wedge ∧ lor ∨ vee ∨ neg ¬ lnot ¬ forall ∀ exists ∃ to → rightarrow → leftarrow ← gets ← Rightarrow ⇒
+  implies ⟹ Leftarrow ⇐ iff ⟺ Leftrightarrow ⇔ leftrightarrow ↔ mapsto ↦ mid ∣ parallel ∥ perp ⊥ angle ∠ langle ⟨
+  rangle ⟩ lfloor ⌊ rfloor ⌋ lceil ⌈ rceil ⌉ lVert ‖ rVert ‖ Vert ‖ lvert | rvert | vert | prime ′ top ⊤ bot ⊥
+  star ⋆ dagger † bullet ∙ { { } } | ‖ % % # # & & $ $ _ _`);
 const LARGE = { sum: "∑", prod: "∏", int: "∫", iint: "∬", oint: "∮", bigcup: "⋃", bigcap: "⋂", bigoplus: "⨁" };
 const NAMES = ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln", "lg", "exp",
   "det", "dim", "ker", "deg", "gcd", "arg", "Pr"];

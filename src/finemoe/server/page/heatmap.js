@@ -1,4 +1,4 @@
-// The load by layer over the conversation: a row for each layer, a cell for each expert, dark where it was chosen often.
+// The load over the conversation: a row for each layer, a cell for each expert.
 
 import { cardOf } from "./colours.js";
 import { button, el, fill } from "./dom.js";
@@ -25,7 +25,7 @@ export class Heatmap {
     new ResizeObserver(() => this.paint()).observe(box);
   }
 
-  /** A scale on which 1 is an even share of the tokens and 4 the end. */
+  /** 1 is an even share of the tokens. */
   times(at, expert) { return (this.load.counts[at].get(expert) ?? 0) / this.even[at]; }
 
   show(traces, model) {
@@ -37,7 +37,7 @@ export class Heatmap {
     this.detail.replaceChildren();
     if (!layers.length) {
       this.canvas = null;
-      fill(this.box, el("h3", {}, "Load in this conversation"), el("p.quiet", {}, "Appears with the first answer: how often each expert of each layer was chosen."));
+      fill(this.box, el("h3", {}, "Load in this conversation"), el("p.quiet", {}, model?.finemoe?.layers && !known.length ? "This model has no experts to choose from." : "Appears with the first answer: how often each expert of each layer was chosen."));
       return;
     }
     this.experts = layers.map((layer, at) => known.find((each) => each.layer === layer)?.experts ?? Math.max(...counts[at].keys()) + 1);

@@ -1,4 +1,4 @@
-// The token that is pointed at: its probability, what else could have stood there, and its experts layer by layer.
+// The token that is pointed at: its probability, its alternatives, its experts.
 
 import { cardOf, colourOf, hasCards, swatch } from "./colours.js";
 import { button, el, fill } from "./dom.js";
@@ -15,16 +15,16 @@ export function bar(share, colour) {
 }
 
 const NO_CARD = "No card: the analysis of this model says nothing of this expert.";
-const NO_CARDS = "No card: this model has not been analysed.";
+const NO_CARDS = () => ["No card: this model has not been analysed. ", el("code", {}, "finemoe analyze experts MODEL --out MODEL/experts"), " does it."];
 
-/** What is known of an expert, and its two switches. `tryOut(kind, layer, expert)` answers again beside the original. */
+/** An expert and its two switches. `tryOut(kind, layer, expert)` answers again beside the original. */
 export function expertDetail(model, layer, expert, { tryOut, close }) {
   const card = cardOf(model, layer, expert);
   return el("div.expert-detail", { role: "group", "aria-label": `Layer ${layer}, expert ${expert}` },
     el("div.row", {}, swatch(colourOf(model, layer, expert)), el("strong.grow", {}, `Expert ${expert} of layer ${layer}`),
       close ? button("×", close, { class: "plain", "aria-label": "Close the expert" }) : ""),
     card ? el("p", {}, el("strong", {}, card.title ?? "No title"), card.domain ? ` · ${card.domain}` : "",
-      Number.isFinite(card.share) ? ` · ${percent(card.share)} of the tokens` : "") : el("p.quiet", {}, hasCards(model) ? NO_CARD : NO_CARDS),
+      Number.isFinite(card.share) ? ` · ${percent(card.share)} of the tokens` : "") : el("p.quiet", {}, hasCards(model) ? NO_CARD : NO_CARDS()),
     card?.tokens?.length ? el("p.quiet", {}, "Often chosen for ", card.tokens.slice(0, 10).map((token) => [el("code", {}, nameOf(String(token))), " "])) : "",
     tryOut ? el("div.row", {}, button("Switch off", () => tryOut("disabled", layer, expert)), button("Force", () => tryOut("forced", layer, expert))) : "",
     tryOut ? el("p.quiet", {}, "The answer is made again beside the original, with the same seed.") : "");
@@ -63,7 +63,7 @@ export class Inspector {
     const rows = others.some(([text]) => text === token.t) || token.p === null ? [...others] : [[token.t, token.p], ...others];
     rows.sort((a, b) => b[1] - a[1]);
     return el("table.alternatives", {}, el("caption", {}, "What could have stood here"),
-      el("thead.sr", {}, el("tr", {}, ["token", "probability", "log-probability"].map((name) => el("th", { scope: "col" }, name)))),
+      el("thead", {}, el("tr", {}, ["Token", "Probability", "Log-probability"].map((name) => el("th", { scope: "col" }, name)))),
       el("tbody", {}, rows.map(([text, logprob]) => {
         const own = text === token.t;
         return el(own ? "tr.own" : "tr", {}, el("th", { scope: "row" }, el("code", {}, text.trim() ? visible(text) : nameOf(text)), own ? el("span.quiet", {}, " chosen") : ""),

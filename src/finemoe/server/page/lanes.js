@@ -1,4 +1,4 @@
-// The tokens of an answer with a lane under each: a column for each layer, its experts stacked, the height of each its gate.
+// Tokens with a lane under each: a column for each layer, its experts stacked, as high as their gates.
 // Tokens are elements (they can be pointed at and read); lanes are drawn on one canvas that covers what is near the window,
 // so that 2,000 tokens of 12 layers cost no more than a screenful.
 
@@ -25,6 +25,20 @@ window.addEventListener("resize", onceAFrame(redrawAll));
 
 /** White space that would not be seen, as signs. */
 export const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "→");
+
+/** Text with signs at its white space. The style draws them: they are no text. */
+const marked = (text) => text.split(/([ \t\n])/).map((part) => ({ " ": () => el("i.sp", {}, " "), "\t": () => el("i.tab", {}, "\t"), "\n": () => el("i.nl") })[part]?.() ?? part);
+
+// Line breaks of the layout are not copied, and those of the text are.
+document.addEventListener("copy", (event) => {
+  const range = getSelection().rangeCount ? getSelection().getRangeAt(0) : null;
+  const { commonAncestorContainer: box } = range ?? {};
+  if (!range || range.collapsed || !(box.closest ? box : box.parentElement).closest(".tokens")) return;
+  const copied = range.cloneContents();
+  for (const sign of copied.querySelectorAll(".nl")) sign.textContent = "\n";
+  event.clipboardData.setData("text/plain", copied.textContent);
+  event.preventDefault();
+});
 
 /** How a token is called, where its text alone would say nothing. */
 export function nameOf(text) {
@@ -72,7 +86,7 @@ export class TokenView {
     if (!tokens.length) return;
     if (layers.length !== this.known) {
       this.known = layers.length;
-      // The room under a token is a length that follows from the model; custom properties are allowed where style attributes are not.
+      // Custom properties are allowed where style attributes are not.
       this.element.style.setProperty("--lane-width", `${Math.max(18, this.columns * (this.columns > 8 ? 3 : 5))}px`);
       this.element.style.setProperty("--lane-height", `${this.rows * ROW}px`);
       this.places = [];
@@ -86,20 +100,25 @@ export class TokenView {
     const token = this.trace.tokens[at];
     const text = token.t;
     const before = this.trace.tokens[at - 1]?.t ?? "";
-    // Tokens of one word, and the mark after it, stay on one line; a very long "word" (Chinese, base64) may break.
+    // Tokens of a word stay on one line; a very long "word" (Chinese, base64) may break.
     const joined = /[\p{L}\p{N}]$/u.test(before) && /^[\p{L}\p{N}.,:;!?'’]/u.test(text);
     if (!this.word || !joined || this.word.textContent.length + text.length > 18) {
-      this.word = el(/^ \S/.test(text) ? "span.word.spaced" : "span.word");
+      this.word = el("span.word");
       this.wordStart = at;
       this.element.append(this.word);
     }
-    // The space before a word is a distance and no part of its box, so that the lane stands under the letters.
-    const span = el("span.tok", { role: "button", tabindex: at === this.current ? "0" : "-1", "data-at": at }, visible(text.replace(/^ (?=\S)/, "")) || "·");
+    const end = text.lastIndexOf("\n") + 1;
+    const span = el("span.tok", { role: "button", tabindex: at === this.current ? "0" : "-1", "data-at": at }, text ? marked(end ? text.slice(0, end) : text) : el("i.none"));
     if (!text.trim()) span.setAttribute("aria-label", nameOf(text));
     this.word.append(span);
     this.spans.push(span);
     // One line is broken, however many breaks a token holds: an empty line would have no lane.
-    if (text.includes("\n")) { this.element.append(el("br")); this.word = null; }
+    if (end) {
+      this.element.append(el("br"));
+      this.word = null;
+      // What follows in the same token (indentation, mostly) begins the next line.
+      if (end < text.length) this.element.append(el("span.tail", { "data-at": at }, marked(text.slice(end))));
+    }
     this.trace.layers.forEach((_, layer) => {
       const sum = (token.g[layer] ?? []).reduce((total, gate) => total + (gate ?? 0), 0);
       this.scale[layer] = Math.max(this.scale[layer] ?? 0, sum);
@@ -118,7 +137,7 @@ export class TokenView {
 
   listen() {
     const at = (event) => {
-      const span = event.target.closest?.(".tok");
+      const span = event.target.closest?.("[data-at]");
       return span && this.element.contains(span) ? Number(span.dataset.at) : -1;
     };
     this.element.addEventListener("pointerover", (event) => {
@@ -189,7 +208,7 @@ export class TokenView {
     const [left, top, width] = this.places[at];
     const token = this.trace.tokens[at];
     const { model } = this.trace;
-    // The lane of a long word is no wider than can be taken in at a glance.
+    // No wider than can be taken in at a glance.
     const step = Math.min((width - 4) / this.columns, Math.max(9, 40 / this.columns));
     this.trace.layers.forEach((layer, index) => {
       const experts = token.e[index];

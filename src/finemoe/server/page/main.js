@@ -47,7 +47,7 @@ function showRequests() {
 
 // The key is asked for once, however many requests wait for it.
 let asking = null;
-onKeyWanted(() => (asking ??= ask("This server wants a key", { label: "API key", type: "password", ok: "Use it", text: "It stays in this tab and is gone when the tab is closed." })
+onKeyWanted((refused) => (asking ??= ask("This server wants a key", { label: "API key", type: "password", ok: "Use it", text: `${refused ? "The server did not accept this key. " : ""}It stays in this tab and is gone when the tab is closed.` })
   .finally(() => { asking = null; })));
 onStorageTrouble((text) => notice(text));
 
@@ -125,7 +125,7 @@ function drawLegend() {
     drawLegend();
     byId("legend").querySelector("button.small")?.focus();
   }, { class: "small" }), colouredByDomain() ? legend().map(({ domain, colour }) => el("span.key", {}, swatch(colour), domain)) : ""] : "";
-  fill(box, el("span", {}, "Under each word: one column for each layer of the model, in it the experts that made the word; taller means a larger say."), more, domains);
+  fill(box, el("span", {}, "Under each word: one column for each layer of the model, in it the experts that made the word; taller means a larger say. A dot is a space."), more, domains);
 }
 
 async function cardsOf(model) {
@@ -147,7 +147,7 @@ async function modelChosen(fresh = true) {
   keepView();
   if (fresh && chat.conversation.model !== model.id) {
     chat.conversation.model = model.id;
-    // Layers and numbers of experts are those of another model: switches set for one mean nothing for the other.
+    // Switches set for one model mean nothing for another.
     chat.conversation.experts = {};
   }
   const chatting = model.finemoe?.chat !== false;
@@ -252,7 +252,7 @@ function stop() {
 }
 byId("stop").addEventListener("click", stop);
 byId("model").addEventListener("change", () => modelChosen());
-byId("settings-open").addEventListener("click", () => openSettings({ model: current(), system: chat.conversation.system, onSystem(text) {
+byId("settings-open").addEventListener("click", () => openSettings({ model: current(), trouble: notice, system: chat.conversation.system, onSystem(text) {
   chat.conversation.system = text;
   if (chat.path().length) save(chat.conversation);
 } }));

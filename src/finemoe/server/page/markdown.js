@@ -1,4 +1,4 @@
-// Markdown as nodes. Text of a model is untrusted: no HTML is read, no picture is loaded, links go to http and https alone.
+// Markdown as nodes. No HTML is read, no picture is loaded, links go to http and https alone.
 
 import { button, copy, el } from "./dom.js";
 import { formula } from "./formulas.js";
@@ -11,7 +11,7 @@ const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 const MATH_OPEN = /^\s*(\$\$|\\\[)/;
 const DEEPEST = 8;
 
-/** The blocks of a text as pieces of source. A piece that has not changed need not be drawn again while text streams in. */
+/** The blocks of a text as pieces of source. */
 function blocks(lines) {
   const found = [];
   let at = 0;
@@ -106,7 +106,7 @@ function node(block, depth) {
     case "math": return el("div.formula", { tabindex: "0", role: "group", "aria-label": "Formula" }, formula(block.lines.join("\n"), true));
     case "heading": {
       const [, marks, text] = block.lines[0].match(HEADING);
-      // The page has h1 and h2 of its own, and models begin at any level: two levels keep the outline without gaps.
+      // Below the page's own h1 and h2, two levels keep the outline without gaps.
       return el(`${marks.length < 4 ? "h3" : "h4"}.level${marks.length}`, {}, inline(text));
     }
     case "rule": return el("hr");
@@ -190,7 +190,7 @@ function anchor(address, content) {
   return el("a", { href: url.href, rel: "noopener noreferrer nofollow", target: "_blank", title: url.href }, content);
 }
 
-/** Draws text into a box. Blocks that are as they were stay in place, so that streaming costs the last block alone. */
+/** Draws text into a box. Blocks that are as they were stay in place. */
 export function update(box, text) {
   const wanted = blocks(text.split("\n"));
   const drawn = (box.drawn ??= []);

@@ -1,11 +1,12 @@
-// One message on the page: its text or its tokens, its versions, and what can be done with it.
+// One message on the page.
 
 import { button, copy, el, fill } from "./dom.js";
 import { TokenView } from "./lanes.js";
 import { update } from "./markdown.js";
 import { versions } from "./tree.js";
 
-const ENDS = { length: "stopped at the length limit", stopped: "stopped by you", tool_calls: "asks for a tool", error: "broke off" };
+const ENDS = { length: "stopped at the length limit", stopped: "stopped by you", left: "stopped when you left", tool_calls: "asks for a tool", error: "broke off" };
+const CUT = { cut: "the page was closed before the answer was whole.", writing: "unless another tab is still writing it." };
 
 export class Message {
   /** `does` holds the actions: edit, retry, choose, curl, remove, token; `trace` the tokens of the answer, or null. */
@@ -40,6 +41,7 @@ export class Message {
     const copied = button("Copy", () => copy(node.content, copied));
     fill(this.foot, copied,
       node.role === "user" ? button("Edit", () => this.edit()) : button("Retry", () => does.retry(node)),
+      CUT[node.finish] && !this.chat ? button("Continue", () => does.goOn(node)) : "",
       this.trace?.tokens.length ? button(this.asTokens ? "Show as text" : this.trace.layers.length ? "Show experts" : "Show tokens", () => {
         this.asTokens = !this.asTokens;
         this.fill(conversation);
@@ -49,6 +51,7 @@ export class Message {
       button("Delete", () => does.remove(node)),
       el("span.facts", {}, this.facts()));
     if (this.experts && node.content && node.role === "assistant" && !this.trace) this.foot.append(el("span.facts", {}, "made without the expert view: Retry shows its experts"));
+    if (CUT[node.finish]) this.foot.prepend(el("p.problem", {}, el("strong", {}, "Cut off: "), CUT[node.finish]));
     if (node.error) this.foot.prepend(el("p.problem", {}, el("strong", {}, "Broke off: "), node.error));
   }
 

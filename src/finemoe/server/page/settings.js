@@ -1,5 +1,6 @@
-// How answers are drawn and shown. An empty field leaves the choice to the server, and is not sent.
+// How answers are drawn and shown. An empty field shows what holds without it.
 
+import { defaults } from "./answering.js";
 import { dialog, el } from "./dom.js";
 import { read, write } from "./store.js";
 
@@ -19,7 +20,7 @@ const FIELDS = [
   ["alternatives", "Alternatives shown", "other tokens that could have stood there, 0 to 20", { min: 0, max: 20, step: 1 }],
 ];
 
-export const settings = { alternatives: 5, ...read(NAME, {}) };
+export const settings = read(NAME, {});
 
 export function keep(changes) {
   Object.assign(settings, changes);
@@ -27,23 +28,27 @@ export function keep(changes) {
   write(NAME, settings);
 }
 
-/** The dialog; the system message belongs to the conversation, so it comes and goes through `system`. */
-export function openSettings({ model, system, onSystem }) {
+/** The dialog; the system message belongs to the conversation. */
+export function openSettings({ model, system, onSystem, trouble }) {
+  const usual = { ...defaults(model?.finemoe?.chat !== false), top_k: "all", seed: "drawn each time" };
   const guesses = model?.finemoe?.guesses ?? [];
+  const bad = new Map(); // fields that hold what cannot be, and what to say of them
   const field = ([name, label, help, limits]) => el("label.field", {}, el("span", {}, label),
-    el("input", { type: "number", name, inputmode: "decimal", placeholder: name === "seed" ? "drawn each time" : "server's choice",
-      value: settings[name] ?? "", "aria-describedby": `help-${name}`, ...limits,
-      step: "any", onchange: (event) => change(name, event.target) }), el("small.quiet", { id: `help-${name}` }, help));
+    el("input", { type: "number", name, inputmode: "decimal", placeholder: String(usual[name]),
+      value: settings[name] ?? "", "aria-describedby": `wrong-${name} help-${name}`, ...limits,
+      step: "any", onchange: (event) => change(name, event.target) }), el("small.problem", { id: `wrong-${name}` }), el("small.quiet", { id: `help-${name}` }, help));
   const change = (name, input) => {
     const number = input.value === "" ? undefined : Number(input.value);
-    const limit = FIELDS.find((each) => each[0] === name)[3];
+    const [, label, , limit] = FIELDS.find((each) => each[0] === name);
     const whole = limit.step === 1;
-    const wrong = number !== undefined && (!Number.isFinite(number)
+    const wrong = input.validity.badInput || number !== undefined && (!Number.isFinite(number)
       || number < (limit.min ?? -Infinity) || number > (limit.max ?? Infinity) || (whole && !Number.isInteger(number)));
     const sentence = wrong ? `${whole ? "A whole number" : "A number"} from ${limit.min}${limit.max === undefined ? "" : ` to ${limit.max}`}, or empty.` : "";
-    input.setCustomValidity(sentence);
     input.toggleAttribute("aria-invalid", wrong);
-    if (wrong) input.reportValidity();
+    if (wrong) input.setAttribute("aria-invalid", "true");
+    form.querySelector(`#wrong-${name}`).textContent = sentence;
+    bad.delete(input);
+    if (wrong) bad.set(input, `${label} was not changed to ${input.value || "that"}. ${sentence}`);
     else keep({ [name]: number });
   };
   const stops = el("textarea", { name: "stop", rows: 2, "aria-describedby": "help-stop", value: (settings.stop ?? []).join("\n"),
@@ -64,5 +69,10 @@ export function openSettings({ model, system, onSystem }) {
     el("div.field", {}, check("ignore_end", "Go on after the end of the answer"), check("quiet", "Screen reader: only say when an answer is finished")));
   // A change is told when a field loses focus; closing with Escape must not lose the last one.
   const box = dialog("Settings", form, { wide: true });
-  box.addEventListener("cancel", () => document.activeElement?.blur());
+  box.addEventListener("cancel", (event) => {
+    document.activeElement?.blur();
+    const [wrong] = bad.keys();
+    if (wrong) { event.preventDefault(); wrong.focus(); }
+  });
+  box.addEventListener("close", () => { if (bad.size) trouble([...bad.values()].join(" ")); });
 }

@@ -1,4 +1,4 @@
-// The conversations that the browser keeps: open, rename, delete, and out and in as files.
+// The conversations that the browser keeps.
 
 import { ask, button, byId, el, fill } from "./dom.js";
 import { exported, forget, imported, list, load, save } from "./store.js";
@@ -28,7 +28,7 @@ export class Sidebar {
   }
 
   async rename(id) {
-    // The one that is shown is changed in place, so that the next save does not take the new name back.
+    // The one that is shown is changed in place, lest the next save take the new name back.
     const conversation = id === this.current().id ? this.current() : load(id);
     const title = await ask("Rename the conversation", { label: "Name", value: titleOf(conversation), ok: "Rename" });
     if (title === null) return;
@@ -61,6 +61,7 @@ export class Sidebar {
         if (file.size > 50_000_000) throw new Error("This file is larger than 50 MB.");
         const conversation = imported(await file.text());
         save(conversation);
+        this.trouble("");
         this.open(conversation);
       } catch (error) {
         this.trouble(error.message);

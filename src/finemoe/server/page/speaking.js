@@ -1,4 +1,4 @@
-// A streamed answer for a screen reader: whole sentences, a few seconds apart, instead of every token.
+// A streamed answer for a screen reader: whole sentences, a few seconds apart.
 
 import { byId, fill, say } from "./dom.js";
 import { settings } from "./settings.js";

@@ -3,7 +3,7 @@
 
 import { CHAT, TEXT } from "./answering.js";
 import { cleaned } from "./trace.js";
-import { ROLES, ROOT, newConversation, newId, titleOf } from "./tree.js";
+import { ROLES, ROOT, merge, newConversation, newId, path, titleOf } from "./tree.js";
 
 const CONVERSATION = "finemoe.conversation.";
 const TRACE = "finemoe.trace.";
@@ -50,9 +50,16 @@ export function list() {
   return found.sort((a, b) => b.updated - a.updated);
 }
 
+/** Calls back with what another tab has written of a conversation. */
+export function onOtherTab(callback) {
+  window.addEventListener("storage", ({ key }) => { if (key?.startsWith(CONVERSATION)) callback(read(key, null)); });
+}
+
 export const load = (id) => read(CONVERSATION + id, null);
 
+/** What another tab has written meanwhile is taken in first; what is on the screen stays. */
 export function save(conversation) {
+  merge(conversation, load(conversation.id), new Set(path(conversation).map((node) => node.id)));
   conversation.updated = Date.now();
   write(CONVERSATION + conversation.id, conversation);
 }
@@ -87,10 +94,10 @@ export function exported(conversation) {
     if (trace) traces[node.id] = trace;
   }
   const nodes = Object.fromEntries(Object.entries(conversation.nodes).map(([id, { trace, ...node }]) => [id, node]));
-  return { format: "finemoe-conversation", version: 1, ...conversation, title: titleOf(conversation), nodes, traces };
+  return { format: "finemoe-conversation", version: 1, ...conversation, gone: undefined, title: titleOf(conversation), nodes, traces };
 }
 
-/** A conversation from a file: one of ours, or any {"messages": [{role, content}]}. Every field is looked at. */
+/** A conversation from a file: one of ours, or any {"messages": [{role, content}]}. */
 export function imported(text) {
   let data;
   try { data = JSON.parse(text); } catch { throw new Error("This file is not JSON."); }
@@ -119,7 +126,7 @@ function importMessages(conversation, messages) {
 
 function importTree(conversation, data) {
   if (data.version !== 1) throw new Error(`This file has version ${data.version}; this page reads version 1.`);
-  // New names for all: a file imported twice must not share traces, and no name of a file becomes a key here.
+  // New names: files imported twice share no traces, and no name of a file becomes a key.
   const names = new Map([[ROOT, ROOT]]);
   const nodes = Object.values(data.nodes ?? {});
   for (const node of nodes) {

@@ -1,10 +1,10 @@
-// What holds for the next answers: experts switched off or forced, their number, and the shared ones.
+// What holds for the experts in the next answers.
 
 import { button, el, fill } from "./dom.js";
 
 export const moeLayers = (model) => (model?.finemoe?.layers ?? []).filter((layer) => layer.kind === "moe");
 
-/** A copy of `experts` in which one expert is disabled, forced, or (kind null) neither. */
+/** A copy in which one expert is disabled, forced, or (kind null) neither. */
 export function changed(experts, kind, layer, expert) {
   const out = { ...experts };
   for (const name of ["disabled", "forced"]) {

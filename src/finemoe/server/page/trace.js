@@ -45,8 +45,7 @@ export function take(trace, choice) {
 }
 
 /**
- * Characters of several tokens: the first of them shows the whole character, the others nothing. Until all of its bytes
- * are there, a token has only the sign for an unknown one.
+ * Characters of several tokens: the first of them shows the whole character, the others nothing.
  */
 export function mend(trace) {
   const { bytes = {}, tokens } = trace;
@@ -65,7 +64,7 @@ export function mend(trace) {
   }
 }
 
-/** A trace that came from a file: only what has the right shape, so that drawing need not look again. */
+/** Of a trace from a file only what has the right shape. */
 export function cleaned(data) {
   const numbers = (list) => (Array.isArray(list) ? list.map((each) => (Number.isFinite(each) ? each : 0)) : []);
   const layers = numbers(data.layers);
@@ -78,7 +77,7 @@ export function cleaned(data) {
   return { model: typeof data.model === "string" ? data.model : "", layers, tokens, a };
 }
 
-/** An answer without a trace as words, so that it can be compared all the same. */
+/** An answer without a trace as words. */
 export function wordsAsTrace(text) {
   return { layers: [], tokens: (text.match(/\s*\S+|\s+$/g) ?? []).map((t) => ({ t, p: null, e: [], g: [], s: [] })), a: [] };
 }
@@ -116,7 +115,7 @@ export function differences(left, right) {
   marks[1].fill(false, 0, start).fill(false, right.length - end);
   const rows = left.length - start - end;
   const columns = right.length - start - end;
-  // A table of 4 million cells is 8 MB and a moment; beyond that all of the middle counts as different.
+  // 4 million cells are 8 MB and a moment; beyond that all of the middle counts as different.
   if (rows * columns > 4_000_000) return { marks, start };
   const width = columns + 1;
   const table = new Uint16Array((rows + 1) * width);

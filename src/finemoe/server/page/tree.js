@@ -1,4 +1,4 @@
-// A conversation is a tree: editing and retrying add a sibling and lose nothing. `chosen` remembers which child is shown.
+// A conversation is a tree: editing and retrying add a sibling. `chosen` remembers which child is shown.
 
 export const ROOT = "root";
 export const ROLES = ["user", "assistant"];
@@ -49,12 +49,31 @@ export function choose(conversation, node) {
   conversation.chosen[node.parent] = node.id;
 }
 
-/** Takes a message and all that follows it away; a sibling is shown in its place. Returns what was removed. */
+/**
+ * Takes in what another tab has made of the same conversation. Messages at the same place become versions; of one that both
+ * have, the one written last counts. What was deleted there goes here too, but for the ids in `held`.
+ */
+export function merge(conversation, other, held = new Set()) {
+  if (!other?.nodes) return;
+  const { nodes, chosen } = conversation;
+  const gone = new Set([...(conversation.gone ?? []), ...(other.gone ?? []).filter((id) => !held.has(id))]);
+  for (const [id, node] of Object.entries(other.nodes)) {
+    if (gone.has(id)) continue;
+    if (!nodes[id]) nodes[id] = node;
+    else if ((node.written ?? 0) > (nodes[id].written ?? 0)) Object.assign(nodes[id], node);
+  }
+  for (const id of gone) { delete nodes[id]; delete chosen[id]; }
+  for (const [parent, child] of Object.entries(other.chosen)) if (!nodes[chosen[parent]] && nodes[child]) chosen[parent] = child;
+  if (gone.size) conversation.gone = [...gone].slice(-2000);
+}
+
+/** Takes a message and all that follows it away, and returns it; a sibling is shown in its place. */
 export function remove(conversation, node) {
   const gone = [node];
   for (let at = 0; at < gone.length; at += 1) gone.push(...childrenOf(conversation, gone[at].id));
   const { all, at } = versions(conversation, node);
   const next = all[at - 1] ?? all[at + 1];
+  conversation.gone = [...(conversation.gone ?? []), ...gone.map((each) => each.id)]; // lest another tab bring it back
   for (const each of gone) {
     delete conversation.nodes[each.id];
     delete conversation.chosen[each.id];
