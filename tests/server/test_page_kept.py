@@ -59,14 +59,20 @@ def test_the_files_of_the_page_stay_small() -> None:
     assert sum(file.stat().st_size for file in PAGE.iterdir()) < 150_000
 
 
-def test_two_tabs_keep_what_each_has_written(page: Any) -> None:
-    set_up(page, 4)
+def with_a_second_tab(page: Any, most: int) -> Any:
+    """A question is answered in `page`, and a second tab shows it."""
+    set_up(page, most)
     say(page, "one")
     answers(page, 1)
     other = page.context.new_page()
     other.goto(page.url)
     other.wait_for_selector("#model option", state="attached")
     answers(other, 1)
+    return other
+
+
+def test_two_tabs_keep_what_each_has_written(page: Any) -> None:
+    other = with_a_second_tab(page, 4)
     say(other, "two")
     answers(other, 2)
     until(lambda: "two" in page.inner_text("#log"))
@@ -82,13 +88,7 @@ def test_two_tabs_keep_what_each_has_written(page: Any) -> None:
 def test_what_two_tabs_write_at_the_same_place_are_versions(
     page: Any, live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_up(page, 8)
-    say(page, "one")
-    answers(page, 1)
-    other = page.context.new_page()
-    other.goto(page.url)
-    other.wait_for_selector("#model option", state="attached")
-    answers(other, 1)
+    other = with_a_second_tab(page, 8)
     with monkeypatch.context() as patch:
         slowly(live, patch)
         say(page, "two")

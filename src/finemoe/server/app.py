@@ -69,17 +69,10 @@ _BREAKS = "\x85\u2028\u2029"
 class Server:
     """What the paths share."""
 
-    def __init__(
-        self,
-        models: Models,
-        metrics: Metrics,
-        slow_seconds: float,
-        drain_seconds: float,
-        told_to_stop: Callable[[], bool],
-    ) -> None:
+    def __init__(self, models: Models, metrics: Metrics, slow_seconds: float, drain_seconds: float) -> None:
         self.models, self.metrics = models, metrics
         self.slow_seconds, self.drain_seconds = slow_seconds, drain_seconds
-        self.stopping, self._told_to_stop = False, told_to_stop
+        self.stopping = False
 
     def check(self) -> None:
         """Whether new requests are taken.
@@ -87,7 +80,7 @@ class Server:
         Raises:
             ApiError: the server stops.
         """
-        if self.stopping or self._told_to_stop():
+        if self.stopping:
             raise ApiError(503, "the server stops and takes no more requests")
 
     async def ask(self, request: ChatRequest | CompletionRequest, read: Callable[[Served], asking.Asked]) -> Writing:
@@ -124,7 +117,6 @@ def create_app(
     drain_seconds: float = 30.0,
     load: bool = False,
     ready: Callable[[], None] = lambda: None,
-    told_to_stop: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """The application.
 
@@ -136,13 +128,12 @@ def create_app(
         drain_seconds: that streams have to end once the server is told to stop.
         load: open all models at the start.
         ready: called when requests are taken.
-        told_to_stop: whether no new request is to be taken, while those that run end.
     """
     metrics = Metrics()
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        server = app.state.server = Server(models(metrics), metrics, slow_seconds, drain_seconds, told_to_stop)
+        server = app.state.server = Server(models(metrics), metrics, slow_seconds, drain_seconds)
         for name in server.models.names if load else ():
             await server.models.get(name)
         ready()

@@ -53,7 +53,6 @@ def serve(
     except BaseException:
         listening.close()
         raise
-    running: list[uvicorn.Server] = []
     app = create_app(
         lambda metrics: Models(sources, options, metrics.passed, opened),
         key=key,
@@ -62,10 +61,8 @@ def serve(
         drain_seconds=options.limits.drain_seconds,
         load=load,
         ready=lambda: ready(_address(listening)),
-        told_to_stop=lambda: any(one.should_exit for one in running),
     )
     server = _server(app, options)
-    running.append(server)
     started(server)
     try:
         server.run(sockets=[listening])

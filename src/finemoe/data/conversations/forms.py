@@ -7,7 +7,7 @@ line in FORMS. A record in no form, or with something wrong in it, is named with
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from finemoe.data.documents.fields import shown
@@ -58,8 +58,6 @@ class Said:
     """Its name in FORMS."""
     conversation: Conversation | None = None
     pair: Pair | None = None
-    dropped: tuple[str, ...] = field(default=())
-    """What of it was left out, such as an answer behind the last question."""
 
     @property
     def kind(self) -> Kind:
