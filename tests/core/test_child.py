@@ -25,11 +25,11 @@ def test_a_process_with_more_than_a_thousand_files_open_reads_its_child() -> Non
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         child = subprocess.Popen([sys.executable, "-c", ECHO], start_new_session=True, **pipes)  # type: ignore[call-overload]
         assert child.stdout.fileno() >= 1024
-        assert ask(child, {"a": 1}, 20) == {"a": 1}
-        assert ask(child, {"a": 2}, 20) == {"a": 2}
+        assert ask(child, '{"a": 1}', 20) == {"a": 1}
+        assert ask(child, '{"a": 2}', 20) == {"a": 2}
         child.kill()
         child.wait()
-        assert ask(child, {"a": 3}, 1) is None
+        assert ask(child, '{"a": 3}', 1) is None
         end(child)
     finally:
         for file in files:

@@ -12,11 +12,11 @@ from contextlib import suppress
 from typing import Any
 
 
-def ask(child: subprocess.Popen[bytes], request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
-    """What it answers; None where it has died, answers no JSON, or not in time: then it has to be ended."""
+def ask(child: subprocess.Popen[bytes], request: str, seconds: float) -> dict[str, Any] | None:
+    """What it answers to a line, without its end; None where it has died, answers no JSON, or not in time: then it has to be ended."""
     assert child.stdin is not None
     try:
-        child.stdin.write(json.dumps(request).encode() + b"\n")
+        child.stdin.write(request.encode() + b"\n")
         child.stdin.flush()
     except OSError:
         return None

@@ -39,7 +39,7 @@ class Renderer:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def render(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+    def render(self, request: str, seconds: float) -> dict[str, Any] | None:
         """What `rendering.py` answers; None where nothing comes in time."""
         with self._lock:
             until = time.monotonic() + seconds
@@ -55,7 +55,7 @@ class Renderer:
             if process is not None:
                 end(process)
 
-    def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+    def _ask(self, request: str, seconds: float) -> dict[str, Any] | None:
         process, answer = self._running(), None
         try:
             answer = ask(process, request, seconds)
@@ -221,13 +221,13 @@ class ChatTemplate:
             raise DataError(f"{self.origin}: none of its templates is called {DEFAULT!r}: {', '.join(self.sources)}")
         return self.sources[wanted]
 
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Send `request` to a process of its own."""
         try:
-            json.dumps(request, allow_nan=False)
+            text = json.dumps(request, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{self.origin}: messages, tools and variables must be plain JSON: {error}") from error
-        answer = _renderer().render(request, self.seconds + 60)
+        answer = _renderer().render(text, self.seconds + 60)
         if answer is None or answer.get("status") == -signal.SIGALRM:
             raise self._too_long()
         if "status" in answer:

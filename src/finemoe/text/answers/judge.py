@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import subprocess
 import sys
@@ -41,7 +42,7 @@ class Judge:
                 return "error"
             answer = None
             try:
-                request = {"gold": gold, "given": given, "seconds": deadline_seconds}
+                request = json.dumps({"gold": gold, "given": given, "seconds": deadline_seconds})
                 answer = ask(child, request, deadline_seconds)
             finally:  # an interrupt, too, leaves a child whose next answer belongs to this question
                 if answer is None:
