@@ -13,7 +13,7 @@ from typing import Any
 
 
 def ask(child: subprocess.Popen[bytes], request: str, seconds: float) -> dict[str, Any] | None:
-    """What it answers to a line, without its end; None where it has died, answers no JSON, or not in time: then it has to be ended."""
+    """What it answers to a line; None where it has died, answers no JSON, or not in time: then it has to be ended."""
     assert child.stdin is not None
     try:
         child.stdin.write(request.encode() + b"\n")
