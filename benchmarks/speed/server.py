@@ -92,9 +92,9 @@ def _rows(count: int, rates: dict[str, list[float]], firsts: dict[str, list[floa
 
 def _never_ending(file: Path) -> dict[str, int]:
     """Both are told never to draw what ends a text: all write the same number of tokens."""
-    from finemoe.checkpoint.language_model import open_language_model
+    from finemoe.checkpoint.open import load_tokenizer
 
-    tokenizer = open_language_model(file).tokenizer
+    tokenizer = load_tokenizer(file)
     ending = {tokenizer.end_of_text_id, *tokenizer.stop_ids} - {None}
     return {str(token): -100 for token in sorted(ending)}
 

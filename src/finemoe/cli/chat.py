@@ -85,9 +85,6 @@ def _loop(talk: Conversation) -> None:
             asked_to_end = True
             _say("Ctrl-D ends, and so does Ctrl-C once more")
             continue
-        except FinemoeError as error:
-            _say(str(error))
-            continue
         if line is None:
             return
         asked_to_end = False
