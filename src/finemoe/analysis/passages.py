@@ -19,7 +19,7 @@ from finemoe.core.logs import logger, progress
 from finemoe.data import DataConfig, FilesCorpus, StdlibCorpus, TokenBatch, held_out
 from finemoe.data.documents.document import Document, SkipReport, unique
 from finemoe.data.loader import pack
-from finemoe.generation.logprobs import token_logprobs
+from finemoe.model.logprobs import token_logprobs
 from finemoe.model.moe.decision import RoutingConstraint
 from finemoe.model.transformer import ModelOutput, Transformer
 

@@ -66,3 +66,28 @@ class TokenBatch:
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self.tokens, self.targets, self.weights, self.positions, self.documents
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Conversations one after the other in a single row, with no padding between them: what padding would do to
+    routers, loads and balance losses, it cannot do here.
+    """
+
+    rows: TokenBatch
+    """`[1, tokens]`; documents are numbered from 0 in order, and each is a sequence by itself."""
+    num_sequences: int
+    """Positions of the data that the batch holds."""
+    num_documents: int
+    items: torch.Tensor
+    """[items] int64: the numbers of the stored items, in order; of pairs each is two documents."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the batch."""
+        return self.rows.num_tokens
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on `device`."""
+        moved = self.rows.to(device), self.items.to(device)
+        return PackedBatch(moved[0], self.num_sequences, self.num_documents, moved[1])

@@ -16,8 +16,8 @@ from finemoe.core.config import Config, union_of
 from finemoe.core.encodings import in_utf8
 from finemoe.core.errors import DataError
 from finemoe.data.documents.document import Document, SkipReport, falls_within, hash_order, unique
-from finemoe.data.documents.fields import EncodingName, TemplateText, TextFields, require_one_way
-from finemoe.data.documents.formats import TextFile, read_file, read_text_file, record_document
+from finemoe.data.documents.fields import EncodingName, Fields, TemplateText, TextFields, WholeRecord, require_one_way
+from finemoe.data.documents.formats import TextFile, no_records, read_file, read_text_file, record_document
 from finemoe.data.documents.hub_rows import rows
 from finemoe.data.holdout import NO_TAILS, PartTotals, Tail, divided, may_need_tails, tails_for
 from finemoe.data.interpreter_corpus import InterpreterCorpus
@@ -32,10 +32,10 @@ class Corpus(Protocol):
     def kind(self) -> str:
         """Its name in `CORPORA`."""
 
-    def documents(self, report: SkipReport) -> Iterator[Document]:
-        """Its documents, in an order that depends on nothing but the corpus."""
+    def documents(self, report: SkipReport, whole: bool = False) -> Iterator[Document]:
+        """Its documents, in an order that depends on nothing but the corpus; `whole`: records, each as JSON."""
 
-    def validation_documents(self, report: SkipReport) -> Iterator[Document] | None:
+    def validation_documents(self, report: SkipReport, whole: bool = False) -> Iterator[Document] | None:
         """Documents kept for validation; None when a share of `documents` is to be set aside."""
 
 
@@ -48,14 +48,15 @@ class StdlibCorpus(Config):
     max_bytes: Annotated[int, Field(gt=0)] | None = None
     """[bytes] Read only files of about this many bytes in all, drawn evenly over the packages."""
 
-    def documents(self, report: SkipReport) -> Iterator[Document]:
+    def documents(self, report: SkipReport, whole: bool = False) -> Iterator[Document]:
         """One document a file, by path; its domain is the top-level package or module."""
+        no_records(self.kind, whole)
         root = Path(sysconfig.get_paths()["stdlib"])
         for name in self._names(root):
             domain = name.split("/")[0].removesuffix(".py")
             yield from read_text_file(TextFile(root / name, name, domain), report)
 
-    def validation_documents(self, report: SkipReport) -> None:
+    def validation_documents(self, report: SkipReport, whole: bool = False) -> None:
         """A share of `documents` is set aside."""
 
     def _names(self, root: Path) -> list[str]:
@@ -102,16 +103,16 @@ class FilesCorpus(Config):
         require_one_way(self.text_field, self.template)
         return self
 
-    def documents(self, report: SkipReport) -> Iterator[Document]:
+    def documents(self, report: SkipReport, whole: bool = False) -> Iterator[Document]:
         """One document a text file or record, by file name, then in the file's own order."""
-        return self._read(self.paths, report)
+        return self._read(self.paths, report, whole)
 
-    def validation_documents(self, report: SkipReport) -> Iterator[Document] | None:
+    def validation_documents(self, report: SkipReport, whole: bool = False) -> Iterator[Document] | None:
         """The documents of `validation_paths`, when there are any."""
-        return self._read(self.validation_paths, report) if self.validation_paths else None
+        return self._read(self.validation_paths, report, whole) if self.validation_paths else None
 
-    def _read(self, patterns: tuple[str, ...], report: SkipReport) -> Iterator[Document]:
-        fields = TextFields(self.text_field, self.template)
+    def _read(self, patterns: tuple[str, ...], report: SkipReport, whole: bool) -> Iterator[Document]:
+        fields: Fields = WholeRecord() if whole else TextFields(self.text_field, self.template)
         # By resolved path: a file that two patterns name is read once. By its own path: what a link leads to, as in the
         # cache of the hub, has a name that says nothing.
         found: dict[Path, tuple[str, Path, bool]] = {}
@@ -187,18 +188,18 @@ class HuggingFaceCorpus(Config):
         require_one_way(self.text_field, self.template)
         return self
 
-    def documents(self, report: SkipReport) -> Iterator[Document]:
+    def documents(self, report: SkipReport, whole: bool = False) -> Iterator[Document]:
         """One document a row, in order."""
-        return self._read(self.split, report)
+        return self._read(self.split, report, whole)
 
-    def validation_documents(self, report: SkipReport) -> Iterator[Document] | None:
+    def validation_documents(self, report: SkipReport, whole: bool = False) -> Iterator[Document] | None:
         """The rows of `validation_split`, when there is one."""
-        return self._read(self.validation_split, report) if self.validation_split else None
+        return self._read(self.validation_split, report, whole) if self.validation_split else None
 
-    def _read(self, split: str, report: SkipReport) -> Iterator[Document]:
+    def _read(self, split: str, report: SkipReport, whole: bool) -> Iterator[Document]:
         table = rows(self.name, self.config, split, self.revision)
         name = f"{self.name}/{split}"
-        fields = TextFields(self.text_field, self.template)
+        fields: Fields = WholeRecord() if whole else TextFields(self.text_field, self.template)
         source = TextFile(Path(name), name, self.name, fields, self.domain_field)
         for number, row in enumerate(table, start=1):
             yield from record_document(row, source, number, f"{name}:{number}", report)
@@ -259,7 +260,12 @@ class SplitDocument:
 
 
 def read_corpus(
-    corpus: CorpusConfig, validation_share: float, report: SkipReport, tails: Mapping[int, Tail] = NO_TAILS
+    corpus: CorpusConfig,
+    validation_share: float,
+    report: SkipReport,
+    tails: Mapping[int, Tail] = NO_TAILS,
+    *,
+    whole: bool = False,
 ) -> Iterator[SplitDocument]:
     """Every document of `corpus` once, in a fixed order, with its side of the split.
 
@@ -267,16 +273,19 @@ def read_corpus(
     iff the hash of its name falls within `validation_share`, or all of those the corpus names for validation are and no
     other. A text is kept where it is met first and dropped
     everywhere after, so no text is in two parts or on both sides. Validation documents that a corpus names
-    are met before its others.
+    are met before its others. `whole`: every document is a record with all its fields, as JSON.
+
+    Raises:
+        DataError: a corpus that cannot be read; or, of one without records, records are asked for.
     """
     seen: set[bytes] = set()
     for index, part in enumerate(parts_of(corpus)):
-        validation = part.corpus.validation_documents(report)
+        validation = part.corpus.validation_documents(report, whole)
         if validation is not None:
             for document in unique(validation, seen, report):
                 yield SplitDocument(index, "validation", document)
         before = 0
-        for document in unique(part.corpus.documents(report), seen, report):
+        for document in unique(part.corpus.documents(report, whole), seen, report):
             if index in tails:
                 for aside, text in divided(document.text, tails[index], before):
                     name = f"{document.name}#tail" if aside else document.name

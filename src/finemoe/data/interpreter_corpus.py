@@ -27,6 +27,7 @@ from pydantic import Field
 from finemoe.core.config import Config
 from finemoe.core.errors import DataError
 from finemoe.data.documents.document import Document, SkipReport, hash_order
+from finemoe.data.documents.formats import no_records
 
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 _LINES = 60
@@ -48,15 +49,16 @@ class InterpreterCorpus(Config):
     """[bytes] At most so many bytes of code and of English; of the others half, as digits and capitals make more
     tokens."""
 
-    def documents(self, report: SkipReport) -> Iterator[Document]:
+    def documents(self, report: SkipReport, whole: bool = False) -> Iterator[Document]:
         """Domain by domain; the same version of Python gives the same documents.
 
         Raises:
-            DataError: the standard library is not here as text.
+            DataError: the standard library is not here as text, or records are asked for.
         """
+        no_records(self.kind, whole)
         yield from _documents(self.max_bytes)
 
-    def validation_documents(self, report: SkipReport) -> None:
+    def validation_documents(self, report: SkipReport, whole: bool = False) -> None:
         """A share of `documents` is set aside."""
 
 

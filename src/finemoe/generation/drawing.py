@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from finemoe.generation.config import SamplingConfig
-from finemoe.generation.logprobs import token_logprobs
 from finemoe.generation.processors import Context
 from finemoe.generation.sampling import alternatives, pick
 from finemoe.generation.sequence import Likely, Sequence
+from finemoe.model.logprobs import token_logprobs
 from finemoe.model.transformer import Transformer
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import ConfigError
-from finemoe.generation.logprobs import token_logprobs
 from finemoe.generation.steady import FEW_ROWS, LEAST_WIDTH, width_for
+from finemoe.model.logprobs import token_logprobs
 from finemoe.model.transformer import Transformer
 from finemoe.text.fill_in_the_middle import middle_marks
 

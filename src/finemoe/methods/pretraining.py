@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -12,13 +12,11 @@ from torch import Tensor
 from finemoe.core.config import Config
 from finemoe.core.seeds import derive
 from finemoe.data import Loader, PreparedData, TokenBatch, prepare
+from finemoe.methods.live import live_terms
 from finemoe.methods.setting import Setting
-from finemoe.model.config import ModelConfig
-from finemoe.model.moe.balance import BALANCE_TERMS
-from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.transformer import Transformer
 from finemoe.text import Tokenizer
-from finemoe.training.balancing import MoveBiases, has_selection_bias
+from finemoe.training.balancing import MoveBiases
 from finemoe.training.gradients import Clip
 from finemoe.training.losses.next_token import NextToken
 from finemoe.training.method import Method
@@ -31,6 +29,9 @@ class PretrainingConfig(Config):
     """Nothing of its own: [data], [mtp] and [balancing] say all."""
 
     kind: Literal["pretraining"] = "pretraining"
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    moves_biases: ClassVar[bool] = True
 
 
 def build(config: PretrainingConfig, setting: Setting) -> Method[TokenBatch]:
@@ -80,6 +81,16 @@ class PackedDocuments:
         return self.prepared.tokenizer
 
     @property
+    def sequences_per_epoch(self) -> int:
+        """Distinct sequences."""
+        return self.loader.sequences_per_epoch
+
+    @property
+    def companions(self) -> Mapping[str, str]:
+        """None: documents are no conversations."""
+        return {}
+
+    @property
     def report(self) -> Mapping[str, Any]:
         """What was read and left out, with the hashes of corpus and tokenizer."""
         return self.prepared.report
@@ -108,18 +119,3 @@ class HeldOutLoss:
             isolate_documents=config.packing == "isolate",
             bytes_per_token=self.prepared.validation_bytes_per_token,
         )
-
-
-def live_terms(setting: Setting) -> list[str]:
-    """What trains besides the next token, in words."""
-    model: ModelConfig = setting.model
-    layers = [b.feed_forward for b in (*model.blocks, *model.mtp) if isinstance(b.feed_forward, MoEConfig)]
-    terms = {f"{name} {getattr(layer.balance, name):g}" for layer in layers for name in BALANCE_TERMS}
-    found = sorted(term for term in terms if not term.endswith(" 0"))
-    if has_selection_bias(model):
-        rule = setting.balancing
-        found.append(f"selection bias by {rule.rule} at {rule.rate:.3g} up to {rule.until:.1%} of the run")
-    if model.mtp:
-        loss = setting.mtp
-        found.append(f"multi-token prediction of depth {len(model.mtp)} at {loss.weight}, then {loss.late_weight}")
-    return found

@@ -20,7 +20,6 @@ class Setting:
     """What the run began with, where it was opened: a reference can be opened again from there."""
     seed: int
     """Of the run; a method derives streams of its own from it (`core.seeds.derive`)."""
-    total_steps: int
     sequences_per_step: int
     max_gradient_norm: float
     balancing: BalancingConfig

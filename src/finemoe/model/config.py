@@ -76,15 +76,34 @@ def with_balance(config: ModelConfig, balance: BalanceConfig) -> ModelConfig:
     )
 
 
-def equal_but_for_balance(first: ModelConfig, second: ModelConfig) -> bool:
-    """Whether two models differ in balance losses at most, so that the weights of one are those of the other."""
-    return _without_balance(first) == _without_balance(second)
+def without_capacity(config: ModelConfig) -> ModelConfig:
+    """The same model with no limit to what an expert takes while it trains: what it computes in use, always."""
+
+    def changed(block: BlockConfig) -> BlockConfig:
+        layer = block.feed_forward
+        if not isinstance(layer, MoEConfig) or layer.capacity_factor is None:
+            return block
+        idle = {"capacity_factor": None, "capacity_level": "expert", "capacity_exempt": 0.0}
+        return block.model_copy(update={"feed_forward": layer.model_copy(update=idle)})
+
+    blocks, mtp = (tuple(changed(block) for block in some) for some in (config.blocks, config.mtp))
+    return config.model_copy(update={"blocks": blocks, "mtp": mtp})
 
 
-def _without_balance(config: ModelConfig) -> dict[str, Any]:
+def can_begin_with(model: ModelConfig, opened: ModelConfig) -> bool:
+    """Whether a run of `model` can begin with the weights of `opened`.
+
+    They may differ in what concerns training alone, and prediction modules may have been left out.
+    """
+    mine, theirs = _weights_alone(model), _weights_alone(opened)
+    return {**theirs, "mtp": mine["mtp"]} == mine and (not mine["mtp"] or mine["mtp"] == theirs["mtp"])
+
+
+def _weights_alone(config: ModelConfig) -> dict[str, Any]:
     table = config.model_dump()
     for block in (*table["blocks"], *table["mtp"]):
-        block["feed_forward"].pop("balance", None)  # switching it off could contradict a capacity on devices
+        for name in ("balance", "capacity_factor", "capacity_level", "capacity_exempt"):
+            block["feed_forward"].pop(name, None)
     return table
 
 

@@ -22,6 +22,7 @@ from finemoe.model.moe.layer import MoELayer
 from finemoe.model.norm import RMSNorm
 from finemoe.model.one_call import Parts, in_one_call
 from finemoe.model.projection import Projection, TokenEmbedding
+from finemoe.model.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Block(nn.Module):
         normed = self.feed_forward_norm(hidden)
         if isinstance(self.feed_forward, SwiGLU):
             return hidden + self.feed_forward(normed), None
-        output, routing = self.feed_forward(normed, tokens, constraint=constraint, record=record)
+        layer: MoELayer = self.feed_forward
+        output, routing = layer(normed, tokens, constraint=constraint, record=record, sequences=places.sequences)
         return hidden + output, routing
 
 
@@ -189,6 +191,7 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        by_document: bool = False,
         cache: Sequence[AttentionCache] | None = None,
         groups: Sequence[Group] = (),
         constraint: Mapping[int, RoutingConstraint] | None = None,
@@ -204,6 +207,8 @@ class Transformer(nn.Module):
             positions: [batch, seq] int64; 0 ... seq-1 when None.
             documents: [batch, seq] int64; a token attends only to its own, a run of equal ids. None: plain causal
                 attention.
+            by_document: the only row holds documents that have nothing to do with each other, numbered from 0 in
+                order: what is counted and balanced is what they would come to alone.
             cache: from `new_cache`; keys and values are written at `positions`. The one thing forward mutates.
             groups: the pass is flat, [1, tokens], and the cache is from `new_blocks`: whose tokens stand where.
             constraint: by layer index.
@@ -214,7 +219,8 @@ class Transformer(nn.Module):
                 before is neither run nor recorded.
 
         Raises:
-            ValueError: documents or mtp together with a cache; mtp of sequences too short for its depth.
+            ValueError: documents or mtp together with a cache; mtp of sequences too short for its depth; by_document
+                without documents in a single row.
         """
         if documents is not None and cache is not None:
             raise ValueError("documents and cache exclude each other: a cache holds one document a row")
@@ -224,7 +230,10 @@ class Transformer(nn.Module):
             raise ValueError(f"mtp of depth {len(self.mtp)} needs sequences of more than {tokens.shape[1]} tokens")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        places = Places(positions, None if documents is None else within_documents(documents), groups)
+        if by_document and (documents is None or len(tokens) != 1):
+            raise ValueError("by_document needs documents, in a single row")
+        sequences = Sequences.documents(documents) if by_document and documents is not None else None
+        places = Places(positions, None if documents is None else within_documents(documents), groups, sequences)
         first, hidden = (0, self.embedding(tokens)) if start is None else start
         given: list[Tensor] | None = [] if states else None
         hidden, routing = self._through(first, hidden, tokens, places, cache, constraint, record, given)
@@ -268,14 +277,14 @@ class Transformer(nn.Module):
         record: bool,
         routing: dict[int, RoutingRecord],
     ) -> Iterator[Tensor]:
-        """The hidden states of every MTP depth, each one token shorter than the one before."""
+        """The hidden states of every MTP depth, each one token shorter than the one before, of every document."""
         for depth, module in enumerate(self.mtp, 1):
-            length = tokens.shape[1] - depth
             layer = len(self.blocks) + depth - 1
-            following = tokens[:, depth:]  # the token that state i may read at this depth is i + depth
             layer_constraint = None if constraint is None else constraint.get(layer)
-            inputs = (following, places.cut(length), layer_constraint, record)
-            hidden, normed, routed = module(hidden[:, :length], self.embedding(following), *inputs)
+            # The token that state i may read at this depth is i + depth.
+            hidden, following, here = _one_further(hidden, tokens, places, depth)
+            inputs = (following, here, layer_constraint, record)
+            hidden, normed, routed = module(hidden, self.embedding(following), *inputs)
             if routed is not None:
                 routing[layer] = routed
             yield normed
@@ -311,3 +320,23 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` to `[..., vocab]`."""
         return self.backend.linear(hidden, self.head_weight, None)
+
+
+def _one_further(hidden: Tensor, tokens: Tensor, places: Places, depth: int) -> tuple[Tensor, Tensor, Places]:
+    """What the module of a depth reads: states of the depth before, the token `depth` further on, where they stand.
+
+    With documents apart, those states alone whose document goes on for so long.
+    """
+    length = tokens.shape[1] - depth
+    if places.sequences is None:
+        return hidden[:, :length], tokens[:, depth:], places.cut(length)
+    of = places.sequences.of
+    assert of is not None
+    goes_on = of[depth:] == of[:length]
+    before = of[depth - 1 :] == of[: length + 1]  # the states that there are
+    keep = goes_on.new_zeros(len(of))
+    keep[:length] = goes_on
+    index = keep.nonzero()[:, 0]
+    sequences = places.sequences.cut(keep)
+    here = Places(places.positions[:, index], within_documents(of[None, index]), sequences=sequences)
+    return hidden[:, keep[: length + 1][before]], tokens[:, index + depth], here

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from finemoe.checkpoint.open import read_model_config, text_home
 from finemoe.checkpoint.own_config import refuse_older
@@ -16,10 +16,11 @@ from finemoe.core.errors import ConfigError
 from finemoe.core.reading import read_object
 from finemoe.data import DataConfig
 from finemoe.data.config import NEW_SPLITTING
-from finemoe.methods import MethodConfig
+from finemoe.methods import METHODS, MethodConfig, TrainableConfig
 from finemoe.methods.pretraining import PretrainingConfig
 from finemoe.methods.setting import Setting
-from finemoe.model.config import Kernels, ModelConfig, equal_but_for_balance, expand, with_balance
+from finemoe.methods.trainables.everything import EverythingConfig
+from finemoe.model.config import Kernels, ModelConfig, can_begin_with, expand, with_balance, without_capacity
 from finemoe.model.moe.balance import BalanceConfig
 from finemoe.model.presets import resolve
 from finemoe.runs.trackers import TrackerName
@@ -39,9 +40,11 @@ class TrainingConfig(Config):
     """How long, in what pieces, where."""
 
     tokens: PositiveInt | None = None
-    """[tokens] Length of the run in tokens; give this or `steps`."""
+    """[tokens] Length of the run in tokens; give this, `steps` or `epochs`."""
     steps: PositiveInt | None = None
-    """[steps] Length of the run in optimizer steps; give this or `tokens`."""
+    """[steps] Length of the run in optimizer steps; give this, `tokens` or `epochs`."""
+    epochs: PositiveFloat | None = None
+    """[epochs] Length of the run in passes over the data; `steps` takes its place as soon as the data is read."""
     tokens_per_step: PositiveInt = 8192
     """[tokens] Batch of one optimizer step; a multiple of the sequence length."""
     micro_batch_tokens: PositiveInt | None = None
@@ -69,13 +72,19 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.tokens is None) == (self.steps is None):
-            raise ValueError("give exactly one of `tokens` and `steps`: it is the length of the run")
+        if sum(length is not None for length in (self.tokens, self.steps, self.epochs)) != 1:
+            raise ValueError("give exactly one of `tokens`, `steps` and `epochs`: it is the length of the run")
         return self
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Optimizer steps of the run.
+
+        Raises:
+            ConfigError: it is given in epochs, and the data has not been read.
+        """
+        if self.epochs is not None:
+            raise ConfigError("training.epochs: how many steps that is depends on the data; give training.steps here")
         return self.steps if self.steps is not None else (self.tokens or 0) // self.tokens_per_step
 
     @property
@@ -99,6 +108,8 @@ class RunConfig(Config):
     """How long, in what pieces, where."""
     method: MethodConfig = PretrainingConfig()
     """How it trains; pre-training where nothing is said."""
+    trainable: TrainableConfig = EverythingConfig()
+    """What may move; everything where nothing is said."""
     optimizer: OptimizerConfig = AdamWConfig(learning_rate=DEFAULT_LEARNING_RATE)
     """What turns gradients into steps."""
     schedule: ScheduleConfig = MultiStepConfig()
@@ -117,6 +128,11 @@ class RunConfig(Config):
     def _check_parts(self) -> Self:
         if self.balancing is not None and not has_selection_bias(self.model):
             raise ValueError("[balancing] is set, and no router of the model has a selection bias: leave it out")
+        if self.balancing is not None and not self.trainable.moves_routers:
+            raise ValueError(
+                f"[balancing] is set, and trainable.kind {self.trainable.kind!r} leaves the routers as they are: leave "
+                "[balancing] out"
+            )
         if self.mtp is not None and not self.model.mtp:
             raise ValueError("[mtp] is set, and the model has no module for it: set model.mtp_depth, or leave it out")
         if len(self.model.mtp) >= self.data.sequence_length:
@@ -136,7 +152,7 @@ class RunConfig(Config):
                 raise ValueError(
                     f"training.{field} {value} is not a multiple of data.sequence_length {length}: try {below}"
                 )
-        if training.total_steps < 1:
+        if training.epochs is None and training.total_steps < 1:
             raise ValueError(
                 f"training.tokens {training.tokens} is less than one step of {training.tokens_per_step}: raise it"
             )
@@ -150,8 +166,14 @@ class RunConfig(Config):
     @property
     def resolved_balancing(self) -> BalancingConfig:
         """How selection biases move, with a rate."""
-        balancing = self.balancing or BalancingConfig()
-        return balancing.resolved(self.training.total_steps, opened=self.start_from is not None)
+        still = not self.trainable.moves_routers or not self.method.moves_biases
+        balancing = self.balancing or BalancingConfig(rate=0.0 if still else None)
+        return balancing.resolved(self._known_steps, opened=self.start_from is not None)
+
+    @property
+    def _known_steps(self) -> int:
+        """1 where the length is given in epochs, and the data has not been read."""
+        return 1 if self.training.epochs is not None else self.training.total_steps
 
     @property
     def setting(self) -> Setting:
@@ -161,7 +183,6 @@ class RunConfig(Config):
             data=self.data,
             start_from=self.start_from,
             seed=self.seed,
-            total_steps=self.training.total_steps,
             sequences_per_step=self.sequences_per_step,
             max_gradient_norm=self.optimizer.max_gradient_norm,
             balancing=self.resolved_balancing,
@@ -204,14 +225,26 @@ def resolve_run(raw: Mapping[str, Any], source: str) -> RunConfig:
         raise ConfigError(f"{source} is the recipe of a comparison: use `finemoe compare`")
     if not isinstance(raw.get("model", {}), Mapping) or not isinstance(raw.get("data", {}), Mapping):
         raise ConfigError(f"{source}: `model` and `data` must be tables")
-    raw = with_defaults(raw)
+    method = _method_of(raw)
+    raw = with_defaults(raw, method.defaults)
     config = _resolve_model(raw, source)
+    if method is not PretrainingConfig:
+        config = without_capacity(config)  # a policy that drops tokens is not the one that is measured and used
+        if raw["method"].get("mtp") == "drop":
+            config = config.model_copy(update={"mtp": ()})
     defaults: dict[str, Any] = {"vocab_size": config.vocab_size, "splitting": NEW_SPLITTING}
     if raw.get("start_from") is not None:  # its weights mean nothing without its tokenizer
         defaults["tokenizer"] = str(text_home(Path(str(raw["start_from"]))))
     data = {**defaults, **raw.get("data", {})}
     tables = {key: value for key, value in raw.items() if key != "balance"}  # now part of the model
     return parse(RunConfig, {**tables, "model": config.model_dump(), "data": data}, source)
+
+
+def _method_of(raw: Mapping[str, Any]) -> Any:
+    """The configuration class of the method; a kind that is not known is refused where all is parsed."""
+    table = raw.get("method")
+    kind = table.get("kind") if isinstance(table, Mapping) else None
+    return METHODS[kind][0] if kind in METHODS else PretrainingConfig
 
 
 def _resolve_model(raw: Mapping[str, Any], source: str) -> ModelConfig:
@@ -221,7 +254,7 @@ def _resolve_model(raw: Mapping[str, Any], source: str) -> ModelConfig:
         path = Path(str(raw["start_from"]))
         if model is not None:
             resolved = parse(ModelConfig, model, f"{source}: model") if "blocks" in model else None  # a config.json
-            if resolved is None or not equal_but_for_balance(resolved, read_model_config(path)):
+            if resolved is None or not can_begin_with(resolved, read_model_config(path)):
                 raise ConfigError(f"{source}: `start_from` brings its own model: leave [model] out")
             return resolved
         if path.suffix.lower() == ".gguf":
@@ -251,10 +284,10 @@ def _rebalanced(config: ModelConfig, balance: Any, source: str) -> ModelConfig:
         raise ConfigError(f"{source}: balance: {in_words(ModelConfig, error)}") from error
 
 
-def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(raw: Mapping[str, Any], of_method: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`raw` over the defaults of its partial tables, so that `--set schedule.warmup_share=0.1` needs nothing more."""
     defaults = {"schedule": {"kind": "multi_step"}, "optimizer": {"learning_rate": DEFAULT_LEARNING_RATE}}
-    return merge(defaults, raw)
+    return merge(merge(defaults, of_method or {}), raw)
 
 
 def read_config(path: Path) -> RunConfig:

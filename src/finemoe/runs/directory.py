@@ -53,6 +53,9 @@ def describe(directory: Path, config: RunConfig, data: TrainingData[Batch]) -> N
                 write_text(directory / name, text)
         if not (directory / "tokenizer.json").exists():
             data.tokenizer.save(directory / "tokenizer.json")
+        for name, text in data.companions.items():
+            if not (directory / name).exists():
+                write_text(directory / name, text)
         if config.start_from is not None:  # chat template and stop ids go with the tokenizer
             for source in (text_home(Path(config.start_from)) / name for name in COMPANIONS):
                 if source.exists() and not (directory / source.name).exists():

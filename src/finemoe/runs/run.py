@@ -25,7 +25,7 @@ from finemoe.core.logs import logger
 from finemoe.core.reading import damage_of, decode_json, read_object
 from finemoe.core.seeds import derive
 from finemoe.data.batch import Batch
-from finemoe.model.config import Kernels, equal_but_for_balance
+from finemoe.model.config import Kernels, can_begin_with
 from finemoe.model.initialize import initialize
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
@@ -37,7 +37,7 @@ from finemoe.runs.kernels import kernels_for
 from finemoe.runs.observers import Evaluate, Log, Show, Warn
 from finemoe.runs.result import Run
 from finemoe.runs.saving import Save, restore
-from finemoe.runs.start import build_method, check_memory, check_start, default_directory, resolve_device
+from finemoe.runs.start import build_method, build_run, check_memory, check_start, default_directory, resolve_device
 from finemoe.runs.trackers import open_tracker, require_tracker
 from finemoe.training.alerts import Knobs, Watch, routed_layers
 from finemoe.training.balancing import has_selection_bias
@@ -72,7 +72,7 @@ def train(
     directory = Path(out) if out is not None else default_directory(config.name)
     require_free(directory, config)
     check_start(config, directory)
-    method = build_method(config)
+    config, method = build_run(config)
     with sole_writer(directory):
         require_free(directory, config)
         chosen = kernels_for(config)
@@ -170,7 +170,7 @@ def _config_of(saved: RunState, checkpoints: Path) -> RunConfig:
 def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig, step: int) -> None:
     """An edited config.json: another model or corpus is refused, anything else is said, unless `--set` asked for it."""
     changed = [name for name in RunConfig.model_fields if getattr(config, name) != getattr(saved, name)]
-    if {"model", "data", "seed", "method"} & set(changed) or config.optimizer.kind != saved.optimizer.kind:
+    if {"model", "data", "seed", "method", "trainable"} & set(changed) or config.optimizer.kind != saved.optimizer.kind:
         raise RunError(f"{directory}/config.json: {', '.join(changed)} differ from the checkpoint's; put them back")
     if changed and not was_changed(directory, step):
         logger.warning("%s differ from the checkpoint's: this is no longer the run that began here", ", ".join(changed))
@@ -217,7 +217,7 @@ def _trainer(
     """The trainer where the run stands."""
     memory.keep_freed_pages()
     device, bf16 = resolve_device(config.training)
-    model = _first_model(config, method.data, kernels, saved is not None)
+    model = _first_model(config, method.data, kernels, begins=saved is None or method.keeps_base)
     torch.manual_seed(derive(config.seed, "torch"))  # for whatever draws from the default generator during training
     plan = Plan(
         total_steps=config.training.total_steps,
@@ -263,19 +263,20 @@ def _what_is_saved(trainer: Trainer, directory: Path) -> str:
     return f"What was saved last is in {directory}."
 
 
-def _first_model(config: RunConfig, data: TrainingData[Batch], kernels: Kernels, resuming: bool) -> Transformer:
+def _first_model(config: RunConfig, data: TrainingData[Batch], kernels: Kernels, *, begins: bool) -> Transformer:
     """The model a run begins with: drawn from the seed, or opened; weights that a checkpoint will replace are drawn.
 
     Raises:
         RunError: `start_from` holds another model than this run began with.
     """
-    if config.start_from is not None and not resuming:
+    if config.start_from is not None and begins:
         opened = load_model(config.start_from)
-        if not equal_but_for_balance(opened.config, config.model):
+        if not can_begin_with(config.model, opened.config):
             raise RunError(f"{config.start_from} does not hold the model of this run's config.json any more")
         with torch.device("meta"):
             model = Transformer(config.model, kernels)
-        model.load_state_dict(opened.state_dict(), assign=True)
+        wanted = model.state_dict().keys()
+        model.load_state_dict({name: one for name, one in opened.state_dict().items() if name in wanted}, assign=True)
         return model
     model = Transformer(config.model, kernels)
 

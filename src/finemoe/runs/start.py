@@ -95,13 +95,28 @@ def build_method(config: RunConfig) -> Method[Any]:
     Raises:
         ConfigError, DataError: it does not fit.
     """
-    method = build(config.method, config.setting)
+    method = build(config.method, config.trainable, config.setting)
     ids = method.data.tokenizer.vocab_size
     if ids > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size {config.model.vocab_size} is below the tokenizer's {ids} ids: set model.vocab_size={ids}"
         )
     return method
+
+
+def build_run(config: RunConfig) -> tuple[RunConfig, Method[Any]]:
+    """`build_method`, with the length of the run in steps where it was given in epochs.
+
+    Raises:
+        ConfigError, DataError: as `build_method`.
+    """
+    method = build_method(config)
+    if config.training.epochs is None:
+        return config, method
+    steps = max(1, round(config.training.epochs * method.data.sequences_per_epoch / config.sequences_per_step))
+    training = config.training.model_copy(update={"steps": steps, "epochs": None})
+    known = config.model_copy(update={"training": training})
+    return known, method if known.setting == config.setting else build_method(known)
 
 
 def resolve_device(training: TrainingConfig) -> tuple[torch.device, bool]:

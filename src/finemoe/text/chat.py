@@ -26,6 +26,18 @@ from finemoe.text.settings import TOKENIZER_CONFIG, special_tokens_of, with_olde
 CHAT_TEMPLATE = "chat_template.jinja"
 DEFAULT, TOOL_USE = "default", "tool_use"
 
+_PLAIN = """\
+{%- for message in messages -%}
+{%- if message.role == "assistant" -%}
+{{ "Assistant:\\n" }}{% generation %}{{ message.content + END }}{% endgeneration %}
+{%- else -%}
+{{ message.role | capitalize }}:{{ "\\n" + message.content + "\\n\\n" }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ "Assistant:\\n" }}
+{%- endif -%}
+"""
 _SOURCE_LIMIT = MEGABYTE
 _MOST_CHARS = 16 * MEGABYTE
 _MEMORY = 1024 * MEGABYTE
@@ -114,6 +126,11 @@ class ChatTemplate:
             DataError: it is too long.
         """
         return ChatTemplate({DEFAULT: _checked(source, origin)}, special_tokens or {}, origin)
+
+    @staticmethod
+    def plain(end: str) -> ChatTemplate:
+        """The simplest there is: who speaks, on a line, then what; an answer ends with the token called `end`."""
+        return ChatTemplate.of(_PLAIN.replace("END", json.dumps(end)), origin="the plain template")
 
     @staticmethod
     def from_config(config: Mapping[str, Any], origin: str, jinja: str | None = None) -> ChatTemplate | None:

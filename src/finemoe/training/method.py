@@ -26,6 +26,16 @@ class TrainingData(Protocol[BatchT_co]):
         ...
 
     @property
+    def sequences_per_epoch(self) -> int:
+        """Positions after which everything was read once: what `training.epochs` counts."""
+        ...
+
+    @property
+    def companions(self) -> Mapping[str, str]:
+        """Texts by file name that belong beside the tokenizer and are not in `start_from`: a chat template."""
+        ...
+
+    @property
     def report(self) -> Mapping[str, Any]:
         """What was read and left out, for data.json. A key that ends in `sha256` must not change when a run resumes."""
         ...
@@ -54,6 +64,27 @@ class Group:
 def everything(name: str) -> Group | None:
     """Train all parameters alike."""
     return Group()
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A parameter that is trained, and how."""
+
+    name: str
+    parameter: nn.Parameter
+    group: Group
+
+
+class StandIn(Protocol):
+    """Trains tensors of its own in the place of the model's: some rows of a stack, factors of a low rank.
+
+    The model computes with its own weights at all times, and is saved with them. The stand-in takes their gradient,
+    with a hook, as soon as the backward pass has it, and writes what became of its tensors back after every update.
+    """
+
+    def __call__(self, model: Transformer, selected: list[Selected]) -> list[Selected]:
+        """What the optimizer steps instead of `selected`."""
+        ...
 
 
 class BeforeUpdate(Protocol):
@@ -176,6 +207,10 @@ class Method(Generic[BatchT]):
     select: Callable[[str], Group | None] = everything
     """By parameter name: how it is trained, or None to freeze it. Experts are stacked: none is chosen alone here."""
     prepare: tuple[Prepare, ...] = ()
+    stand_ins: tuple[StandIn, ...] = ()
+    """After `prepare` and `select`, in order."""
+    keeps_base: bool = False
+    """The weights that the run began with are asked for again when it resumes, before those of the checkpoint."""
     before_update: tuple[BeforeUpdate, ...] = ()
     after_update: tuple[AfterUpdate, ...] = ()
     state: Mapping[str, Stateful] = field(default_factory=dict)

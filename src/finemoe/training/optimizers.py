@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,7 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from finemoe.core.config import Config, union_of
-from finemoe.training.method import Group
+from finemoe.training.method import Group, Selected
 from finemoe.training.muon import Muon
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -56,15 +55,6 @@ class MuonConfig(Config):
     """[per rate] Matrices shrink by learning rate times this at every step; norms do not."""
     max_gradient_norm: PositiveFloat = 1.0
     """[norm] Longer gradients are scaled down to it."""
-
-
-@dataclass(frozen=True)
-class Selected:
-    """A parameter that is trained, and how."""
-
-    name: str
-    parameter: nn.Parameter
-    group: Group
 
 
 def _adamw(config: AdamWConfig, selected: Sequence[Selected]) -> tuple[torch.optim.Optimizer, ...]:

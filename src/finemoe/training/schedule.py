@@ -53,6 +53,14 @@ class WarmupStableDecayConfig(Config):
     """[share] Of the peak that is left at the end."""
 
 
+class ConstantConfig(Config):
+    """The same rate throughout, after a warm-up where one is asked for: how chat models of the family are tuned."""
+
+    kind: Literal["constant"] = "constant"
+    warmup_share: Share = 0.0
+    """[share] Of all steps spent rising from 0 to the rate."""
+
+
 def _multi_step(config: MultiStepConfig, done: float) -> float:
     # A milestone at 0.8 of 10 steps is step 8, whatever 8 / 10 rounds to.
     return config.factor ** sum(done >= milestone - 1e-9 for milestone in config.milestones)
@@ -68,9 +76,14 @@ def _warmup_stable_decay(config: WarmupStableDecayConfig, done: float) -> float:
     return config.final_share + (1 - config.final_share) * min(left, 1.0)
 
 
+def _constant(config: ConstantConfig, done: float) -> float:
+    return 1.0
+
+
 SCHEDULES: dict[str, tuple[type[Config], Callable[[Any, float], float]]] = {
     "multi_step": (MultiStepConfig, _multi_step),
     "cosine": (CosineConfig, _cosine),
+    "constant": (ConstantConfig, _constant),
     "warmup_stable_decay": (WarmupStableDecayConfig, _warmup_stable_decay),
 }
 ScheduleConfig: Any = union_of(config for config, _ in SCHEDULES.values())

@@ -19,8 +19,8 @@ from finemoe.model.transformer import Transformer
 from finemoe.parallel.world import SOLO, World
 from finemoe.training.balancing import selection_biases
 from finemoe.training.gradients import gradient_norm
-from finemoe.training.method import Measured, Method
-from finemoe.training.optimizers import RATE_FACTOR, Selected, build_optimizers
+from finemoe.training.method import Measured, Method, Selected
+from finemoe.training.optimizers import RATE_FACTOR, build_optimizers
 from finemoe.training.report import StepReport
 from finemoe.training.schedule import learning_rate_factor
 from finemoe.training.stopping import StopOnSignal
@@ -136,6 +136,8 @@ class Trainer:
             parameter.requires_grad_(group is not None)
             if group is not None:
                 selected.append(Selected(name, parameter, group))
+        for stand_in in method.stand_ins:
+            selected = stand_in(model, selected)
         self.parameters: dict[str, nn.Parameter] = {one.name: one.parameter for one in selected}
         self.peak_learning_rate: float = optimizer.learning_rate
         self.optimizers = build_optimizers(optimizer, selected)

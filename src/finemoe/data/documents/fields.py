@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import AfterValidator
 
@@ -68,6 +69,58 @@ def require_one_way(text_field: str, template: str | None) -> None:
     """
     if template is not None and text_field != "text":
         raise ValueError("`template` and `text_field` both say what the text is: keep one of them")
+
+
+class Fields(Protocol):
+    """What of a record becomes a document."""
+
+    @property
+    def text_field(self) -> str:
+        """The field that a text without a record stands for."""
+        ...
+
+    @property
+    def template(self) -> str | None:
+        """None: a text without a record is one."""
+        ...
+
+    @property
+    def names(self) -> list[str]:
+        """The fields that are asked for, in the order of the text; none: all that there are."""
+        ...
+
+    def columns(self, known: Iterable[str]) -> tuple[list[str], list[str]]:
+        """The columns of a table to read, and the fields for which it has none."""
+        ...
+
+    def text_of(self, record: Mapping[str, Any]) -> str:
+        """The text of a record.
+
+        Raises:
+            NoTextError: there is none.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class WholeRecord:
+    """A record with all its fields, as JSON: for what is more than a text, as a conversation is."""
+
+    text_field: str = "text"
+    template: None = None
+
+    @property
+    def names(self) -> list[str]:
+        """None is asked for by name."""
+        return []
+
+    def columns(self, known: Iterable[str]) -> tuple[list[str], list[str]]:
+        """All of them."""
+        return list(known), []
+
+    def text_of(self, record: Mapping[str, Any]) -> str:
+        """JSON on one line."""
+        return json.dumps(record, ensure_ascii=False, default=str)
 
 
 @dataclass(frozen=True)

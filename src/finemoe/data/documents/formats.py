@@ -25,7 +25,7 @@ from finemoe.core.contents import COLUMNS, Contents
 from finemoe.core.errors import DataError
 from finemoe.data.documents.decoding import DAMAGED, PACKED_SUFFIXES, UndecodableError, checked, open_content
 from finemoe.data.documents.document import Document, SkipReport
-from finemoe.data.documents.fields import ABSENT, NoTextError, TextFields, shown, steps_of, value_at
+from finemoe.data.documents.fields import ABSENT, Fields, NoTextError, TextFields, shown, steps_of, value_at
 from finemoe.data.documents.records import records_in
 from finemoe.data.documents.separated import DELIMITERS, heads_a_table, rows_of
 
@@ -49,7 +49,7 @@ class TextFile:
     path: Path
     name: str
     domain: str
-    fields: TextFields = field(default_factory=TextFields)
+    fields: Fields = field(default_factory=TextFields)
     domain_field: str | None = None
     encoding: str = "utf-8"
     named: bool = False
@@ -108,6 +108,17 @@ def read_text_file(file: TextFile, report: SkipReport) -> Iterator[Document]:
         report.skip(str(file.path), f"damaged or unreadable: {error}")
 
 
+def no_records(kind: str, whole: bool) -> None:
+    """Refuse to take a corpus of plain texts for one of records.
+
+    Raises:
+        DataError: `whole` records are asked for.
+    """
+    if whole:
+        raise DataError(f"a corpus of kind `{kind}` holds plain texts, and conversations are records: name files that "
+                        'hold them, as data.corpus = {kind = "files", paths = ["chats.jsonl"]}')  # fmt: skip
+
+
 def _refusal(found: Contents, file: TextFile) -> str:
     if found.kind == "text":
         return f"its name says {file.suffix}, but it is text of another kind: mend it, or give it another suffix"
@@ -141,7 +152,8 @@ def _read_text(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterator
 def _read_text_or_table(stream: BinaryIO, file: TextFile, report: SkipReport) -> Iterator[Document]:
     """A text, or a table under any name: one whose first line names the columns that were asked for."""
     data = stream.read()
-    table = heads_a_table(data, [steps_of(name)[0] for name in file.fields.names])
+    wanted = [steps_of(name)[0] for name in file.fields.names]
+    table = bool(wanted) and heads_a_table(data, wanted)
     yield from (_read_table if table else _read_text)(io.BytesIO(data), file, report)
 
 

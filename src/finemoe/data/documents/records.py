@@ -20,6 +20,8 @@ def records_in(value: Mapping[str, Any], names: Sequence[str], named: bool) -> l
         names: of the fields that make a text.
         named: the user named this very file, so that it must hold records.
     """
+    if not names:  # whole records, whatever they are: a list of them, or one
+        return next((value[key] for key in LISTS if _is_records(value.get(key))), None)
     wanted = [steps_of(name)[0] for name in names]
     if columns := _by_columns(value, wanted):
         return columns
@@ -29,6 +31,10 @@ def records_in(value: Mapping[str, Any], names: Sequence[str], named: bool) -> l
         return rows
     under = next((value[key] for key in LISTS if isinstance(value.get(key), list)), None)
     return under if under is not None else _only_list(value, wanted, named) or _by_key(value, wanted)
+
+
+def _is_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def _only_list(value: Mapping[str, Any], wanted: list[str], named: bool) -> list[Any] | None:

@@ -11,20 +11,28 @@ from torch import Tensor
 from finemoe.model.attention.blocks import Group
 from finemoe.model.native import exact
 from finemoe.model.rope import RopeConfig, rotation
+from finemoe.model.sequences import Sequences
 from finemoe.model.spans import Mask, Spans, up_to_own
 
 
 class Places:
     """Made anew for every forward pass; what one layer computes here, the others find."""
 
-    def __init__(self, positions: Tensor, mask: Mask = None, groups: Sequence[Group] = ()) -> None:
+    def __init__(
+        self,
+        positions: Tensor,
+        mask: Mask = None,
+        groups: Sequence[Group] = (),
+        sequences: Sequences | None = None,
+    ) -> None:
         """`positions [batch, seq]` int64; `mask` as in `spans.Mask`, of no effect on cached attention.
 
-        With `groups` the pass is flat, and its cache one of blocks.
+        With `groups` the pass is flat, and its cache one of blocks. `sequences`: what balance is of; None: the rows.
         """
         self.positions = positions
         self.mask = mask
         self.groups = tuple(groups)
+        self.sequences = sequences
         self._index: dict[tuple[int, int], Tensor] = {}
         self._rotations: dict[tuple[int, RopeConfig], tuple[Tensor, Tensor]] = {}
         self._known: dict[tuple[int, int], tuple[RopeConfig, tuple[Tensor, Tensor]]] = {}  # by identity

@@ -1,4 +1,4 @@
-"""Balance losses. Each takes a decision, the number of sequences and the layout, and returns the sum over sequences.
+"""Balance losses. Each takes a decision, its sequences and the layout, and returns the sum over sequences.
 
 The sum, not the mean: the trainer divides by the number of sequences in the whole step, so that accumulating
 micro-batches changes nothing. A new loss is a function and a line in BALANCE_TERMS, and a field of BalanceConfig.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from finemoe.core.config import Config
 from finemoe.model.moe.decision import RoutingDecision
+from finemoe.model.sequences import Sequences
 
 
 class BalanceConfig(Config):
@@ -45,31 +46,25 @@ class Layout:
     """M of V2 Eq. 30."""
 
 
-def load_and_importance(decision: RoutingDecision, num_sequences: int) -> tuple[Tensor, Tensor]:
+def load_and_importance(decision: RoutingDecision, sequences: Sequences) -> tuple[Tensor, Tensor]:
     """f and P of eq. 13-14, each `[sequences, experts]`: f is 1 and P is 1/experts when all is even."""
-    experts, k = decision.scores.shape[1], decision.expert_ids.shape[1]
-    per_sequence = decision.expert_ids.reshape(num_sequences, -1)
-    selected = decision.scores.new_zeros(num_sequences, experts)
-    selected.scatter_add_(1, per_sequence, torch.ones_like(per_sequence, dtype=selected.dtype))
-    length = per_sequence.shape[1] // k
-    f = selected * (experts / (k * length))
-    return f, decision.scores.reshape(num_sequences, length, experts).mean(dim=1)
+    return sequences.evenness(decision.expert_ids, decision.scores), sequences.mean(decision.scores)
 
 
-def expert_balance(decision: RoutingDecision, num_sequences: int, layout: Layout) -> Tensor:
+def expert_balance(decision: RoutingDecision, sequences: Sequences, layout: Layout) -> Tensor:
     """Sum of f_i P_i over the experts (eq. 12): 1 per sequence at perfect balance."""
-    f, importance = load_and_importance(decision, num_sequences)
+    f, importance = load_and_importance(decision, sequences)
     return (f * importance).sum()
 
 
-def device_balance(decision: RoutingDecision, num_sequences: int, layout: Layout) -> Tensor:
+def device_balance(decision: RoutingDecision, sequences: Sequences, layout: Layout) -> Tensor:
     """Sum of f'_i P'_i over the devices (eq. 15-17): f' is the mean of f, P' the sum of P on a device."""
-    f, importance = load_and_importance(decision, num_sequences)
-    grouped = (num_sequences, layout.num_devices, -1)
+    f, importance = load_and_importance(decision, sequences)
+    grouped = (sequences.count, layout.num_devices, -1)
     return (f.view(grouped).mean(dim=2) * importance.view(grouped).sum(dim=2)).sum()
 
 
-def communication_balance(decision: RoutingDecision, num_sequences: int, layout: Layout) -> Tensor:
+def communication_balance(decision: RoutingDecision, sequences: Sequences, layout: Layout) -> Tensor:
     """Sum of f''_i P''_i over the devices (V2 Eq. 29-31): f'' counts the tokens that a device receives, once each.
 
     M is the most devices that one token can reach: its groups, or its experts where nothing limits it.
@@ -77,29 +72,25 @@ def communication_balance(decision: RoutingDecision, num_sequences: int, layout:
     devices, per_device = layout.num_devices, decision.scores.shape[1] // layout.num_devices
     sent = decision.scores.new_zeros(decision.scores.shape[0], devices)
     sent.scatter_(1, decision.expert_ids // per_device, 1.0)
-    f = sent.reshape(num_sequences, -1, devices).mean(dim=1) * (devices / layout.devices_per_token)
-    importance = decision.scores.reshape(num_sequences, -1, devices, per_device).sum(dim=3).mean(dim=1)
+    f = sequences.mean(sent) * (devices / layout.devices_per_token)
+    importance = sequences.mean(decision.scores.reshape(-1, devices, per_device).sum(dim=2))
     return (f * importance).sum()
 
 
-def sequence_balance(decision: RoutingDecision, num_sequences: int, layout: Layout) -> Tensor:
+def sequence_balance(decision: RoutingDecision, sequences: Sequences, layout: Layout) -> Tensor:
     """Sum of f_i P_i with scores normalised per token, and f of the choice without the bias (V3 Eq. 17-20)."""
-    experts, k = decision.scores.shape[1], decision.expert_ids.shape[1]
-    unbiased = decision.scores.detach().topk(k, dim=-1).indices.reshape(num_sequences, -1)
-    selected = decision.scores.new_zeros(num_sequences, experts)
-    selected.scatter_add_(1, unbiased, torch.ones_like(unbiased, dtype=selected.dtype))
+    unbiased = decision.scores.detach().topk(decision.expert_ids.shape[1], dim=-1).indices
     normalized = decision.scores / decision.scores.sum(dim=-1, keepdim=True)
-    importance = normalized.reshape(num_sequences, -1, experts).mean(dim=1)
-    return (selected * (experts / unbiased.shape[1]) * importance).sum()
+    return (sequences.evenness(unbiased, decision.scores) * sequences.mean(normalized)).sum()
 
 
-def z_loss(decision: RoutingDecision, num_sequences: int, layout: Layout) -> Tensor:
+def z_loss(decision: RoutingDecision, sequences: Sequences, layout: Layout) -> Tensor:
     """Mean over a sequence's tokens of logsumexp(logits)² (ST-MoE eq. 5)."""
     assert decision.logits is not None  # configuration refuses balance terms for a router without logits
-    return decision.logits.logsumexp(dim=-1).square().reshape(num_sequences, -1).mean(dim=1).sum()
+    return sequences.mean(decision.logits.logsumexp(dim=-1).square()).sum()
 
 
-BALANCE_TERMS: Mapping[str, Callable[[RoutingDecision, int, Layout], Tensor]] = {
+BALANCE_TERMS: Mapping[str, Callable[[RoutingDecision, Sequences, Layout], Tensor]] = {
     "expert": expert_balance,
     "device": device_balance,
     "communication": communication_balance,
@@ -109,12 +100,12 @@ BALANCE_TERMS: Mapping[str, Callable[[RoutingDecision, int, Layout], Tensor]] = 
 
 
 def balance_terms(
-    config: BalanceConfig, decision: RoutingDecision, num_sequences: int, layout: Layout
+    config: BalanceConfig, decision: RoutingDecision, sequences: Sequences, layout: Layout
 ) -> dict[str, Tensor]:
     """Coefficient times loss for every term that is switched on."""
     coefficients = {name: getattr(config, name) for name in BALANCE_TERMS}
     return {
-        name: coefficient * BALANCE_TERMS[name](decision, num_sequences, layout)
+        name: coefficient * BALANCE_TERMS[name](decision, sequences, layout)
         for name, coefficient in coefficients.items()
         if coefficient
     }

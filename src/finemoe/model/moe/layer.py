@@ -21,6 +21,7 @@ from finemoe.model.moe.experts import GroupedExperts
 from finemoe.model.moe.routers import ROUTERS, RouterConfig
 from finemoe.model.moe.routers.select import GroupsConfig
 from finemoe.model.projection import Projection
+from finemoe.model.sequences import Sequences
 
 
 class MoEConfig(Config):
@@ -186,11 +187,17 @@ class MoELayer(nn.Module):
         return (*router, *experts, limit, True, *self.shared_experts.parts(), gate)
 
     def forward(
-        self, hidden: Tensor, tokens: Tensor, *, constraint: RoutingConstraint | None, record: bool
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        *,
+        constraint: RoutingConstraint | None,
+        record: bool,
+        sequences: Sequences | None = None,
     ) -> tuple[Tensor, RoutingRecord]:
         """`hidden [batch, seq, hidden]`, `tokens [batch, seq]`; the same shape out, and what happened.
 
-        `record`: keep the whole RoutingDecision in the record.
+        `record`: keep the whole RoutingDecision in the record. `sequences`: what balance is of; None: the rows.
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
         decision = self.router(flat, tokens.reshape(-1), constraint)
@@ -211,7 +218,8 @@ class MoELayer(nn.Module):
             output = output + shared
         balance = {}
         if self.training:
-            balance = balance_terms(self.config.balance, decision, hidden.shape[0], self.config.layout)
+            sequences = sequences or Sequences(hidden.shape[0])
+            balance = balance_terms(self.config.balance, decision, sequences, self.config.layout)
         return output, RoutingRecord(decision.load(), dropped, balance, decision if record else None, share)
 
     def _kept(self, decision: RoutingDecision, tokens: Tensor) -> Tensor | None:

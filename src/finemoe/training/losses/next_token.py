@@ -51,7 +51,7 @@ class NextToken:
     def weights(self, progress: float) -> Mapping[str, float]:
         """Multi-token prediction counts lambda / depths for each depth (V3 Eq. 25)."""
         weight = self.mtp.weight if progress < self.mtp.late_from else self.mtp.late_weight
-        return {_mtp_name(depth): weight / self.mtp_depth for depth in range(1, self.mtp_depth + 1)}
+        return {mtp_name(depth): weight / self.mtp_depth for depth in range(1, self.mtp_depth + 1)}
 
     def terms(self, model: Transformer, batch: TokenBatch) -> Terms:
         """Sums over the batch."""
@@ -76,8 +76,9 @@ class NextToken:
             weights = batch.weights[:, depth:]
             if self.isolate_documents:  # what stands k tokens ahead may be another document
                 weights = weights * (batch.documents[:, depth:] == batch.documents[:, :-depth])
-            yield _mtp_name(depth), batch.targets[:, depth:], weights
+            yield mtp_name(depth), batch.targets[:, depth:], weights
 
 
-def _mtp_name(depth: int) -> str:
+def mtp_name(depth: int) -> str:
+    """The term of one depth."""
     return f"mtp_{depth}"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finemoe.generation import logprobs
-from finemoe.generation.logprobs import token_logprobs
+from finemoe.model.logprobs import token_logprobs
 from oracles.models import VOCAB, build, small_config
 
 

@@ -1,0 +1,300 @@
+"""What the methods on conversations share: their data, how they are measured, and what of a method is alike in all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finemoe.checkpoint.open import load_chat_template, load_tokenizer
+from finemoe.core.config import Config
+from finemoe.core.errors import ConfigError, DataError
+from finemoe.core.seeds import derive
+from finemoe.data.batch import PackedBatch
+from finemoe.data.conversations.forms import Kind
+from finemoe.data.conversations.packing import Packer, TooLong, Weighing, fit
+from finemoe.data.conversations.prepare import PreparedConversations, prepare_conversations
+from finemoe.generation.config import SamplingConfig
+from finemoe.generation.engine import Engine
+from finemoe.methods.live import live_terms
+from finemoe.methods.setting import Setting
+from finemoe.model.transformer import Transformer
+from finemoe.text.chat import CHAT_TEMPLATE, DEFAULT, ChatTemplate
+from finemoe.text.tokenizer import Tokenizer
+from finemoe.training.balancing import MoveBiases
+from finemoe.training.gradients import Clip
+from finemoe.training.losses.coefficients import ByCoefficients
+from finemoe.training.method import Group, Method
+from finemoe.training.report import dead_share, mean_max_vio
+
+_VALIDATION_TOKENS = 8192  # per forward pass
+
+
+class ConversationsConfig(Config):
+    """What methods on conversations have in common."""
+
+    too_long: TooLong = "cut"
+    """What becomes of a conversation longer than `data.sequence_length`: cut behind its last answer that fits, or
+    dropped. Both are counted. Pairs are always dropped."""
+    mtp: Literal["train", "freeze", "drop"] = "freeze"
+    """What becomes of multi-token prediction modules: trained too, left as they are, or left out of the new model."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "data": {"packing": "isolate"},
+        "optimizer": {"learning_rate": 1e-5},
+        "schedule": {"kind": "constant"},
+    }
+    """Of other tables of the recipe: how the family tunes its chat models (DeepSeekMoE section 5.2)."""
+    moves_biases: ClassVar[bool] = False
+    """Whether selection biases move where nothing is said of them."""
+
+
+@final
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations, or pairs, in batches without padding: `training.method.TrainingData`."""
+
+    prepared: PreparedConversations
+    train: Packer
+    validation: Packer
+    plain: bool
+    """The model had no chat template, so it learns the plain one."""
+
+    @staticmethod
+    def read(setting: Setting, config: ConversationsConfig, want: Kind, weighing: Weighing = "token") -> Conversations:
+        """The conversations of `setting`, rendered by the template of the model that the run begins with.
+
+        Raises:
+            ConfigError: the run begins with no model.
+            DataError: the records cannot be used, or are too few.
+        """
+        tokenizer, template, plain = speech_of(setting)
+        prepared = prepare_conversations(setting.data, want, tokenizer, template)
+        length, seed = setting.data.sequence_length, derive(setting.seed, "data")
+        both = []
+        for stored in prepared.sides.values():
+            fitted = fit(stored, length, config.too_long)
+            packing = "isolate" if want == "pair" else setting.data.packing
+            both.append(Packer(stored, fitted, length, seed, weighing, packing, together=want != "pair"))
+        train, validation = both
+        train.require(setting.sequences_per_step)
+        if not len(validation.fitted.items):
+            raise DataError(
+                f"all {len(validation.stored)} items held out are longer than data.sequence_length {length}: raise it"
+            )
+        return Conversations(prepared, train, validation, plain)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self.prepared.tokenizer
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        """Bins, or pairs."""
+        return len(self.train.bins)
+
+    @property
+    def companions(self) -> Mapping[str, str]:
+        """The plain template, where the model learns it."""
+        return {CHAT_TEMPLATE: self.prepared.template.sources[DEFAULT]} if self.plain else {}
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """What was read, cut and left out."""
+        sides = {"train": self.train, "validation": self.validation}
+        return {
+            **self.prepared.report,
+            "too_long": {side: {"cut": one.fitted.cut, "dropped": one.fitted.dropped} for side, one in sides.items()},
+            "bins": len(self.train.bins),
+        }
+
+    def batch(self, position: int, num_sequences: int) -> PackedBatch:
+        """By position: a pure function."""
+        return self.train.batch(position, num_sequences)
+
+    def held_out(self) -> Iterator[PackedBatch]:
+        """What is validated on, always the same in the same order; items are numbered on from those of training."""
+        validation, config = self.validation, self.prepared.config
+        most = max(1, config.max_validation_tokens // config.sequence_length)
+        per_pass = max(1, _VALIDATION_TOKENS // config.sequence_length)
+        chosen = validation.bins[:most]
+        for start in range(0, len(chosen), per_pass):
+            batch = validation.pack(chosen[start : start + per_pass])
+            yield PackedBatch(batch.rows, batch.num_sequences, batch.num_documents, batch.items + self.offset)
+
+    @property
+    def offset(self) -> int:
+        """The number of the first item held out."""
+        return len(self.train.stored)
+
+    def token_frequencies(self) -> Tensor:
+        """[ids] counts in the training tokens."""
+        counts = np.bincount(self.train.stored.tokens, minlength=self.tokenizer.vocab_size)
+        return torch.from_numpy(counts.astype(np.int64))
+
+    @cached_property
+    def sentences(self) -> tuple[str, ...]:
+        """What is trained on, and how full the bins are, in words."""
+        fitted, report = self.train.fitted, self.report["too_long"]["train"]
+        read, room = int(fitted.tokens.sum()), len(self.train.bins) * self.train.sequence_length
+        said = f"{len(fitted.items):,} to train on"
+        if self.train.together:
+            said += f" in {len(self.train.bins):,} bins, {read / room:.0%} full"
+        lost = [f"{count:,} {what}" for what, count in report.items() if count]
+        if lost:
+            said += f"; longer than {self.train.sequence_length} tokens: {', '.join(lost)}"
+        plain = "the model has no chat template: it learns the plain one, User: and Assistant:"
+        return (said, plain) if self.plain else (said,)
+
+
+def speech_of(setting: Setting) -> tuple[Tokenizer, ChatTemplate, bool]:
+    """Tokenizer and chat template of the model that the run begins with; whether the template is the plain one.
+
+    Raises:
+        ConfigError: it begins with none.
+    """
+    if setting.start_from is None:
+        raise ConfigError("this method adapts a model that was trained before: name it as start_from")
+    source = Path(setting.start_from)
+    tokenizer = Tokenizer.load(setting.data.tokenizer) if setting.data.tokenizer else load_tokenizer(source)
+    template = load_chat_template(source)
+    if template is not None:
+        return tokenizer, template, False
+    names = {token_id: name for name, token_id in tokenizer.control_tokens.items()}
+    return tokenizer, ChatTemplate.plain(names[tokenizer.end_of_text_id]), True
+
+
+@dataclass(frozen=True)
+class HeldOutFigures:
+    """Means over what was held out, the loss first, and answers to be read."""
+
+    values: Mapping[str, float]
+    load: Mapping[int, Tensor]
+    samples: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def headline(self) -> float:
+        """The loss."""
+        return next(iter(self.values.values()))
+
+    def to_record(self) -> dict[str, Any]:
+        """With the load of experts, and the samples."""
+        record: dict[str, Any] = dict(self.values)
+        if self.load:
+            record["max_vio"] = mean_max_vio(self.load)
+            record["dead_experts"] = dead_share(self.load)
+            record["load"] = {str(layer): load.tolist() for layer, load in self.load.items()}
+        if self.samples:
+            record["samples"] = [dict(sample) for sample in self.samples]
+        return record
+
+    def to_summary(self) -> dict[str, Any]:
+        """Figures under `final_` and their names, and the last samples."""
+        figures: dict[str, Any] = {f"final_{name}": value for name, value in self.values.items()}
+        if self.load:
+            figures |= {"max_vio": mean_max_vio(self.load), "dead_experts": dead_share(self.load)}
+        return {**figures, **({"samples": [dict(one) for one in self.samples]} if self.samples else {})}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Held-out questions that the model answers while it learns, greedily."""
+
+    tokenizer: Tokenizer
+    prompts: tuple[tuple[int, ...], ...]
+    tokens: int
+
+    @staticmethod
+    def of(data: Conversations, count: int, tokens: int) -> Sampling:
+        """The first `count` questions held out, each up to where its first answer begins."""
+        prompts, packer = [], data.validation
+        for item in packer.fitted.items[:count]:
+            ids, trained = packer.stored.segment(int(item) * packer.stored.segments_per_item)
+            first = int(np.flatnonzero(trained)[0])
+            prompts.append(tuple(ids[:first].tolist()))
+        return Sampling(data.tokenizer, tuple(one for one in prompts if one), tokens)
+
+    def __call__(self, model: Transformer) -> tuple[Mapping[str, Any], ...]:
+        """Answers of `model`, which is in eval mode; `ended`: it stopped by itself."""
+        if not self.prompts:
+            return ()
+        tokenizer = self.tokenizer
+        engine = Engine(
+            model,
+            end_of_text_id=tokenizer.end_of_text_id,
+            stop_ids=tokenizer.stop_ids,
+            vocab_size=tokenizer.vocab_size,
+            cache_bytes=64 << 20,
+            tokenizer=tokenizer,
+        )
+        sampling = SamplingConfig(temperature=0, max_new_tokens=self.tokens)
+        done = engine.generate(self.prompts, sampling)
+        return tuple(
+            {
+                "prompt": tokenizer.decode(prompt),
+                "answer": tokenizer.decode(one.completion),
+                "ended": one.finish_reason == "stop",
+            }
+            for prompt, one in zip(self.prompts, done, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Measures an objective, and its figures, on what was held out."""
+
+    data: Conversations
+    objective: ByCoefficients
+    sampling: Sampling | None = None
+
+    def __call__(self, model: Transformer) -> HeldOutFigures:
+        """Means over all of it."""
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        load: dict[int, Tensor] = {}
+        wanted = (self.objective.headline, *self.objective.rule.figures)
+        for batch in self.data.held_out():
+            batch = batch.to(model.embedding.weight.device)
+            terms = self.objective.terms(model, batch)
+            for name, count in self.objective.counts(batch).items():
+                counts[name] = counts.get(name, 0.0) + count
+            for name in wanted:
+                sums[name] = sums.get(name, 0.0) + terms.sums[name].item()
+            for layer, record in terms.routing.items():
+                load[layer] = load[layer] + record.load.cpu() if layer in load else record.load.cpu()
+        means = {name: sums[name] / counts[name] for name in wanted if counts[name]}
+        headline, *others = means
+        values = {"validation_loss": means[headline], **{f"validation_{name}": means[name] for name in others}}
+        return HeldOutFigures(values, load, self.sampling(model) if self.sampling is not None else ())
+
+
+def method_on(
+    config: ConversationsConfig,
+    setting: Setting,
+    data: Conversations,
+    objective: ByCoefficients,
+    measure: HeldOut,
+    notes: tuple[str, ...] = (),
+) -> Method[PackedBatch]:
+    """The parts of a method that are alike in all: clipping, biases, what is live."""
+    live = live_terms(setting, mtp=config.mtp == "train")
+
+    def select(name: str) -> Group | None:
+        return None if name.startswith("mtp.") and config.mtp != "train" else Group()
+
+    return Method(
+        data=data,
+        objective=objective,
+        measure=measure,
+        select=select,
+        before_update=(Clip(setting.max_gradient_norm),),
+        after_update=(MoveBiases(setting.balancing),),
+        notes=(*data.sentences, *notes, f"added to the loss: {', '.join(live) or 'nothing'}"),
+    )
