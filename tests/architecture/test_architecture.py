@@ -70,7 +70,14 @@ EXTRAS = {
     "uvicorn",
     "wandb",
 }
-BASES = {"Config", "FinemoeError", "RunError"}  # the classes of ours that others derive from
+BASES = {
+    "Config",
+    "FinemoeError",
+    "RunError",
+    "MethodConfig",
+    "ConversationsConfig",
+    "TrainableConfig",
+}  # the classes of ours that others derive from
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -57,7 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     (ours / "methods/prefer.py").write_text(page_code(), encoding="utf-8")
     table = (ours / "methods/__init__.py").read_text(encoding="utf-8")
     table = table.replace(
-        "from finemoe.methods import pretraining\n", "from finemoe.methods import prefer, pretraining\n"
+        "from finemoe.methods import dpo, pretraining,", "from finemoe.methods import dpo, prefer, pretraining,"
     )
     entry = '    "pretraining": (pretraining.PretrainingConfig, pretraining.build),\n'
     assert entry in table

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from finemoe.evaluation.metrics import estimate, macro, mcnemar, paired_difference, wilson
+from finemoe.core.statistics import wilson
+from finemoe.evaluation.metrics import estimate, macro, mcnemar, paired_difference
 
 
 def ones(count: int) -> list[float]:

@@ -201,7 +201,7 @@ def test_a_plain_name_becomes_a_folder_in_runs(name: str) -> None:
         ("num_layers=8", "here it is `model.num_layers`"),
         ("batch_size=8", "here it is `training.tokens_per_step`"),
         ("model.seq_len=8", "here it is `data.sequence_length`"),
-        ("epochs=8", "here it is `training.tokens`"),
+        ("epochs=8", "it belongs to [training], as `training.epochs`"),
         ("training.gradient_clip=1", "here it is `optimizer.max_gradient_norm`"),
         ("data.path='x'", "here it is `data.corpus.paths`"),
         ("model.sequence_length=8", "here it is `data.sequence_length`"),

@@ -73,7 +73,7 @@ def test_an_unknown_key_at_any_level_suggests_the_one_that_was_meant(override: s
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["training.tokens=9000"], "exactly one of `tokens` and `steps`"),
+        (["training.tokens=9000"], "exactly one of `tokens`, `steps` and `epochs`"),
         (
             ["training.tokens_per_step=1000"],
             "tokens_per_step 1000 is not a multiple of data.sequence_length 256: try 768",
@@ -103,7 +103,7 @@ def test_one_value_of_a_table_keeps_the_other_defaults() -> None:
 
 
 def test_a_length_is_required() -> None:
-    with pytest.raises(ConfigError, match="exactly one of `tokens` and `steps`"):
+    with pytest.raises(ConfigError, match="exactly one of `tokens`, `steps` and `epochs`"):
         resolve_run({"model": {"preset": "tiny-moe"}, "training": {}}, "recipe")
 
 

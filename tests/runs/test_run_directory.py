@@ -308,7 +308,7 @@ def test_a_checkpoint_is_not_resumed_as_a_run(corpus: Path, tmp_path: Path) -> N
             r"unknown `optimizer\.kind` 'lion'; known: adamw, muon",
         ),
         ({"training": {"steps": 6, "stpes": 1}}, r"unknown key `training\.stpes`, did you mean `steps`\?"),
-        ({"method": {"kind": "prefr"}}, r"`method`: unknown kind; known: pretraining"),
+        ({"method": {"kind": "prefr"}}, r"unknown `method.kind` 'prefr'; known: pretraining, sft"),
         ({"method": "pretraining"}, r'`method` must be a table such as \{ kind = "pretraining" \}'),
     ],
 )

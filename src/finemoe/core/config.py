@@ -76,6 +76,8 @@ def _only_kind(value: Any, member: type[Config]) -> Any:
 
 
 def _with_kind(value: Any, kind: str) -> Any:
+    if not isinstance(value, (Mapping, BaseModel)):
+        raise ValueError(f'must be a table such as {{ kind = "{kind}" }}')
     return {"kind": kind, **value} if isinstance(value, Mapping) and "kind" not in value else value
 
 

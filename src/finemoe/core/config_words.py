@@ -153,7 +153,8 @@ training.tokens_per_step = tokens_per_step batch_size batch global_batch_size tr
 training.micro_batch_tokens = micro_batch_size device_batch_size per_device_train_batch_size
     gradient_accumulation_steps grad_accum gradient_accumulation accumulation_steps
 training.steps = steps max_steps num_steps max_iters train_iters train_steps total_steps n_steps iters
-training.tokens = tokens epochs num_epochs num_train_epochs n_epochs epoch total_tokens train_tokens max_tokens
+training.epochs = epochs num_epochs num_train_epochs n_epochs epoch
+training.tokens = tokens total_tokens train_tokens max_tokens
     num_tokens
 training.evaluate_every = eval_every eval_interval eval_steps validate_every val_every
 training.checkpoint_every = save_every save_interval save_steps checkpoint_interval ckpt_every

@@ -17,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finemoe.core import seeds
-from finemoe.core.statistics import CONFIDENCE, Spread, ratio, ratios
+from finemoe.core.statistics import CONFIDENCE, Spread, ratio, ratios, wilson
 
 RESAMPLES = 2000
 FEWEST = 10
 """Items, of equal weight, below which nothing is decided."""
-_Z = 1.959963984540054  # of the normal distribution, two-sided 95 %
 _CHUNK = 1 << 18  # numbers drawn at once: what is computed of them stays in a core's cache
 _LEAST_ERROR = 0.05  # of a resample's error, as a part of that of all items
 LOWER_IS_BETTER = frozenset({"bits_per_byte", "loss", "nats_per_word"})
@@ -87,14 +86,6 @@ def estimate(scores: Sequence[float], weights: Sequence[float], stream: str, see
 def is_binary(values: NDArray[np.float64], weights: NDArray[np.float64]) -> bool:
     """Whether these are right-or-wrong scores that all count the same."""
     return bool(np.isin(values, (0.0, 1.0)).all() and (weights == weights[0]).all())
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share: unlike mean ± 2 errors it is sensible at 0 and at 1."""
-    shrunk = 1 + _Z**2 / n
-    middle = (share + _Z**2 / (2 * n)) / shrunk
-    half = _Z / shrunk * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def macro(groups: Sequence[Estimate]) -> Estimate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from finemoe.checkpoint.open import load_chat_template, load_tokenizer
-from finemoe.core.config import Config
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.seeds import derive
 from finemoe.data.batch import PackedBatch
@@ -23,7 +22,7 @@ from finemoe.data.conversations.prepare import PreparedConversations, prepare_co
 from finemoe.generation.config import SamplingConfig
 from finemoe.generation.engine import Engine
 from finemoe.methods.live import live_terms
-from finemoe.methods.setting import Setting
+from finemoe.methods.setting import MethodConfig, Setting
 from finemoe.model.transformer import Transformer
 from finemoe.text.chat import CHAT_TEMPLATE, DEFAULT, ChatTemplate
 from finemoe.text.tokenizer import Tokenizer
@@ -36,7 +35,7 @@ from finemoe.training.report import dead_share, mean_max_vio
 _VALIDATION_TOKENS = 8192  # per forward pass
 
 
-class ConversationsConfig(Config):
+class ConversationsConfig(MethodConfig):
     """What methods on conversations have in common."""
 
     too_long: TooLong = "cut"
@@ -50,9 +49,7 @@ class ConversationsConfig(Config):
         "optimizer": {"learning_rate": 1e-5},
         "schedule": {"kind": "constant"},
     }
-    """Of other tables of the recipe: how the family tunes its chat models (DeepSeekMoE section 5.2)."""
-    moves_biases: ClassVar[bool] = False
-    """Whether selection biases move where nothing is said of them."""
+    """How the family tunes its chat models (DeepSeekMoE section 5.2)."""
 
 
 @final
@@ -67,8 +64,16 @@ class Conversations:
     """The model had no chat template, so it learns the plain one."""
 
     @staticmethod
-    def read(setting: Setting, config: ConversationsConfig, want: Kind, weighing: Weighing = "token") -> Conversations:
+    def read(
+        setting: Setting,
+        config: ConversationsConfig,
+        want: Kind,
+        weighing: Weighing = "token",
+        ending: Callable[[Tokenizer], int] | None = None,
+    ) -> Conversations:
         """The conversations of `setting`, rendered by the template of the model that the run begins with.
+
+        `ending`: the token that follows each of them, and is all that is learnt.
 
         Raises:
             ConfigError: the run begins with no model.
@@ -77,11 +82,12 @@ class Conversations:
         tokenizer, template, plain = speech_of(setting)
         prepared = prepare_conversations(setting.data, want, tokenizer, template)
         length, seed = setting.data.sequence_length, derive(setting.seed, "data")
+        last = None if ending is None else ending(tokenizer)
         both = []
         for stored in prepared.sides.values():
             fitted = fit(stored, length, config.too_long)
             packing = "isolate" if want == "pair" else setting.data.packing
-            both.append(Packer(stored, fitted, length, seed, weighing, packing, together=want != "pair"))
+            both.append(Packer(stored, fitted, length, seed, weighing, packing, want != "pair", last))
         train, validation = both
         train.require(setting.sequences_per_step)
         if not len(validation.fitted.items):
@@ -280,7 +286,7 @@ def method_on(
     setting: Setting,
     data: Conversations,
     objective: ByCoefficients,
-    measure: HeldOut,
+    measure: Callable[[Transformer], HeldOutFigures],
     notes: tuple[str, ...] = (),
 ) -> Method[PackedBatch]:
     """The parts of a method that are alike in all: clipping, biases, what is live."""

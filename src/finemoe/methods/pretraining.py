@@ -9,11 +9,10 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from finemoe.core.config import Config
 from finemoe.core.seeds import derive
 from finemoe.data import Loader, PreparedData, TokenBatch, prepare
 from finemoe.methods.live import live_terms
-from finemoe.methods.setting import Setting
+from finemoe.methods.setting import MethodConfig, Setting
 from finemoe.model.transformer import Transformer
 from finemoe.text import Tokenizer
 from finemoe.training.balancing import MoveBiases
@@ -25,12 +24,11 @@ from finemoe.training.validation import Validation, validate
 _VALIDATION_TOKENS = 16_384  # per forward pass
 
 
-class PretrainingConfig(Config):
+class PretrainingConfig(MethodConfig):
     """Nothing of its own: [data], [mtp] and [balancing] say all."""
 
     kind: Literal["pretraining"] = "pretraining"
 
-    defaults: ClassVar[Mapping[str, Any]] = {}
     moves_biases: ClassVar[bool] = True
 
 

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from finemoe.core.config import Config
 from finemoe.data import DataConfig
 from finemoe.model.config import ModelConfig
 from finemoe.training.balancing import BalancingConfig
 from finemoe.training.losses.next_token import MTPLossConfig
+
+
+class MethodConfig(Config):
+    """Base of the [method] table of every method."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Of other tables of a recipe, where it says nothing of them."""
+    moves_biases: ClassVar[bool] = False
+    """Selection biases move where the recipe says nothing of them."""
+
+
+class TrainableConfig(Config):
+    """Base of the [trainable] table of every choice of what may move."""
+
+    @property
+    def moves_routers(self) -> bool:
+        """Whether routers are trained: where they are not, their biases stay as they are too."""
+        return True
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class Learn:
         """The weights, which add up to tokens or to conversations."""
         return {self.headline: batch.rows.weights.sum().item()}
 
+    def places(self, batch: PackedBatch) -> Places:
+        """Every token that is to be learnt."""
+        return Places.of(batch)
+
     def worth(self, logprobs: Tensor, places: Places, batch: PackedBatch) -> Worth:
         """As in `coefficients.Rule`."""
         return Worth(places.weights)

@@ -244,7 +244,7 @@ def _method_of(raw: Mapping[str, Any]) -> Any:
     """The configuration class of the method; a kind that is not known is refused where all is parsed."""
     table = raw.get("method")
     kind = table.get("kind") if isinstance(table, Mapping) else None
-    return METHODS[kind][0] if kind in METHODS else PretrainingConfig
+    return METHODS[kind][0] if isinstance(kind, str) and kind in METHODS else PretrainingConfig
 
 
 def _resolve_model(raw: Mapping[str, Any], source: str) -> ModelConfig:

@@ -37,7 +37,7 @@ from finemoe.runs.kernels import kernels_for
 from finemoe.runs.observers import Evaluate, Log, Show, Warn
 from finemoe.runs.result import Run
 from finemoe.runs.saving import Save, restore
-from finemoe.runs.start import build_method, build_run, check_memory, check_start, default_directory, resolve_device
+from finemoe.runs.start import build_method, check_memory, check_start, default_directory, in_steps, resolve_device
 from finemoe.runs.trackers import open_tracker, require_tracker
 from finemoe.training.alerts import Knobs, Watch, routed_layers
 from finemoe.training.balancing import has_selection_bias
@@ -72,7 +72,10 @@ def train(
     directory = Path(out) if out is not None else default_directory(config.name)
     require_free(directory, config)
     check_start(config, directory)
-    config, method = build_run(config)
+    method = build_method(config)
+    if (known := in_steps(config, method.data)) != config:
+        method = method if known.setting == config.setting else build_method(known)
+        config = known
     with sole_writer(directory):
         require_free(directory, config)
         chosen = kernels_for(config)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from finemoe.core.errors import ConfigError, RunError
+from finemoe.data.batch import Batch
 from finemoe.methods import build
 from finemoe.model.size import measure
 from finemoe.runs.config import RunConfig, TrainingConfig
 from finemoe.runs.footprint import require_memory
 from finemoe.runs.trackers import require_tracker
-from finemoe.training.method import Method
+from finemoe.training.method import Method, TrainingData
 
 _NAME = re.compile(
     r"[^\W_][^/\\\x00-\x1f\x7f]{0,99}"
@@ -104,19 +105,13 @@ def build_method(config: RunConfig) -> Method[Any]:
     return method
 
 
-def build_run(config: RunConfig) -> tuple[RunConfig, Method[Any]]:
-    """`build_method`, with the length of the run in steps where it was given in epochs.
-
-    Raises:
-        ConfigError, DataError: as `build_method`.
-    """
-    method = build_method(config)
+def in_steps(config: RunConfig, data: TrainingData[Batch]) -> RunConfig:
+    """`config` with its length in steps where it was given in epochs of `data`."""
     if config.training.epochs is None:
-        return config, method
-    steps = max(1, round(config.training.epochs * method.data.sequences_per_epoch / config.sequences_per_step))
+        return config
+    steps = max(1, round(config.training.epochs * data.sequences_per_epoch / config.sequences_per_step))
     training = config.training.model_copy(update={"steps": steps, "epochs": None})
-    known = config.model_copy(update={"training": training})
-    return known, method if known.setting == config.setting else build_method(known)
+    return config.model_copy(update={"training": training})
 
 
 def resolve_device(training: TrainingConfig) -> tuple[torch.device, bool]:

@@ -20,6 +20,7 @@ from finemoe.model.moe.balance import (
 )
 from finemoe.model.moe.decision import RoutingDecision
 from finemoe.model.moe.layer import MoEConfig
+from finemoe.model.sequences import Sequences
 from oracles import balance as oracle
 from oracles.models import VOCAB, moe_layer, moe_table
 
@@ -64,7 +65,7 @@ def summed(name: str, decision: RoutingDecision, layout: Layout = LAYOUT) -> Ten
 def test_loss_and_gradient_are_the_formula_of_each_sequence(name: str, sigmoid: bool, layout: Layout) -> None:
     # Choices that are not the best scores, as under a bias, a group limit or a replay.
     decision = drawn(torch.randn(SEQUENCES * LENGTH, EXPERTS).topk(K).indices, sigmoid)
-    loss, expected = BALANCE_TERMS[name](decision, SEQUENCES, layout), summed(name, decision, layout)
+    loss, expected = BALANCE_TERMS[name](decision, Sequences(SEQUENCES), layout), summed(name, decision, layout)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     (found,) = torch.autograd.grad(loss, decision.logits, retain_graph=True)
     torch.testing.assert_close(found, torch.autograd.grad(expected, decision.logits)[0], rtol=1e-8, atol=1e-12)
@@ -75,14 +76,14 @@ def test_expert_loss_is_one_per_sequence_at_perfect_balance() -> None:
     scores = torch.full((SEQUENCES * LENGTH, EXPERTS), 1 / EXPERTS)
     decision = RoutingDecision(ids, scores[:, :K], scores, scores.log())
     for name in ("expert", "device"):
-        assert BALANCE_TERMS[name](decision, SEQUENCES, LAYOUT).item() == pytest.approx(SEQUENCES)
+        assert BALANCE_TERMS[name](decision, Sequences(SEQUENCES), LAYOUT).item() == pytest.approx(SEQUENCES)
 
 
 def test_expert_loss_is_the_number_of_experts_at_collapse() -> None:
     scores = torch.zeros(LENGTH, EXPERTS)
     scores[:, 0] = 1
     decision = RoutingDecision(torch.zeros(LENGTH, 1, dtype=torch.int64), scores[:, :1], scores, None)
-    assert BALANCE_TERMS["expert"](decision, 1, ONE_DEVICE).item() == pytest.approx(EXPERTS)
+    assert BALANCE_TERMS["expert"](decision, Sequences(1), ONE_DEVICE).item() == pytest.approx(EXPERTS)
 
 
 def test_device_loss_sees_devices_only() -> None:
@@ -90,8 +91,8 @@ def test_device_loss_sees_devices_only() -> None:
     ids = torch.tensor([[0], [2], [4]])
     scores = torch.nn.functional.one_hot(ids[:, 0], EXPERTS).float()
     decision = RoutingDecision(ids, torch.ones(3, 1), scores, None)
-    assert BALANCE_TERMS["device"](decision, 1, LAYOUT).item() == pytest.approx(1)
-    assert BALANCE_TERMS["expert"](decision, 1, LAYOUT).item() == pytest.approx(2)
+    assert BALANCE_TERMS["device"](decision, Sequences(1), LAYOUT).item() == pytest.approx(1)
+    assert BALANCE_TERMS["expert"](decision, Sequences(1), LAYOUT).item() == pytest.approx(2)
 
 
 def one_choice_each(ids: list[list[int]]) -> RoutingDecision:
@@ -104,16 +105,16 @@ def one_choice_each(ids: list[list[int]]) -> RoutingDecision:
 def test_communication_loss_is_one_where_every_token_reaches_m_devices_evenly() -> None:
     # Devices (0 1) (2 3) (4 5), two a token: the three pairs of devices once each.
     even = one_choice_each([[0, 2], [3, 4], [5, 1]])
-    assert BALANCE_TERMS["communication"](even, 1, LAYOUT).item() == pytest.approx(1)
+    assert BALANCE_TERMS["communication"](even, Sequences(1), LAYOUT).item() == pytest.approx(1)
 
 
 def test_communication_loss_counts_a_token_once_on_a_device() -> None:
     # Both experts of token 0 on device 0: sent once there. The device loss sees two choices.
     decision = one_choice_each([[0, 1], [2, 4], [3, 5]])
-    found = BALANCE_TERMS["communication"](decision, 1, LAYOUT)
+    found = BALANCE_TERMS["communication"](decision, Sequences(1), LAYOUT)
     sent = torch.tensor([1.0, 2.0, 2.0]) * 3 / (2 * 3)
     assert found.item() == pytest.approx((sent * torch.tensor([1.0, 1.0, 1.0]) / 3).sum().item())
-    assert found.item() < BALANCE_TERMS["device"](decision, 1, LAYOUT).item()
+    assert found.item() < BALANCE_TERMS["device"](decision, Sequences(1), LAYOUT).item()
 
 
 def test_sequence_loss_looks_through_the_bias() -> None:
@@ -121,13 +122,13 @@ def test_sequence_loss_looks_through_the_bias() -> None:
     scores = torch.tensor([[0.9, 0.8, 0.1, 0.1, 0.1, 0.1]]).repeat(3, 1)
     decision = RoutingDecision(torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.ones(3, 2), scores, scores.logit())
     expected = EXPERTS / K * (0.9 + 0.8) / 2.1
-    assert BALANCE_TERMS["sequence"](decision, 1, LAYOUT).item() == pytest.approx(expected)
+    assert BALANCE_TERMS["sequence"](decision, Sequences(1), LAYOUT).item() == pytest.approx(expected)
 
 
 def test_sequence_loss_is_one_per_sequence_at_even_scores() -> None:
     scores = torch.full((SEQUENCES * LENGTH, EXPERTS), 0.37)
     decision = RoutingDecision(scores.topk(K).indices, scores[:, :K], scores, scores.logit())
-    assert BALANCE_TERMS["sequence"](decision, SEQUENCES, LAYOUT).item() == pytest.approx(SEQUENCES)
+    assert BALANCE_TERMS["sequence"](decision, Sequences(SEQUENCES), LAYOUT).item() == pytest.approx(SEQUENCES)
 
 
 LAYOUTS: dict[str, tuple[dict[str, Any], int, Layout]] = {
@@ -180,7 +181,7 @@ def test_every_loss_is_refused_for_a_router_that_learns_nothing(term: str) -> No
 
 def test_load_counts_what_was_chosen_not_what_scored_best() -> None:
     worst = torch.randn(SEQUENCES * LENGTH, EXPERTS).topk(K, largest=False).indices
-    f, importance = load_and_importance(drawn(worst), SEQUENCES)
+    f, importance = load_and_importance(drawn(worst), Sequences(SEQUENCES))
     counts = worst.view(SEQUENCES, -1, 1).eq(torch.arange(EXPERTS)).sum(1)
     torch.testing.assert_close(f, counts.double() * EXPERTS / (K * LENGTH))
     torch.testing.assert_close(importance.sum(1), torch.ones(SEQUENCES, dtype=torch.float64))
@@ -188,10 +189,10 @@ def test_load_counts_what_was_chosen_not_what_scored_best() -> None:
 
 def test_terms_that_are_off_are_absent_and_coefficients_multiply() -> None:
     decision = drawn()
-    terms = balance_terms(BalanceConfig(expert=0.01, z=0.5), decision, SEQUENCES, LAYOUT)
+    terms = balance_terms(BalanceConfig(expert=0.01, z=0.5), decision, Sequences(SEQUENCES), LAYOUT)
     assert set(terms) == {"expert", "z"}
     for name, coefficient in (("expert", 0.01), ("z", 0.5)):
-        expected = coefficient * BALANCE_TERMS[name](decision, SEQUENCES, LAYOUT)
+        expected = coefficient * BALANCE_TERMS[name](decision, Sequences(SEQUENCES), LAYOUT)
         torch.testing.assert_close(terms[name], expected)
 
 
@@ -203,8 +204,22 @@ def test_cutting_a_batch_changes_no_sum() -> None:
             RoutingDecision(*(getattr(decision, f)[half] for f in ("expert_ids", "gate_weights", "scores", "logits")))
             for half in halves
         ]
-        total = term(parts[0], 1, LAYOUT) + term(parts[1], SEQUENCES - 1, LAYOUT)
-        torch.testing.assert_close(total, term(decision, SEQUENCES, LAYOUT), msg=name)
+        total = term(parts[0], Sequences(1), LAYOUT) + term(parts[1], Sequences(SEQUENCES - 1), LAYOUT)
+        torch.testing.assert_close(total, term(decision, Sequences(SEQUENCES), LAYOUT), msg=name)
+
+
+@pytest.mark.parametrize("lengths", [(4, 11), (1, 7, 7), (15,), (2, 2, 1, 10)])
+@pytest.mark.parametrize("name", BALANCE_TERMS)
+def test_sequences_of_other_lengths_are_the_formula_of_each_too(name: str, lengths: tuple[int, ...]) -> None:
+    decision = drawn(torch.randn(SEQUENCES * LENGTH, EXPERTS).topk(K).indices)
+    of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    fields = (decision.expert_ids, decision.scores, decision.logits)
+    each = zip(*(field.split(lengths) for field in fields), strict=True)
+    expected = torch.stack([alone(name, *parts, LAYOUT) for parts in each]).sum()
+    loss = BALANCE_TERMS[name](decision, Sequences(len(lengths), of), LAYOUT)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    (found,) = torch.autograd.grad(loss, decision.logits, retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, decision.logits)[0], rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize(("load", "expected"), [([4, 4, 4], 0.0), ([12, 0, 0], 2.0), ([3, 6, 3], 0.5), ([0, 0], 0.0)])

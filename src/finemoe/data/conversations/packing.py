@@ -96,6 +96,8 @@ class Packer:
     """"concatenate": a token sees the conversations before its own in the bin, as in the papers' runs."""
     together: bool = True
     """False: an item is a position of its own, as pairs are."""
+    ending: int | None = None
+    """A token that follows every segment, and the only one that is learnt: what a judge says of it."""
 
     @cached_property
     def bins(self) -> list[list[int]]:
@@ -140,23 +142,30 @@ class Packer:
         for group in groups:
             begun = 0  # of the bin, where its conversations are one text
             for number in group:
-                item = int(self.fitted.items[number])
-                items.append(item)
+                items.append(int(self.fitted.items[number]))
                 for segment in range(per_item):
-                    ids, trained = self.stored.segment(item * per_item + segment)
-                    length = int(self.fitted.lengths[number, segment])
-                    ids, weights = ids[:length], trained[1:length].astype(np.float32)
-                    if self.weighing == "conversation":
-                        weights /= max(1.0, weights.sum())
+                    ids, weights = self._segment(number, segment)
                     columns["tokens"].append(ids[:-1])
                     columns["targets"].append(ids[1:])
                     columns["weights"].append(weights)
-                    columns["positions"].append(np.arange(begun, begun + length - 1))
-                    columns["documents"].append(np.full(length - 1, document))
+                    columns["positions"].append(np.arange(begun, begun + len(weights)))
+                    columns["documents"].append(np.full(len(weights), document))
                     if self.packing == "isolate":
                         document += 1
                     else:
-                        begun += length - 1
+                        begun += len(weights)
             document += self.packing == "concatenate"
         flat = {name: torch.from_numpy(np.concatenate(pieces))[None] for name, pieces in columns.items()}
         return PackedBatch(TokenBatch(**flat), len(groups), document, torch.tensor(items))
+
+    def _segment(self, number: int, segment: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Ids of one segment of an item that is used, and the weight of each but the first."""
+        item, per_item = int(self.fitted.items[number]), self.stored.segments_per_item
+        ids, trained = self.stored.segment(item * per_item + segment)
+        length = int(self.fitted.lengths[number, segment])
+        ids, weights = ids[:length], trained[1:length].astype(np.float32)
+        if self.ending is not None:
+            ids, weights = np.append(ids, self.ending), np.append(np.zeros_like(weights), np.float32(1))
+        if self.weighing == "conversation":
+            weights /= max(1.0, weights.sum())
+        return ids, weights

@@ -124,6 +124,7 @@ def _build(folder: Path, config: DataConfig, want: Kind, tokenizer: Tokenizer, t
         "kind": want,
         "forms": dict(forms.most_common()),
         **{name: {side: counts[side][name] for side in SIDES} for name in ("items", "tokens", "trained_tokens")},
+        "documents_read": sum(forms.values()),
         "duplicates": skips.duplicates,
         "num_skipped": skips.num_skipped,
         "skipped": [{"name": one.name, "reason": one.reason} for one in skips.skipped],

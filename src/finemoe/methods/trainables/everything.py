@@ -8,14 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from finemoe.core.config import Config
-from finemoe.methods.setting import Setting
+from finemoe.methods.setting import Setting, TrainableConfig
 from finemoe.methods.trainables.parts import matches, require_known
 from finemoe.model.transformer import Transformer
 from finemoe.training.method import Group, Method, Prepare
 
 
-class EverythingConfig(Config):
+class EverythingConfig(TrainableConfig):
     """All parameters, but for the parts that are frozen."""
 
     kind: Literal["everything"] = "everything"
@@ -29,7 +28,7 @@ class EverythingConfig(Config):
         return "routers" not in self.freeze
 
 
-class NamesConfig(Config):
+class NamesConfig(TrainableConfig):
     """Only the parameters that are named."""
 
     kind: Literal["names"] = "names"

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from finemoe.checkpoint.selection import read_selection
-from finemoe.core.config import Config
 from finemoe.core.errors import ConfigError
-from finemoe.methods.setting import Setting
+from finemoe.methods.setting import Setting, TrainableConfig
 from finemoe.model.transformer import Transformer
 from finemoe.training.method import Group, Method, Saved, Selected
 
 _STACKS = ("gate_up_proj", "down_proj")
 
 
-class ExpertsConfig(Config):
+class ExpertsConfig(TrainableConfig):
     """The experts that a selection names."""
 
     kind: Literal["experts"] = "experts"

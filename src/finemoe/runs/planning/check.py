@@ -25,11 +25,12 @@ from finemoe.runs.directory import require_free
 from finemoe.runs.planning.machine import other_work
 from finemoe.runs.run import evaluate_every, first_trainer
 from finemoe.runs.start import (
-    build_run,
+    build_method,
     check_memory,
     check_start,
     checkpoint_bytes,
     default_directory,
+    in_steps,
     resolve_device,
 )
 from finemoe.training.method import Method
@@ -167,11 +168,12 @@ def check(
     found.attempt(lambda: require_free(directory, config))
     found.attempt(lambda: check_start(config, directory))
     free = _free(directory)
-    built = found.attempt(lambda: build_run(config))
-    method = built[1] if built is not None else None
-    if config.training.epochs is not None:  # of what is refused, one step stands for a length that nobody knows
+    method = found.attempt(lambda: build_method(config))
+    if method is not None:
+        config = found.config = in_steps(config, method.data)
+    elif config.training.epochs is not None:  # it is refused: one step stands for a length that nobody knows
         unknown = config.training.model_copy(update={"epochs": None, "steps": 1})
-        config = found.config = built[0] if built is not None else config.model_copy(update={"training": unknown})
+        config = found.config = config.model_copy(update={"training": unknown})
     fits = found.attempt(lambda: _fits(config)) is not None
     if method is not None:
         found.add(**_of_data(method), notes=method.notes)

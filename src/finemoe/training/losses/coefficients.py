@@ -82,6 +82,10 @@ class Rule(Protocol):
         """Denominators of the headline and of every figure."""
         ...
 
+    def places(self, batch: PackedBatch) -> Places:
+        """What is scored; as a rule `Places.of(batch)`."""
+        ...
+
     def worth(self, logprobs: Tensor, places: Places, batch: PackedBatch) -> Worth:
         """From `logprobs [places]` in nats, float32, without gradient."""
         ...
@@ -114,7 +118,7 @@ class ByCoefficients:
 
     def terms(self, model: Transformer, batch: PackedBatch) -> Terms:
         """Sums over the batch."""
-        rows, places = batch.rows, Places.of(batch)
+        rows, places = batch.rows, self.rule.places(batch)
         output = model(
             rows.tokens,
             positions=rows.positions,

@@ -1,0 +1,144 @@
+"""What the model that a run begins with says of every answer: computed once, cached by content, saved with the run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finemoe.core.errors import DataError
+from finemoe.core.files import replacing
+from finemoe.core.logs import logger, progress
+from finemoe.data.batch import PackedBatch
+from finemoe.methods.conversations import Conversations
+from finemoe.methods.setting import Setting
+from finemoe.model.logprobs import token_logprobs
+from finemoe.model.transformer import Transformer
+from finemoe.training.losses.coefficients import Places
+from finemoe.training.method import Method, Saved
+
+_VERSION = 1
+_TOKENS = 8192  # per forward pass
+
+
+@final
+class Reference:
+    """Log-probabilities of whole answers under the reference: a number each."""
+
+    def __init__(self, data: Conversations, setting: Setting) -> None:
+        """Of the items of `data` on both sides of the split; nothing is computed yet."""
+        self._data = data
+        self._cache = Path(setting.data.cache_dir or os.environ.get("FINEMOE_CACHE") or "~/.cache/finemoe").expanduser()
+        self._sums = torch.zeros(0, 2)
+
+    def of(self, batch: PackedBatch) -> Tensor:
+        """[documents] in nats, of the segments of `batch` in order."""
+        return self._sums.to(batch.items.device)[batch.items].flatten()
+
+    def added_to(self, method: Method[PackedBatch]) -> Method[PackedBatch]:
+        """`method` that computes it before its first step, and saves it."""
+        return replace(method, prepare=(*method.prepare, self.prepare), state={**method.state, "reference": self})
+
+    @torch.no_grad()
+    def prepare(self, model: Transformer, begins: bool) -> None:
+        """Compute it with `model`, or find it in the cache; a run that goes on has saved it."""
+        size = self._data.offset + len(self._data.validation.stored)
+        self._sums = torch.zeros(size, 2)
+        if not begins:
+            return
+        path = self._cache / "references" / f"{self._key(model)}.npy"
+        if (known := _read(path, size)) is not None:
+            self._sums = known
+            logger.info("log-probabilities under the reference come from the cache")
+            return
+        mode = model.training
+        model.eval()
+        try:
+            self._compute(model)
+        finally:
+            model.train(mode)
+        _write(path, self._sums)
+
+    def state(self) -> Saved:
+        """The numbers."""
+        return Saved({"logprobs": self._sums})
+
+    def restore(self, saved: Saved) -> None:
+        """As saved."""
+        self._sums = saved.tensors["logprobs"].clone()
+
+    def _compute(self, model: Transformer) -> None:
+        device = model.embedding.weight.device
+        total = len(self._data.train.fitted.items) + len(self._data.validation.fitted.items)
+        with progress("reading pairs with the reference", total, "pairs") as advance:
+            for batch in self._batches():
+                batch = batch.to(device)
+                rows, places = batch.rows, Places.of(batch)
+                output = model(rows.tokens, positions=rows.positions, documents=rows.documents)
+                logprobs, _ = token_logprobs(model, output.hidden[0, places.index], places.targets)
+                sums = places.per_document(logprobs, batch.num_documents).view(-1, 2)
+                self._sums[batch.items.cpu()] = sums.cpu()
+                advance(len(batch.items))
+
+    def _batches(self) -> Iterator[PackedBatch]:
+        """Every item that is used, once, in passes of about as many tokens."""
+        for packer, offset in ((self._data.train, 0), (self._data.validation, self._data.offset)):
+            group: list[list[int]] = []
+            tokens = 0
+            for number, length in enumerate(packer.fitted.tokens.tolist()):
+                if group and tokens + length > _TOKENS:
+                    yield _numbered(packer.pack(group), offset)
+                    group, tokens = [], 0
+                group.append([number])
+                tokens += length
+            if group:
+                yield _numbered(packer.pack(group), offset)
+
+    def _key(self, model: Transformer) -> str:
+        """A hash of the weights and of what is read with them."""
+        digest = hashlib.sha256()
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        report = self._data.report
+        names = ("corpus_sha256", "tokenizer_sha256", "template", "items", "tokens", "trained_tokens")
+        facts = (
+            _VERSION,
+            torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled("cuda"),
+            *(report[n] for n in names),
+        )
+        digest.update(repr((facts, self._data.train.sequence_length)).encode())
+        for stored in (self._data.train.stored, self._data.validation.stored):
+            digest.update(np.ascontiguousarray(stored.starts).tobytes())
+        return digest.hexdigest()[:32]
+
+
+def _numbered(batch: PackedBatch, offset: int) -> PackedBatch:
+    return replace(batch, items=batch.items + offset)
+
+
+def _read(path: Path, size: int) -> Tensor | None:
+    """What is in the cache; None where nothing of that size is."""
+    try:
+        found: Any = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = found.shape == (size, 2) and found.dtype == np.float32 and bool(np.isfinite(found).all())
+    return torch.from_numpy(found) if whole else None
+
+
+def _write(path: Path, sums: Tensor) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as fresh, fresh.open("wb") as stream:
+            np.save(stream, sums.numpy())
+    except OSError as error:
+        raise DataError(f"cache folder {path.parent} cannot be written ({error}): set `data.cache_dir`") from error
