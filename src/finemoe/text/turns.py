@@ -7,7 +7,7 @@ before. A template that is neither is refused: nothing is trained on by guessing
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -32,6 +32,19 @@ class Turns:
         return [(a, b) for a, b in pairwise(edges) if a < b and self.trained[a]]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What an encoding wants rendered, so that many of them can be rendered together."""
+
+    conversations: tuple[Sequence[Mapping[str, Any]], ...]
+    add_generation_prompt: bool
+    marks: tuple[str, ...] = ()
+
+
+Encoding = Generator[Asked, list[str], Turns]
+"""Asks for texts, and ends with the conversation as tokens."""
+
+
 def encode_turns(
     template: ChatTemplate,
     tokenizer: Tokenizer,
@@ -49,13 +62,75 @@ def encode_turns(
         DataError: a template that fails, that does not say what the assistant wrote and changes what came before, or
             whose answers end with nothing that stops.
     """
+    tools = list(tools) if tools else None
+    encoding = _encoding(template, tokenizer, messages, tools is not None)
+    texts: list[str] | None = None
+    while True:
+        try:
+            asked = next(encoding) if texts is None else encoding.send(texts)
+        except StopIteration as end:
+            turns: Turns = end.value
+            return turns
+        texts = template.render_all(asked.conversations, asked.add_generation_prompt, tools, asked.marks, **variables)
+
+
+def encode_all(
+    template: ChatTemplate, tokenizer: Tokenizer, conversations: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[Turns | DataError]:
+    """`encode_turns` of many conversations without tools, rendered together; an error stands in the place of each
+    that cannot be encoded.
+    """
+    found: dict[int, Turns | DataError] = {}
+    running = {n: _encoding(template, tokenizer, messages, False) for n, messages in enumerate(conversations)}
+    texts: dict[int, list[str] | DataError] = {}
+    while running:
+        wanted: dict[int, Asked] = {}
+        for number, encoding in list(running.items()):
+            try:
+                given = texts.get(number)
+                if isinstance(given, DataError):
+                    raise given
+                wanted[number] = next(encoding) if given is None else encoding.send(given)
+            except StopIteration as end:
+                found[number] = end.value
+                del running[number]
+            except DataError as error:
+                found[number] = error
+                del running[number]
+        texts = _together(template, wanted)
+    return [found[number] for number in range(len(conversations))]
+
+
+def _together(template: ChatTemplate, wanted: Mapping[int, Asked]) -> dict[int, list[str] | DataError]:
+    """What every encoding asked for: requests of one kind in one rendering, or one by one where one of them fails."""
+    texts: dict[int, list[str] | DataError] = {}
+    kinds: dict[tuple[bool, tuple[str, ...]], list[int]] = {}
+    for number, asked in wanted.items():
+        kinds.setdefault((asked.add_generation_prompt, asked.marks), []).append(number)
+    for (prompt, marks), numbers in kinds.items():
+        try:
+            flat = template.render_all(
+                [one for number in numbers for one in wanted[number].conversations], prompt, marks=marks
+            )
+        except DataError as error:
+            if len(numbers) == 1:
+                texts[numbers[0]] = error
+            else:
+                for number in numbers:
+                    texts |= _together(template, {number: wanted[number]})
+            continue
+        each = iter(flat)
+        texts |= {number: [next(each) for _ in wanted[number].conversations] for number in numbers}
+    return texts
+
+
+def _encoding(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], has_tools: bool
+) -> Encoding:
     kept, marks = guard(tokenizer, [_plain(message) for message in messages], 3)
     wanted = [message.get("train", True) for message in messages if message["role"] == "assistant"]
-    tools = list(tools) if tools else None
-    if template.says_who_wrote(tools is not None):
-        pieces = _by_marks(template, kept, marks, tools, variables)
-    else:
-        pieces = _by_prefixes(template, kept, tools, variables)
+    by_marks = template.says_who_wrote(has_tools)
+    pieces = yield from _by_marks(template, kept, marks) if by_marks else _by_prefixes(template, kept)
     answers = sum(written for written, _ in pieces)
     if answers != len(wanted):
         raise DataError(
@@ -94,12 +169,10 @@ def _by_marks(
     template: ChatTemplate,
     messages: Sequence[Mapping[str, Any]],
     marks: Sequence[str],
-    tools: Sequence[Mapping[str, Any]] | None,
-    variables: Mapping[str, Any],
-) -> list[tuple[bool, str]]:
+) -> Generator[Asked, list[str], list[tuple[bool, str]]]:
     """Pieces of the text, and whether the assistant wrote them, as the template says."""
     begin, end = marks[1:3]
-    (text,) = template.render_all([messages], tools=tools, marks=(begin, end), **variables)
+    (text,) = yield Asked((messages,), False, (begin, end))
     pieces: list[tuple[bool, str]] = []
     before, *rest = text.split(begin)
     pieces.append((False, before))
@@ -114,13 +187,11 @@ def _by_marks(
 def _by_prefixes(
     template: ChatTemplate,
     messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None,
-    variables: Mapping[str, Any],
-) -> list[tuple[bool, str]]:
+) -> Generator[Asked, list[str], list[tuple[bool, str]]]:
     """The same, from what is added to the text by each answer."""
     answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-    before = template.render_all([messages[:n] for n in answers], True, tools, **variables) if answers else []
-    whole = template.render_all([*(messages[: n + 1] for n in answers), messages], False, tools, **variables)
+    before = (yield Asked(tuple(messages[:n] for n in answers), True)) if answers else []
+    whole = yield Asked((*(messages[: n + 1] for n in answers), messages), False)
     *after, text = whole
     pieces, place = [], 0
     for number, asked, answered in zip(answers, before, after, strict=True):

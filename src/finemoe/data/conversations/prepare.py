@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -22,18 +22,17 @@ from finemoe.core.errors import DataError
 from finemoe.core.logs import logger, progress
 from finemoe.data.cache import DamagedError, open_or_build
 from finemoe.data.config import DataConfig
-from finemoe.data.conversations.forms import Conversation, FormError, Kind, Message, Said, read
+from finemoe.data.conversations.encode import Item, asked_in, encode_items
+from finemoe.data.conversations.forms import Kind
 from finemoe.data.conversations.store import FORMAT_VERSION, Stored, Writing
 from finemoe.data.corpora import Side, SplitDocument, read_corpus
 from finemoe.data.documents.document import SkipReport
 from finemoe.text.chat import ChatTemplate
-from finemoe.text.control import encode_chat
 from finemoe.text.tokenizer import Tokenizer
-from finemoe.text.turns import Turns, encode_turns
 
 SIDES: tuple[Side, ...] = ("train", "validation")
 _REPORT = "report.json"
-_HOPELESS = 32  # so many records in a row that cannot be used, from the first on, end the reading
+_CHUNK = 64  # records that are rendered together
 
 
 @final
@@ -97,25 +96,23 @@ def _build(folder: Path, config: DataConfig, want: Kind, tokenizer: Tokenizer, t
     skips, forms = SkipReport(), Counter[str]()
     writing: dict[Side, Writing] = {side: Writing() for side in SIDES}
     counts: dict[str, Counter[str]] = {side: Counter() for side in SIDES}
-    failed_first = 0
     with progress("reading conversations", None, "conversations") as advance:
-        for item in read_corpus(config.corpus, config.validation_share, skips, whole=True):
-            advance(1)
-            try:
-                said, segments = encoded(item, want, tokenizer, template)
-            except (FormError, DataError) as error:
-                skips.kept -= 1
-                skips.skip(item.document.name, str(error))
-                failed_first += not forms
-                if failed_first == _HOPELESS:
-                    break
-                continue
-            forms[said.form] += 1
-            margin = said.pair.margin if said.pair is not None else None
-            writing[item.side].add(segments, _asked(said), margin)
-            counts[item.side]["items"] += 1
-            counts[item.side]["tokens"] += sum(len(one.ids) for one in segments)
-            counts[item.side]["trained_tokens"] += sum(sum(one.trained) for one in segments)
+        for items in _chunks(read_corpus(config.corpus, config.validation_share, skips, whole=True)):
+            texts = [item.document.text for item in items]
+            for item, found in zip(items, encode_items(texts, want, tokenizer, template), strict=True):
+                if not isinstance(found, Item):
+                    skips.kept -= 1
+                    skips.skip(item.document.name, str(found))
+                    continue
+                forms[found.said.form] += 1
+                margin = found.said.pair.margin if found.said.pair is not None else None
+                writing[item.side].add(found.segments, asked_in(found.said), margin)
+                counts[item.side]["items"] += 1
+                counts[item.side]["tokens"] += sum(len(one.ids) for one in found.segments)
+                counts[item.side]["trained_tokens"] += sum(sum(one.trained) for one in found.segments)
+            advance(len(items))
+            if not forms:
+                break  # not one of so many can be used: the others are no better
     _require(skips, forms, counts, config, want)
     for side in SIDES:
         (folder / side).mkdir()
@@ -133,6 +130,17 @@ def _build(folder: Path, config: DataConfig, want: Kind, tokenizer: Tokenizer, t
         "vocab_size": tokenizer.vocab_size,
     }
     (folder / _REPORT).write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+
+
+def _chunks(items: Iterable[SplitDocument]) -> Iterator[list[SplitDocument]]:
+    chunk: list[SplitDocument] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == _CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 def _require(
@@ -155,94 +163,6 @@ def _require(
             share = f"raise `data.validation_share` from {config.validation_share:g}"
             fix = f"add more, {share}, or name `validation_paths`" if side == "validation" else "add more"
             raise DataError(f"none of the {sum(forms.values())} records is on the {side} side of the split: {fix}")
-
-
-def encoded(
-    item: SplitDocument, want: Kind, tokenizer: Tokenizer, template: ChatTemplate
-) -> tuple[Said, tuple[Turns, ...]]:
-    """What a record says, and its segments as tokens: two of a pair, which begin with the same prompt.
-
-    Raises:
-        FormError: it is in no known form, or cannot be used as what is wanted.
-        DataError: the template cannot render it.
-    """
-    said = read(_record(item.document.text))
-    return said, _ENCODERS[want](said, tokenizer, template)
-
-
-def _record(text: str) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise FormError("it is a text, and not a record with fields: use JSON Lines, JSON, CSV or Parquet") from error
-    if not isinstance(record, dict):
-        raise FormError(f"it is {type(record).__name__}, and not a record with fields")
-    return record
-
-
-def _one(messages: Sequence[Message], tools: Sequence[Any], tokenizer: Tokenizer, template: ChatTemplate) -> Turns:
-    return encode_turns(template, tokenizer, messages, tools=tools or None)
-
-
-def _conversation(said: Said, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[Turns, ...]:
-    if said.pair is not None:
-        said = Said(said.form, Conversation((*said.pair.prompt.messages, *said.pair.chosen), said.pair.prompt.tools))
-    if said.conversation is None or said.kind != "conversation":
-        raise FormError(f"it is in the form `{said.form}`, which holds a question and no answer to learn")
-    turns = _one(said.conversation.messages, said.conversation.tools, tokenizer, template)
-    if not any(turns.trained):
-        raise FormError("nothing in it is to be learnt: no message of the assistant, or `train` is false in all")
-    return (turns,)
-
-
-def _pair(said: Said, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[Turns, ...]:
-    pair = said.pair
-    if pair is None:
-        raise FormError(f"it is in the form `{said.form}`, which holds one answer: a pair has `chosen` and `rejected`")
-    prompt = tuple(_context(message) for message in pair.prompt.messages)
-    both = [_one((*prompt, *answer), pair.prompt.tools, tokenizer, template) for answer in (pair.chosen, pair.rejected)]
-    first = [next((n for n, learnt in enumerate(turns.trained) if learnt), None) for turns in both]
-    if first[0] is None or first[1] is None:
-        raise FormError("an answer of the pair is empty")
-    if both[0].ids[: first[0]] != both[1].ids[: first[1]]:
-        raise FormError("the template writes the prompt otherwise before the better answer than before the worse")
-    return tuple(both)
-
-
-def _prompt(said: Said, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[Turns, ...]:
-    conversation = said.pair.prompt if said.pair is not None else said.conversation
-    assert conversation is not None
-    messages = list(conversation.messages)
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
-        raise FormError("nothing is asked in it")
-    _, ids = encode_chat(template, tokenizer, messages, tools=conversation.tools or None)
-    return (Turns(tuple(ids), (False,) * len(ids)),)
-
-
-def _context(message: Message) -> Message:
-    """A message that is read and not learnt."""
-    return {**message, "train": False} if message["role"] == "assistant" else message
-
-
-_ENCODERS: Mapping[Kind, Callable[[Said, Tokenizer, ChatTemplate], tuple[Turns, ...]]] = {
-    "conversation": _conversation,
-    "pair": _pair,
-    "prompt": _prompt,
-}
-
-
-def _asked(said: Said) -> str:
-    """What is asked, up to the first answer: two items that ask the same are no independent test of each other."""
-    conversation = said.pair.prompt if said.pair is not None else said.conversation
-    assert conversation is not None
-    before: list[Any] = []
-    for message in conversation.messages:
-        if message["role"] == "assistant":
-            break
-        before.append([message["role"], message["content"]])
-    return json.dumps(before)
 
 
 def overlap(prepared: PreparedConversations) -> int:
