@@ -173,8 +173,7 @@ def speech_of(setting: Setting) -> tuple[Tokenizer, ChatTemplate, bool]:
     template = load_chat_template(source)
     if template is not None:
         return tokenizer, template, False
-    names = {token_id: name for name, token_id in tokenizer.control_tokens.items()}
-    return tokenizer, ChatTemplate.plain(names[tokenizer.end_of_text_id]), True
+    return tokenizer, ChatTemplate.plain(tokenizer.end_of_text), True
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,11 @@ class Tokenizer:
         found: int | None = None if token is None else self._inner.token_to_id(token)
         return found
 
+    @property
+    def end_of_text(self) -> str:
+        """The name of the token that ends a text."""
+        return str(self._inner.id_to_token(self.end_of_text_id))
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of `text`; none is added. Control tokens that it spells out are text, unless `special`."""
         if special:
