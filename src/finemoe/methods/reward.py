@@ -197,6 +197,7 @@ def build(config: RewardConfig, setting: Setting) -> Method[PackedBatch]:
     return method_on(config, setting, data, objective, HeldOutRewards(data, objective, judge), (note,))
 
 
+@torch.no_grad()
 def rewards(
     opened: LanguageModel,
     conversations: Sequence[Sequence[Mapping[str, Any]]],

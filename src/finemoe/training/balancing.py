@@ -69,6 +69,8 @@ class MoveBiases:
         if progress >= self.config.until or not self.config.rate:
             return
         for number, bias in selection_biases(model).items():
+            if number not in load:  # a prediction module that is left alone
+                continue
             counts = load[number].to(bias.device, torch.float32)
             error = counts.mean() - counts
             step = error.sign() if self.config.rule == "sign" else error / counts.mean()

@@ -78,7 +78,7 @@ def prepare_conversations(
         tokenizer,
         template,
         dict(zip(SIDES, sides, strict=True)),
-        {**report, "corpus_sha256": corpus, "tokenizer_sha256": tokenizer.fingerprint()},
+        {**report, "template": template.origin, "corpus_sha256": corpus, "tokenizer_sha256": tokenizer.fingerprint()},
     )
     _say(prepared, want)
     return prepared
@@ -126,7 +126,6 @@ def _build(folder: Path, config: DataConfig, want: Kind, tokenizer: Tokenizer, t
         "num_skipped": skips.num_skipped,
         "skipped": [{"name": one.name, "reason": one.reason} for one in skips.skipped],
         "num_set_aside": skips.num_set_aside,
-        "template": template.origin,
         "vocab_size": tokenizer.vocab_size,
     }
     (folder / _REPORT).write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,88 @@
+"""Every method with every choice of what may move: it trains, is stopped anywhere, and goes on to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finemoe.methods import METHODS
+from finemoe.methods.trainables import TRAINABLES
+from finemoe.runs.run import resume, train
+from finemoe.training.report import StepReport
+from finemoe.training.trainer import Trainer
+from methods.tiny_talks import adapting, begin, select, weights, write_pairs
+from runs.tiny_runs import assert_same_run, corpus, steps
+
+__all__ = ["corpus"]
+
+ADAPT: dict[str, dict[str, Any]] = {
+    "sft": {"loss": "conversation"},
+    "dpo": {"nll": 0.1},
+    "reward": {},
+}
+MOVE: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "everything": lambda folder: {"freeze": ["routers", "embeddings"]},
+    "names": lambda folder: {"train": ["attention", "blocks.1.*"]},
+    "experts": lambda folder: {"selection": str(folder / "selection.json")},
+}
+
+
+@pytest.fixture(scope="module")
+def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A V3 in miniature, what it is to learn, and the experts that it may move."""
+    folder = tmp_path_factory.mktemp("adapt")
+    run = begin(corpus, folder, "v3")
+    write_pairs(folder / "pairs.jsonl")
+    select(run, folder / "selection.json", {1: (6, 2)})
+    return run
+
+
+def test_every_kind_is_tried() -> None:
+    assert set(ADAPT) == set(METHODS) - {"pretraining"}
+    assert set(MOVE) == set(TRAINABLES)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    original = Trainer.step
+
+    def stepping(trainer: Trainer, *arguments: Any) -> StepReport:
+        report = original(trainer, *arguments)
+        if report.step == step:
+            trainer.request_stop()
+            monkeypatch.setattr(Trainer, "step", original)
+        return report
+
+    monkeypatch.setattr(Trainer, "step", stepping)
+
+
+@pytest.mark.parametrize("moving", MOVE)
+@pytest.mark.parametrize("method", ADAPT)
+def test_stopped_and_resumed_is_the_unbroken_run(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, moving: str
+) -> None:
+    raw = adapting(
+        base,
+        base.parent / "pairs.jsonl",
+        {"kind": method, **ADAPT[method]},
+        trainable={"kind": moving, **MOVE[moving](base.parent)},
+    )
+    train(raw, out=tmp_path / "unbroken", quiet=True)
+    stop_after(monkeypatch, 3)
+    assert train(raw, out=tmp_path / "broken", quiet=True).interrupted
+    assert not resume(tmp_path / "broken", quiet=True).interrupted
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+    trained = steps(tmp_path / "unbroken")
+    assert len(trained) == 6
+    before, after = weights(base), weights(tmp_path / "unbroken")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    still = {
+        "everything": ("router", "embedding", "mtp."),
+        "names": ("blocks.0.feed_forward", "embedding", "mtp."),
+        "experts": ("attention", "norm", "router", "shared", "embedding", "head", "mtp.", "blocks.0."),
+    }
+    assert not [name for name in moved if any(part in name for part in still.get(moving, ()))]
