@@ -161,7 +161,7 @@ def test_the_model_is_asked_as_it_was_taught(base: Path, tmp_path: Path) -> None
     assert turns.ids[-1] == tokenizer.end_of_text_id
     assert turns.trained[-1]
     measured = [record for record in records(found) if record["kind"] == "validation"]
-    assert len(measured) == 2
+    assert [record["step"] for record in measured] == [0, 3, 6]
     for sample in measured[-1]["samples"]:
         assert set(sample) == {"prompt", "answer", "ended"}
         assert sample["prompt"].startswith("User:\n")

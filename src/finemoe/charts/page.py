@@ -74,6 +74,15 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Marked:
+    """Text kept as typed, some of it marked."""
+
+    pieces: Sequence[tuple[str, bool]]
+    label: str
+    kind: ClassVar[str] = "marked"
+
+
+@dataclass(frozen=True)
 class Card:
     """A titled piece of text."""
 

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from finemoe.cli.analyze.verbs import analyze
 from finemoe.cli.chat import chat
 from finemoe.cli.compare import compare
+from finemoe.cli.data import data
 from finemoe.cli.doctor import doctor
 from finemoe.cli.env import env
 from finemoe.cli.evaluate import evaluate
@@ -94,6 +95,7 @@ for verb in _VERBS:
     app.command(verb.__name__.rstrip("_"))(verb)  # `import` is a word of the language
 app.add_typer(analyze)
 app.add_typer(recipe)
+app.add_typer(data)
 
 
 def _print_version(wanted: bool) -> None:

@@ -34,8 +34,15 @@ class Evaluate:
         """Measure when it is time."""
         if report.step % self.every and report.step != trainer.plan.total_steps:
             return
+        self._measure(trainer, report.step, report.tokens, report.seconds)
+
+    def before(self, trainer: Trainer) -> None:
+        """Measure what the run begins with: what it gains, and what it loses, is told from there."""
+        self._measure(trainer, 0, 0, 0.0)
+
+    def _measure(self, trainer: Trainer, step: int, tokens: int, seconds: float) -> None:
         self.latest = trainer.measure()
-        head = {"kind": "validation", "step": report.step, "tokens": report.tokens, "seconds": round(report.seconds, 4)}
+        head = {"kind": "validation", "step": step, "tokens": tokens, "seconds": round(seconds, 4)}
         self.emit({**head, **self.latest.to_record()})
 
     def close(self) -> None:

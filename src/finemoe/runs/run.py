@@ -194,6 +194,8 @@ def _run(
         evaluate = Evaluate(evaluate_every(config), log.emit)
         shown: list[Observer] = [] if quiet else [Show(evaluate, trainer.plan.total_steps)]
         trainer.observers = (evaluate, log, Warn(_watch(config, metrics), log.emit), *shown, save)
+        if trainer.state.step == 0 and config.start_from is not None and not _measured(directory):
+            evaluate.before(trainer)
         finished = _train(trainer, save, directory)
     if not finished:
         return Run(directory, {}, interrupted=True)
@@ -202,6 +204,11 @@ def _run(
     summary = _summary(config, trainer, evaluate.latest, metrics)
     write_text(directory / "summary.json", json.dumps(summary, indent=2))
     return Run(directory, summary, interrupted=False)
+
+
+def _measured(directory: Path) -> bool:
+    """Whether the beginning was measured already, by a run that was killed before its first checkpoint."""
+    return any(record["kind"] == "validation" for record in read_metrics(directory))
 
 
 def first_trainer(config: RunConfig, method: Method[Any]) -> tuple[Trainer, str]:

@@ -30,7 +30,8 @@ _IF_THERE = (
 """What may be missing, and is counted with where it is there."""
 _ALWAYS_FINITE = ("tokens", "seconds", "tokens_per_second", "stall_seconds")
 """Whatever the loss has come to."""
-_OF_A_STEP = ("step", "skipped", "validation", "alert")
+_OF_A_STEP = ("step", "skipped", "alert")
+"""A validation may be of step 0 too, before the first."""
 _MOST_COUNT = 1 << 53
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 
@@ -136,6 +137,7 @@ def check_record(record: dict[str, Any]) -> None:
     for key in _PER_LAYER:
         if key in record:
             _check_layers(key, record[key])
+    _check_answers(record.get("samples", []))
     if kind == "alert":
         _check_alert(record)
 
@@ -144,6 +146,15 @@ def _check_alert(record: dict[str, Any]) -> None:
     layer, words = record.get("layer"), (record.get("level"), record.get("message"))
     if type(layer) is not int or layer < 0 or not all(isinstance(one, str) for one in words):
         raise ValueError("an alert has a layer, a level and a message")
+
+
+def _check_answers(samples: Any) -> None:
+    whole = isinstance(samples, list) and all(
+        isinstance(one, dict) and isinstance(one.get("prompt"), str) and isinstance(one.get("answer"), str)
+        and isinstance(one.get("ended"), bool) for one in samples
+    )  # fmt: skip
+    if not whole:
+        raise ValueError("`samples` must hold prompts and answers")
 
 
 def _check_layers(key: str, value: Any) -> None:

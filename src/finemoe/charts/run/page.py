@@ -13,12 +13,13 @@ from finemoe.charts.run.words import state, summary
 from finemoe.charts.words import footer
 
 _MOST_ALERTS = 8
+_MOST_ROWS = 8
 
 
 def run_page(results: Results) -> str:
     """The whole page as one self-contained HTML document, opened again after `results["refresh"]` seconds."""
     results = clean(results)
-    makers = (_state, _loss, _balance, _alerts, _samples, _speed, _set_up)
+    makers = (_state, _loss, _measured, _answers, _balance, _alerts, _samples, _speed, _set_up)
     sections = [section for make in makers if (section := make(results)) is not None]
     where = state(results)
     banner, refresh = "", results["refresh"] if where in ("training", "stopped") else None
@@ -83,6 +84,44 @@ def _alerts(results: Results) -> Section | None:
     if older := items[:-_MOST_ALERTS]:
         shown.append(Details(f"{len(older)} earlier ones", [Bullets(older)]))
     return Section("Alerts", shown)
+
+
+_OF_DOCUMENTS = {"kind", "step", "tokens", "seconds", "validation_loss", "bits_per_byte", "max_vio", "dead_experts"}
+
+
+def _measured(results: Results) -> Section | None:
+    """What a method measures beside the loss, at a few steps."""
+    found = results["validations"]
+    keys = [key for key, value in (found[-1] if found else {}).items()
+            if key not in _OF_DOCUMENTS and isinstance(value, (int, float))]  # fmt: skip
+    if not keys:
+        return None
+    few = (
+        found
+        if len(found) <= _MOST_ROWS
+        else [found[n * (len(found) - 1) // (_MOST_ROWS - 1)] for n in range(_MOST_ROWS)]
+    )
+    columns = ["Step", "loss", *(key.removeprefix("validation_").replace("_", " ") for key in keys)]
+    rows = [[f"{one['step']:,}", *(fixed(one.get(key), 3) for key in ("validation_loss", *keys))] for one in few]
+    return Section("Measured on what was held out", [Table("", columns, rows, tuple(range(len(columns))))])
+
+
+def _answers(results: Results) -> Section | None:
+    """What the model answers to the same questions, at first and at last."""
+    found = [one for one in results["validations"] if one.get("samples")]
+    if not found:
+        return None
+    shown: list[Any] = [Text(["Questions that were held out; every answer is the most probable one."])]
+    for number, sample in enumerate(found[-1]["samples"]):
+        when = [found[0], found[len(found) // 2], found[-1]] if len(found) > 2 else found
+        cards = []
+        for one in when:
+            own = one["samples"][number]
+            cards.append(
+                Card(f"Step {one['step']:,}", own["answer"], "" if own["ended"] else "broken off at its length")
+            )
+        shown += [Code(sample["prompt"], "the question"), Cards(cards)]
+    return Section("Answers", shown)
 
 
 def _samples(results: Results) -> Section | None:

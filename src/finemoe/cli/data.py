@@ -1,0 +1,93 @@
+"""`finemoe data`: what a recipe trains on, before it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finemoe.cli.completion import complete_recipe
+from finemoe.cli.output import Json, print_json, print_rich
+
+data = typer.Typer(
+    name="data",
+    no_args_is_help=True,
+    help="Show what a recipe trains on: samples, what is learnt, what is cut.",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
+)
+
+
+@data.callback()
+def about() -> None:
+    """Show what a recipe trains on: samples, what is learnt, what is cut."""
+
+
+@data.command()
+def show(
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE",
+            help="TOML file, or the config.json of a run.",
+            show_default=False,
+            autocompletion=complete_recipe,
+        ),
+    ],
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many to show.")] = 4,
+    skip: Annotated[int, typer.Option("--skip", min=0, help="Pass over so many of the first.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for a page with them: report.html, results.json.", show_default=False),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print samples of what is trained on, with the learnt tokens in colour.
+
+    They come in the order of training, as the model reads them. Where there is no colour, what is
+    learnt stands in [[double brackets]]. Below them: what was read, cut and left out, and why.
+
+    \b
+    Examples:
+      finemoe data show sft.toml
+      finemoe data show sft.toml -n 20 --out samples
+      finemoe data show sft.toml --json | jq '.report.skipped'
+    """
+    from finemoe.charts.data.page import data_page, figures
+    from finemoe.charts.report import require_report_folder, write_report
+    from finemoe.runs.excerpts import KIND, data_excerpts
+
+    folder = require_report_folder(out, KIND)
+    results = data_excerpts(recipe, samples=samples, skip=skip, overrides=overrides or ())
+    if folder is not None:
+        write_report(folder, results, data_page, figures)
+    if as_json:
+        print_json(results)
+        return
+    _print(results)
+    if folder is not None:
+        typer.echo(f"\nPage: {folder / 'report.html'}")
+
+
+def _print(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from finemoe.charts.data.words import counted, title_of
+
+    colour = Console().color_system is not None
+    for sample in results["samples"]:
+        print_rich(Text(title_of(sample), "bold"))
+        text = Text()
+        for piece in sample["pieces"]:
+            if not piece["learnt"]:
+                text.append(piece["text"], "dim")
+            else:
+                text.append(piece["text"] if colour else f"[[{piece['text']}]]", "green")
+        print_rich(text, Text())
+    for line in counted(results):
+        print_rich(Text(line))
