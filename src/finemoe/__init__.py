@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from finemoe.core.errors import FinemoeError
     from finemoe.evaluation.evaluate import evaluate
     from finemoe.generation.generate import Completion, generate
+    from finemoe.methods.reward import rewards
     from finemoe.methods.upcycling import upcycle
     from finemoe.model.config import ModelConfig
     from finemoe.model.transformer import Transformer
+    from finemoe.runs.excerpts import data_excerpts
     from finemoe.runs.listing import list_runs
     from finemoe.runs.planning.check import Check, check
     from finemoe.runs.planning.machine import env
@@ -44,6 +46,7 @@ _VERBS = {
     "chat": "finemoe.server.conversation:chat",
     "check": "finemoe.runs.planning.check:check",
     "compare": "finemoe.studies.compare:compare",
+    "data_excerpts": "finemoe.runs.excerpts:data_excerpts",
     "doctor": "finemoe.checkpoint.doctor.examine:examine",
     "env": "finemoe.runs.planning.machine:env",
     "evaluate": "finemoe.evaluation.evaluate:evaluate",
@@ -55,6 +58,7 @@ _VERBS = {
     "paper": "finemoe.studies.paper:paper",
     "recipe_keys": "finemoe.studies.keys:recipe_keys",
     "resume": "finemoe.runs.run:resume",
+    "rewards": "finemoe.methods.reward:rewards",
     "serve": "finemoe.server.run:serve",
     "show": "finemoe.runs.report:run_report",
     "size": "finemoe.runs.planning.sizing:size",
@@ -94,6 +98,7 @@ __all__ = [
     "chat",
     "check",
     "compare",
+    "data_excerpts",
     "doctor",
     "env",
     "evaluate",
@@ -109,6 +114,7 @@ __all__ = [
     "paper",
     "recipe_keys",
     "resume",
+    "rewards",
     "serve",
     "show",
     "size",

@@ -110,22 +110,29 @@ def report_run(run: Any, as_json: bool) -> None:
     summary = run.summary
     passed = summary.get("skipped_steps")
     total, active = count(summary["total_parameters"]), count(summary["active_parameters"])
-    print_rich(
-        *(_measured_line(key, summary[key]) for key in measured_keys(summary)),
-        f"Training loss     {fixed(summary['final_training_loss'], 4)}",
-        f"Parameters        {total}, {active} active",
-        f"Trained on        {count(summary['tokens'])} tokens in {summary['steps']:,} steps",
-        *([f"Passed over       {passed} steps that held nothing to count"] if passed else []),
-        f"Time              {duration(summary['seconds'])}, {count(summary['tokens_per_second'])} tokens/s",
-        *([f"                  {work}"] if (work := other_work()) else []),
-    )
-    typer.echo(f"Directory         {run.directory}")
-    typer.echo(f'\nNext: finemoe generate {directory} --prompt "..."')
+    lines = [
+        *((title_of(key), _measured(key, summary)) for key in measured_keys(summary)),
+        ("Training loss", fixed(summary["final_training_loss"], 4)),
+        ("Parameters", f"{total}, {active} active"),
+        ("Trained on", f"{count(summary['tokens'])} tokens in {summary['steps']:,} steps"),
+        *([("Passed over", f"{passed} steps that held nothing to count")] if passed else []),
+        ("Time", f"{duration(summary['seconds'])}, {count(summary['tokens_per_second'])} tokens/s"),
+        *([("", work)] if (work := other_work()) else []),
+    ]
+    width = max(16, *(len(label) for label, _ in lines)) + 2
+    print_rich(*(f"{label:<{width}}{text}" for label, text in lines))
+    typer.echo(f"{'Directory':<{width}}{run.directory}")
+    talks = (run.directory / CHAT_TEMPLATE).exists()
+    typer.echo(f"\nNext: finemoe chat {directory}" if talks else f'\nNext: finemoe generate {directory} --prompt "..."')
 
 
-def _measured_line(key: str, value: float) -> str:
-    unit = " nats per token" if key in IN_NATS else ""
-    return f"{title_of(key):<18}[bold]{value:.4f}[/bold]{unit}"
+CHAT_TEMPLATE = "chat_template.jinja"
+"""As in `finemoe.text.chat`, without the time that its imports take; a test compares them."""
+
+
+def _measured(key: str, summary: Mapping[str, Any]) -> str:
+    per_token = key in IN_NATS and "final_validation_accuracy" not in summary  # a preference is of pairs
+    return f"[bold]{summary[key]:.4f}[/bold]{' nats per token' if per_token else ''}"
 
 
 IN_NATS = ("final_validation_loss",)
