@@ -49,7 +49,8 @@ INNER_FLOORS = {
         {"huggingface", "gguf"},
         {"open.py", "through_import.py", "portability.py"},
         {"language_model.py", "selection.py", "doctor", "proof"},
-        {"conversion.py", "adapters"},
+        {"adapters"},
+        {"conversion.py"},
     ),
 }
 FRONT = {"__init__.py", "__main__.py"}  # the package's front door opens on every floor
