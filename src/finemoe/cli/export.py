@@ -53,6 +53,10 @@ def export(
     no_tokenizer: Annotated[
         bool, typer.Option("--no-tokenizer", help="GGUF: leave it out; programs must be given token ids.")
     ] = False,
+    adapter: Annotated[
+        bool,
+        typer.Option("--adapter", help="Of a run that tuned LoRA or experts: these alone, for PEFT or as a delta."),
+    ] = False,
     verify: Verify = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -67,6 +71,7 @@ def export(
       finemoe export runs/tiny exported/tiny --verify
       finemoe export imported/v3 exported/v3 --fp8
       finemoe export imported/smollm2 smollm2.gguf --dtype q8_0
+      finemoe export runs/tuned law-adapter --adapter
 
     Exit status: 0 done, 1 written but not verified, 2 nothing was written.
     """
@@ -78,8 +83,12 @@ def export(
 
     facts = write(
         source, out,
-        format=form, family=family, dtype=dtype, fp8=fp8, tokenizer=not no_tokenizer, verify=verify, quiet=quiet,
+        format=form, family=family, dtype=dtype, fp8=fp8, tokenizer=not no_tokenizer, adapter=adapter,
+        verify=verify, quiet=quiet,
     )  # fmt: skip
+    if adapter:
+        print_json(facts) if as_json else _show_adapter(facts, out)
+        return
     if as_json:
         print_json(facts)
     else:
@@ -88,6 +97,23 @@ def export(
     fail_unless_sound(facts["checks"])
     if not as_json:
         _say_next(facts["format"], facts["family"], out)
+
+
+def _show_adapter(facts: Mapping[str, Any], out: Path) -> None:
+    from finemoe.charts.numbers import count
+    from finemoe.cli.doctor import nbytes
+
+    peft = facts["format"] == "peft"
+    what = f"low-rank adapters for PEFT ({facts['family']})" if peft else "the tuned experts, as a delta"
+    print_lines([
+        ("Exported", f"{what}, to {out}"),
+        ("Parameters", f"{count(facts['parameters'])}, {facts['share']:.1%} of the model's"),
+        ("Written", nbytes(facts["bytes"])),
+        *(("Left behind", note) for note in facts["notes"]),
+    ])  # fmt: skip
+    typer.echo(f"\nNext: finemoe merge BASE {shlex.quote(str(out))} OUT")
+    if peft:
+        typer.echo(f'In PEFT: PeftModel.from_pretrained(base, "{out}")')
 
 
 def _lines(facts: Mapping[str, Any], out: Path) -> Iterator[tuple[str, str]]:

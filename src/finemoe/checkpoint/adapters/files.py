@@ -33,6 +33,7 @@ from finemoe.core.config import Config, parse
 from finemoe.core.errors import CheckpointError, ConfigError
 from finemoe.core.logs import progress
 from finemoe.core.reading import damage_of
+from finemoe.model.config import ModelConfig
 from finemoe.model.transformer import Transformer
 from finemoe.text.files import COMPANIONS
 
@@ -159,7 +160,7 @@ def merge(
                 advance(1)
         ends = {"eos_token_id": list(tokenizer.stop_ids)} if tokenizer.stop_ids else {}
         record = {"config": {"merged": {"base": str(base), "adapter": str(adapter)}, **ends}, "tensors": {}}
-        writer.finish(model.config, about, record, files, quiet=True)
+        writer.finish(_with_length(model.config, base), about, record, files, quiet=True)
     return {
         "base": str(base),
         "adapter": str(adapter),
@@ -169,6 +170,13 @@ def merge(
         "bytes": nbytes,
         "path": str(place),
     }
+
+
+def _with_length(config: ModelConfig, base: Path) -> ModelConfig:
+    """A run knows from its data how long a sequence may be; what is made of it can only know it from its model."""
+    if config.max_positions is not None or kind_of(base) != "run":
+        return config
+    return config.model_copy(update={"max_positions": open_exportable(base).max_positions})
 
 
 def _form(adapter: Path) -> str:
@@ -203,8 +211,8 @@ def _changed(
     for one in from_peft(raw, tensors, model.config, family, str(adapter)):
         if one.ours not in changed:
             changed[one.ours] = weights[one.ours].float().clone()
-        part = changed[one.ours][one.index]
-        part.copy_(merged(part, one.a, one.b, one.scale))
+        whole = changed[one.ours]
+        whole[one.index] = merged(whole[one.index], one.a, one.b, one.scale)
     return changed
 
 

@@ -10,7 +10,7 @@ factors of experts transposed, so the file says which version it was checked wit
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,8 @@ class Change:
     """A merge that a file asks for: `ours[index] + scale · b @ a`."""
 
     ours: str
-    index: tuple[int | slice, ...]
-    """Where in the tensor; () is the whole of it."""
+    index: tuple[int | slice | Tensor, ...]
+    """Where in the tensor; () is the whole of it. Experts of a stack are changed together, as training changed them."""
     a: Tensor
     b: Tensor
     scale: float
@@ -169,7 +169,7 @@ def from_peft(
             changes.append(Change(place.ours, place.index, a, b.float(), scale))
         elif (match := _EXPERTS.fullmatch(module)) is not None:
             wrapped = match[2] is not None or f"{_PREFIX}{module}{_INNER}{_A}" in tensors
-            changes += _unstacked(match, wrapped, (a, b.float()), shapes, scale, where)
+            changes.append(_unstacked(match, wrapped, (a, b.float()), shapes, scale, where))
         else:
             raise CheckpointError(f"{where}: {key} fits no matrix of the model: it adapts another one")
     if 2 * len([key for key in tensors if key.endswith(_A)]) != len(tensors):
@@ -202,8 +202,8 @@ def _unstacked(
     shapes: Mapping[str, tuple[int, ...]],
     scale: float,
     where: str,
-) -> Iterator[Change]:
-    """Expert by expert; which of the two stacks it is follows from who wraps whom, or else from the shape."""
+) -> Change:
+    """All experts of a stack that have an adapter; which stack it is follows from who wraps whom, or from the shape."""
     stacks = [f"blocks.{match[1]}.feed_forward.experts.{name}" for name in ("gate_up_proj", "down_proj")]
     if wrapped:
         stacks = stacks[:1] if match[2] is not None else stacks[1:]
@@ -216,10 +216,8 @@ def _unstacked(
             continue
         rows = a.reshape(experts, -1, inner)
         columns = b.reshape(outer, -1, experts).permute(2, 0, 1)
-        for expert in range(experts):
-            if columns[expert].any():
-                yield Change(ours, (expert,), rows[expert], columns[expert].contiguous(), scale)
-        return
+        adapted = columns.flatten(1).any(dim=1).nonzero().flatten()
+        return Change(ours, (adapted,), rows[adapted], columns[adapted].contiguous(), scale)
     raise CheckpointError(
         f"{where}: the factors {list(a.shape)} and {list(b.shape)} of layer {match[1]} fit no stack of experts of the "
         "model: it has other sizes, or the adapter is of PEFT before 0.19, which had them transposed"
