@@ -28,35 +28,40 @@ Dtype = Annotated[
     typer.Option(metavar="TYPE", help="bf16, fp16 or fp32; GGUF also q8_0, q4_0. Default: as stored; GGUF f16."),
 ]
 
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Run, checkpoint or imported folder; or a Hugging Face folder or .gguf file.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Argument(
+        metavar="OUT", help="Folder to make; a name that ends in .gguf makes a GGUF file.", show_default=False
+    ),
+]
+FP8 = Annotated[bool, typer.Option("--fp8", help="Hugging Face: matrices as block-scaled FP8, as in V3.")]
+NoTokenizer = Annotated[
+    bool, typer.Option("--no-tokenizer", help="GGUF: leave it out; programs must be given token ids.")
+]
+Adapter = Annotated[
+    bool, typer.Option("--adapter", help="Of a run that tuned LoRA or experts: these alone, for PEFT or as a delta.")
+]
+
 
 def export(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SOURCE",
-            help="Run, checkpoint or imported folder; or a Hugging Face folder or .gguf file.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUT", help="Folder to make; a name that ends in .gguf makes a GGUF file.", show_default=False
-        ),
-    ],
+    source: Source,
+    out: Out,
     form: Annotated[
         Format | None, typer.Option("--format", help="What to write; default: as the name of OUT says.")
     ] = None,
     family: Family = None,
     dtype: Dtype = None,
-    fp8: Annotated[bool, typer.Option("--fp8", help="Hugging Face: matrices as block-scaled FP8, as in V3.")] = False,
-    no_tokenizer: Annotated[
-        bool, typer.Option("--no-tokenizer", help="GGUF: leave it out; programs must be given token ids.")
-    ] = False,
-    adapter: Annotated[
-        bool,
-        typer.Option("--adapter", help="Of a run that tuned LoRA or experts: these alone, for PEFT or as a delta."),
-    ] = False,
+    fp8: FP8 = False,
+    no_tokenizer: NoTokenizer = False,
+    adapter: Adapter = False,
     verify: Verify = False,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -148,19 +148,14 @@ def merge(
         TensorSpec(name, changed[name].dtype if name in changed else tensor.dtype, tuple(tensor.shape))
         for name, tensor in weights.items()
     ]
-    tokenizer, home = load_tokenizer(base), text_home(base)
-    files = {name: companion_of(home, name) for name in COMPANIONS if (home / name).exists()}
     nbytes = sum(spec.nbytes for spec in specs)
     mark = fingerprint("merge", [], {}, [str(base.resolve()), str(adapter.resolve())])
-    about = {"family": "merged", "format": "merged"}
     with workspace(place, mark, nbytes, tensors=len(specs)) as folder, ImportedWriter(folder, specs, []) as writer:
         with nullcontext(lambda _: None) if quiet else progress("merging", len(specs), "tensors") as advance:
             for name, tensor in weights.items():
                 writer.weights.write(name, changed.get(name, tensor))
                 advance(1)
-        ends = {"eos_token_id": list(tokenizer.stop_ids)} if tokenizer.stop_ids else {}
-        record = {"config": {"merged": {"base": str(base), "adapter": str(adapter)}, **ends}, "tensors": {}}
-        writer.finish(_with_length(model.config, base), about, record, files, quiet=True)
+        _finish(writer, model.config, base, adapter)
     return {
         "base": str(base),
         "adapter": str(adapter),
@@ -170,6 +165,16 @@ def merge(
         "bytes": nbytes,
         "path": str(place),
     }
+
+
+def _finish(writer: ImportedWriter, config: ModelConfig, base: Path, adapter: Path) -> None:
+    """The small files: the base's tokenizer and the like, and where the weights came from."""
+    tokenizer, home = load_tokenizer(base), text_home(base)
+    files = {name: companion_of(home, name) for name in COMPANIONS if (home / name).exists()}
+    ends = {"eos_token_id": list(tokenizer.stop_ids)} if tokenizer.stop_ids else {}
+    record = {"config": {"merged": {"base": str(base), "adapter": str(adapter)}, **ends}, "tensors": {}}
+    about = {"family": "merged", "format": "merged"}
+    writer.finish(_with_length(config, base), about, record, files, quiet=True)
 
 
 def _with_length(config: ModelConfig, base: Path) -> ModelConfig:
