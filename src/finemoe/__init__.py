@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from finemoe.analysis.reports import analyze, trace
+    from finemoe.checkpoint.adapters.files import merge
     from finemoe.checkpoint.conversion import export, import_
     from finemoe.checkpoint.doctor.examine import examine as doctor
     from finemoe.checkpoint.language_model import LanguageModel
@@ -54,6 +55,7 @@ _VERBS = {
     "generate": "finemoe.generation.generate:generate",
     "import_": "finemoe.checkpoint.conversion:import_",
     "list_runs": "finemoe.runs.listing:list_runs",
+    "merge": "finemoe.checkpoint.adapters.files:merge",
     "new_recipe": "finemoe.runs.planning.starter:new_recipe",
     "paper": "finemoe.studies.paper:paper",
     "recipe_keys": "finemoe.studies.keys:recipe_keys",
@@ -110,6 +112,7 @@ __all__ = [
     "load_chat_template",
     "load_model",
     "load_tokenizer",
+    "merge",
     "new_recipe",
     "paper",
     "recipe_keys",

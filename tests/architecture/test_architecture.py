@@ -49,6 +49,7 @@ INNER_FLOORS = {
         {"huggingface", "gguf"},
         {"open.py", "through_import.py", "portability.py"},
         {"language_model.py", "selection.py", "doctor", "proof"},
+        {"adapters"},
         {"conversion.py"},
     ),
 }

@@ -64,6 +64,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "load_chat_template",
         "load_model",
         "load_tokenizer",
+        "merge",
         "new_recipe",
         "paper",
         "recipe_keys",

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from finemoe.checkpoint.adapters.files import export_adapter
 from finemoe.checkpoint.doctor.findings import few
 from finemoe.checkpoint.gguf.exporting import export_gguf
 from finemoe.checkpoint.gguf.opening import import_gguf
@@ -95,6 +96,7 @@ def export(
     dtype: str | None = None,
     fp8: bool = False,
     tokenizer: bool = True,
+    adapter: bool = False,
     verify: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -108,6 +110,7 @@ def export(
         dtype: bf16, fp16 or fp32; GGUF also q8_0 and q4_0. As stored, and in GGUF f16, when None.
         fp8: Hugging Face: matrices as block-scaled FP8, as in V3.
         tokenizer: GGUF: write it along.
+        adapter: of a run that tuned low-rank adapters or chosen experts: write these alone, see `export_adapter`.
         verify: read everything again and compare it, and a random twin's logits with those of transformers.
         quiet: no progress on stderr.
 
@@ -120,6 +123,9 @@ def export(
         RunError: the disk is full or unwritable.
     """
     source, out = Path(source), Path(out)
+    if adapter:
+        _refuse_of_a_whole_model(format, dtype, fp8, tokenizer, verify)
+        return export_adapter(source, out, family=family)
     form: Format = format or ("gguf" if out.suffix.lower() == ".gguf" else "hf")
     options = export_options(form, out, family, dtype, fp8, not tokenizer)
     with passage(source, out, {"format": form, **options}, quiet=quiet) as way:
@@ -129,6 +135,15 @@ def export(
         checks = _verify_export(way.source, out, quiet) if verify else []
         checks = [replace(check, said=way.said(check.said)) for check in checks]
     return {**facts, "checks": [check.to_dict() for check in checks]}
+
+
+def _refuse_of_a_whole_model(
+    format: Format | None, dtype: str | None, fp8: bool, tokenizer: bool, verify: bool
+) -> None:
+    options = {"--format": format, "--dtype": dtype, "--fp8": fp8, "--no-tokenizer": not tokenizer, "--verify": verify}
+    given = next((name for name, value in options.items() if value), None)
+    if given is not None:
+        raise ConfigError(f"{given} is of whole models, and --adapter writes what was tuned as it is: leave one out")
 
 
 @dataclass(frozen=True)

@@ -28,31 +28,40 @@ Dtype = Annotated[
     typer.Option(metavar="TYPE", help="bf16, fp16 or fp32; GGUF also q8_0, q4_0. Default: as stored; GGUF f16."),
 ]
 
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Run, checkpoint or imported folder; or a Hugging Face folder or .gguf file.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Argument(
+        metavar="OUT", help="Folder to make; a name that ends in .gguf makes a GGUF file.", show_default=False
+    ),
+]
+FP8 = Annotated[bool, typer.Option("--fp8", help="Hugging Face: matrices as block-scaled FP8, as in V3.")]
+NoTokenizer = Annotated[
+    bool, typer.Option("--no-tokenizer", help="GGUF: leave it out; programs must be given token ids.")
+]
+Adapter = Annotated[
+    bool, typer.Option("--adapter", help="Of a run that tuned LoRA or experts: these alone, for PEFT or as a delta.")
+]
+
 
 def export(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SOURCE",
-            help="Run, checkpoint or imported folder; or a Hugging Face folder or .gguf file.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUT", help="Folder to make; a name that ends in .gguf makes a GGUF file.", show_default=False
-        ),
-    ],
+    source: Source,
+    out: Out,
     form: Annotated[
         Format | None, typer.Option("--format", help="What to write; default: as the name of OUT says.")
     ] = None,
     family: Family = None,
     dtype: Dtype = None,
-    fp8: Annotated[bool, typer.Option("--fp8", help="Hugging Face: matrices as block-scaled FP8, as in V3.")] = False,
-    no_tokenizer: Annotated[
-        bool, typer.Option("--no-tokenizer", help="GGUF: leave it out; programs must be given token ids.")
-    ] = False,
+    fp8: FP8 = False,
+    no_tokenizer: NoTokenizer = False,
+    adapter: Adapter = False,
     verify: Verify = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -67,6 +76,7 @@ def export(
       finemoe export runs/tiny exported/tiny --verify
       finemoe export imported/v3 exported/v3 --fp8
       finemoe export imported/smollm2 smollm2.gguf --dtype q8_0
+      finemoe export runs/tuned law-adapter --adapter
 
     Exit status: 0 done, 1 written but not verified, 2 nothing was written.
     """
@@ -78,8 +88,12 @@ def export(
 
     facts = write(
         source, out,
-        format=form, family=family, dtype=dtype, fp8=fp8, tokenizer=not no_tokenizer, verify=verify, quiet=quiet,
+        format=form, family=family, dtype=dtype, fp8=fp8, tokenizer=not no_tokenizer, adapter=adapter,
+        verify=verify, quiet=quiet,
     )  # fmt: skip
+    if adapter:
+        print_json(facts) if as_json else _show_adapter(facts, out)
+        return
     if as_json:
         print_json(facts)
     else:
@@ -88,6 +102,23 @@ def export(
     fail_unless_sound(facts["checks"])
     if not as_json:
         _say_next(facts["format"], facts["family"], out)
+
+
+def _show_adapter(facts: Mapping[str, Any], out: Path) -> None:
+    from finemoe.charts.numbers import count
+    from finemoe.cli.doctor import nbytes
+
+    peft = facts["format"] == "peft"
+    what = f"low-rank adapters for PEFT ({facts['family']})" if peft else "the tuned experts, as a delta"
+    print_lines([
+        ("Exported", f"{what}, to {out}"),
+        ("Parameters", f"{count(facts['parameters'])}, {facts['share']:.1%} of the model's"),
+        ("Written", nbytes(facts["bytes"])),
+        *(("Left behind", note) for note in facts["notes"]),
+    ])  # fmt: skip
+    typer.echo(f"\nNext: finemoe merge BASE {shlex.quote(str(out))} OUT")
+    if peft:
+        typer.echo(f'In PEFT: PeftModel.from_pretrained(base, "{out}")')
 
 
 def _lines(facts: Mapping[str, Any], out: Path) -> Iterator[tuple[str, str]]:

@@ -25,6 +25,7 @@ from finemoe.cli.evaluate import evaluate
 from finemoe.cli.export import export
 from finemoe.cli.generate import generate
 from finemoe.cli.import_ import import_
+from finemoe.cli.merge import merge
 from finemoe.cli.paper import paper
 from finemoe.cli.presets import presets
 from finemoe.cli.recipe import recipe
@@ -89,7 +90,7 @@ app = typer.Typer(
 )
 _VERBS = (
     train, resume, runs, show, generate, chat, serve, evaluate, compare, paper, trace, size, presets, import_, export,
-    upcycle, doctor, env,
+    merge, upcycle, doctor, env,
 )  # fmt: skip
 for verb in _VERBS:
     app.command(verb.__name__.rstrip("_"))(verb)  # `import` is a word of the language

@@ -130,7 +130,7 @@ def export_hf(
 
 
 def _plan(opened: Exportable, family: str | None, dtype: torch.dtype | None, fp8: bool) -> _Plan:
-    name = _choose_family(opened, family)
+    name = choose_family(opened, family)
     account = opened.account if name == opened.family else {}
     raw, verbatim = _config_json(opened, name, account)
     ours = _keys(opened, name, account)
@@ -181,7 +181,12 @@ def _plan(opened: Exportable, family: str | None, dtype: torch.dtype | None, fp8
     )
 
 
-def _choose_family(opened: Exportable, family: str | None) -> str:
+def choose_family(opened: Exportable, family: str | None) -> str:
+    """The family that is written: `family`, or as imported, or the first that computes the model.
+
+    Raises:
+        CheckpointError: no such family, or none computes this model.
+    """
     if family is not None:
         if family not in FAMILIES:
             raise CheckpointError(f"family {family!r} is not supported{did_you_mean(family, sorted(FAMILIES))}")

@@ -71,8 +71,9 @@ class ExpertRows:
             stack[ids] = rows
 
     def state(self) -> Saved:
-        """The rows."""
-        return Saved({name: rows.detach() for name, (_, rows, _) in self._rows.items()})
+        """The rows, and which experts they are."""
+        tensors = {name: rows.detach() for name, (_, rows, _) in self._rows.items()}
+        return Saved(tensors, {"experts": {str(layer): chosen.tolist() for layer, chosen in self._experts.items()}})
 
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:

@@ -1,0 +1,94 @@
+"""What a run tuned, read from its newest checkpoint, and what names the model that it began with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finemoe.checkpoint.kinds import CONFIG, STATE
+from finemoe.checkpoint.own_config import model_of
+from finemoe.checkpoint.run_state.state import METHOD, newest_checkpoint
+from finemoe.checkpoint.selection import ModelShape, router_fingerprint, shape_of
+from finemoe.checkpoint.storage.untrusted import folder_file, read_json
+from finemoe.core.config import Config
+from finemoe.core.errors import CheckpointError
+from finemoe.core.reading import damage_of
+from finemoe.model.config import ModelConfig
+from finemoe.model.transformer import Transformer
+
+Kind = Literal["lora", "experts"]
+_MEND = "open another checkpoint of the run"
+
+
+class Base(Config):
+    """What a model must have in common with the one that was tuned: tuning leaves routers and shapes as they are."""
+
+    router_sha256: str
+    model: ModelShape
+
+    @classmethod
+    def of(cls, model: Transformer) -> Self:
+        """Of a tuned model, or of the one it began as: they have the same."""
+        return cls(router_sha256=router_fingerprint(model), model=shape_of(model.config))
+
+    def require(self, model: Transformer, what: str, base: Path) -> None:
+        """Refuse a base that was not tuned so.
+
+        Args:
+            model: at `base`.
+            what: the adapter, as the message names it.
+            base: as the message names it.
+
+        Raises:
+            CheckpointError: it has another shape, or other routers.
+        """
+        here = Base.of(model)
+        if here.model != self.model:
+            raise CheckpointError(f"{what}: made for a model of another shape than {base} has; name the one it tuned")
+        if here.router_sha256 != self.router_sha256:
+            raise CheckpointError(
+                f"{what}: {base} has the right shape and other routers, so it is not the model that was tuned; name "
+                "the one that the run had as start_from"
+            )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What the run keeps of its trainable."""
+
+    folder: Path
+    """The checkpoint."""
+    config: ModelConfig
+    kind: Kind
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+
+
+def open_tuned(path: Path) -> Tuned:
+    """The tuned part of a run, or of one checkpoint of it.
+
+    Raises:
+        CheckpointError: no run, damaged, or one that trains in another way.
+    """
+    folder = newest_checkpoint(path)
+    raw = read_json(folder_file(folder, CONFIG))
+    trainable = raw.get("trainable")
+    kind = trainable.get("kind") if isinstance(trainable, dict) else None
+    if kind not in ("lora", "experts"):
+        raise CheckpointError(
+            f'{path}: an adapter is what a run with trainable.kind "lora" or "experts" makes, and this one is of kind '
+            f"{kind or 'everything'!r}: export the model itself, without --adapter"
+        )
+    with damage_of(folder / METHOD, _MEND, CheckpointError):
+        tensors = load_file(folder / METHOD)
+    values = read_json(folder_file(folder, STATE)).get("method")
+    own = values.get(kind) if isinstance(values, dict) else None
+    if not isinstance(own, dict):
+        raise CheckpointError(f"{folder / STATE}: says nothing of what was tuned; {_MEND}")
+    found = {name.removeprefix(f"{kind}/"): one for name, one in tensors.items() if name.startswith(f"{kind}/")}
+    return Tuned(folder, model_of(raw, folder / CONFIG), kind, found, own)
