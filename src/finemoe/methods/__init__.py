@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from finemoe.core.config import Config, union_of
-from finemoe.methods import pretraining, sft, trainables
+from finemoe.methods import distillation, pretraining, sft, trainables
 from finemoe.methods.setting import Setting
 from finemoe.training.method import Method
 
 METHODS: dict[str, tuple[type[Config], Callable[[Any, Setting], Method[Any]]]] = {
     "pretraining": (pretraining.PretrainingConfig, pretraining.build),
     "sft": (sft.SFTConfig, sft.build),
+    "distill": (distillation.DistillConfig, distillation.build),
 }
 MethodConfig: Any = union_of((config for config, _ in METHODS.values()), default="pretraining")
 
