@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from finemoe.core.errors import FinemoeError
     from finemoe.evaluation.evaluate import evaluate
     from finemoe.generation.generate import Completion, generate
+    from finemoe.methods.distillation.sampling import sample
     from finemoe.methods.upcycling import upcycle
     from finemoe.model.config import ModelConfig
     from finemoe.model.transformer import Transformer
@@ -55,6 +56,7 @@ _VERBS = {
     "paper": "finemoe.studies.paper:paper",
     "recipe_keys": "finemoe.studies.keys:recipe_keys",
     "resume": "finemoe.runs.run:resume",
+    "sample": "finemoe.methods.distillation.sampling:sample",
     "serve": "finemoe.server.run:serve",
     "show": "finemoe.runs.report:run_report",
     "size": "finemoe.runs.planning.sizing:size",
@@ -109,6 +111,7 @@ __all__ = [
     "paper",
     "recipe_keys",
     "resume",
+    "sample",
     "serve",
     "show",
     "size",

@@ -67,6 +67,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "paper",
         "recipe_keys",
         "resume",
+        "sample",
         "serve",
         "show",
         "size",
