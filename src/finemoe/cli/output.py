@@ -125,7 +125,7 @@ def report_run(run: Any, as_json: bool) -> None:
 
 def _measured_line(key: str, value: float) -> str:
     unit = " nats per token" if key in IN_NATS else ""
-    return f"{title_of(key):<18}[bold]{value:.4f}[/bold]{unit}"
+    return f"{title_of(key):<17} [bold]{value:.4f}[/bold]{unit}"
 
 
 IN_NATS = ("final_validation_loss",)
