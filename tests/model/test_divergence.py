@@ -84,6 +84,28 @@ def test_value_and_gradients_whatever_the_chunk(
         close(one, other)
 
 
+@pytest.mark.parametrize("elements", [1, 3 * VOCAB, 1 << 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_student_gives_its_padding(monkeypatch: pytest.MonkeyPatch, kind: Kind, elements: int) -> None:
+    """Forward, it is the divergence over all rows, of which the teacher gives the padding nothing."""
+    monkeypatch.setattr(divergence, "_CHUNK_ELEMENTS", {"cpu": elements})
+    (hidden, known), states, weights = student(), teacher_states(), some_weights()
+    padding = torch.randn(9, WIDTH, dtype=torch.float64)
+    head = torch.cat((known.detach(), padding)).requires_grad_()
+    teacher = best_of(*states, 4, 2.0) if kind == "best" else WholeTeacher(*states)
+    found = divergence_sum(hidden, head, teacher, weights, "reverse" if kind == "reverse" else "forward", 2.0, VOCAB)
+    q = (hidden @ head.t() / 2.0).log_softmax(-1)
+    inside = q[:, :VOCAB].exp().sum(-1)
+    expected = whole_formula(hidden, head[:VOCAB], states, weights, kind, 2.0, 4) - (weights * inside.log()).sum()
+    if kind == "forward":
+        p = (states[0] @ states[1].t() / 2.0).softmax(-1)
+        close((weights[:, None] * p * (p.log() - q[:, :VOCAB])).sum(), expected)
+    close(found.total, expected)
+    close(found.agreed, divergence_sum(hidden, known, teacher, weights, temperature=2.0).agreed)
+    for one, other in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (found.total, expected)), strict=True):
+        close(one, other)
+
+
 @pytest.mark.parametrize("k", [1, VOCAB - 1])
 def test_one_id_or_all_but_one(k: int) -> None:
     (hidden, head), states, weights = student(), teacher_states(), some_weights()

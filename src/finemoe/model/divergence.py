@@ -62,16 +62,19 @@ def divergence_sum(
     weights: Tensor,
     direction: Direction = "forward",
     temperature: float = 1.0,
+    vocab: int | None = None,
 ) -> Divergence:
     """The divergence of the student from the teacher, summed over tokens, in float32 or the wider type of its inputs.
 
     Args:
         hidden: [tokens, width] of the student.
-        head: [vocab, width] of the student; the vocabulary is the teacher's.
+        head: [rows, width] of the student; the vocabulary is the teacher's, and rows behind it are padding.
         teacher: what it says of the same tokens.
         weights: [tokens] float; 0 leaves a token out.
         direction: forward: KL(teacher || student); reverse: KL(student || teacher).
         temperature: both models' logits are divided by it; what `BestOfTeacher` holds, was before.
+        vocab: ids that the teacher knows; None: all rows of `head`. What the student gives its padding is not compared
+            but counts -log(1 - its sum), which the forward divergence comes to by itself.
 
     Raises:
         ValueError: reverse, and the teacher is its best ids alone: of the others, which the student may like, nothing
@@ -86,7 +89,9 @@ def divergence_sum(
     # Decided out here: within a Function's forward, gradients are off and no_grad does not show.
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     kind = "best" if isinstance(teacher, BestOfTeacher) else direction
-    total, agreed = _ChunkedDivergence.apply(hidden, head, first, second, weights, kind, temperature, wants_gradient)
+    total, agreed = _ChunkedDivergence.apply(
+        hidden, head, first, second, weights, kind, temperature, vocab or len(head), wants_gradient
+    )
     return Divergence(total, agreed)
 
 
@@ -101,6 +106,7 @@ class _ChunkedDivergence(torch.autograd.Function):
         weights: Tensor,
         kind: str,
         temperature: float,
+        vocab: int,
         wants_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
@@ -123,12 +129,15 @@ class _ChunkedDivergence(torch.autograd.Function):
                 logits = (hidden[part] @ cast_head.t()).to(wide)
                 theirs = second[part].to(wide) if kind == "best" else (first[part] @ second.t()).to(wide)
                 best = first[part, 0] if kind == "best" else theirs.argmax(dim=-1)
-                agreed += (weights[part] * (logits.argmax(dim=-1) == best)).sum()
-                logprobs = logits.div_(temperature).log_softmax(dim=-1)
+                agreed += (weights[part] * (logits[:, :vocab].argmax(dim=-1) == best)).sum()
+                logits.div_(temperature)
+                logprobs = logits[:, :vocab].log_softmax(dim=-1)
                 if kind == "best":
                     values, gradient = _of_best(logprobs, first[part], theirs)
                 else:
                     values, gradient = _OF[kind](logprobs, theirs.div_(temperature).log_softmax(dim=-1))
+                if vocab < logits.shape[1]:
+                    values, gradient = _with_padding(logits, vocab, values, gradient)
                 total += (weights[part] * values).sum()
                 if grad_hidden is not None and grad_head is not None:
                     scores = gradient.mul_((weights[part] / temperature)[:, None]).to(hidden.dtype)
@@ -143,7 +152,7 @@ class _ChunkedDivergence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_head = ctx.saved_tensors
         scaled = grad_hidden * grad.to(grad_hidden.dtype), (grad_head * grad).to(ctx.head_dtype)
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None, None
 
 
 def _forward(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,3 +186,11 @@ def _of_best(ours: Tensor, ids: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]
     values = (kept * (theirs - chosen)).sum(dim=-1) + bucket
     divided = others.sub_(student_rest[:, None]).exp_().mul_(rest[:, None])
     return values, ours.exp_().sub_(divided).scatter_add_(1, ids, -kept)
+
+
+def _with_padding(logits: Tensor, vocab: int, values: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and gradient `[tokens, rows]` with -log of the probability that all ids before `vocab` have together."""
+    both, known = logits.softmax(dim=-1), logits[:, :vocab].softmax(dim=-1)
+    mass = logits.logsumexp(dim=-1) - logits[:, :vocab].logsumexp(dim=-1)
+    both[:, :vocab] += gradient - known
+    return values + mass, both

@@ -69,10 +69,8 @@ class Distil:
         places = reading.places
         output = reading.through(model)
         hidden, weights = output.hidden.flatten(0, 1)[places], reading.rows.weights.flatten()[places]
-        head = model.head_weight
-        known = head if len(head) == self.vocab else head[: self.vocab]
-        said = self.teacher(reading, places)
-        found = divergence_sum(hidden, known, said, weights, self.direction, self.temperature)
+        head, said = model.head_weight, self.teacher(reading, places)
+        found = divergence_sum(hidden, head, said, weights, self.direction, self.temperature, self.vocab)
         sums = {DIVERGENCE: found.total, AGREEMENT: found.agreed}
         if CROSS_ENTROPY in self.figures and (self.mix or not model.training):
             targets = reading.rows.targets.flatten()[places]
