@@ -160,7 +160,9 @@ def main() -> None:
     results |= {
         "command": f"python -m benchmarks.esft MODEL{' --quick' if args.quick else ''}",
         "date": date.today().isoformat(),
-        "model": json.loads(to_json(opened.model.config)) if args.quick else hashlib.sha256(to_json(opened.model.config).encode()).hexdigest()[:12],
+        "model": json.loads(to_json(opened.model.config))
+        if args.quick
+        else hashlib.sha256(to_json(opened.model.config).encode()).hexdigest()[:12],
         "functions": len(records),
         "steps": steps,
         "trainable_share": selection["trainable_share"],

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from finemoe.core.errors import FinemoeError
     from finemoe.evaluation.evaluate import evaluate
     from finemoe.generation.generate import Completion, generate
+    from finemoe.methods.distillation.sampling import sample
     from finemoe.methods.reward import rewards
     from finemoe.methods.upcycling import upcycle
     from finemoe.model.config import ModelConfig
@@ -61,6 +62,7 @@ _VERBS = {
     "recipe_keys": "finemoe.studies.keys:recipe_keys",
     "resume": "finemoe.runs.run:resume",
     "rewards": "finemoe.methods.reward:rewards",
+    "sample": "finemoe.methods.distillation.sampling:sample",
     "serve": "finemoe.server.run:serve",
     "show": "finemoe.runs.report:run_report",
     "size": "finemoe.runs.planning.sizing:size",
@@ -118,6 +120,7 @@ __all__ = [
     "recipe_keys",
     "resume",
     "rewards",
+    "sample",
     "serve",
     "show",
     "size",

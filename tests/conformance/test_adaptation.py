@@ -15,19 +15,21 @@ from finemoe.runs.run import resume, train
 from finemoe.training.report import StepReport
 from finemoe.training.trainer import Trainer
 from methods.tiny_talks import adapting, begin, select, weights, write_pairs
-from runs.tiny_runs import assert_same_run, corpus, steps
+from runs.tiny_runs import assert_same_run, corpus, recipe, steps
 
 __all__ = ["corpus"]
 
-ADAPT: dict[str, dict[str, Any]] = {
-    "sft": {"loss": "conversation"},
-    "dpo": {"nll": 0.1},
-    "reward": {},
+ADAPT: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "sft": lambda folder: {"loss": "conversation"},
+    "dpo": lambda folder: {"nll": 0.1},
+    "reward": lambda folder: {},
+    "distill": lambda folder: {"teacher": str(folder / "teacher"), "top_k": 8},
 }
 MOVE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "everything": lambda folder: {"freeze": ["routers", "embeddings"]},
     "names": lambda folder: {"train": ["attention", "blocks.1.*"]},
     "experts": lambda folder: {"selection": str(folder / "selection.json")},
+    "lora": lambda folder: {"rank": 3},
 }
 
 
@@ -38,6 +40,7 @@ def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = begin(corpus, folder, "v3")
     write_pairs(folder / "pairs.jsonl")
     select(run, folder / "selection.json", {1: (6, 2)})
+    train(recipe(corpus, "dense", seed=7, training={"steps": 2}), out=folder / "teacher", quiet=True)
     return run
 
 
@@ -67,7 +70,7 @@ def test_stopped_and_resumed_is_the_unbroken_run(
     raw = adapting(
         base,
         base.parent / "pairs.jsonl",
-        {"kind": method, **ADAPT[method]},
+        {"kind": method, **ADAPT[method](base.parent)},
         trainable={"kind": moving, **MOVE[moving](base.parent)},
     )
     train(raw, out=tmp_path / "unbroken", quiet=True)
@@ -83,6 +86,7 @@ def test_stopped_and_resumed_is_the_unbroken_run(
     still = {
         "everything": ("router", "embedding", "mtp."),
         "names": ("blocks.0.feed_forward", "embedding", "mtp."),
+        "lora": ("norm", "router", "embedding", "head", "mtp.", "blocks.0.feed_forward"),
         "experts": ("attention", "norm", "router", "shared", "embedding", "head", "mtp.", "blocks.0."),
     }
     assert not [name for name in moved if any(part in name for part in still.get(moving, ()))]

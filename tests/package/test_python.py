@@ -70,6 +70,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "recipe_keys",
         "resume",
         "rewards",
+        "sample",
         "serve",
         "show",
         "size",

@@ -31,6 +31,7 @@ from finemoe.cli.presets import presets
 from finemoe.cli.recipe import recipe
 from finemoe.cli.resume import resume
 from finemoe.cli.runs import runs
+from finemoe.cli.sample import sample
 from finemoe.cli.serve import serve
 from finemoe.cli.show import show
 from finemoe.cli.size import size
@@ -90,7 +91,7 @@ app = typer.Typer(
 )
 _VERBS = (
     train, resume, runs, show, generate, chat, serve, evaluate, compare, paper, trace, size, presets, import_, export,
-    merge, upcycle, doctor, env,
+    merge, upcycle, sample, doctor, env,
 )  # fmt: skip
 for verb in _VERBS:
     app.command(verb.__name__.rstrip("_"))(verb)  # `import` is a word of the language

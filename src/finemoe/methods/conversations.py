@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, Protocol, final
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from finemoe.training.balancing import MoveBiases
 from finemoe.training.gradients import Clip
 from finemoe.training.losses.coefficients import ByCoefficients
 from finemoe.training.method import Group, Method
+from finemoe.training.objective import Terms
 from finemoe.training.report import dead_share, mean_max_vio
 
 _VALIDATION_TOKENS = 8192  # per forward pass
@@ -251,12 +252,42 @@ class Sampling:
         )
 
 
+class HasHeldOut(Protocol):
+    """Data of which some was held out."""
+
+    def held_out(self) -> Iterator[Any]:
+        """Batches, always the same in the same order."""
+        ...
+
+
+class HasFigures(Protocol):
+    """An objective with figures beside its headline."""
+
+    @property
+    def headline(self) -> str:
+        """The term that reports call the loss."""
+        ...
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of the terms that are measured too."""
+        ...
+
+    def counts(self, batch: Any) -> dict[str, float]:
+        """As in `training.objective.Objective`."""
+        ...
+
+    def terms(self, model: Transformer, batch: Any) -> Terms:
+        """As in `training.objective.Objective`."""
+        ...
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Measures an objective, and its figures, on what was held out."""
 
-    data: Conversations
-    objective: ByCoefficients
+    data: HasHeldOut
+    objective: HasFigures
     sampling: Sampling | None = None
 
     def __call__(self, model: Transformer) -> HeldOutFigures:
@@ -264,7 +295,7 @@ class HeldOut:
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
         load: dict[int, Tensor] = {}
-        wanted = (self.objective.headline, *self.objective.rule.figures)
+        wanted = (self.objective.headline, *self.objective.figures)
         for batch in self.data.held_out():
             batch = batch.to(model.embedding.weight.device)
             terms = self.objective.terms(model, batch)

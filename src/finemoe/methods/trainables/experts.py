@@ -28,7 +28,7 @@ class ExpertsConfig(TrainableConfig):
 
     kind: Literal["experts"] = "experts"
     selection: str
-    """The file that `finemoe analyze relevance MODEL --selection FILE` writes: the experts of each layer that a task
+    """The file that `finemoe analyze relevance MODEL --out FILE` writes: the experts of each layer that a task
     needs."""
 
     @property

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from finemoe.checkpoint.adapters.low_rank import EXPERTS, A, B, merged, stack_name
 from finemoe.checkpoint.selection import ExpertSelection, read_selection
 from finemoe.checkpoint.weights.shapes import model_shapes
-from finemoe.core.config import Config
 from finemoe.core.errors import CheckpointError, ConfigError
 from finemoe.core.seeds import generator
-from finemoe.methods.setting import Setting
+from finemoe.methods.setting import Setting, TrainableConfig
 from finemoe.methods.trainables.parts import PARTS, matches
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
@@ -34,7 +33,7 @@ _DEFAULT = ("attention", "shared_experts", "experts")
 _STACK = ".feed_forward.experts."
 
 
-class LoRAConfig(Config):
+class LoRAConfig(TrainableConfig):
     """Matrices of small rank, added to matrices that stay as they are."""
 
     kind: Literal["lora"] = "lora"

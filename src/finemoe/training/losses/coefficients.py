@@ -105,6 +105,11 @@ class ByCoefficients:
         """The rule's."""
         return self.rule.headline
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The rule's."""
+        return self.rule.figures
+
     def counts(self, batch: PackedBatch) -> dict[str, float]:
         """The rule's, weighted tokens ahead, documents for each balance term."""
         ahead = {mtp_name(depth): _further(batch, depth)[1].sum().item() for depth in range(1, self.mtp_depth + 1)}

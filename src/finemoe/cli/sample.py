@@ -1,0 +1,104 @@
+"""`finemoe sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from finemoe.cli.completion import complete_run
+from finemoe.cli.output import Json, Quiet, print_json
+
+if TYPE_CHECKING:
+    from finemoe.methods.distillation.sampling import Sampled
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="Who answers: a run, a checkpoint, an imported or Hugging Face folder, or a GGUF file.",
+        show_default=False,
+        autocompletion=complete_run,
+    ),
+]
+Prompts = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PROMPTS...",
+        help="Files, folders or patterns of records in any form of a conversation; their answers are left out.",
+        show_default=False,
+    ),
+]
+
+
+def sample(
+    source: Source,
+    prompts: Prompts,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.jsonl", help="Where to write.", show_default=False)],
+    n: Annotated[int, typer.Option("--n", metavar="N", help="Completions of each prompt.")] = 1,
+    keep: Annotated[
+        Literal["all", "ended", "answer"],
+        typer.Option(help="What ended by itself; of that, what says the record's own answer."),
+    ] = "all",
+    best_of: Annotated[
+        int | None,
+        typer.Option("--best-of", metavar="K", help="At most K of each prompt, the most probable ones by token."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the K most probable tokens.", metavar="K")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the fewest tokens that reach P.", metavar="P")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens of a completion.")] = 512,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal answers.")] = 0,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "stored"],
+        typer.Option(help="Weights in memory; bf16 takes half, and is slower on most CPUs."),
+    ] = "fp32",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Have a model answer prompts, and keep what passes a check.
+
+    Writes conversations, one a line, with where each comes from; the method sft reads the file as it is.
+    --keep answer compares with the answer that a record has in a field (answer, solution, reference, ...)
+    or as its last message: a box as LaTeX, a number with the one that the completion ends on, words with
+    words. What is interrupted goes on where it stopped when the same command is given again.
+
+    \b
+    Examples:
+      finemoe sample runs/teacher questions.jsonl --out answers.jsonl
+      finemoe sample runs/teacher sums.jsonl --out right.jsonl --n 8 --keep answer --best-of 2
+
+    Then: a recipe with method.kind = "sft" that reads FILE.jsonl.
+    """
+    from finemoe.checkpoint.kinds import kind_of
+
+    kind_of(source)  # a path that holds nothing is refused before a second of imports
+
+    from finemoe.methods.distillation.sampling import sample as draw
+
+    done = draw(
+        source, prompts, out, n=n, keep=keep, best_of=best_of, temperature=temperature, top_k=top_k, top_p=top_p,
+        max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, quiet=quiet,
+    )  # fmt: skip
+    if as_json:
+        print_json(done.to_dict())
+    else:
+        _show(done)
+
+
+def _show(done: Sampled) -> None:
+    from finemoe.cli.conversion import print_lines
+
+    share = done.kept / done.drawn if done.drawn else 0.0
+    reasons = [f"{count:,} {why}" for why, count in sorted(done.left_out.items(), key=lambda one: -one[1])]
+    skipped = [("Records", f"{len(done.skipped):,} hold no prompt")] if done.skipped else []
+    print_lines([
+        ("Asked", f"{done.prompts:,} prompts, {done.drawn:,} completions"),
+        ("Kept", f"{done.kept:,} ({share:.0%}) in {done.path}"),
+        *([("Left out", ", ".join(reasons))] if reasons else []),
+        *skipped,
+    ])  # fmt: skip
+    if done.kept:
+        corpus = f'corpus = {{ kind = "files", paths = ["{done.path}"] }}'
+        typer.echo(f'\nNext: a recipe with method.kind = "sft" and, in [data], {corpus}')
