@@ -7,11 +7,12 @@ from typing import Any
 
 from finemoe.core.config import Config
 from finemoe.methods.setting import Setting
-from finemoe.methods.trainables import everything, experts
+from finemoe.methods.trainables import child, everything, experts
 from finemoe.training.method import Method
 
 TRAINABLES: dict[str, tuple[type[Config], Callable[[Any, Method[Any], Setting], Method[Any]]]] = {
     "everything": (everything.EverythingConfig, everything.everything),
     "names": (everything.NamesConfig, everything.names),
     "experts": (experts.ExpertsConfig, experts.build),
+    "child": (child.ChildConfig, child.build),
 }
