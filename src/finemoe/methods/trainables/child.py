@@ -36,7 +36,8 @@ class ChildConfig(Config):
     kind: Literal["child"] = "child"
     mode: Literal["F", "D"]
     """F: drawn anew in every step, and what is kept counts 1/share. D: the weights under `blocks.` that the task needs
-    most by their Fisher information, chosen once before the run; embeddings, head and last norm are always kept."""
+    most by their Fisher information, chosen once before the run; embeddings, head, last norm and prediction modules are
+    always kept."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.3
     """[share] How much is kept: with F the probability of each, with D the part of what is ranked."""
     granularity: Granularity = "parameter"
@@ -108,7 +109,7 @@ class Child:
         """Mask the gradients, which were clipped before; the figure is the share of them that was kept."""
         mask_of = self._masks.get if self._config.mode == "D" else self._drawing(parameters)
         scale = 1 / self._config.share if self._config.mode == "F" else 1.0
-        kept, count = torch.zeros((), dtype=torch.float64, device=self._device), 0
+        kept, count = torch.zeros((), dtype=torch.int64, device=self._device), 0  # read once: a GPU waits for that
         for name, parameter in parameters.items():
             if parameter.grad is None:
                 continue
@@ -180,8 +181,10 @@ def build(config: ChildConfig, method: Method[Any], setting: Setting) -> Method[
         )
     child = Child(config, method, setting)
     how = "drawn anew in every step" if config.mode == "F" else "those with the largest Fisher information"
-    what = "routed experts; all else under `blocks.` stays as it is" if not config.moves_routers else "all that trains"
-    note = f"child-tuning {config.mode}, by {config.granularity}: {config.share:.0%} of {what}, {how}"
+    what = "what trains" if config.mode == "F" else "what trains under `blocks.`"
+    if config.granularity == "expert":
+        what, how = "the routed experts", f"{how}; all else under `blocks.` and every router stay as they are"
+    note = f"child-tuning {config.mode}, by {config.granularity}: a share of {config.share:g} of {what}, {how}"
     return replace(
         method,
         select=child.select,
