@@ -30,6 +30,7 @@ MOVE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "names": lambda folder: {"train": ["attention", "blocks.1.*"]},
     "experts": lambda folder: {"selection": str(folder / "selection.json")},
     "lora": lambda folder: {"rank": 3},
+    "child": lambda folder: {"mode": "D", "granularity": "row"},
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from finemoe.core.config import Config
 from finemoe.methods.setting import Setting
-from finemoe.methods.trainables import everything, experts, lora
+from finemoe.methods.trainables import child, everything, experts, lora
 from finemoe.training.method import Method
 
 TRAINABLES: dict[str, tuple[type[Config], Callable[[Any, Method[Any], Setting], Method[Any]]]] = {
@@ -15,4 +15,5 @@ TRAINABLES: dict[str, tuple[type[Config], Callable[[Any, Method[Any], Setting], 
     "names": (everything.NamesConfig, everything.names),
     "experts": (experts.ExpertsConfig, experts.build),
     "lora": (lora.LoRAConfig, lora.build),
+    "child": (child.ChildConfig, child.build),
 }
