@@ -34,6 +34,7 @@ import torch
 from finemoe.core.statistics import ratio
 from finemoe.runs.config import resolve_run
 from finemoe.runs.run import first_trainer, train
+from finemoe.runs.start import build_method
 from finemoe.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "child-tuning.json"
