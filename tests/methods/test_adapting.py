@@ -272,3 +272,14 @@ def test_a_longer_row_has_no_room_for_padding(base: Path) -> None:
     assert batch.num_sequences == 4
     assert batch.num_tokens == batch.rows.tokens.numel() <= 4 * LENGTH
     assert batch.rows.documents[0].diff().min() >= 0
+
+
+@pytest.mark.parametrize("method", ["sft", "reward"])
+def test_what_is_forgotten_is_measured_beside(base: Path, corpus: Path, tmp_path: Path, method: str) -> None:
+    general = {"kind": "files", "paths": [str(corpus / "train")], "validation_paths": [str(corpus / "validation.txt")]}
+    found = run(base, tmp_path / "run", method, {"general": general}, training={"evaluate_every": 3})
+    losses = [record["general_loss"] for record in records(found) if record["kind"] == "validation"]
+    before = json.loads((base / "summary.json").read_text())["final_validation_loss"]
+    assert losses[0] == pytest.approx(before, rel=0.05)  # the same text, cut otherwise
+    assert losses[-1] != losses[0]
+    assert json.loads((found / "summary.json").read_text())["final_general_loss"] == losses[-1]

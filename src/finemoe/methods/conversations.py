@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, final
+from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -19,8 +19,7 @@ from finemoe.data.batch import PackedBatch
 from finemoe.data.conversations.forms import Kind
 from finemoe.data.conversations.packing import Packer, TooLong, Weighing, fit
 from finemoe.data.conversations.prepare import PreparedConversations, prepare_conversations
-from finemoe.generation.config import SamplingConfig
-from finemoe.generation.engine import Engine
+from finemoe.data.corpora import CorpusConfig
 from finemoe.methods.live import live_terms
 from finemoe.methods.setting import MethodConfig, Setting
 from finemoe.model.transformer import Transformer
@@ -29,9 +28,7 @@ from finemoe.text.tokenizer import Tokenizer
 from finemoe.training.balancing import MoveBiases
 from finemoe.training.gradients import Clip
 from finemoe.training.losses.coefficients import ByCoefficients
-from finemoe.training.method import Group, Method
-from finemoe.training.objective import Terms
-from finemoe.training.report import dead_share, mean_max_vio
+from finemoe.training.method import Group, Measured, Method
 
 _VALIDATION_TOKENS = 8192  # per forward pass
 
@@ -44,6 +41,8 @@ class ConversationsConfig(MethodConfig):
     dropped. Both are counted. Pairs are always dropped."""
     mtp: Literal["train", "freeze", "drop"] = "freeze"
     """What becomes of multi-token prediction modules: trained too, left as they are, or left out of the new model."""
+    general: CorpusConfig | None = None
+    """Documents whose loss is measured beside what is learnt, on those held out of them: what is forgotten."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
         "data": {"packing": "isolate"},
@@ -177,146 +176,12 @@ def speech_of(setting: Setting) -> tuple[Tokenizer, ChatTemplate, bool]:
     return tokenizer, ChatTemplate.plain(tokenizer.end_of_text), True
 
 
-@dataclass(frozen=True)
-class HeldOutFigures:
-    """Means over what was held out, the loss first, and answers to be read."""
-
-    values: Mapping[str, float]
-    load: Mapping[int, Tensor]
-    samples: tuple[Mapping[str, Any], ...] = ()
-
-    @property
-    def headline(self) -> float:
-        """The loss."""
-        return next(iter(self.values.values()))
-
-    def to_record(self) -> dict[str, Any]:
-        """With the load of experts, and the samples."""
-        record: dict[str, Any] = dict(self.values)
-        if self.load:
-            record["max_vio"] = mean_max_vio(self.load)
-            record["dead_experts"] = dead_share(self.load)
-            record["load"] = {str(layer): load.tolist() for layer, load in self.load.items()}
-        if self.samples:
-            record["samples"] = [dict(sample) for sample in self.samples]
-        return record
-
-    def to_summary(self) -> dict[str, Any]:
-        """Figures under `final_` and their names, and the last samples."""
-        figures: dict[str, Any] = {f"final_{name}": value for name, value in self.values.items()}
-        if self.load:
-            figures |= {"max_vio": mean_max_vio(self.load), "dead_experts": dead_share(self.load)}
-        return {**figures, **({"samples": [dict(one) for one in self.samples]} if self.samples else {})}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Held-out questions that the model answers while it learns, greedily."""
-
-    tokenizer: Tokenizer
-    prompts: tuple[tuple[int, ...], ...]
-    tokens: int
-
-    @staticmethod
-    def of(data: Conversations, count: int, tokens: int) -> Sampling:
-        """The first `count` questions held out, each up to where its first answer begins."""
-        prompts, packer = [], data.validation
-        for item in packer.fitted.items[:count]:
-            ids, trained = packer.stored.segment(int(item) * packer.stored.segments_per_item)
-            first = int(np.flatnonzero(trained)[0])
-            prompts.append(tuple(ids[:first].tolist()))
-        return Sampling(data.tokenizer, tuple(one for one in prompts if one), tokens)
-
-    def __call__(self, model: Transformer) -> tuple[Mapping[str, Any], ...]:
-        """Answers of `model`, which is in eval mode; `ended`: it stopped by itself."""
-        if not self.prompts:
-            return ()
-        tokenizer = self.tokenizer
-        engine = Engine(
-            model,
-            end_of_text_id=tokenizer.end_of_text_id,
-            stop_ids=tokenizer.stop_ids,
-            vocab_size=tokenizer.vocab_size,
-            cache_bytes=64 << 20,
-            tokenizer=tokenizer,
-        )
-        sampling = SamplingConfig(temperature=0, max_new_tokens=self.tokens)
-        done = engine.generate(self.prompts, sampling)
-        return tuple(
-            {
-                "prompt": tokenizer.decode(prompt),
-                "answer": tokenizer.decode(one.completion),
-                "ended": one.finish_reason == "stop",
-            }
-            for prompt, one in zip(self.prompts, done, strict=True)
-        )
-
-
-class HasHeldOut(Protocol):
-    """Data of which some was held out."""
-
-    def held_out(self) -> Iterator[Any]:
-        """Batches, always the same in the same order."""
-        ...
-
-
-class HasFigures(Protocol):
-    """An objective with figures beside its headline."""
-
-    @property
-    def headline(self) -> str:
-        """The term that reports call the loss."""
-        ...
-
-    @property
-    def figures(self) -> tuple[str, ...]:
-        """Names of the terms that are measured too."""
-        ...
-
-    def counts(self, batch: Any) -> dict[str, float]:
-        """As in `training.objective.Objective`."""
-        ...
-
-    def terms(self, model: Transformer, batch: Any) -> Terms:
-        """As in `training.objective.Objective`."""
-        ...
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Measures an objective, and its figures, on what was held out."""
-
-    data: HasHeldOut
-    objective: HasFigures
-    sampling: Sampling | None = None
-
-    def __call__(self, model: Transformer) -> HeldOutFigures:
-        """Means over all of it."""
-        sums: dict[str, float] = {}
-        counts: dict[str, float] = {}
-        load: dict[int, Tensor] = {}
-        wanted = (self.objective.headline, *self.objective.figures)
-        for batch in self.data.held_out():
-            batch = batch.to(model.embedding.weight.device)
-            terms = self.objective.terms(model, batch)
-            for name, count in self.objective.counts(batch).items():
-                counts[name] = counts.get(name, 0.0) + count
-            for name in wanted:
-                sums[name] = sums.get(name, 0.0) + terms.sums[name].item()
-            for layer, record in terms.routing.items():
-                load[layer] = load[layer] + record.load.cpu() if layer in load else record.load.cpu()
-        means = {name: sums[name] / counts[name] for name in wanted if counts[name]}
-        headline, *others = means
-        values = {"validation_loss": means[headline], **{f"validation_{name}": means[name] for name in others}}
-        return HeldOutFigures(values, load, self.sampling(model) if self.sampling is not None else ())
-
-
 def method_on(
     config: ConversationsConfig,
     setting: Setting,
     data: Conversations,
     objective: ByCoefficients,
-    measure: Callable[[Transformer], HeldOutFigures],
+    measure: Callable[[Transformer], Measured],
     notes: tuple[str, ...] = (),
 ) -> Method[PackedBatch]:
     """The parts of a method that are alike in all: clipping, biases, what is live."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finemoe.data.batch import PackedBatch
-from finemoe.methods.conversations import Conversations, ConversationsConfig, HeldOut, Sampling, method_on
+from finemoe.methods.conversations import Conversations, ConversationsConfig, method_on
+from finemoe.methods.measuring import GeneralText, HeldOut, Sampling
 from finemoe.methods.reference import Reference
 from finemoe.methods.setting import Setting
 from finemoe.training.losses.coefficients import ByCoefficients, Places, Worth
@@ -135,5 +136,6 @@ def build(config: DPOConfig, setting: Setting) -> Method[PackedBatch]:
     known = Reference(data, setting) if config.reference == "start" else None
     objective = ByCoefficients(Preference(config, known))
     sampling = Sampling.of(data, config.samples, config.sample_tokens)
-    method = method_on(config, setting, data, objective, HeldOut(data, objective, sampling))
+    measure = HeldOut(data, objective, sampling, GeneralText.of(config.general, setting))
+    method = method_on(config, setting, data, objective, measure)
     return method if known is None else known.added_to(method)

@@ -22,7 +22,8 @@ from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import ConfigError
 from finemoe.core.statistics import wilson
 from finemoe.data.batch import PackedBatch
-from finemoe.methods.conversations import Conversations, ConversationsConfig, HeldOutFigures, method_on
+from finemoe.methods.conversations import Conversations, ConversationsConfig, method_on
+from finemoe.methods.measuring import GeneralText, HeldOutFigures
 from finemoe.methods.setting import Setting
 from finemoe.model.transformer import Transformer
 from finemoe.text.tokenizer import Tokenizer
@@ -96,6 +97,7 @@ class HeldOutRewards:
     data: Conversations
     objective: ByCoefficients
     judge: Judge
+    general: GeneralText | None
 
     def __call__(self, model: Transformer) -> HeldOutFigures:
         """Over all of them."""
@@ -108,9 +110,10 @@ class HeldOutRewards:
             found.append(_pairs_of(model, batch, self.judge))
             for layer, record in terms.routing.items():
                 load[layer] = load[layer] + record.load.cpu() if layer in load else record.load.cpu()
-        return HeldOutFigures(
-            {"validation_loss": loss / sum(map(len, found)), **figures_of(np.concatenate(found))}, load
-        )
+        values = {"validation_loss": loss / sum(map(len, found)), **figures_of(np.concatenate(found))}
+        if self.general is not None:
+            values["general_loss"] = self.general(model)
+        return HeldOutFigures(values, load)
 
 
 def _pairs_of(model: Transformer, batch: PackedBatch, judge: Judge) -> NDArray[np.float64]:
@@ -194,7 +197,8 @@ def build(config: RewardConfig, setting: Setting) -> Method[PackedBatch]:
     objective = ByCoefficients(judge)
     good, bad = labels_for(data.tokenizer, config.labels)
     note = f"a reward is the logit of {good!r} minus that of {bad!r} behind an answer"
-    return method_on(config, setting, data, objective, HeldOutRewards(data, objective, judge), (note,))
+    measure = HeldOutRewards(data, objective, judge, GeneralText.of(config.general, setting))
+    return method_on(config, setting, data, objective, measure, (note,))
 
 
 @torch.no_grad()

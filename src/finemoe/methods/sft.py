@@ -10,7 +10,8 @@ from torch import Tensor
 
 from finemoe.data.batch import PackedBatch
 from finemoe.data.conversations.packing import Weighing
-from finemoe.methods.conversations import Conversations, ConversationsConfig, HeldOut, Sampling, method_on
+from finemoe.methods.conversations import Conversations, ConversationsConfig, method_on
+from finemoe.methods.measuring import GeneralText, HeldOut, Sampling
 from finemoe.methods.setting import Setting
 from finemoe.training.losses.coefficients import ByCoefficients, Places, Worth
 from finemoe.training.losses.next_token import CROSS_ENTROPY
@@ -63,4 +64,5 @@ def build(config: SFTConfig, setting: Setting) -> Method[PackedBatch]:
     depth = len(setting.model.mtp) if config.mtp == "train" else 0
     objective = ByCoefficients(Learn(), setting.mtp, depth)
     sampling = Sampling.of(data, config.samples, config.sample_tokens)
-    return method_on(config, setting, data, objective, HeldOut(data, objective, sampling))
+    measure = HeldOut(data, objective, sampling, GeneralText.of(config.general, setting))
+    return method_on(config, setting, data, objective, measure)

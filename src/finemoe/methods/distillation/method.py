@@ -18,12 +18,13 @@ from finemoe.core.errors import ConfigError
 from finemoe.data.batch import Batch, TokenBatch
 from finemoe.data.conversations.packing import TooLong
 from finemoe.data.loader import pack
-from finemoe.methods.conversations import Conversations, ConversationsConfig, HasHeldOut, HeldOut
+from finemoe.methods.conversations import Conversations, ConversationsConfig
 from finemoe.methods.distillation.objective import Distil
 from finemoe.methods.distillation.own_answers import OwnAnswers, Questions
 from finemoe.methods.distillation.recorded import record
 from finemoe.methods.distillation.teacher import Beside, Reading, Teacher, fingerprint, open_teacher
 from finemoe.methods.live import live_terms
+from finemoe.methods.measuring import HasHeldOut, HeldOut
 from finemoe.methods.pretraining import PackedDocuments
 from finemoe.methods.setting import MethodConfig, Setting
 from finemoe.model.divergence import Direction
