@@ -125,7 +125,9 @@ def _answers(results: Results) -> Section | None:
 
 
 def _samples(results: Results) -> Section | None:
-    if not results["samples"]:
+    if (
+        not results["samples"] or _answers(results) is not None
+    ):  # what was taught to answer has nothing to say by itself
         return None
     said = f"What the model writes from nothing at step {results['sampled_at']:,}; drawn at temperature 0.8."
     cards = [Card(f"Sample {number}", text) for number, text in enumerate(results["samples"], start=1)]
