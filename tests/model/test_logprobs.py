@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finemoe.generation import logprobs
+from finemoe.model import logprobs
 from finemoe.model.logprobs import token_logprobs
 from oracles.models import VOCAB, build, small_config
 
