@@ -12,6 +12,7 @@ from torch import nn
 
 from finemoe.core.config import Config, to_json
 from finemoe.methods import METHODS
+from finemoe.methods.trainables import TRAINABLES
 from finemoe.model.attention import ATTENTIONS
 from finemoe.model.backends import ATTENTION_KERNELS, EXPERT_KERNELS
 from finemoe.model.config import Kernels, ModelConfig, expand
@@ -40,13 +41,21 @@ SCALING_TABLES: dict[str, dict[str, Any]] = {
     "yarn": {key: value for key, value in YARN.items() if key != "kind"},
 }
 
+METHOD_TABLES: dict[str, dict[str, Any]] = {"distill": {"teacher": "runs/teacher"}}
+TRAINABLE_TABLES: dict[str, dict[str, Any]] = {
+    "names": {"train": ["norms"]},
+    "experts": {"selection": "selection.json"},
+    "child": {"mode": "F"},
+}
+
 CONFIGS = {
     **{f"router {kind}": (kind, config, {}) for kind, (config, _) in ROUTERS.items()},
     **{f"attention {kind}": (kind, config, ATTENTION_TABLES[kind]) for kind, (config, _) in ATTENTIONS.items()},
     **{f"scaling {kind}": (kind, config, SCALING_TABLES[kind]) for kind, config in SCALINGS.items()},
     **{f"schedule {kind}": (kind, config, {}) for kind, (config, _) in SCHEDULES.items()},
     **{f"optimizer {kind}": (kind, config, {"learning_rate": 0.1}) for kind, (config, _) in OPTIMIZERS.items()},
-    **{f"method {kind}": (kind, config, {}) for kind, (config, _) in METHODS.items()},
+    **{f"method {kind}": (kind, config, METHOD_TABLES.get(kind, {})) for kind, (config, _) in METHODS.items()},
+    **{f"trainable {kind}": (kind, config, TRAINABLE_TABLES.get(kind, {})) for kind, (config, _) in TRAINABLES.items()},
 }
 MODELS = {
     **{f"router {kind}": small_config(feed_forward=moe_table(kind)) for kind in ROUTERS},

@@ -18,7 +18,7 @@ from finemoe.methods.reference import Reference
 from finemoe.methods.reward import figures_of, label_ids, labels_for, rewards
 from finemoe.methods.trainables.experts import ExpertRows
 from finemoe.runs.config import resolve_run
-from finemoe.runs.run import train
+from finemoe.runs.run import resume, train
 from finemoe.runs.start import build_method
 from finemoe.text.turns import encode_turns
 from methods.tiny_talks import LENGTH, adapting, begin, select, weights, write_pairs
@@ -55,11 +55,24 @@ def test_the_reference_is_computed_once_for_the_same_weights_and_pairs(
     monkeypatch.setattr(Reference, "_compute", lambda *_: pytest.fail("computed again"))
     second = run(base, tmp_path / "second", "dpo", {"beta": 0.7}, **tables)
     found = [load_file(checkpoints(one)[-1] / "method.safetensors")["reference/logprobs"] for one in (first, second)]
-    assert torch.equal(*found)
-    assert (found[0] < 0).any()
+    assert torch.equal(*(one.nan_to_num() for one in found))
+    known = (found[0] < 0).all(dim=1)
+    assert 4 <= known.sum() < len(known)  # the pairs of one step, and those held out, and no others
+    assert found[0][~known].isnan().all()
     raw = adapting(first, base.parent / "pairs.jsonl", {"kind": "dpo"}, **tables)
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         train(raw, out=tmp_path / "third", quiet=True)
+
+
+def test_a_longer_run_asks_the_first_model_for_the_pairs_that_are_new(base: Path, tmp_path: Path) -> None:
+    tables: dict[str, Any] = {"data": {"cache_dir": str(tmp_path / "cache")}}
+    short = run(base, tmp_path / "short", "dpo", training={"steps": 2}, **tables)
+    resume(short, overrides=["training.steps=6"], quiet=True)
+    tables["data"]["cache_dir"] = str(tmp_path / "other")
+    whole = run(base, tmp_path / "whole", "dpo", **tables)
+    found = [load_file(checkpoints(one)[-1] / "method.safetensors")["reference/logprobs"] for one in (short, whole)]
+    torch.testing.assert_close(*found, equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert steps(short)[-1]["loss"] == pytest.approx(steps(whole)[-1]["loss"], rel=1e-3)  # batches are cut otherwise
 
 
 def test_only_the_chosen_experts_have_gradients_and_moments(base: Path, tmp_path: Path) -> None:

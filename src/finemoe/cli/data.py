@@ -13,7 +13,7 @@ from finemoe.cli.output import Json, print_json, print_rich
 data = typer.Typer(
     name="data",
     no_args_is_help=True,
-    help="Show what a recipe trains on: samples, what is learnt, what is cut.",
+    help="Show what a recipe trains on, and what of it is learnt.",
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
 )
@@ -21,7 +21,7 @@ data = typer.Typer(
 
 @data.callback()
 def about() -> None:
-    """Show what a recipe trains on: samples, what is learnt, what is cut."""
+    """Show what a recipe trains on, and what of it is learnt."""
 
 
 @data.command()

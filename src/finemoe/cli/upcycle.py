@@ -48,7 +48,7 @@ def upcycle(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Make a mixture of a dense model, which at first computes the same.
+    """Make a mixture of a dense model that computes the same.
 
     Each feed-forward layer is cut into shards. Some become shared experts; each of the others is copied,
     and a router chooses among the copies. Nothing is lost and, until it is trained further, nothing is

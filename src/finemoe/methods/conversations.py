@@ -127,13 +127,17 @@ class Conversations:
 
     def held_out(self) -> Iterator[PackedBatch]:
         """What is validated on, always the same in the same order; items are numbered on from those of training."""
-        validation, config = self.validation, self.prepared.config
-        most = max(1, config.max_validation_tokens // config.sequence_length)
-        per_pass = max(1, _VALIDATION_TOKENS // config.sequence_length)
-        chosen = validation.bins[:most]
+        chosen = self.validated
+        per_pass = max(1, _VALIDATION_TOKENS // self.prepared.config.sequence_length)
         for start in range(0, len(chosen), per_pass):
-            batch = validation.pack(chosen[start : start + per_pass])
+            batch = self.validation.pack(chosen[start : start + per_pass])
             yield PackedBatch(batch.rows, batch.num_sequences, batch.num_documents, batch.items + self.offset)
+
+    @property
+    def validated(self) -> list[list[int]]:
+        """The bins that are validated on: as many as `data.max_validation_tokens` has room for."""
+        config = self.prepared.config
+        return self.validation.bins[: max(1, config.max_validation_tokens // config.sequence_length)]
 
     @property
     def offset(self) -> int:

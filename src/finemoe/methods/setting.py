@@ -30,6 +30,11 @@ class TrainableConfig(Config):
         """Whether routers are trained: where they are not, their biases stay as they are too."""
         return True
 
+    @property
+    def reads_before(self) -> int:
+        """Positions of the data that are read before the first step, beside those that the run reads."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -42,6 +47,8 @@ class Setting:
     seed: int
     """Of the run; a method derives streams of its own from it (`core.seeds.derive`)."""
     sequences_per_step: int
+    positions: int | None
+    """Of the data that the whole run reads; None where that is not known before the data is."""
     max_gradient_norm: float
     balancing: BalancingConfig
     """With a rate, also where no router of the model has a bias that it would move."""

@@ -171,6 +171,12 @@ class RunConfig(Config):
         return balancing.resolved(self._known_steps, opened=self.start_from is not None)
 
     @property
+    def _positions(self) -> int | None:
+        if self.training.epochs is not None:
+            return None
+        return max(self._known_steps * self.sequences_per_step, self.trainable.reads_before)
+
+    @property
     def _known_steps(self) -> int:
         """1 where the length is given in epochs, and the data has not been read."""
         return 1 if self.training.epochs is not None else self.training.total_steps
@@ -184,6 +190,7 @@ class RunConfig(Config):
             start_from=self.start_from,
             seed=self.seed,
             sequences_per_step=self.sequences_per_step,
+            positions=self._positions,
             max_gradient_norm=self.optimizer.max_gradient_norm,
             balancing=self.resolved_balancing,
             mtp=self.mtp or MTPLossConfig(),

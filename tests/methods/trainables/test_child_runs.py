@@ -124,7 +124,8 @@ def test_by_expert_biases_are_left_alone_and_refused(corpus: Path) -> None:
 def test_prediction_modules_train_along_but_for_their_routers(corpus: Path) -> None:
     raw = recipe(corpus, "v3", trainable={"kind": "child", "mode": "D", "granularity": "expert"})
     raw.pop("balancing")
-    config, method = run_module.build_run(resolve_run(raw, "recipe"))
+    config = resolve_run(raw, "recipe")
+    method = run_module.build_method(config)
     trainer, _ = run_module.first_trainer(config, method)
     frozen = {name for name, one in trainer.model.named_parameters() if not one.requires_grad}
     ahead = {name for name in frozen if name.startswith("mtp.")}

@@ -108,6 +108,14 @@ class Packer:
         order = permuted(np.arange(size), size, self.seed, "bins")
         return bins(self.fitted.tokens, self.sequence_length, order.tolist())
 
+    def served(self, positions: int | None) -> list[int]:
+        """Rows of `fitted` that so many positions from the start serve, each once; None: all of them."""
+        size = len(self.bins)
+        if positions is None or positions >= size:
+            return list(range(len(self.fitted.items)))
+        first = permuted(np.arange(positions), size, self.seed, "order", 0)
+        return sorted(number for place in first.tolist() for number in self.bins[place])
+
     def require(self, num_sequences: int) -> None:
         """Check that a step does not hold more than all there is.
 

@@ -56,7 +56,7 @@ class DistillConfig(MethodConfig):
     """[tokens] Only so many of the teacher's most probable tokens are kept, computed once and written to the cache; it
     is not in memory afterwards. None: the teacher runs beside the student."""
     temperature: PositiveFloat = 1.0
-    """Both models' logits are divided by it before they are compared."""
+    """[factor] Both models' logits are divided by it before they are compared."""
     mix: NonNegativeFloat = 0.0
     """[coefficient] Of the ordinary cross-entropy of the data, added to the divergence."""
     answer_tokens: PositiveInt | None = None

@@ -56,6 +56,11 @@ class ChildConfig(TrainableConfig):
         """Whether routers are trained: by whole experts they are not, and their biases stay too."""
         return self.granularity != "expert"
 
+    @property
+    def reads_before(self) -> int:
+        """What the Fisher information is taken from."""
+        return (self.fisher_sequences or _SEQUENCES) if self.mode == "D" else 0
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in ("fisher", "fisher_sequences"):
