@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from finemoe.core.errors import FinemoeError
     from finemoe.evaluation.evaluate import evaluate
     from finemoe.generation.generate import Completion, generate
+    from finemoe.methods.merging import densify
     from finemoe.methods.upcycling import upcycle
     from finemoe.model.config import ModelConfig
     from finemoe.model.transformer import Transformer
@@ -44,6 +45,7 @@ _VERBS = {
     "chat": "finemoe.server.conversation:chat",
     "check": "finemoe.runs.planning.check:check",
     "compare": "finemoe.studies.compare:compare",
+    "densify": "finemoe.methods.merging:densify",
     "doctor": "finemoe.checkpoint.doctor.examine:examine",
     "env": "finemoe.runs.planning.machine:env",
     "evaluate": "finemoe.evaluation.evaluate:evaluate",
@@ -94,6 +96,7 @@ __all__ = [
     "chat",
     "check",
     "compare",
+    "densify",
     "doctor",
     "env",
     "evaluate",
