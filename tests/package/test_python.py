@@ -52,6 +52,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "chat",
         "check",
         "compare",
+        "densify",
         "doctor",
         "env",
         "evaluate",
