@@ -146,11 +146,17 @@ def test_position_deals_experts_out() -> None:
 
 
 def families(order: list[int], common: float) -> Tensor:
-    """Experts of some families, all with something large in common."""
+    """Experts of some families, long and short ones, all with something large in common."""
     draw = torch.Generator().manual_seed(4)
     parents = torch.randn(max(order) + 1, 60, generator=draw)
+    parents -= parents.mean(dim=0)
     shared = common * torch.randn(60, generator=draw)
-    return torch.stack([parents[one] + 0.3 * torch.randn(60, generator=draw) + shared for one in order])
+    lengths = [0.2 if number in (0, 2, 3) else 1.0 for number in range(len(order))]
+    own = [
+        length * (parents[one] + 0.3 * torch.randn(60, generator=draw))
+        for one, length in zip(order, lengths, strict=True)
+    ]
+    return torch.stack(own) + shared
 
 
 @pytest.mark.parametrize("common", [0.0, 5.0])
