@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from finemoe.evaluation.evaluate import evaluate
     from finemoe.generation.generate import Completion, generate
     from finemoe.methods.distillation.sampling import sample
+    from finemoe.methods.merging import densify
     from finemoe.methods.reward import rewards
     from finemoe.methods.upcycling import upcycle
     from finemoe.model.config import ModelConfig
@@ -49,6 +50,7 @@ _VERBS = {
     "check": "finemoe.runs.planning.check:check",
     "compare": "finemoe.studies.compare:compare",
     "data_excerpts": "finemoe.runs.excerpts:data_excerpts",
+    "densify": "finemoe.methods.merging:densify",
     "doctor": "finemoe.checkpoint.doctor.examine:examine",
     "env": "finemoe.runs.planning.machine:env",
     "evaluate": "finemoe.evaluation.evaluate:evaluate",
@@ -103,6 +105,7 @@ __all__ = [
     "check",
     "compare",
     "data_excerpts",
+    "densify",
     "doctor",
     "env",
     "evaluate",

@@ -12,54 +12,15 @@ from torch import Tensor
 
 import finemoe
 from finemoe.checkpoint.open import load_model
-from finemoe.checkpoint.run_state.state import RunState, save
 from finemoe.core.errors import CheckpointError, ConfigError
-from finemoe.methods.upcycling import UpcyclingConfig, compare, upcycle_layer, upcycle_weights, upcycled_config
-from finemoe.model.config import ModelConfig, expand
-from finemoe.model.initialize import initialize
-from finemoe.model.presets import resolve
+from finemoe.methods.upcycling import UpcyclingConfig, compare, copies_apart, upcycle_layer
 from finemoe.model.transformer import Transformer
-from finemoe.text import Tokenizer
-
-HIDDEN, WIDTH, VOCAB = 32, 48, 300
-TEXTS = ["def main(self):\n    return self.x + 1\n", "class A:\n    pass\n"] * 30
-
-
-def dense_config(**changes: Any) -> ModelConfig:
-    table = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "num_layers": 3,
-        "attention": {"kind": "grouped_query", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
-        "feed_forward": {"kind": "dense", "ffn_hidden_size": WIDTH},
-        "init_std": 0.2,
-        **changes,
-    }
-    return expand(resolve(table, "the test"))
-
-
-def drawn(config: ModelConfig, seed: int = 1) -> Transformer:
-    model = Transformer(config).eval()
-    initialize(model, seed=seed)
-    return model
-
-
-def upcycled(dense: Transformer, config: UpcyclingConfig) -> Transformer:
-    model = Transformer(upcycled_config(dense.config, config)).eval()
-    model.load_state_dict(dict(upcycle_weights(dense.state_dict(), dense.config, config)))
-    return model
+from methods.tiny_dense import HIDDEN, VOCAB, WIDTH, dense_config, drawn, run_of, upcycled
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dense") / "run"
-    folder.mkdir()
-    model = drawn(dense_config())
-    text = json.dumps({"model": model.config.model_dump(mode="json"), "data": {"sequence_length": 64}})
-    (folder / "config.json").write_text(text)
-    save(folder / "checkpoints", 1, RunState(model.state_dict(), {}, {"step": 1}, text), keep=1)
-    Tokenizer.train(TEXTS, vocab_size=VOCAB).save(folder / "tokenizer.json")
-    return folder
+    return run_of(tmp_path_factory.mktemp("dense") / "run", drawn(dense_config()))
 
 
 EXACT = {
@@ -211,3 +172,70 @@ def test_a_mixture_is_no_dense_model(run: Path, tmp_path: Path) -> None:
     finemoe.upcycle(run, tmp_path / "once", quiet=True)
     with pytest.raises(ConfigError, match="layer 0 is a mixture already"):
         finemoe.upcycle(tmp_path / "once", tmp_path / "twice", quiet=True)
+
+
+def apart_slowly(model: Transformer, config: UpcyclingConfig) -> tuple[float, float]:
+    """Mean and least relative distance, pair by pair, with each matrix on its own."""
+    found = []
+    for block in model.blocks:
+        experts = block.feed_forward.experts
+        for shard in range(config.routed):
+            for one in range(config.copies):
+                for other in range(one):
+                    a, b = one * config.routed + shard, other * config.routed + shard
+                    squares, norms = 0.0, [0.0, 0.0]
+                    for stack in (experts.gate_up_proj.detach(), experts.down_proj.detach()):
+                        squares += float(((stack[a].double() - stack[b].double()) ** 2).sum())
+                        norms = [n + float((stack[i].double() ** 2).sum()) for n, i in zip(norms, (a, b), strict=True)]
+                    found.append(squares**0.5 / ((norms[0] ** 0.5 + norms[1] ** 0.5) / 2))
+    return sum(found) / len(found), min(found)
+
+
+def train_a_little(model: Transformer, steps: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.train()
+    for _ in range(steps):
+        tokens = torch.randint(VOCAB, (2, 17), generator=draw)
+        logits = model.logits(model(tokens[:, :-1]).hidden)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+
+
+def test_equal_copies_part_when_they_see_different_tokens() -> None:
+    config = UpcyclingConfig(copies=3)
+    model = upcycled(drawn(dense_config()), config)
+    before = copies_apart(model, config)
+    assert (before.mean, before.least) == (0.0, 0.0)
+    train_a_little(model, 3)
+    after = copies_apart(model, config)
+    assert 1e-4 < after.least < after.mean < 0.1
+    assert (after.mean, after.least) == pytest.approx(apart_slowly(model, config))
+
+
+def test_noise_makes_copies_differ_at_once() -> None:
+    dense = drawn(dense_config())
+    for noise in (0.01, 0.05):
+        config = UpcyclingConfig(copies=4, noise=noise)
+        model = upcycled(dense, config)
+        found = copies_apart(model, config)
+        assert found.mean == pytest.approx(2**0.5 * noise, rel=0.1)  # of two independent ones
+        assert (found.mean, found.least) == pytest.approx(apart_slowly(model, config))
+
+
+def test_layers_that_stay_dense_have_no_copies() -> None:
+    config = UpcyclingConfig(copies=2, dense_layers=1, noise=0.1)
+    model = upcycled(drawn(dense_config(mtp_depth=1)), config)
+    assert copies_apart(model, config).least > 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"copies": 1}, "no other to differ from"), ({"copies": 4}, "layer 0 has 6 routed experts, and 4 copies of 3")],
+    ids=str,
+)
+def test_distances_are_of_copies_that_are_there(options: dict[str, Any], says: str) -> None:
+    model = upcycled(drawn(dense_config()), UpcyclingConfig(copies=2))
+    with pytest.raises(ConfigError, match=says):
+        copies_apart(model, UpcyclingConfig(**options))

@@ -53,6 +53,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "check",
         "compare",
         "data_excerpts",
+        "densify",
         "doctor",
         "env",
         "evaluate",

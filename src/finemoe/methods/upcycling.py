@@ -9,7 +9,7 @@ as any other, and where gates are normalised the sum is the dense layer's output
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,7 +204,7 @@ def upcycle_weights(
     What is not touched is passed on as it is; prediction modules stay dense.
     """
     for name, tensor in weights.items():
-        layer = _layer_of(name)
+        layer = layer_of(name)
         if layer is None or layer < config.dense_layers:
             yield name, tensor
     for layer in range(config.dense_layers, len(dense.blocks)):
@@ -214,7 +214,7 @@ def upcycle_weights(
             yield place + name, tensor
 
 
-def _layer_of(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
     """Of a tensor of a dense feed-forward layer of the main model; None of all others."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] == "blocks" and parts[2] == "feed_forward" else None
@@ -280,20 +280,92 @@ def upcycle(
         TensorSpec(name, weights[name].dtype if name in weights else torch.float32, shape)
         for name, shape in model_shapes(mixture).items()
     ]
+    made = upcycle_weights(weights, dense, config)
+    write_derived(source, place, mixture, specs, made, "upcycled", config.model_dump(mode="json"), quiet=quiet)
+    return Upcycled(place, mixture, *compare(model.float(), load_model(place)))
+
+
+def write_derived(
+    source: Path,
+    place: Path,
+    model: ModelConfig,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    kind: str,
+    how: Mapping[str, Any],
+    *,
+    quiet: bool,
+) -> None:
+    """Write the folder of a model that was made of the one at `source`, with the tokenizer and its companions.
+
+    Args:
+        source: what it was made of.
+        place: folder to make.
+        model: the new model.
+        specs: its tensors.
+        tensors: the same, by name.
+        kind: what it is: `upcycled`, `densified`.
+        how: it was made, JSON-able: an interrupted command goes on only where this is the same.
+        quiet: no progress on stderr.
+
+    Raises:
+        RunError: the disk is full or unwritable.
+    """
     home, tokenizer = text_home(source), load_tokenizer(source)
     files = {name: companion_of(home, name) for name in COMPANIONS if (home / name).exists()}
     nbytes = sum(spec.nbytes for spec in specs)
-    mark = fingerprint("upcycle", [], {}, [str(source.resolve()), config.model_dump(mode="json")])
-    about = {"family": "upcycled", "format": "upcycled"}
+    mark = fingerprint(kind, [], {}, [str(source.resolve()), how])
+    about = {"family": kind, "format": kind}
     with workspace(place, mark, nbytes, tensors=len(specs)) as folder, ImportedWriter(folder, specs, []) as writer:
-        with nullcontext(lambda _: None) if quiet else progress("upcycling", len(specs), "tensors") as advance:
-            for name, tensor in upcycle_weights(weights, dense, config):
+        with nullcontext(lambda _: None) if quiet else progress(kind, len(specs), "tensors") as advance:
+            for name, tensor in tensors:
                 writer.weights.write(name, tensor)
                 advance(1)
         ends = {"eos_token_id": list(tokenizer.stop_ids)} if tokenizer.stop_ids else {}
-        record = {"config": {"upcycled": config.model_dump(mode="json"), **ends}, "tensors": {}}
-        writer.finish(mixture, about, record, files, quiet=True)
-    return Upcycled(place, mixture, *compare(model.float(), load_model(place)))
+        record = {"config": {kind: how, **ends}, "tensors": {}}
+        writer.finish(model, about, record, files, quiet=True)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How far the copies of one shard are from each other: ||a - b|| over the mean of ||a|| and ||b||."""
+
+    mean: float
+    """Over all pairs of copies, shards and layers; 0 where all copies are equal."""
+    least: float
+    """Of the two copies that are nearest to each other."""
+
+
+@torch.no_grad()
+def copies_apart(model: Transformer, config: UpcyclingConfig) -> Apart:
+    """How different the copies have become: of all weights of an expert together, gate, up and down.
+
+    Args:
+        model: that upcycling made, trained since or not.
+        config: what it was made with.
+
+    Raises:
+        ConfigError: a layer does not have the experts that `config` makes, or there is one copy alone.
+    """
+    if config.copies < 2:
+        raise ConfigError("copies 1: a single copy has no other to differ from")
+    found = []
+    for number in model.config.moe_layers:
+        layer = model.moe_layers[number]
+        experts = layer.experts
+        if layer.config.num_routed_experts != config.copies * config.routed:
+            raise ConfigError(
+                f"layer {number} has {layer.config.num_routed_experts} routed experts, and {config.copies} copies of "
+                f"{config.routed} shards are {config.copies * config.routed}: name what it was upcycled with"
+            )
+        flat = torch.cat((experts.gate_up_proj.flatten(1), experts.down_proj.flatten(1)), dim=1).double()
+        for copies in flat.unflatten(0, (config.copies, config.routed)).unbind(1):
+            lengths = copies.norm(dim=-1)
+            for one in range(config.copies):
+                gaps = (copies[one + 1 :] - copies[one]).norm(dim=-1)
+                found.append(gaps / (0.5 * (lengths[one + 1 :] + lengths[one])))
+    pairs = torch.cat(found)
+    return Apart(pairs.mean().item(), pairs.min().item())
 
 
 @torch.inference_mode()
