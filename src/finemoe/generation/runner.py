@@ -6,7 +6,7 @@ prompt. With `steady`, passes are shaped so that what a sequence gets depends on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
@@ -234,6 +234,13 @@ class Runner:
             positions = starts + torch.arange(width)
             yield Group(first, positions.to(device), tables.to(device), self._size)
             first, begin = first + width * len(part), end
+
+
+def cache_bytes(model: Transformer, lengths: Iterable[int]) -> int:
+    """What keys and values of sequences of `lengths` tokens take together, so that free memory does not matter."""
+    blocks = sum(length // BLOCK_SIZE + 2 for length in lengths)
+    numbers = sum(one.attention.cache_elements_per_token() for one in [*model.config.blocks, *model.config.mtp])
+    return blocks * BLOCK_SIZE * numbers * model.embedding.weight.dtype.itemsize
 
 
 def blocks_for(model: Transformer, size: int, dtype: torch.dtype | None, given: int | None) -> int:

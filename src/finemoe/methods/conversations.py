@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,8 +116,11 @@ class Conversations:
     def report(self) -> Mapping[str, Any]:
         """What was read, cut and left out."""
         sides = {"train": self.train, "validation": self.validation}
+        template = self.prepared.template
+        said = repr((sorted(template.sources.items()), sorted(template.special_tokens.items())))
         return {
             **self.prepared.report,
+            "template_sha256": hashlib.sha256(said.encode("utf-8", "replace")).hexdigest(),
             "too_long": {side: {"cut": one.fitted.cut, "dropped": one.fitted.dropped} for side, one in sides.items()},
             "bins": len(self.train.bins),
         }

@@ -13,6 +13,7 @@ from finemoe.data import PreparedData, prepare
 from finemoe.data.corpora import CorpusConfig
 from finemoe.generation.config import SamplingConfig
 from finemoe.generation.engine import Engine
+from finemoe.generation.runner import cache_bytes
 from finemoe.methods.conversations import Conversations
 from finemoe.methods.setting import Setting
 from finemoe.model.transformer import Transformer
@@ -84,7 +85,7 @@ class Sampling:
             end_of_text_id=tokenizer.end_of_text_id,
             stop_ids=tokenizer.stop_ids,
             vocab_size=tokenizer.vocab_size,
-            cache_bytes=64 << 20,
+            cache_bytes=cache_bytes(model, [len(prompt) + self.tokens for prompt in self.prompts]),
             tokenizer=tokenizer,
         )
         sampling = SamplingConfig(temperature=0, max_new_tokens=self.tokens)

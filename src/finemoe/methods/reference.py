@@ -26,7 +26,7 @@ from finemoe.model.transformer import Transformer
 from finemoe.training.losses.coefficients import Places
 from finemoe.training.method import Method, Saved
 
-_VERSION = 1
+_VERSION = 2
 _TOKENS = 8192  # per forward pass
 
 
@@ -114,21 +114,16 @@ class Reference:
 
     def _key(self, model: Transformer) -> str:
         """A hash of the weights and of what is read with them."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(model.config.model_dump_json().encode())
         for name, tensor in model.state_dict().items():
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        report = self._data.report
-        names = ("corpus_sha256", "tokenizer_sha256", "template", "items", "tokens", "trained_tokens")
-        facts = (
-            _VERSION,
-            torch.is_autocast_enabled("cpu"),
-            torch.is_autocast_enabled("cuda"),
-            *(report[n] for n in names),
-        )
-        digest.update(repr((facts, self._data.train.sequence_length)).encode())
-        for stored in (self._data.train.stored, self._data.validation.stored):
-            digest.update(np.ascontiguousarray(stored.starts).tobytes())
+        facts = (_VERSION, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+        digest.update(repr((*facts, self._data.train.sequence_length)).encode())
+        for stored in (self._data.train.stored, self._data.validation.stored):  # a template may change under its name
+            for column in (stored.starts, stored.tokens, stored.trained):
+                digest.update(f"{column.shape}{column.dtype}".encode())
+                digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()[:32]
 
 

@@ -14,6 +14,8 @@ from finemoe.training.method import Group, Selected
 from finemoe.training.muon import Muon
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+ROWS = ".rows"
+"""Behind the name of a stack: some of its matrices, which are trained in its place."""
 RATE_FACTOR = "learning_rate_factor"
 """In every group of parameters: what the learning rate of the step is multiplied by."""
 
@@ -93,7 +95,7 @@ _NO_MATRIX = ("embedding.weight", "head.weight")
 
 def _stacked(name: str) -> int:
     """Matrices that lie above each other in one: gate above up, in the experts."""
-    return 2 if name.endswith("gate_up_proj") else 1
+    return 2 if name.removesuffix(ROWS).endswith("gate_up_proj") else 1
 
 
 def _groups(selected: Sequence[Selected], weight_decay: float) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from checkpoint.adapters.tuned_runs import base_of, logits, select, tune
 from finemoe.checkpoint.adapters.files import export_adapter, merge
 from finemoe.checkpoint.adapters.peft import from_peft
+from finemoe.checkpoint.adapters.tuned import Base
 from finemoe.checkpoint.huggingface.exporting import export_hf
 from finemoe.checkpoint.huggingface.families import FAMILIES
 from finemoe.checkpoint.open import load_model, load_tokenizer
@@ -139,6 +140,17 @@ def test_another_model_of_the_same_shape_is_refused(folder: Path, tmp_path: Path
     with pytest.raises(CheckpointError, match="has the right shape and other routers"):
         merge(tmp_path / "other", tmp_path / "delta", tmp_path / "merged", quiet=True)
     assert not (tmp_path / "merged").exists()
+
+
+def test_dense_models_are_told_from_each_other_by_their_embeddings(folder: Path) -> None:
+    """A dense model has no routers that could differ."""
+    model = load_model(base_of(folder, "dense"))
+    known = Base.of(model)
+    known.require(model.bfloat16(), "adapter", folder)
+    with torch.no_grad():
+        model.embedding.weight[3] += 1
+    with pytest.raises(CheckpointError, match="has the right shape and other embeddings"):
+        known.require(model, "adapter", folder)
 
 
 def test_a_delta_holds_the_chosen_experts_alone(folder: Path, tmp_path: Path, esft: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,12 +31,20 @@ class Base(Config):
     """What a model must have in common with the one that was tuned: tuning leaves routers and shapes as they are."""
 
     router_sha256: str
+    embedding_sha256: str
+    """It tells dense models from each other, which have no routers; no adapter changes it."""
     model: ModelShape
 
     @classmethod
     def of(cls, model: Transformer) -> Self:
         """Of a tuned model, or of the one it began as: they have the same."""
-        return cls(router_sha256=router_fingerprint(model), model=shape_of(model.config))
+        # rounded, as a base may be stored so
+        values = model.embedding.weight.detach().cpu().bfloat16().contiguous().view(torch.int16)
+        return cls(
+            router_sha256=router_fingerprint(model),
+            embedding_sha256=hashlib.sha256(values.numpy().data).hexdigest(),
+            model=shape_of(model.config),
+        )
 
     def require(self, model: Transformer, what: str, base: Path) -> None:
         """Refuse a base that was not tuned so.
@@ -45,14 +55,15 @@ class Base(Config):
             base: as the message names it.
 
         Raises:
-            CheckpointError: it has another shape, or other routers.
+            CheckpointError: it has another shape, or other routers or embeddings.
         """
         here = Base.of(model)
         if here.model != self.model:
             raise CheckpointError(f"{what}: made for a model of another shape than {base} has; name the one it tuned")
-        if here.router_sha256 != self.router_sha256:
+        if here != self:
+            other = "routers" if here.router_sha256 != self.router_sha256 else "embeddings"
             raise CheckpointError(
-                f"{what}: {base} has the right shape and other routers, so it is not the model that was tuned; name "
+                f"{what}: {base} has the right shape and other {other}, so it is not the model that was tuned; name "
                 "the one that the run had as start_from"
             )
 

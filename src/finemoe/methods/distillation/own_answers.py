@@ -20,7 +20,7 @@ from finemoe.data.conversations.packing import Packer, fit
 from finemoe.data.conversations.prepare import prepare_conversations
 from finemoe.generation.config import SamplingConfig
 from finemoe.generation.engine import Engine, Request
-from finemoe.generation.runner import BLOCK_SIZE
+from finemoe.generation.runner import cache_bytes
 from finemoe.methods.conversations import Conversations, speech_of
 from finemoe.methods.setting import Setting
 from finemoe.model.transformer import Transformer
@@ -175,7 +175,7 @@ class OwnAnswers:
             end_of_text_id=self.tokenizer.end_of_text_id,
             stop_ids=self.tokenizer.stop_ids,
             vocab_size=self.tokenizer.vocab_size,
-            cache_bytes=_cache_bytes(model, batch),
+            cache_bytes=cache_bytes(model, [len(prompt) + batch.room for prompt in batch.prompts]),
             max_sequences=len(batch.prompts),
         )
         sampling = SamplingConfig(seed=derive(self.seed, "own answers"), max_new_tokens=batch.room)
@@ -190,11 +190,3 @@ class OwnAnswers:
                 if event.finish_reason is not None:
                     done[event.sequence.id] = event.sequence.completion
         return [done[one] for one in ids]
-
-
-def _cache_bytes(model: Transformer, batch: Prompts) -> int:
-    """What keys and values of all prompts and their answers take: how much memory is free must not matter."""
-    blocks = sum((len(prompt) + batch.room) // BLOCK_SIZE + 2 for prompt in batch.prompts)
-    parts = [*model.config.blocks, *model.config.mtp]
-    numbers = sum(one.attention.cache_elements_per_token() for one in parts)
-    return blocks * BLOCK_SIZE * numbers * model.embedding.weight.dtype.itemsize

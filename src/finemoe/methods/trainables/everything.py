@@ -8,10 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from finemoe.core.errors import ConfigError
 from finemoe.methods.setting import Setting, TrainableConfig
 from finemoe.methods.trainables.parts import matches, require_known
 from finemoe.model.transformer import Transformer
 from finemoe.training.method import Group, Method, Prepare
+
+_ROUTERS = tuple(f"blocks.{layer}.feed_forward.router.weight" for layer in range(256))
+"""Names that a glob may match, whatever model it is for."""
 
 
 class EverythingConfig(TrainableConfig):
@@ -24,8 +28,8 @@ class EverythingConfig(TrainableConfig):
 
     @property
     def moves_routers(self) -> bool:
-        """Whether routers are trained: where they are not, their biases stay too."""
-        return "routers" not in self.freeze
+        """Whether all routers are trained: where any is not, biases stay too."""
+        return not any(matches(name, self.freeze) for name in _ROUTERS)
 
 
 class NamesConfig(TrainableConfig):
@@ -38,8 +42,8 @@ class NamesConfig(TrainableConfig):
 
     @property
     def moves_routers(self) -> bool:
-        """Whether routers are trained: where they are not, their biases stay too."""
-        return "routers" in self.train
+        """Whether all routers are trained: where any is not, biases stay too."""
+        return all(matches(name, self.train) for name in _ROUTERS)
 
 
 def everything(config: EverythingConfig, method: Method[Any], setting: Setting) -> Method[Any]:
@@ -49,7 +53,9 @@ def everything(config: EverythingConfig, method: Method[Any], setting: Setting) 
     notes = (f"frozen: {', '.join(config.freeze)}",)
     wanted = _only(method, lambda name: not matches(name, config.freeze))
     return replace(
-        wanted, prepare=(*method.prepare, _check(config.freeze, "trainable.freeze")), notes=method.notes + notes
+        wanted,
+        prepare=(*method.prepare, _check(wanted, config.freeze, "trainable.freeze", "freeze less")),
+        notes=method.notes + notes,
     )
 
 
@@ -58,7 +64,9 @@ def names(config: NamesConfig, method: Method[Any], setting: Setting) -> Method[
     wanted = _only(method, lambda name: matches(name, config.train))
     notes = (f"trained: {', '.join(config.train)}; all else stays as it is",)
     return replace(
-        wanted, prepare=(*method.prepare, _check(config.train, "trainable.train")), notes=method.notes + notes
+        wanted,
+        prepare=(*method.prepare, _check(wanted, config.train, "trainable.train", "name more")),
+        notes=method.notes + notes,
     )
 
 
@@ -69,8 +77,16 @@ def _only(method: Method[Any], wanted: Callable[[str], bool]) -> Method[Any]:
     return replace(method, select=select)
 
 
-def _check(wanted: tuple[str, ...], field: str) -> Prepare:
+def _check(method: Method[Any], wanted: tuple[str, ...], field: str, mend: str) -> Prepare:
+    """Refuse names that the model has not, and a run in which nothing would train."""
+
     def check(model: Transformer, begins: bool) -> None:
         require_known(model, wanted, field)
+        names = [name for name, _ in model.named_parameters()]
+        if any(method.select(name) is not None for name in names):
+            return
+        frozen = any(name.startswith("mtp.") for name in names) and method.select("mtp.") is None
+        said = '; prediction modules train with method.mtp = "train"' if frozen else ""
+        raise ConfigError(f"{field}: nothing of the model is left to train: {mend}{said}")
 
     return check

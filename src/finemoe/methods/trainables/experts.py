@@ -14,11 +14,13 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from finemoe.checkpoint.selection import read_selection
-from finemoe.core.errors import ConfigError
+from finemoe.checkpoint.selection import ExpertSelection, read_selection, router_fingerprint
+from finemoe.core.errors import CheckpointError, ConfigError
+from finemoe.core.logs import logger
 from finemoe.methods.setting import Setting, TrainableConfig
 from finemoe.model.transformer import Transformer
-from finemoe.training.method import Group, Method, Saved, Selected
+from finemoe.training.method import Group, Method, Prepare, Saved, Selected
+from finemoe.training.optimizers import ROWS
 
 _STACKS = ("gate_up_proj", "down_proj")
 
@@ -61,7 +63,7 @@ class ExpertRows:
             rows = nn.Parameter(one.parameter.detach()[ids].clone())
             self._rows[one.name] = (one.parameter, rows, ids)
             one.parameter.register_post_accumulate_grad_hook(_into_rows(rows, ids))
-            made.append(Selected(f"{one.name}.rows", rows, one.group))
+            made.append(Selected(one.name + ROWS, rows, one.group))
         return made
 
     @torch.no_grad()
@@ -77,7 +79,16 @@ class ExpertRows:
 
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
-        """As saved; the stacks hold them already."""
+        """As saved; the stacks hold them already.
+
+        Raises:
+            CheckpointError: the selection names other experts now than those that were saved.
+        """
+        if saved.values["experts"] != self.state().values["experts"]:
+            raise CheckpointError(
+                "trainable.selection does not name the experts any more that this run began with, and their rows would "
+                "be written over others: put the file back, or start a new run"
+            )
         for name, (_, rows, _) in self._rows.items():
             rows.copy_(saved.tensors[name])
 
@@ -100,6 +111,21 @@ def _into_rows(rows: nn.Parameter, ids: Tensor) -> Any:
     return move
 
 
+def compare(path: str, selection: ExpertSelection) -> Prepare:
+    """Say where a run begins whose routers are not those that the selection was measured with."""
+
+    def check(model: Transformer, begins: bool) -> None:
+        if begins and router_fingerprint(model) != selection.router_sha256:
+            logger.warning(
+                "trainable.selection %s was measured on %s, whose routers differ from this model's: its experts may "
+                "not be those that the task needs here; `finemoe analyze relevance` on start_from selects again",
+                path,
+                selection.source,
+            )
+
+    return check
+
+
 def build(config: ExpertsConfig, method: Method[Any], setting: Setting) -> Method[Any]:
     """`method` that moves nothing but the chosen experts.
 
@@ -119,6 +145,7 @@ def build(config: ExpertsConfig, method: Method[Any], setting: Setting) -> Metho
     return replace(
         method,
         select=rows.select,
+        prepare=(*method.prepare, compare(config.selection, selection)),
         stand_ins=(*method.stand_ins, rows),
         after_update=(*method.after_update, rows.after_update),
         state={**method.state, "experts": rows},

@@ -23,6 +23,7 @@ from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.core.errors import CheckpointError, ConfigError
 from finemoe.core.seeds import generator
 from finemoe.methods.setting import Setting, TrainableConfig
+from finemoe.methods.trainables.experts import compare
 from finemoe.methods.trainables.parts import PARTS, matches
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
@@ -224,9 +225,11 @@ def build(config: LoRAConfig, method: Method[Any], setting: Setting) -> Method[A
     def select(name: str) -> Group | None:
         return method.select(name) if name in ranks else None
 
+    prepare = () if selection is None else (compare(str(config.selection), selection),)
     return replace(
         method,
         select=select,
+        prepare=(*method.prepare, *prepare),
         stand_ins=(*method.stand_ins, factors),
         keeps_base=True,
         after_update=(*method.after_update, factors.after_update),
