@@ -145,7 +145,7 @@ def test_biases_move_in_fine_tuning_alone_unless_a_recipe_says_so(base: Path, tm
     assert torch.equal(start, weights(run(base, tmp_path / "dpo", "dpo"))[name])
     moved = run(base, tmp_path / "moved", "dpo", balancing={"rate": 0.01})
     assert not torch.equal(start, weights(moved)[name])
-    with pytest.raises(ConfigError, match=r"\[balancing\] is set, and trainable.kind 'everything' leaves the routers"):
+    with pytest.raises(ConfigError, match=r"\[balancing\] is set, and trainable.kind 'everything' leaves routers"):
         run(base, tmp_path / "no", trainable={"freeze": ["routers"]}, balancing={"rate": 0.01})
 
 
@@ -296,3 +296,9 @@ def test_what_is_forgotten_is_measured_beside(base: Path, corpus: Path, tmp_path
     assert losses[0] == pytest.approx(before, rel=0.05)  # the same text, cut otherwise
     assert losses[-1] != losses[0]
     assert json.loads((found / "summary.json").read_text())["final_general_loss"] == losses[-1]
+
+
+def test_prediction_modules_are_no_experts(base: Path, tmp_path: Path) -> None:
+    chosen = select(base, tmp_path / "selection.json", {1: (6, 2)})
+    with pytest.raises(ConfigError, match=r'method.mtp = "train" trains prediction modules, .* use "freeze" or "drop"'):
+        run(base, tmp_path / "run", own={"mtp": "train"}, trainable={"kind": "experts", "selection": str(chosen)})

@@ -98,7 +98,7 @@ class Preference:
             loss = loss - config.nll * mean[:, 0]
             signed = signed + config.nll * torch.stack((1 / lengths[0::2], torch.zeros_like(slope)), dim=1).flatten()
         figures = {
-            "accuracy": (apart > 0).float(),
+            "accuracy": (apart > 0).float() + 0.5 * (apart == 0),
             "margin": config.beta * apart,
             "accuracy_per_token": (mean[:, 0] > mean[:, 1]).float(),
             "longer_wins": (lengths[0::2] > lengths[1::2]).float() + 0.5 * (lengths[0::2] == lengths[1::2]).float(),

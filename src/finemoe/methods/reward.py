@@ -85,8 +85,12 @@ class Judge:
             slopes = torch.stack((rewards[:, 0].sigmoid() - 1, rewards[:, 1].sigmoid()), dim=1)
         by_reward = slopes.flatten()
         coefficients = torch.stack((-by_reward, by_reward), dim=1).flatten()
-        figures = {"accuracy": (apart > 0).float(), "margin": apart, "chosen_reward": rewards[:, 0],
-                   "rejected_reward": rewards[:, 1]}  # fmt: skip
+        figures = {
+            "accuracy": (apart > 0).float() + 0.5 * (apart == 0),
+            "margin": apart,
+            "chosen_reward": rewards[:, 0],
+            "rejected_reward": rewards[:, 1],
+        }
         return Worth(coefficients, loss.sum(), {name: one.sum() for name, one in figures.items()})
 
 

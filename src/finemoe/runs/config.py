@@ -130,8 +130,13 @@ class RunConfig(Config):
             raise ValueError("[balancing] is set, and no router of the model has a selection bias: leave it out")
         if self.balancing is not None and not self.trainable.moves_routers:
             raise ValueError(
-                f"[balancing] is set, and trainable.kind {self.trainable.kind!r} leaves the routers as they are: leave "
+                f"[balancing] is set, and trainable.kind {self.trainable.kind!r} leaves routers as they are: leave "
                 "[balancing] out"
+            )
+        if self.trainable.kind == "experts" and getattr(self.method, "mtp", None) == "train":
+            raise ValueError(
+                'method.mtp = "train" trains prediction modules, and trainable.kind "experts" nothing but experts: use '
+                '"freeze" or "drop"'
             )
         if self.mtp is not None and not self.model.mtp:
             raise ValueError("[mtp] is set, and the model has no module for it: set model.mtp_depth, or leave it out")

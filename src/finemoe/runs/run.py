@@ -120,9 +120,10 @@ def _resume(directory: Path, before: RunConfig, config: RunConfig, quiet: bool) 
     had, now = _recorded_data(directory / "data.json"), method.data.report
     changed = [key for key in now if key.endswith("sha256") and had and had.get(key) != now[key]]
     if changed:
+        what = " and ".join(_BEGAN_WITH.get(key, key) for key in changed)
         raise RunError(
-            f"{directory}: the corpus is not the one this run began with ({', '.join(changed)} differ); "
-            "put it back, or start a new run"
+            f"{directory}: {what} {'are' if changed[1:] else 'is'} not what this run began with ({', '.join(changed)} "
+            "differ); put it back, or start a new run"
         )
     saved = _newest(directory, before)
     if config != before:
@@ -131,6 +132,12 @@ def _resume(directory: Path, before: RunConfig, config: RunConfig, quiet: bool) 
         say_length(before, config, done)
     describe(directory, config, method.data)  # whatever a kill left out while the directory was being made
     return _run(config, method, directory, kernels_for(config, saved), saved, quiet)
+
+
+_BEGAN_WITH = {
+    "corpus_sha256": "the corpus", "tokenizer_sha256": "the tokenizer", "template_sha256": "the chat template",
+    "teacher_sha256": "the teacher",
+}  # fmt: skip
 
 
 def _recorded_data(path: Path) -> dict[str, Any] | None:

@@ -46,7 +46,7 @@ class Rows:
 
 def setting_of(config: ModelConfig) -> Setting:
     data = DataConfig(sequence_length=LENGTH)
-    return Setting(config, data, None, SEED, SEQUENCES, NORM, BalancingConfig(rate=0.0), MTPLossConfig())
+    return Setting(config, data, None, SEED, SEQUENCES, None, NORM, BalancingConfig(rate=0.0), MTPLossConfig())
 
 
 def double_model(config: ModelConfig | None = None) -> Transformer:

@@ -114,7 +114,7 @@ def test_resumed_fine_tuning_is_the_unbroken_run_to_the_bit(
 
 def test_by_expert_biases_are_left_alone_and_refused(corpus: Path) -> None:
     by_expert = {"kind": "child", "mode": "D", "granularity": "expert"}
-    with pytest.raises(ConfigError, match="leaves the routers as they are"):
+    with pytest.raises(ConfigError, match="leaves routers as they are"):
         resolve_run(recipe(corpus, "v3", trainable=by_expert), "recipe")
     raw = recipe(corpus, "v3", trainable=by_expert)
     raw.pop("balancing")

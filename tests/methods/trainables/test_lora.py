@@ -59,7 +59,7 @@ def plain() -> Method[TokenBatch]:
 
 def setting_of(config: ModelConfig, start_from: str | None = "the/base") -> Setting:
     balancing = BalancingConfig(rate=0.0)
-    return Setting(config, DataConfig(), start_from, 0, 4, 1.0, balancing, MTPLossConfig())
+    return Setting(config, DataConfig(), start_from, 0, 4, None, 1.0, balancing, MTPLossConfig())
 
 
 def adapted(model: Transformer, micro: int = 4, **options: Any) -> Trainer:
