@@ -1,4 +1,4 @@
-"""Every method with every choice of what may move: it trains, is stopped anywhere, and goes on to the bit."""
+"""Every method with every choice of what may move: it trains, is torn away in a step, and goes on to the bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finemoe.runs.run import resume, train
 from finemoe.training.report import StepReport
 from finemoe.training.trainer import Trainer
 from methods.tiny_talks import adapting, begin, select, weights, write_pairs
-from runs.tiny_runs import assert_same_run, corpus, recipe, steps
+from runs.tiny_runs import assert_same_run, checkpoints, corpus, recipe, steps
 
 __all__ = ["corpus"]
 
@@ -50,14 +50,19 @@ def test_every_kind_is_tried() -> None:
     assert set(MOVE) == set(TRAINABLES)
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+class Killed(BaseException):
+    """What a kill leaves behind: nothing is saved on the way out."""
+
+
+def kill_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The next run is torn away in the middle of `step`, after the update."""
     original = Trainer.step
 
     def stepping(trainer: Trainer, *arguments: Any) -> StepReport:
         report = original(trainer, *arguments)
         if report.step == step:
-            trainer.request_stop()
             monkeypatch.setattr(Trainer, "step", original)
+            raise Killed
         return report
 
     monkeypatch.setattr(Trainer, "step", stepping)
@@ -65,7 +70,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize("moving", MOVE)
 @pytest.mark.parametrize("method", ADAPT)
-def test_stopped_and_resumed_is_the_unbroken_run(
+def test_torn_away_and_resumed_is_the_unbroken_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, moving: str
 ) -> None:
     raw = adapting(
@@ -75,8 +80,10 @@ def test_stopped_and_resumed_is_the_unbroken_run(
         trainable={"kind": moving, **MOVE[moving](base.parent)},
     )
     train(raw, out=tmp_path / "unbroken", quiet=True)
-    stop_after(monkeypatch, 3)
-    assert train(raw, out=tmp_path / "broken", quiet=True).interrupted
+    kill_in(monkeypatch, 5)  # when that of step 4 was begun, the checkpoint of step 2 is there
+    with pytest.raises(Killed):
+        train(raw, out=tmp_path / "broken", quiet=True)
+    assert checkpoints(tmp_path / "broken")
     assert not resume(tmp_path / "broken", quiet=True).interrupted
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
     trained = steps(tmp_path / "unbroken")
