@@ -232,6 +232,10 @@ class ChatTemplate:
         """Whether it says itself what the assistant wrote."""
         return re.search(r"\{%-?\s*generation\b", self._source(has_tools)) is not None
 
+    def mentions(self, word: str, has_tools: bool) -> bool:
+        """Whether it can write what a message or a call has under that name."""
+        return re.search(rf"\b{re.escape(word)}\b", self._source(has_tools)) is not None
+
     def _source(self, has_tools: bool) -> str:
         wanted = TOOL_USE if has_tools and TOOL_USE in self.sources else DEFAULT
         if wanted not in self.sources:

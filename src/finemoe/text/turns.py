@@ -127,6 +127,7 @@ def _together(template: ChatTemplate, wanted: Mapping[int, Asked]) -> dict[int, 
 def _encoding(
     template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], has_tools: bool
 ) -> Encoding:
+    _require_words_for(template, messages, has_tools)
     kept, marks = guard(tokenizer, [_plain(message) for message in messages], 3)
     wanted = [message.get("train", True) for message in messages if message["role"] == "assistant"]
     by_marks = template.says_who_wrote(has_tools)
@@ -146,6 +147,21 @@ def _encoding(
         ids += own
         trained += [n < upto for n in range(len(own))]
     return Turns(tuple(ids), tuple(trained))
+
+
+def _require_words_for(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], has_tools: bool) -> None:
+    """Refuse what the template would leave out without a word: a model would learn to say nothing in its place.
+
+    Raises:
+        DataError: there are tools, or calls of them, and it writes none.
+    """
+    called = any(message.get("tool_calls") for message in messages)
+    for word, there in (("tools", has_tools), ("tool_calls", called)):
+        if there and not template.mentions(word, has_tools):
+            raise DataError(
+                f"{template.origin}: writes no `{word}`, which the conversation has: use a model whose template does, "
+                "or leave them out of the data"
+            )
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:

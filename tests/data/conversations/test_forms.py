@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from typing import Any
 
 import pytest
@@ -121,6 +122,33 @@ def test_systems_inputs_and_histories() -> None:
     assert [one["content"] for one in given.messages] == ["own", "x"]
 
 
+@pytest.mark.parametrize("beside", [{}, {"system": "Be brief."}])
+@pytest.mark.parametrize("prompt", ["1 + 1?", "1 + 1? ", ASKED])
+def test_answers_that_repeat_the_prompt_ask_it_once(beside: dict[str, Any], prompt: Any) -> None:
+    wrong = [*ASKED, {"role": "assistant", "content": "3"}]
+    pair = read({**beside, "prompt": prompt, "chosen": ANSWERED, "rejected": wrong}).pair
+    assert pair is not None
+    assert [one["role"] for one in pair.prompt.messages] == [*(["system"] if beside else []), "user"]
+    assert [one["content"] for one in (*pair.chosen, *pair.rejected)] == ["2", "3"]
+
+
+def test_scores_that_are_no_numbers_rank_nothing() -> None:
+    answers = [{"response": "c", "score": math.nan}, {"response": "a", "score": 2}, {"response": "b", "score": 1}]
+    pair = read({"prompt": "x", "completions": answers}).pair
+    assert pair is not None
+    assert (pair.chosen[0]["content"], pair.rejected[0]["content"], pair.margin) == ("a", "b", 1)
+
+
+def test_what_tables_of_the_hub_make_of_fields_is_understood() -> None:
+    turns = [{"role": None, "from": "human", "value": "x"}, {"role": None, "from": "gpt", "value": "y"}]
+    said = read({"conversations": turns, "tools": json.dumps(TOOLS)}).conversation
+    assert said is not None
+    assert ([one["role"] for one in said.messages], list(said.tools)) == (["user", "assistant"], TOOLS)
+    said = read({"instruction": "x", "input": "", "context": "more", "output": "y"}).conversation
+    assert said is not None
+    assert said.messages[0]["content"] == "x\n\nmore"
+
+
 @pytest.mark.parametrize(
     ("record", "says"),
     [
@@ -149,6 +177,13 @@ def test_systems_inputs_and_histories() -> None:
             {"prompt": "x", "completions": [{"response": "a", "score": 1}, {"response": "b", "score": 1}]},
             "have the score 1: none is better",
         ),
+        ({"messages": [ASKED[0], {**ANSWERED[1], "weight": 0.5}]}, r"`messages\[1\].weight` is 0.5: write 0 or 1"),
+        ({"prompt": "1 + 2?", "chosen": ANSWERED, "rejected": ANSWERED}, "`chosen` begins with another user message"),
+        (
+            {"prompt": "x", "completions": [{"response": "a", "score": math.nan}, {"response": "b", "score": 1}]},
+            "two answers with a score each",
+        ),
+        ({"instruction": "x", "output": "y", "history": math.nan}, "`history` must be a list of questions and answers"),
         ({"instruction": "x", "output": "y", "history": ["a"]}, r"`history\[0\]` must be a question and its answer"),
     ],
     ids=str,

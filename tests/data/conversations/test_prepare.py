@@ -199,3 +199,13 @@ def test_rendered_together_is_rendered_alone_and_one_that_fails_fails_alone(toke
     assert isinstance(found[1], DataError)
     for number in (0, 2, 3):
         assert found[number] == encode_turns(template, tokenizer, messages[number])
+
+
+def test_calls_that_the_template_cannot_write_are_no_silence_to_learn(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    call = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
+    silent = [{"messages": [{"role": "user", "content": f"{word}?"}, {"role": "assistant", "tool_calls": call}]}
+              for word in WORDS]  # fmt: skip
+    with pytest.raises(DataError, match="writes no `tool_calls`"):
+        prepared(tokenizer, tmp_path, [lines(tmp_path / "calls.jsonl", silent)])
+    with pytest.raises(DataError, match="writes no `tools`"):
+        prepared(tokenizer, tmp_path, [lines(tmp_path / "tools.jsonl", [{**one, "tools": call} for one in talks()])])

@@ -94,7 +94,7 @@ def _plan(said: Said, want: Kind) -> _Plan:
     asked = pair.prompt.messages if pair is not None else conversation.messages if conversation is not None else ()
     if want == "conversation":
         if pair is None and said.kind != "conversation":
-            raise FormError(f"it is in the form `{said.form}`, which holds a question and no answer to learn")
+            raise FormError(f"it is read as `{said.form}`, and ends with a question and no answer to learn")
         return _Plan(said, ((*asked, *(pair.chosen if pair is not None else ())),), tools)
     while asked and asked[-1]["role"] == "assistant":
         asked = asked[:-1]

@@ -6,6 +6,8 @@ line in FORMS. A record in no form, or with something wrong in it, is named with
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -102,7 +104,8 @@ def messages_of(turns: Any, where: str) -> tuple[Message, ...]:
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping):
         raise FormError(f"`{where}` is no message: it must have a role and content")
-    said, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    said, content = (next((turn[name] for name in names if turn.get(name) is not None), None)
+                     for names in (("role", "from"), ("content", "value")))  # fmt: skip
     role = _ROLES.get(str(said).lower())
     if role is None:
         raise FormError(f"`{where}` has the role {said!r}; known are {', '.join(dict.fromkeys(_ROLES.values()))}")
@@ -110,7 +113,9 @@ def _message(turn: Any, where: str) -> Message:
     for name in _KEPT:
         if turn.get(name) is not None:
             message[name] = turn[name]
-    if "weight" in turn and turn["weight"] in (0, 1):  # as OpenAI's own files have it
+    if turn.get("weight") is not None:  # as OpenAI's own files have it
+        if turn["weight"] not in (0, 1):
+            raise FormError(f"`{where}.weight` is {turn['weight']!r}: write 0 or 1")
         message["train"] = bool(turn["weight"])
     if "train" in message and not isinstance(message["train"], bool):
         raise FormError(f"`{where}.train` is {message['train']!r}: write true or false")
@@ -150,6 +155,13 @@ def _ends_with_assistant(messages: tuple[Message, ...], where: str) -> tuple[Mes
 
 def _tools(record: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     tools = record.get("tools") or ()
+    if isinstance(tools, str):  # as datasets of the hub have them, whose tables know no open schema
+        try:
+            tools = json.loads(tools) or ()
+        except (ValueError, RecursionError) as error:
+            raise FormError(
+                f"`tools` must be a list of JSON schemas, and is a text that is no JSON: {error}"
+            ) from error
     if not isinstance(tools, Sequence) or isinstance(tools, str) or not all(isinstance(one, Mapping) for one in tools):
         raise FormError("`tools` must be a list of JSON schemas")
     return tuple(dict(one) for one in tools)
@@ -189,7 +201,7 @@ def _scored(record: Mapping[str, Any]) -> Pair | None:
 def _score(answer: Mapping[str, Any]) -> float | None:
     for name in ("overall_score", "score", "rating", "reward", "fine-grained_score"):
         value = answer.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     return None
 
@@ -221,8 +233,18 @@ def _answer(value: Any, prompt: Conversation, where: str) -> tuple[Message, ...]
     if isinstance(value, str):
         return (_said("assistant", value),)
     messages = messages_of(value, where)
-    asked = prompt.messages
-    return messages[len(asked) :] if messages[: len(asked)] == asked else messages
+    first = next((n for n, one in enumerate(messages) if one["role"] in ("system", "user")), None)
+    if first is None or messages[0]["role"] == "assistant":
+        return messages
+    # It repeats what is asked, perhaps without the system message that stands beside, or with blanks around it.
+    for asked in (prompt.messages, tuple(one for one in prompt.messages if one["role"] != "system")):
+        if list(map(_bare, messages[: len(asked)])) == list(map(_bare, asked)):
+            return messages[len(asked) :]
+    raise FormError(f"`{where}` begins with another {messages[first]['role']} message than the prompt")
+
+
+def _bare(message: Message) -> tuple[str, str]:
+    return message["role"], message["content"].strip()
 
 
 def _checked(pair: Pair) -> Pair:
@@ -240,7 +262,7 @@ def _checked(pair: Pair) -> Pair:
 def _prompt_of(asked: Any, record: Mapping[str, Any]) -> Conversation:
     """What is asked, as text or messages, with a system message beside it."""
     messages = (_said("user", asked),) if isinstance(asked, str) else messages_of(asked, "prompt")
-    more = record.get("input", record.get("context"))
+    more = record.get("input") or record.get("context")
     if isinstance(asked, str) and isinstance(more, str) and more.strip():
         messages = (_said("user", f"{asked}\n\n{more}"),)
     system = record.get("system") or record.get("system_prompt")
@@ -281,6 +303,8 @@ def _instructed(record: Mapping[str, Any]) -> Conversation | None:
         return None
     prompt = _prompt_of(asked, record)
     history = record.get("history") or ()
+    if not isinstance(history, Sequence) or isinstance(history, str):
+        raise FormError("`history` must be a list of questions and answers")
     past: list[Message] = []
     for number, turn in enumerate(history):
         if not isinstance(turn, Sequence) or len(turn) != 2:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from finemoe.data.cache import DamagedError
 from finemoe.text.turns import Turns
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SUM = "sha256.txt"
 _ARRAYS = {
     "tokens": np.uint32, "trained": np.bool_, "starts": np.int64, "asked": np.uint64, "margins": np.float32,
