@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from finemoe.checkpoint.open import read_model_config, text_home
 from finemoe.checkpoint.own_config import refuse_older
@@ -43,7 +43,7 @@ class TrainingConfig(Config):
     """[tokens] Length of the run in tokens; give this, `steps` or `epochs`."""
     steps: PositiveInt | None = None
     """[steps] Length of the run in optimizer steps; give this, `tokens` or `epochs`."""
-    epochs: PositiveFloat | None = None
+    epochs: Annotated[float, Field(gt=0, le=100_000)] | None = None
     """[epochs] Length of the run in passes over the data; `steps` takes its place as soon as the data is read."""
     tokens_per_step: PositiveInt = 8192
     """[tokens] Batch of one optimizer step; a multiple of the sequence length."""

@@ -48,8 +48,10 @@ def data_excerpts(
     method = build_method(config)
     data: TrainingData[Any] = method.data
     config = in_steps(config, data)
-    shown = islice(_samples(data, _SURVEYED), skip, skip + samples)
     size = min(data.sequences_per_epoch, _SURVEYED)
+    shown = list(islice(_samples(data, size), skip, skip + samples))
+    if not shown:
+        raise ConfigError(f"skip {skip} leaves nothing to show of the first {size:,} positions: give a smaller one")
     return {
         "kind": KIND,
         "name": config.name,
@@ -58,7 +60,7 @@ def data_excerpts(
         "steps": config.training.total_steps,
         "sequences_per_step": config.sequences_per_step,
         "sequences_per_epoch": data.sequences_per_epoch,
-        "samples": list(shown),
+        "samples": shown,
         "lengths": [sample["tokens"] for sample in _samples(data, size, pieces=False)],
         "report": dict(data.report),
         "notes": list(method.notes),

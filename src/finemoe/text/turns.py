@@ -153,10 +153,10 @@ def _require_words_for(template: ChatTemplate, messages: Sequence[Mapping[str, A
     """Refuse what the template would leave out without a word: a model would learn to say nothing in its place.
 
     Raises:
-        DataError: there are tools, or calls of them, and it writes none.
+        DataError: there are tools, calls of them or thoughts, and it writes none.
     """
-    called = any(message.get("tool_calls") for message in messages)
-    for word, there in (("tools", has_tools), ("tool_calls", called)):
+    called, thought = (any(message.get(name) for message in messages) for name in ("tool_calls", "reasoning_content"))
+    for word, there in (("tools", has_tools), ("tool_calls", called), ("reasoning_content", thought)):
         if there and not template.mentions(word, has_tools):
             raise DataError(
                 f"{template.origin}: writes no `{word}`, which the conversation has: use a model whose template does, "

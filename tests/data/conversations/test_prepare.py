@@ -209,3 +209,28 @@ def test_calls_that_the_template_cannot_write_are_no_silence_to_learn(tmp_path: 
         prepared(tokenizer, tmp_path, [lines(tmp_path / "calls.jsonl", silent)])
     with pytest.raises(DataError, match="writes no `tools`"):
         prepared(tokenizer, tmp_path, [lines(tmp_path / "tools.jsonl", [{**one, "tools": call} for one in talks()])])
+
+
+EMPTY = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": " "}]}
+
+
+def test_an_answer_that_says_nothing_is_not_learnt(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match="message 2 is an answer that says nothing"):
+        prepared(tokenizer, tmp_path, [lines(tmp_path / "empty.jsonl", [EMPTY])])
+    context = {"messages": [EMPTY["messages"][0], {**EMPTY["messages"][1], "train": False}, *talks(1)[0]["messages"]]}
+    found = prepared(tokenizer, tmp_path, [lines(tmp_path / "talks.jsonl", [context, *talks()])])
+    assert texts(found) == ANSWERS
+
+
+def test_an_empty_system_message_is_none_and_a_response_is_an_answer(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    empty = [{"messages": [{"role": "system", "content": ""}, *talk["messages"]]} for talk in talks(5)]
+    answered = [{"prompt": f"{word}?", "response": f"{word}!"} for word in WORDS[5:]]
+    found = prepared(tokenizer, tmp_path, [lines(tmp_path / "talks.jsonl", [*empty, *answered])])
+    assert texts(found) == ANSWERS
+    assert found.report["forms"] == {"messages": 5, "instruction and output": 5}
+
+
+def test_many_bad_records_in_front_are_told_as_what_they_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    bad = [{"a": number} for number in range(70)]
+    with pytest.raises(DataError, match="none of the first 64 records can be used as a conversation"):
+        prepared(tokenizer, tmp_path, [lines(tmp_path / "talks.jsonl", [*bad, *talks()])])

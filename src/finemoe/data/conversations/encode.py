@@ -95,12 +95,20 @@ def _plan(said: Said, want: Kind) -> _Plan:
     if want == "conversation":
         if pair is None and said.kind != "conversation":
             raise FormError(f"it is read as `{said.form}`, and ends with a question and no answer to learn")
-        return _Plan(said, ((*asked, *(pair.chosen if pair is not None else ())),), tools)
+        whole = (*asked, *(pair.chosen if pair is not None else ()))
+        for number, message in enumerate(whole, 1):
+            if message["role"] == "assistant" and message.get("train", True) and not _says_something(message):
+                raise FormError(f"message {number} is an answer that says nothing: a model would learn to end at once")
+        return _Plan(said, (whole,), tools)
     while asked and asked[-1]["role"] == "assistant":
         asked = asked[:-1]
     if not asked:
         raise FormError("nothing is asked in it")
     return _Plan(said, (asked,), tools)
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
 
 
 def _context(message: Message) -> Message:

@@ -98,7 +98,8 @@ def messages_of(turns: Any, where: str) -> tuple[Message, ...]:
     """
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise FormError(f"`{where}` must be a list of messages that is not empty")
-    return tuple(_message(turn, f"{where}[{number}]") for number, turn in enumerate(turns))
+    messages = (_message(turn, f"{where}[{number}]") for number, turn in enumerate(turns))
+    return tuple(one for one in messages if one["content"] or one["role"] != "system")
 
 
 def _message(turn: Any, where: str) -> Message:
@@ -119,7 +120,7 @@ def _message(turn: Any, where: str) -> Message:
         message["train"] = bool(turn["weight"])
     if "train" in message and not isinstance(message["train"], bool):
         raise FormError(f"`{where}.train` is {message['train']!r}: write true or false")
-    if not message["content"] and role != "assistant" and "tool_calls" not in message:
+    if not message["content"] and role not in ("assistant", "system") and "tool_calls" not in message:
         raise FormError(f"`{where}` is empty: a {role} message says something")
     return message
 
@@ -297,7 +298,7 @@ def _completed(record: Mapping[str, Any]) -> Conversation | None:
 
 def _instructed(record: Mapping[str, Any]) -> Conversation | None:
     """Alpaca's form and its kin: an instruction, perhaps with an input, and the answer under one of several names."""
-    asked = next((record[name] for name in ("instruction", "question", "query") if record.get(name)), None)
+    asked = next((record[name] for name in ("instruction", "question", "query", "prompt") if record.get(name)), None)
     answer = next((record[name] for name in ("output", "response", "answer", "answers") if record.get(name)), None)
     if not isinstance(asked, str) or not isinstance(answer, str):
         return None

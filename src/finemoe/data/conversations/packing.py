@@ -122,6 +122,10 @@ class Packer:
         Raises:
             DataError: it does.
         """
+        if not len(self.fitted.items) and self.fitted.dropped:
+            raise DataError(
+                f"all {self.fitted.dropped} are longer than data.sequence_length {self.sequence_length}: raise it"
+            )
         if len(self.bins) < num_sequences:
             each = f"bins of {self.sequence_length} tokens" if self.together else "items"
             raise DataError(

@@ -151,7 +151,8 @@ def _require(
     if not forms:
         if not seen:
             raise DataError(f"corpus of kind `{config.corpus.kind}` holds no records: check its paths")
-        raise DataError(f"no record can be used as a {want}: {first}")
+        which = "no record" if seen < _CHUNK else f"none of the first {seen} records"
+        raise DataError(f"{which} can be used as a {want}: {first}")
     if skips.num_skipped > config.max_skipped_share * seen:
         raise DataError(
             f"{skips.num_skipped} of {seen} records cannot be used as a {want} ({first}): mend or remove them, or "
