@@ -21,23 +21,10 @@ from finemoe.runs.config import resolve_run
 from finemoe.runs.run import resume, train
 from finemoe.runs.start import build_method
 from finemoe.text.turns import encode_turns
-from methods.tiny_talks import LENGTH, adapting, begin, select, weights, write_pairs
+from methods.tiny_talks import LENGTH, adapting, run, select, weights, write_pairs
 from runs.tiny_runs import checkpoints, corpus, records, steps
 
 __all__ = ["corpus"]
-
-
-@pytest.fixture(scope="module")
-def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DeepSeek-V3 in miniature, with prediction modules and a bias, and pairs beside it."""
-    folder = tmp_path_factory.mktemp("base")
-    write_pairs(folder / "pairs.jsonl")
-    return begin(corpus, folder, "v3")
-
-
-def run(base: Path, out: Path, method: str = "sft", own: dict[str, Any] | None = None, **tables: Any) -> Path:
-    raw = adapting(base, base.parent / "pairs.jsonl", {"kind": method, **(own or {})}, **tables)
-    return train(raw, out=out, quiet=True).directory
 
 
 def test_a_preference_begins_at_the_logarithm_of_two_and_no_margin(base: Path, tmp_path: Path) -> None:

@@ -21,24 +21,11 @@ from finemoe.runs.run import resume, train
 from finemoe.runs.start import build_method
 from finemoe.training.method import Group, Selected
 from finemoe.training.optimizers import MuonConfig, build_optimizers
-from methods.tiny_talks import adapting, begin, select, weights, write_pairs
+from methods.tiny_talks import adapting, run, select, weights
 from runs.tiny_runs import corpus
 
 __all__ = ["corpus"]
 _BIAS = "blocks.1.feed_forward.router.selection_bias"
-
-
-@pytest.fixture(scope="module")
-def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DeepSeek-V3 in miniature, with prediction modules and a bias, and pairs beside it."""
-    folder = tmp_path_factory.mktemp("base")
-    write_pairs(folder / "pairs.jsonl")
-    return begin(corpus, folder, "v3")
-
-
-def run(base: Path, out: Path, method: str = "sft", own: dict[str, Any] | None = None, **tables: Any) -> Path:
-    raw = adapting(base, base.parent / "pairs.jsonl", {"kind": method, **(own or {})}, **tables)
-    return train(raw, out=out, quiet=True).directory
 
 
 def test_rows_are_not_put_into_other_experts_after_the_selection_changed(base: Path, tmp_path: Path) -> None:

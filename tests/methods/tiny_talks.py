@@ -79,3 +79,8 @@ def select(base: Path, path: Path, experts: dict[int, tuple[int, ...]]) -> Path:
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     """Of the model that a run holds now."""
     return dict(load_model(directory).state_dict())
+
+
+def run(base: Path, out: Path, method: str = "sft", own: dict[str, Any] | None = None, **tables: Any) -> Path:
+    raw = adapting(base, base.parent / "pairs.jsonl", {"kind": method, **(own or {})}, **tables)
+    return train(raw, out=out, quiet=True).directory

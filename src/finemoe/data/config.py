@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from finemoe.core.config import Config
+from finemoe.core.environment import cache_folder
 from finemoe.data.corpora import CorpusConfig, StdlibCorpus
 from finemoe.data.loader import Packing
 
@@ -46,3 +48,8 @@ class DataConfig(Config):
     """[bytes] Train the tokenizer on about this much of the training documents."""
     cache_dir: str | None = None
     """Where tokens and tokenizers are kept: $FINEMOE_CACHE, or ~/.cache/finemoe."""
+
+    @property
+    def cache(self) -> Path:
+        """`cache_dir`, or where all that can be made again is kept."""
+        return Path(self.cache_dir).expanduser() if self.cache_dir else cache_folder()

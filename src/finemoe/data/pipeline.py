@@ -10,7 +10,6 @@ tokenizer and tokenising read it again, but only when the cache does not hold th
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -139,7 +138,7 @@ def prepare(config: DataConfig) -> PreparedData:
         DataError: an empty or too small corpus, too much that cannot be read, a tokenizer that loses too much text.
     """
     scan = scan_corpus(config.corpus, config.validation_share, config.max_skipped_share, config.sequence_length)
-    cache = Path(config.cache_dir or os.environ.get("FINEMOE_CACHE") or "~/.cache/finemoe").expanduser()
+    cache = config.cache
     tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else _trained_tokenizer(config, scan, cache)
     alterations(tokenizer, scan.samples).require(config.max_altered_share)  # before a large corpus is tokenised
     asked = (config.control_tokens,) if config.control_tokens != "text" else ()

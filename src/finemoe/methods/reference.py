@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finemoe.checkpoint.fingerprint import fingerprint
 from finemoe.checkpoint.open import load_model
 from finemoe.core.errors import DataError
 from finemoe.core.files import replacing
@@ -37,7 +37,7 @@ class Reference:
     def __init__(self, data: Conversations, setting: Setting) -> None:
         """Of the items of `data` that the run reads, on both sides of the split; nothing is computed yet."""
         self._data, self._setting = data, setting
-        self._cache = Path(setting.data.cache_dir or os.environ.get("FINEMOE_CACHE") or "~/.cache/finemoe").expanduser()
+        self._cache = setting.data.cache
         self._sums = torch.full((data.offset + len(data.validation.stored), 2), torch.nan)
 
     def of(self, batch: PackedBatch) -> Tensor:
@@ -114,10 +114,7 @@ class Reference:
 
     def _key(self, model: Transformer) -> str:
         """A hash of the weights and of what is read with them."""
-        digest = hashlib.sha256(model.config.model_dump_json().encode())
-        for name, tensor in model.state_dict().items():
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest = hashlib.sha256(fingerprint(model).encode())
         facts = (_VERSION, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
         digest.update(repr((*facts, self._data.train.sequence_length)).encode())
         for stored in (self._data.train.stored, self._data.validation.stored):  # a template may change under its name

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ def prepare_conversations(
     for item in read_corpus(config.corpus, config.validation_share, SkipReport(quiet=True), whole=True):
         digest.update(repr((item.side, item.document.name, item.document.text)).encode("utf-8", "replace"))
     corpus = digest.hexdigest()
-    cache = Path(config.cache_dir or os.environ.get("FINEMOE_CACHE") or "~/.cache/finemoe").expanduser()
+    cache = config.cache
     sources = sorted(template.sources.items()), sorted(template.special_tokens.items())
     facts = (FORMAT_VERSION, corpus, want, tokenizer.fingerprint(), sources, config.max_skipped_share)
     stops = (tokenizer.stop_ids, tokenizer.end_of_text_id)

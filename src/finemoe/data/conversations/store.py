@@ -11,11 +11,10 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.data.cache import DamagedError
+from finemoe.data.arrays import open_sealed, seal
 from finemoe.text.turns import Turns
 
 FORMAT_VERSION = 2
-_SUM = "sha256.txt"
 _ARRAYS = {
     "tokens": np.uint32, "trained": np.bool_, "starts": np.int64, "asked": np.uint64, "margins": np.float32,
 }  # fmt: skip
@@ -58,14 +57,7 @@ class Stored:
         Raises:
             DamagedError: it is not what was written.
         """
-        try:
-            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
-            recorded = (folder / _SUM).read_text(encoding="utf-8")
-        except (OSError, ValueError, UnicodeDecodeError) as error:
-            raise DamagedError(f"{folder}: {error}") from error
-        if _sum(arrays) != recorded:
-            raise DamagedError(f"{folder}: the tokens do not have their recorded hash")
-        return Stored(**arrays)
+        return Stored(**open_sealed(folder, _ARRAYS))
 
 
 class Writing:
@@ -95,15 +87,4 @@ class Writing:
             "asked": np.array(self._asked, dtype=np.uint64),
             "margins": np.array(self._margins, dtype=np.float32),
         }
-        for name, array in arrays.items():
-            np.save(folder / f"{name}.npy", array)
-        (folder / _SUM).write_text(_sum(arrays), encoding="utf-8")
-
-
-def _sum(arrays: dict[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256()
-    for name, kind in _ARRAYS.items():
-        array = arrays[name]
-        digest.update(f"{name} {array.shape} {array.dtype == kind}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+        seal(folder, _ARRAYS, arrays)

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
+from finemoe.checkpoint.fingerprint import fingerprint
 from finemoe.core.errors import ConfigError
 from finemoe.data.batch import Batch, TokenBatch
 from finemoe.data.conversations.packing import TooLong
@@ -22,7 +23,7 @@ from finemoe.methods.conversations import Conversations, ConversationsConfig
 from finemoe.methods.distillation.objective import Distil
 from finemoe.methods.distillation.own_answers import OwnAnswers, Questions
 from finemoe.methods.distillation.recorded import record
-from finemoe.methods.distillation.teacher import Beside, Reading, Teacher, fingerprint, open_teacher
+from finemoe.methods.distillation.teacher import Beside, Reading, Teacher, open_teacher
 from finemoe.methods.live import live_terms
 from finemoe.methods.measuring import HasHeldOut, HeldOut
 from finemoe.methods.pretraining import PackedDocuments

@@ -7,7 +7,6 @@ in which epoch it comes does not matter.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from finemoe.core.errors import DataError
 from finemoe.core.logs import progress
-from finemoe.data.cache import DamagedError, open_or_build
+from finemoe.data.arrays import open_sealed, seal
+from finemoe.data.cache import open_or_build
 from finemoe.data.config import DataConfig
 from finemoe.methods.distillation.teacher import Reading
 from finemoe.model.divergence import BestOfTeacher
@@ -30,7 +30,6 @@ from finemoe.model.transformer import Transformer
 
 FORMAT_VERSION = 1
 _CHUNK_ELEMENTS = 1 << 21
-_SUM = "sha256.txt"
 _ARRAYS = {"keys": np.uint8, "starts": np.int64, "ids": np.uint32, "logprobs": np.float32}
 _KEY = 16
 """[bytes]"""
@@ -77,14 +76,7 @@ class Recorded:
         Raises:
             DamagedError: it is not what was written.
         """
-        try:
-            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
-            written = (folder / _SUM).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise DamagedError(f"{folder}: {error}") from error
-        if _sum(arrays) != written:
-            raise DamagedError(f"{folder}: what the teacher said does not have its recorded hash")
-        return Recorded(**arrays)
+        return Recorded(**open_sealed(folder, _ARRAYS))
 
 
 def record(
@@ -114,7 +106,7 @@ def record(
             if key not in found:
                 found[key] = total
                 total += count
-    cache = Path(config.cache_dir or os.environ.get("FINEMOE_CACHE") or "~/.cache/finemoe").expanduser()
+    cache = config.cache
     facts = repr((FORMAT_VERSION, mark, k, temperature, vocab)).encode() + b"".join(found)
     folder = cache / "teachers" / hashlib.sha256(facts).hexdigest()[:32]
 
@@ -138,11 +130,9 @@ def record(
                     place += count
         keys, starts = np.frombuffer(b"".join(found), np.uint8).reshape(-1, _KEY), np.array(list(found.values()))
         arrays: dict[str, NDArray[Any]] = {"keys": keys, "starts": starts, "ids": ids, "logprobs": logprobs}
-        for name in ("keys", "starts"):
-            np.save(fresh / f"{name}.npy", arrays[name])
         ids.flush()
         logprobs.flush()
-        (fresh / _SUM).write_text(_sum(arrays), encoding="utf-8")
+        seal(fresh, _ARRAYS, arrays)
 
     return open_or_build(folder, Recorded.open, build)
 
@@ -177,12 +167,3 @@ def keys_of(reading: Reading) -> Iterator[tuple[bytes, int]]:
         for column in (tokens, targets, positions, weights > 0):
             digest.update(np.ascontiguousarray(column).tobytes())
         yield digest.digest(), int((weights > 0).sum())
-
-
-def _sum(arrays: dict[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256()
-    for name, kind in _ARRAYS.items():
-        digest.update(f"{name} {arrays[name].shape} {arrays[name].dtype == kind}".encode())
-        for start in range(0, len(arrays[name]), 1 << 16):  # of a file that may be larger than memory
-            digest.update(np.ascontiguousarray(arrays[name][start : start + (1 << 16)]).tobytes())
-    return digest.hexdigest()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+from finemoe.checkpoint.fingerprint import fingerprint
 from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, DataError
@@ -30,7 +31,6 @@ from finemoe.generation.engine import Engine, Request, engine_for
 from finemoe.generation.sequence import Sequence as Completed
 from finemoe.methods.distillation.checking import Keep, reference_of, why_not
 from finemoe.methods.distillation.journal import Journal
-from finemoe.methods.distillation.teacher import fingerprint
 from finemoe.text.chat import ChatTemplate
 
 _AHEAD = 64

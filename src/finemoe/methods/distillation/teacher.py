@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, final
@@ -102,12 +101,3 @@ def open_teacher(source: str, tokenizer: Tokenizer, vocab_size: int) -> Language
     opened = open_language_model(source)
     opened.model.requires_grad_(False)
     return opened
-
-
-def fingerprint(model: Transformer) -> str:
-    """A hash of what it computes: its configuration and weights, in whatever files they lie."""
-    digest = hashlib.sha256(model.config.model_dump_json().encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
