@@ -48,7 +48,7 @@ INNER_FLOORS = {
         {"weights"},
         {"huggingface", "gguf"},
         {"open.py", "through_import.py", "portability.py"},
-        {"language_model.py", "selection.py", "doctor", "proof"},
+        {"language_model.py", "selection.py", "fingerprint.py", "doctor", "proof"},
         {"adapters"},
         {"conversion.py"},
     ),
