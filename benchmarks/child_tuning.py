@@ -6,10 +6,11 @@ FOLDER holds `subjectivity.zip` and `sentence_polarity.zip` of Pang and Lee (200
 them; they are read where they are. A small mixture is pre-trained once on the sentences of both without their labels,
 and then told in 100 or 400 of them, as conversations with an answer of one letter, which is which: fully, with the
 child network F, with D, and with D by whole experts. For every seed all four see the same labelled sentences. The class
-is the larger logit of the two letters where the answer begins. Learning rates are searched with equal effort for each,
-on sentences and seeds of their own. A table is printed, whatever its signs, and benchmarks/results/child-tuning.json
-written, by a whole run only; `--quick` shows in two minutes that everything works. One thread, half an hour
-(43 minutes beside other work).
+is the larger logit of the two letters where the answer begins. Learning rates are searched by one rule for each, on
+sentences and seeds of their own: each twice the one before, until the best lies inside of them, or two were added. What
+is forgotten depends on the rate, so that a second table has all four at one. Tables are printed, whatever their signs,
+and benchmarks/results/child-tuning.json written, by a whole run only; `--quick` shows in two minutes that everything
+works. One thread, an hour.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 STEPS = {100: 120, 400: 240}
 RATES = (5e-4, 1e-3, 2e-3)
+COMMON_RATE, MORE_RATES = 1e-3, 2
 SEEDS = tuple(range(8))
 TUNING_SEEDS = {100: (100, 101), 400: (100,)}
 TEST, DEV, HELD_OUT = 1000, 500, 1000
@@ -200,45 +202,68 @@ def _first_places(batch: Any) -> torch.Tensor:
     return places[torch.cat((torch.ones(1, dtype=torch.bool), documents[1:] != documents[:-1]))]
 
 
-def tuned_rates(study: Study, seeds: Mapping[int, Sequence[int]], rates: Sequence[float]) -> dict[str, Any]:
-    """Mean accuracy of each rate on the sentences for tuning, by size and arm; the best of them."""
+def tuned_rates(study: Study, seeds: Mapping[int, Sequence[int]], rates: Sequence[float], more: int) -> dict[str, Any]:
+    """Mean accuracy of each rate on the sentences for tuning, by size and arm; the best of them.
+
+    While the best is the first or the last, one beyond it is tried, `more` times at most.
+    """
     found: dict[str, Any] = {}
     for size, some in seeds.items():
         for arm in ARMS:
-            means = {}
-            for rate in rates:
-                runs = [(task, seed) for task in TASKS for seed in some]
+            means: dict[float, float] = {}
+            runs = [(task, seed) for task in TASKS for seed in some]
+            waiting = list(rates)
+            while waiting:
+                rate = waiting.pop(0)
                 means[rate] = fmean(study.accuracy(study.run(t, size, s, arm, rate), t, "dev") for t, s in runs)
-            best = max(means, key=means.__getitem__)
+                best = max(means, key=means.__getitem__)
+                if not waiting and len(means) < len(rates) + more and best in (min(means), max(means)):
+                    waiting = [best * 2 if best == max(means) else best / 2]
+            means = dict(sorted(means.items()))
             found[f"{size} {arm}"] = {"rate": best, "accuracy": {str(rate): mean for rate, mean in means.items()}}
             said = ", ".join(f"{rate:g}: {mean:.3f}" for rate, mean in means.items())
             print(f"tuning, {size} examples, {arm}: {said}; {best:g} is taken", flush=True)
     return found
 
 
-def measured(study: Study, rates: Mapping[str, Any], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """A record of every run."""
+def measured(
+    study: Study, rates: Mapping[str, float], seeds: Sequence[int], tasks: Sequence[str] = tuple(TASKS)
+) -> Iterator[dict[str, Any]]:
+    """A record of every run; `rates` by size and arm."""
     for seed in seeds:
-        for task in TASKS:
+        for task in tasks:
             for size in study.steps:
                 for arm in ARMS:
-                    started = time.perf_counter()
-                    trainer = study.run(task, size, seed, arm, rates[f"{size} {arm}"]["rate"])
+                    started, rate = time.perf_counter(), rates[f"{size} {arm}"]
+                    trainer = study.run(task, size, seed, arm, rate)
                     yield {
                         "task": task,
                         "examples": size,
                         "seed": seed,
                         "arm": arm,
+                        "rate": rate,
                         "accuracy": study.accuracy(trainer, task, "test"),
                         "language_loss": study.language_loss(trainer),
                         "seconds": round(time.perf_counter() - started, 1),
                     }
 
 
+def told(runs: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All of them, each printed when it is there."""
+    found = []
+    for run in runs:
+        found.append(run)
+        said = f"accuracy {run['accuracy']:.3f}, LM loss {run['language_loss']:.3f}, {run['seconds']:.1f} s"
+        where = f"seed {run['seed']}, {run['task']}, {run['examples']} examples, {run['arm']}"
+        print(f"{where} at {run['rate']:g}: {said}", flush=True)
+    return found
+
+
 def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds, and differences to full fine-tuning, pair by pair; also over both tasks, a pair each."""
     rows = []
-    for task in (*TASKS, "both"):
+    found = list(dict.fromkeys(run["task"] for run in runs))
+    for task in (*found, *(["both"] if len(found) > 1 else [])):
         for size in sorted({run["examples"] for run in runs}):
             some = [run for run in runs if run["examples"] == size and task in (run["task"], "both")]
             full = {(run["task"], run["seed"]): run for run in some if run["arm"] == "full"}
@@ -304,14 +329,11 @@ def main() -> None:
         study = Study(arguments.data, Path(folder), tokens, test, steps)
         before = study.base.summary["final_validation_loss"]
         print(f"pre-trained on {study.num_unlabelled:,} sentences: held-out loss {before:.3f}", flush=True)
-        found = tuned_rates(study, {size: TUNING_SEEDS[size] for size in steps}, rates)
-        runs = []
-        for run in measured(study, found, seeds):
-            runs.append(run)
-            said = f"accuracy {run['accuracy']:.3f}, LM loss {run['language_loss']:.3f}, {run['seconds']:.1f} s"
-            print(f"seed {run['seed']}, {run['task']}, {run['examples']} examples, {run['arm']}: {said}", flush=True)
-    rows = table(runs)
-    print(shown(rows))
+        found = tuned_rates(study, {size: TUNING_SEEDS[size] for size in steps}, rates, 0 if quick else MORE_RATES)
+        runs = told(measured(study, {name: one["rate"] for name, one in found.items()}, seeds))
+        alike = told(measured(study, dict.fromkeys(found, COMMON_RATE), seeds, ("subjectivity",)))
+    rows, same = table(runs), table(alike)
+    print(shown(rows), f"\n\nAll at a rate of {COMMON_RATE:g}:\n\n{shown(same)}", sep="")
     if quick:
         return
     result = {
@@ -327,6 +349,7 @@ def main() -> None:
         "tuning": found,
         "table": rows,
         "runs": runs,
+        "common_rate": {"rate": COMMON_RATE, "table": same, "runs": alike},
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{RESULTS}, {result['minutes']} minutes")
