@@ -1,0 +1,115 @@
+"""How the processes of a run share its work: `[parallel]` of a recipe, and the layout that it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import PositiveInt, model_validator
+
+from finemoe.core.config import Config
+from finemoe.core.errors import ConfigError
+
+Schedule = Literal["1f1b", "interleaved", "zbv", "dualpipev"]
+
+_NOT_BUILT = {
+    "tensor": "products of small experts are too narrow to be cut, and a dense model of this size fits with shard",
+    "expert_tensor": "cutting inside of experts gave wrong gradients elsewhere and was given up there: use expert",
+}
+
+
+class ParallelConfig(Config):
+    """How many processes share what. Together they are pipeline · replicate · shard · context."""
+
+    replicate: PositiveInt = 1
+    """[copies] Whole copies of the model, or of its shards, each with sequences of its own (with shard: HSDP)."""
+    shard: PositiveInt | None = None
+    """[processes] Over how many a copy's weights, gradients and moments are spread, each with sequences of its own
+    (FSDP2). None: all processes that are left."""
+    expert: PositiveInt = 1
+    """[processes] Over how many of a copy's processes its routed experts are spread whole, tokens travelling to them;
+    divides shard · context."""
+    pipeline: PositiveInt = 1
+    """[stages] Consecutive pieces of the model's blocks, each on processes of its own."""
+    schedule: Schedule = "1f1b"
+    """In which order a pipeline's micro-batches go forward and back."""
+    context: PositiveInt = 1
+    """[processes] Over how many the tokens of each sequence are spread; for latent attention."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping):
+            for name, reason in _NOT_BUILT.items():
+                if name in raw:
+                    raise ValueError(f"parallel.{name} is not built, and is not meant to be: {reason}")
+        return raw
+
+    def layout(self, processes: int) -> Layout:
+        """What `processes` come to.
+
+        Raises:
+            ConfigError: they cannot be shared out like that; with numbers that can.
+        """
+        fixed = self.pipeline * self.replicate * self.context
+        if self.shard is None and processes % fixed:
+            raise ConfigError(
+                f"{processes} processes cannot be parallel.pipeline {self.pipeline} x replicate {self.replicate} x "
+                f"context {self.context}: start a multiple of {fixed}, or lower one of them"
+            )
+        shard = self.shard or processes // fixed
+        if fixed * shard != processes:
+            raise ConfigError(
+                f"parallel.pipeline {self.pipeline} x replicate {self.replicate} x shard {shard} x context "
+                f"{self.context} are {fixed * shard} processes, and {processes} {'is' if processes == 1 else 'are'} "
+                f"running: torchrun --nproc-per-node {fixed * shard}, or leave parallel.shard out"
+            )
+        if shard * self.context % self.expert:
+            near = [n for n in range(1, shard * self.context + 1) if shard * self.context % n == 0]
+            raise ConfigError(
+                f"parallel.expert {self.expert} does not divide shard x context = {shard * self.context}: "
+                f"try one of {', '.join(map(str, near))}"
+            )
+        return Layout(self.pipeline, self.replicate, shard, self.context, self.expert, self.schedule)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a run's groups of processes, all known. Ranks count through pipeline slowest, then replicate, shard,
+    context."""
+
+    pipeline: int = 1
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    expert: int = 1
+    schedule: Schedule = "1f1b"
+
+    @property
+    def processes(self) -> int:
+        """All of them."""
+        return self.pipeline * self.replicate * self.shard * self.context
+
+    @property
+    def data(self) -> int:
+        """Processes, or groups of them, with sequences of their own."""
+        return self.replicate * self.shard
+
+    @property
+    def fsdp(self) -> int:
+        """Over how many processes a weight that is no expert's is spread."""
+        return self.shard * self.context
+
+    @property
+    def expert_shard(self) -> int:
+        """Over how many processes the experts that lie on one are spread further."""
+        return self.fsdp // self.expert
+
+    def __str__(self) -> str:
+        """In words, those above 1."""
+        sizes = {name: getattr(self, name) for name in ("pipeline", "replicate", "shard", "context", "expert")}
+        said = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        if self.pipeline > 1:
+            said[0] += f" ({self.schedule})"
+        return ", ".join(said) or "one process"
