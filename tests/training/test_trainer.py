@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from finemoe.data.batch import TokenBatch
 from finemoe.model.moe.balance import BALANCE_TERMS
 from finemoe.model.transformer import Transformer
-from finemoe.training.gradients import Clip, gradient_norm
+from finemoe.parallel.world import SOLO
+from finemoe.training.gradients import Clip
 from finemoe.training.losses.next_token import NextToken
 from finemoe.training.method import Figures, Group, Method
 from finemoe.training.optimizers import AdamWConfig
@@ -176,11 +177,11 @@ def test_waiting_is_time_and_no_processor_time(monkeypatch: pytest.MonkeyPatch) 
     run(trained, 1)  # the first step of a process also loads what the others find
     before = trained.state.seconds
 
-    def slow(parameters: Any) -> Tensor:
+    def slow(world: Any, parameters: Any) -> Tensor:
         time.sleep(0.5)
-        return gradient_norm(parameters)
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    monkeypatch.setattr("finemoe.training.trainer.gradient_norm", slow)
+    monkeypatch.setattr(type(SOLO), "norm", slow)
     [report] = run(trained, 1)
     assert report.seconds - before > 0.5
     assert 0 < report.to_record()["processor_seconds"] < report.seconds - before

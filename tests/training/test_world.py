@@ -64,8 +64,8 @@ class Rank:
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self._meeting = meeting
-        self.rank = rank
-        self.size = meeting.size
+        self.rank = self.share = rank
+        self.size = self.shares = meeting.size
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         everybody = self._meeting.exchange(self.rank, dict(values))
@@ -81,6 +81,24 @@ class Rank:
         everybody = self._meeting.exchange(self.rank, [p.grad.clone() for p in own if p.grad is not None])
         for at, parameter in enumerate(p for p in own if p.grad is not None):
             parameter.grad.copy_(torch.stack([one[at] for one in everybody]).sum(0))
+
+    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        return SOLO.norm(parameters)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def put(self, target: Tensor, whole: Tensor) -> None:
+        target.copy_(whole)
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors) if self.rank == 0 else {}
+
+    def first(self, make: Callable[[], Any]) -> Any:
+        return self._meeting.exchange(self.rank, make() if self.rank == 0 else None)[0]
+
+    def in_turn(self, make: Callable[[], Any]) -> Any:
+        return make()
 
     def any(self, flag: bool) -> bool:
         return any(self._meeting.exchange(self.rank, flag))

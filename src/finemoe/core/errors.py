@@ -12,6 +12,9 @@ from pathlib import Path
 class FinemoeError(Exception):
     """A mistake that the user can mend. The message is one or two plain sentences."""
 
+    everywhere: bool = False
+    """All processes of a run met it together: one of them says it."""
+
 
 class ConfigError(FinemoeError):
     """An unknown key, an impossible value or combination in a recipe, preset or override."""

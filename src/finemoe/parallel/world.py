@@ -7,12 +7,14 @@ answer is the question, so that a run alone computes to the bit what it would wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, TypeVar, final
 
+import torch
 from torch import Tensor, nn
 
 Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 class World(Protocol):
@@ -28,8 +30,18 @@ class World(Protocol):
         """How many processes there are."""
         ...
 
+    @property
+    def share(self) -> int:
+        """Which share of every step's sequences this process reads, from 0."""
+        ...
+
+    @property
+    def shares(self) -> int:
+        """How many shares there are; processes that compute one sequence together read the same."""
+        ...
+
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Each value summed over the ranks; a name that a rank does not have counts 0 there."""
+        """Each value summed over the shares; a name that a rank does not have counts 0 there."""
         ...
 
     def sum_tensors(self, tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
@@ -44,8 +56,36 @@ class World(Protocol):
         """
         ...
 
+    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Scalar: of all gradients together, wherever their pieces lie."""
+        ...
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The piece of a tensor that lies here, which is the tensor itself where it was not cut."""
+        ...
+
+    def put(self, target: Tensor, whole: Tensor) -> None:
+        """Copy a whole tensor, or the piece of it that lies here, into one of the same whole shape."""
+        ...
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors, on the CPU where they were cut; on rank 0 only, none elsewhere."""
+        ...
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
+        ...
+
+    def first(self, make: Callable[[], Value]) -> Value:
+        """What rank 0 made, for all: done once, where files are written or something is measured.
+
+        Raises:
+            FinemoeError: on all ranks, the one that rank 0 met.
+        """
+        ...
+
+    def in_turn(self, make: Callable[[], Value]) -> Value:
+        """What every rank makes for itself, rank 0 before the others: they then find its caches."""
         ...
 
 
@@ -55,6 +95,8 @@ class _Solo:
 
     rank = 0
     size = 1
+    share = 0
+    shares = 1
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         return dict(values)
@@ -65,8 +107,26 @@ class _Solo:
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         return None
 
+    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def put(self, target: Tensor, whole: Tensor) -> None:
+        target.copy_(whole)
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
     def any(self, flag: bool) -> bool:
         return flag
+
+    def first(self, make: Callable[[], Value]) -> Value:
+        return make()
+
+    def in_turn(self, make: Callable[[], Value]) -> Value:
+        return make()
 
 
 SOLO: World = _Solo()

@@ -1,17 +1,12 @@
-"""What most methods do to gradients before the update, and their norm."""
+"""What most methods do to gradients before the update."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Scalar: the norm of all gradients together."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 @dataclass(frozen=True)
@@ -23,5 +18,11 @@ class Clip:
     def __call__(self, parameters: Mapping[str, nn.Parameter], norm: Tensor) -> dict[str, float]:
         """Gradients below the bound are read once, for the norm, and not written."""
         if norm > self.max_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.max_norm, norm)
+            gradients = [one.grad for one in parameters.values() if one.grad is not None]
+            if all(type(one) is Tensor for one in gradients):
+                torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.max_norm, norm)
+            else:  # pieces, perhaps of several meshes, which no operation takes together
+                factor = (self.max_norm / (norm + 1e-6)).item()
+                for one in gradients:
+                    one.mul_(factor)
         return {}

@@ -18,7 +18,6 @@ from finemoe.data.batch import Batch
 from finemoe.model.transformer import Transformer
 from finemoe.parallel.world import SOLO, World
 from finemoe.training.balancing import selection_biases
-from finemoe.training.gradients import gradient_norm
 from finemoe.training.method import Measured, Method, Selected
 from finemoe.training.optimizers import RATE_FACTOR, build_optimizers
 from finemoe.training.report import StepReport
@@ -115,10 +114,10 @@ class Trainer:
         Raises:
             ConfigError: the sequences of a step cannot be shared evenly.
         """
-        if plan.sequences_per_step % world.size:
+        if plan.sequences_per_step % world.shares:
             raise ConfigError(
-                f"{plan.sequences_per_step} sequences a step cannot be shared by {world.size} processes: make "
-                "training.tokens_per_step a multiple of data.sequence_length times the number of processes"
+                f"{plan.sequences_per_step} sequences a step cannot be shared by {world.shares} processes: make "
+                f"training.tokens_per_step a multiple of {world.shares} times data.sequence_length"
             )
         self.model = model
         self.method = method
@@ -190,7 +189,7 @@ class Trainer:
             return self._pass_over(batches, started, processor)
         done = self._accumulate(batches, counts)
         self.world.sum_gradients(self.parameters.values())
-        norm = gradient_norm(self.parameters.values())
+        norm = self.world.norm(self.parameters.values())
         norm_value = norm.item()
         self._refuse_non_finite({**done.terms, "gradient_norm": norm_value})
         figures: dict[str, float] = {}
@@ -219,8 +218,8 @@ class Trainer:
 
     def micro_batches(self) -> list[Batch]:
         """This rank's share of the next step, in pieces: ranks follow each other, each with sequences in a row."""
-        share = self.plan.sequences_per_step // self.world.size
-        first, size = self.state.position + self.world.rank * share, self.plan.sequences_per_micro_batch
+        share = self.plan.sequences_per_step // self.world.shares
+        first, size = self.state.position + self.world.share * share, self.plan.sequences_per_micro_batch
         return [
             self.method.data.batch(first + start, min(size, share - start)).to(self.plan.device)
             for start in range(0, share, size)
@@ -341,7 +340,7 @@ class Trainer:
             for kind in ("weight", "gradient")  # a bad weight spoils every gradient: name it first
             for name, parameter in self.parameters.items()
             if (tensor := parameter.data if kind == "weight" else parameter.grad) is not None
-            if not tensor.isfinite().all()
+            if not self.world.local(tensor).isfinite().all()
         ]
         first, last = self.state.position, self.state.position + self.plan.sequences_per_step - 1
         raise TrainingError(

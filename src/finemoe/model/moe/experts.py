@@ -116,6 +116,17 @@ def _grouped_mm_takes(rows: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> 
     )
 
 
+def run_experts(
+    backend: Backend, rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, limit: float | None
+) -> Tensor:
+    """The backend's kernel at the precision that autocast asks for: a hand-written gradient is out of its sight."""
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        rows, gate_up, down = rows.to(dtype), gate_up.to(dtype), down.to(dtype)
+    return backend.experts(rows, counts, gate_up, down, limit)
+
+
 class GroupedExperts(nn.Module):
     """All routed experts of a layer as two stacked tensors.
 
@@ -139,13 +150,7 @@ class GroupedExperts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """`rows [rows, hidden]` sorted by expert, `counts [experts]`; `[rows, hidden]` out, not weighed."""
-        gate_up: Tensor = self.gate_up_proj
-        down: Tensor = self.down_proj
-        device = rows.device.type
-        if torch.is_autocast_enabled(device):  # a hand-written gradient is out of autocast's sight
-            dtype = torch.get_autocast_dtype(device)
-            rows, gate_up, down = rows.to(dtype), gate_up.to(dtype), down.to(dtype)
-        return self.backend.experts(rows, counts, gate_up, down, self.limit)
+        return run_experts(self.backend, rows, counts, self.gate_up_proj, self.down_proj, self.limit)
 
     def fuses(self, hidden: Tensor, gate_weights: Tensor) -> bool:
         """Whether `fused` can take these."""

@@ -1,0 +1,263 @@
+"""Several processes as a World: torch.distributed's process groups, and who is missing when they fail."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from finemoe.core.errors import FinemoeError
+from finemoe.parallel.config import Layout
+from finemoe.parallel.pieces import put, whole
+from finemoe.parallel.seat import Seat
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+_BEAT = 2.0
+"""[seconds] Between two signs of life of a process."""
+_SILENT = 8.0
+"""[seconds] Without one, after which a process is taken for stopped or gone."""
+
+
+@final
+class Processes:
+    """A World of processes that torchrun started, on any device; one a run.
+
+    Small things (counts, flags, errors) go through gloo on the CPU, gradients through the device's own library. Every
+    method is a meeting point: all ranks call the same ones in the same order.
+    """
+
+    def __init__(self, seat: Seat, layout: Layout, device: torch.device, timeout: float) -> None:
+        """Join the others.
+
+        Args:
+            seat: of this process.
+            layout: of the run; as many processes as there are.
+            device: where the model is.
+            timeout: [seconds] how long a process waits for another in one collective.
+
+        Raises:
+            TimeoutError: the others did not come.
+        """
+        self.rank, self.size, self.layout, self.device = seat.rank, seat.processes, layout, device
+        self._hosts = not seat.hosted and seat.rank == 0
+        base = dist.TCPStore(seat.address, seat.port, is_master=self._hosts, timeout=timedelta(seconds=timeout))
+        # A prefix for each attempt: processes that were started again would else read the addresses of dead ones.
+        self._store = dist.PrefixStore(f"finemoe/attempt-{seat.attempt}", base)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=self._store, rank=seat.rank, world_size=seat.processes, timeout=timedelta(seconds=timeout)
+        )
+        self.dense, self.routed = _meshes(layout, device)
+        pipeline, replicate, fsdp = self.dense.get_coordinate() or (0, 0, 0)
+        self.stage = pipeline
+        self.share, self.shares = replicate * layout.shard + fsdp // layout.context, layout.data
+        self.context = fsdp % layout.context
+        self._alive = _SignsOfLife(self._store, seat.rank, seat.processes)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are cut, so that their gradients are summed where the backward pass makes them."""
+        return self.layout.fsdp > 1
+
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """One of each share, added in the order of ranks: the same bits everywhere."""
+        total: dict[str, float] = {}
+        for found in self._shares(self._all(dict(values))):
+            for name, value in found.items():
+                total[name] = total[name] + value if name in total else value
+        return total
+
+    def sum_tensors(self, tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        """All of them in one collective for each type."""
+        summed: dict[Key, Tensor] = {}
+        for dtype in {one.dtype for one in tensors.values()}:
+            some = {key: one for key, one in tensors.items() if one.dtype == dtype}
+            flat = torch.cat([one.reshape(-1) for one in some.values()])
+            flat = flat if self.stage == 0 else torch.zeros_like(flat)  # stages of a pipeline have the same
+            self._meet(lambda flat=flat: dist.all_reduce(flat))
+            pieces = flat.split([one.numel() for one in some.values()])
+            summed |= {key: piece.view_as(one) for (key, one), piece in zip(some.items(), pieces, strict=True)}
+        return {key: summed[key] for key in tensors}
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Over copies of the whole model; where weights are cut, the backward pass has done it."""
+        if self.sharded or self.layout.replicate == 1:
+            return
+        group = self.dense["replicate"].get_group()
+        for parameter in parameters:
+            if parameter.grad is None:  # a rank where nothing reached it still has to meet the others
+                parameter.grad = torch.zeros_like(parameter)
+            gradient = parameter.grad
+            self._meet(lambda gradient=gradient: dist.all_reduce(gradient, group=group))
+
+    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Root of the squares of all pieces; copies are counted once."""
+        gradients = [self.local(p.grad) for p in parameters if p.grad is not None]
+        squared = torch.nn.utils.get_total_norm(gradients).double().square().to(self.device)
+        if self.sharded:
+            self._meet(lambda: dist.all_reduce(squared, group=self.dense["fsdp"].get_group()))
+        return squared.sqrt().to(gradients[0].dtype if gradients else torch.float32)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Of a DTensor, what lies here."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def put(self, target: Tensor, whole: Tensor) -> None:
+        """No process has to ask another: each cuts its piece out."""
+        put(target, whole)
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One after the other, so that no rank but the first holds more than one whole tensor."""
+        found = {}
+        for name, tensor in tensors.items():
+            one = whole(tensor)
+            if self.rank == 0:
+                found[name] = one.detach().to("cpu", copy=True)
+        return found
+
+    def any(self, flag: bool) -> bool:
+        """Over all processes."""
+        return any(self._all(flag))
+
+    def first(self, make: Callable[[], Value]) -> Value:
+        """Rank 0's result, or its error."""
+        made: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                made = [make(), None]
+            except FinemoeError as error:
+                made = [None, error]
+        self._meet(lambda: dist.broadcast_object_list(made, src=0))
+        value, error = made
+        if error is not None:
+            error.everywhere = True
+            raise error
+        return value  # type: ignore[no-any-return]
+
+    def in_turn(self, make: Callable[[], Value]) -> Value:
+        """Rank 0, then all others at once; an error of any is one of all."""
+        made: list[Value] = []
+        error: FinemoeError | None = None
+        for mine in (self.rank == 0, self.rank != 0):
+            if mine:
+                try:
+                    made.append(make())
+                except FinemoeError as found:
+                    error = found
+            failed = [one for one in self._all(error) if one is not None]
+            if failed:
+                failed[0].everywhere = True
+                raise failed[0]
+        return made[0]
+
+    def why(self, error: BaseException) -> str:
+        """In words, which processes are the reason that a collective failed."""
+        missing = self._alive.missing()
+        if missing:
+            return f"{_ranks(missing)} gave no sign of life for {_SILENT:.0f} s and more, stopped or gone: {error}"
+        behind = self._alive.behind()
+        if behind:
+            return f"{_ranks(behind)} did not come as far as the others: {error}"
+        return f"a process failed while others waited for it; what it said is above or below: {error}"
+
+    def close(self) -> None:
+        """Leave the others, who may still be computing."""
+        self._alive.stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _all(self, value: Value) -> list[Value]:
+        """Everybody's value, by rank."""
+        found: list[Any] = [None] * self.size
+        self._meet(lambda: dist.all_gather_object(found, value))
+        return found
+
+    def _shares(self, found: list[Value]) -> list[Value]:
+        """One of each share."""
+        step = self.layout.context
+        return found[: self.layout.data * step : step]
+
+    def _meet(self, collective: Callable[[], Any]) -> None:
+        self._alive.count()
+        collective()
+
+
+def _meshes(layout: Layout, device: torch.device) -> tuple[DeviceMesh, DeviceMesh]:
+    """The same processes seen twice: by weights that every token meets, and by routed experts."""
+    dense = init_device_mesh(
+        device.type,
+        (layout.pipeline, layout.replicate, layout.fsdp),
+        mesh_dim_names=("pipeline", "replicate", "fsdp"),
+    )
+    if layout.expert == 1:
+        return dense, dense
+    routed = init_device_mesh(
+        device.type,
+        (layout.pipeline, layout.replicate, layout.expert_shard, layout.expert),
+        mesh_dim_names=("pipeline", "replicate", "expert_shard", "expert"),
+    )
+    return dense, routed
+
+
+@final
+class _SignsOfLife:
+    """What every process writes into the store: that it lives, and how many meetings it has come to."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._store, self._rank, self._size = store, rank, size
+        self._meetings = 0
+        self._ended = threading.Event()
+        self._say()
+        self._thread = threading.Thread(target=self._run, name="signs of life", daemon=True)
+        self._thread.start()
+
+    def count(self) -> None:
+        """One more meeting."""
+        self._meetings += 1
+
+    def stop(self) -> None:
+        """The process ends well."""
+        self._ended.set()
+
+    def missing(self) -> list[int]:
+        """Ranks that have not been heard of between two looks."""
+        before = self._heard()
+        time.sleep(_SILENT)
+        after = self._heard()
+        return [rank for rank in range(self._size) if rank != self._rank and before.get(rank) == after.get(rank)]
+
+    def behind(self) -> list[int]:
+        """Ranks that came to fewer meetings than the others."""
+        meetings = {rank: int(said.split()[1]) for rank, said in self._heard().items()}
+        most = max(meetings.values(), default=0)
+        return [rank for rank, count in meetings.items() if count < most]
+
+    def _heard(self) -> dict[int, bytes]:
+        try:
+            return {rank: self._store.get(f"alive/{rank}") for rank in range(self._size)}
+        except (RuntimeError, dist.DistError):  # the store went with its process
+            return {}
+
+    def _say(self) -> None:
+        self._store.set(f"alive/{self._rank}", f"{time.time():.3f} {self._meetings}")
+
+    def _run(self) -> None:
+        while not self._ended.wait(_BEAT):
+            try:
+                self._say()
+            except (RuntimeError, dist.DistError):
+                return
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"

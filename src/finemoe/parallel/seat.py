@@ -1,0 +1,62 @@
+"""Where a process stands among those that torchrun started, by what it was told in its environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from finemoe.core.errors import ConfigError
+
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One of several processes. torch itself is not needed to know it."""
+
+    rank: int
+    """Of all processes, from 0."""
+    processes: int
+    local_rank: int
+    """Of those on this machine, from 0."""
+    local_processes: int
+    address: str
+    port: int
+    attempt: int
+    """How often the processes were started again."""
+    hosted: bool
+    """torchrun keeps the store at which the processes meet; else rank 0 does."""
+
+
+def seat() -> Seat | None:
+    """The place of this process; None where it is alone.
+
+    Raises:
+        ConfigError: the environment says half of it.
+    """
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return None
+    missing = [name for name in _NAMES if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"the environment says RANK or WORLD_SIZE, and not {', '.join(missing)}: start finemoe with "
+            "`torchrun --nproc-per-node N -m finemoe train ...`, which sets them all, or unset RANK and WORLD_SIZE"
+        )
+    try:
+        rank, processes, local_rank, local, port = (int(os.environ[n]) for n in _NAMES if n != "MASTER_ADDR")
+        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    except ValueError as error:
+        raise ConfigError(f"the environment of torchrun holds what is no number: {error}") from error
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Seat(rank, processes, local_rank, local, os.environ["MASTER_ADDR"], port, attempt, hosted)
+
+
+def speaks() -> bool:
+    """Whether this process is the one that prints: alone, or rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def cores() -> int:
+    """Of the processor, that this process may use: its share where several run on one machine."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
