@@ -1,0 +1,114 @@
+"""Functions run by several processes that reach each other over gloo. A fork server imports torch once.
+
+The function and its arguments are pickled, so it stands at the top of a module of tests; what it returns comes back
+pickled too, tensors as bytes and not through shared memory, which would end with the process that made it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# One server serves every test of this process, so this list holds what `faults.processes` wants of it too.
+_CONTEXT.set_forkserver_preload(
+    [
+        "finemoe.studies.worker",
+        "finemoe.runs.run",
+        "torch._dynamo",
+        "torch.distributed.pipelining",
+        "torch.distributed.fsdp",
+        "pytest",
+    ]
+)
+
+
+def run(world_size: int, function: Callable[..., Any], *args: Any, deadline: float = 60) -> list[Any]:
+    """What `function(*args)` returns on each rank, by rank.
+
+    Each rank is a process of one thread whose default process group is initialised: `torch.distributed.get_rank()`
+    tells them apart. Warnings are errors there, as in every test.
+
+    Raises:
+        AssertionError: a rank failed, with its traceback, or is not done after `deadline` seconds; no process is left.
+    """
+    work = pickle.dumps((function, args))
+    with tempfile.TemporaryDirectory() as folder:
+        ranks: dict[Connection, int] = {}
+        processes: list[BaseProcess] = []
+        try:
+            for rank in range(world_size):
+                ours, theirs = _CONTEXT.Pipe(duplex=False)
+                place = (rank, world_size, Path(folder) / "store", deadline)
+                processes.append(_CONTEXT.Process(target=_work, args=(theirs, work, *place), daemon=True))
+                processes[-1].start()
+                theirs.close()
+                ranks[ours] = rank
+            results = _gather(ranks, deadline)
+            for process in processes:
+                process.join(10)
+            return [results[rank] for rank in range(world_size)]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _gather(ranks: dict[Connection, int], deadline: float) -> dict[int, Any]:
+    """Results by rank. A rank that fails takes others with it: the first error is the one to read."""
+    until = time.monotonic() + deadline
+    results: dict[int, Any] = {}
+    while len(results) < len(ranks):
+        waiting = [connection for connection, rank in ranks.items() if rank not in results]
+        ready = wait(waiting, max(0.0, until - time.monotonic()))
+        late = sorted(ranks[connection] for connection in waiting)
+        assert ready, f"ranks {late} of {len(ranks)} are not done after {deadline} seconds"
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            try:
+                well, result = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                raise AssertionError(f"rank {ranks[connection]} ended without a word") from None
+            assert well, f"rank {ranks[connection]} failed:\n{result}"
+            results[ranks[connection]] = result
+    return results
+
+
+def _work(connection: Connection, work: bytes, rank: int, world_size: int, store: Path, deadline: float) -> None:
+    warnings.simplefilter("error")
+    faulthandler.dump_traceback_later(0.9 * deadline, file=sys.__stderr__)  # says where a rank waits for ever
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    try:
+        distributed.init_process_group(
+            "gloo",
+            store=distributed.FileStore(str(store), world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=deadline),
+        )
+        function, args = pickle.loads(work)
+        answer = (True, function(*args))
+        distributed.barrier()  # nobody leaves while others still read from it
+        distributed.destroy_process_group()
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    connection.send_bytes(pickle.dumps(answer))
+    connection.close()
+    faulthandler.cancel_dump_traceback_later()
