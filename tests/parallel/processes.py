@@ -11,6 +11,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import socket
 import sys
 import tempfile
 import time
@@ -36,23 +37,25 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def run(world_size: int, function: Callable[..., Any], *args: Any, deadline: float = 60) -> list[Any]:
+def run(world_size: int, function: Callable[..., Any], *args: Any, deadline: float = 60, met: bool = True) -> list[Any]:
     """What `function(*args)` returns on each rank, by rank.
 
     Each rank is a process of one thread whose default process group is initialised: `torch.distributed.get_rank()`
-    tells them apart. Warnings are errors there, as in every test.
+    tells them apart. With `met` False they have not met, and find in the environment what torchrun would have said.
+    Warnings are errors there, as in every test.
 
     Raises:
         AssertionError: a rank failed, with its traceback, or is not done after `deadline` seconds; no process is left.
     """
     work = pickle.dumps((function, args))
+    free_port = _free_port()
     with tempfile.TemporaryDirectory() as folder:
         ranks: dict[Connection, int] = {}
         processes: list[BaseProcess] = []
         try:
             for rank in range(world_size):
                 ours, theirs = _CONTEXT.Pipe(duplex=False)
-                place = (rank, world_size, Path(folder) / "store", deadline)
+                place = (rank, world_size, Path(folder) / "store" if met else free_port, deadline)
                 processes.append(_CONTEXT.Process(target=_work, args=(theirs, work, *place), daemon=True))
                 processes[-1].start()
                 theirs.close()
@@ -87,7 +90,15 @@ def _gather(ranks: dict[Connection, int], deadline: float) -> dict[int, Any]:
     return results
 
 
-def _work(connection: Connection, work: bytes, rank: int, world_size: int, store: Path, deadline: float) -> None:
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _work(
+    connection: Connection, work: bytes, rank: int, world_size: int, meeting: Path | int, deadline: float
+) -> None:
     warnings.simplefilter("error")
     faulthandler.dump_traceback_later(0.9 * deadline, file=sys.__stderr__)  # says where a rank waits for ever
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -96,17 +107,23 @@ def _work(connection: Connection, work: bytes, rank: int, world_size: int, store
 
     torch.set_num_threads(1)
     try:
-        distributed.init_process_group(
-            "gloo",
-            store=distributed.FileStore(str(store), world_size),
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=deadline),
-        )
+        if isinstance(meeting, int):
+            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+            os.environ.update({name: str(place) for name, place in places.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(meeting))
+        else:
+            distributed.init_process_group(
+                "gloo",
+                store=distributed.FileStore(str(meeting), world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=datetime.timedelta(seconds=deadline),
+            )
         function, args = pickle.loads(work)
         answer = (True, function(*args))
-        distributed.barrier()  # nobody leaves while others still read from it
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.barrier()  # nobody leaves while others still read from it
+            distributed.destroy_process_group()
     except BaseException:
         answer = (False, traceback.format_exc())
     connection.send_bytes(pickle.dumps(answer))

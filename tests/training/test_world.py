@@ -82,6 +82,12 @@ class Rank:
         for at, parameter in enumerate(p for p in own if p.grad is not None):
             parameter.grad.copy_(torch.stack([one[at] for one in everybody]).sum(0))
 
+    def spread(self, model: nn.Module) -> None:
+        return None
+
+    def settle(self, model: nn.Module) -> None:
+        return None
+
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         return SOLO.norm(parameters)
 
@@ -99,6 +105,9 @@ class Rank:
 
     def in_turn(self, make: Callable[[], Any]) -> Any:
         return make()
+
+    def figures(self, load: Mapping[int, Tensor]) -> dict[str, float]:
+        return {}
 
     def any(self, flag: bool) -> bool:
         return any(self._meeting.exchange(self.rank, flag))

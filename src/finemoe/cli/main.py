@@ -40,6 +40,10 @@ from finemoe.cli.train import train
 from finemoe.cli.upcycle import upcycle
 from finemoe.core.errors import FinemoeError
 from finemoe.core.files import plain_words
+from finemoe.parallel.seat import speaks
+
+_HAVE_MET = "finemoe.parallel.processes"
+"""Loaded by processes that have met; until then they do the same, and meet the same errors."""
 
 
 class Verbs(TyperGroup):
@@ -67,7 +71,10 @@ class Verbs(TyperGroup):
             raise
         except (FinemoeError, OSError) as error:
             said = plain_words(error) if isinstance(error, OSError) else str(error)
-            _say("error: ", "bold red", ctx.params["debug"], said)
+            if speaks():
+                _say("error: ", "bold red", ctx.params["debug"], said)
+            elif _HAVE_MET in sys.modules and not (isinstance(error, FinemoeError) and error.everywhere):
+                _say(f"error on rank {os.environ['RANK']}: ", "bold red", ctx.params["debug"], said)
             raise typer.Exit(2) from error
 
 

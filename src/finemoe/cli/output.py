@@ -96,8 +96,11 @@ def report_run(run: Any, as_json: bool) -> None:
     """
     from finemoe.charts.numbers import count, duration, fixed
     from finemoe.core.logs import console
+    from finemoe.parallel.seat import speaks
     from finemoe.runs.planning.machine import other_work
 
+    if not speaks():  # one process of the run says it
+        raise typer.Exit(130 if run.interrupted else 0)
     directory = shlex.quote(str(run.directory))
     if as_json:
         print_json({"directory": str(run.directory), "interrupted": run.interrupted, **run.summary})

@@ -22,6 +22,9 @@ def train(
     check: Annotated[
         bool, typer.Option("--check", help="Train nothing: measure ten steps and say what the run takes.")
     ] = False,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Start; or, where --out holds this run already, go on with it.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -34,12 +37,17 @@ def train(
     every ten minutes. --check trains nothing: it says what a run takes, and ends with status 1
     where one would be refused.
 
+    Several processes train one run together, as [parallel] of the recipe says: with --continue
+    torchrun may start them again after one has failed.
+
     \b
     Examples:
       finemoe train recipes/tiny.toml --check
       finemoe train recipes/tiny.toml
       finemoe train recipes/tiny.toml --out runs/wide \\
         --set model.hidden_size=128 --set training.tokens=200_000
+      torchrun --nproc-per-node 2 -m finemoe train recipes/tiny.toml \\
+        --out runs/two --continue
 
     The directory then holds config.json, metrics.jsonl, checkpoints/ and summary.json.
     """
@@ -51,7 +59,7 @@ def train(
 
     from finemoe.runs import run
 
-    report_run(run.train(recipe, out=out, overrides=overrides or (), quiet=quiet), as_json)
+    report_run(run.train(recipe, out=out, overrides=overrides or (), quiet=quiet, go_on=go_on), as_json)
 
 
 def _check(recipe: Path, overrides: Sequence[str], out: Path | None, quiet: bool, as_json: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from finemoe.core.config import Config
 from finemoe.core.errors import ConfigError
@@ -36,6 +36,9 @@ class ParallelConfig(Config):
     """In which order a pipeline's micro-batches go forward and back."""
     context: PositiveInt = 1
     """[processes] Over how many the tokens of each sequence are spread; for latent attention."""
+    timeout: PositiveFloat = 600.0
+    """[seconds] How long a process waits for another before the run fails and says for whom. Longer than what one may
+    do alone: read a corpus for the first time, measure kernels."""
 
     @model_validator(mode="before")
     @classmethod

@@ -2,30 +2,75 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from functools import cache, partial
 from typing import Any, TypeVar, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # torch does not list them
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from finemoe.core.errors import FinemoeError
+from finemoe.core.errors import FinemoeError, RunError
+from finemoe.model.transformer import Transformer
 from finemoe.parallel.config import Layout
 from finemoe.parallel.pieces import put, whole
 from finemoe.parallel.seat import Seat
+from finemoe.parallel.shard import settle, spread
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+
+ROWS_FIGURE = "expert_rows_max_over_mean"
 
 _BEAT = 2.0
 """[seconds] Between two signs of life of a process."""
 _SILENT = 8.0
 """[seconds] Without one, after which a process is taken for stopped or gone."""
+
+
+def join(seat: Seat, device: torch.device, timeout: float) -> Store:
+    """Meet the other processes in torch's default group.
+
+    Args:
+        seat: of this process.
+        device: where the model will be.
+        timeout: [seconds] how long a process waits for another, here and in every collective.
+
+    Returns:
+        Where all can read and write small things, while the process that keeps it lives.
+
+    Raises:
+        RunError: not all came in time.
+    """
+    wait = timedelta(seconds=timeout)
+    try:
+        base = _meeting_place(seat.address, seat.port, not seat.hosted and seat.rank == 0, timeout)
+        # A prefix for each attempt, and for each run of a process: else addresses of dead ones would be read.
+        store = PrefixStore(f"finemoe/attempt-{seat.attempt}/{next(_MEETINGS)}", base)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.processes, timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            f"rank {seat.rank} of {seat.processes} did not meet the others at {seat.address}:{seat.port}: {error}"
+        ) from error
+    return store
+
+
+_MEETINGS = itertools.count()
+"""Of this process; all processes train the same runs in the same order."""
+
+
+@cache
+def _meeting_place(address: str, port: int, hosts: bool, timeout: float) -> TCPStore:
+    """One for all runs of a process: who keeps it cannot open the port twice."""
+    return TCPStore(address, port, is_master=hosts, timeout=timedelta(seconds=timeout))
 
 
 @final
@@ -36,33 +81,22 @@ class Processes:
     method is a meeting point: all ranks call the same ones in the same order.
     """
 
-    def __init__(self, seat: Seat, layout: Layout, device: torch.device, timeout: float) -> None:
-        """Join the others.
+    def __init__(self, layout: Layout, device: torch.device, store: Store | None = None) -> None:
+        """Of the processes that have met in torch's default group, as many as `layout` has.
 
         Args:
-            seat: of this process.
-            layout: of the run; as many processes as there are.
+            layout: of the run.
             device: where the model is.
-            timeout: [seconds] how long a process waits for another in one collective.
-
-        Raises:
-            TimeoutError: the others did not come.
+            store: from `join`, to say in whom the reason lies when a collective fails.
         """
-        self.rank, self.size, self.layout, self.device = seat.rank, seat.processes, layout, device
-        self._hosts = not seat.hosted and seat.rank == 0
-        base = dist.TCPStore(seat.address, seat.port, is_master=self._hosts, timeout=timedelta(seconds=timeout))
-        # A prefix for each attempt: processes that were started again would else read the addresses of dead ones.
-        self._store = dist.PrefixStore(f"finemoe/attempt-{seat.attempt}", base)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=self._store, rank=seat.rank, world_size=seat.processes, timeout=timedelta(seconds=timeout)
-        )
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.layout, self.device = layout, device
         self.dense, self.routed = _meshes(layout, device)
         pipeline, replicate, fsdp = self.dense.get_coordinate() or (0, 0, 0)
         self.stage = pipeline
         self.share, self.shares = replicate * layout.shard + fsdp // layout.context, layout.data
         self.context = fsdp % layout.context
-        self._alive = _SignsOfLife(self._store, seat.rank, seat.processes)
+        self._alive = _SignsOfLife(store, self.rank, self.size)
 
     @property
     def sharded(self) -> bool:
@@ -84,7 +118,7 @@ class Processes:
             some = {key: one for key, one in tensors.items() if one.dtype == dtype}
             flat = torch.cat([one.reshape(-1) for one in some.values()])
             flat = flat if self.stage == 0 else torch.zeros_like(flat)  # stages of a pipeline have the same
-            self._meet(lambda flat=flat: dist.all_reduce(flat))
+            self._meet(partial(dist.all_reduce, flat))
             pieces = flat.split([one.numel() for one in some.values()])
             summed |= {key: piece.view_as(one) for (key, one), piece in zip(some.items(), pieces, strict=True)}
         return {key: summed[key] for key in tensors}
@@ -97,8 +131,16 @@ class Processes:
         for parameter in parameters:
             if parameter.grad is None:  # a rank where nothing reached it still has to meet the others
                 parameter.grad = torch.zeros_like(parameter)
-            gradient = parameter.grad
-            self._meet(lambda gradient=gradient: dist.all_reduce(gradient, group=group))
+            self._meet(partial(dist.all_reduce, parameter.grad, group=group))
+
+    def spread(self, model: nn.Module) -> None:
+        """Experts whole, then everything by FSDP2."""
+        assert isinstance(model, Transformer)  # nothing else is trained
+        spread(model, self.layout, self.dense, self.routed)
+
+    def settle(self, model: nn.Module) -> None:
+        """FSDP leaves the outermost weights whole."""
+        settle(model)
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Root of the squares of all pieces; copies are counted once."""
@@ -125,6 +167,13 @@ class Processes:
                 found[name] = one.detach().to("cpu", copy=True)
         return found
 
+    def figures(self, load: Mapping[int, Tensor]) -> dict[str, float]:
+        """Of the layer where it is worst, the rows of the process that received most over the mean: 1 is even."""
+        if self.layout.expert == 1 or not load:
+            return {}
+        rows = [one.view(self.layout.expert, -1).sum(1).double() for one in load.values()]
+        return {ROWS_FIGURE: max(float(one.max() / one.mean().clamp(min=1)) for one in rows)}
+
     def any(self, flag: bool) -> bool:
         """Over all processes."""
         return any(self._all(flag))
@@ -137,24 +186,24 @@ class Processes:
                 made = [make(), None]
             except FinemoeError as error:
                 made = [None, error]
-        self._meet(lambda: dist.broadcast_object_list(made, src=0))
-        value, error = made
-        if error is not None:
-            error.everywhere = True
-            raise error
+        self._meet(partial(dist.broadcast_object_list, made, src=0))
+        value, failure = made
+        if failure is not None:
+            failure.everywhere = True
+            raise failure
         return value  # type: ignore[no-any-return]
 
     def in_turn(self, make: Callable[[], Value]) -> Value:
         """Rank 0, then all others at once; an error of any is one of all."""
         made: list[Value] = []
-        error: FinemoeError | None = None
+        failure: FinemoeError | None = None
         for mine in (self.rank == 0, self.rank != 0):
             if mine:
                 try:
                     made.append(make())
-                except FinemoeError as found:
-                    error = found
-            failed = [one for one in self._all(error) if one is not None]
+                except FinemoeError as error:
+                    failure = error
+            failed = [one for one in self._all(failure) if one is not None]
             if failed:
                 failed[0].everywhere = True
                 raise failed[0]
@@ -213,13 +262,13 @@ def _meshes(layout: Layout, device: torch.device) -> tuple[DeviceMesh, DeviceMes
 class _SignsOfLife:
     """What every process writes into the store: that it lives, and how many meetings it has come to."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+    def __init__(self, store: Store | None, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._meetings = 0
         self._ended = threading.Event()
-        self._say()
-        self._thread = threading.Thread(target=self._run, name="signs of life", daemon=True)
-        self._thread.start()
+        if store is not None:
+            self._say(store)
+            threading.Thread(target=self._run, args=(store,), name="signs of life", daemon=True).start()
 
     def count(self) -> None:
         """One more meeting."""
@@ -232,9 +281,11 @@ class _SignsOfLife:
     def missing(self) -> list[int]:
         """Ranks that have not been heard of between two looks."""
         before = self._heard()
+        if not before:
+            return []
         time.sleep(_SILENT)
         after = self._heard()
-        return [rank for rank in range(self._size) if rank != self._rank and before.get(rank) == after.get(rank)]
+        return [rank for rank, said in before.items() if rank != self._rank and said == after.get(rank)]
 
     def behind(self) -> list[int]:
         """Ranks that came to fewer meetings than the others."""
@@ -243,18 +294,20 @@ class _SignsOfLife:
         return [rank for rank, count in meetings.items() if count < most]
 
     def _heard(self) -> dict[int, bytes]:
+        if self._store is None:
+            return {}
         try:
             return {rank: self._store.get(f"alive/{rank}") for rank in range(self._size)}
         except (RuntimeError, dist.DistError):  # the store went with its process
             return {}
 
-    def _say(self) -> None:
-        self._store.set(f"alive/{self._rank}", f"{time.time():.3f} {self._meetings}")
+    def _say(self, store: Store) -> None:
+        store.set(f"alive/{self._rank}", f"{time.time():.3f} {self._meetings}")
 
-    def _run(self) -> None:
+    def _run(self, store: Store) -> None:
         while not self._ended.wait(_BEAT):
             try:
-                self._say()
+                self._say(store)
             except (RuntimeError, dist.DistError):
                 return
 

@@ -58,5 +58,5 @@ def speaks() -> bool:
 
 def cores() -> int:
     """Of the processor, that this process may use: its share where several run on one machine."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = len(os.sched_getaffinity(0)) if "sched_getaffinity" in vars(os) else os.cpu_count() or 1
     return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

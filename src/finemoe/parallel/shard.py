@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 from torch import nn
@@ -9,36 +10,41 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from finemoe.model.transformer import Transformer
+from finemoe.parallel.config import Layout
 from finemoe.parallel.expert import AllToAll, DistributedExperts
-from finemoe.parallel.processes import Processes
 
 
-def spread(model: Transformer, world: Processes) -> Transformer:
+def spread(model: Transformer, layout: Layout, dense: DeviceMesh, routed: DeviceMesh) -> None:
     """Keep this process's pieces of a model that is whole here, in place.
 
     Gradients are summed and never averaged: losses are divided by counts of the whole step.
+
+    Args:
+        model: alike on all processes.
+        layout: of the run.
+        dense: replicate and fsdp, for weights that every token meets.
+        routed: replicate, expert_shard and expert, for routed experts; the same processes.
     """
-    layout = world.layout
     if layout.expert > 1:
-        mesh = world.routed["expert"]
+        mesh = routed["expert"]
         for layer in model.moe_layers.values():
             layer.dispatch = AllToAll(mesh.get_group(), layout.expert)
             layer.experts = DistributedExperts(layer.experts, mesh)  # type: ignore[assignment]
-    if not world.sharded:
-        return model
-    dense = _data(world.dense, "fsdp", layout.replicate)
+    if layout.fsdp == 1:
+        return
+    # Nothing here writes into what a module returned, view or not.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     if layout.expert > 1:
-        routed = _data(world.routed, "expert_shard", layout.replicate)
         for layer in model.moe_layers.values():
-            fully_shard(layer.experts, mesh=routed)
+            fully_shard(layer.experts, mesh=_data(routed, "expert_shard", layout.replicate))
+    mesh = _data(dense, "fsdp", layout.replicate)
     for block in (*model.blocks, *(module.block for module in model.mtp)):
-        fully_shard(block, mesh=dense)  # type: ignore[arg-type]
-    fully_shard(model, mesh=dense)
+        fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
+    fully_shard(model, mesh=mesh)
     for module in pieces(model):
         module.set_gradient_divide_factor(1.0)
         # gloo cannot multiply while it sums, which is how the factor would be applied
         module.set_force_sum_reduction_for_comms(True)
-    return model
 
 
 def settle(model: nn.Module) -> None:

@@ -56,6 +56,14 @@ class World(Protocol):
         """
         ...
 
+    def spread(self, model: nn.Module) -> None:
+        """Keep this process's pieces of a model that is whole here, in place."""
+        ...
+
+    def settle(self, model: nn.Module) -> None:
+        """After passes without a backward pass: what was put together for them is in pieces again."""
+        ...
+
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Scalar: of all gradients together, wherever their pieces lie."""
         ...
@@ -70,6 +78,10 @@ class World(Protocol):
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors, on the CPU where they were cut; on rank 0 only, none elsewhere."""
+        ...
+
+    def figures(self, load: Mapping[int, Tensor]) -> dict[str, float]:
+        """What to report of a step besides; `load`: [experts] of the whole step, by layer."""
         ...
 
     def any(self, flag: bool) -> bool:
@@ -107,6 +119,12 @@ class _Solo:
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         return None
 
+    def spread(self, model: nn.Module) -> None:
+        return None
+
+    def settle(self, model: nn.Module) -> None:
+        return None
+
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
@@ -118,6 +136,9 @@ class _Solo:
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)
+
+    def figures(self, load: Mapping[int, Tensor]) -> dict[str, float]:
+        return {}
 
     def any(self, flag: bool) -> bool:
         return flag

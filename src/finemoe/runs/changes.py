@@ -16,7 +16,7 @@ from finemoe.runs.config import RunConfig, TrainingConfig
 from finemoe.training.directory import read_summary
 from finemoe.training.schedule import learning_rate_factor
 
-_TO_COME = ("schedule", "optimizer", "kernels", "balancing", "mtp")
+_TO_COME = ("schedule", "optimizer", "kernels", "balancing", "mtp", "parallel")
 """Tables that say what the next steps do, and nothing of the steps that were."""
 _TO_COME_OF_TRAINING = (
     "tokens", "steps", "micro_batch_tokens", "evaluate_every", "checkpoint_every", "checkpoint_minutes",

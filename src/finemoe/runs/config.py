@@ -23,6 +23,7 @@ from finemoe.methods.trainables.everything import EverythingConfig
 from finemoe.model.config import Kernels, ModelConfig, can_begin_with, expand, with_balance, without_capacity
 from finemoe.model.moe.balance import BalanceConfig
 from finemoe.model.presets import resolve
+from finemoe.parallel.config import ParallelConfig
 from finemoe.runs.trackers import TrackerName
 from finemoe.training.balancing import BalancingConfig, has_selection_bias
 from finemoe.training.losses.next_token import MTPLossConfig
@@ -120,6 +121,8 @@ class RunConfig(Config):
     """How selection biases move; None: as by default, where the model has any."""
     mtp: MTPLossConfig | None = None
     """How much multi-token prediction counts; None: as by default, where the model has modules for it."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the processes that torchrun starts share the work; one process needs nothing."""
     start_from: str | None = None
     """A run or one checkpoint of it, an imported or a Hugging Face folder: this run begins with its model, weights and
     tokenizer."""

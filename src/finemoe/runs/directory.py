@@ -39,6 +39,18 @@ def require_free(directory: Path, config: RunConfig) -> None:
     raise RunError(f"{directory} holds {what}; go on with `finemoe resume {directory}`, or choose another --out")
 
 
+def holds_run(directory: Path, config: RunConfig) -> bool:
+    """Whether the run that `config` describes has begun there, by whatever number of processes."""
+    if not (directory / "config.json").exists():
+        return False
+    found = read_config(directory / "config.json")
+    asked = config.model_copy(update={"parallel": found.parallel})
+    if asked.training.epochs is not None:  # steps took their place as soon as the data was read
+        length = {"epochs": None, "steps": found.training.steps}
+        asked = asked.model_copy(update={"training": asked.training.model_copy(update=length)})
+    return is_same_run(asked, found)
+
+
 def describe(directory: Path, config: RunConfig, data: TrainingData[Batch]) -> None:
     """Write what does not change during the run, where it is missing; first the file that `resume` asks for."""
     texts = {

@@ -8,36 +8,47 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finemoe.checkpoint.open import load_model
-from finemoe.checkpoint.portability import portability
-from finemoe.checkpoint.run_state.state import RunState, checkpoint_folders, load_latest
+from finemoe.checkpoint.run_state.state import RunState, checkpoint_folders
 from finemoe.core import memory
-from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, RunError, TrainingError
 from finemoe.core.files import sole_writer, write_text
 from finemoe.core.logs import logger
-from finemoe.core.reading import damage_of, decode_json, read_object
 from finemoe.core.seeds import derive
 from finemoe.data.batch import Batch
 from finemoe.model.config import Kernels, can_begin_with
 from finemoe.model.initialize import initialize
 from finemoe.model.size import measure
 from finemoe.model.transformer import Transformer
+from finemoe.parallel.meeting import meet
+from finemoe.parallel.seat import seat
+from finemoe.parallel.world import SOLO, World
 from finemoe.runs.calibration import Chosen
-from finemoe.runs.changes import say_length, was_changed, with_changes, write_changes
+from finemoe.runs.changes import say_length, with_changes, write_changes
 from finemoe.runs.config import RunConfig, read_config, read_recipe, resolve_run
-from finemoe.runs.directory import cut_metrics, describe, require_free
+from finemoe.runs.directory import cut_metrics, describe, holds_run, require_free
 from finemoe.runs.kernels import kernels_for
 from finemoe.runs.observers import Evaluate, Log, Show, Warn
 from finemoe.runs.result import Run
+from finemoe.runs.resuming import newest_state, refuse_other_data
 from finemoe.runs.saving import Save, restore
-from finemoe.runs.start import build_method, check_memory, check_start, default_directory, in_steps, resolve_device
+from finemoe.runs.start import (
+    announce,
+    build_method,
+    check_memory,
+    check_start,
+    default_directory,
+    in_steps,
+    refuse_layout,
+    resolve_device,
+)
 from finemoe.runs.trackers import open_tracker, require_tracker
 from finemoe.training.alerts import Knobs, Watch, routed_layers
 from finemoe.training.balancing import has_selection_bias
@@ -54,14 +65,18 @@ def train(
     out: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
     quiet: bool = False,
+    go_on: bool = False,
 ) -> Run:
     """Train from the start.
+
+    Under torchrun all processes call it alike, and train one run together as `[parallel]` says.
 
     Args:
         recipe: path of a TOML recipe, its tables as a mapping, or a resolved configuration.
         out: run directory; `runs/<name>-<date>` when None.
         overrides: `a.b=c`, for a path or a mapping.
         quiet: show no progress; metrics.jsonl is written all the same.
+        go_on: where `out` holds this very run already, resume it; finished, leave it.
 
     Raises:
         ConfigError, DataError: the recipe or corpus cannot work; nothing was written.
@@ -69,19 +84,25 @@ def train(
         TrainingError: a loss was not finite; the last good state is in the directory.
     """
     config = recipe if isinstance(recipe, RunConfig) else resolve_run(*read_recipe(recipe, overrides))
-    directory = Path(out) if out is not None else default_directory(config.name)
-    require_free(directory, config)
-    check_start(config, directory)
-    method = build_method(config)
-    if (known := in_steps(config, method.data)) != config:
-        method = method if known.setting == config.setting else build_method(known)
-        config = known
-    with sole_writer(directory):
-        require_free(directory, config)
-        chosen = kernels_for(config)
-        config = config.model_copy(update={"kernels": chosen.kernels})  # config.json is to compute the same again
-        describe(directory, config, method.data)
-        return _run(config, method, directory, chosen, None, quiet)
+    if go_on and out is None:
+        raise ConfigError("a run can be gone on with only where it lies: say --out DIR too")
+    with world_of(config) as world:
+        directory = world.first(lambda: Path(out) if out is not None else default_directory(config.name))
+        if go_on and world.first(lambda: holds_run(directory, config)):
+            return _go_on(directory, None, quiet, world)
+        world.first(lambda: require_free(directory, config))
+        world.first(lambda: check_start(config, directory))
+        method = world.in_turn(lambda: build_method(config))
+        if (known := in_steps(config, method.data)) != config:
+            method = method if known.setting == config.setting else build_method(known)
+            config = known
+        with ExitStack() as held:
+            world.first(lambda: held.enter_context(sole_writer(directory)))
+            world.first(lambda: require_free(directory, config))
+            chosen = world.first(lambda: kernels_for(config))
+            config = config.model_copy(update={"kernels": chosen.kernels})  # config.json is to compute the same again
+            world.first(lambda: describe(directory, config, method.data))
+            return _run(config, method, directory, chosen, None, quiet, world)
 
 
 def resume(directory: str | os.PathLike[str], *, overrides: Sequence[str] = (), quiet: bool = False) -> Run:
@@ -101,116 +122,107 @@ def resume(directory: str | os.PathLike[str], *, overrides: Sequence[str] = (), 
     directory = Path(directory)
     require_run(directory)
     before = read_config(directory / "config.json")
+    config = with_changes(directory, before, overrides) if overrides else None
+    with world_of(config or before) as world:
+        return _go_on(directory, config, quiet, world)
+
+
+@contextmanager
+def world_of(config: RunConfig) -> Iterator[World]:
+    """The processes that train `config`, this one among them, for as long as they do.
+
+    Raises:
+        ConfigError: `[parallel]` does not fit the number of processes, the model or the method.
+        RunError: a process did not come, or others waited for it in vain.
+    """
+    here = seat()
+    layout = config.parallel.layout(1 if here is None else here.processes)
+    refuse_layout(config, layout)
+    device, _ = resolve_device(config.training)
+    with meet(layout, device, config.training.threads, config.parallel.timeout) as world:
+        yield world
+
+
+def _go_on(directory: Path, changed: RunConfig | None, quiet: bool, world: World) -> Run:
+    before = read_config(directory / "config.json")
+    config = changed or before
     summary = summary_if_whole(directory)
-    if summary is not None and not overrides:
+    if summary is not None and changed is None:
         logger.info("%s is finished: %d steps; --set training.tokens=... trains it longer", directory, summary["steps"])
         return Run(directory, summary, interrupted=False)
-    config = with_changes(directory, before, overrides) if overrides else before
-    check_memory(config)
-    for name in config.training.trackers:  # before anything is changed
-        require_tracker(name)
-    with sole_writer(directory):
-        if read_config(directory / "config.json") != before:
+
+    def check() -> None:
+        check_memory(config)
+        for name in config.training.trackers:  # before anything is changed
+            require_tracker(name)
+
+    world.first(check)
+    with ExitStack() as held:
+        world.first(lambda: held.enter_context(sole_writer(directory)))
+        if world.any(read_config(directory / "config.json") != before):
             raise RunError(f"{directory}: another process has changed the run meanwhile; give the same command again")
-        return _resume(directory, before, config, quiet)
+        return _resume(directory, before, config, quiet, world)
 
 
-def _resume(directory: Path, before: RunConfig, config: RunConfig, quiet: bool) -> Run:
-    method = build_method(config)
-    had, now = _recorded_data(directory / "data.json"), method.data.report
-    changed = [key for key in now if key.endswith("sha256") and had and had.get(key) != now[key]]
-    if changed:
-        what = " and ".join(_BEGAN_WITH.get(key, key) for key in changed)
-        raise RunError(
-            f"{directory}: {what} {'are' if changed[1:] else 'is'} not what this run began with ({', '.join(changed)} "
-            "differ); put it back, or start a new run"
-        )
-    saved = _newest(directory, before)
+def _resume(directory: Path, before: RunConfig, config: RunConfig, quiet: bool, world: World) -> Run:
+    method = world.in_turn(lambda: build_method(config))
+    world.first(lambda: refuse_other_data(directory, method.data.report))
+    saved = world.in_turn(lambda: newest_state(directory, before))
     if config != before:
         done = saved.state["step"] if saved is not None else 0
-        write_changes(directory, before, config, done)
+        world.first(lambda: write_changes(directory, before, config, done))
         say_length(before, config, done)
-    describe(directory, config, method.data)  # whatever a kill left out while the directory was being made
-    return _run(config, method, directory, kernels_for(config, saved), saved, quiet)
-
-
-_BEGAN_WITH = {
-    "corpus_sha256": "the corpus", "tokenizer_sha256": "the tokenizer", "template_sha256": "the chat template",
-    "teacher_sha256": "the teacher",
-}  # fmt: skip
-
-
-def _recorded_data(path: Path) -> dict[str, Any] | None:
-    """What the run wrote of its corpus; None where it is not there.
-
-    Raises:
-        RunError: it is damaged.
-    """
-    if not path.exists():
-        return None
-    mend = "put it back, or remove it, and the run goes on without comparing its corpus with the one it began with"
-    return read_object(path, mend)
-
-
-def _newest(directory: Path, config: RunConfig) -> RunState | None:
-    """What the newest undamaged checkpoint holds; None where the run had not come to its first.
-
-    Raises:
-        RunError: it is of another run than `config` says.
-    """
-    checkpoints = directory / "checkpoints"
-    if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
-        return None
-    saved = load_latest(checkpoints)
-    _compare_configurations(directory, config, _config_of(saved, checkpoints), saved.state["step"])
-    return saved
-
-
-def _config_of(saved: RunState, checkpoints: Path) -> RunConfig:
-    """The configuration that a checkpoint was written with.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    with damage_of(f"{checkpoints}: config.json of the newest checkpoint", "remove that checkpoint", ConfigError):
-        raw = decode_json(saved.config.encode())
-        return parse(RunConfig, dict(raw), f"{checkpoints}: config.json of the newest checkpoint")
-
-
-def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig, step: int) -> None:
-    """An edited config.json: another model or corpus is refused, anything else is said, unless `--set` asked for it."""
-    changed = [name for name in RunConfig.model_fields if getattr(config, name) != getattr(saved, name)]
-    if {"model", "data", "seed", "method", "trainable"} & set(changed) or config.optimizer.kind != saved.optimizer.kind:
-        raise RunError(f"{directory}/config.json: {', '.join(changed)} differ from the checkpoint's; put them back")
-    if changed and not was_changed(directory, step):
-        logger.warning("%s differ from the checkpoint's: this is no longer the run that began here", ", ".join(changed))
+    # whatever a kill left out while the directory was being made
+    world.first(lambda: describe(directory, config, method.data))
+    chosen = world.first(lambda: kernels_for(config, saved))
+    return _run(config, method, directory, chosen, saved, quiet, world)
 
 
 def _run(
-    config: RunConfig, method: Method[Any], directory: Path, chosen: Chosen, saved: RunState | None, quiet: bool
+    config: RunConfig,
+    method: Method[Any],
+    directory: Path,
+    chosen: Chosen,
+    saved: RunState | None,
+    quiet: bool,
+    world: World,
 ) -> Run:
-    trainer = _trainer(config, method, directory, chosen.kernels, saved)
+    trainer = _trainer(config, method, directory, chosen.kernels, saved, world)
     metrics = directory / "metrics.jsonl"
-    cut_metrics(directory, trainer.state.step)
-    if not quiet:
-        _announce(config, trainer, directory, chosen.reason)
-    trackers = [open_tracker(name, directory, config.model_dump(mode="json")) for name in config.training.trackers]
+    world.first(lambda: cut_metrics(directory, trainer.state.step))
     # A closed terminal, and a limit, say so more than once: that is not to end what the first one made it save.
-    hung_up = StopOnSignal(trainer.request_stop, REPEATED)
-    with hung_up, Log(metrics, trackers) as log, Save(config, directory, log) as save:
-        evaluate = Evaluate(evaluate_every(config), log.emit)
-        shown: list[Observer] = [] if quiet else [Show(evaluate, trainer.plan.total_steps)]
-        trainer.observers = (evaluate, log, Warn(_watch(config, metrics), log.emit), *shown, save)
-        if trainer.state.step == 0 and config.start_from is not None and not _measured(directory):
+    with StopOnSignal(trainer.request_stop, REPEATED), ExitStack() as held:
+        if world.rank:
+            save = held.enter_context(Save(config, directory, None, world))
+            evaluate = Evaluate(evaluate_every(config), lambda record: None)
+            trainer.observers = (evaluate, save)
+        else:
+            if not quiet:
+                announce(config, trainer, directory, chosen.reason)
+            settings = config.model_dump(mode="json")
+            log = held.enter_context(
+                Log(metrics, [open_tracker(name, directory, settings) for name in config.training.trackers])
+            )
+            save = held.enter_context(Save(config, directory, log, world))
+            evaluate = Evaluate(evaluate_every(config), log.emit)
+            shown: list[Observer] = [] if quiet else [Show(evaluate, trainer.plan.total_steps)]
+            trainer.observers = (evaluate, log, Warn(_watch(config, metrics), log.emit), *shown, save)
+        begins = trainer.state.step == 0 and config.start_from is not None
+        if begins and not world.first(lambda: _measured(directory)):
             evaluate.before(trainer)
         finished = _train(trainer, save, directory)
     if not finished:
         return Run(directory, {}, interrupted=True)
     if evaluate.latest is None:  # resumed after the last step: its record may be lost
         evaluate.latest = trainer.measure()
-    summary = _summary(config, trainer, evaluate.latest, metrics)
-    write_text(directory / "summary.json", json.dumps(summary, indent=2))
-    return Run(directory, summary, interrupted=False)
+    last = evaluate.latest
+
+    def conclude() -> dict[str, Any]:
+        summary = _summary(config, trainer, last, metrics)
+        write_text(directory / "summary.json", json.dumps(summary, indent=2))
+        return summary
+
+    return Run(directory, world.first(conclude), interrupted=False)
 
 
 def _measured(directory: Path) -> bool:
@@ -225,11 +237,11 @@ def first_trainer(config: RunConfig, method: Method[Any]) -> tuple[Trainer, str]
         RunError: `start_from` does not hold the run's model.
     """
     chosen = kernels_for(config)
-    return _trainer(config, method, Path(), chosen.kernels, None), chosen.reason
+    return _trainer(config, method, Path(), chosen.kernels, None, SOLO), chosen.reason
 
 
 def _trainer(
-    config: RunConfig, method: Method[Any], directory: Path, kernels: Kernels, saved: RunState | None
+    config: RunConfig, method: Method[Any], directory: Path, kernels: Kernels, saved: RunState | None, world: World
 ) -> Trainer:
     """The trainer where the run stands."""
     memory.keep_freed_pages()
@@ -244,7 +256,9 @@ def _trainer(
         bf16=bf16,
     )
     begins = saved is None
-    trainer = Trainer(model.to(device), method, config.optimizer, config.schedule, plan, begins=begins)
+    model = model.to(device)
+    world.spread(model)
+    trainer = Trainer(model, method, config.optimizer, config.schedule, plan, world=world, begins=begins)
     if saved is not None:
         restore(trainer, saved, directory)
     return trainer
@@ -264,7 +278,7 @@ def _train(trainer: Trainer, save: Save, directory: Path) -> bool:
         else:
             save.save(trainer)
         report = {"step": trainer.state.step + 1, "position": trainer.state.position, "message": str(error)}
-        write_text(directory / "failure.json", json.dumps(report, indent=2))
+        trainer.world.first(lambda: write_text(directory / "failure.json", json.dumps(report, indent=2)))
         raise TrainingError(f"{error} {_what_is_saved(trainer, directory)}") from error
     finished = trainer.state.step >= trainer.plan.total_steps
     if not finished:
@@ -317,41 +331,6 @@ def _watch(config: RunConfig, metrics: Path) -> Watch:
     watch = Watch(routed_layers(config.model), config.training.total_steps, Knobs(config.optimizer.learning_rate, rate))
     watch.replay(read_metrics(metrics.parent))
     return watch
-
-
-def _announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str) -> None:
-    kernels = trainer.model.kernels
-    size = measure(config.model, config.data.sequence_length)
-    logger.info(
-        "%s: %.2fM parameters, %.2fM active; %s, %s, %d thread%s; kernels: attention %s, experts %s, products %s",
-        directory,
-        size.total_parameters / 1e6,
-        size.active_parameters / 1e6,
-        trainer.plan.device,
-        "bf16" if trainer.plan.bf16 else "fp32",
-        torch.get_num_threads(),
-        "s" * (torch.get_num_threads() > 1),
-        kernels.attention,
-        kernels.experts,
-        kernels.products,
-    )
-    if reason:
-        logger.info("kernels chosen by measuring: %s", reason)
-    logger.info("%s", _length(config))
-    for note in trainer.method.notes:
-        logger.info("%s", note)
-    logger.info("%s", portability(config.model).sentence())
-    if trainer.state.step:
-        logger.info("resuming after step %d", trainer.state.step)
-
-
-def _length(config: RunConfig) -> str:
-    training = config.training
-    total = training.total_steps * training.tokens_per_step
-    said = f"{training.total_steps} steps of {training.tokens_per_step} tokens"
-    if training.tokens is None or total == training.tokens:
-        return said
-    return f"{said}: {total:,} of the {training.tokens:,} tokens asked for, as steps are whole"
 
 
 def _summary(config: RunConfig, trainer: Trainer, last: Measured, metrics: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from finemoe.core.config import to_json
 from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.logs import logger
 from finemoe.core.reading import damage_of
+from finemoe.parallel.world import SOLO, World
 from finemoe.runs.config import RunConfig
 from finemoe.runs.observers import Log
 from finemoe.training.method import Saved
@@ -51,9 +52,18 @@ class Save:
     """
 
     def __init__(
-        self, config: RunConfig, directory: Path, log: Log, clock: Callable[[], float] = time.monotonic
+        self,
+        config: RunConfig,
+        directory: Path,
+        log: Log | None,
+        world: World = SOLO,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Save into `directory`; `clock` gives seconds, and tests give their own."""
+        """Save into `directory`; `clock` gives seconds, and tests give their own.
+
+        Of several processes the first writes, and has the log; the others give it what lies with them.
+        """
+        self._world = world
         self._config = config
         self._clock = clock
         self._begun = clock()
@@ -98,6 +108,9 @@ class Save:
             return
         self._begun = self._clock()
         state = state_of(trainer, self._config)
+        if self._log is None:
+            self._saved = trainer.state.step
+            return
         seconds = self._write(trainer.state.step, state)
         self._note(trainer.state.step, _nbytes(state), time.perf_counter() - started, seconds, behind=False)
 
@@ -139,8 +152,11 @@ class Save:
         self._begun = self._clock()
         started = time.perf_counter()
         state = state_of(trainer, self._config)
+        if self._log is None:
+            self._saved = trainer.state.step
+            return
         try:
-            copy = self._snapshot.take(state)
+            copy = state if self._world.size > 1 else self._snapshot.take(state)  # what was gathered is a copy
         except NoRoomError as error:
             if self._room:
                 logger.warning("training stands still while checkpoints are written: a copy of one takes %s", error)
@@ -165,11 +181,13 @@ class Save:
         """Write a checkpoint, whatever thread this is; seconds."""
         started = time.perf_counter()
         keep = self._config.training.keep_checkpoints
+        assert self._log is not None  # who has none does not write
         # A checkpoint must not outlive the metrics of its steps.
         save(self._checkpoints, step, state, keep, before_naming=self._log.sync, stop=self._stop)
         return time.perf_counter() - started
 
     def _note(self, step: int, nbytes: int, stall: float, seconds: float, *, behind: bool) -> None:
+        assert self._log is not None
         self._saved = step
         record = {"kind": "checkpoint", "step": step, "bytes": nbytes, "in_background": behind}
         self._log.keep({**record, "stall_seconds": round(stall, 4), "write_seconds": round(seconds, 4)})
@@ -180,13 +198,13 @@ def _nbytes(state: RunState) -> int:
 
 
 def state_of(trainer: Trainer, config: RunConfig) -> RunState:
-    """All that a bit-exact resume needs; the tensors are the trainer's own, and change with its next step."""
-    state = trainer.state
+    """All that a bit-exact resume needs; alone, the tensors are the trainer's own, and change with its next step."""
+    state, gathered = trainer.state, trainer.world.gathered
     parts = {name: part.state() for name, part in trainer.method.state.items()}
     return RunState(
-        model=trainer.model.state_dict(),
-        optimizer=optimizer_tensors(trainer.optimizers, trainer.parameters),
-        method={f"{name}/{key}": value for name, part in parts.items() for key, value in part.tensors.items()},
+        model=gathered(trainer.model.state_dict()),
+        optimizer=gathered(optimizer_tensors(trainer.optimizers, trainer.parameters)),
+        method=gathered({f"{name}/{key}": one for name, part in parts.items() for key, one in part.tensors.items()}),
         state={
             "step": state.step,
             "tokens": state.tokens,
@@ -210,9 +228,12 @@ def restore(trainer: Trainer, saved: RunState, source: Path) -> None:
         CheckpointError: the weights are of another model, other parameters were trained, or the method kept another
             state; names `source`.
     """
-    load_weights(trainer.model, saved.model, str(source))
+    if trainer.world.size == 1:
+        load_weights(trainer.model, saved.model, str(source))
+    else:
+        _put_weights(trainer, saved.model, source)
     try:
-        load_optimizer_tensors(trainer.optimizers, trainer.parameters, saved.optimizer)
+        load_optimizer_tensors(trainer.optimizers, trainer.parameters, saved.optimizer, trainer.world.put)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}; put back what was trained when the run began") from error
     state = dict(saved.state)
@@ -222,9 +243,24 @@ def restore(trainer: Trainer, saved: RunState, source: Path) -> None:
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng and torch.cuda.is_available():
             torch.cuda.set_rng_state(rng["cuda"])
-        torch.set_num_threads(state.pop("threads"))  # sums are cut by thread: another number rounds differently
+        threads = state.pop("threads")
+        if trainer.world.size == 1:  # several share the cores of a machine by how many they are
+            torch.set_num_threads(threads)  # sums are cut by thread: another number rounds differently
         state.pop("kernels", None)  # the model was built with them
         trainer.state = TrainState(**state, rng=rng)
+
+
+def _put_weights(trainer: Trainer, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Into each of several processes what lies there; every tensor is used and none is missing."""
+    own = trainer.model.state_dict()
+    if own.keys() != tensors.keys():
+        apart = sorted(own.keys() ^ tensors.keys())
+        raise CheckpointError(f"{source}: the weights do not fit the configuration: {apart[:4]} are on one side only")
+    for name, tensor in own.items():
+        try:
+            trainer.world.put(tensor, tensors[name])
+        except ValueError as error:
+            raise CheckpointError(f"{source}: the weights do not fit the configuration: {name}: {error}") from error
 
 
 def _restore_method(trainer: Trainer, tensors: Mapping[str, Tensor], values: Mapping[str, Any], source: Path) -> None:

@@ -1,4 +1,4 @@
-"""What must hold before a run starts: device, place, room on the disk, a method whose data fits the model."""
+"""What must hold before a run starts: device, place, room on the disk, processes, data that fits; what is said then."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from typing import Any
 
 import torch
 
+from finemoe.checkpoint.portability import portability
 from finemoe.core.errors import ConfigError, RunError
+from finemoe.core.logs import logger
 from finemoe.data.batch import Batch
 from finemoe.methods import build
+from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure
+from finemoe.parallel.config import Layout
 from finemoe.runs.config import RunConfig, TrainingConfig
 from finemoe.runs.footprint import require_memory
 from finemoe.runs.trackers import require_tracker
 from finemoe.training.method import Method, TrainingData
+from finemoe.training.trainer import Trainer
 
 _NAME = re.compile(
     r"[^\W_][^/\\\x00-\x1f\x7f]{0,99}"
@@ -128,3 +133,82 @@ def resolve_device(training: TrainingConfig) -> tuple[torch.device, bool]:
         raise ConfigError(f'training.device = "{name}" is not available here; use "auto"')
     bf16 = training.precision == "bf16" or (training.precision == "auto" and name == "cuda")
     return torch.device(name), bf16
+
+
+def refuse_layout(config: RunConfig, layout: Layout) -> None:
+    """Refuse what would fail, hang or be silently wrong.
+
+    Raises:
+        ConfigError: naming the setting, its value and values that work.
+    """
+    sequences = config.sequences_per_step
+    if sequences % layout.data:
+        length = config.data.sequence_length
+        raise ConfigError(
+            f"training.tokens_per_step {config.training.tokens_per_step} is {sequences} sequences, which "
+            f"{layout.data} processes cannot share evenly: make it a multiple of {layout.data * length}"
+        )
+    if layout.context > 1:
+        raise ConfigError("parallel.context above 1 is not built yet: leave it out")
+    if layout.pipeline > 1:
+        raise ConfigError("parallel.pipeline above 1 is not built yet: leave it out")
+    for number in config.model.moe_layers:
+        layer = config.model.blocks[number].feed_forward
+        assert isinstance(layer, MoEConfig)  # as `moe_layers` says
+        experts = layer.num_routed_experts
+        if experts % layout.expert:
+            fits = [n for n in range(1, layout.fsdp + 1) if experts % n == 0 and layout.fsdp % n == 0]
+            raise ConfigError(
+                f"parallel.expert {layout.expert} does not divide the {experts} routed experts of layer {number}: "
+                f"try one of {', '.join(map(str, fits))}"
+            )
+    if layout.expert > 1 and not config.model.moe_layers:
+        raise ConfigError(f"parallel.expert {layout.expert}: the model has no routed experts; leave it out")
+    if layout.fsdp == 1:
+        return
+    instead = f"parallel.replicate = {layout.processes} with parallel.shard = 1 works"
+    if config.optimizer.kind == "muon":
+        raise ConfigError(f"optimizer.kind 'muon' needs whole matrices, and parallel.shard cuts them: {instead}")
+    if config.trainable.kind not in ("everything", "names"):
+        raise ConfigError(
+            f"trainable.kind {config.trainable.kind!r} trains tensors of its own beside whole weights, and "
+            f"parallel.shard cuts those: {instead}"
+        )
+
+
+def announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str) -> None:
+    """Say what is trained, by what, for how long, and what it can be exported to; `reason`: of the kernels."""
+    kernels = trainer.model.kernels
+    size = measure(config.model, config.data.sequence_length)
+    logger.info(
+        "%s: %.2fM parameters, %.2fM active; %s, %s, %d thread%s; kernels: attention %s, experts %s, products %s",
+        directory,
+        size.total_parameters / 1e6,
+        size.active_parameters / 1e6,
+        trainer.plan.device,
+        "bf16" if trainer.plan.bf16 else "fp32",
+        torch.get_num_threads(),
+        "s" * (torch.get_num_threads() > 1),
+        kernels.attention,
+        kernels.experts,
+        kernels.products,
+    )
+    if reason:
+        logger.info("kernels chosen by measuring: %s", reason)
+    logger.info("%s", _length(config))
+    for note in trainer.method.notes:
+        logger.info("%s", note)
+    logger.info("%s", portability(config.model).sentence())
+    if trainer.world.size > 1:
+        logger.info("%d processes: %s", trainer.world.size, config.parallel.layout(trainer.world.size))
+    if trainer.state.step:
+        logger.info("resuming after step %d", trainer.state.step)
+
+
+def _length(config: RunConfig) -> str:
+    training = config.training
+    total = training.total_steps * training.tokens_per_step
+    said = f"{training.total_steps} steps of {training.tokens_per_step} tokens"
+    if training.tokens is None or total == training.tokens:
+        return said
+    return f"{said}: {total:,} of the {training.tokens:,} tokens asked for, as steps are whole"

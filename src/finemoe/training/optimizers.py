@@ -139,9 +139,12 @@ def optimizer_tensors(
 
 
 def load_optimizer_tensors(
-    optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+    optimizers: Sequence[torch.optim.Optimizer],
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    put: Callable[[Tensor, Tensor], object] = Tensor.copy_,
 ) -> None:
-    """Put back what `optimizer_tensors` gave.
+    """Put back what `optimizer_tensors` gave; `put(target, whole)` where parameters are cut over processes.
 
     Raises:
         ValueError: a tensor belongs to no parameter.
@@ -149,9 +152,14 @@ def load_optimizer_tensors(
     left = dict(tensors)
     for name, (optimizer, parameter) in _owners(optimizers, parameters):
         keys = [key for key in left if key.rpartition("/")[0] == name]
-        optimizer.state[parameter] = {
-            key.rpartition("/")[2]: left.pop(key).to(parameter.device, copy=True) for key in keys
-        }
+        state = optimizer.state[parameter] = {}
+        for key in keys:
+            whole = left.pop(key)
+            if whole.shape == parameter.shape:
+                state[key.rpartition("/")[2]] = like = torch.zeros_like(parameter, dtype=whole.dtype)
+                put(like, whole)
+            else:
+                state[key.rpartition("/")[2]] = whole.to(parameter.device, copy=True)
     if left:
         raise ValueError(f"optimizer state of unknown parameters: {sorted(left)[:3]}")
 

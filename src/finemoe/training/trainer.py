@@ -192,7 +192,7 @@ class Trainer:
         norm = self.world.norm(self.parameters.values())
         norm_value = norm.item()
         self._refuse_non_finite({**done.terms, "gradient_norm": norm_value})
-        figures: dict[str, float] = {}
+        figures = self.world.figures(done.load)
         for change in self.method.before_update:
             figures |= change(self.parameters, norm)
         self._refuse_non_finite(figures)
@@ -237,6 +237,7 @@ class Trainer:
             with torch.no_grad(), torch.random.fork_rng(devices), self.autocast():
                 return self.method.measure(self.model)
         finally:
+            self.world.settle(self.model)
             self.model.train(was_training)
 
     def autocast(self) -> AbstractContextManager[Any]:

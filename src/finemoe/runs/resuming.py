@@ -1,0 +1,82 @@
+"""What a run is gone on with: its newest checkpoint, of the very run that config.json and the data describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finemoe.checkpoint.run_state.state import RunState, load_latest
+from finemoe.core.config import parse
+from finemoe.core.errors import ConfigError, RunError
+from finemoe.core.logs import logger
+from finemoe.core.reading import damage_of, decode_json, read_object
+from finemoe.runs.changes import was_changed
+from finemoe.runs.config import RunConfig
+
+_BEGAN_WITH = {
+    "corpus_sha256": "the corpus", "tokenizer_sha256": "the tokenizer", "template_sha256": "the chat template",
+    "teacher_sha256": "the teacher",
+}  # fmt: skip
+
+
+def refuse_other_data(directory: Path, now: Mapping[str, Any]) -> None:
+    """Refuse to go on where what is read is not what the run began with; `now`: the data's report.
+
+    Raises:
+        RunError: corpus, tokenizer, template or teacher differ, or data.json is damaged.
+    """
+    had = _recorded_data(directory / "data.json")
+    changed = [key for key in now if key.endswith("sha256") and had and had.get(key) != now[key]]
+    if changed:
+        what = " and ".join(_BEGAN_WITH.get(key, key) for key in changed)
+        raise RunError(
+            f"{directory}: {what} {'are' if changed[1:] else 'is'} not what this run began with ({', '.join(changed)} "
+            "differ); put it back, or start a new run"
+        )
+
+
+def _recorded_data(path: Path) -> dict[str, Any] | None:
+    """What the run wrote of its corpus; None where it is not there.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    if not path.exists():
+        return None
+    mend = "put it back, or remove it, and the run goes on without comparing its corpus with the one it began with"
+    return read_object(path, mend)
+
+
+def newest_state(directory: Path, config: RunConfig) -> RunState | None:
+    """What the newest undamaged checkpoint holds; None where the run had not come to its first.
+
+    Raises:
+        RunError: it is of another run than `config` says.
+    """
+    checkpoints = directory / "checkpoints"
+    if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
+        return None
+    saved = load_latest(checkpoints)
+    _compare_configurations(directory, config, _config_of(saved, checkpoints), saved.state["step"])
+    return saved
+
+
+def _config_of(saved: RunState, checkpoints: Path) -> RunConfig:
+    """The configuration that a checkpoint was written with.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    with damage_of(f"{checkpoints}: config.json of the newest checkpoint", "remove that checkpoint", ConfigError):
+        raw = decode_json(saved.config.encode())
+        return parse(RunConfig, dict(raw), f"{checkpoints}: config.json of the newest checkpoint")
+
+
+def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig, step: int) -> None:
+    """An edited config.json: another model or corpus is refused, anything else is said, unless `--set` asked for it."""
+    changed = [name for name in RunConfig.model_fields if getattr(config, name) != getattr(saved, name)]
+    if {"model", "data", "seed", "method", "trainable"} & set(changed) or config.optimizer.kind != saved.optimizer.kind:
+        raise RunError(f"{directory}/config.json: {', '.join(changed)} differ from the checkpoint's; put them back")
+    if changed and not was_changed(directory, step):
+        logger.warning("%s differ from the checkpoint's: this is no longer the run that began here", ", ".join(changed))

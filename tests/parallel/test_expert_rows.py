@@ -1,0 +1,97 @@
+"""Experts that lie on other processes: what a layer computes, processes that get no token, and what is kept where."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+from finemoe.model.moe.decision import RoutingDecision
+from finemoe.parallel.config import Layout
+from finemoe.parallel.expert import AllToAll
+from finemoe.parallel.processes import Processes
+from finemoe.training.balancing import selection_biases
+from oracles.models import decision_of
+from parallel.processes import run
+from parallel.tiny_layouts import LAYOUTS, Case, trainer
+
+CPU = torch.device("cpu")
+
+
+def all_on_one(layout: Layout, chosen: tuple[int, int]) -> tuple[dict[str, Tensor], list[float]]:
+    """Gradients when every token of every layer takes two experts of one process; rows by process."""
+    world = Processes(layout, CPU)
+    one = trainer(replace(Case(), mtp=0), world)
+    for bias in selection_biases(one.model).values():
+        bias.fill_(-100)
+        bias[list(chosen)] = 100
+    report = one.step(one.micro_batches())
+    assert all(load.nonzero().flatten().tolist() == list(chosen) for load in report.load.values())
+    found = {}
+    for name, parameter in one.parameters.items():
+        assert parameter.grad is not None, name
+        found[name] = world.local(parameter.grad).clone()
+    return found, [report.figures["expert_rows_max_over_mean"]]
+
+
+@pytest.mark.parametrize("layout", [Layout(shard=2, expert=2), Layout(shard=4, expert=2)], ids=str)
+def test_a_process_without_a_token_takes_part_and_learns_nothing(layout: Layout) -> None:
+    """Complaint 2: zero rows hang, or leave no gradient. Complaint 14: it is said how uneven the rows were."""
+    results: list[Any] = run(layout.processes, all_on_one, layout, (0, 1), deadline=20)
+    for rank, (gradients, figures) in enumerate(results):
+        stacks = {name: one for name, one in gradients.items() if ".experts." in name}
+        assert stacks
+        if rank % layout.expert:  # holds experts 4 to 7
+            assert all(not one.any() for one in stacks.values())
+        assert figures == [2.0]
+
+
+def dropped() -> list[Tensor]:
+    """Nothing is kept: neither process sends a row, and both meet in the backward pass."""
+    group = AllToAll(distributed.group.WORLD, 2)
+    hidden = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    decision: RoutingDecision = decision_of(torch.tensor([[0, 3]]).expand(6, 2), 4)
+    rows, counts, ticket = group.dispatch(hidden, decision, torch.zeros(6, 2, dtype=torch.bool))
+    assert rows.shape == (0, 4)
+    assert counts.tolist() == [0, 0]
+    output = group.combine(rows @ weight, ticket, torch.zeros(6, 2, dtype=torch.float64))
+    output.sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return [output.detach(), hidden.grad, weight.grad]
+
+
+def test_when_capacity_drops_everything_nobody_waits() -> None:
+    for found in run(2, dropped, deadline=20):
+        assert not any(one.any() for one in found)
+
+
+def held(layout: Layout) -> tuple[int, int]:
+    """Bytes of parameters and moments that lie here; those of routed experts alone."""
+    world = Processes(layout, CPU)
+    one = trainer(Case(torch.float32, steps=1), world)
+    one.step(one.micro_batches())
+    sizes: dict[str, int] = {}
+    for name, parameter in one.parameters.items():
+        states = [state.get(parameter, {}) for state in (optimizer.state for optimizer in one.optimizers)]
+        moments = [value for state in states for key, value in state.items() if key != "step"]
+        assert len(moments) == 2
+        sizes[name] = sum(world.local(tensor).nbytes for tensor in (parameter, *moments))
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
+
+
+@pytest.mark.parametrize("name", ["shard 2", "shard 2, experts 2"])
+def test_two_processes_hold_half_each(name: str) -> None:
+    whole, experts = held_alone()
+    for here, routed in run(2, held, LAYOUTS[name]):
+        assert here <= 0.52 * whole
+        assert routed == experts / 2
+
+
+def held_alone() -> tuple[int, int]:
+    [found] = run(1, held, Layout())
+    return found  # type: ignore[no-any-return]

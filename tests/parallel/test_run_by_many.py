@@ -1,0 +1,115 @@
+"""Whole runs by several processes: their folders, and going on by any other number of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finemoe.checkpoint.open import load_model
+from finemoe.core.config import merge
+from finemoe.runs import run as running
+from finemoe.runs.config import resolve_run
+from finemoe.runs.kernels import kernels_for
+from finemoe.runs.start import build_method
+from parallel.processes import run
+from runs.tiny_runs import corpus, recipe
+
+__all__ = ["corpus"]
+
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "one": (1, {}),
+    "shard 2": (2, {"shard": 2}),
+    "experts 2": (2, {"shard": 2, "expert": 2}),
+    "experts 2, shard 4": (4, {"shard": 4, "expert": 2}),
+}
+
+
+def tables(corpus: Path, name: str) -> dict[str, Any]:
+    """Six steps, saved at three."""
+    training = {"steps": 6, "checkpoint_every": 3, "keep_checkpoints": 5, "threads": 1, "tokens_per_step": 128}
+    changes = {"training": training, "parallel": LAYOUTS[name][1], "optimizer": {"learning_rate": 0.004}}
+    return merge(recipe(corpus, "v3", training={}), changes)
+
+
+def train(raw: dict[str, Any], out: Path) -> None:
+    running.train(raw, out=out, quiet=True)
+
+
+def resume_all(folders: list[tuple[Path, list[str]]]) -> None:
+    for folder, overrides in folders:
+        running.resume(folder, overrides=overrides, quiet=True)
+
+
+def losses(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "step"]
+    assert [record["step"] for record in steps] == list(range(1, 7))
+    return [record["loss"] for record in steps]
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run by each layout."""
+    folder = tmp_path_factory.mktemp("layouts")
+    for name, (size, _) in LAYOUTS.items():
+        run(size, train, tables(corpus, name), folder / name, met=False)
+    return folder
+
+
+def test_every_layout_writes_the_run_of_one_process(runs: Path) -> None:
+    expected = losses(runs / "one")
+    whole = load_file(runs / "one" / "checkpoints" / "step-00000006" / "model.safetensors")
+    for name in LAYOUTS:
+        assert losses(runs / name) == pytest.approx(expected, abs=5e-6), name
+        weights = load_file(runs / name / "checkpoints" / "step-00000006" / "model.safetensors")
+        assert weights.keys() == whole.keys()
+        assert max((weights[key] - whole[key]).abs().max().item() for key in whole) < 1e-4
+        assert json.loads((runs / name / "summary.json").read_text())["steps"] == 6
+        assert not list((runs / name / "checkpoints").glob(".writing-*"))
+
+
+def test_a_run_saved_by_any_layout_goes_on_in_any_other(runs: Path, tmp_path: Path) -> None:
+    """Complaints 3, 4 and 5: the next losses are those of the unbroken run, to the bit in the same layout."""
+    for target, (size, parallel) in LAYOUTS.items():
+        overrides = [f"parallel.{key}={parallel.get(key, 1)}" for key in ("shard", "expert")]
+        copies = []
+        for source in LAYOUTS:
+            copy = tmp_path / f"{source} to {target}"
+            shutil.copytree(runs / source, copy)
+            shutil.rmtree(copy / "checkpoints" / "step-00000006")
+            (copy / "summary.json").unlink()
+            copies.append((copy, overrides))
+        run(size, resume_all, copies, met=False)
+        for source, (copy, _) in zip(LAYOUTS, copies, strict=True):
+            assert losses(copy) == pytest.approx(losses(runs / source), abs=2e-6), copy.name
+            if source == target:
+                for file in ("model.safetensors", "optimizer.safetensors"):
+                    ours, theirs = (one / "checkpoints" / "step-00000006" / file for one in (copy, runs / source))
+                    assert ours.read_bytes() == theirs.read_bytes(), copy.name
+
+
+def begun(raw: dict[str, Any]) -> dict[str, Tensor]:
+    """Whole weights before the first step, as a checkpoint would hold them (on rank 0)."""
+    config = resolve_run(raw, "recipe")
+    with running.world_of(config) as world:
+        method = world.in_turn(lambda: build_method(config))
+        chosen = world.first(lambda: kernels_for(config))
+        trainer = running._trainer(config, method, Path(), chosen.kernels, None, world)
+        return world.gathered(trainer.model.state_dict())
+
+
+def test_a_run_begins_with_the_experts_of_the_file(runs: Path, corpus: Path) -> None:
+    """Complaint 6: each expert is the file's, and not that of rank 0."""
+    raw = tables(corpus, "experts 2, shard 4")
+    raw.pop("model")
+    found = run(4, begun, {**raw, "start_from": str(runs / "one")}, met=False)[0]
+    expected = load_model(runs / "one").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
