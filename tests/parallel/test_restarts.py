@@ -1,0 +1,185 @@
+"""Processes that die or stop: torchrun starts all of them again, and the run goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from finemoe.core.config import merge
+from finemoe.runs import run as running
+from parallel.processes import run
+from runs.tiny_runs import corpus, recipe
+
+__all__ = ["corpus"]
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def tables(corpus: Path) -> dict[str, Any]:
+    training = {"steps": STEPS, "checkpoint_every": 4, "threads": 1, "tokens_per_step": 128, "evaluate_every": STEPS}
+    changes = {"training": training, "parallel": {"shard": 2, "expert": 2}, "optimizer": {"learning_rate": 0.004}}
+    return merge(recipe(corpus, "v3", training={}), changes)
+
+
+def train(raw: dict[str, Any], out: Path) -> None:
+    running.train(raw, out=out, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tables: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    run(2, train, tables, folder, met=False)
+    return folder
+
+
+@contextmanager
+def torchrun(raw: dict[str, Any], out: Path, restarts: int) -> Iterator[subprocess.Popen[str]]:
+    """`torchrun -m finemoe train RECIPE --out OUT --continue`, on two processes; nothing of it is left behind."""
+    path = out.with_suffix(".json")
+    path.write_text(json.dumps(raw))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), "-m", "finemoe", "train", str(path), "--out", str(out)]
+    command += ["--continue", "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    log = out.with_suffix(".log").open("w")
+    with (
+        log,
+        subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        ) as started,
+    ):
+        try:
+            yield started
+        finally:
+            for pid in (*workers(started.pid), started.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def workers(agent: int) -> list[int]:
+    """The processes that torchrun started, by rank."""
+    children = Path(f"/proc/{agent}/task/{agent}/children")
+    try:
+        found = [int(pid) for pid in children.read_text().split()]
+    except FileNotFoundError:
+        return []
+    ranks = {}
+    for pid in found:
+        try:
+            environ = dict(one.split(b"=", 1) for one in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if one)
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        if b"RANK" in environ:
+            ranks[int(environ[b"RANK"])] = pid
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 90) -> Any:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := what():
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds} s")
+
+
+def steps_done(out: Path) -> list[int]:
+    metrics = out / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return [record["step"] for line in lines if line.endswith("}") if (record := json.loads(line))["kind"] == "step"]
+
+
+def killed_once(raw: dict[str, Any], out: Path, rank: int) -> str:
+    with torchrun(raw, out, restarts=1) as started:
+        wait_for(lambda: len(steps_done(out)) >= 5)
+        os.kill(workers(started.pid)[rank], signal.SIGKILL)
+        assert started.wait(120) == 0, out.with_suffix(".log").read_text()
+    return out.with_suffix(".log").read_text()
+
+
+def same(out: Path, unbroken: Path) -> None:
+    assert steps_done(out) == list(range(1, STEPS + 1))
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(one / "checkpoints" / f"step-{STEPS:08d}" / file) for one in (out, unbroken))
+        assert ours.keys() == theirs.keys()
+        assert all((ours[key] == theirs[key]).all() for key in ours), file
+
+
+def test_a_run_whose_process_was_killed_goes_on_by_itself(
+    tables: dict[str, Any], unbroken: Path, tmp_path: Path
+) -> None:
+    """Complaint 15, and 5 of 8 restarts that failed where the meeting place was not new."""
+    killed_once(tables, tmp_path / "run", rank=1)
+    same(tmp_path / "run", unbroken)
+
+
+@pytest.mark.slow
+def test_ten_restarts_of_ten(tables: dict[str, Any], unbroken: Path, tmp_path: Path) -> None:
+    for number in range(10):
+        killed_once(tables, tmp_path / str(number), rank=number % 2)
+        same(tmp_path / str(number), unbroken)
+
+
+@pytest.mark.slow
+def test_a_process_that_stands_still_is_named(tables: dict[str, Any], tmp_path: Path) -> None:
+    """A stopped process is noticed by nobody but those who wait: they say whom for, within the time-out."""
+    raw = merge(tables, {"parallel": {"timeout": 10.0}})
+    with torchrun(raw, tmp_path / "run", restarts=0) as started:
+        wait_for(lambda: len(steps_done(tmp_path / "run")) >= 5)
+        os.kill(workers(started.pid)[1], signal.SIGSTOP)
+        begun = time.monotonic()
+        assert started.wait(10 + 60) != 0
+        assert time.monotonic() - begun < 10 + 60
+    said = (tmp_path / "run.log").read_text()
+    assert "rank 1 gave no sign of life" in " ".join(said.split()), said
+
+
+def dies_while_saving(raw: dict[str, Any], out: Path, place: int) -> None:
+    """Rank 0 kills itself at the `place`-th of the things that writing the second checkpoint does."""
+    from torch import distributed
+
+    from finemoe.checkpoint.run_state import state
+
+    calls = 0
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            if (out / "checkpoints" / "step-00000004").exists() and distributed.get_rank() == 0:
+                calls += 1
+                if calls == place:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("write_tensors", "write_bytes", "sync"):
+        setattr(state, name, counted(getattr(state, name)))
+    running.train(raw, out=out, quiet=True)
+
+
+@pytest.mark.parametrize("place", [2, *(pytest.param(place, marks=pytest.mark.slow) for place in (1, 3, 5, 7))])
+def test_a_kill_while_saving_costs_only_the_steps_since(
+    tables: dict[str, Any], unbroken: Path, tmp_path: Path, place: int
+) -> None:
+    with pytest.raises(AssertionError, match=r"rank 0 ended without a word|closed by peer|did not come as far"):
+        run(2, dies_while_saving, tables, tmp_path / "run", place, met=False)
+    assert [one.name for one in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000004"]
+    run(2, resumed, tmp_path / "run", met=False)
+    same(tmp_path / "run", unbroken)
+
+
+def resumed(folder: Path) -> None:
+    running.resume(folder, quiet=True)
