@@ -154,9 +154,12 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and optimizer state of the newest checkpoint, and state.json without the time."""
+    """Weights, optimizer state and the method's own of the newest checkpoint, and state.json without the time."""
     newest = checkpoints(directory)[-1]
     tensors = {**load_file(newest / "model.safetensors"), **load_file(newest / "optimizer.safetensors")}
+    if (newest / "method.safetensors").exists():
+        kept = load_file(newest / "method.safetensors")  # bits, as there may be NaN
+        tensors |= {f"{name} {tuple(one.shape)}": one.flatten().view(torch.uint8) for name, one in kept.items()}
     state = json.loads((newest / "state.json").read_text())
     state.pop("seconds")
     return tensors, state
