@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finemoe.core.config import merge
 from finemoe.runs.run import train
 from methods.tiny_talks import adapting, begin, select, write_pairs
 from runs.tiny_runs import recipe
@@ -25,9 +26,9 @@ MOVE: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def begin_all(corpus: Path, folder: Path) -> Path:
+def begin_all(corpus: Path, folder: Path, **tables: Any) -> Path:
     """A V3 in miniature, and beside it what it is to learn, who teaches it, and the experts that it may move."""
-    run = begin(corpus, folder, "v3")
+    run = begin(corpus, folder, "v3", **tables)
     write_pairs(folder / "pairs.jsonl")
     select(run, folder / "selection.json", {1: (6, 2)})
     train(recipe(corpus, "dense", seed=7, training={"steps": 2}), out=folder / "teacher", quiet=True)
@@ -39,4 +40,4 @@ def of_kinds(base: Path, method: str, moving: str, **tables: Any) -> dict[str, A
     folder = base.parent
     trainable = {"kind": moving, **MOVE[moving](folder)}
     own = {"kind": method, **ADAPT[method](folder)}
-    return adapting(base, folder / "pairs.jsonl", own, trainable=trainable, **tables)
+    return merge(adapting(base, folder / "pairs.jsonl", own, trainable=trainable), tables)
