@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,17 @@ from finemoe.methods.trainables import TRAINABLES
 from finemoe.runs.run import resume, train
 from finemoe.training.report import StepReport
 from finemoe.training.trainer import Trainer
-from methods.tiny_talks import adapting, begin, select, weights, write_pairs
-from runs.tiny_runs import assert_same_run, checkpoints, corpus, recipe, steps
+from methods.tiny_adaptations import ADAPT, MOVE, begin_all, of_kinds
+from methods.tiny_talks import weights
+from runs.tiny_runs import assert_same_run, checkpoints, corpus, steps
 
 __all__ = ["corpus"]
-
-ADAPT: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "sft": lambda folder: {"loss": "conversation"},
-    "dpo": lambda folder: {"nll": 0.1},
-    "reward": lambda folder: {},
-    "distill": lambda folder: {"teacher": str(folder / "teacher"), "top_k": 8},
-}
-MOVE: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "everything": lambda folder: {"freeze": ["routers", "embeddings"]},
-    "names": lambda folder: {"train": ["attention", "blocks.1.*"]},
-    "experts": lambda folder: {"selection": str(folder / "selection.json")},
-    "lora": lambda folder: {"rank": 3},
-    "child": lambda folder: {"mode": "D", "granularity": "row"},
-}
 
 
 @pytest.fixture(scope="module")
 def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A V3 in miniature, what it is to learn, and the experts that it may move."""
-    folder = tmp_path_factory.mktemp("adapt")
-    run = begin(corpus, folder, "v3")
-    write_pairs(folder / "pairs.jsonl")
-    select(run, folder / "selection.json", {1: (6, 2)})
-    train(recipe(corpus, "dense", seed=7, training={"steps": 2}), out=folder / "teacher", quiet=True)
-    return run
+    return begin_all(corpus, tmp_path_factory.mktemp("adapt"))
 
 
 def test_every_kind_is_tried() -> None:
@@ -73,12 +54,7 @@ def kill_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def test_torn_away_and_resumed_is_the_unbroken_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, moving: str
 ) -> None:
-    raw = adapting(
-        base,
-        base.parent / "pairs.jsonl",
-        {"kind": method, **ADAPT[method](base.parent)},
-        trainable={"kind": moving, **MOVE[moving](base.parent)},
-    )
+    raw = of_kinds(base, method, moving)
     train(raw, out=tmp_path / "unbroken", quiet=True)
     kill_in(monkeypatch, 5)  # when that of step 4 was begun, the checkpoint of step 2 is there
     with pytest.raises(Killed):

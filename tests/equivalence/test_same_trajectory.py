@@ -32,37 +32,12 @@ from runs.tiny_runs import (
     recipe,
     records,
     steps,
+    stop_after,
     write_corpus,
 )
 
 ARMS = [*FEED_FORWARDS, "v3"]
 ROUTED = ["hash", "gshard", "deepseek-moe", "v3"]
-
-
-class StopAfter:
-    """Stops like Ctrl-C, after `step`."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        if report.step == self.step:
-            trainer.request_stop()
-
-    def close(self) -> None:
-        pass
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The next run stops after `step`; the ones after it do not."""
-    original = run_module.Trainer.run
-
-    def run(trainer: Trainer) -> bool:
-        monkeypatch.setattr(run_module.Trainer, "run", original)
-        trainer.observers = (*trainer.observers, StopAfter(step))
-        return original(trainer)
-
-    monkeypatch.setattr(run_module.Trainer, "run", run)
 
 
 def trained(corpus: Path, out: Path, arm: str, **tables: Any) -> Path:

@@ -13,14 +13,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from finemoe.__main__ import main
 from finemoe.core.config import to_json
 from finemoe.runs.config import resolve_run
 from finemoe.studies import worker
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["finemoe.studies.worker", "finemoe.runs.run", "torch._dynamo"]
-)  # the latter by any optimizer
+    ["finemoe.studies.worker", "finemoe.runs.run", "finemoe.cli.main", "torch._dynamo"]
+)  # the last by any optimizer
 
 
 def write_config(raw: dict[str, Any], path: Path) -> Path:
@@ -56,6 +57,21 @@ def start(config: Path, directory: Path, file_size_limit: int | None = None, syn
     """
     arguments = (config, directory, file_size_limit, sync_seconds)
     process = _CONTEXT.Process(target=_work, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def _command(arguments: list[str], log: Path) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = ["finemoe", *arguments]
+    main()
+
+
+def start_command(*arguments: str | Path, log: Path) -> BaseProcess:
+    """`finemoe ARGUMENTS` in a process, which writes what it says to `log`; its exit code is the command's."""
+    process = _CONTEXT.Process(target=_command, args=([str(one) for one in arguments], log), daemon=True)
     process.start()
     return process
 

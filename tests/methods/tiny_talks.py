@@ -37,9 +37,9 @@ def write_pairs(path: Path, count: int = 60, seed: int = 0) -> Path:
     return path
 
 
-def begin(corpus: Path, folder: Path, arm: str) -> Path:
-    """A run of two steps, for others to begin with."""
-    return train(recipe(corpus, arm, training={"steps": 2}), out=folder / arm, quiet=True).directory
+def begin(corpus: Path, folder: Path, arm: str, **tables: Any) -> Path:
+    """A run of two steps, for others to begin with; `tables` are laid on its recipe."""
+    return train(recipe(corpus, arm, **{"training": {"steps": 2}, **tables}), out=folder / arm, quiet=True).directory
 
 
 def adapting(base: Path, pairs: Path, method: dict[str, Any], **tables: Any) -> dict[str, Any]:

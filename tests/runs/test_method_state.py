@@ -19,9 +19,8 @@ from finemoe.runs import saving
 from finemoe.runs.config import RunConfig
 from finemoe.runs.run import resume, train
 from finemoe.training.method import Figures, Group, Method, Saved
-from finemoe.training.report import StepReport
 from finemoe.training.trainer import Trainer
-from runs.tiny_runs import assert_same_run, checkpoints, recipe
+from runs.tiny_runs import assert_same_run, checkpoints, recipe, stop_after
 
 
 class Counter:
@@ -91,20 +90,6 @@ def method_with(monkeypatch: pytest.MonkeyPatch, change: Build) -> None:
     """Runs from here on train with their usual method, changed."""
     original = run_module.build_method
     monkeypatch.setattr(run_module, "build_method", lambda config: change(original(config)))
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The next run stops after `step`, as on Ctrl-C."""
-    original = Trainer.step
-
-    def stepping(trainer: Trainer, *arguments: Any) -> StepReport:
-        report = original(trainer, *arguments)
-        if report.step == step:
-            trainer.request_stop()
-            monkeypatch.setattr(Trainer, "step", original)
-        return report
-
-    monkeypatch.setattr(Trainer, "step", stepping)
 
 
 def saved(directory: Path) -> list[dict[str, Any]]:

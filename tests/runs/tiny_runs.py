@@ -14,6 +14,8 @@ from torch import Tensor
 
 from finemoe.core.config import merge
 from finemoe.core.logs import read_json_lines
+from finemoe.training.report import StepReport
+from finemoe.training.trainer import Trainer
 
 LENGTH = 16
 WIDTH = 24  # of one standard feed-forward layer
@@ -154,12 +156,29 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and optimizer state of the newest checkpoint, and state.json without the time."""
+    """Weights, optimizer state and the method's own of the newest checkpoint, and state.json without the time."""
     newest = checkpoints(directory)[-1]
     tensors = {**load_file(newest / "model.safetensors"), **load_file(newest / "optimizer.safetensors")}
+    if (newest / "method.safetensors").exists():
+        kept = load_file(newest / "method.safetensors")  # bits, as there may be NaN
+        tensors |= {f"{name} {tuple(one.shape)}": one.flatten().view(torch.uint8) for name, one in kept.items()}
     state = json.loads((newest / "state.json").read_text())
     state.pop("seconds")
     return tensors, state
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The next run stops after `step`, as on Ctrl-C; the ones after it do not."""
+    original = Trainer.step
+
+    def stepping(trainer: Trainer, *arguments: Any) -> StepReport:
+        report = original(trainer, *arguments)
+        if report.step == step:
+            trainer.request_stop()
+            monkeypatch.setattr(Trainer, "step", original)
+        return report
+
+    monkeypatch.setattr(Trainer, "step", stepping)
 
 
 def assert_same_run(left: Path, right: Path) -> None:

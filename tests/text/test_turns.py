@@ -9,10 +9,10 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
 from finemoe.core.errors import DataError
-from finemoe.text import ChatTemplate, Tokenizer
+from finemoe.text import ChatTemplate, Tokenizer, chat, turns
 from finemoe.text.control import encode_chat
 from finemoe.text.settings import TokenizerSettings
-from finemoe.text.turns import Turns, encode_turns
+from finemoe.text.turns import Turns, encode_all, encode_turns
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
@@ -120,3 +120,70 @@ def test_tools_are_part_of_what_is_read(tokenizer: Tokenizer) -> None:
     without = encode_turns(ChatTemplate.of(source), tokenizer, TALK)
     assert text_of(tokenizer, with_them) == text_of(tokenizer, without)
     assert len(with_them.ids) > len(without.ids)
+
+
+def long_talk(turns: int, words: int = 1) -> list[dict[str, Any]]:
+    """A question, an answer, and so on."""
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": f"{n} says" + " more" * words} for n in range(turns)]
+
+
+def test_a_thousand_turns_without_marks(tokenizer: Tokenizer) -> None:
+    talk = long_talk(1000)
+    found = encode_turns(ChatTemplate.of(CHATML), tokenizer, talk)
+    assert text_of(tokenizer, found) == [one["content"] + "<|im_end|>" for one in talk[1::2]]
+
+
+def test_long_turns_take_no_more_memory_than_they_are_long(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that stands before each answer, together, would be 80 MB."""
+    monkeypatch.setattr(chat, "_MEMORY", 160 << 20)
+    talk = long_talk(400, words=200)
+    assert len(encode_turns(ChatTemplate.of(CHATML), tokenizer, talk).spans()) == 200
+
+
+@pytest.mark.parametrize("most", [1, 7, 40])
+def test_conversations_rendered_in_groups_are_the_same(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    talks = [long_talk(turns) for turns in (2, 9, 1, 14, 3)]
+    for source in (CHATML, MARKED):
+        template = ChatTemplate.of(source)
+        with monkeypatch.context() as patch:
+            patch.setattr(chat, "_MOST_MESSAGES", most)
+            found = encode_all(template, tokenizer, talks)
+        assert found == [encode_turns(template, tokenizer, talk) for talk in talks]
+        assert [len(one.spans()) for one in found if isinstance(one, Turns)] == [1, 4, 0, 7, 1]
+
+
+@pytest.mark.parametrize("most", [1, 25_000])
+@pytest.mark.parametrize(
+    ("condition", "where"),
+    [("loop.index == 38 and not loop.last", 38), ("loop.index == 38 and messages | length == 60", 38)],
+    ids=["when more follows", "of one length alone"],
+)
+def test_one_answer_written_otherwise_among_many_is_found(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, most: int, condition: str, where: int
+) -> None:
+    monkeypatch.setattr(chat, "_MOST_MESSAGES", most)
+    odd = CHATML.replace("m.content +", f"('' if {condition} else m.content) +")
+    with pytest.raises(DataError, match=f"writes message {where} otherwise"):
+        encode_turns(ChatTemplate.of(odd), tokenizer, long_talk(60))
+
+
+def test_a_template_that_looks_at_the_clock_proves_nothing(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "_MOST_MESSAGES", 1)
+    clock = CHATML + "{{ strftime_now('%f') if messages | length == 4 else '' }}"
+    with pytest.raises(DataError, match="now in one way and now in another"):
+        encode_turns(ChatTemplate.of(clock), tokenizer, long_talk(4))
+
+
+def test_more_turns_than_can_be_found_are_told(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_MOST_READ", 100)
+    said = r"has 24 messages, 12 of them answers.* comes to 300 messages, and 100 are the most: put {% generation %}"
+    with pytest.raises(DataError, match=said):
+        encode_turns(ChatTemplate.of(CHATML), tokenizer, long_talk(24))
+    assert len(encode_turns(ChatTemplate.of(MARKED), tokenizer, long_talk(24)).spans()) == 12

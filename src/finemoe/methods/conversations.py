@@ -52,6 +52,10 @@ class ConversationsConfig(MethodConfig):
     }
     """How the family tunes its chat models (DeepSeekMoE section 5.2)."""
 
+    def moves(self, name: str) -> bool:
+        """All but prediction modules that are not to be trained."""
+        return self.mtp == "train" or not name.startswith("mtp.")
+
 
 @final
 @dataclass(frozen=True)
@@ -196,7 +200,7 @@ def method_on(
     live = live_terms(setting, mtp=config.mtp == "train")
 
     def select(name: str) -> Group | None:
-        return None if name.startswith("mtp.") and config.mtp != "train" else Group()
+        return Group() if config.moves(name) else None
 
     return Method(
         data=data,

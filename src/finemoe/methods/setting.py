@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +14,33 @@ from finemoe.training.balancing import BalancingConfig
 from finemoe.training.losses.next_token import MTPLossConfig
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Tensors that a run holds beside its model, with their gradients and optimizer state."""
+
+    what: str
+    """In words that follow "and"."""
+    nbytes: int
+    lower: str
+    """What to change in the recipe where there is no room for them."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What follows from what may move: memory of a run, in float32."""
+
+    stepped: int
+    """[numbers] That the optimizer steps; each has a gradient, and its state."""
+    passing: int = 0
+    """[numbers] Of the largest gradient that is there for a moment only, until what stands in has taken it."""
+    kept: tuple[Kept, ...] = ()
+    """As long as the run goes."""
+    before: tuple[Kept, ...] = ()
+    """Before the first step, when there are neither gradients of all that moves nor optimizer state."""
+    sequences_before: int = 0
+    """[sequences] That go through the model at once in that time, forward and backward."""
+
+
 class MethodConfig(Config):
     """Base of the [method] table of every method."""
 
@@ -21,9 +49,43 @@ class MethodConfig(Config):
     moves_biases: ClassVar[bool] = False
     """Selection biases move where the recipe says nothing of them."""
 
+    def moves(self, name: str) -> bool:
+        """Whether the parameter of that name is trained, if the choice of what may move lets it."""
+        return True
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        """What is held beside the model as long as the run goes; read from files where it depends on them.
+
+        Raises:
+            CheckpointError, ConfigError: they hold no model.
+        """
+        return ()
+
+    @property
+    def before(self) -> tuple[Kept, ...]:
+        """What is held, and let go, before the run's own model is there.
+
+        Raises:
+            CheckpointError, ConfigError: as `kept`.
+        """
+        return ()
+
 
 class TrainableConfig(Config):
     """Base of the [trainable] table of every choice of what may move."""
+
+    def held(self, shapes: Mapping[str, tuple[int, ...]], setting: Setting) -> Held:
+        """What a run takes because of what moves.
+
+        Args:
+            shapes: of the parameters that the method would train, by name.
+            setting: of the run.
+
+        Raises:
+            ConfigError: as building it would.
+        """
+        return Held(numbers(shapes))
 
     @property
     def moves_routers(self) -> bool:
@@ -54,3 +116,8 @@ class Setting:
     """With a rate, also where no router of the model has a bias that it would move."""
     mtp: MTPLossConfig
     """Of effect only where the model has modules for it."""
+
+
+def numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many numbers tensors of these shapes hold together."""
+    return sum(math.prod(shape) for shape in shapes.values())

@@ -1,8 +1,10 @@
 """How much memory a run takes at its height, from its configuration alone: nothing is allocated.
 
-Weights, gradients and optimizer state follow from the number of parameters. What a micro-batch leaves behind for the
-backward pass is counted layer by layer: every product keeps what went in and what comes out. Measured on a CPU the sum
-is right within a factor of `WITHIN` (tests/runs/test_footprint.py); a run is refused only where it does not fit at all.
+Weights follow from the number of parameters; gradients and optimizer state from how many of them move. What else a
+method or a choice of what may move holds, it says itself: a teacher, what adapters are added to, masks. What a
+micro-batch leaves behind for the backward pass is counted layer by layer: every product keeps what went in and what
+comes out. Measured on a CPU the sum is right within a factor of `WITHIN` (tests/runs/test_footprint.py); a run is
+refused only where it does not fit at all. Not counted: the one number that preferences keep of every answer.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from finemoe.checkpoint.weights.shapes import parameter_shapes
 from finemoe.core import memory
 from finemoe.core.errors import RunError
+from finemoe.methods.setting import Held, Kept
 from finemoe.model.attention.latent import LatentConfig
 from finemoe.model.config import BlockConfig
 from finemoe.model.moe.layer import MoEConfig
@@ -43,21 +47,60 @@ class Footprint:
     copy: int
     """Of a checkpoint while it is written; where there is no room for it, the run waits instead."""
     micro_batch_tokens: int
+    kept: tuple[Kept, ...] = ()
+    """Beside the model, by the method and by what may move."""
+    before: int = 0
+    """All that is held at the height of what is done before the first step."""
+    only_before: tuple[Kept, ...] = ()
+    """What is held in that time alone."""
+
+    @property
+    def stepping(self) -> int:
+        """At the height of a step, not before."""
+        beside = sum(one.nbytes for one in self.kept)
+        return self.weights + self.gradients + self.optimizer + self.activations + beside
 
     @property
     def needed(self) -> int:
         """All that the run cannot do without."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return max(self.stepping, self.before)
 
 
 def footprint(config: RunConfig, *, bf16: bool = False) -> Footprint:
-    """What a run of `config` takes, on a CPU or in bf16 products on an accelerator."""
-    model = config.model
-    size = measure(model, config.data.sequence_length)
+    """What a run of `config` takes, on a CPU or in bf16 products on an accelerator.
+
+    Raises:
+        ConfigError, CheckpointError: what is to move does not fit the model, or there is no teacher.
+    """
+    model, length = config.model, config.data.sequence_length
+    size = measure(model, length)
     parameters = size.total_parameters + size.mtp_parameters
     state = _STATE_OF.get(config.optimizer.kind, 8)
-    tokens = min(config.micro_batch_sequences, config.sequences_per_step) * config.data.sequence_length
-    kept = [_kept(block, config, bf16) for block in (*model.blocks, *model.mtp)]
+    tokens = min(config.micro_batch_sequences, config.sequences_per_step) * length
+    moving = {name: shape for name, shape in parameter_shapes(model).items() if config.method.moves(name)}
+    held: Held = config.trainable.held(moving, config.setting)
+    kept = (*config.method.kept, *held.kept)
+    activations = _activations(config, tokens, bf16)
+    first = 4 * parameters + sum(one.nbytes for one in (*kept, *held.before))
+    first += _activations(config, held.sequences_before * length, bf16) if held.before else 0
+    alone = sum(one.nbytes for one in config.method.before)
+    return Footprint(
+        weights=4 * parameters,
+        gradients=4 * (held.stepped + held.passing),
+        optimizer=state * held.stepped,
+        activations=activations,
+        copy=4 * parameters + state * held.stepped,
+        micro_batch_tokens=tokens,
+        kept=kept,
+        before=max(first if held.before else 0, alone + _AT_ANY_RATE if alone else 0),
+        only_before=held.before if first >= alone and held.before else config.method.before,
+    )
+
+
+def _activations(config: RunConfig, tokens: int, bf16: bool) -> int:
+    """[bytes] What so many tokens leave behind at once, or those of a validation, with what the loss needs."""
+    model = config.model
+    kept = [_kept_by_block(block, config, bf16) for block in (*model.blocks, *model.mtp)]
     streams = 2 * model.hidden_size * len(kept)  # the residual stream, before attention and before the feed-forward
     # While a block is taken back its gradients are made; a block that is recomputed is there once more for that.
     elements = streams + (3 * max(kept) if config.kernels.recompute else sum(kept) + max(kept))
@@ -66,17 +109,10 @@ def footprint(config: RunConfig, *, bf16: bool = False) -> Footprint:
     training = int(tokens * elements * nbytes)
     measured_on = min(_VALIDATION_TOKENS, config.data.max_validation_tokens)
     validating = int(measured_on * (2 * model.hidden_size + max(kept) / 2) * nbytes)  # half of it at a time
-    return Footprint(
-        weights=4 * parameters,
-        gradients=4 * parameters,
-        optimizer=state * parameters,
-        activations=max(training, validating) + head + _AT_ANY_RATE,
-        copy=(4 + state) * parameters,
-        micro_batch_tokens=tokens,
-    )
+    return max(training, validating) + head + _AT_ANY_RATE
 
 
-def _kept(block: BlockConfig, config: RunConfig, bf16: bool) -> int:
+def _kept_by_block(block: BlockConfig, config: RunConfig, bf16: bool) -> int:
     """Numbers a token leaves in a block until its backward pass."""
     hidden, attention, layer = config.model.hidden_size, block.attention, block.feed_forward
     heads = attention.num_heads
@@ -111,6 +147,7 @@ def require_memory(config: RunConfig, device: torch.device, *, bf16: bool, at_on
 
     Raises:
         RunError: names what it needs, what there is, and what to lower.
+        ConfigError, CheckpointError: as `footprint`.
     """
     available = memory.available_on(device)
     if available is None or not config.training.memory_check:
@@ -121,24 +158,35 @@ def require_memory(config: RunConfig, device: torch.device, *, bf16: bool, at_on
     parts = (found.weights, found.gradients, found.optimizer, found.activations)
     weights, gradients, optimizer, activations = (f"{at_once * part / 2**30:.2f}" for part in parts)
     runs = f"{at_once} runs at the same time need" if at_once > 1 else "this run needs"
+    beside = "".join(f", {one.what} {at_once * one.nbytes / 2**30:.2f}" for one in found.kept)
+    parts_of = (
+        f"weights {weights}, gradients {gradients}, optimizer {optimizer}{beside}, activations of a micro-batch of "
+        f"{found.micro_batch_tokens:,} tokens {activations}"
+    )
+    if found.before > found.stepping:
+        only = ", ".join(f"{one.what} {at_once * one.nbytes / 2**30:.2f}" for one in found.only_before)
+        parts_of = f"before its first step, with {only}"
     raise RunError(
         f"{runs} about {at_once * found.needed / 2**30:.2f} GiB of memory, and {available / 2**30:.2f} GiB are "
-        f"available: weights {weights}, gradients {gradients}, optimizer {optimizer}, activations of a micro-batch of "
-        f"{found.micro_batch_tokens:,} tokens {activations}. {_advice(config, found, available / at_once, at_once)}, "
-        "or go on regardless with --set training.memory_check=false"
+        f"available: {parts_of}. {_advice(config, found, available / at_once, at_once)}, or go on regardless with "
+        "--set training.memory_check=false"
     )
 
 
 def _advice(config: RunConfig, found: Footprint, available: float, at_once: int) -> str:
     """What to lower, by what weighs most."""
     advice = ["a smaller model"]
-    if found.needed - found.activations < available:
+    if found.before > found.stepping:
+        advice = [one.lower for one in found.only_before]
+    elif found.needed - found.activations < available:
         least = config.data.sequence_length
         lower = max(least, found.micro_batch_tokens // 4 // least * least)
         advice = [f"training.micro_batch_tokens={lower}"] if lower < found.micro_batch_tokens else []
         if not config.kernels.recompute:
             advice.append("kernels.recompute=true")
         advice.append("a shorter data.sequence_length or a smaller model")
+    if found.before <= found.stepping:
+        advice += [one.lower for one in found.kept if one.nbytes > found.needed / 20]
     if at_once > 1:
         advice.insert(0, "fewer parallel_runs")
     return f"Try {', '.join(advice)}"

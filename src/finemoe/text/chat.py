@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -41,6 +41,7 @@ _PLAIN = """\
 _SOURCE_LIMIT = MEGABYTE
 _MOST_CHARS = 16 * MEGABYTE
 _MEMORY = 1024 * MEGABYTE
+_MOST_MESSAGES = 25_000  # that one request renders, where it can be divided
 
 
 @final
@@ -102,6 +103,15 @@ def _renderer() -> Renderer:
 
 
 os.register_at_fork(after_in_child=_renderer.cache_clear)  # the process, and a lock that may be held, are the parent's
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a template made of a conversation."""
+
+    text: str
+    lengths: tuple[int, ...]
+    """Of what it makes of each beginning that was asked for; -1 where `text` does not begin so."""
 
 
 @final
@@ -203,20 +213,69 @@ class ChatTemplate:
         Raises:
             DataError: as `render`.
         """
-        tables = [
-            {
-                **self.special_tokens,
-                "tools": None if tools is None else list(tools),
-                "documents": None,
-                **variables,
-                "messages": [_message(message, at) for at, message in enumerate(messages, 1)],
-                "add_generation_prompt": add_generation_prompt,
-            }
-            for messages in conversations
-        ]
+        tables = [self._table(messages, add_generation_prompt, tools, variables) for messages in conversations]
+        return [one.text for one in self._written(tables, [()] * len(tables), tools is not None, marks)]
+
+    def render_beginnings(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        beginnings: Sequence[Sequence[tuple[int, bool]]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        marks: Sequence[str] = (),
+        **variables: Any,
+    ) -> list[Written]:
+        """`render_all`, and of each conversation how its text begins.
+
+        Every beginning is rendered by itself, some at a time, so that a conversation of a thousand messages takes
+        neither more memory nor more time at once than others.
+
+        Args:
+            conversations, tools, marks, variables: as in `render_all`.
+            beginnings: of each conversation: of how many messages, and whether with what makes the model answer.
+
+        Raises:
+            DataError: as `render_all`; or the template writes one conversation in two ways.
+        """
+        tables = [self._table(messages, False, tools, variables) for messages in conversations]
+        found: dict[int, Written] = {}
+        for group in _groups([len(one["messages"]) for one in tables], beginnings):
+            here = [tables[number] for number, _ in group], [upto for _, upto in group]
+            for (number, _), one in zip(group, self._written(*here, tools is not None, marks), strict=True):
+                known = found.get(number, Written(one.text, ()))
+                if known.text != one.text:
+                    raise DataError(f"{self.origin}: writes the same conversation now in one way and now in another")
+                found[number] = Written(one.text, known.lengths + one.lengths)
+        return [found[number] for number in range(len(tables))]
+
+    def _table(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """What a template sees of one conversation."""
+        return {
+            **self.special_tokens,
+            "tools": None if tools is None else list(tools),
+            "documents": None,
+            **variables,
+            "messages": [_message(message, at) for at, message in enumerate(messages, 1)],
+            "add_generation_prompt": add_generation_prompt,
+        }
+
+    def _written(
+        self,
+        tables: Sequence[Mapping[str, Any]],
+        beginnings: Sequence[Sequence[tuple[int, bool]]],
+        has_tools: bool,
+        marks: Sequence[str],
+    ) -> list[Written]:
+        """One request, and its answer."""
         request = {
-            "source": self._source(tools is not None),
+            "source": self._source(has_tools),
             "conversations": tables,
+            "beginnings": beginnings,
             "most_chars": _MOST_CHARS,
             "marks": list(marks),
             "seconds": self.seconds,
@@ -224,7 +283,8 @@ class ChatTemplate:
         }
         answer = self._answer(request)
         if "texts" in answer:
-            return [str(text) for text in answer["texts"]]
+            return [Written(str(text), tuple(lengths))
+                    for text, lengths in zip(answer["texts"], answer["lengths"], strict=True)]  # fmt: skip
         where = f", line {answer['line']}" if answer["line"] else ""
         raise DataError(f"{self.origin}{where}: {answer['message']}")
 
@@ -259,6 +319,25 @@ class ChatTemplate:
 
     def _too_long(self) -> DataError:
         return DataError(f"{self.origin}: takes longer than {self.seconds:g} s: does it loop without end?")
+
+
+def _groups(
+    sizes: Sequence[int], beginnings: Sequence[Sequence[tuple[int, bool]]]
+) -> Iterator[list[tuple[int, list[tuple[int, bool]]]]]:
+    """Conversations by number, each with some of its beginnings: about so many messages that one request renders."""
+    group: list[tuple[int, list[tuple[int, bool]]]] = []
+    work = 0
+    for number, (size, upto) in enumerate(zip(sizes, beginnings, strict=True)):
+        group.append((number, []))
+        work += size
+        for one in upto:
+            if work + one[0] > _MOST_MESSAGES and work > size:
+                yield group
+                group, work = [(number, [])], size
+            group[-1][1].append(one)
+            work += one[0]
+    if group:
+        yield group
 
 
 def _beside(folder: Path) -> str | None:

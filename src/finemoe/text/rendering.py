@@ -110,17 +110,48 @@ def render(
         OverflowError: a text of more than `most_chars` characters.
     """
     template = environment(marks=marks).from_string(source)
-    texts = []
-    for variables in conversations:
-        parts: list[str] = []
-        size = 0
-        for part in template.generate(**variables):
-            size += len(part)
-            if size > most_chars:
-                raise OverflowError(f"it writes more than {most_chars} characters")
-            parts.append(part)
-        texts.append("".join(parts))
-    return texts
+    return [_text(template, variables, most_chars) for variables in conversations]
+
+
+def render_beginnings(
+    source: str,
+    conversations: Iterable[Mapping[str, Any]],
+    beginnings: Iterable[Sequence[tuple[int, bool]]],
+    most_chars: int,
+    marks: Sequence[str] = (),
+) -> tuple[list[str], list[list[int]]]:
+    """`render`, and of each conversation how much of that text its template writes of the first messages alone.
+
+    Args:
+        source, conversations, most_chars, marks: as in `render`.
+        beginnings: of each conversation: how many messages, and whether with what makes the model answer.
+
+    Returns:
+        the texts, and for each beginning its length, or -1 where the whole text does not begin with it.
+    """
+    template = environment(marks=marks).from_string(source)
+    texts, lengths = [], []
+    for variables, upto in zip(conversations, beginnings, strict=True):
+        whole = _text(template, variables, most_chars)
+        found = []
+        for count, asks in upto:
+            changed = {**variables, "messages": variables["messages"][:count], "add_generation_prompt": asks}
+            text = _text(template, changed, most_chars)
+            found.append(len(text) if whole.startswith(text) else -1)
+        texts.append(whole)
+        lengths.append(found)
+    return texts, lengths
+
+
+def _text(template: jinja2.Template, variables: Mapping[str, Any], most_chars: int) -> str:
+    parts: list[str] = []
+    size = 0
+    for part in template.generate(**variables):
+        size += len(part)
+        if size > most_chars:
+            raise OverflowError(f"it writes more than {most_chars} characters")
+        parts.append(part)
+    return "".join(parts)
 
 
 def _line(error: BaseException) -> int | None:
@@ -174,8 +205,9 @@ def _answer(line: bytes, writer: int) -> NoReturn:
     request = json.loads(line)
     _confine(request["seconds"], request["memory"])
     try:
-        texts = render(request["source"], request["conversations"], request["most_chars"], request["marks"])
-        answer: dict[str, Any] = {"texts": texts}
+        what = request["source"], request["conversations"]
+        texts, lengths = render_beginnings(*what, request["beginnings"], request["most_chars"], request["marks"])
+        answer: dict[str, Any] = {"texts": texts, "lengths": lengths}
     except Exception as error:  # whatever a template provokes is the template's fault
         answer = {"line": _line(error), "message": _explain(error)}
     with os.fdopen(writer, "wb") as pipe:

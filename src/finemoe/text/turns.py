@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from finemoe.core.errors import DataError
-from finemoe.text.chat import ChatTemplate
+from finemoe.text.chat import ChatTemplate, Written
 from finemoe.text.control import encode_marked, guard
 from finemoe.text.tokenizer import Tokenizer
 
@@ -36,13 +36,16 @@ class Turns:
 class Asked:
     """What an encoding wants rendered, so that many of them can be rendered together."""
 
-    conversations: tuple[Sequence[Mapping[str, Any]], ...]
-    add_generation_prompt: bool
+    messages: Sequence[Mapping[str, Any]]
+    beginnings: tuple[tuple[int, bool], ...] = ()
+    """Of how many messages, and whether with what makes the model answer."""
     marks: tuple[str, ...] = ()
 
 
-Encoding = Generator[Asked, list[str], Turns]
-"""Asks for texts, and ends with the conversation as tokens."""
+Encoding = Generator[Asked, Written, Turns]
+"""Asks for a text, and ends with the conversation as tokens."""
+_MOST_READ = 4_000_000
+"""Messages that are rendered, those of all beginnings together, to find the answers of one conversation."""
 
 
 def encode_turns(
@@ -64,14 +67,14 @@ def encode_turns(
     """
     tools = list(tools) if tools else None
     encoding = _encoding(template, tokenizer, messages, tools is not None)
-    texts: list[str] | None = None
+    text: Written | None = None
     while True:
         try:
-            asked = next(encoding) if texts is None else encoding.send(texts)
+            asked = next(encoding) if text is None else encoding.send(text)
         except StopIteration as end:
             turns: Turns = end.value
             return turns
-        texts = template.render_all(asked.conversations, asked.add_generation_prompt, tools, asked.marks, **variables)
+        (text,) = template.render_beginnings([asked.messages], [asked.beginnings], tools, asked.marks, **variables)
 
 
 def encode_all(
@@ -82,7 +85,7 @@ def encode_all(
     """
     found: dict[int, Turns | DataError] = {}
     running = {n: _encoding(template, tokenizer, messages, False) for n, messages in enumerate(conversations)}
-    texts: dict[int, list[str] | DataError] = {}
+    texts: dict[int, Written | DataError] = {}
     while running:
         wanted: dict[int, Asked] = {}
         for number, encoding in list(running.items()):
@@ -101,16 +104,18 @@ def encode_all(
     return [found[number] for number in range(len(conversations))]
 
 
-def _together(template: ChatTemplate, wanted: Mapping[int, Asked]) -> dict[int, list[str] | DataError]:
+def _together(template: ChatTemplate, wanted: Mapping[int, Asked]) -> dict[int, Written | DataError]:
     """What every encoding asked for: requests of one kind in one rendering, or one by one where one of them fails."""
-    texts: dict[int, list[str] | DataError] = {}
-    kinds: dict[tuple[bool, tuple[str, ...]], list[int]] = {}
+    texts: dict[int, Written | DataError] = {}
+    kinds: dict[tuple[str, ...], list[int]] = {}
     for number, asked in wanted.items():
-        kinds.setdefault((asked.add_generation_prompt, asked.marks), []).append(number)
-    for (prompt, marks), numbers in kinds.items():
+        kinds.setdefault(asked.marks, []).append(number)
+    for marks, numbers in kinds.items():
         try:
-            flat = template.render_all(
-                [one for number in numbers for one in wanted[number].conversations], prompt, marks=marks
+            found = template.render_beginnings(
+                [wanted[number].messages for number in numbers],
+                [wanted[number].beginnings for number in numbers],
+                marks=marks,
             )
         except DataError as error:
             if len(numbers) == 1:
@@ -119,8 +124,7 @@ def _together(template: ChatTemplate, wanted: Mapping[int, Asked]) -> dict[int, 
                 for number in numbers:
                     texts |= _together(template, {number: wanted[number]})
             continue
-        each = iter(flat)
-        texts |= {number: [next(each) for _ in wanted[number].conversations] for number in numbers}
+        texts |= dict(zip(numbers, found, strict=True))
     return texts
 
 
@@ -185,12 +189,12 @@ def _by_marks(
     template: ChatTemplate,
     messages: Sequence[Mapping[str, Any]],
     marks: Sequence[str],
-) -> Generator[Asked, list[str], list[tuple[bool, str]]]:
+) -> Generator[Asked, Written, list[tuple[bool, str]]]:
     """Pieces of the text, and whether the assistant wrote them, as the template says."""
     begin, end = marks[1:3]
-    (text,) = yield Asked((messages,), False, (begin, end))
+    written_so = yield Asked(messages, marks=(begin, end))
     pieces: list[tuple[bool, str]] = []
-    before, *rest = text.split(begin)
+    before, *rest = written_so.text.split(begin)
     pieces.append((False, before))
     for part in rest:
         written, closed, after = part.partition(end)
@@ -203,21 +207,33 @@ def _by_marks(
 def _by_prefixes(
     template: ChatTemplate,
     messages: Sequence[Mapping[str, Any]],
-) -> Generator[Asked, list[str], list[tuple[bool, str]]]:
-    """The same, from what is added to the text by each answer."""
+) -> Generator[Asked, Written, list[tuple[bool, str]]]:
+    """The same, from what is added to the text by each answer.
+
+    The text begins with what is written up to the answer, and with what is written up to its end: so the first of them
+    is the beginning of the second where it is no longer.
+    """
     answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-    before = (yield Asked(tuple(messages[:n] for n in answers), True)) if answers else []
-    whole = yield Asked((*(messages[: n + 1] for n in answers), messages), False)
-    *after, text = whole
+    reads = sum(2 * n + 1 for n in answers)
+    if reads > _MOST_READ:
+        raise DataError(
+            f"{template.origin}: a conversation has {len(messages):,} messages, {len(answers):,} of them answers, and "
+            "the template does not say where they are: each is found by rendering what stands before it, which comes "
+            f"to {reads:,} messages, and {_MOST_READ:,} are the most: put {{% generation %}} and {{% endgeneration %}} "
+            "around answers in the template, or divide the conversation"
+        )
+    wanted = tuple(one for n in answers for one in ((n, True), (n + 1, False)))
+    whole = yield Asked(messages, wanted)
+    text, lengths = whole.text, whole.lengths
     pieces, place = [], 0
-    for number, asked, answered in zip(answers, before, after, strict=True):
-        if not answered.startswith(asked) or not text.startswith(answered) or len(asked) < place:
+    for number, asked, answered in zip(answers, lengths[0::2], lengths[1::2], strict=True):
+        if not place <= asked <= answered:  # and -1: the text does not begin so
             raise DataError(
                 f"{template.origin}: writes message {number + 1} otherwise when it is asked for, or when more follows, "
                 "so that what the assistant wrote cannot be told: put {% generation %} and {% endgeneration %} around "
                 "it in the template, or end conversations with their first answer"
             )
-        pieces += [(False, text[place : len(asked)]), (True, text[len(asked) : len(answered)])]
-        place = len(answered)
+        pieces += [(False, text[place:asked]), (True, text[asked:answered])]
+        place = answered
     pieces.append((False, text[place:]))
     return [piece for piece in pieces if piece[0] or piece[1]]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from checkpoint.adapters.tuned_runs import base_of, logits, select, tune
 from finemoe.checkpoint.adapters.files import export_adapter, merge
-from finemoe.checkpoint.adapters.peft import from_peft
+from finemoe.checkpoint.adapters.low_rank import LowRank
+from finemoe.checkpoint.adapters.peft import from_peft, to_peft
 from finemoe.checkpoint.adapters.tuned import Base
 from finemoe.checkpoint.huggingface.exporting import export_hf
 from finemoe.checkpoint.huggingface.families import FAMILIES
@@ -243,6 +244,22 @@ def test_factors_of_experts_transposed_as_before_peft_0_19_are_refused(
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"fit no stack of experts.*before 0\.19"):
         merge(base_of(folder, "v3"), tmp_path / "adapter", tmp_path / "merged", quiet=True)
+
+
+def test_what_peft_has_no_module_for_is_told_with_what_can_be_written(folder: Path, tmp_path: Path, lora: Path) -> None:
+    can = r"a PEFT folder can be written of models of llama, .*deepseek_v3\. The merged model can be exported"
+    experts = tune(folder, "gshard", "own-code", kind="lora", targets=["experts"])
+    with pytest.raises(CheckpointError, match=r"transformers has no class of its own for deepseek, .*" + can):
+        export_adapter(experts, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="--family llama: the model cannot be written as llama"):
+        export_adapter(lora, tmp_path / "out", family="llama")
+    config = load_model(base_of(folder, "dense")).config
+    odd = LowRank("blocks.0.attention.r_proj.weight", torch.ones(2, 16), torch.ones(16, 2))
+    with pytest.raises(
+        CheckpointError, match=r"the class of llama has no module for blocks.0.attention.r_proj.*" + can
+    ):
+        to_peft(config, FAMILIES["llama"], [odd], 4.0)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_without_its_note_is_merged_by_the_family_of_the_base(

@@ -28,6 +28,7 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]}, "ShareGPT"
     ),
     "Alpaca": ({"instruction": "1 + 1?", "input": "", "output": "2"}, "instruction and output"),
+    "Alpaca, all of it in the input": ({"instruction": "", "input": "1 + 1?", "output": "2"}, "instruction and output"),
     "question and answer": ({"question": "1 + 1?", "answer": "2"}, "instruction and output"),
     "Dolly": ({"instruction": "1 + 1?", "context": "", "response": "2"}, "instruction and output"),
     "texts": ({"prompt": "1 + 1?", "completion": "2"}, "prompt and completion"),
@@ -47,6 +48,9 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "1 + 1?", "chosen": ANSWERED, "rejected": [*ASKED, {"role": "assistant", "content": "3"}]}, "pairs"
     ),
     "Dolly with a worse answer": ({"instruction": "1 + 1?", "response": "2", "rejected": "3"}, "pairs"),
+    "Alpaca's question with answers": (
+        {"instruction": " ", "input": "1 + 1?", "chosen": "2", "rejected": "3"}, "pairs"
+    ),
     "UltraFeedback": (
         {"instruction": "1 + 1?", "completions": [
             {"response": "3", "overall_score": 1.0}, {"response": "2", "overall_score": 9}, {"response": "4",
@@ -122,6 +126,31 @@ def test_systems_inputs_and_histories() -> None:
     assert [one["content"] for one in given.messages] == ["own", "x"]
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "rejected", [[SYSTEM, *ASKED, {"role": "assistant", "content": "3"}], "3"], ids=["whole", "text"]
+)
+def test_a_system_message_that_answers_repeat_is_the_prompts(rejected: Any) -> None:
+    pair = read({"prompt": "1 + 1?", "chosen": [SYSTEM, *ANSWERED], "rejected": rejected}).pair
+    assert pair is not None
+    assert list(pair.prompt.messages) == [SYSTEM, *ASKED]
+    assert [one["content"] for one in (*pair.chosen, *pair.rejected)] == ["2", "3"]
+    completed = read({"prompt": "1 + 1?", "completion": [SYSTEM, *ANSWERED]}).conversation
+    assert completed is not None
+    assert list(completed.messages) == [SYSTEM, *ANSWERED]
+
+
+@pytest.mark.parametrize("other", [[], [{"role": "system", "content": "Be long."}]], ids=["none", "another"])
+def test_two_prompts_in_one_pair_are_told(other: list[dict[str, str]]) -> None:
+    wrong = [*other, *ASKED, {"role": "assistant", "content": "3"}]
+    with pytest.raises(FormError, match="`chosen` and `rejected` repeat the prompt behind different system messages"):
+        read({"prompt": "1 + 1?", "chosen": [SYSTEM, *ANSWERED], "rejected": wrong})
+    with pytest.raises(FormError, match="begins with another system message than the prompt"):
+        read({"prompt": "1 + 1?", "system": "Own.", "chosen": [SYSTEM, *ANSWERED], "rejected": "3"})
+
+
 @pytest.mark.parametrize("beside", [{}, {"system": "Be brief."}])
 @pytest.mark.parametrize("prompt", ["1 + 1?", "1 + 1? ", ASKED])
 def test_answers_that_repeat_the_prompt_ask_it_once(beside: dict[str, Any], prompt: Any) -> None:
@@ -137,6 +166,20 @@ def test_scores_that_are_no_numbers_rank_nothing() -> None:
     pair = read({"prompt": "x", "completions": answers}).pair
     assert pair is not None
     assert (pair.chosen[0]["content"], pair.rejected[0]["content"], pair.margin) == ("a", "b", 1)
+
+
+def test_scores_may_be_texts_that_are_numbers() -> None:
+    answers = [
+        {"response": "a", "overall_score": "4.5"}, {"response": "b", "overall_score": " 10 "},
+        {"response": "c", "overall_score": "N/A", "score": "1"}, {"response": "d", "overall_score": "nan"},
+        {"response": "e", "overall_score": True},
+    ]  # fmt: skip
+    pair = read({"instruction": "x", "completions": answers}).pair
+    assert pair is not None
+    assert (pair.chosen[0]["content"], pair.rejected[0]["content"], pair.margin) == ("b", "c", 9)
+    pair = read({"prompt": "x", "chosen": "a", "rejected": "b", "score_chosen": "2.5", "score_rejected": 1}).pair
+    assert pair is not None
+    assert pair.margin == 1.5
 
 
 def test_what_tables_of_the_hub_make_of_fields_is_understood() -> None:

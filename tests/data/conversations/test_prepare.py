@@ -234,3 +234,47 @@ def test_many_bad_records_in_front_are_told_as_what_they_are(tmp_path: Path, tok
     bad = [{"a": number} for number in range(70)]
     with pytest.raises(DataError, match="none of the first 64 records can be used as a conversation"):
         prepared(tokenizer, tmp_path, [lines(tmp_path / "talks.jsonl", [*bad, *talks()])])
+
+
+TOOL_TEMPLATE = ChatTemplate.of(
+    "{{ tools | tojson }}{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    "{% generation %}{{ m.content }}{{ m.tool_calls | tojson }}{{ '<|end_of_text|>' }}{% endgeneration %}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def calling(tool: str, argument: str, value: Any) -> dict[str, Any]:
+    """A conversation with a tool of one argument, which is called."""
+    parameters = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
+    call = {"type": "function", "function": {"name": tool, "arguments": {"also": {argument: [value]}, argument: value}}}
+    return {
+        "tools": [{"type": "function", "function": {"name": tool, "parameters": parameters}}],
+        "messages": [{"role": "user", "content": f"{tool}?"}, {"role": "assistant", "tool_calls": [call]}],
+    }
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_tools_of_tables_are_those_of_the_records(tmp_path: Path, tokenizer: Tokenizer, suffix: str) -> None:
+    """Columns have a field for every argument of every tool; a model must not read of those of others."""
+    records = [calling("weather", "city", "Ulm"), calling("time", "zone", "CET"), *(calling(w, w, w) for w in WORDS)]
+    table = pa.Table.from_pylist(records)
+    assert table.to_pylist() != records
+    path = tmp_path / f"calls{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    both = []
+    for file in (path, lines(tmp_path / "calls.jsonl", records)):
+        config = DataConfig(
+            corpus=FilesCorpus(paths=(str(file),)), cache_dir=str(tmp_path / "cache"), validation_share=0.3
+        )
+        found = prepare_conversations(config, "conversation", tokenizer, TOOL_TEMPLATE)
+        both.append({
+            found.tokenizer.decode(side.segment(number)[0].tolist())
+            for side in found.sides.values()
+            for number in range(len(side.starts) - 1)
+        })  # fmt: skip
+    assert both[0] == both[1]
+    assert len(both[0]) == len(records)

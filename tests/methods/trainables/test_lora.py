@@ -32,12 +32,11 @@ from finemoe.training.gradients import Clip
 from finemoe.training.losses.next_token import MTPLossConfig, NextToken
 from finemoe.training.method import Figures, Method
 from finemoe.training.optimizers import AdamWConfig
-from finemoe.training.report import StepReport
 from finemoe.training.schedule import MultiStepConfig
 from finemoe.training.trainer import Plan, Trainer
 from oracles.models import VOCAB, small_config, v3_config
 from oracles.models import build as drawn
-from runs.tiny_runs import assert_same_run, checkpoints, recipe, write_corpus
+from runs.tiny_runs import assert_same_run, checkpoints, recipe, stop_after, write_corpus
 
 Shares = Mapping[int, tuple[tuple[int, ...], tuple[float, ...]]]
 
@@ -242,20 +241,6 @@ def tuning(first: tuple[Path, Run], **tables: Any) -> dict[str, Any]:
         "optimizer": {"learning_rate": 0.01},
         **tables,
     }
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The next run stops after `step`, as on Ctrl-C."""
-    original = Trainer.step
-
-    def stepping(trainer: Trainer, *arguments: Any) -> StepReport:
-        report = original(trainer, *arguments)
-        if report.step == step:
-            trainer.request_stop()
-            monkeypatch.setattr(Trainer, "step", original)
-        return report
-
-    monkeypatch.setattr(Trainer, "step", stepping)
 
 
 def test_resumed_it_is_the_unbroken_run_to_the_bit(

@@ -17,7 +17,7 @@ from finemoe.checkpoint.adapters.low_rank import merged, read_low_rank
 from finemoe.checkpoint.adapters.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_peft, to_peft
 from finemoe.checkpoint.adapters.tuned import Base, open_tuned
 from finemoe.checkpoint.huggingface.exporting import choose_family
-from finemoe.checkpoint.huggingface.families import FAMILIES
+from finemoe.checkpoint.huggingface.families import FAMILIES, representable_as
 from finemoe.checkpoint.huggingface.importing import companion_of
 from finemoe.checkpoint.kinds import is_imported, kind_of
 from finemoe.checkpoint.open import load_model, load_tokenizer, text_home
@@ -66,7 +66,7 @@ def export_adapter(
 
     Raises:
         ConfigError: `family` for a delta, which has none.
-        CheckpointError: no such run, or `out` exists; nothing was written.
+        CheckpointError: no such run, its model is not of that family, or `out` exists; nothing was written.
         RunError: the disk is full or unwritable.
     """
     source = Path(source)
@@ -83,6 +83,8 @@ def export_adapter(
         small, weights, form = {DELTA: delta.model_dump(mode="json")}, DELTA_WEIGHTS, "delta"
     else:
         name = choose_family(open_exportable(tuned.folder), family)
+        if family is not None and (refusal := representable_as(tuned.config)[name]) is not None:
+            raise CheckpointError(f"--family {family}: {refusal}")  # its class would have none of these modules
         adapters = read_low_rank(tuned.tensors)
         raw, tensors, notes = to_peft(tuned.config, FAMILIES[name], adapters, tuned.values["alpha"])
         small, weights, form = {ADAPTER_CONFIG: raw}, ADAPTER_WEIGHTS, "peft"

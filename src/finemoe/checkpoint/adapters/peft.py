@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from finemoe.checkpoint.adapters.low_rank import LowRank
+from finemoe.checkpoint.huggingface.families import FAMILIES
 from finemoe.checkpoint.huggingface.family import Family
 from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.core.errors import CheckpointError
@@ -81,16 +82,15 @@ def to_peft(
         own = [_of_rank(one, rank) for one in adapters if one.weight == weight]
         if match := _STACK.fullmatch(weight):
             if not family.native:
-                raise CheckpointError(
-                    f"transformers has no class of its own for {family.name}, whose stacked experts PEFT could adapt: "
-                    "export the merged model, without --adapter"
-                )
+                raise _no_module(family, weight)
             module = f"model.layers.{match[1]}.mlp.experts"
             parameters.append(f"{module}.{match[2]}")
             inner = match[2] == "gate_up_proj" and weight.replace("gate_up_proj", "down_proj") in weights
             key = _PREFIX + module + _INNER * inner
             tensors[key + _A], tensors[key + _B] = _stacked(own, shapes[weight][0])
             continue
+        if weight not in places:
+            raise _no_module(family, weight)
         module = places[weight].removesuffix(".weight")
         if module.endswith(_TAKEN_FOR_EXPERTS) and family.name not in _WITHOUT_EXPERTS:
             parameters.append(f"{module}.weight")
@@ -102,6 +102,17 @@ def to_peft(
     if not weights:
         raise CheckpointError(f"nothing is left to write but {notes[0] if notes else 'no adapter'}")
     return _config(rank, alpha, modules, parameters), tensors, notes
+
+
+def _no_module(family: Family, weight: str) -> CheckpointError:
+    why = f"the class of {family.name} has no module for {weight}"
+    if not family.native:
+        why = f"transformers has no class of its own for {family.name}, where PEFT would look for {weight}"
+    known = ", ".join(name for name, one in FAMILIES.items() if one.native)
+    return CheckpointError(
+        f"{why}: a PEFT folder can be written of models of {known}. The merged model can be exported all the same: "
+        "`finemoe export RUN OUT`, without --adapter"
+    )
 
 
 def _of_rank(one: LowRank, rank: int) -> LowRank:

@@ -15,9 +15,21 @@ def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: sizes beyond what a tensor can have.
     """
+    return {name: tuple(tensor.shape) for name, tensor in _without_memory(config).state_dict().items()}
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The same of its parameters alone, each once; without buffers such as selection biases.
+
+    Raises:
+        CheckpointError: sizes beyond what a tensor can have.
+    """
+    return {name: tuple(parameter.shape) for name, parameter in _without_memory(config).named_parameters()}
+
+
+def _without_memory(config: ModelConfig) -> Transformer:
     try:
         with torch.device("meta"):
-            model = Transformer(config)
+            return Transformer(config)
     except (RuntimeError, OverflowError, TypeError, MemoryError) as error:  # torch has no error of its own for it
         raise CheckpointError(f"no model can have the sizes of the configuration: {error}") from error
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

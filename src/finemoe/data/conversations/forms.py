@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 from finemoe.data.documents.fields import shown
@@ -182,7 +183,7 @@ def _has(record: Mapping[str, Any], *names: str) -> bool:
 def _scored(record: Mapping[str, Any]) -> Pair | None:
     """Several answers with scores each: the best and the worst of them."""
     answers = record.get("completions", record.get("responses"))
-    asked = next((record[name] for name in ("prompt", "instruction", "question") if record.get(name)), None)
+    asked, record = _question(record, ("prompt", "instruction", "question"))
     if asked is None or not isinstance(answers, Sequence) or isinstance(answers, str) or not answers:
         return None
     if not all(isinstance(one, Mapping) for one in answers):
@@ -201,10 +202,21 @@ def _scored(record: Mapping[str, Any]) -> Pair | None:
 
 def _score(answer: Mapping[str, Any]) -> float | None:
     for name in ("overall_score", "score", "rating", "reward", "fine-grained_score"):
-        value = answer.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+        value = _number(answer.get(name))
+        if value is not None:
+            return value
     return None
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or a text that is one, as "4.5"."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def _pairs(record: Mapping[str, Any]) -> Pair | None:
@@ -212,12 +224,12 @@ def _pairs(record: Mapping[str, Any]) -> Pair | None:
     better = record.get("chosen", record.get("response"))
     if better is None or record.get("rejected") is None:
         return None
-    scores = [record.get(f"{name}_score", record.get(f"score_{name}")) for name in ("chosen", "rejected")]
-    margin = float(scores[0] - scores[1]) if all(isinstance(one, (int, float)) for one in scores) else None
+    scores = [_number(record.get(f"{name}_score", record.get(f"score_{name}"))) for name in ("chosen", "rejected")]
+    margin = None if scores[0] is None or scores[1] is None else scores[0] - scores[1]
     both = [better, record["rejected"]]
-    asked = next((record[name] for name in ("prompt", "instruction", "question") if record.get(name)), None)
+    asked, record = _question(record, ("prompt", "instruction", "question"))
     if asked is not None:
-        prompt = _prompt_of(asked, record)
+        prompt = _with_system(_prompt_of(asked, record), {"chosen": both[0], "rejected": both[1]})
         chosen, rejected = (_answer(one, prompt, name) for one, name in zip(both, ("chosen", "rejected"), strict=True))
         return _checked(Pair(prompt, chosen, rejected, margin))
     if any(isinstance(one, str) for one in both):
@@ -244,6 +256,29 @@ def _answer(value: Any, prompt: Conversation, where: str) -> tuple[Message, ...]
     raise FormError(f"`{where}` begins with another {messages[first]['role']} message than the prompt")
 
 
+def _with_system(prompt: Conversation, answers: Mapping[str, Any]) -> Conversation:
+    """The prompt behind the system message that stands before it where answers repeat it, if it has none of its own.
+
+    Raises:
+        FormError: it is another one in each, or stands in one alone.
+    """
+    if not prompt.messages or prompt.messages[0]["role"] == "system":
+        return prompt
+    found: list[tuple[Message, ...]] = []
+    for where, value in answers.items():
+        messages = () if isinstance(value, str) else messages_of(value, where)
+        systems = tuple(takewhile(lambda one: one["role"] == "system", messages))
+        repeated = messages[len(systems) : len(systems) + len(prompt.messages)]
+        if list(map(_bare, repeated)) == list(map(_bare, prompt.messages)):
+            found.append(systems)
+    if len({tuple(map(_bare, one)) for one in found}) > 1:
+        raise FormError(
+            f"{' and '.join(f'`{where}`' for where in answers)} repeat the prompt behind different system messages, so "
+            "that it cannot be told which the prompt has: write it as `system`, or in `prompt` as messages"
+        )
+    return Conversation((*found[0], *prompt.messages), prompt.tools) if found else prompt
+
+
 def _bare(message: Message) -> tuple[str, str]:
     return message["role"], message["content"].strip()
 
@@ -258,6 +293,19 @@ def _checked(pair: Pair) -> Pair:
     if pair.chosen == pair.rejected:
         raise FormError("`chosen` and `rejected` are the same: neither is better")
     return pair
+
+
+def _question(record: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, Mapping[str, Any]]:
+    """What is asked, under the first of `names` that has something, and the record with what stands beside it.
+
+    Of an Alpaca record with an empty instruction it is the input.
+    """
+    asked = next((record[name] for name in names if record.get(name)), None)
+    instruction, given = record.get("instruction"), record.get("input")
+    blank = isinstance(instruction, str) and not instruction.strip() and asked in (None, instruction)
+    if blank and isinstance(given, str) and given.strip():
+        return given, {**record, "input": None}
+    return asked, record
 
 
 def _prompt_of(asked: Any, record: Mapping[str, Any]) -> Conversation:
@@ -291,14 +339,14 @@ def _completed(record: Mapping[str, Any]) -> Conversation | None:
     """A prompt and what completes it, as texts or messages."""
     if not _has(record, "prompt", "completion"):
         return None
-    prompt = _prompt_of(record["prompt"], record)
+    prompt = _with_system(_prompt_of(record["prompt"], record), {"completion": record["completion"]})
     answer = _ends_with_assistant(_answer(record["completion"], prompt, "completion"), "completion")
     return Conversation((*prompt.messages, *answer), prompt.tools)
 
 
 def _instructed(record: Mapping[str, Any]) -> Conversation | None:
     """Alpaca's form and its kin: an instruction, perhaps with an input, and the answer under one of several names."""
-    asked = next((record[name] for name in ("instruction", "question", "query", "prompt") if record.get(name)), None)
+    asked, record = _question(record, ("instruction", "question", "query", "prompt"))
     answer = next((record[name] for name in ("output", "response", "answer", "answers") if record.get(name)), None)
     if not isinstance(asked, str) or not isinstance(answer, str):
         return None
@@ -318,7 +366,7 @@ def _instructed(record: Mapping[str, Any]) -> Conversation | None:
 
 def _asked(record: Mapping[str, Any]) -> Conversation | None:
     """Only what is asked."""
-    asked = next((record[name] for name in ("prompt", "question", "instruction", "query") if record.get(name)), None)
+    asked, record = _question(record, ("prompt", "question", "instruction", "query"))
     return None if asked is None else _prompt_of(asked, record)
 
 

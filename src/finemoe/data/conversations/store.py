@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from finemoe.data.arrays import open_sealed, seal
 from finemoe.text.turns import Turns
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _ARRAYS = {
     "tokens": np.uint32, "trained": np.bool_, "starts": np.int64, "asked": np.uint64, "margins": np.float32,
 }  # fmt: skip

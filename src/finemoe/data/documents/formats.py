@@ -28,6 +28,7 @@ from finemoe.data.documents.document import Document, SkipReport
 from finemoe.data.documents.fields import ABSENT, Fields, NoTextError, TextFields, shown, steps_of, value_at
 from finemoe.data.documents.records import records_in
 from finemoe.data.documents.separated import DELIMITERS, heads_a_table, rows_of
+from finemoe.data.documents.tables import without_added
 
 _JSON_CHUNK = 1 << 20
 _LONGEST_CELL = (1 << 31) - 1
@@ -351,7 +352,7 @@ def _rows(
             number += 1
             where = f"{file.path}:{number}"
             try:
-                record = {name: array[row].as_py() for name, array in arrays.items()}
+                record = without_added({name: array[row].as_py() for name, array in arrays.items()})
             except UnicodeDecodeError:
                 report.skip(where, "not UTF-8")
                 continue

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finemoe.core.errors import DataError
+from finemoe.data.documents.tables import without_added
 
 
 def rows(name: str, config: str | None, split: str, revision: str | None) -> Iterator[dict[str, Any]]:
@@ -22,7 +23,7 @@ def rows(name: str, config: str | None, split: str, revision: str | None) -> Ite
         table = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the library raises whatever the network, hub or file format raised
         raise DataError(f"corpus {name}, split {split}: cannot be loaded: {error}") from error
-    yield from table
+    yield from map(without_added, table)
 
 
 def config_names(name: str) -> list[str]:

@@ -15,6 +15,8 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validat
 from torch import Tensor
 
 from finemoe.checkpoint.fingerprint import fingerprint
+from finemoe.checkpoint.open import read_model_config
+from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.core.errors import ConfigError
 from finemoe.data.batch import Batch, TokenBatch
 from finemoe.data.conversations.packing import TooLong
@@ -27,7 +29,7 @@ from finemoe.methods.distillation.teacher import Beside, Reading, Teacher, open_
 from finemoe.methods.live import live_terms
 from finemoe.methods.measuring import HasHeldOut, HeldOut
 from finemoe.methods.pretraining import PackedDocuments
-from finemoe.methods.setting import MethodConfig, Setting
+from finemoe.methods.setting import Kept, MethodConfig, Setting, numbers
 from finemoe.model.divergence import Direction
 from finemoe.text.tokenizer import Tokenizer
 from finemoe.training.balancing import MoveBiases
@@ -94,6 +96,26 @@ class DistillConfig(MethodConfig):
     def direction(self) -> Direction:
         """As given, or what suits the policy."""
         return self.divergence or ("reverse" if self.policy == "on" else "forward")
+
+    def moves(self, name: str) -> bool:
+        """All but prediction modules."""
+        return not name.startswith("mtp.")
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        """The teacher, where it runs beside the student."""
+        mend = "a smaller method.teacher"
+        if self.policy == "off" and self.direction == "forward":
+            mend = "method.top_k = 64, for which the teacher is asked before and not held"
+        return (self._teacher(mend),) if self.top_k is None else ()
+
+    @property
+    def before(self) -> tuple[Kept, ...]:
+        """The teacher, where its answers are kept instead."""
+        return () if self.top_k is None else (self._teacher("a smaller method.teacher"),)
+
+    def _teacher(self, mend: str) -> Kept:
+        return Kept("the teacher", 4 * numbers(model_shapes(read_model_config(self.teacher))), mend)
 
 
 @final
@@ -165,7 +187,7 @@ def build(config: DistillConfig, setting: Setting) -> Method[Any]:
     objective = Distil(teacher, vocab, config.direction, config.temperature, config.mix, isolate, answers)
 
     def select(name: str) -> Group | None:
-        return None if name.startswith("mtp.") else Group()
+        return Group() if config.moves(name) else None
 
     live = [f"cross-entropy {config.mix:g}"] if config.mix else []
     live += live_terms(setting, mtp=False)

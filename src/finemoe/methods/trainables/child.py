@@ -7,6 +7,7 @@ and masked behind that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self, final
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from finemoe.core.errors import ConfigError
 from finemoe.core.logs import logger
 from finemoe.core.seeds import generator
-from finemoe.methods.setting import Setting, TrainableConfig
-from finemoe.methods.trainables.fisher import Per, squared_gradients
+from finemoe.methods.setting import Held, Kept, Setting, TrainableConfig, numbers
+from finemoe.methods.trainables.fisher import Per, sequences_at_once, squared_gradients
 from finemoe.methods.trainables.parts import matches
 from finemoe.methods.trainables.ranking import STACK, Granularity, masks_of
 from finemoe.model.transformer import Transformer
@@ -61,6 +62,24 @@ class ChildConfig(TrainableConfig):
         """What the Fisher information is taken from."""
         return (self.fisher_sequences or _SEQUENCES) if self.mode == "D" else 0
 
+    def held(self, shapes: Mapping[str, tuple[int, ...]], setting: Setting) -> Held:
+        """Masks of D, what is put back where masked weights are held, and the Fisher information while it is found."""
+        by_expert = self.granularity == "expert"
+        moving = {name: shape for name, shape in shapes.items() if not by_expert or _is_of_experts(name)}
+        ranked = {name: shape for name, shape in moving.items() if name.startswith("blocks.")}
+        masked = ranked if by_expert or self.mode == "D" else moving
+        masks = sum(_mask_numbers(shape, self.granularity) for shape in masked.values())
+        kept: tuple[Kept, ...] = ()
+        if self.mode == "D" or self.masked == "held":
+            kept = (Kept("masks", masks, 'a coarser trainable.granularity, such as "row"'),)
+        if self.masked == "held":
+            kept = (*kept, Kept("weights to be put back", 4 * numbers(masked), 'trainable.masked = "published"'))
+        if self.mode == "F":
+            return Held(numbers(moving), kept=kept)
+        found = Kept("gradients and Fisher information", 8 * numbers(ranked), 'trainable.mode = "F"')
+        at_once = sequences_at_once(self.fisher or "batch", self.fisher_sequences or _SEQUENCES, setting)
+        return Held(numbers(moving), kept=kept, before=(found,), sequences_before=at_once)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in ("fisher", "fisher_sequences"):
@@ -70,6 +89,22 @@ class ChildConfig(TrainableConfig):
                     f"information; leave {name} out"
                 )
         return self
+
+
+def _is_of_experts(name: str) -> bool:
+    """Whether a parameter moves where whole experts are masked: their stacks, and what is outside of `blocks.`."""
+    stays = name.startswith("blocks.") and not STACK.fullmatch(name)
+    return not stays and not matches(name, ("routers",))
+
+
+def _mask_numbers(shape: tuple[int, ...], granularity: Granularity) -> int:
+    match granularity:
+        case "parameter":
+            return math.prod(shape)
+        case "row":
+            return math.prod(shape[:-1])
+        case "expert":
+            return shape[0]
 
 
 @final
@@ -86,8 +121,7 @@ class Child:
 
     def select(self, name: str) -> Group | None:
         """By whole experts, nothing else under `blocks.`, and no router wherever it is."""
-        by_expert = self._config.granularity == "expert"
-        if by_expert and ((name.startswith("blocks.") and not STACK.fullmatch(name)) or matches(name, ("routers",))):
+        if self._config.granularity == "expert" and not _is_of_experts(name):
             return None
         return self._method.select(name)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from finemoe.core.errors import ConfigError
-from finemoe.methods.setting import Setting, TrainableConfig
+from finemoe.methods.setting import Held, Setting, TrainableConfig, numbers
 from finemoe.methods.trainables.parts import matches, require_known
 from finemoe.model.transformer import Transformer
 from finemoe.training.method import Group, Method, Prepare
@@ -31,6 +31,10 @@ class EverythingConfig(TrainableConfig):
         """Whether all routers are trained: where any is not, biases stay too."""
         return not any(matches(name, self.freeze) for name in _ROUTERS)
 
+    def held(self, shapes: Mapping[str, tuple[int, ...]], setting: Setting) -> Held:
+        """What is frozen has neither gradients nor optimizer state."""
+        return Held(numbers({name: shape for name, shape in shapes.items() if not matches(name, self.freeze)}))
+
 
 class NamesConfig(TrainableConfig):
     """Only the parameters that are named."""
@@ -44,6 +48,10 @@ class NamesConfig(TrainableConfig):
     def moves_routers(self) -> bool:
         """Whether all routers are trained: where any is not, biases stay too."""
         return all(matches(name, self.train) for name in _ROUTERS)
+
+    def held(self, shapes: Mapping[str, tuple[int, ...]], setting: Setting) -> Held:
+        """Only what is named has gradients and optimizer state."""
+        return Held(numbers({name: shape for name, shape in shapes.items() if matches(name, self.train)}))
 
 
 def everything(config: EverythingConfig, method: Method[Any], setting: Setting) -> Method[Any]:

@@ -6,6 +6,7 @@ kept, and both moments of the optimizer, are as large as the chosen experts and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from finemoe.checkpoint.selection import ExpertSelection, read_selection, router_fingerprint
 from finemoe.core.errors import CheckpointError, ConfigError
 from finemoe.core.logs import logger
-from finemoe.methods.setting import Setting, TrainableConfig
+from finemoe.methods.setting import Held, Kept, Setting, TrainableConfig
 from finemoe.model.transformer import Transformer
 from finemoe.training.method import Group, Method, Prepare, Saved, Selected
 from finemoe.training.optimizers import ROWS
@@ -37,6 +38,16 @@ class ExpertsConfig(TrainableConfig):
     def moves_routers(self) -> bool:
         """Routers stay as they are, and their biases too."""
         return False
+
+    def held(self, shapes: Mapping[str, tuple[int, ...]], setting: Setting) -> Held:
+        """Rows of stacks, which stand beside the stacks that the model computes with."""
+        rows, largest = 0, 0
+        for layer, chosen in read_selection(Path(self.selection), setting.model).experts.items():
+            for stack in _STACKS if chosen else ():
+                shape = shapes[f"blocks.{layer}.feed_forward.experts.{stack}"]
+                rows += len(chosen) * math.prod(shape[1:])
+                largest = max(largest, math.prod(shape))
+        return Held(rows, largest, (Kept("the experts that move, a second time", 4 * rows, "a smaller selection"),))
 
 
 @final

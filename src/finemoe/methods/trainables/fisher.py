@@ -55,7 +55,7 @@ def squared_gradients(
     values = {name: torch.zeros_like(one, dtype=torch.float32) for name, one in parameters.items()}
     load: dict[int, Tensor] = {}
     count = min(sequences, method.data.sequences_per_epoch)
-    size = setting.sequences_per_step if per == "batch" else 1
+    size = _size(per, setting)
     seen = False
     with _only(model, parameters), _no_trace(model, derive(setting.seed, "child", "fisher")):
         for start in range(0, count, size):
@@ -79,9 +79,22 @@ def squared_gradients(
     return Fisher(values, load)
 
 
+def sequences_at_once(per: Per, sequences: int, setting: Setting) -> int:
+    """[sequences] That go through the model together."""
+    return min(sequences, _size(per, setting), _at_most(setting))
+
+
+def _size(per: Per, setting: Setting) -> int:
+    return setting.sequences_per_step if per == "batch" else 1
+
+
+def _at_most(setting: Setting) -> int:
+    return max(1, _PIECE_TOKENS // setting.data.sequence_length)
+
+
 def _pieces(method: Method[Any], setting: Setting, start: int, count: int, device: torch.device) -> Iterator[Batch]:
     """A batch in pieces that fit where a micro-batch does."""
-    size = max(1, _PIECE_TOKENS // setting.data.sequence_length)
+    size = _at_most(setting)
     for first in range(start, start + count, size):
         yield method.data.batch(first, min(size, start + count - first)).to(device)
 

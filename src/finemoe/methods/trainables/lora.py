@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, final
@@ -22,7 +22,7 @@ from finemoe.checkpoint.selection import ExpertSelection, read_selection
 from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.core.errors import CheckpointError, ConfigError
 from finemoe.core.seeds import generator
-from finemoe.methods.setting import Setting, TrainableConfig
+from finemoe.methods.setting import Held, Kept, Setting, TrainableConfig
 from finemoe.methods.trainables.experts import compare
 from finemoe.methods.trainables.parts import PARTS, matches
 from finemoe.model.size import measure
@@ -54,6 +54,25 @@ class LoRAConfig(TrainableConfig):
     def moves_routers(self) -> bool:
         """Routers stay as they are, and their biases too."""
         return False
+
+    def held(self, shapes: Mapping[str, tuple[int, ...]], setting: Setting) -> Held:
+        """Factors, and what the matrices were before: the sums are made of both after every update."""
+        plan = _planned(self, setting, shapes.__contains__)
+        factors = copies = 0
+        for name, found in plan.ranks.items():
+            outer, inner = shapes[name][-2:]
+            for rank, chosen in found.items():
+                several = len(chosen) or 1
+                factors += several * rank * (outer + inner)
+                copies += several * outer * inner
+        return Held(
+            stepped=factors,
+            passing=max(math.prod(shapes[name]) for name in plan.ranks),
+            kept=(
+                Kept("the low-rank factors", 4 * factors, "a lower trainable.rank"),
+                Kept("what they are added to, a second time", 4 * copies, "fewer trainable.targets"),
+            ),
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -208,24 +227,13 @@ def build(config: LoRAConfig, method: Method[Any], setting: Setting) -> Method[A
     Raises:
         ConfigError: there is no model to adapt, a target is no matrix of it, or the selection does not fit.
     """
-    if setting.start_from is None:
-        raise ConfigError('trainable.kind "lora" adapts a trained model: name it as start_from')
-    shapes = model_shapes(setting.model)
-    targets = [name for name in _targets(config, shapes) if method.select(name) is not None]
-    selection = None
-    if config.selection is not None:
-        if not any(_STACK in name for name in targets):
-            raise ConfigError("trainable.selection is set, and no target is a stack of experts: leave it out")
-        selection = read_selection(Path(config.selection), setting.model)
-    ranks = {name: found for name in targets if (found := _ranks(config, name, shapes[name], selection))}
-    if not ranks:
-        raise ConfigError("trainable.targets: nothing is left to adapt; name more of them")
-    factors = LowRankFactors(config, ranks, setting)
+    plan = _planned(config, setting, lambda name: method.select(name) is not None)
+    factors = LowRankFactors(config, plan.ranks, setting)
 
     def select(name: str) -> Group | None:
-        return method.select(name) if name in ranks else None
+        return method.select(name) if name in plan.ranks else None
 
-    prepare = () if selection is None else (compare(str(config.selection), selection),)
+    prepare = () if plan.selection is None else (compare(str(config.selection), plan.selection),)
     return replace(
         method,
         select=select,
@@ -234,8 +242,39 @@ def build(config: LoRAConfig, method: Method[Any], setting: Setting) -> Method[A
         keeps_base=True,
         after_update=(*method.after_update, factors.after_update),
         state={**method.state, "lora": factors},
-        notes=(*method.notes, _note(ranks, shapes, setting)),
+        notes=(*method.notes, _note(plan.ranks, plan.shapes, setting)),
     )
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What is adapted, before there is a model."""
+
+    ranks: Mapping[str, Mapping[int, tuple[int, ...]]]
+    """By weight: `{rank: experts}`, of which a matrix has one with no experts."""
+    shapes: Mapping[str, tuple[int, ...]]
+    selection: ExpertSelection | None
+
+
+def _planned(config: LoRAConfig, setting: Setting, trains: Callable[[str], bool]) -> _Planned:
+    """`trains`: whether the method would train the parameter of that name.
+
+    Raises:
+        ConfigError: as `build`.
+    """
+    if setting.start_from is None:
+        raise ConfigError('trainable.kind "lora" adapts a trained model: name it as start_from')
+    shapes = model_shapes(setting.model)
+    targets = [name for name in _targets(config, shapes) if trains(name)]
+    selection = None
+    if config.selection is not None:
+        if not any(_STACK in name for name in targets):
+            raise ConfigError("trainable.selection is set, and no target is a stack of experts: leave it out")
+        selection = read_selection(Path(config.selection), setting.model)
+    ranks = {name: found for name in targets if (found := _ranks(config, name, shapes[name], selection))}
+    if not ranks:
+        raise ConfigError("trainable.targets: nothing is left to adapt; name more of them")
+    return _Planned(ranks, shapes, selection)
 
 
 def _targets(config: LoRAConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
