@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from finemoe.runs.excerpts import data_excerpts
     from finemoe.runs.listing import list_runs
     from finemoe.runs.planning.check import Check, check
+    from finemoe.runs.planning.layouts import LayoutCheck, verify_parallel
     from finemoe.runs.planning.machine import env
     from finemoe.runs.planning.sizing import size
     from finemoe.runs.planning.starter import new_recipe
@@ -71,6 +72,7 @@ _VERBS = {
     "trace": "finemoe.analysis.reports:trace",
     "train": "finemoe.runs.run:train",
     "upcycle": "finemoe.methods.upcycling:upcycle",
+    "verify_parallel": "finemoe.runs.planning.layouts:verify_parallel",
 }
 _OTHERS = {
     "Check": "finemoe.runs.planning.check:Check",
@@ -78,6 +80,7 @@ _OTHERS = {
     "Comparison": "finemoe.studies.compare:Comparison",
     "Completion": "finemoe.generation.generate:Completion",
     "FinemoeError": "finemoe.core.errors:FinemoeError",
+    "LayoutCheck": "finemoe.runs.planning.layouts:LayoutCheck",
     "LanguageModel": "finemoe.checkpoint.language_model:LanguageModel",
     "ModelConfig": "finemoe.model.config:ModelConfig",
     "Run": "finemoe.runs.result:Run",
@@ -96,6 +99,7 @@ __all__ = [
     "Conversation",
     "FinemoeError",
     "LanguageModel",
+    "LayoutCheck",
     "ModelConfig",
     "Run",
     "Tokenizer",
@@ -130,6 +134,7 @@ __all__ = [
     "trace",
     "train",
     "upcycle",
+    "verify_parallel",
 ]
 
 

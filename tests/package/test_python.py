@@ -44,6 +44,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "Conversation",
         "FinemoeError",
         "LanguageModel",
+        "LayoutCheck",
         "ModelConfig",
         "Run",
         "Tokenizer",
@@ -78,6 +79,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "trace",
         "train",
         "upcycle",
+        "verify_parallel",
     ]
     assert set(finemoe.__all__) < set(dir(finemoe))
     assert all(getattr(finemoe, name) is not None for name in finemoe.__all__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from finemoe.parallel.config import Layout
 from finemoe.training.report import StepReport
 from parallel.processes import run
 from parallel.tiny_layouts import LAYOUTS, Case, gradients, trained
@@ -40,6 +42,36 @@ def test_twenty_steps_are_those_of_one_process(name: str) -> None:
             assert ours.load.keys() == theirs.load.keys()
             assert all(torch.equal(load, theirs.load[layer]) for layer, load in ours.load.items())
     assert distance(results[0][1], weights) < 1e-5
+
+
+def test_averaged_gradients_would_be_noticed() -> None:
+    """Clip and Adam hide a constant factor, so that the loss looks fine: the norm and the gradients tell."""
+    case = Case(steps=4, average=True)
+    expected, _ = alone(replace(case, average=False))
+    reports, _ = run(2, trained, case, LAYOUTS["shard 2"])[0]
+    assert [one.loss for one in reports] == pytest.approx([one.loss for one in expected], abs=0.05)
+    assert reports[0].gradient_norm == pytest.approx(expected[0].gradient_norm / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Case(steps=6, micro=2, recompute=True), id="two at once, computed again"),
+        pytest.param(Case(steps=6, mtp=0, tied=True), id="tied"),
+        pytest.param(Case(steps=6, num_experts=6, micro=4), id="six experts on four"),
+    ],
+)
+def test_other_cuts_of_a_step_are_the_same_step(case: Case) -> None:
+    """Complaint 7: loads counted twice by recomputation, biases moved once a micro-batch."""
+    layout = Layout(shard=4, expert=2) if case.num_experts == 8 else Layout(shard=4)
+    case = replace(case, micro=min(case.micro, 2))
+    expected, weights = alone(case)
+    reports, found = run(4, trained, case, layout)[0]
+    for ours, theirs in zip(reports, expected, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, abs=5e-6)
+        assert all(torch.equal(load, theirs.load[layer]) for layer, load in ours.load.items())
+        assert ours.selection_bias == pytest.approx(dict(theirs.selection_bias), abs=1e-9)
+    assert distance(found, weights) < 1e-5
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

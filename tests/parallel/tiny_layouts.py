@@ -11,6 +11,7 @@ from torch import Tensor
 from finemoe.data.batch import TokenBatch
 from finemoe.parallel.config import Layout
 from finemoe.parallel.processes import Processes
+from finemoe.parallel.shard import pieces
 from finemoe.parallel.world import SOLO
 from finemoe.training.balancing import BalancingConfig, MoveBiases
 from finemoe.training.gradients import Clip
@@ -47,6 +48,8 @@ class Case:
     tied: bool = False
     recompute: bool = False
     num_experts: int = 8
+    average: bool = False
+    """Gradients as FSDP leaves them unless it is told: the mean over processes."""
 
 
 def batch_at(position: int, rows: int) -> TokenBatch:
@@ -77,6 +80,9 @@ def trainer(case: Case, world: Any) -> Trainer:
     )
     model = build(config, experts=case.kernels, recompute=case.recompute).to(case.dtype)
     world.spread(model)
+    if case.average:
+        for module in pieces(model):
+            module.set_gradient_divide_factor(float(world.size))
     method = Method(
         Rows(),  # type: ignore[arg-type]
         NextToken(True, mtp_depth=case.mtp),

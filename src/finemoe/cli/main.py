@@ -38,6 +38,7 @@ from finemoe.cli.size import size
 from finemoe.cli.trace import trace
 from finemoe.cli.train import train
 from finemoe.cli.upcycle import upcycle
+from finemoe.cli.verify_parallel import verify_parallel
 from finemoe.core.errors import FinemoeError
 from finemoe.core.files import plain_words
 from finemoe.parallel.seat import speaks
@@ -98,10 +99,10 @@ app = typer.Typer(
 )
 _VERBS = (
     train, resume, runs, show, generate, chat, serve, evaluate, compare, paper, trace, size, presets, import_, export,
-    merge, upcycle, sample, doctor, env,
+    merge, upcycle, sample, verify_parallel, doctor, env,
 )  # fmt: skip
 for verb in _VERBS:
-    app.command(verb.__name__.rstrip("_"))(verb)  # `import` is a word of the language
+    app.command(verb.__name__.rstrip("_").replace("_", "-"))(verb)  # `import` is a word of the language
 app.add_typer(analyze)
 app.add_typer(recipe)
 app.add_typer(data)

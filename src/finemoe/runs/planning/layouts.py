@@ -1,0 +1,193 @@
+"""Whether a run by many processes is the run of one: a few steps by every layout that fits on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finemoe.checkpoint.run_state.state import MODEL
+from finemoe.core.config import to_json
+from finemoe.core.errors import ConfigError, RunError
+from finemoe.core.logs import logger
+from finemoe.parallel.config import Layout, ParallelConfig
+from finemoe.parallel.seat import cores
+from finemoe.runs.config import RunConfig, read_recipe, resolve_run
+from finemoe.runs.kernels import kernels_for
+from finemoe.runs.start import refuse_layout
+from finemoe.training.directory import read_metrics, read_summary
+
+MOST_LOSS, MOST_NORM, MOST_WEIGHT = 5e-6, 5e-5, 1e-4
+"""Nats, relative, absolute: what the order of additions does to a few steps in float32, with a margin of ten."""
+
+
+@dataclass(frozen=True)
+class LayoutCheck:
+    """How far the steps of a layout are from those of one process."""
+
+    layout: str
+    processes: int
+    loss: float | None
+    """[nats] The largest difference of a step."""
+    gradient_norm: float | None
+    """[relative] The largest difference of a step."""
+    weights: float | None
+    """[absolute] The largest difference after the last step."""
+    loads_equal: bool | None
+    """Every expert of every layer took as many tokens in every step; None where nothing routes."""
+    seconds_per_step: float | None
+    failure: str | None = None
+    """What the processes said, where they did not come to the end."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing but rounding is between them."""
+        if self.loss is None or self.gradient_norm is None or self.weights is None:
+            return False
+        near = self.loss <= MOST_LOSS and self.gradient_norm <= MOST_NORM and self.weights <= MOST_WEIGHT
+        return near and self.loads_equal is not False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "agrees": self.agrees}
+
+
+@dataclass(frozen=True)
+class _Done:
+    losses: list[float]
+    norms: list[float]
+    loads: list[dict[str, list[int]]]
+    weights: dict[str, Tensor]
+    seconds: float
+
+
+def verify_parallel(
+    recipe: str | os.PathLike[str] | dict[str, Any],
+    *,
+    processes: int | None = None,
+    steps: int = 4,
+    overrides: Sequence[str] = (),
+    tell: Callable[[LayoutCheck], None] = lambda found: None,
+) -> list[LayoutCheck]:
+    """Train a few steps of a recipe by one process, and by every layout that fits; compare them.
+
+    Each run is one of `torchrun -m finemoe train`, in a folder that is removed afterwards: what is compared is what
+    would run for weeks. In float32 a near-tie of a router may flip after some more steps, so they are few.
+
+    Args:
+        recipe: as in `train`.
+        processes: at most; as many as there are cores, and at least 2, when None.
+        steps: of each run.
+        overrides: `a.b=c`.
+        tell: called with each result as soon as it is there.
+
+    Raises:
+        ConfigError: the recipe cannot work.
+        RunError: the run by one process fails.
+    """
+    config = _short(resolve_run(*read_recipe(recipe, overrides)), steps)
+    most = processes or max(2, cores())
+    with tempfile.TemporaryDirectory(prefix="finemoe-layouts-") as folder:
+        logger.info("one process: %d steps", steps)
+        alone = _run(config, Layout(), Path(folder) / "one")
+        if isinstance(alone, str):
+            raise RunError(f"the run by one process fails already: {alone}")
+        found = []
+        for number, layout in enumerate(fitting(config, most)):
+            logger.info("%d processes: %s", layout.processes, layout)
+            done = _run(config, layout, Path(folder) / str(number))
+            found.append(_compared(layout, done, alone))
+            tell(found[-1])
+    return found
+
+
+def fitting(config: RunConfig, most: int) -> Iterator[Layout]:
+    """Layouts of at most so many processes that the recipe can be trained by, simple ones first."""
+    wanted = [
+        ParallelConfig(replicate=2, shard=1),
+        ParallelConfig(shard=2),
+        ParallelConfig(shard=2, expert=2),
+        ParallelConfig(pipeline=2, shard=1),
+        ParallelConfig(context=2, shard=1),
+        ParallelConfig(replicate=2, shard=2),
+        ParallelConfig(shard=4, expert=2),
+        ParallelConfig(shard=4, expert=4),
+        ParallelConfig(pipeline=2, shard=2, expert=2),
+    ]
+    for parallel in wanted:
+        fixed = parallel.pipeline * parallel.replicate * parallel.context * (parallel.shard or 1)
+        if fixed > most:
+            continue
+        layout = parallel.layout(fixed)
+        try:
+            refuse_layout(config, layout)
+        except ConfigError as error:
+            logger.info("left out, %s: %s", layout, error)
+            continue
+        yield layout
+
+
+def _short(config: RunConfig, steps: int) -> RunConfig:
+    """The first steps of a run, saved at their end; kernels are chosen once for all."""
+    length = {"steps": steps, "tokens": None, "epochs": None}
+    rest = {"evaluate_every": steps, "checkpoint_every": steps, "keep_checkpoints": 1, "trackers": ()}
+    training = config.training.model_copy(update={**length, **rest, "precision": "fp32"})
+    config = config.model_copy(update={"training": training})
+    return config.model_copy(update={"kernels": kernels_for(config).kernels})
+
+
+def _run(config: RunConfig, layout: Layout, out: Path) -> _Done | str:
+    """What a layout's steps came to, or the last that its processes said."""
+    sizes = {name: size for name, size in asdict(layout).items() if name in ParallelConfig.model_fields}
+    training = config.training.model_copy(update={"threads": max(1, cores() // layout.processes)})
+    parallel = ParallelConfig(**sizes, timeout=config.parallel.timeout)
+    recipe = out.with_suffix(".json")
+    recipe.write_text(to_json(config.model_copy(update={"parallel": parallel, "training": training})))
+    command = [sys.executable, "-m"]
+    if layout.processes > 1:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.processes), "-m"]
+    command += ["finemoe", "train", str(recipe), "--out", str(out), "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(training.threads)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        said = [line for line in (done.stderr + done.stdout).splitlines() if line.startswith("error")]
+        return " ".join(said[:1]) or f"exit status {done.returncode}: {done.stderr[-400:]}"
+    return _read(out)
+
+
+def _read(out: Path) -> _Done:
+    steps = [record for record in read_metrics(out) if record["kind"] == "step"]
+    summary = read_summary(out)
+    assert summary is not None  # the run ended well
+    [newest] = (out / "checkpoints").glob("step-*")
+    return _Done(
+        losses=[record["loss"] for record in steps],
+        norms=[record["gradient_norm"] for record in steps],
+        loads=[record.get("load", {}) for record in steps],
+        weights=load_file(newest / MODEL),
+        seconds=summary["seconds"] / len(steps),
+    )
+
+
+def _compared(layout: Layout, done: _Done | str, alone: _Done) -> LayoutCheck:
+    name = str(layout)
+    if isinstance(done, str):
+        return LayoutCheck(name, layout.processes, None, None, None, None, None, failure=done)
+    return LayoutCheck(
+        layout=name,
+        processes=layout.processes,
+        loss=max(abs(ours - theirs) for ours, theirs in zip(done.losses, alone.losses, strict=True)),
+        gradient_norm=max(abs(a - b) / b for a, b in zip(done.norms, alone.norms, strict=True)),
+        weights=max(float((done.weights[name] - one).abs().max()) for name, one in alone.weights.items()),
+        loads_equal=json.dumps(done.loads) == json.dumps(alone.loads) if any(alone.loads) else None,
+        seconds_per_step=round(done.seconds, 4),
+    )
