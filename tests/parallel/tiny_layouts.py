@@ -79,10 +79,6 @@ def trainer(case: Case, world: Any) -> Trainer:
         num_layers=3, attention=LATENT, feed_forward=table, mtp_depth=case.mtp, tie_embeddings=case.tied, init_std=0.1
     )
     model = build(config, experts=case.kernels, recompute=case.recompute).to(case.dtype)
-    world.spread(model)
-    if case.average:
-        for module in pieces(model):
-            module.set_gradient_divide_factor(float(world.size))
     method = Method(
         Rows(),  # type: ignore[arg-type]
         NextToken(True, mtp_depth=case.mtp),
@@ -92,6 +88,9 @@ def trainer(case: Case, world: Any) -> Trainer:
     )
     plan = Plan(case.steps, SEQUENCES, case.micro, torch.device("cpu"), bf16=False)
     made = Trainer(model, method, OPTIMIZER, MultiStepConfig(warmup_share=0.1), plan, world=world)
+    if case.average:
+        for module in pieces(model):
+            module.set_gradient_divide_factor(float(world.size))
     made.model.train()
     return made
 

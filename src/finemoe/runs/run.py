@@ -256,9 +256,7 @@ def _trainer(
         bf16=bf16,
     )
     begins = saved is None
-    model = model.to(device)
-    world.spread(model)
-    trainer = Trainer(model, method, config.optimizer, config.schedule, plan, world=world, begins=begins)
+    trainer = Trainer(model.to(device), method, config.optimizer, config.schedule, plan, world=world, begins=begins)
     if saved is not None:
         restore(trainer, saved, directory)
     return trainer

@@ -99,7 +99,7 @@ class Trainer:
         *,
         begins: bool = True,
     ) -> None:
-        """Let `method` prepare `model`, freeze what it does not select, and build what steps the rest.
+        """Let `method` prepare `model`, keep what lies here, freeze what is not selected, build what steps the rest.
 
         Args:
             model: as the run begins with it, or, where a checkpoint will fill it, of the same shapes.
@@ -129,6 +129,7 @@ class Trainer:
         for prepare in method.prepare:
             with self.autocast():
                 prepare(model, begins)
+        world.spread(model)
         selected = []
         for name, parameter in model.named_parameters():
             group = method.select(name)
