@@ -32,6 +32,8 @@ LAYOUTS = {
     "shard 2, experts 2": Layout(shard=2, expert=2),
     "replicate 2, shard 2": Layout(replicate=2, shard=2),
     "shard 4, experts 2": Layout(shard=4, expert=2),
+    "context 2": Layout(context=2),
+    "shard 2, context 2, experts 2": Layout(shard=2, context=2, expert=2),
 }
 
 

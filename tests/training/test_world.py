@@ -65,6 +65,7 @@ class Rank:
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self._meeting = meeting
         self.rank = self.share = rank
+        self.piece, self.pieces = 0, 1
         self.size = self.shares = meeting.size
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:

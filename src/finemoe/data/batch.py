@@ -68,6 +68,19 @@ class TokenBatch:
         return self.tokens, self.targets, self.weights, self.positions, self.documents
 
 
+def columns(batch: Batch, piece: int, pieces: int) -> TokenBatch:
+    """Piece `piece` of `pieces` of every row.
+
+    Raises:
+        TypeError: only rows of tokens can be cut.
+    """
+    if not isinstance(batch, TokenBatch):
+        raise TypeError(f"{type(batch).__name__} has no rows that could be cut into pieces")
+    length = batch.tokens.shape[1] // pieces
+    part = slice(piece * length, (piece + 1) * length)
+    return TokenBatch(*(tensor[:, part] for tensor in batch._tensors()))
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Conversations one after the other in a single row, with no padding between them: what padding would do to

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from finemoe.model.context import Context
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -17,6 +19,8 @@ class Sequences:
     of: Tensor | None = None
     """[tokens] int64: the sequence of each, 0 to count - 1, none of them empty. None: they follow each other and are
     equally long."""
+    across: Context | None = None
+    """Here lie pieces of sequences that follow each other, and the rest of each elsewhere."""
 
     @staticmethod
     def documents(of: Tensor) -> Sequences:
@@ -32,7 +36,8 @@ class Sequences:
         """`[count, ...]`: the mean over each sequence of `values [tokens, ...]`."""
         rest = values.shape[1:]
         if self.of is None:
-            return values.reshape(self.count, -1, *rest).mean(dim=1)
+            means = values.reshape(self.count, -1, *rest).mean(dim=1)
+            return means if self.across is None else self.across.sum(means) / self.across.pieces
         sums = values.new_zeros(self.count, *rest).index_add(0, self.of, values)
         return sums / self._lengths.view(-1, *(1 for _ in rest))
 
@@ -46,6 +51,8 @@ class Sequences:
         if self.of is None:
             rows = chosen.reshape(self.count, -1)
             selected.scatter_add_(1, rows, torch.ones_like(rows, dtype=selected.dtype))
+            if self.across is not None:
+                selected = self.across.sum(selected) / self.across.pieces
             return selected * (bins / rows.shape[1])
         places = (self.of[:, None] * bins + chosen).reshape(-1)
         selected.view(-1).scatter_add_(0, places, torch.ones_like(places, dtype=selected.dtype))

@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from finemoe.model.attention import ATTENTIONS, AttentionCache
 from finemoe.model.attention.blocks import Group
-from finemoe.model.attention.places import Places, within_documents
+from finemoe.model.attention.places import Places, piece_of, within_documents
 from finemoe.model.backend import Backend
 from finemoe.model.backends import backend_for
 from finemoe.model.config import BlockConfig, Kernels, ModelConfig
+from finemoe.model.context import Context
 from finemoe.model.feed_forward import DenseConfig, SwiGLU
 from finemoe.model.moe.decision import RoutingConstraint, RoutingRecord
 from finemoe.model.moe.layer import MoELayer
@@ -157,6 +158,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, self.backend)
         recompute = self.kernels.recompute
         self.mtp = nn.ModuleList(MTPModule(block, config, self.backend, recompute) for block in config.mtp)
+        self.context: Context | None = None
+        """In training: where the rest of every row is, which the forward pass is then given a piece of."""
         tied = config.tie_embeddings
         self.head = None if tied else Projection(config.hidden_size, config.vocab_size, self.backend)
 
@@ -232,8 +235,11 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         if by_document and (documents is None or len(tokens) != 1):
             raise ValueError("by_document needs documents, in a single row")
-        sequences = Sequences.documents(documents) if by_document and documents is not None else None
-        places = Places(positions, None if documents is None else within_documents(documents), groups, sequences)
+        if self.context is not None and self.training:
+            places = piece_of(positions, documents, self.context)
+        else:
+            sequences = Sequences.documents(documents) if by_document and documents is not None else None
+            places = Places(positions, None if documents is None else within_documents(documents), groups, sequences)
         first, hidden = (0, self.embedding(tokens)) if start is None else start
         given: list[Tensor] | None = [] if states else None
         hidden, routing = self._through(first, hidden, tokens, places, cache, constraint, record, given)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from finemoe.core.errors import FinemoeError, RunError
 from finemoe.model.transformer import Transformer
 from finemoe.parallel.config import Layout
+from finemoe.parallel.context import Pieces
 from finemoe.parallel.pieces import put, whole
 from finemoe.parallel.seat import Seat
 from finemoe.parallel.shard import settle, spread
@@ -95,7 +96,13 @@ class Processes:
         pipeline, replicate, fsdp = self.dense.get_coordinate() or (0, 0, 0)
         self.stage = pipeline
         self.share, self.shares = replicate * layout.shard + fsdp // layout.context, layout.data
-        self.context = fsdp % layout.context
+        self.piece, self.pieces = fsdp % layout.context, layout.context
+        self._context: Pieces | None = None
+        if layout.context > 1:
+            shape = (layout.pipeline, layout.replicate, layout.shard, layout.context)
+            names = ("pipeline", "replicate", "shard", "context")
+            mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+            self._context = Pieces(mesh["context"].get_group(), self.piece, self.pieces)
         self._alive = _SignsOfLife(store, self.rank, self.size)
 
     @property
@@ -104,7 +111,7 @@ class Processes:
         return self.layout.fsdp > 1
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
-        """One of each share, added in the order of ranks: the same bits everywhere."""
+        """One of each share and piece, added in the order of ranks: the same bits everywhere."""
         total: dict[str, float] = {}
         for found in self._shares(self._all(dict(values))):
             for name, value in found.items():
@@ -136,6 +143,7 @@ class Processes:
     def spread(self, model: nn.Module) -> None:
         """Experts whole, then everything by FSDP2."""
         assert isinstance(model, Transformer)  # nothing else is trained
+        model.context = self._context
         spread(model, self.layout, self.dense, self.routed)
 
     def settle(self, model: nn.Module) -> None:
@@ -232,9 +240,8 @@ class Processes:
         return found
 
     def _shares(self, found: list[Value]) -> list[Value]:
-        """One of each share."""
-        step = self.layout.context
-        return found[: self.layout.data * step : step]
+        """One of each share and piece: those of the first stage of a pipeline."""
+        return found[: self.layout.data * self.layout.context]
 
     def _meet(self, collective: Callable[[], Any]) -> None:
         self._alive.count()

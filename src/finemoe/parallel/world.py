@@ -40,8 +40,18 @@ class World(Protocol):
         """How many shares there are; processes that compute one sequence together read the same."""
         ...
 
+    @property
+    def piece(self) -> int:
+        """Which piece of each of those sequences, from 0."""
+        ...
+
+    @property
+    def pieces(self) -> int:
+        """Into how many each is cut."""
+        ...
+
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Each value summed over the shares; a name that a rank does not have counts 0 there."""
+        """Each value summed over shares and pieces; a name that a rank does not have counts 0 there."""
         ...
 
     def sum_tensors(self, tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
@@ -107,8 +117,8 @@ class _Solo:
 
     rank = 0
     size = 1
-    share = 0
-    shares = 1
+    share = piece = 0
+    shares = pieces = 1
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         return dict(values)

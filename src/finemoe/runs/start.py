@@ -149,7 +149,7 @@ def refuse_layout(config: RunConfig, layout: Layout) -> None:
             f"{layout.data} processes cannot share evenly: make it a multiple of {layout.data * length}"
         )
     if layout.context > 1:
-        raise ConfigError("parallel.context above 1 is not built yet: leave it out")
+        _refuse_context(config, layout)
     if layout.pipeline > 1:
         raise ConfigError("parallel.pipeline above 1 is not built yet: leave it out")
     for number in config.model.moe_layers:
@@ -174,6 +174,27 @@ def refuse_layout(config: RunConfig, layout: Layout) -> None:
             f"trainable.kind {config.trainable.kind!r} trains tensors of its own beside whole weights, and "
             f"parallel.shard cuts those: {instead}"
         )
+
+
+def _refuse_context(config: RunConfig, layout: Layout) -> None:
+    """Refuse what sequences in pieces cannot do."""
+    said, length = f"parallel.context {layout.context}", config.data.sequence_length
+    if length % layout.context:
+        raise ConfigError(f"{said} does not divide data.sequence_length {length}: make it a multiple")
+    if config.method.kind != "pretraining":
+        raise ConfigError(
+            f"{said} cuts rows of documents, and method.kind {config.method.kind!r} has none: leave it out"
+        )
+    if config.model.mtp:
+        raise ConfigError(f"{said} cuts the look-ahead of prediction modules: set model.mtp_depth = 0, or leave it out")
+    for number, block in enumerate(config.model.blocks):
+        if block.attention.kind != "latent":
+            raise ConfigError(
+                f"{said} sends latents between processes, and layer {number} has {block.attention.kind} attention: "
+                "leave it out"
+            )
+        if isinstance(block.feed_forward, MoEConfig) and block.feed_forward.capacity_factor is not None:
+            raise ConfigError(f"{said}: a capacity counts whole sequences; leave capacity_factor or it out")
 
 
 def announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from finemoe.core.errors import ConfigError, TrainingError
 from finemoe.core.logs import logger
-from finemoe.data.batch import Batch
+from finemoe.data.batch import Batch, columns
 from finemoe.model.transformer import Transformer
 from finemoe.parallel.world import SOLO, World
 from finemoe.training.balancing import selection_biases
@@ -221,10 +221,13 @@ class Trainer:
         """This rank's share of the next step, in pieces: ranks follow each other, each with sequences in a row."""
         share = self.plan.sequences_per_step // self.world.shares
         first, size = self.state.position + self.world.share * share, self.plan.sequences_per_micro_batch
-        return [
+        batches = [
             self.method.data.batch(first + start, min(size, share - start)).to(self.plan.device)
             for start in range(0, share, size)
         ]
+        if self.world.pieces == 1:
+            return batches
+        return [columns(batch, self.world.piece, self.world.pieces) for batch in batches]
 
     def measure(self) -> Measured:
         """What the method measures, in eval mode, without gradients and at the precision of training.
@@ -326,7 +329,7 @@ class Trainer:
             self.state,
             step=self.state.step + 1,
             tokens=self.state.tokens + tokens,
-            position=self.state.position + int(read["sequences"]),
+            position=self.state.position + int(read["sequences"]) // self.world.pieces,
             seconds=self.state.seconds + seconds,
             skipped=self.state.skipped + skipped,
             rng=_generator_states(),

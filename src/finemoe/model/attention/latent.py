@@ -177,6 +177,9 @@ class LatentAttention(nn.Module):
         latent, key = self.kv_down_proj(hidden).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         latent = self.kv_norm(latent)
         key = self.backend.rotate(key[:, None], *rotary, rope.layout)[:, 0]  # one head, shared by all
+        if places.context is not None:  # what every key and value is made of: far less than these
+            both = places.context.gather(torch.cat((latent, key), dim=-1))
+            latent, key = both.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         states: Tensor | None = None
         if cache is not None and places.groups:
             mixed = self._in_blocks(query, torch.cat((latent, key), dim=-1), places, cache)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from finemoe.model.attention.blocks import Group
+from finemoe.model.context import Context
 from finemoe.model.native import exact
 from finemoe.model.rope import RopeConfig, rotation
 from finemoe.model.sequences import Sequences
@@ -24,11 +25,14 @@ class Places:
         mask: Mask = None,
         groups: Sequence[Group] = (),
         sequences: Sequences | None = None,
+        context: Context | None = None,
     ) -> None:
         """`positions [batch, seq]` int64; `mask` as in `spans.Mask`, of no effect on cached attention.
 
         With `groups` the pass is flat, and its cache one of blocks. `sequences`: what balance is of; None: the rows.
+        `context`: where the rest of each row is; the mask is then over all of its keys.
         """
+        self.context = context
         self.positions = positions
         self.mask = mask
         self.groups = tuple(groups)
@@ -97,6 +101,20 @@ def within_documents(documents: Tensor) -> Spans:
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     first = torch.where(begins, index, 0).cummax(dim=1).values
     return Spans(first, index + 1, seq)
+
+
+def piece_of(positions: Tensor, documents: Tensor | None, context: Context) -> Places:
+    """A piece of rows that lie in several places; `positions` and `documents [batch, seq]` of what is here."""
+    seq = positions.shape[1]
+    start, keys = context.piece * seq, seq * context.pieces
+    if documents is None:
+        index = torch.arange(start, start + seq, device=positions.device).expand_as(positions)
+        spans = Spans(None, index + 1, keys)
+    else:
+        whole = within_documents(context.gather(documents))
+        assert whole.first is not None  # as `within_documents` makes it
+        spans = Spans(whole.first[:, start : start + seq], whole.last[:, start : start + seq], keys)
+    return Places(positions, spans, sequences=Sequences(len(positions), across=context), context=context)
 
 
 def store(states: Tensor, places: Places, cache: Tensor) -> None:
