@@ -1,14 +1,41 @@
-"""Which tokens of a forward pass belong together: what balance is counted over."""
+"""Which tokens of a forward pass belong together, here and elsewhere: what balance is counted over."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from finemoe.model.context import Context
+
+class Context(Protocol):
+    """Where the rest of sequences is whose tokens lie in several places.
+
+    Pieces follow each other and are equally long; this one is number `piece` of `pieces`.
+    """
+
+    @property
+    def piece(self) -> int:
+        """From 0."""
+        ...
+
+    @property
+    def pieces(self) -> int:
+        """How many there are."""
+        ...
+
+    def gather(self, states: Tensor) -> Tensor:
+        """`[batch, seq, ...]` here, `[batch, seq · pieces, ...]` out: all pieces in order.
+
+        Its gradient is the sum of those of all places.
+        """
+        ...
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over all pieces, and so its gradient."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,13 @@ from finemoe.model.attention.places import Places, piece_of, within_documents
 from finemoe.model.backend import Backend
 from finemoe.model.backends import backend_for
 from finemoe.model.config import BlockConfig, Kernels, ModelConfig
-from finemoe.model.context import Context
 from finemoe.model.feed_forward import DenseConfig, SwiGLU
 from finemoe.model.moe.decision import RoutingConstraint, RoutingRecord
 from finemoe.model.moe.layer import MoELayer
 from finemoe.model.norm import RMSNorm
 from finemoe.model.one_call import Parts, in_one_call
 from finemoe.model.projection import Projection, TokenEmbedding
-from finemoe.model.sequences import Sequences
+from finemoe.model.sequences import Context, Sequences
 
 
 @dataclass(frozen=True)

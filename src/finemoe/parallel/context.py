@@ -51,7 +51,7 @@ class _Sum(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Pieces:
-    """`model.context.Context` over a process group."""
+    """`model.sequences.Context` over a process group."""
 
     group: Any
     piece: int

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from finemoe.model.attention.blocks import Group
-from finemoe.model.context import Context
 from finemoe.model.native import exact
 from finemoe.model.rope import RopeConfig, rotation
-from finemoe.model.sequences import Sequences
+from finemoe.model.sequences import Context, Sequences
 from finemoe.model.spans import Mask, Spans, up_to_own
 
 
