@@ -28,12 +28,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "shard 2": (2, {"shard": 2}),
     "experts 2": (2, {"shard": 2, "expert": 2}),
     "experts 2, shard 4": (4, {"shard": 4, "expert": 2}),
+    "pipeline 2": (2, {"pipeline": 2}),
 }
 
 
 def tables(corpus: Path, name: str) -> dict[str, Any]:
     """Six steps, saved at three."""
     training = {"steps": 6, "checkpoint_every": 3, "keep_checkpoints": 5, "threads": 1, "tokens_per_step": 128}
+    training["micro_batch_tokens"] = 32
     changes = {"training": training, "parallel": LAYOUTS[name][1], "optimizer": {"learning_rate": 0.004}}
     return merge(recipe(corpus, "v3", training={}), changes)
 
@@ -78,7 +80,7 @@ def test_every_layout_writes_the_run_of_one_process(runs: Path) -> None:
 def test_a_run_saved_by_any_layout_goes_on_in_any_other(runs: Path, tmp_path: Path) -> None:
     """Complaints 3, 4 and 5: the next losses are those of the unbroken run, to the bit in the same layout."""
     for target, (size, parallel) in LAYOUTS.items():
-        overrides = [f"parallel.{key}={parallel.get(key, 1)}" for key in ("shard", "expert")]
+        overrides = [f"parallel.{key}={parallel.get(key, 1)}" for key in ("shard", "expert", "pipeline")]
         copies = []
         for source in LAYOUTS:
             copy = tmp_path / f"{source} to {target}"

@@ -34,6 +34,9 @@ LAYOUTS = {
     "shard 4, experts 2": Layout(shard=4, expert=2),
     "context 2": Layout(context=2),
     "shard 2, context 2, experts 2": Layout(shard=2, context=2, expert=2),
+    "pipeline 2": Layout(pipeline=2),
+    "pipeline 2, V": Layout(pipeline=2, schedule="dualpipev"),
+    "pipeline 2, shard 2, experts 2": Layout(pipeline=2, shard=2, expert=2),
 }
 
 
@@ -78,7 +81,7 @@ def trainer(case: Case, world: Any) -> Trainer:
         balance={"sequence": 0.1},
     )
     config = small_config(
-        num_layers=3, attention=LATENT, feed_forward=table, mtp_depth=case.mtp, tie_embeddings=case.tied, init_std=0.1
+        num_layers=4, attention=LATENT, feed_forward=table, mtp_depth=case.mtp, tie_embeddings=case.tied, init_std=0.1
     )
     model = build(config, experts=case.kernels, recompute=case.recompute).to(case.dtype)
     method = Method(

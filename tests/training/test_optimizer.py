@@ -107,7 +107,7 @@ def test_clip_is_torch_s_over_all_parameters(max_norm: float) -> None:
     give_gradients(ours)
     give_gradients(theirs)
     joint = torch.cat([parameter.grad.flatten() for parameter in theirs.values()]).norm()
-    norm = SOLO.norm(ours.values())
+    norm = SOLO.norm(ours)
     assert Clip(max_norm)(ours, norm) == {}
     nn.utils.clip_grad_norm_(theirs.values(), max_norm)
     assert norm.item() == pytest.approx(joint.item())
@@ -120,7 +120,7 @@ def test_clip_is_torch_s_over_all_parameters(max_norm: float) -> None:
 def test_clip_acts_as_soon_as_the_norm_is_above_its_bound(share: float) -> None:
     named = parameters()
     give_gradients(named)
-    norm = SOLO.norm(named.values())
+    norm = SOLO.norm(named)
     bound = share * norm.item()
     Clip(bound)(named, norm)
-    assert SOLO.norm(named.values()).item() == pytest.approx(bound, rel=1e-4)
+    assert SOLO.norm(named).item() == pytest.approx(bound, rel=1e-4)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from finemoe.data.batch import TokenBatch
 from finemoe.model.moe.balance import BALANCE_TERMS
 from finemoe.model.transformer import Transformer
+from finemoe.parallel.passes import OneAfterAnother, Passes
 from finemoe.parallel.world import SOLO
 from finemoe.training.gradients import Clip
 from finemoe.training.losses.next_token import NextToken
@@ -179,7 +180,7 @@ def test_waiting_is_time_and_no_processor_time(monkeypatch: pytest.MonkeyPatch) 
 
     def slow(world: Any, parameters: Any) -> Tensor:
         time.sleep(0.5)
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
 
     monkeypatch.setattr(type(SOLO), "norm", slow)
     [report] = run(trained, 1)
@@ -238,3 +239,20 @@ def test_bf16_follows_float32() -> None:
     for expected, report in zip(run(exact, 4), run(rough, 4), strict=True):
         assert report.loss == pytest.approx(expected.loss, rel=0.01)
     assert all(parameter.dtype == torch.float32 for parameter in rough.model.parameters())
+
+
+def test_passes_are_run_by_what_is_given() -> None:
+    config = small_config(feed_forward=FEED_FORWARDS["top-k"], init_std=0.1)
+    ours, theirs = build(config), build(config)
+    known = OneAfterAnother(ours)
+    asked: list[int] = []
+
+    def execute(objective: Any, batches: Any, *rest: Any) -> Passes:
+        asked.append(len(batches))
+        return known(objective, batches, *rest)
+
+    given, plain = trainer(ours, micro=2), trainer(theirs, micro=2)
+    given = Trainer(ours, given.method, OPTIMIZER, SCHEDULE, given.plan, execute=execute)
+    assert [report.terms for report in run(given, 3)] == [report.terms for report in run(plain, 3)]
+    assert asked == [2, 2, 2]
+    assert all(torch.equal(*pair) for pair in zip(ours.parameters(), theirs.parameters(), strict=True))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from finemoe.core.errors import ConfigError, TrainingError
 from finemoe.data.batch import TokenBatch
 from finemoe.model.transformer import Transformer
+from finemoe.parallel.passes import Execute
 from finemoe.parallel.world import SOLO, World
 from finemoe.training.balancing import BalancingConfig, MoveBiases, selection_biases
 from finemoe.training.losses.next_token import NextToken
@@ -65,7 +66,7 @@ class Rank:
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self._meeting = meeting
         self.rank = self.share = rank
-        self.piece, self.pieces = 0, 1
+        self.piece, self.pieces, self.stages = 0, 1, 1
         self.size = self.shares = meeting.size
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -83,14 +84,23 @@ class Rank:
         for at, parameter in enumerate(p for p in own if p.grad is not None):
             parameter.grad.copy_(torch.stack([one[at] for one in everybody]).sum(0))
 
-    def spread(self, model: nn.Module) -> None:
+    def spread(self, model: Transformer) -> None:
         return None
 
-    def settle(self, model: nn.Module) -> None:
+    def settle(self, model: Transformer) -> None:
         return None
 
-    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+    def passes(self, model: Transformer) -> Execute:
+        return SOLO.passes(model)
+
+    def measured(self, model: Transformer) -> Transformer:
+        return model
+
+    def norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         return SOLO.norm(parameters)
+
+    def everyone(self, value: Any) -> list[Any]:
+        return self._meeting.exchange(self.rank, value)
 
     def local(self, tensor: Tensor) -> Tensor:
         return tensor

@@ -201,6 +201,7 @@ class Transformer(nn.Module):
         mtp: bool = False,
         states: bool = False,
         start: tuple[int, Tensor] | None = None,
+        stop: int | None = None,
     ) -> ModelOutput:
         """Hidden states of every token.
 
@@ -219,6 +220,7 @@ class Transformer(nn.Module):
             states: keep what every block was given.
             start: a block and what it is given, from the `states` of an earlier pass: go on from there. What came
                 before is neither run nor recorded.
+            stop: end before this block; `hidden` of the output is what it would be given, without the last norm.
 
         Raises:
             ValueError: documents or mtp together with a cache; mtp of sequences too short for its depth; by_document
@@ -230,25 +232,38 @@ class Transformer(nn.Module):
             raise ValueError("mtp and cache exclude each other: the modules read whole sequences")
         if mtp and tokens.shape[1] <= len(self.mtp):
             raise ValueError(f"mtp of depth {len(self.mtp)} needs sequences of more than {tokens.shape[1]} tokens")
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         if by_document and (documents is None or len(tokens) != 1):
             raise ValueError("by_document needs documents, in a single row")
-        if self.context is not None and self.training:
-            places = piece_of(positions, documents, self.context)
-        else:
-            sequences = Sequences.documents(documents) if by_document and documents is not None else None
-            places = Places(positions, None if documents is None else within_documents(documents), groups, sequences)
+        places = self._places(tokens, positions, documents, by_document, groups)
         first, hidden = (0, self.embedding(tokens)) if start is None else start
         given: list[Tensor] | None = [] if states else None
-        hidden, routing = self._through(first, hidden, tokens, places, cache, constraint, record, given)
-        output = self.norm(hidden)
+        span = slice(first, len(self.blocks) if stop is None else stop)
+        hidden, routing = self._through(span, hidden, tokens, places, cache, constraint, record, given)
+        output = self.norm(hidden) if stop is None else hidden
         ahead = self._ahead(output, tokens, places, constraint, record, routing) if mtp else ()
         return ModelOutput(output, routing, tuple(ahead), tuple(given or ()))
 
+    def _places(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        by_document: bool,
+        groups: Sequence[Group],
+    ) -> Places:
+        """Where the tokens of a pass stand, and what they see."""
+        length, context = tokens.shape[1], self.context if self.training else None
+        if positions is None:
+            start = 0 if context is None else context.piece * length
+            positions = torch.arange(start, start + length, device=tokens.device).expand_as(tokens)
+        if context is not None:
+            return piece_of(positions, documents, context)
+        sequences = Sequences.documents(documents) if by_document and documents is not None else None
+        return Places(positions, None if documents is None else within_documents(documents), groups, sequences)
+
     def _through(
         self,
-        first: int,
+        span: slice,
         hidden: Tensor,
         tokens: Tensor,
         places: Places,
@@ -257,14 +272,14 @@ class Transformer(nn.Module):
         record: bool,
         given: list[Tensor] | None,
     ) -> tuple[Tensor, dict[int, RoutingRecord]]:
-        """The blocks from number `first` on: what comes out, and what was routed. `given`: keep what each was given."""
-        blocks: list[Any] = list(self.blocks)[first:]
+        """The blocks of `span`: what comes out, and what was routed. `given`: keep what each was given."""
+        blocks: list[Any] = list(self.blocks)[span]
         if cache is not None and constraint is None and not record and given is None:
-            few = in_one_call(blocks, hidden, places, cache[first : len(self.blocks)])
+            few = in_one_call(blocks, hidden, places, cache[span])
             if few is not None:
-                return few[0], {layer: routed for layer, routed in enumerate(few[1], first) if routed is not None}
+                return few[0], {layer: one for layer, one in enumerate(few[1], span.start) if one is not None}
         routing: dict[int, RoutingRecord] = {}
-        for layer, block in enumerate(blocks, first):
+        for layer, block in enumerate(blocks, span.start):
             if given is not None:
                 given.append(hidden)
             own = (None if cache is None else cache[layer], None if constraint is None else constraint.get(layer))

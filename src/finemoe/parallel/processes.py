@@ -21,9 +21,13 @@ from finemoe.core.errors import FinemoeError, RunError
 from finemoe.model.transformer import Transformer
 from finemoe.parallel.config import Layout
 from finemoe.parallel.context import Pieces
+from finemoe.parallel.passes import Execute, OneAfterAnother
 from finemoe.parallel.pieces import put, whole
+from finemoe.parallel.pipeline import Pipeline
+from finemoe.parallel.relay import Relay
 from finemoe.parallel.seat import Seat
 from finemoe.parallel.shard import settle, spread
+from finemoe.parallel.stages import Cut, keep_only
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -94,7 +98,9 @@ class Processes:
         self.layout, self.device = layout, device
         self.dense, self.routed = _meshes(layout, device)
         pipeline, replicate, fsdp = self.dense.get_coordinate() or (0, 0, 0)
-        self.stage = pipeline
+        self.stage, self.stages = pipeline, layout.pipeline
+        self._cut: Cut | None = None
+        self._pipeline: Pipeline | None = None
         self.share, self.shares = replicate * layout.shard + fsdp // layout.context, layout.data
         self.piece, self.pieces = fsdp % layout.context, layout.context
         self._context: Pieces | None = None
@@ -113,7 +119,7 @@ class Processes:
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """One of each share and piece, added in the order of ranks: the same bits everywhere."""
         total: dict[str, float] = {}
-        for found in self._shares(self._all(dict(values))):
+        for found in self._shares(self.everyone(dict(values))):
             for name, value in found.items():
                 total[name] = total[name] + value if name in total else value
         return total
@@ -140,23 +146,51 @@ class Processes:
                 parameter.grad = torch.zeros_like(parameter)
             self._meet(partial(dist.all_reduce, parameter.grad, group=group))
 
-    def spread(self, model: nn.Module) -> None:
-        """Experts whole, then everything by FSDP2."""
-        assert isinstance(model, Transformer)  # nothing else is trained
+    def spread(self, model: Transformer) -> None:
+        """Stages of a pipeline first, then experts whole, then everything by FSDP2."""
+        if self.stages > 1:
+            self._cut = Cut.of(model.config, self.layout.schedule, self.stages)
+            keep_only(model, self._cut, self.stage)
         model.context = self._context
         spread(model, self.layout, self.dense, self.routed)
 
-    def settle(self, model: nn.Module) -> None:
+    def passes(self, model: Transformer) -> Execute:
+        """One after the other, or a pipeline."""
+        if self._cut is None:
+            return OneAfterAnother(model)
+        self._pipeline = Pipeline(model, self._cut, self._along(), self._between(model))
+        return self._pipeline
+
+    def measured(self, model: Transformer) -> Any:
+        """Stages answer as one model."""
+        if self._cut is None:
+            return model
+        return Relay(model, self._cut, self._along(), self._between(model))
+
+    def _along(self) -> dist.ProcessGroup:
+        """The processes of this one's pipeline."""
+        return self.dense["pipeline"].get_group()
+
+    def _between(self, model: Transformer) -> torch.dtype:
+        """What states between stages are: as the weights, or as autocast makes them."""
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(model.parameters()).dtype
+
+    def settle(self, model: Transformer) -> None:
         """FSDP leaves the outermost weights whole."""
         settle(model)
 
-    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+    def norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         """Root of the squares of all pieces; copies are counted once."""
-        gradients = [self.local(p.grad) for p in parameters if p.grad is not None]
+        counted = parameters if self._pipeline is None else self._pipeline.counted(parameters)
+        gradients = [self.local(p.grad) for p in counted.values() if p.grad is not None]
         squared = torch.nn.utils.get_total_norm(gradients).double().square().to(self.device)
         if self.sharded:
             self._meet(lambda: dist.all_reduce(squared, group=self.dense["fsdp"].get_group()))
-        return squared.sqrt().to(gradients[0].dtype if gradients else torch.float32)
+        if self.stages > 1:
+            self._meet(partial(dist.all_reduce, squared, group=self._along()))
+        first = next(iter(parameters.values()), None)
+        return squared.sqrt().to(torch.float32 if first is None else first.dtype)
 
     def local(self, tensor: Tensor) -> Tensor:
         """Of a DTensor, what lies here."""
@@ -167,13 +201,37 @@ class Processes:
         put(target, whole)
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One after the other, so that no rank but the first holds more than one whole tensor."""
-        found = {}
-        for name, tensor in tensors.items():
-            one = whole(tensor)
-            if self.rank == 0:
-                found[name] = one.detach().to("cpu", copy=True)
+        """One after the other, so that no rank but the first holds more than one whole tensor; stages in order.
+
+        Of copies that two stages hold, the first stage's.
+        """
+        found: dict[str, Tensor] = {}
+        each = self.size // self.stages  # ranks count through stages slowest
+        names = [(stage, name) for stage, own in enumerate(self.everyone(list(tensors))[::each]) for name in own]
+        once = {name: stage for stage, name in reversed(names)}
+        for stage, name in names:
+            if once[name] != stage:
+                continue
+            one = whole(tensors[name]).detach() if stage == self.stage else None
+            if stage and self.rank in (0, stage * each):
+                one = self._sent(one, stage * each)
+            if self.rank == 0 and one is not None:
+                found[name] = one.to("cpu", copy=True)
         return found
+
+    def _sent(self, tensor: Tensor | None, source: int) -> Tensor:
+        """A tensor of another stage, on rank 0 and where it comes from; both call this."""
+        if self.rank == source:
+            assert tensor is not None
+            own = tensor.cpu().contiguous()
+            dist.send_object_list([own.shape, own.dtype], dst=0)
+            dist.send(own, dst=0)
+            return own
+        kind: list[Any] = [None, None]
+        dist.recv_object_list(kind, src=source)
+        came = torch.empty(kind[0], dtype=kind[1])
+        dist.recv(came, src=source)
+        return came
 
     def figures(self, load: Mapping[int, Tensor]) -> dict[str, float]:
         """Of the layer where it is worst, the rows of the process that received most over the mean: 1 is even."""
@@ -184,7 +242,7 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Over all processes."""
-        return any(self._all(flag))
+        return any(self.everyone(flag))
 
     def first(self, make: Callable[[], Value]) -> Value:
         """Rank 0's result, or its error."""
@@ -211,7 +269,7 @@ class Processes:
                     made.append(make())
                 except FinemoeError as error:
                     failure = error
-            failed = [one for one in self._all(failure) if one is not None]
+            failed = [one for one in self.everyone(failure) if one is not None]
             if failed:
                 failed[0].everywhere = True
                 raise failed[0]
@@ -233,8 +291,8 @@ class Processes:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _all(self, value: Value) -> list[Value]:
-        """Everybody's value, by rank."""
+    def everyone(self, value: Value) -> list[Value]:
+        """Pickled, and so small things only."""
         found: list[Any] = [None] * self.size
         self._meet(lambda: dist.all_gather_object(found, value))
         return found

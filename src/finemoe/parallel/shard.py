@@ -39,7 +39,8 @@ def spread(model: Transformer, layout: Layout, dense: DeviceMesh, routed: Device
             fully_shard(layer.experts, mesh=_data(routed, "expert_shard", layout.replicate))
     mesh = _data(dense, "fsdp", layout.replicate)
     for block in (*model.blocks, *(module.block for module in model.mtp)):
-        fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
+        if next(block.parameters(), None) is not None:  # of a pipeline, what lies on another stage has none  # type: ignore[union-attr]
+            fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
     fully_shard(model, mesh=mesh)
     for module in pieces(model):
         module.set_gradient_divide_factor(1.0)

@@ -8,10 +8,13 @@ answer is the question, so that a run alone computes to the bit what it would wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol, TypeVar, final
+from typing import Any, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor, nn
+
+from finemoe.model.transformer import Transformer
+from finemoe.parallel.passes import Execute, OneAfterAnother
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -50,6 +53,11 @@ class World(Protocol):
         """Into how many each is cut."""
         ...
 
+    @property
+    def stages(self) -> int:
+        """How many pieces the model's blocks are cut into, each on ranks of its own."""
+        ...
+
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Each value summed over shares and pieces; a name that a rank does not have counts 0 there."""
         ...
@@ -66,15 +74,23 @@ class World(Protocol):
         """
         ...
 
-    def spread(self, model: nn.Module) -> None:
+    def spread(self, model: Transformer) -> None:
         """Keep this process's pieces of a model that is whole here, in place."""
         ...
 
-    def settle(self, model: nn.Module) -> None:
+    def settle(self, model: Transformer) -> None:
         """After passes without a backward pass: what was put together for them is in pieces again."""
         ...
 
-    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+    def passes(self, model: Transformer) -> Execute:
+        """What runs a step's micro-batches through what `spread` left of a model."""
+        ...
+
+    def measured(self, model: Transformer) -> Any:
+        """What a measurement is given in the place of the model: whole, as far as it can tell."""
+        ...
+
+    def norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         """Scalar: of all gradients together, wherever their pieces lie."""
         ...
 
@@ -92,6 +108,10 @@ class World(Protocol):
 
     def figures(self, load: Mapping[int, Tensor]) -> dict[str, float]:
         """What to report of a step besides; `load`: [experts] of the whole step, by layer."""
+        ...
+
+    def everyone(self, value: Value) -> list[Value]:
+        """What each rank has, by rank."""
         ...
 
     def any(self, flag: bool) -> bool:
@@ -118,7 +138,7 @@ class _Solo:
     rank = 0
     size = 1
     share = piece = 0
-    shares = pieces = 1
+    shares = pieces = stages = 1
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         return dict(values)
@@ -129,14 +149,20 @@ class _Solo:
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         return None
 
-    def spread(self, model: nn.Module) -> None:
+    def spread(self, model: Transformer) -> None:
         return None
 
-    def settle(self, model: nn.Module) -> None:
+    def settle(self, model: Transformer) -> None:
         return None
 
-    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    def passes(self, model: Transformer) -> Execute:
+        return OneAfterAnother(model)
+
+    def measured(self, model: Transformer) -> Transformer:
+        return model
+
+    def norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
 
     def local(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -149,6 +175,9 @@ class _Solo:
 
     def figures(self, load: Mapping[int, Tensor]) -> dict[str, float]:
         return {}
+
+    def everyone(self, value: Value) -> list[Value]:
+        return [value]
 
     def any(self, flag: bool) -> bool:
         return flag

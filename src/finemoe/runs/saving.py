@@ -232,8 +232,13 @@ def restore(trainer: Trainer, saved: RunState, source: Path) -> None:
         load_weights(trainer.model, saved.model, str(source))
     else:
         _put_weights(trainer, saved.model, source)
+    moments = dict(saved.optimizer)
+    if trainer.world.stages > 1:  # those of other stages are theirs
+        elsewhere = {name for names in trainer.world.everyone(list(trainer.parameters)) for name in names}
+        elsewhere -= set(trainer.parameters)
+        moments = {key: one for key, one in moments.items() if key.rpartition("/")[0] not in elsewhere}
     try:
-        load_optimizer_tensors(trainer.optimizers, trainer.parameters, saved.optimizer, trainer.world.put)
+        load_optimizer_tensors(trainer.optimizers, trainer.parameters, moments, trainer.world.put)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}; put back what was trained when the run began") from error
     state = dict(saved.state)
@@ -253,8 +258,9 @@ def restore(trainer: Trainer, saved: RunState, source: Path) -> None:
 def _put_weights(trainer: Trainer, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Into each of several processes what lies there; every tensor is used and none is missing."""
     own = trainer.model.state_dict()
-    if own.keys() != tensors.keys():
-        apart = sorted(own.keys() ^ tensors.keys())
+    everywhere = {name for names in trainer.world.everyone(list(own)) for name in names}
+    if everywhere != tensors.keys():
+        apart = sorted(everywhere ^ tensors.keys())
         raise CheckpointError(f"{source}: the weights do not fit the configuration: {apart[:4]} are on one side only")
     for name, tensor in own.items():
         try:

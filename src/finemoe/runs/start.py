@@ -19,6 +19,7 @@ from finemoe.methods import build
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure
 from finemoe.parallel.config import Layout
+from finemoe.parallel.stages import refusals
 from finemoe.runs.config import RunConfig, TrainingConfig
 from finemoe.runs.footprint import require_memory
 from finemoe.runs.trackers import require_tracker
@@ -150,8 +151,7 @@ def refuse_layout(config: RunConfig, layout: Layout) -> None:
         )
     if layout.context > 1:
         _refuse_context(config, layout)
-    if layout.pipeline > 1:
-        raise ConfigError("parallel.pipeline above 1 is not built yet: leave it out")
+    _refuse_pipeline(config, layout)
     for number in config.model.moe_layers:
         layer = config.model.blocks[number].feed_forward
         assert isinstance(layer, MoEConfig)  # as `moe_layers` says
@@ -174,6 +174,19 @@ def refuse_layout(config: RunConfig, layout: Layout) -> None:
             f"trainable.kind {config.trainable.kind!r} trains tensors of its own beside whole weights, and "
             f"parallel.shard cuts those: {instead}"
         )
+
+
+def _refuse_pipeline(config: RunConfig, layout: Layout) -> None:
+    """Refuse what a model in stages cannot do."""
+    share = config.sequences_per_step // layout.data
+    refusals(layout, config.model, -(-share // config.micro_batch_sequences))
+    if layout.pipeline == 1:
+        return
+    said = f"parallel.pipeline {layout.pipeline}"
+    if layout.context > 1:
+        raise ConfigError(f"{said} with parallel.context {layout.context} is not built: leave one of them out")
+    if getattr(config.method, "samples", 0):
+        raise ConfigError(f"{said}: a model in stages cannot write answers meanwhile; set method.samples = 0")
 
 
 def _refuse_context(config: RunConfig, layout: Layout) -> None:

@@ -16,6 +16,7 @@ from finemoe.core.errors import ConfigError, TrainingError
 from finemoe.core.logs import logger
 from finemoe.data.batch import Batch, columns
 from finemoe.model.transformer import Transformer
+from finemoe.parallel.passes import Execute
 from finemoe.parallel.world import SOLO, World
 from finemoe.training.balancing import selection_biases
 from finemoe.training.method import Measured, Method, Selected
@@ -98,6 +99,7 @@ class Trainer:
         world: World = SOLO,
         *,
         begins: bool = True,
+        execute: Execute | None = None,
     ) -> None:
         """Let `method` prepare `model`, keep what lies here, freeze what is not selected, build what steps the rest.
 
@@ -110,6 +112,7 @@ class Trainer:
             observers: in order.
             world: the processes that train together.
             begins: False where a checkpoint will replace weights and state.
+            execute: runs the micro-batches of a step; None: as the world does.
 
         Raises:
             ConfigError: the sequences of a step cannot be shared evenly.
@@ -130,6 +133,7 @@ class Trainer:
             with self.autocast():
                 prepare(model, begins)
         world.spread(model)
+        self.execute: Execute = execute or world.passes(model)
         selected = []
         for name, parameter in model.named_parameters():
             group = method.select(name)
@@ -190,7 +194,7 @@ class Trainer:
             return self._pass_over(batches, started, processor)
         done = self._accumulate(batches, counts)
         self.world.sum_gradients(self.parameters.values())
-        norm = self.world.norm(self.parameters.values())
+        norm = self.world.norm(self.parameters)
         norm_value = norm.item()
         self._refuse_non_finite({**done.terms, "gradient_norm": norm_value})
         figures = self.world.figures(done.load)
@@ -212,10 +216,17 @@ class Trainer:
             processor_seconds=time.process_time() - processor,
             load=done.load,
             dropped=done.dropped,
-            selection_bias={layer: bias.abs().max().item() for layer, bias in selection_biases(self.model).items()},
+            selection_bias=self._largest_biases(),
             figures=figures,
             skipped=self.state.skipped,
         )
+
+    def _largest_biases(self) -> dict[int, float]:
+        """Of every layer that has one, wherever it lies."""
+        own = {layer: bias.abs().max().item() for layer, bias in selection_biases(self.model).items()}
+        if self.world.stages > 1:
+            own = {layer: largest for found in self.world.everyone(own) for layer, largest in found.items()}
+        return dict(sorted(own.items()))
 
     def micro_batches(self) -> list[Batch]:
         """This rank's share of the next step, in pieces: ranks follow each other, each with sequences in a row."""
@@ -239,7 +250,7 @@ class Trainer:
         self.model.eval()
         try:
             with torch.no_grad(), torch.random.fork_rng(devices), self.autocast():
-                return self.method.measure(self.model)
+                return self.method.measure(self.world.measured(self.model))
         finally:
             self.world.settle(self.model)
             self.model.train(was_training)
@@ -258,24 +269,10 @@ class Trainer:
         for parameter in self.parameters.values():
             parameter.grad = None
         objective = self.method.objective
-        terms: dict[str, float] = {}
-        load: dict[int, Tensor] = {}
-        dropped = torch.zeros((), dtype=torch.int64, device=self.plan.device)  # read once: reading makes a GPU wait
-        weights = objective.weights(self.progress())
-        for batch in batches:
-            with self.autocast():
-                result = objective.terms(self.model, batch)
-            # A term may have nothing to count, as a look-ahead beyond every document.
-            parts = {name: value / counts[name] for name, value in result.sums.items() if counts[name]}
-            loss = torch.stack([part.float() * weights.get(name, 1.0) for name, part in parts.items()]).sum()
-            loss.backward()
-            for name, part in parts.items():
-                terms[name] = terms.get(name, 0.0) + part.item()
-            for layer, record in result.routing.items():
-                load[layer] = load[layer] + record.load if layer in load else record.load
-                dropped = dropped + record.dropped
-        load = {layer: one.cpu() for layer, one in self.world.sum_tensors(load).items()}
-        return _Accumulated(self.world.sum(terms), load, int(self.world.sum({"dropped": dropped.item()})["dropped"]))
+        done = self.execute(objective, batches, counts, objective.weights(self.progress()), self.autocast)
+        load = {layer: one.cpu() for layer, one in self.world.sum_tensors(done.load).items()}
+        dropped = self.world.sum({"dropped": float(done.dropped)})["dropped"]
+        return _Accumulated(self.world.sum(done.terms), load, int(dropped))
 
     def _pass_over(self, batches: Sequence[Batch], started: float, processor: float) -> StepReport:
         """Count a step that held nothing to learn from; its sequences are read, and not read again."""
