@@ -328,7 +328,13 @@ def evaluate_every(config: RunConfig) -> int:
 def _watch(config: RunConfig, metrics: Path) -> Watch:
     """What watches the routers, in the state that the steps so far have brought it to."""
     rate = config.resolved_balancing.rate if has_selection_bias(config.model) else None
-    watch = Watch(routed_layers(config.model), config.training.total_steps, Knobs(config.optimizer.learning_rate, rate))
+    knobs = Knobs(
+        config.optimizer.learning_rate,
+        rate,
+        opened=config.start_from is not None,
+        routers_move=config.trainable.moves_routers,
+    )
+    watch = Watch(routed_layers(config.model), config.training.total_steps, knobs)
     watch.replay(read_metrics(metrics.parent))
     return watch
 
