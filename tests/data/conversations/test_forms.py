@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.data.conversations.forms import FORMS, FormError, read
+from finemoe.data.conversations.forms import FORMS, FormError, read, require_preference
 
 ASKED = [{"role": "user", "content": "1 + 1?"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": "2"}]
@@ -152,7 +152,7 @@ def test_what_tables_of_the_hub_make_of_fields_is_understood() -> None:
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        ({"txt": "x", "id": 3}, "its fields are txt, id. Known: messages"),
+        ({"txt": "x", "id": 3}, "it is in no form of a conversation that is known; its fields are txt, id$"),
         ({"messages": []}, "`messages` must be a list of messages that is not empty"),
         ({"messages": "hello"}, "`messages` must be a list"),
         (
@@ -168,8 +168,6 @@ def test_what_tables_of_the_hub_make_of_fields_is_understood() -> None:
         ),
         ({"messages": [{**ANSWERED[1], "train": "no"}]}, "write true or false"),
         ({"messages": ANSWERED, "tools": "add"}, "`tools` must be a list"),
-        ({"prompt": "x", "chosen": "a", "rejected": "a"}, "are the same"),
-        ({"prompt": "x", "chosen": "", "rejected": "a"}, "`chosen` is empty"),
         ({"chosen": "a", "rejected": "b"}, "no `prompt` that they answer"),
         ({"prompt": ASKED, "chosen": ASKED, "rejected": ANSWERED}, "`chosen` must end with what the assistant said"),
         ({"prompt": "x", "completions": [{"response": "a", "score": 1}]}, "two answers with a score each"),
@@ -191,6 +189,17 @@ def test_what_tables_of_the_hub_make_of_fields_is_understood() -> None:
 def test_what_is_wrong_is_named(record: dict[str, Any], says: str) -> None:
     with pytest.raises(FormError, match=says):
         read(record)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "says"),
+    [("a", "a", "are the same"), ("", "a", "`chosen` is empty"), ("a", "", "`rejected` is empty")],
+)
+def test_who_wants_a_pair_gets_two_answers_that_differ(chosen: str, rejected: str, says: str) -> None:
+    found = read({"prompt": "x", "chosen": chosen, "rejected": rejected})
+    assert found.pair is not None
+    with pytest.raises(FormError, match=says):
+        require_preference(found.pair)
 
 
 keys = st.sampled_from(["role", "content", "from", "value"])
