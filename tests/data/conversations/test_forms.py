@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.data.conversations.forms import FORMS, FormError, read, require_preference
+from finemoe.data.conversations.forms import _ROLES, FORMS, FormError, read, require_preference
 
 ASKED = [{"role": "user", "content": "1 + 1?"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": "2"}]
@@ -222,3 +224,19 @@ def test_no_record_breaks_the_reader(record: dict[str, Any]) -> None:
         found = read(record)
         assert found.form in FORMS
         json.dumps([found.conversation and found.conversation.messages, found.kind], default=list)
+
+
+def test_the_page_names_all_roles_and_forms() -> None:
+    """docs/howto/adapt-a-model.md is where somebody looks when a file is refused."""
+    page = (Path(__file__).parents[3] / "docs/howto/adapt-a-model.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (system|user|assistant|tool) \| (.*) \|$", page, re.MULTILINE))
+    told = {name: role for role, names in rows.items() for name in re.findall(r"`(\w+)`", names)}
+    assert told == _ROLES
+    for name in ("conversation", "query", "answers", "history", "context", "responses", "rating", "system_prompt"):
+        assert f"`{name}`" in page
+    for record, form in (
+        ({"question": "?", "answer": "!"}, "instruction and output"),
+        ({"instruction": "?", "response": "!"}, "instruction and output"),
+        ({"query": "?"}, "prompts"),
+    ):
+        assert read(record).form == form
