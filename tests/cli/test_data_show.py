@@ -47,9 +47,11 @@ def test_answers_are_learnt_and_questions_only_read(base: Path, tmp_path: Path) 
 
 
 def test_a_pair_is_shown_as_two(base: Path, tmp_path: Path) -> None:
-    found = data_excerpts(written(base, tmp_path, "dpo"), samples=4)["samples"]
+    found = data_excerpts(written(base, tmp_path, "dpo"), samples=2)["samples"]
     assert [sample["part"] for sample in found] == ["the better answer", "the worse answer"] * 2
+    assert [sample["number"] for sample in found] == [0, 0, 1, 1]
     assert found[0]["pieces"][0] == found[1]["pieces"][0]
+    assert found[2:] == data_excerpts(written(base, tmp_path, "dpo"), samples=1, skip=1)["samples"]
 
 
 def test_documents_are_learnt_whole(corpus: Path) -> None:

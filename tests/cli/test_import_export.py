@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def narrow(result: Any) -> str:
     return str(result.stdout)
 
 
+def test_an_import_without_a_chat_template_is_no_talker(v3: Path, command: Any) -> None:
+    shutil.copytree(v3, "silent")
+    Path("silent/chat_template.jinja").unlink(missing_ok=True)
+    file = Path("silent/tokenizer_config.json")
+    file.write_text(json.dumps({key: one for key, one in json.loads(file.read_text()).items() if "chat" not in key}))
+    said = command("import", "silent", "mute", "--quiet").stdout
+    assert "finemoe generate mute" in said
+    assert "finemoe chat" not in said
+
+
 def test_an_import_says_what_it_did_and_what_is_next(v3: Path, command: Any) -> None:
     result = command("import", v3, "ours", "--quiet")
     shown = rows(narrow(result))
@@ -69,7 +80,7 @@ def test_an_import_says_what_it_did_and_what_is_next(v3: Path, command: Any) -> 
     assert "multi-token prediction" in shown["Parameters"]
     assert "placed (" in shown["Tensors"]
     assert "FP8 factors of the weights" in result.stdout
-    for next_step in ("finemoe doctor ours", "finemoe generate ours", "finemoe export ours", 'start_from = "ours"'):
+    for next_step in ("finemoe doctor ours", "finemoe chat ours", "finemoe export ours", 'start_from = "ours"'):
         assert next_step in result.stdout
     assert result.stderr == ""
 

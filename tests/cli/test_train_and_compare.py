@@ -45,10 +45,41 @@ def test_train_hands_over_and_says_what_next(command: Any, monkeypatch: pytest.M
     result = command("train", "a.toml", "--set", "a.b=1", "--set", "c=x", "--out", "d", "-q")
     assert result.exit_code == 0
     assert spy.arguments == (Path("a.toml"),)
-    assert spy.options == {"out": Path("d"), "overrides": ["a.b=1", "c=x"], "quiet": True}
+    assert spy.options == {"out": Path("d"), "overrides": ["a.b=1", "c=x"], "quiet": True, "go_on": False}
     for part in ("3.1416", "1.95M, 527K active", "9.83M tokens in 1,200 steps", "12 min 34 s", "runs/[x]"):
         assert part in result.stdout
     assert "finemoe generate 'runs/[x]'" in result.stdout
+
+
+def test_an_interval_stands_behind_its_figure(command: Any, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    (here / "a.toml").touch()
+    interval = {"final_validation_accuracy_low": 0.75, "final_validation_accuracy_high": 0.88}
+    monkeypatch.setattr("finemoe.runs.run.train", run({**SUMMARY, "final_validation_accuracy": 0.83, **interval}))
+    text = command("train", "a.toml").stdout
+    assert "Validation accuracy  0.8300 (0.7500 to 0.8800)\n" in text
+    assert "accuracy low" not in text
+    assert "accuracy high" not in text
+
+
+@pytest.mark.parametrize(
+    ("method", "template", "told"),
+    [
+        ("reward", True, "in Python, finemoe.rewards('runs/judge', conversations)"),
+        ("sft", True, "finemoe chat runs/judge"),
+        ("pretraining", False, 'finemoe generate runs/judge --prompt "..."'),
+    ],
+)
+def test_what_comes_next_is_what_the_method_made(
+    command: Any, monkeypatch: pytest.MonkeyPatch, here: Path, method: str, template: bool, told: str
+) -> None:
+    (here / "a.toml").touch()
+    (here / "runs/judge").mkdir(parents=True)
+    (here / "runs/judge/config.json").write_text(json.dumps({"method": {"kind": method}}))
+    if template:
+        (here / "runs/judge/chat_template.jinja").write_text("x")
+    done = Spy(SimpleNamespace(directory=Path("runs/judge"), summary=SUMMARY, interrupted=False))
+    monkeypatch.setattr("finemoe.runs.run.train", done)
+    assert f"\nNext: {told}\n" in command("train", "a.toml").stdout
 
 
 @pytest.mark.usefixtures("here")

@@ -240,6 +240,7 @@ def test_a_judge_learns_which_answer_is_better(base: Path, tmp_path: Path) -> No
     better, worse = ([asked, {"role": "assistant", "content": text}] for text in ("ant bee.", "jay"))
     first, second = rewards(open_language_model(found), [better, worse])
     assert first > second
+    assert rewards(found, [better, worse]) == rewards(str(found), [better, worse]) == [first, second]
 
 
 def test_labels_are_words_that_are_a_token_each(base: Path) -> None:

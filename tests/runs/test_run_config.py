@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_an_unknown_key_at_any_level_suggests_the_one_that_was_meant(override: s
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["training.tokens=9000"], "exactly one of `tokens`, `steps` and `epochs`"),
+        (["training.tokens=9000", "training.steps=3"], "exactly one of `tokens`, `steps` and `epochs`"),
         (
             ["training.tokens_per_step=1000"],
             "tokens_per_step 1000 is not a multiple of data.sequence_length 256: try 768",
@@ -162,3 +163,30 @@ def test_a_recipe_file_gives_its_name_and_takes_overrides(tmp_path: Path) -> Non
     config = resolve_run(raw, source)
     assert (config.name, config.seed, config.training.total_steps) == ("mine", 5, 3)
     assert source == str(path)
+
+
+@pytest.mark.parametrize("length", [{"epochs": 2}, {"tokens": 16384}, {"steps": 10}], ids=str)
+@pytest.mark.parametrize("given", ["training.steps=2", "training.tokens=16384", "training.epochs=1.5"])
+def test_a_length_that_is_set_replaces_that_of_the_recipe(length: dict[str, Any], given: str, tmp_path: Path) -> None:
+    raw = {**MINIMAL, "training": {**length, "threads": 1}}
+    key, value = given.removeprefix("training.").split("=")
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(raw))
+    for source in (raw, path):
+        training = resolve_run(*read_recipe(source, [given])).training.model_dump()
+        lengths = {one: training[one] for one in ("tokens", "steps", "epochs") if training[one] is not None}
+        assert lengths == {key: float(value)}
+        assert training["threads"] == 1
+    assert raw["training"] == {**length, "threads": 1}  # whose it is, it stays
+
+
+def test_two_lengths_at_once_are_refused_still() -> None:
+    for given in (["training.steps=2", "training.epochs=1"], []):
+        raw = {**MINIMAL, "training": {"epochs": 1, "steps": 2}}
+        with pytest.raises(ConfigError, match="give exactly one of `tokens`, `steps` and `epochs`"):
+            resolve_run(*read_recipe(raw, given))
+
+
+def test_a_missing_choice_is_named_with_what_can_be_chosen() -> None:
+    with pytest.raises(ConfigError, match=r"`trainable\.mode` is required and missing; known: 'F', 'D'"):
+        resolved(trainable={"kind": "child"})

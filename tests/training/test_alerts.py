@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,18 @@ from hypothesis import strategies as st
 
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.runs import run as run_module
-from finemoe.runs.config import read_config
+from finemoe.runs.config import read_config, resolve_run
 from finemoe.runs.run import resume, train
-from finemoe.training.alerts import Alert, Knobs, Watch, advice, effective_experts, imbalance, routed_layers
+from finemoe.training.alerts import (
+    Alert,
+    Knobs,
+    Watch,
+    advice,
+    alert_for,
+    effective_experts,
+    imbalance,
+    routed_layers,
+)
 from runs.tiny_runs import recipe, records
 
 EVEN = [1000] * 16
@@ -127,6 +137,34 @@ def test_the_knob_is_one_that_the_router_has():
     assert advice(layer("sigmoid_biased"), KNOBS)[1].startswith("Raise balancing.rate (now 0.01) or ")
     assert '"balanced"' in advice(layer("hash_layer"), KNOBS)[1]
     assert "optimizer" not in advice(layer(), None)[1]
+    opened = replace(KNOBS, opened=True)
+    assert advice(layer(), opened)[0] == "balance.expert"
+    assert " or balance.sequence (now 0)" in advice(layer("sigmoid_biased"), opened)[1]
+
+
+@pytest.mark.parametrize("kind", ["softmax_topk", "sigmoid_biased"])
+def test_no_balance_is_advised_where_routers_stay(kind: str):
+    knob, said = advice(layer(kind), replace(KNOBS, opened=True, routers_move=False))
+    assert knob == "optimizer.learning_rate"
+    assert "[trainable] leaves its router as it is" in said
+    assert not any(word in said for word in ("Raise", "Set", "balancing.rate", "balance.expert"))
+
+
+@pytest.mark.parametrize(
+    ("tables", "knob"),
+    [({}, "balance.expert"), ({"trainable": {"kind": "everything", "freeze": ["routers"]}}, "optimizer.learning_rate")],
+)
+def test_a_run_tells_what_its_own_recipe_has(corpus: Path, tmp_path: Path, tables: dict[str, Any], knob: str):
+    """The advice of a run that begins with a model."""
+    base = train(recipe(corpus, "deepseek-moe", training={"steps": 1}), out=tmp_path / "base", quiet=True).directory
+    raw = {key: value for key, value in recipe(corpus, training={"steps": 1}).items() if key != "model"}
+    raw["data"] = {key: value for key, value in raw["data"].items() if key != "vocab_size"}
+    config = resolve_run({**raw, "start_from": str(base), **tables}, "it")
+    watch = run_module._watch(config, base / "metrics.jsonl")
+    (number, one), *_ = routed_layers(config.model).items()
+    found = imbalance([1000, *[0] * (one.num_routed_experts - 1)], 1)
+    assert found is not None
+    assert alert_for(1, number, one, found, 1, watch._knobs).knob == knob
 
 
 def test_a_hash_router_is_never_scolded():

@@ -269,7 +269,8 @@ def _knobs(opened: LanguageModel) -> Knobs | None:
     try:
         config = decode_json((run / "config.json").read_bytes())
         rate = (config.get("balancing") or {}).get("rate")
-        return Knobs(float(config["optimizer"]["learning_rate"]), None if rate is None else float(rate))
+        begun = config.get("start_from") is not None
+        return Knobs(float(config["optimizer"]["learning_rate"]), None if rate is None else float(rate), opened=begun)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

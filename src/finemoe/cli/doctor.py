@@ -41,7 +41,7 @@ def doctor(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Examine a checkpoint: what it is, and what is wrong with it.
+    """Examine a checkpoint: what it is, and what is wrong.
 
     And what each export would lose. Only headers and small tensors are read, so that the largest
     checkpoint takes seconds; --deep reads everything. Nothing is executed, changed or repaired.

@@ -14,7 +14,7 @@ _BYTES = {"total", "available", "limit", "bytes", "parts"}
 
 
 def env(as_json: Json = False) -> None:
-    """Say what is installed and on what machine, for a bug report.
+    """Say what is installed, on what machine, for a report.
 
     Versions, processor, memory and its limits, compiler and kernels, cache, variables. Nothing
     secret: the home folder is written ~, and what looks like a password is not shown.

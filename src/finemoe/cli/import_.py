@@ -132,8 +132,12 @@ def _grouped(aside: list[Mapping[str, Any]]) -> Iterator[tuple[str, str, int]]:
 
 def _say_next(out: Path) -> None:
     folder = shlex.quote(str(out))
+    from finemoe.checkpoint.open import load_chat_template
+
     lines = [f"\nNext: finemoe doctor {folder}"]
-    if (out / "tokenizer.json").exists():
+    if (out / "tokenizer.json").exists() and load_chat_template(out) is not None:
+        lines.append(f"      finemoe chat {folder}")
+    elif (out / "tokenizer.json").exists():
         lines.append(f'      finemoe generate {folder} --prompt "..."')
     lines.append(f"      finemoe export {folder} OUT    (or OUT.gguf)")
     lines.append(f'To train it further: a recipe with start_from = "{out}"')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
@@ -114,7 +115,7 @@ def report_run(run: Any, as_json: bool) -> None:
     passed = summary.get("skipped_steps")
     total, active = count(summary["total_parameters"]), count(summary["active_parameters"])
     lines = [
-        *((title_of(key), _measured(key, summary)) for key in measured_keys(summary)),
+        *((title_of(key), _measured(key, summary)) for key in measured_keys(summary) if not _is_bound(key, summary)),
         ("Training loss", fixed(summary["final_training_loss"], 4)),
         ("Parameters", f"{total}, {active} active"),
         ("Trained on", f"{count(summary['tokens'])} tokens in {summary['steps']:,} steps"),
@@ -125,8 +126,24 @@ def report_run(run: Any, as_json: bool) -> None:
     width = max(16, *(len(label) for label, _ in lines)) + 2
     print_rich(*(f"{label:<{width}}{text}" for label, text in lines))
     typer.echo(f"{'Directory':<{width}}{run.directory}")
-    talks = (run.directory / CHAT_TEMPLATE).exists()
-    typer.echo(f"\nNext: finemoe chat {directory}" if talks else f'\nNext: finemoe generate {directory} --prompt "..."')
+    typer.echo(f"\nNext: {_next_step(run.directory)}")
+
+
+def _next_step(run: Path) -> str:
+    """What to do with a finished run."""
+    directory = shlex.quote(str(run))
+    if _method_of(run) == "reward":
+        return f"in Python, finemoe.rewards({str(run)!r}, conversations)"
+    if (run / CHAT_TEMPLATE).exists():
+        return f"finemoe chat {directory}"
+    return f'finemoe generate {directory} --prompt "..."'
+
+
+def _method_of(run: Path) -> Any:
+    """The kind of method in the configuration of a run; None where that cannot be read, as only a hint hangs on it."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return json.loads((run / "config.json").read_bytes())["method"]["kind"]
+    return None
 
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -135,7 +152,15 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 def _measured(key: str, summary: Mapping[str, Any]) -> str:
     per_token = key in IN_NATS and "final_validation_accuracy" not in summary  # a preference is of pairs
-    return f"[bold]{summary[key]:.4f}[/bold]{' nats per token' if per_token else ''}"
+    interval = ""
+    if (low := summary.get(f"{key}_low")) is not None and (high := summary.get(f"{key}_high")) is not None:
+        interval = f" ({low:.4f} to {high:.4f})"
+    return f"[bold]{summary[key]:.4f}[/bold]{interval}{' nats per token' if per_token else ''}"
+
+
+def _is_bound(key: str, summary: Mapping[str, Any]) -> bool:
+    """Whether it is an end of the interval of another figure, which is printed behind that."""
+    return any(key.endswith(end) and key.removesuffix(end) in summary for end in ("_low", "_high"))
 
 
 IN_NATS = ("final_validation_loss",)

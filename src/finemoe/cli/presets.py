@@ -34,7 +34,7 @@ def presets(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the named models, or print one as a recipe that trains.
+    """List the named models, or print one as a recipe.
 
     \b
     Examples:

@@ -32,7 +32,7 @@ def resume(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Go on with a run that was interrupted, or train it longer.
+    """Go on with an interrupted run, or train one longer.
 
     It continues from its newest undamaged checkpoint, with the configuration it began with. Of a
     comparison, every run that is not finished goes on, and the report is made again.

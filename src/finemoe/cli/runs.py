@@ -26,7 +26,7 @@ def runs(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where runs lie.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """List runs, comparisons and imports, and how far they came.
+    """List runs, comparisons and imports: how far they are.
 
     A run is finished, running (some process is at work there), stopped (`finemoe resume` goes
     on), or failed (a loss was not finite). Of a comparison, steps are its runs, and the loss is

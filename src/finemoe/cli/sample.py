@@ -57,7 +57,7 @@ def sample(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Have a model answer prompts, and keep what passes a check.
+    """Let a model answer prompts, and keep what passes.
 
     Writes conversations, one a line, with where each comes from; the method sft reads the file as it is.
     --keep answer compares with the answer that a record has in a field (answer, solution, reference, ...)

@@ -20,7 +20,7 @@ def train(
     overrides: Overrides = None,
     out: Out = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Train nothing: measure ten steps and say what the run takes.")
+        bool, typer.Option("--check", help="Train nothing: measure a few steps and say what the run takes.")
     ] = False,
     go_on: Annotated[
         bool, typer.Option("--continue", help="Start; or, where --out holds this run already, go on with it.")

@@ -141,11 +141,11 @@ def _folded(lines: Sequence[str]) -> list[str]:
 
 def _explain(config: type[BaseModel], detail: Any, table: str) -> str:
     location = detail["loc"]
-    name, beside, kinds = _follow(config, location)
+    name, beside, kinds, values = _follow(config, location)
     if detail["type"] == "extra_forbidden":
         return f"unknown key `{name}`{meant(config, table, name, sorted(beside))}"
     if detail["type"] == "missing":
-        return f"`{name}` is required and missing"
+        return f"`{name}` is required and missing" + (f"; known: {', '.join(map(repr, values))}" if values else "")
     if detail["type"] == "union_tag_not_found":
         return f"`{name}.kind` is required and missing; known: {', '.join(kinds)}"
     if detail["type"] == "union_tag_invalid":
@@ -159,10 +159,12 @@ def _explain(config: type[BaseModel], detail: Any, table: str) -> str:
     return f"`{name}` {must_be(detail)}{shown(value)}"
 
 
-def _follow(config: type[BaseModel], location: Sequence[Any]) -> tuple[str, set[str], list[str]]:
-    """`location` as a recipe spells it, the field names that would be valid where it ends, and the kinds of table."""
+def _follow(config: type[BaseModel], location: Sequence[Any]) -> tuple[str, set[str], list[str], list[Any]]:
+    """Of `location`: how a recipe spells it, the field names that would be valid where it ends, the kinds of table, and
+    the values of a field that has but a few."""
     here, beside = [config], set(config.model_fields)
     spelt: list[str] = []
+    values: list[Any] = []
     for part in location:
         beside = {name for c in here for name in c.model_fields}
         fields = [c.model_fields[part] for c in here if part in c.model_fields]
@@ -171,7 +173,10 @@ def _follow(config: type[BaseModel], location: Sequence[Any]) -> tuple[str, set[
         if fields or not tagged:
             spelt.append(str(part))
         here = [m for field in fields for m in models_in(field.annotation)] or tagged or here
-    return ".".join(spelt), beside, [c.model_fields["kind"].default for c in here if "kind" in c.model_fields]
+        literals = [field.annotation for field in fields if typing.get_origin(field.annotation) is typing.Literal]
+        values = [value for literal in literals for value in typing.get_args(literal)]
+    kinds = [c.model_fields["kind"].default for c in here if "kind" in c.model_fields]
+    return ".".join(spelt), beside, kinds, values
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:

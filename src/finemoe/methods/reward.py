@@ -8,6 +8,7 @@ what it would say of it, as generative judges do. Pairs are learnt by Bradley an
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from finemoe.checkpoint.language_model import LanguageModel
+from finemoe.checkpoint.language_model import LanguageModel, open_language_model
 from finemoe.core.errors import ConfigError
 from finemoe.core.statistics import wilson
 from finemoe.data.batch import PackedBatch
@@ -207,7 +208,7 @@ def build(config: RewardConfig, setting: Setting) -> Method[PackedBatch]:
 
 @torch.no_grad()
 def rewards(
-    opened: LanguageModel,
+    model: str | os.PathLike[str] | LanguageModel,
     conversations: Sequence[Sequence[Mapping[str, Any]]],
     labels: tuple[str, str] | None = None,
 ) -> list[float]:
@@ -215,10 +216,17 @@ def rewards(
 
     Of a model that was trained pointwise it is the logarithm of the odds that the answer is good.
 
+    Args:
+        model: a run, a checkpoint, an imported or Hugging Face folder, a GGUF file, or what was opened of one.
+        conversations: each a list of messages, {"role": ..., "content": ...}.
+        labels: the words for good and bad, where the run was told others than it finds by itself.
+
     Raises:
+        CheckpointError: nothing that can be opened.
         ConfigError: the model has no chat template, or a label is no token of its tokenizer.
         DataError: a message that its template cannot render.
     """
+    opened = model if isinstance(model, LanguageModel) else open_language_model(model)
     if opened.template is None:
         raise ConfigError(f"{opened.source}: has no chat template, so conversations cannot be read as it learnt them")
     ids = label_ids(opened.tokenizer, labels_for(opened.tokenizer, labels))

@@ -33,6 +33,9 @@ from finemoe.training.schedule import MultiStepConfig, ScheduleConfig
 DEFAULT_LEARNING_RATE = 4e-3
 """Best of the tuning in docs/log.md for models of hidden size 64; larger ones want less (papers: 1.08e-3 at 1280)."""
 
+_LENGTHS = {"tokens", "steps", "epochs"}
+"""Keys of [training] of which one is given."""
+
 MOST_STEPS_UNSAVED = 500
 """Between checkpoints, where a recipe does not say."""
 
@@ -223,11 +226,21 @@ def read_recipe(
 ) -> tuple[dict[str, Any], str]:
     """A recipe's raw tables with overrides applied, and what to call it in messages."""
     if isinstance(recipe, Mapping):
-        return with_overrides(recipe, overrides), "recipe"
+        return _laid_over(recipe, overrides), "recipe"
     path = Path(recipe)
     tables = read_tables(path)
     refuse_older(tables, path)  # the config.json of a run is a recipe too
-    return with_overrides({"name": path.stem, **tables}, overrides), str(path)
+    return _laid_over({"name": path.stem, **tables}, overrides), str(path)
+
+
+def _laid_over(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`tables` with `overrides` on top, of which one that gives the run's length replaces the length in the recipe."""
+    asked, training = with_overrides({}, overrides).get("training"), tables.get("training")
+    given = _LENGTHS & asked.keys() if isinstance(asked, Mapping) else set()
+    if len(given) == 1 and isinstance(training, Mapping):
+        kept = {key: value for key, value in training.items() if key not in _LENGTHS}
+        tables = {**tables, "training": kept}
+    return with_overrides(tables, overrides)
 
 
 def resolve_run(raw: Mapping[str, Any], source: str) -> RunConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby, islice
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def data_excerpts(
 
     Args:
         recipe: path of a TOML recipe, its tables as a mapping, or a resolved configuration.
-        samples: how many.
+        samples: how many; a pair is one, and shown as two answers.
         skip: so many of the first are passed over.
         overrides: `a.b=c`, for a path or a mapping.
 
@@ -49,7 +49,8 @@ def data_excerpts(
     data: TrainingData[Any] = method.data
     config = in_steps(config, data)
     size = min(data.sequences_per_epoch, _SURVEYED)
-    shown = list(islice(_samples(data, size), skip, skip + samples))
+    before = takewhile(lambda sample: sample["number"] < skip + samples, _samples(data, size))
+    shown = [sample for sample in before if sample["number"] >= skip]
     if not shown:
         raise ConfigError(f"skip {skip} leaves nothing to show of the first {size:,} positions: give a smaller one")
     return {
@@ -72,14 +73,15 @@ def _samples(data: TrainingData[Any], positions: int, *, pieces: bool = True) ->
     number = 0
     for position in range(positions):
         batch = data.batch(position, 1)
-        parts = ("the better answer", "the worse answer") if _is_pairs(batch) else (None, None)
+        pairs = _is_pairs(batch)
+        parts = ("the better answer", "the worse answer") if pairs else (None, None)
         for place, (ids, learnt) in enumerate(_documents(batch)):
             found: dict[str, Any] = {"number": number, "position": position, "part": parts[place % 2]}
             found |= {"tokens": len(ids), "learnt": sum(learnt)}
             if pieces:
                 found["pieces"] = _pieces(data.tokenizer, ids, learnt)
             yield found
-            number += 1
+            number += not pairs or place % 2  # both answers of a pair have its number
 
 
 def _is_pairs(batch: Any) -> bool:

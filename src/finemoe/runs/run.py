@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -97,6 +98,7 @@ def train(
             method = method if known.setting == config.setting else build_method(known)
             config = known
         with ExitStack() as held:
+            held.enter_context(_told_where(directory, world))
             world.first(lambda: held.enter_context(sole_writer(directory)))
             world.first(lambda: require_free(directory, config))
             chosen = world.first(lambda: kernels_for(config))
@@ -125,6 +127,17 @@ def resume(directory: str | os.PathLike[str], *, overrides: Sequence[str] = (), 
     config = with_changes(directory, before, overrides) if overrides else None
     with world_of(config or before) as world:
         return _go_on(directory, config, quiet, world)
+
+
+@contextmanager
+def _told_where(directory: Path, world: World) -> Iterator[None]:
+    """Say how to go on when Ctrl-C ends what is no step, such as opening a model: the folder of the run is there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if world.rank == 0 and (directory / "config.json").exists():
+            logger.warning("the run has begun: `finemoe resume %s` goes on", shlex.quote(str(directory)))
+        raise
 
 
 @contextmanager
@@ -158,6 +171,7 @@ def _go_on(directory: Path, changed: RunConfig | None, quiet: bool, world: World
 
     world.first(check)
     with ExitStack() as held:
+        held.enter_context(_told_where(directory, world))
         world.first(lambda: held.enter_context(sole_writer(directory)))
         if world.any(read_config(directory / "config.json") != before):
             raise RunError(f"{directory}: another process has changed the run meanwhile; give the same command again")
@@ -326,7 +340,13 @@ def evaluate_every(config: RunConfig) -> int:
 def _watch(config: RunConfig, metrics: Path) -> Watch:
     """What watches the routers, in the state that the steps so far have brought it to."""
     rate = config.resolved_balancing.rate if has_selection_bias(config.model) else None
-    watch = Watch(routed_layers(config.model), config.training.total_steps, Knobs(config.optimizer.learning_rate, rate))
+    knobs = Knobs(
+        config.optimizer.learning_rate,
+        rate,
+        opened=config.start_from is not None,
+        routers_move=config.trainable.moves_routers,
+    )
+    watch = Watch(routed_layers(config.model), config.training.total_steps, knobs)
     watch.replay(read_metrics(metrics.parent))
     return watch
 

@@ -32,6 +32,8 @@ _NAME = re.compile(
 
 _MOST_BYTES = 220  # of a folder's name most systems hold 255, and the date is part of it
 
+_MUCH = 2**30  # bytes of checkpoints that are worth a word
+
 
 def default_directory(name: str) -> Path:
     """A new folder in runs/ for what a recipe calls itself.
@@ -230,6 +232,13 @@ def announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str) 
     if reason:
         logger.info("kernels chosen by measuring: %s", reason)
     logger.info("%s", _length(config))
+    if (nbytes := checkpoint_bytes(config)) > _MUCH:
+        logger.info(
+            "checkpoints take up to %.1f GiB on the disk: the last %d are kept, and one is written beside them; "
+            "training.keep_checkpoints = 1 keeps the last alone",
+            nbytes / 2**30,
+            config.training.keep_checkpoints,
+        )
     for note in trainer.method.notes:
         logger.info("%s", note)
     logger.info("%s", portability(config.model).sentence())

@@ -113,6 +113,10 @@ class Knobs:
     learning_rate: float
     balancing_rate: float | None = None
     """Of the selection bias, per step."""
+    opened: bool = False
+    """The run begins with a trained model: [balance] of its recipe sets the losses, which model.* would not."""
+    routers_move: bool = True
+    """False where [trainable] leaves them as they are."""
 
 
 def advice(layer: MoEConfig, knobs: Knobs | None) -> tuple[str, str]:
@@ -121,12 +125,19 @@ def advice(layer: MoEConfig, knobs: Knobs | None) -> tuple[str, str]:
     if not layer.router.learned:
         knob = "model.feed_forward.router.table"
         return knob, f'A hash router learns nothing: {knob} = "balanced" deals tokens out by how frequent they are'
+    if knobs is not None and not knobs.routers_move:
+        knob = "optimizer.learning_rate"
+        return knob, (
+            "[trainable] leaves its router as it is, so that no balance loss and no bias changes this; where it was "
+            f"even at the start, lower {knob} (now {knobs.learning_rate:g})"
+        )
+    losses = "balance" if knobs is not None and knobs.opened else "model.feed_forward.balance"
     if layer.router.selects_with_bias:
         knob = "balancing.rate"
         now = f" (now {knobs.balancing_rate:g})" if knobs is not None and knobs.balancing_rate is not None else ""
-        said = f"Raise {knob}{now} or model.feed_forward.balance.sequence (now {table.sequence:g})"
+        said = f"Raise {knob}{now} or {losses}.sequence (now {table.sequence:g})"
     else:
-        knob = "model.feed_forward.balance.expert"
+        knob = f"{losses}.expert"
         start = "Raise" if table.expert else "Set"
         usual = "" if table.expert else ", 0.01 is usual"
         said = f"{start} {knob} (now {table.expert:g}{usual})"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.data.conversations.forms import FORMS, FormError, read
+from finemoe.data.conversations.forms import _ROLES, FORMS, FormError, read, require_preference
 
 ASKED = [{"role": "user", "content": "1 + 1?"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": "2"}]
@@ -195,7 +197,7 @@ def test_what_tables_of_the_hub_make_of_fields_is_understood() -> None:
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        ({"txt": "x", "id": 3}, "its fields are txt, id. Known: messages"),
+        ({"txt": "x", "id": 3}, "it is in no form of a conversation that is known; its fields are txt, id$"),
         ({"messages": []}, "`messages` must be a list of messages that is not empty"),
         ({"messages": "hello"}, "`messages` must be a list"),
         (
@@ -211,8 +213,6 @@ def test_what_tables_of_the_hub_make_of_fields_is_understood() -> None:
         ),
         ({"messages": [{**ANSWERED[1], "train": "no"}]}, "write true or false"),
         ({"messages": ANSWERED, "tools": "add"}, "`tools` must be a list"),
-        ({"prompt": "x", "chosen": "a", "rejected": "a"}, "are the same"),
-        ({"prompt": "x", "chosen": "", "rejected": "a"}, "`chosen` is empty"),
         ({"chosen": "a", "rejected": "b"}, "no `prompt` that they answer"),
         ({"prompt": ASKED, "chosen": ASKED, "rejected": ANSWERED}, "`chosen` must end with what the assistant said"),
         ({"prompt": "x", "completions": [{"response": "a", "score": 1}]}, "two answers with a score each"),
@@ -236,6 +236,17 @@ def test_what_is_wrong_is_named(record: dict[str, Any], says: str) -> None:
         read(record)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "says"),
+    [("a", "a", "are the same"), ("", "a", "`chosen` is empty"), ("a", "", "`rejected` is empty")],
+)
+def test_who_wants_a_pair_gets_two_answers_that_differ(chosen: str, rejected: str, says: str) -> None:
+    found = read({"prompt": "x", "chosen": chosen, "rejected": rejected})
+    assert found.pair is not None
+    with pytest.raises(FormError, match=says):
+        require_preference(found.pair)
+
+
 keys = st.sampled_from(["role", "content", "from", "value"])
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
@@ -256,3 +267,19 @@ def test_no_record_breaks_the_reader(record: dict[str, Any]) -> None:
         found = read(record)
         assert found.form in FORMS
         json.dumps([found.conversation and found.conversation.messages, found.kind], default=list)
+
+
+def test_the_page_names_all_roles_and_forms() -> None:
+    """docs/howto/adapt-a-model.md is where somebody looks when a file is refused."""
+    page = (Path(__file__).parents[3] / "docs/howto/adapt-a-model.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (system|user|assistant|tool) \| (.*) \|$", page, re.MULTILINE))
+    told = {name: role for role, names in rows.items() for name in re.findall(r"`(\w+)`", names)}
+    assert told == _ROLES
+    for name in ("conversation", "query", "answers", "history", "context", "responses", "rating", "system_prompt"):
+        assert f"`{name}`" in page
+    for record, form in (
+        ({"question": "?", "answer": "!"}, "instruction and output"),
+        ({"instruction": "?", "response": "!"}, "instruction and output"),
+        ({"query": "?"}, "prompts"),
+    ):
+        assert read(record).form == form

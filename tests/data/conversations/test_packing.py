@@ -54,6 +54,22 @@ def test_a_pair_is_never_cut(tmp_path: Path) -> None:
     assert (found.items.tolist(), found.cut, found.dropped) == ([1], 0, 1)
 
 
+@pytest.mark.parametrize(("short", "told"), [(180, True), (181, False)])
+def test_much_that_is_too_long_is_told_with_the_length_that_would_do(
+    tmp_path: Path, short: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tenth of 200 is; of the longest twenty, two may stay out."""
+    items = stored(tmp_path, *[("qA",)] * short, *[("q" * n + "A",) for n in range(10, 210 - short)])
+    Packer(items, fit(items, 4, "cut"), 4, seed=1).require(1, room=3)
+    assert bool(caplog.messages) == told
+    if told:
+        (text,) = caplog.messages
+        assert text.startswith("20 of 200 to train on (10%) are longer than data.sequence_length 7 ")
+        assert text.endswith("data.sequence_length = 30 would hold 99% of them")
+        lengths = np.diff(items.starts) - 1
+        assert (lengths <= 30 - 3).mean() == 0.99
+
+
 def packer(folder: Path, **changes: object) -> Packer:
     items = stored(folder, ("qA",), ("qAABB",), ("qqqAA",), ("qAqA",), ("qB",))
     return Packer(items, fit(items, 6, "cut"), 6, seed=1, **changes)  # type: ignore[arg-type]

@@ -230,10 +230,35 @@ def test_an_empty_system_message_is_none_and_a_response_is_an_answer(tmp_path: P
     assert found.report["forms"] == {"messages": 5, "instruction and output": 5}
 
 
-def test_many_bad_records_in_front_are_told_as_what_they_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_many_bad_records_in_front_are_told_as_what_they_are(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
     bad = [{"a": number} for number in range(70)]
-    with pytest.raises(DataError, match="none of the first 64 records can be used as a conversation"):
+    with pytest.raises(DataError, match="none of the first 64 records can be used as a conversation") as error:
         prepared(tokenizer, tmp_path, [lines(tmp_path / "talks.jsonl", [*bad, *talks()])])
+    assert caplog.text == ""  # the error says it all, once
+    assert str(error.value).count("its fields are a") == str(error.value).count("Known are messages: ") == 1
+
+
+def test_a_bad_record_among_good_ones_is_one_short_line(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepared(tokenizer, tmp_path, [lines(tmp_path / "a.jsonl", [*talks(), {"a": 1}])], max_skipped_share=0.2)
+    (line,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert line.startswith("1 record left out, of 10: ")
+    assert line.endswith("it is in no form of a conversation that is known; its fields are a")
+
+
+@pytest.mark.parametrize("rejected", ["", "one!"])
+def test_a_worse_answer_that_nobody_asks_for_need_not_be_one(
+    tmp_path: Path, tokenizer: Tokenizer, rejected: str
+) -> None:
+    odd = [{**pairs()[0], "rejected": rejected}, *pairs()[1:]]
+    file = lines(tmp_path / "pairs.jsonl", odd)
+    assert texts(prepared(tokenizer, tmp_path, [file])) == ANSWERS
+    assert sum(prepared(tokenizer, tmp_path, [file], "prompt").report["items"].values()) == 10
+    found = prepared(tokenizer, tmp_path, [file], "pair", max_skipped_share=0.2)
+    assert sum(found.report["items"].values()) == 9
 
 
 TOOL_TEMPLATE = ChatTemplate.of(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,25 @@ def test_ten_steps_are_measured_and_the_first_do_not_count(corpus: Path) -> None
     pace = _Pace(lambda _: None, [9.0, 5.0, 1.0, 1.0, 3.0])
     assert pace.seconds_a_step() == 1.0
     assert _Pace(lambda _: None, [9.0]).seconds_a_step() == 9.0
+    assert _Pace(lambda _: None, [9.0, 5.0]).seconds_a_step() == 5.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "enough"),
+    [([], False), ([40.0], False), ([60.0], True), ([40.0, 40.0], True), ([25.0, 25.0], True), ([6.0] * 5, False)],
+)
+def test_slow_steps_are_not_waited_for(seconds: list[float], enough: bool) -> None:
+    """Two steps where they fit, one that is slower than the limit, and no step that would pass it."""
+    assert _Pace(lambda _: None, seconds).is_enough(60.0) == enough
+
+
+def test_a_check_says_on_how_many_steps_it_rests(corpus: Path) -> None:
+    found = finemoe.check(recipe(corpus), quiet=True, seconds=0.0)
+    assert (found.steps_measured, len(found.losses)) == (1, 1)
+    assert found.seconds is not None
+    assert "measured over 1 step\n" in str(found)
+    assert "the time rests on 1 step, which took" in " ".join(str(found).split())
+    assert not any("rests on" in note for note in finemoe.check(recipe(corpus), quiet=True).notes)
 
 
 def test_random_numbers_and_threads_stay_as_they_were(corpus: Path) -> None:
@@ -135,10 +156,21 @@ def test_a_recipe_that_is_none_is_an_error(corpus: Path) -> None:
         finemoe.check(recipe(corpus), overrides=["training.stps=3"], quiet=True)
 
 
-def test_a_signal_ends_it(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "run", lambda self, until=None: False)
+def test_a_signal_ends_it_at_once(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a step; and what SIGTERM does, which is to end the process, stays as it was."""
+    before = signal.getsignal(signal.SIGTERM)
+    reached: list[str] = []
+
+    def step(self: Trainer, batches: Any, started: float | None = None) -> None:
+        reached.append("a step" if signal.getsignal(signal.SIGTERM) == before else "a handler")
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        reached.append("its end")
+
+    monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(KeyboardInterrupt):
         finemoe.check(recipe(corpus), quiet=True)
+    assert reached == ["a step"]
 
 
 def test_the_report_is_within_80_columns_and_json(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

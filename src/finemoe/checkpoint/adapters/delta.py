@@ -16,7 +16,6 @@ from torch import Tensor
 from finemoe.checkpoint.adapters.tuned import Base, Tuned
 from finemoe.core.config import Config
 from finemoe.core.errors import CheckpointError
-from finemoe.model.transformer import Transformer
 
 DELTA, DELTA_WEIGHTS = "delta.json", "delta.safetensors"
 _LAYER = re.compile(r"blocks\.(\d+)\.")
@@ -28,17 +27,16 @@ class DeltaConfig(Config):
     kind: Literal["expert_delta"] = "expert_delta"
     schema_version: Literal[1] = 1
     base: Base
-    """Tuning leaves the routers alone, so they tell whether a model is the one that was tuned."""
+    """The model that was tuned."""
     experts: dict[NonNegativeInt, tuple[NonNegativeInt, ...]]
     """By layer."""
 
 
-def to_delta(tuned: Tuned, model: Transformer) -> tuple[DeltaConfig, dict[str, Tensor]]:
-    """delta.json, and its tensors by name.
+def to_delta(tuned: Tuned) -> tuple[dict[int, tuple[int, ...]], dict[str, Tensor]]:
+    """The experts of delta.json, and its tensors by name.
 
     Args:
         tuned: of a run with trainable.kind "experts".
-        model: of the same run.
     """
     experts = {int(layer): tuple(chosen) for layer, chosen in tuned.values["experts"].items()}
     tensors = {
@@ -46,7 +44,7 @@ def to_delta(tuned: Tuned, model: Transformer) -> tuple[DeltaConfig, dict[str, T
         for name, rows in sorted(tuned.tensors.items())
         for at, expert in enumerate(experts[_layer_of(name)])
     }
-    return DeltaConfig(base=Base.of(model), experts=experts), tensors
+    return experts, tensors
 
 
 def _layer_of(name: str) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from finemoe.checkpoint.adapters.delta import DELTA, DELTA_WEIGHTS, DeltaConfig, apply_delta, to_delta
 from finemoe.checkpoint.adapters.low_rank import merged, read_low_rank
+from finemoe.checkpoint.adapters.origin import base_of_run
 from finemoe.checkpoint.adapters.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_peft, to_peft
 from finemoe.checkpoint.adapters.tuned import Base, open_tuned
 from finemoe.checkpoint.huggingface.exporting import choose_family
@@ -31,14 +32,15 @@ from finemoe.checkpoint.weights.exportable import open_exportable
 from finemoe.checkpoint.weights.imported import ImportedWriter, read_imported
 from finemoe.core.config import Config, parse
 from finemoe.core.errors import CheckpointError, ConfigError
-from finemoe.core.logs import progress
+from finemoe.core.logs import logger, progress
 from finemoe.core.reading import damage_of
 from finemoe.model.config import ModelConfig
 from finemoe.model.transformer import Transformer
-from finemoe.text.files import COMPANIONS
+from finemoe.text.files import COMPANIONS, leads_out
 
 ABOUT = "finemoe.json"
 """Beside PEFT's files, which PEFT does not look at: what they belong to."""
+TOKENIZER = "tokenizer.json"
 _MEND = "write the adapter again"
 
 
@@ -79,7 +81,8 @@ def export_adapter(
     if tuned.kind == "experts":
         if family is not None:
             raise ConfigError(f"--family {family}: {source} becomes a delta, which is of no family; leave it out")
-        delta, tensors = to_delta(tuned, model)
+        experts, tensors = to_delta(tuned)
+        delta = DeltaConfig(base=base_of_run(tuned, model, tensors), experts=experts)
         small, weights, form = {DELTA: delta.model_dump(mode="json")}, DELTA_WEIGHTS, "delta"
     else:
         name = choose_family(open_exportable(tuned.folder), family)
@@ -88,7 +91,7 @@ def export_adapter(
         adapters = read_low_rank(tuned.tensors)
         raw, tensors, notes = to_peft(tuned.config, FAMILIES[name], adapters, tuned.values["alpha"])
         small, weights, form = {ADAPTER_CONFIG: raw}, ADAPTER_WEIGHTS, "peft"
-        small[ABOUT] = About(base=Base.of(model), family=name).model_dump(mode="json")
+        small[ABOUT] = About(base=base_of_run(tuned, model, None), family=name).model_dump(mode="json")
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     mark = fingerprint("export-adapter", [], {}, [str(tuned.folder.resolve()), family])
     with workspace(place, mark, nbytes, tensors=len(tensors)) as folder:
@@ -96,6 +99,8 @@ def export_adapter(
             write_tensors(folder / weights, tensors)
         for file, table in small.items():
             write_file(folder / file, (json.dumps(table, indent=2) + "\n").encode())
+        for file, data in _companions(text_home(tuned.folder)).items():
+            write_file(folder / file, data)
     count = sum(tensor.numel() for tensor in tensors.values())
     total = sum(parameter.numel() for parameter in model.parameters())
     return {
@@ -170,13 +175,29 @@ def merge(
 
 
 def _finish(writer: ImportedWriter, config: ModelConfig, base: Path, adapter: Path) -> None:
-    """The small files: the base's tokenizer and the like, and where the weights came from."""
+    """The small files: the base's tokenizer and the like, how the adapter speaks, and where the weights came from."""
     tokenizer, home = load_tokenizer(base), text_home(base)
     files = {name: companion_of(home, name) for name in COMPANIONS if (home / name).exists()}
+    files |= _companions(adapter)
     ends = {"eos_token_id": list(tokenizer.stop_ids)} if tokenizer.stop_ids else {}
     record = {"config": {"merged": {"base": str(base), "adapter": str(adapter)}, **ends}, "tensors": {}}
     about = {"family": "merged", "format": "merged"}
     writer.finish(_with_length(config, base), about, record, files, quiet=True)
+
+
+def _companions(folder: Path) -> dict[str, bytes]:
+    """What says how a tuned model speaks: chat template, ends of a generation. The tokenizer is the base's."""
+    files: dict[str, bytes] = {}
+    for name in COMPANIONS:
+        if name == TOKENIZER or not (folder / name).exists():
+            continue
+        try:
+            files[name] = companion_of(folder, name)
+        except CheckpointError as error:
+            if leads_out(folder, name):
+                raise
+            logger.warning("%s; left out: %s", error, COMPANIONS[name])
+    return files
 
 
 def _with_length(config: ModelConfig, base: Path) -> ModelConfig:
@@ -212,6 +233,8 @@ def _changed(
     if (adapter / ABOUT).exists():
         about = parse(About, read_json(folder_file(adapter, ABOUT)), str(adapter / ABOUT))
         about.base.require(model, str(adapter), base)
+    else:
+        logger.warning("%s does not say which model it tuned: whether %s is that one is not known", adapter, base)
     family = FAMILIES[_family_of(base, about)]
     raw = read_json(folder_file(adapter, ADAPTER_CONFIG))
     changed: dict[str, Tensor] = {}

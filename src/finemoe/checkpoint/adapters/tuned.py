@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from finemoe.checkpoint.fingerprint import weights_fingerprint
 from finemoe.checkpoint.kinds import CONFIG, STATE
 from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.run_state.state import METHOD, newest_checkpoint
@@ -19,6 +20,7 @@ from finemoe.checkpoint.selection import ModelShape, router_fingerprint, shape_o
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.core.config import Config
 from finemoe.core.errors import CheckpointError
+from finemoe.core.logs import logger
 from finemoe.core.reading import damage_of
 from finemoe.model.config import ModelConfig
 from finemoe.model.transformer import Transformer
@@ -34,10 +36,12 @@ class Base(Config):
     embedding_sha256: str
     """It tells dense models from each other, which have no routers; no adapter changes it."""
     model: ModelShape
+    weights_sha256: str | None = None
+    """Of all its weights, as `weights_fingerprint` has it; None where they were not there any more to be read."""
 
     @classmethod
     def of(cls, model: Transformer) -> Self:
-        """Of a tuned model, or of the one it began as: they have the same."""
+        """Of a tuned model, or of the one it began as: they have the same, but for `weights_sha256`, left out here."""
         # rounded, as a base may be stored so
         values = model.embedding.weight.detach().cpu().bfloat16().contiguous().view(torch.int16)
         return cls(
@@ -55,13 +59,26 @@ class Base(Config):
             base: as the message names it.
 
         Raises:
-            CheckpointError: it has another shape, or other routers or embeddings.
+            CheckpointError: it has another shape, or other routers, embeddings or weights.
         """
         here = Base.of(model)
         if here.model != self.model:
             raise CheckpointError(f"{what}: made for a model of another shape than {base} has; name the one it tuned")
-        if here != self:
-            other = "routers" if here.router_sha256 != self.router_sha256 else "embeddings"
+        other = None
+        if here.router_sha256 != self.router_sha256:
+            other = "routers"
+        elif here.embedding_sha256 != self.embedding_sha256:
+            other = "embeddings"
+        elif self.weights_sha256 is None:
+            logger.warning(
+                "%s does not say all weights of the model that it tuned: %s has its shape, routers and embeddings, and "
+                "whether it is that model is not known",
+                what,
+                base,
+            )
+        elif self.weights_sha256 != weights_fingerprint(model):
+            other = "weights"
+        if other is not None:
             raise CheckpointError(
                 f"{what}: {base} has the right shape and other {other}, so it is not the model that was tuned; name "
                 "the one that the run had as start_from"
@@ -74,6 +91,8 @@ class Tuned:
 
     folder: Path
     """The checkpoint."""
+    start_from: str | None
+    """What the run began with."""
     config: ModelConfig
     kind: Kind
     tensors: Mapping[str, Tensor]
@@ -102,4 +121,5 @@ def open_tuned(path: Path) -> Tuned:
     if not isinstance(own, dict):
         raise CheckpointError(f"{folder / STATE}: says nothing of what was tuned; {_MEND}")
     found = {name.removeprefix(f"{kind}/"): one for name, one in tensors.items() if name.startswith(f"{kind}/")}
-    return Tuned(folder, model_of(raw, folder / CONFIG), kind, found, own)
+    start = raw.get("start_from")
+    return Tuned(folder, start if isinstance(start, str) else None, model_of(raw, folder / CONFIG), kind, found, own)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finemoe.core.errors import DataError
-from finemoe.data.conversations.forms import FormError, Kind, Message, Said, read
+from finemoe.data.conversations.forms import FormError, Kind, Message, Said, read, require_preference
 from finemoe.text.chat import ChatTemplate
 from finemoe.text.control import encode_chat
 from finemoe.text.tokenizer import Tokenizer
@@ -89,6 +89,7 @@ def _plan(said: Said, want: Kind) -> _Plan:
     if want == "pair":
         if pair is None:
             raise FormError(f"it is in the form `{said.form}`, which holds one answer: a pair has `chosen`, `rejected`")
+        require_preference(pair)
         prompt = tuple(_context(message) for message in pair.prompt.messages)
         return _Plan(said, ((*prompt, *pair.chosen), (*prompt, *pair.rejected)), tools)
     asked = pair.prompt.messages if pair is not None else conversation.messages if conversation is not None else ()

@@ -25,6 +25,7 @@ _ROLES = {
     "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "bing": "assistant",
     "bard": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool",
 }  # fmt: skip
+NO_FORM = "it is in no form of a conversation that is known"
 _KEPT = ("reasoning_content", "tool_calls", "tool_call_id", "name", "train")
 
 
@@ -82,10 +83,12 @@ def read(record: Mapping[str, Any]) -> Said:
         if found is not None:
             pair = found if isinstance(found, Pair) else None
             return Said(name, None if isinstance(found, Pair) else found, pair)
-    raise FormError(
-        f"it is in no form of a conversation that is known; its fields are {shown(record)}. Known: "
-        + "; ".join(f"{name}: {said}" for name, said in FIELDS.items())
-    )
+    raise FormError(f"{NO_FORM}; its fields are {shown(record)}")
+
+
+def known_forms() -> str:
+    """All of FORMS with their fields, as an error ends where a record was in none of them."""
+    return "Known are " + "; ".join(f"{name}: {said}" for name, said in FIELDS.items())
 
 
 # ---- messages -------------------------------------------------------------------------------------------------------
@@ -288,11 +291,20 @@ def _checked(pair: Pair) -> Pair:
         raise FormError("`chosen` and `rejected` have no message in common that they answer")
     for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         _ends_with_assistant(answer, name)
+    return pair
+
+
+def require_preference(pair: Pair) -> None:
+    """Refuse a pair of which neither answer is better; who wants the prompt or the better one alone need not care.
+
+    Raises:
+        FormError: an answer is empty, or both are the same.
+    """
+    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if not any(one["content"] or one.get("tool_calls") for one in answer):
             raise FormError(f"`{name}` is empty")
     if pair.chosen == pair.rejected:
         raise FormError("`chosen` and `rejected` are the same: neither is better")
-    return pair
 
 
 def _question(record: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, Mapping[str, Any]]:

@@ -6,6 +6,7 @@ go together follows from the seed alone; every epoch serves the same bins in ano
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from finemoe.core.errors import DataError
+from finemoe.core.logs import logger
 from finemoe.data.batch import PackedBatch, TokenBatch
 from finemoe.data.conversations.store import Stored
 from finemoe.data.loader import Packing
@@ -25,6 +27,11 @@ TooLong = Literal["cut", "drop"]
 Weighing = Literal["token", "conversation"]
 _OPEN_BINS = 64
 """Bins that are tried for the next conversation: more fill them better and take longer."""
+
+_MUCH_DROPPED = 0.1
+"""Share of the items that is not left out without a warning."""
+_HELD = 0.99
+"""Share of the items that the length which is advised holds."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,12 @@ def fit(stored: Stored, sequence_length: int, too_long: TooLong) -> Fitted:
                 lengths[item, 0], cut[item] = ends[-1], True
     used = np.flatnonzero(fits | cut)
     return Fitted(used, lengths[used], int(cut.sum()), int((~(fits | cut)).sum()))
+
+
+def length_for(stored: Stored, share: float) -> int:
+    """The smallest sequence length that so large a share of the items fit whole."""
+    needed = np.sort((np.diff(stored.starts).reshape(-1, stored.segments_per_item) - 1).max(axis=1))
+    return int(needed[math.ceil(share * len(needed)) - 1])
 
 
 def bins(tokens: NDArray[np.int64], capacity: int, order: Sequence[int]) -> list[list[int]]:
@@ -116,8 +129,12 @@ class Packer:
         first = permuted(np.arange(positions), size, self.seed, "order", 0)
         return sorted(number for place in first.tolist() for number in self.bins[place])
 
-    def require(self, num_sequences: int) -> None:
-        """Check that a step does not hold more than all there is.
+    def require(self, num_sequences: int, room: int = 0) -> None:
+        """Check that a step does not hold more than all there is; much that was left out as too long is told.
+
+        Args:
+            num_sequences: of a step.
+            room: tokens of `data.sequence_length` that are kept for something else.
 
         Raises:
             DataError: it does.
@@ -132,6 +149,17 @@ class Packer:
                 f"there are {len(self.fitted.items)} items to train on, which make {len(self.bins)} {each}, and one "
                 f"step takes {num_sequences}: add more, or lower `training.tokens_per_step`"
                 + (f"; {self.fitted.dropped} are longer than data.sequence_length" if self.fitted.dropped else "")
+            )
+        if self.fitted.dropped >= _MUCH_DROPPED * len(self.stored):
+            logger.warning(
+                "%s of %s to train on (%.0f%%) are longer than data.sequence_length %d leaves room for, and left out: "
+                "data.sequence_length = %d would hold %.0f%% of them",
+                f"{self.fitted.dropped:,}",
+                f"{len(self.stored):,}",
+                100 * self.fitted.dropped / len(self.stored),
+                self.sequence_length + room,
+                length_for(self.stored, _HELD) + room,
+                100 * _HELD,
             )
 
     def batch(self, position: int, num_sequences: int) -> PackedBatch:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -22,10 +22,10 @@ from finemoe.core.logs import logger, progress
 from finemoe.data.cache import DamagedError, open_or_build
 from finemoe.data.config import DataConfig
 from finemoe.data.conversations.encode import Item, asked_in, encode_items
-from finemoe.data.conversations.forms import Kind
+from finemoe.data.conversations.forms import NO_FORM, Kind, known_forms
 from finemoe.data.conversations.store import FORMAT_VERSION, Stored, Writing
 from finemoe.data.corpora import Side, SplitDocument, read_corpus
-from finemoe.data.documents.document import SkipReport
+from finemoe.data.documents.document import Skipped, SkipReport
 from finemoe.text.chat import ChatTemplate
 from finemoe.text.tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ def _open(folder: Path) -> tuple[Any, ...]:
 
 
 def _build(folder: Path, config: DataConfig, want: Kind, tokenizer: Tokenizer, template: ChatTemplate) -> None:
-    skips, forms = SkipReport(), Counter[str]()
+    skips, unusable, forms = SkipReport(), SkipReport(quiet=True), Counter[str]()
     writing: dict[Side, Writing] = {side: Writing() for side in SIDES}
     counts: dict[str, Counter[str]] = {side: Counter() for side in SIDES}
     with progress("reading conversations", None, "conversations") as advance:
@@ -101,7 +101,7 @@ def _build(folder: Path, config: DataConfig, want: Kind, tokenizer: Tokenizer, t
             for item, found in zip(items, encode_items(texts, want, tokenizer, template), strict=True):
                 if not isinstance(found, Item):
                     skips.kept -= 1
-                    skips.skip(item.document.name, str(found))
+                    unusable.skip(item.document.name, str(found))
                     continue
                 forms[found.said.form] += 1
                 margin = found.said.pair.margin if found.said.pair is not None else None
@@ -112,7 +112,12 @@ def _build(folder: Path, config: DataConfig, want: Kind, tokenizer: Tokenizer, t
             advance(len(items))
             if not forms:
                 break  # not one of so many can be used: the others are no better
+    skips.num_skipped += unusable.num_skipped
+    skips.skipped += unusable.skipped
     _require(skips, forms, counts, config, want)
+    if unusable.num_skipped:
+        left = "1 record" if unusable.num_skipped == 1 else f"{unusable.num_skipped:,} records"
+        logger.warning("%s left out, of %s: %s", left, f"{sum(forms.values()):,}", reasons(unusable.skipped))
     for side in SIDES:
         (folder / side).mkdir()
         writing[side].close(folder / side)
@@ -146,22 +151,31 @@ def _require(
 ) -> None:
     """Refuse what cannot be trained on."""
     seen = skips.kept + skips.num_skipped + skips.duplicates
-    first = "; ".join(f"{one.name}: {one.reason}" for one in skips.skipped[:2])
+    first = reasons(skips.skipped)
+    known = f". {known_forms()}" if NO_FORM in first else ""
     if not forms:
         if not seen:
             raise DataError(f"corpus of kind `{config.corpus.kind}` holds no records: check its paths")
         which = "no record" if seen < _CHUNK else f"none of the first {seen} records"
-        raise DataError(f"{which} can be used as a {want}: {first}")
+        raise DataError(f"{which} can be used as a {want}: {first}{known}")
     if skips.num_skipped > config.max_skipped_share * seen:
         raise DataError(
             f"{skips.num_skipped} of {seen} records cannot be used as a {want} ({first}): mend or remove them, or "
-            f"raise `max_skipped_share` from {config.max_skipped_share:g}"
+            f"raise `max_skipped_share` from {config.max_skipped_share:g}{known}"
         )
     for side in SIDES:
         if not counts[side]["items"]:
             share = f"raise `data.validation_share` from {config.validation_share:g}"
             fix = f"add more, {share}, or name `validation_paths`" if side == "validation" else "add more"
             raise DataError(f"none of the {sum(forms.values())} records is on the {side} side of the split: {fix}")
+
+
+def reasons(skipped: Sequence[Skipped]) -> str:
+    """Why records were skipped: the first two reasons that differ, each with the first record of it."""
+    first: dict[str, str] = {}
+    for one in skipped:
+        first.setdefault(one.reason, one.name)
+    return "; ".join(f"{name}: {reason}" for reason, name in list(first.items())[:2])
 
 
 def overlap(prepared: PreparedConversations) -> int:

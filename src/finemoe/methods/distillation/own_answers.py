@@ -84,7 +84,7 @@ class Questions:
             Packer(stored, fit(stored, length - room, "drop"), length - room, seed, together=False)
             for stored in prepared.sides.values()
         )
-        train.require(setting.sequences_per_step)
+        train.require(setting.sequences_per_step, room)
         if not len(validation.fitted.items):
             raise DataError(
                 f"all {len(validation.stored)} prompts held out are longer than the {length - room} tokens that "

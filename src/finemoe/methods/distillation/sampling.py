@@ -23,9 +23,10 @@ from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.logs import logger, progress
 from finemoe.data.conversations.encode import Item, encode_items
-from finemoe.data.conversations.forms import Message, Said
+from finemoe.data.conversations.forms import NO_FORM, Message, Said, known_forms
+from finemoe.data.conversations.prepare import reasons
 from finemoe.data.corpora import FilesCorpus
-from finemoe.data.documents.document import SkipReport
+from finemoe.data.documents.document import Skipped, SkipReport
 from finemoe.generation.config import SamplingConfig
 from finemoe.generation.engine import Engine, Request, engine_for
 from finemoe.generation.sequence import Sequence as Completed
@@ -175,11 +176,15 @@ def read_prompts(paths: Sequence[str], opened: LanguageModel, n: int) -> tuple[l
         asked.append(Asked(document.name, messages, tools, ids, references, n * seen[ids]))
         seen[ids] += 1
     skipped |= {one.name: one.reason for one in report.skipped}
+    why = reasons([Skipped(name, reason) for name, reason in skipped.items()])
     if not asked:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:2])
-        raise DataError(f"{', '.join(paths)}: no record holds a prompt" + (f" ({why})" if why else ""))
+        known = f". {known_forms()}" if NO_FORM in why else ""
+        raise DataError(f"{', '.join(paths)}: no record holds a prompt" + (f" ({why}){known}" if why else ""))
     if skipped:
-        logger.warning("%d records hold no prompt and are left out; %s: %s", len(skipped), *next(iter(skipped.items())))
+        left = (
+            "1 record holds no prompt and is" if len(skipped) == 1 else f"{len(skipped)} records hold no prompt and are"
+        )
+        logger.warning("%s left out; %s", left, why)
     return asked, skipped
 
 

@@ -38,6 +38,8 @@ from finemoe.training.report import StepReport
 from finemoe.training.trainer import Trainer
 
 STEPS = 10
+SECONDS = 60.0
+"""Of steps that are measured: no more are begun after it, but for a second one."""
 _WARM_UP = 2  # steps at the beginning that are slower than the rest, and do not count
 
 Recipe = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
@@ -113,7 +115,8 @@ class Check:
         times = f", {self.passes:.2g} times the text" if self.passes is not None else ""
         yield "Training", f"{count(self.tokens)} tokens in {self.steps:,} steps{times}"
         if self.tokens_per_second is not None:
-            yield "Speed", f"{count(self.tokens_per_second)} tokens/s, measured over {self.steps_measured} steps"
+            over = "1 step" if self.steps_measured == 1 else f"{self.steps_measured} steps"
+            yield "Speed", f"{count(self.tokens_per_second)} tokens/s, measured over {over}"
         if self.losses:
             yield "", f"loss {self.losses[0]:.3f} at first, {self.losses[-1]:.3f} in the last of them"
         if self.seconds is not None and self.validation_seconds is not None:
@@ -143,6 +146,7 @@ def check(
     overrides: Sequence[str] = (),
     quiet: bool = False,
     steps: int = STEPS,
+    seconds: float = SECONDS,
 ) -> Check:
     """Read everything that a run would, measure a few of its steps on its data, and say what it takes.
 
@@ -154,8 +158,10 @@ def check(
         overrides: `a.b=c`, for a path or a mapping.
         quiet: show no progress.
         steps: how many to measure.
+        seconds: fewer steps are measured where they take longer: two, or one that takes longer itself.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C, at once: there is nothing to save.
         ConfigError: the recipe itself is no configuration of a run; all else that is wrong is in `refused`.
     """
     if isinstance(recipe, RunConfig):
@@ -178,7 +184,7 @@ def check(
     if method is not None:
         found.add(**_of_data(method), notes=method.notes)
         if fits:
-            found.attempt(lambda: found.add(**_measured(config, method, steps, quiet)))
+            found.attempt(lambda: found.add(**_measured(config, method, steps, seconds, quiet)))
     return found.check(free)
 
 
@@ -256,12 +262,11 @@ def _of_data(method: Method[Any]) -> dict[str, Any]:
     }
 
 
-def _measured(config: RunConfig, method: Method[Any], steps: int, quiet: bool) -> dict[str, Any]:
+def _measured(config: RunConfig, method: Method[Any], steps: int, seconds: float, quiet: bool) -> dict[str, Any]:
     """Speed, memory and first losses of the run's own beginning; this process's random state and threads stay.
 
     Raises:
         TrainingError: a loss is not finite.
-        KeyboardInterrupt: a signal asked to stop.
     """
     steps = min(steps, config.training.total_steps)
     with _undisturbed():
@@ -270,47 +275,56 @@ def _measured(config: RunConfig, method: Method[Any], steps: int, quiet: bool) -
         trainer, reason = first_trainer(config, method)
         with _shown("measuring", steps, quiet) as advance:
             pace = _Pace(advance)
-            trainer.observers = (pace,)
-            if not trainer.run(until=steps):
-                raise KeyboardInterrupt
+            trainer.model.train()
+            # not `run`, which ends behind a whole step when a signal comes, so that it can be saved
+            while len(pace.seconds) < steps and not pace.is_enough(seconds):
+                pace.note(trainer.step(trainer.micro_batches()))
         started = time.perf_counter()
         trainer.measure()
         validation = time.perf_counter() - started
         on_cuda = trainer.plan.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if on_cuda else memory.peak_bytes()
         return {
-            "steps_measured": steps,
+            "steps_measured": len(pace.seconds),
             "losses": tuple(pace.losses),
             "tokens_per_second": config.training.tokens_per_step / pace.seconds_a_step(),
             "validation_seconds": validation,
             "memory_bytes": peak,
             "memory_available_bytes": available,
             "computes": _computes(trainer),
-            "notes": (*_busy(), *((f"kernels by measuring: {reason}",) if reason else ())),
+            "notes": (*pace.caveat(steps), *_busy(), *((f"kernels by measuring: {reason}",) if reason else ())),
         }
 
 
 @dataclass
 class _Pace:
-    """Watches steps: an observer."""
+    """How long steps take."""
 
     advance: Callable[[int], None]
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
-    def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Take note."""
+    def note(self, report: StepReport) -> None:
+        """Count a step that was done."""
         self.seconds.append(report.seconds - sum(self.seconds))
         if report.loss is not None:  # a step may hold nothing to count
             self.losses.append(report.loss)
         self.advance(1)
 
-    def close(self) -> None:
-        """Nothing to release."""
+    def is_enough(self, limit: float) -> bool:
+        """Whether another step would be too long a wait: after the limit, or, of more than two, beyond it."""
+        took = sum(self.seconds)
+        return bool(self.seconds) and (took >= limit or (len(self.seconds) > 1 and took + self.seconds[-1] > limit))
+
+    def caveat(self, wanted: int) -> Iterator[str]:
+        """What the figures rest on, where fewer steps were measured than wanted."""
+        if (done := len(self.seconds)) < wanted:
+            steps = "1 step, which" if done == 1 else f"{done} steps, which"
+            yield f"the time rests on {steps} took {duration(sum(self.seconds))}; {wanted} would have been a long wait"
 
     def seconds_a_step(self) -> float:
-        """The median without the first steps, where there are enough."""
-        return statistics.median(self.seconds[_WARM_UP:] or self.seconds)
+        """The median without the first steps, where there are enough; else the last."""
+        return statistics.median(self.seconds[_WARM_UP:] or self.seconds[-1:])
 
 
 def _busy() -> Iterator[str]:

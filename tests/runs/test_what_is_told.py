@@ -1,0 +1,52 @@
+"""What a run says beside its figures: where it can be gone on with, and what its checkpoints take."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from finemoe.runs import run as run_module
+from finemoe.runs import start as start_module
+from finemoe.runs.run import resume, train
+from runs.tiny_runs import recipe
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_before_the_first_step_says_where_the_run_lies(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "a run"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "cut_metrics", stop)
+        for begin in (lambda: train(recipe(corpus), out=out, quiet=True), lambda: resume(out, quiet=True)):
+            caplog.clear()
+            with pytest.raises(KeyboardInterrupt):
+                begin()
+            assert caplog.messages == [f"the run has begun: `finemoe resume '{out}'` goes on"]
+    assert not resume(out, quiet=True).interrupted
+
+
+def test_an_interrupt_before_there_is_a_folder_promises_none(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(run_module, "kernels_for", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(corpus), out=tmp_path / "run", quiet=True)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("nbytes", [2**30, 5 * 2**29])
+def test_large_checkpoints_are_told_with_the_key_that_keeps_fewer(
+    nbytes: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(start_module, "checkpoint_bytes", lambda config: nbytes)
+    with caplog.at_level(logging.INFO, "finemoe"):
+        train(recipe(corpus, "dense", training={"steps": 1}), out=tmp_path / "run")
+    told = [text for text in caplog.messages if "training.keep_checkpoints = 1" in text]
+    assert len(told) == (nbytes > 2**30)
+    assert all("up to 2.5 GiB on the disk: the last 3 are kept" in text for text in told)
