@@ -121,7 +121,7 @@ def generate(
     cache_size: CacheSize = None,
     as_json: Json = False,
 ) -> None:
-    """Continue prompts, or answer a message, with a trained model.
+    """Continue prompts, or answer a message.
 
     One prompt streams as it is written; several run together, and each gets the text that it
     would get alone. A prompt that spells out control tokens, such as <|im_start|> or <think>,

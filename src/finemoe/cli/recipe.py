@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 recipe = typer.Typer(
     name="recipe",
     no_args_is_help=True,
-    help="Write recipes: every key there is, a first one for your files.",
+    help="Write recipes: every key, a first one for your files.",
     rich_markup_mode=None,
 )
 
