@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +91,29 @@ def test_two_processes_hold_half_each(name: str) -> None:
     for here, routed in run(2, held, LAYOUTS[name]):
         assert here <= 0.52 * whole
         assert routed == experts / 2
+
+
+def resident() -> int:
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line).split()[1])
+
+
+def grown() -> float:
+    """Of memory, between steps 20 and 60 with experts elsewhere and activations computed again."""
+    world = Processes(LAYOUTS["shard 2, experts 2"], CPU)
+    one = trainer(Case(torch.float32, steps=60, recompute=True), world)
+    before = 0
+    for step in range(60):
+        one.step(one.micro_batches())
+        if step == 20:
+            before = resident()
+    return resident() / before - 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account")
+def test_memory_does_not_grow_while_rows_travel() -> None:
+    """Complaint 13: what an all-to-all and recomputation kept for ever."""
+    assert all(share < 0.02 for share in run(2, grown, deadline=120))
 
 
 def held_alone() -> tuple[int, int]:

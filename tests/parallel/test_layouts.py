@@ -30,7 +30,10 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_twenty_steps_are_those_of_one_process(name: str) -> None:
-    """In float64: in float32 one near-tie flips a token, and the sign rule makes a whole step of a bias of it."""
+    """In float64: in float32 one near-tie flips a token, and the sign rule makes a whole step of a bias of it.
+
+    Complaints 10 and 11: balance that grows with stages, a norm without the gradients of others.
+    """
     case = Case(mtp=1 if LAYOUTS[name].context == 1 else 0)
     expected, weights = alone(case)
     results: list[Any] = run(LAYOUTS[name].processes, trained, case, LAYOUTS[name])

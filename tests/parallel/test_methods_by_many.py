@@ -11,7 +11,7 @@ import pytest
 from finemoe.core.config import merge
 from finemoe.core.errors import ConfigError
 from finemoe.parallel.config import Layout
-from finemoe.parallel.processes import ROWS_FIGURE
+from finemoe.parallel.world import ROWS_FIGURE
 from finemoe.runs import run as running
 from finemoe.runs.config import resolve_run
 from finemoe.runs.start import refuse_layout

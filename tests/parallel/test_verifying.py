@@ -35,6 +35,7 @@ def done(loss: float = 2.0, norm: float = 1.0, load: int = 3, weight: float = 0.
     ],
 )
 def test_what_is_more_than_rounding(found: Any, agrees: bool) -> None:
+    """Complaint 8: layouts that compute something else, and a curve that looks fine."""
     check = _compared(Layout(shard=2), found, done())
     assert check.agrees is agrees
     assert json.loads(json.dumps(check.to_dict()))["agrees"] is agrees

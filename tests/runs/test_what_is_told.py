@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from finemoe.parallel.world import ROWS_FIGURE
 from finemoe.runs import run as run_module
 from finemoe.runs import start as start_module
+from finemoe.runs.observers import Warn
 from finemoe.runs.run import resume, train
+from finemoe.training.alerts import Knobs, Watch
+from finemoe.training.report import StepReport
 from runs.tiny_runs import recipe
 
 
@@ -38,6 +42,17 @@ def test_an_interrupt_before_there_is_a_folder_promises_none(
     with pytest.raises(KeyboardInterrupt):
         train(recipe(corpus), out=tmp_path / "run", quiet=True)
     assert caplog.messages == []
+
+
+def test_a_process_that_receives_most_rows_for_long_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Complaint 14: memory runs out, or all wait, and nobody knew that the experts of one process had it all."""
+    warn = Warn(Watch({}, 100, Knobs(0.1, None)), lambda record: None)
+    for step, rows in enumerate([3.0] * 9 + [1.5] + [2.5] * 20, 1):
+        figures = {ROWS_FIGURE: rows}
+        report = StepReport(step, step, 1.0, {}, 1.0, 0.1, 1.0, 1.0, 1.0, {}, 0, figures=figures)
+        warn.after_step(None, report)  # type: ignore[arg-type]  # asks the report alone
+    [told] = caplog.messages
+    assert told.startswith("step 20: for 10 steps the experts of one process have received more than 2 times")
 
 
 @pytest.mark.parametrize("nbytes", [2**30, 5 * 2**29])

@@ -28,11 +28,10 @@ from finemoe.parallel.relay import Relay
 from finemoe.parallel.seat import Seat
 from finemoe.parallel.shard import settle, spread
 from finemoe.parallel.stages import Cut, keep_only
+from finemoe.parallel.world import ROWS_FIGURE
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-
-ROWS_FIGURE = "expert_rows_max_over_mean"
 
 _BEAT = 2.0
 """[seconds] Between two signs of life of a process."""

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from finemoe.model.transformer import Transformer
 from finemoe.parallel.passes import Execute, OneAfterAnother
 
+ROWS_FIGURE = "expert_rows_max_over_mean"
+"""Of the layer where it is worst, the rows of the process that received most over the mean; 1 is even."""
+
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from finemoe.core.files import storage_error, sync
 from finemoe.core.logs import JsonLines, console, logger
+from finemoe.parallel.world import ROWS_FIGURE
 from finemoe.runs.trackers import Tracker
 from finemoe.training.alerts import RECOVERED_WORD, Watch
 from finemoe.training.method import Measured
@@ -103,12 +104,19 @@ class Log:
 _SHOWN_ALERTS = 3  # of one step: a deep model may collapse in every layer at once
 
 
+_MOST_ROWS = 2.0
+"""Of the process that received most over the mean, from where on all others wait more than they compute."""
+_LONG = 10  # steps in a row
+
+
 @dataclass
 class Warn:
     """Say when a router stops using its experts, in the log for people and as a record of its own."""
 
     watch: Watch
     emit: Callable[[Record], None]
+    _uneven: int = 0
+    """Steps in a row in which one process received far more rows than the others."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Look at the loads of the step."""
@@ -120,6 +128,17 @@ class Warn:
             say("step %d: %s", report.step, alert.message)
         if more := alerts[_SHOWN_ALERTS:]:
             logger.warning("and %d more layers: see the records of kind alert in metrics.jsonl", len(more))
+        rows = report.figures.get(ROWS_FIGURE, 0.0)
+        self._uneven = self._uneven + 1 if rows > _MOST_ROWS else 0
+        if self._uneven == _LONG:
+            logger.warning(
+                "step %d: for %d steps the experts of one process have received more than %g times the mean of rows "
+                "(%.1f now), and the other processes wait for it: balance the router, or lower parallel.expert",
+                report.step,
+                _LONG,
+                _MOST_ROWS,
+                rows,
+            )
 
     def close(self) -> None:
         """Nothing to release."""
@@ -182,4 +201,5 @@ def _long(report: StepReport, validation: Measured | None) -> str:
 
 def _vio(report: StepReport) -> str:
     violations = report.max_vio().values()
-    return f" MaxVio {sum(violations) / len(violations):.2f}" if violations else ""
+    rows = f" rows {report.figures[ROWS_FIGURE]:.2f}" if ROWS_FIGURE in report.figures else ""
+    return f" MaxVio {sum(violations) / len(violations):.2f}{rows}" if violations else rows
