@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from finemoe.model.config import ModelConfig, expand
 from finemoe.model.presets import resolve
 from finemoe.parallel.planner.devices import Precision
 from finemoe.parallel.planner.schedules import Schedule
+
+Stack = Literal["tuned", "torch"]
+"""What a run's software is: kernels made for the device (Megatron, DeepSeek's own), or PyTorch's (torchtitan)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Point:
     rate: float
     """[tokens/s] A device, as published."""
     schedule: Schedule = "interleaved"
-    note: str = ""
+    stack: Stack = "tuned"
+    source: str = ""
 
 
 _V3 = "DeepSeek-V3 report, 2412.19437: 180K H800-hours a trillion tokens, 2.664M for 14.8T"
@@ -108,7 +112,8 @@ def _point(row: _Row) -> Point:
     named = f"{model} on {devices} {device.upper()}, {precision.upper()}"
     return Point(
         f"{named} ({note})" if note[0].isdigit() else named, model, device, devices, precision, tensor, pipeline,
-        virtual, expert, context, sequences, micro, length, rate, schedule, released,
+        virtual, expert, context, sequences, micro, length, rate, schedule, "torch" if "torchtitan" in note else "tuned",
+        released,
     )  # fmt: skip
 
 

@@ -178,14 +178,15 @@ def _zbv(rank: int, ranks: int, count: int) -> Order:
     made = max(count, 2 * ranks - 1)
     near, far = rank, 2 * ranks - 1 - rank
     order: Order = []
-    done = dict.fromkeys(((kind, stage) for kind in "FIW" for stage in (near, far)), 0)
+    kinds: tuple[Kind, ...] = ("F", "I", "W")
+    done = {(kind, stage): 0 for kind in kinds for stage in (near, far)}
 
-    def add(*steps: tuple[Kind, int]) -> None:
-        for kind, stage in steps:
+    def add(*steps: tuple[Kind, int], times: int = 1) -> None:
+        for kind, stage in steps * times:
             order.append((Work(kind, stage, done[kind, stage]),))
             done[kind, stage] += 1
 
-    add(*[("F", near)] * (2 * (ranks - rank) - 1))
+    add(("F", near), times=2 * (ranks - rank) - 1)
     for _ in range(rank):
         add(("F", far), ("F", near))
     for _ in range(ranks - rank):
@@ -198,7 +199,8 @@ def _zbv(rank: int, ranks: int, count: int) -> Order:
         add(("I", near), ("I", far))
     for _ in range(ranks - rank):
         add(("I", near), ("W", near))
-    add(*[("W", far)] * (done["I", far] - done["W", far]), *[("W", near)] * (done["I", near] - done["W", near]))
+    add(("W", far), times=done["I", far] - done["W", far])
+    add(("W", near), times=done["I", near] - done["W", near])
     return [(work,) for (work,) in order if work.micro_batch < count]
 
 

@@ -162,7 +162,7 @@ def _needs(work: Work, stages: int) -> list[tuple[Work, ...]]:
         return [(Work("F", stage - 1, number, chain),)] if stage else []
     if work.kind == "W":
         return [(Work("I", stage, number, chain),)]
-    needs = [(Work("F", stage, number, chain),)]
+    needs: list[tuple[Work, ...]] = [(Work("F", stage, number, chain),)]
     if stage < stages - 1:
         needs.append((Work("B", stage + 1, number, chain), Work("I", stage + 1, number, chain)))
     return needs
