@@ -14,6 +14,7 @@ from finemoe.core.config import did_you_mean
 from finemoe.core.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp8"]
+Family = Literal["ampere", "hopper", "blackwell", "here"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Device:
     """[bytes/s] One way, a device."""
     network: float
     """[bytes/s] One way, a device."""
-    family: Literal["ampere", "hopper", "blackwell", "here"]
-    """Whose published times a plan's interval comes from."""
+    family: Family
+    """Whose published times a plan's constants and interval come from."""
     source: str
 
     def flops(self, precision: Precision) -> float:
@@ -57,8 +58,11 @@ def _hopper(name: str, memory: int, bandwidth: float, link: float, source: str) 
     return Device(name, peak, memory, bandwidth, 8, link, 50e9, "hopper", source)
 
 
-def _blackwell(name: str, bf16: float, memory: int, domain: int, network: float, source: str) -> Device:
-    peak: Mapping[Precision, float] = {"fp32": 80e12, "bf16": bf16, "fp8": 2 * bf16}
+def _blackwell(name: str, watts: int, memory: int, domain: int, network: float, source: str) -> Device:
+    # One and the same chip, held back by its power: GB300's sheet prints no more dense FLOP/s than GB200's, and its
+    # runs are faster by the ratio of their watts. So FLOP/s are GB200's, as printed, in proportion to power.
+    bf16 = 2500e12 * watts / 1200
+    peak: Mapping[Precision, float] = {"fp32": bf16 / 31, "bf16": bf16, "fp8": 2 * bf16}
     return Device(name, peak, memory, 8e12, domain, 900e9, network, "blackwell", source)
 
 
@@ -76,10 +80,10 @@ DEVICES: Mapping[str, Device] = {
             "as H100, with NVLink cut to 400 GB/s both ways; DeepSeek-V3 (2412.19437) 3.1: 8 a node, 400 Gb/s InfiniBand",
         ),
         _hopper("h200", 139 * _GIB, 4.8e12, 450e9, "NVIDIA H200 SXM data sheet; DGX H200"),
-        _blackwell("b200", 2250e12, 178 * _GIB, 8, 50e9, "NVIDIA DGX B200 data sheet; 178 GiB as torch reports them"),
-        _blackwell("b300", 2250e12, 267 * _GIB, 8, 100e9, "NVIDIA DGX B300 data sheet"),
-        _blackwell("gb200", 2500e12, 184 * _GIB, 72, 50e9, "NVIDIA GB200 NVL72 data sheet"),
-        _blackwell("gb300", 2500e12, 276 * _GIB, 72, 100e9, "NVIDIA GB300 NVL72 data sheet"),
+        _blackwell("b200", 1000, 178 * _GIB, 8, 50e9, "NVIDIA DGX B200 data sheet; 178 GiB as torch reports them"),
+        _blackwell("b300", 1100, 267 * _GIB, 8, 100e9, "NVIDIA DGX B300 data sheet"),
+        _blackwell("gb200", 1200, 172 * _GIB, 72, 50e9, "NVIDIA GB200 NVL72 data sheet"),
+        _blackwell("gb300", 1400, 259 * _GIB, 72, 100e9, "NVIDIA GB300 NVL72 data sheet"),
     )
 }  # fmt: skip
 """By name. `here` is not among them: what this machine can do is measured, and handed in."""

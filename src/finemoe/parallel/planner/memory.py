@@ -67,7 +67,9 @@ def memory_of_ranks(config: ModelConfig, setup: Setup, max_vio: float = 0.0, bes
     Raises:
         ConfigError: a pipeline of more pieces than blocks.
     """
-    return [_memory(config, setup, rank, held, max_vio, beside) for rank, held in enumerate(pieces_of_ranks(config, setup))]
+    return [
+        _memory(config, setup, rank, held, max_vio, beside) for rank, held in enumerate(pieces_of_ranks(config, setup))
+    ]
 
 
 def peak_memory(config: ModelConfig, setup: Setup, max_vio: float = 0.0, beside: int = BESIDE) -> Memory:
@@ -82,7 +84,9 @@ def state_bytes(setup: Setup, parameters: Parameters) -> tuple[int, int, int]:
     return 4 * mine, 4 * mine, setup.state_bytes * mine
 
 
-def _memory(config: ModelConfig, setup: Setup, rank: int, held: tuple[Piece, ...], max_vio: float, beside: int) -> Memory:
+def _memory(
+    config: ModelConfig, setup: Setup, rank: int, held: tuple[Piece, ...], max_vio: float, beside: int
+) -> Memory:
     parameters = parameters_of(config, held)
     weights, gradients, moments = state_bytes(setup, parameters)
     width = 4 if setup.precision == "fp32" else 2
@@ -151,9 +155,17 @@ def kept_elements(block: BlockConfig, hidden: int, max_vio: float = 0.0) -> int:
     if not isinstance(layer, MoEConfig):
         return int(4 * hidden + attending + 4 * layer.ffn_hidden_size)
     width = layer.expert_hidden_size
-    routed = layer.experts_per_token * (4 * width + 2 * hidden) * (1 + max_vio)
+    routed = copied_elements(block, hidden) * (1 + max_vio)
     shared = 4 * width * layer.num_shared_experts + (hidden if layer.num_shared_experts else 0)
     return int(4 * hidden + attending + routed + shared + 3 * layer.num_routed_experts)
+
+
+def copied_elements(block: BlockConfig, hidden: int) -> int:
+    """Those of them that a token's copies for routed experts leave."""
+    layer = block.feed_forward
+    if not isinstance(layer, MoEConfig):
+        return 0
+    return int(layer.experts_per_token * (4 * layer.expert_hidden_size + 2 * hidden))
 
 
 def _exchange(config: ModelConfig, setup: Setup, held: tuple[Piece, ...], max_vio: float) -> int:

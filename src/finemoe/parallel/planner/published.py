@@ -45,6 +45,8 @@ class Point:
     """[tokens/s] A device, as published."""
     schedule: Schedule = "interleaved"
     stack: Stack = "tuned"
+    once_a_node: bool = True
+    graphs: bool = False
     source: str = ""
 
 
@@ -104,16 +106,33 @@ _MORE: tuple[_Row, ...] = (
 
 
 def _point(row: _Row) -> Point:
-    model, device, note, devices, precision, tensor, pipeline, virtual, expert, context, sequences, micro, length, rate = row
+    (
+        model,
+        device,
+        note,
+        devices,
+        precision,
+        tensor,
+        pipeline,
+        virtual,
+        expert,
+        context,
+        sequences,
+        micro,
+        length,
+        rate,
+    ) = row
     schedule: Schedule = "1f1b" if virtual == 1 else "interleaved"
     if device == "h800":
         schedule = "dualpipe" if model == "deepseek-v3" else "zb1p"
     released = f"Megatron-Bridge {note}" if note[0].isdigit() else note
     named = f"{model} on {devices} {device.upper()}, {precision.upper()}"
+    # As in scripts/performance/configs there: recorded launches on Grace systems, and rows once a node but for these.
+    plain = model.startswith("qwen") and (device == "h100" or (device in ("b200", "b300") and "235b" in model))
     return Point(
         f"{named} ({note})" if note[0].isdigit() else named, model, device, devices, precision, tensor, pipeline,
         virtual, expert, context, sequences, micro, length, rate, schedule, "torch" if "torchtitan" in note else "tuned",
-        released,
+        not plain, device in ("gb200", "gb300"), released,
     )  # fmt: skip
 
 

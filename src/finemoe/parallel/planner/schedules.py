@@ -58,7 +58,9 @@ def orders(schedule: Schedule, ranks: int, micro_batches: int, virtual: int = 1)
     if schedule == "zbv":
         return [_zbv(rank, ranks, micro_batches) for rank in range(ranks)]
     if schedule == "dualpipev":
-        return [_dual(_Chunks((0, rank), (0, 2 * ranks - 1 - rank)), rank, ranks, micro_batches) for rank in range(ranks)]
+        return [
+            _dual(_Chunks((0, rank), (0, 2 * ranks - 1 - rank)), rank, ranks, micro_batches) for rank in range(ranks)
+        ]
     made = []
     for rank in range(ranks):
         near = min(rank, ranks - 1 - rank)  # both halves of the ranks do the same, with the two ends exchanged

@@ -46,6 +46,10 @@ class Setup:
     """How often gradients are summed over processes: after each micro-batch, or kept whole until the step's end."""
     state_bytes: int = 8
     """[bytes] Of the optimizer, a parameter: two moments in float32."""
+    once_a_node: bool = False
+    """A row crosses the network once for all its experts on a node (DeepEP and its kind). finemoe sends every copy."""
+    graphs: bool = False
+    """The host replays recorded launches (CUDA graphs), and computing never waits for it. finemoe does not."""
 
     def __post_init__(self) -> None:
         if self.sequences % (self.data * self.micro_batch):

@@ -1,4 +1,4 @@
-"""How long a step takes: eight constants between what a device could do and what runs reach.
+"""How long a step takes: nine constants between what a device could do and what runs reach.
 
 Six say how far from its peaks a device stays (products by precision, routed experts, attention, passes over what is
 kept, collectives that computing does not hide), one how long a layer with experts keeps the host, one what plain PyTorch costs beside tuned kernels. They are fitted on
@@ -14,14 +14,16 @@ from finemoe.model.config import BlockConfig, ModelConfig
 from finemoe.parallel.planner.bubbles import bubble, chunks_of
 from finemoe.parallel.planner.devices import Device
 from finemoe.parallel.planner.flops import Flops, block_flops, head_flops, module_flops
-from finemoe.parallel.planner.memory import kept_elements
+from finemoe.parallel.planner.memory import copied_elements, kept_elements
 from finemoe.parallel.planner.setup import Piece, Setup, parameters_of, pieces_of_ranks
 from finemoe.parallel.planner.timeline import Costs
-from finemoe.parallel.planner.traffic import Collective, collectives, moe_layers, over_network
+from finemoe.parallel.planner.traffic import SHARED_PRODUCTS, Collective, collectives, moe_layers, over_network
 
 HIDDEN_BY_DUAL = 0.96
 """Of communication, by computing, in DeepSeek's published profile of DualPipe (profile-data, train.json)."""
-_STATE_TRAFFIC = 20  # bytes a parameter that an update reads and writes beside the state itself: w, g, m, v in; w, m, v out
+_STATE_TRAFFIC = (
+    20  # bytes a parameter that an update reads and writes beside the state itself: w, g, m, v in; w, m, v out
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Constants:
     """Of the bf16 peak, that attention reaches."""
     passes: float
     """How often what a token leaves for its backward goes through memory."""
+    casts: float
+    """How often more, in FP8, that of routed copies does: it is made small expert by expert, in rows and in columns."""
     exposed: float
     """Of the time of collectives, that computing does not hide."""
     host: float
@@ -45,11 +49,17 @@ class Constants:
     torch: float
     """How many times as long computing takes with PyTorch's kernels as with those made for the device."""
 
-
     def with_torch(self) -> Constants:
         """Those of a run with PyTorch's kernels."""
         slower = {name: getattr(self, name) / self.torch for name in ("bf16", "fp8", "scores")}
-        return replace(self, **slower, passes=self.passes * self.torch, host=self.host * self.torch, torch=1.0)
+        return replace(
+            self,
+            **slower,
+            passes=self.passes * self.torch,
+            casts=self.casts * self.torch,
+            host=self.host * self.torch,
+            torch=1.0,
+        )
 
 
 @dataclass(frozen=True)
@@ -171,11 +181,13 @@ def _busy(
     products = tokens * (again * flops.products / fast + flops.head / plain)
     experts = tokens * again * flops.experts / (fast * constants.experts) * (1 + max_vio)
     scores = tokens * again * flops.scores / (constants.scores * device.flops(low))  # type: ignore[arg-type]
-    memory = tokens * constants.passes * kept * width / device.bandwidth
+    copied = sum(copied_elements(block, config.hidden_size) for block in _own(config, held))
+    passed = constants.passes * kept + (constants.casts * copied if setup.precision == "fp8" else 0.0)
+    memory = tokens * passed * width / device.bandwidth
     computing = products + experts + scores + memory
     # Two pieces of a DualPipe are worked on by half of the micro-batches each.
     half = 0.5 if setup.schedule == "dualpipe" and setup.pipeline > 1 else 1.0
-    host = constants.host * len(moe_layers(config, held))
+    host = 0.0 if setup.graphs else constants.host * len(moe_layers(config, held))
     found = collectives(config, setup, held)
     exchange = _exchanged(config, setup, device, constants, held, found, computing)
     return _Busy(half * products, half * experts, half * scores, half * memory, half * host, exchange)
@@ -193,8 +205,8 @@ def _exchanged(
     """[s] Of a micro-batch's collectives, that computing does not hide."""
     many = setup.micro_batches
     exposed = constants.exposed
-    if setup.schedule in ("dualpipe", "dualpipev") and setup.pipeline > 1:
-        exposed = 1 - HIDDEN_BY_DUAL
+    if setup.schedule in ("dualpipe", "dualpipev") and setup.pipeline > 1 and setup.once_a_node:
+        exposed = 1 - HIDDEN_BY_DUAL  # by kernels of its own; PyTorch's DualPipeV runs the two one after the other
     raw = gathering = 0.0
     layers = moe_layers(config, held)
     half = 0.5 if setup.schedule == "dualpipe" and setup.pipeline > 1 else 1.0
@@ -203,11 +215,11 @@ def _exchanged(
             continue  # once a step
         each = one.times / many * one.size
         if one.name.startswith(("dispatch", "combine")):
-            across = sum(over_network(layer, setup.expert, device.domain) for layer in layers) / len(layers)
-            raw += half * each * max(across / device.network, (1 - across) / device.link if across < 1 else 0.0)
+            across = sum(over_network(layer, setup, device.domain) for layer in layers) / len(layers)
+            raw += half * each * max(across / device.network, max(0.0, 1 - across) / device.link)
         elif one.name.startswith(("gather weights", "gather embedding", "sum gradients")) and "keys" not in one.name:
             gathering += each / device.between(one.spread or one.group)
-        else:
+        elif one.name != SHARED_PRODUCTS:  # those go beside the products that they are of (Megatron's tp_comm_overlap)
             raw += half * each / device.between(one.spread or one.group)
     return exposed * raw + max(exposed * gathering, gathering - computing)
 

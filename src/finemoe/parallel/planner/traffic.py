@@ -20,6 +20,8 @@ from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.moe.routers.select import GroupsConfig
 from finemoe.parallel.planner.setup import Parameters, Piece, Setup, parameters_of
 
+SHARED_PRODUCTS = "states of shared products"
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -115,21 +117,23 @@ def _experts(config: ModelConfig, setup: Setup, held: tuple[Piece, ...]) -> list
     ]
 
 
-def over_network(layer: MoEConfig, expert: int, domain: int) -> float:
-    """Of the copies that leave a process, the share that crosses the network, where a node takes one for all its own.
+def over_network(layer: MoEConfig, setup: Setup, domain: int) -> float:
+    """Rows that cross the network for each copy that leaves a process.
 
-    Copies spread over nodes of `domain` devices; a group-limited router reaches so many of them at most. A row crosses
-    to a node once and is passed on there (V3 section 3.2.2).
+    Copies spread over nodes of `domain` devices. Where a row crosses to a node once and is passed on there (V3 section
+    3.2.2), a token needs as many as nodes that it reaches, which a group-limited router bounds.
     """
-    nodes = -(-expert // domain)
+    nodes, k = -(-setup.expert // domain), layer.experts_per_token
     if nodes == 1:
         return 0.0
-    k = layer.experts_per_token
+    leaving = k * _share(setup.expert)
+    if not setup.once_a_node:
+        return k * _share(nodes) / leaving
     reached = nodes * (1 - (1 - 1 / nodes) ** k)
     router = layer.router
     if isinstance(router, GroupsConfig) and router.num_groups == nodes:
         reached = min(reached, float(router.groups_per_token))
-    return reached * (1 - 1 / nodes) / (k * _share(expert))
+    return reached * _share(nodes) / leaving
 
 
 def _sends(config: ModelConfig, setup: Setup, held: tuple[Piece, ...]) -> list[Collective]:
@@ -179,7 +183,7 @@ def _products(config: ModelConfig, setup: Setup, held: tuple[Piece, ...]) -> lis
     width = 4 if setup.precision == "fp32" else 2
     layers = sum(len(piece.blocks) for piece in held) + len(config.mtp) * any(piece.last for piece in held)
     size = layers * setup.tokens * config.hidden_size * width * _share(setup.tensor)
-    return [Collective("states of shared products", setup.tensor, (8 + 4 * setup.recompute) * setup.micro_batches, size)]
+    return [Collective(SHARED_PRODUCTS, setup.tensor, (8 + 4 * setup.recompute) * setup.micro_batches, size)]
 
 
 def rows_leaving(counts: Sequence[Sequence[int]], expert: int) -> list[int]:
