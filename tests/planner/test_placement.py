@@ -21,7 +21,7 @@ SLOTS = (
 )
 
 
-@pytest.mark.parametrize(("load", "slots"), zip(LOADS, SLOTS, strict=True))
+@pytest.mark.parametrize(("load", "slots"), list(zip(LOADS, SLOTS, strict=True)))
 def test_the_published_example(load: list[float], slots: tuple[int, ...]) -> None:
     made = place(load, 8, redundant=4, groups=4, nodes=2)
     assert made.slots == slots

@@ -1,9 +1,9 @@
 """What a pipeline's schedule costs in closed form: time that ranks wait, and chunks of activations that they hold.
 
-Formulas of 1F1B, ZB1P and DualPipe(V) as in DeepSeek-V3's Table 2, of interleaving as in Narayanan et al. (2104.04473);
-that of ZBV we found on the simulated schedule. `timeline.simulate` is the judge of all of them. DualPipe's supposes that
-a backward's part for the input takes as long as a forward, ZBV's that it takes longest of the three; elsewhere the
-simulated schedule differs, and a plan takes that.
+Formulas of 1F1B, ZB1P and DualPipe(V) as in DeepSeek-V3's Table 2, of interleaving as in Narayanan et al.
+(2104.04473); that of ZBV we found on the simulated schedule. `timeline.simulate` is the judge of all of them.
+DualPipe's supposes that a backward's part for the input takes as long as a forward, ZBV's that it takes longest of the
+three; elsewhere the simulated schedule differs a little.
 """
 
 from __future__ import annotations

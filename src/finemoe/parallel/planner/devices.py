@@ -77,7 +77,7 @@ DEVICES: Mapping[str, Device] = {
         _hopper("h100", 79 * _GIB, 3.35e12, 450e9, "NVIDIA H100 SXM data sheet; DGX H100: one 400 Gb/s card a device"),
         _hopper(
             "h800", 79 * _GIB, 3.35e12, 200e9,
-            "as H100, with NVLink cut to 400 GB/s both ways; DeepSeek-V3 (2412.19437) 3.1: 8 a node, 400 Gb/s InfiniBand",
+            "as H100, with NVLink cut to 400 GB/s both ways; DeepSeek-V3 (2412.19437) 3.1: 8 a node, InfiniBand",
         ),
         _hopper("h200", 139 * _GIB, 4.8e12, 450e9, "NVIDIA H200 SXM data sheet; DGX H200"),
         _blackwell("b200", 1000, 178 * _GIB, 8, 50e9, "NVIDIA DGX B200 data sheet; 178 GiB as torch reports them"),

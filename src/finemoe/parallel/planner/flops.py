@@ -1,8 +1,8 @@
 """Training FLOPs of a token, by what they are spent on, in the convention of published throughputs.
 
-Six for each active weight of a product, three times those of a forward's scores, and of the scores only the causal half:
-this reproduces NVIDIA's TFLOP/s over its tokens/s (`published.FLOPS`). `model.size` counts scores without that saving,
-as DeepSeek's tables do. Norms, biases, routers and the embedding's look-up are left out of both.
+Six for each active weight of a product, three times those of a forward's scores, and of the scores only the causal
+half: this reproduces NVIDIA's TFLOP/s over its tokens/s (`published.FLOPS`). `model.size` counts scores without that
+saving, as DeepSeek's tables do. Norms, biases, routers and the embedding's look-up are left out of both.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ stays within few nodes; global: everything as if on one node.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +125,7 @@ def pack(weights: Sequence[float], bins: int) -> list[list[int]]:
 def in_order(load: Sequence[float], devices: int) -> float:
     """Imbalance of experts that lie in their order, as near to equally many a device as can be: without a plan."""
     bounds = [round(i * len(load) / devices) for i in range(devices + 1)]
-    return _imbalance([sum(load[low:high]) for low, high in zip(bounds, bounds[1:], strict=False)])
+    return _imbalance([sum(load[low:high]) for low, high in itertools.pairwise(bounds)])
 
 
 def _imbalance(loads: Sequence[float]) -> float:
@@ -148,7 +149,7 @@ def place_layers(
     Raises:
         ConfigError: as `place`; with the layer.
     """
-    layers = {}
+    layers: dict[str, dict[str, Any]] = {}
     for number, load in loads.items():
         try:
             made = place(load, devices, redundant=redundant, groups=groups, nodes=nodes)

@@ -3,8 +3,8 @@
 NVIDIA's are of Megatron-Bridge, docs/performance-summary-archive.md at 0a25f91, releases 25.09, 25.11 and 26.02. Their
 routing is forced to balance; runs that drop tokens are left out. Who fits and who judges follows from the order of
 POINTS alone, every second one each, drawn up before anything was fitted. BESIDE are more rows of the same archive, of
-no part in the fit. Two published figures tell no layout and can be neither: DeepSeek 67B at 300.6K H800-hours a trillion
-tokens (V2 report), and V3 on B200 at 651 to 918 tokens a second (pytorch.org, March 2026).
+no part in the fit. Two published figures tell no layout and can be neither: DeepSeek 67B at 300.6K H800-hours a
+trillion tokens (V2 report), and V3 on B200 at 651 to 918 tokens a second (pytorch.org, March 2026).
 """
 
 from __future__ import annotations
@@ -129,10 +129,11 @@ def _point(row: _Row) -> Point:
     named = f"{model} on {devices} {device.upper()}, {precision.upper()}"
     # As in scripts/performance/configs there: recorded launches on Grace systems, and rows once a node but for these.
     plain = model.startswith("qwen") and (device == "h100" or (device in ("b200", "b300") and "235b" in model))
+    stack: Stack = "torch" if "torchtitan" in note else "tuned"
     return Point(
         f"{named} ({note})" if note[0].isdigit() else named, model, device, devices, precision, tensor, pipeline,
-        virtual, expert, context, sequences, micro, length, rate, schedule, "torch" if "torchtitan" in note else "tuned",
-        not plain, device in ("gb200", "gb300"), released,
+        virtual, expert, context, sequences, micro, length, rate, schedule, stack, not plain,
+        device in ("gb200", "gb300"), released,
     )  # fmt: skip
 
 

@@ -69,10 +69,9 @@ class Setup:
     @classmethod
     def of(cls, layout: Layout, **rest: Any) -> Setup:
         """The setup of a layout of `[parallel]`; `rest` is what a layout does not say."""
-        return cls(
-            pipeline=layout.pipeline, replicate=layout.replicate, shard=layout.shard, context=layout.context,
-            expert=layout.expert, schedule=layout.schedule, virtual=2 if layout.schedule == "interleaved" else 1, **rest,
-        )  # fmt: skip
+        sizes = {name: getattr(layout, name) for name in ("pipeline", "replicate", "shard", "context", "expert")}
+        virtual = 2 if layout.schedule == "interleaved" else 1
+        return cls(**sizes, schedule=layout.schedule, virtual=virtual, **rest)
 
     @property
     def data(self) -> int:

@@ -1,8 +1,9 @@
 """How long a step takes: nine constants between what a device could do and what runs reach.
 
-Six say how far from its peaks a device stays (products by precision, routed experts, attention, passes over what is
-kept, collectives that computing does not hide), one how long a layer with experts keeps the host, one what plain PyTorch costs beside tuned kernels. They are fitted on
-`published.FITTED` (`calibration.fit`, which the tests run again), and judged on the rest. Everything else is counted.
+Seven say how far from its peaks a device stays (products by precision, routed experts, attention, passes over what is
+kept, collectives that computing does not hide), one how long a layer with experts keeps the host, one what plain
+PyTorch costs beside tuned kernels. They are fitted on `published.FITTED` (`calibration.fit`, which the tests run
+again), and judged on the rest. Everything else is counted.
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ from finemoe.parallel.planner.traffic import SHARED_PRODUCTS, Collective, collec
 
 HIDDEN_BY_DUAL = 0.96
 """Of communication, by computing, in DeepSeek's published profile of DualPipe (profile-data, train.json)."""
-_STATE_TRAFFIC = (
-    20  # bytes a parameter that an update reads and writes beside the state itself: w, g, m, v in; w, m, v out
-)
+_STATE_TRAFFIC = 12  # bytes a parameter that an update reads and writes: weight and gradient in, weight out
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,8 @@ class Constants:
     def with_torch(self) -> Constants:
         """Those of a run with PyTorch's kernels."""
         slower = {name: getattr(self, name) / self.torch for name in ("bf16", "fp8", "scores")}
-        return replace(
-            self,
-            **slower,
-            passes=self.passes * self.torch,
-            casts=self.casts * self.torch,
-            host=self.host * self.torch,
-            torch=1.0,
-        )
+        longer = {name: getattr(self, name) * self.torch for name in ("passes", "casts", "host")}
+        return replace(self, **slower, **longer, torch=1.0)
 
 
 @dataclass(frozen=True)
@@ -234,4 +227,4 @@ def _update(config: ModelConfig, setup: Setup, device: Device, constants: Consta
         for one in collectives(config, setup, held)
         if one.times == 1 and ("gather" in one.name or "sum" in one.name)
     )
-    return (_STATE_TRAFFIC + setup.state_bytes) * mine / device.bandwidth + constants.exposed * raw
+    return (_STATE_TRAFFIC + 2 * setup.state_bytes) * mine / device.bandwidth + constants.exposed * raw

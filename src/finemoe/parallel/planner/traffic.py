@@ -1,9 +1,9 @@
 """Bytes that each collective of a step moves into a rank, from the layout alone.
 
 FSDP2: every weight of a block is gathered for the forward and again for the backward of a micro-batch; the root's
-(embedding, head) once, since it stays until its backward; gradients are summed and scattered once a micro-batch. Experts
-are gathered over the processes that share one's, no others. What a ring of n moves into each of its members is (n-1)/n
-of the whole; an all-reduce moves it twice.
+(embedding, head) once, since it stays until its backward; gradients are summed and scattered once a micro-batch.
+Experts are gathered over the processes that share one's, no others. What a ring of n moves into each of its members is
+(n-1)/n of the whole; an all-reduce moves it twice.
 
 Expert parallelism: a token's state travels to each of its experts that lies elsewhere, and what they made of it back;
 the backward does both again in the other direction. Evenly routed, (n-1)/n of the copies leave.
