@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from finemoe.runs.excerpts import data_excerpts
     from finemoe.runs.listing import list_runs
     from finemoe.runs.planning.check import Check, check
+    from finemoe.runs.planning.distribution import plan
     from finemoe.runs.planning.machine import env
     from finemoe.runs.planning.sizing import size
     from finemoe.runs.planning.starter import new_recipe
@@ -61,6 +62,7 @@ _VERBS = {
     "merge": "finemoe.checkpoint.adapters.files:merge",
     "new_recipe": "finemoe.runs.planning.starter:new_recipe",
     "paper": "finemoe.studies.paper:paper",
+    "plan": "finemoe.runs.planning.distribution:plan",
     "recipe_keys": "finemoe.studies.keys:recipe_keys",
     "resume": "finemoe.runs.run:resume",
     "rewards": "finemoe.methods.reward:rewards",
@@ -120,6 +122,7 @@ __all__ = [
     "merge",
     "new_recipe",
     "paper",
+    "plan",
     "recipe_keys",
     "resume",
     "rewards",

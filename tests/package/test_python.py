@@ -68,6 +68,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "merge",
         "new_recipe",
         "paper",
+        "plan",
         "recipe_keys",
         "resume",
         "rewards",

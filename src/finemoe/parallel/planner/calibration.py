@@ -23,7 +23,7 @@ _SPREAD = 0.3
 _ERROR = 0.12
 
 _HOPPER = Constants(
-    bf16=0.7597, fp8=0.4518, experts=0.6391, scores=0.4983, passes=6.225, casts=4.144, exposed=0.432, host=0.002162,
+    bf16=0.7602, fp8=0.4511, experts=0.6363, scores=0.4997, passes=6.204, casts=4.139, exposed=0.4313, host=0.002158,
     torch=1.655,
 )  # fmt: skip
 _BLACKWELL = Constants(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from finemoe.model.config import BlockConfig, ModelConfig
-from finemoe.parallel.planner.bubbles import bubble, chunks_of
+from finemoe.parallel.planner.bubbles import chunks_of, waits
 from finemoe.parallel.planner.devices import Device
 from finemoe.parallel.planner.flops import Flops, block_flops, head_flops, module_flops
 from finemoe.parallel.planner.memory import copied_elements, kept_elements
@@ -113,7 +113,7 @@ def step_time(
     busy = [_busy(config, setup, device, constants, held, max_vio) for held in ranks]
     slowest = max(range(len(ranks)), key=lambda rank: busy[rank].total)
     worst, many = busy[slowest], setup.micro_batches
-    waiting = bubble(setup.schedule, setup.pipeline, _chunk(worst, setup)) if setup.pipeline > 1 else 0.0
+    waiting = waits(setup.schedule, setup.pipeline, _chunk(worst, setup)) if setup.pipeline > 1 else 0.0
     return StepTime(
         products=many * worst.products,
         experts=many * worst.experts,

@@ -1,0 +1,70 @@
+"""This machine as a device of the planner: what its products and its memory reach, measured in about a second."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from finemoe.core import memory
+from finemoe.parallel.planner.devices import Device, this_machine
+from finemoe.parallel.planner.step_time import Constants
+
+_SIDE = 1024  # of a product large enough to reach what products reach here
+_COPIED = 1 << 26  # numbers of float32: far beyond any cache
+_TURNS = 5
+
+
+@dataclass(frozen=True)
+class Here:
+    """What `benchmarks/planner.py` found on this kind of machine, on half of its runs, judged on the other half."""
+
+    constants: Constants
+    beside: int
+    """[bytes] Of a process that trains: interpreter, libraries, threads."""
+
+    def options(self, device: str) -> dict[str, Any]:
+        """Of `plan`, where `device` is this machine."""
+        return {"constants": self.constants, "beside": self.beside} if device == "here" else {}
+
+
+HERE = Here(
+    Constants(bf16=0.55, fp8=1.0, experts=0.8, scores=0.3, passes=4.0, casts=0.0, exposed=1.0, host=2e-3, torch=1.0),
+    320 << 20,
+)
+
+
+def here(processes: int = 1) -> Device:
+    """Measure this machine, for so many processes at once.
+
+    Args:
+        processes: that will share its memory. Each is taken to reach what one reaches now: say so to torch, by threads.
+    """
+    available = memory.available_bytes() or 1 << 33
+    return this_machine(
+        product_flops=product_flops(), memory=available, bandwidth=bandwidth(), processes=processes, precision="fp32"
+    )
+
+
+def product_flops() -> float:
+    """[FLOP/s] Of float32 products in this process, the best of a few: others may be at work."""
+    left, right = torch.randn(_SIDE, _SIDE), torch.randn(_SIDE, _SIDE)
+    took = _best(lambda: left @ right)
+    return 2 * _SIDE**3 / took
+
+
+def bandwidth() -> float:
+    """[bytes/s] Of a copy, read and written, the best of a few."""
+    source, target = torch.ones(_COPIED), torch.empty(_COPIED)
+    return 8 * _COPIED / _best(lambda: target.copy_(source))
+
+
+def _best(work: Any) -> float:
+    times = []
+    for _ in range(_TURNS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
