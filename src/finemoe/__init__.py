@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from finemoe.runs.listing import list_runs
     from finemoe.runs.planning.check import Check, check
     from finemoe.runs.planning.distribution import plan
+    from finemoe.runs.planning.launching import launch
     from finemoe.runs.planning.machine import env
     from finemoe.runs.planning.sizing import size
     from finemoe.runs.planning.starter import new_recipe
@@ -58,6 +59,7 @@ _VERBS = {
     "export": "finemoe.checkpoint.conversion:export",
     "generate": "finemoe.generation.generate:generate",
     "import_": "finemoe.checkpoint.conversion:import_",
+    "launch": "finemoe.runs.planning.launching:launch",
     "list_runs": "finemoe.runs.listing:list_runs",
     "merge": "finemoe.checkpoint.adapters.files:merge",
     "new_recipe": "finemoe.runs.planning.starter:new_recipe",
@@ -114,6 +116,7 @@ __all__ = [
     "export",
     "generate",
     "import_",
+    "launch",
     "list_runs",
     "load",
     "load_chat_template",

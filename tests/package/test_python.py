@@ -60,6 +60,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "export",
         "generate",
         "import_",
+        "launch",
         "list_runs",
         "load",
         "load_chat_template",

@@ -16,8 +16,8 @@ from finemoe.analysis.cards import expert_cards
 from finemoe.analysis.difference import pair, routing_difference
 from finemoe.analysis.knockout import DEFAULT_PAIRS, check_names, moe_configs, run_experiments
 from finemoe.analysis.load import Tally, save_pairs, study_load
-from finemoe.analysis.placement import placement
 from finemoe.analysis.passages import ReadAs, observe, read_passages, require_experts
+from finemoe.analysis.placement import placement
 from finemoe.analysis.provenance import made_by, provenance
 from finemoe.analysis.relevance import expert_relevance, relevance_results, sample_length, select_experts
 from finemoe.analysis.trace import require_new_file, trace_info, write_trace

@@ -25,6 +25,7 @@ from finemoe.cli.evaluate import evaluate
 from finemoe.cli.export import export
 from finemoe.cli.generate import generate
 from finemoe.cli.import_ import import_
+from finemoe.cli.launch import launch
 from finemoe.cli.merge import merge
 from finemoe.cli.paper import paper
 from finemoe.cli.plan import plan
@@ -99,6 +100,7 @@ for verb in _VERBS:
 app.add_typer(analyze)
 app.add_typer(recipe)
 app.add_typer(data)
+app.add_typer(launch)
 
 
 def _print_version(wanted: bool) -> None:

@@ -110,7 +110,7 @@ def slurm(launch: Launch, notes: Sequence[str] = (), partition: str | None = Non
         "FINEMOE_RUN=$SLURM_JOB_ID",
         "export FINEMOE_HEAD FINEMOE_RUN",
         f"export OMP_NUM_THREADS={launch.cpus_per_gpu}",
-        "# One torchrun a node; a node that fails takes the step down, and --requeue brings the job back to --continue.",
+        "# One torchrun a node. A node that fails takes the step down; --requeue brings the job back, to --continue.",
         "srun --kill-on-bad-exit=1 \\",
         f"  {line}",
         "",

@@ -22,13 +22,19 @@ def moved(value: float) -> str:
 
 def span(interval: Results, factor: float = 1.0) -> str:
     """`2.45M (2.13M to 5.06M)`."""
-    value, low, high = (interval[key] * factor for key in ("value", "low", "high"))
-    return f"{count(value)} ({count(low)} to {count(high)})"
+    values = (interval[key] * factor for key in ("value", "low", "high"))
+    value, low, high = (count(number) if number >= 10 else fixed(number, 2) for number in values)
+    return f"{value} ({low} to {high})"
+
+
+def took(value: float) -> str:
+    """22 s, and below one 120 ms."""
+    return duration(value) if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def seconds(interval: Results) -> str:
     """`22 s (19 s to 45 s)`."""
-    return f"{duration(interval['value'])} ({duration(interval['low'])} to {duration(interval['high'])})"
+    return f"{took(interval['value'])} ({took(interval['low'])} to {took(interval['high'])})"
 
 
 def summary(results: Results) -> list[str]:

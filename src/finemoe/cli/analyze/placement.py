@@ -37,9 +37,9 @@ def placement(
       finemoe analyze placement load --gpus 8 --redundant 8
       finemoe analyze placement load --gpus 16 --groups 8 --nodes 2 --json
     """
-    from finemoe.analysis import reports
+    from finemoe.analysis.placement import placement as place
 
-    results = reports.placement(load, gpus=gpus, redundant=redundant, groups=groups, nodes=nodes)
+    results = place(load, gpus=gpus, redundant=redundant, groups=groups, nodes=nodes)
     deliver(results, None, as_json, _print)
 
 

@@ -111,9 +111,14 @@ def _experts(config: ModelConfig, setup: Setup, held: tuple[Piece, ...]) -> list
     sizes = {"dispatch": there, "combine": back, "combine, backward": back, "dispatch, backward": back}
     forward = 1 + setup.recompute
     times = {"dispatch": forward, "combine": forward, "combine, backward": 1, "dispatch, backward": 1}
+    # How many rows will come is told first: a number of 64 bits for each expert that lies elsewhere.
+    told = 8 * sum(layer.num_routed_experts for layer in layers) * _share(ep)
     return [
-        Collective(name, ep, times[name] * setup.micro_batches, rows * config.hidden_size * width)
-        for name, width in sizes.items()
+        Collective("counts of rows", ep, forward * setup.micro_batches, told),
+        *(
+            Collective(name, ep, times[name] * setup.micro_batches, rows * config.hidden_size * width)
+            for name, width in sizes.items()
+        ),
     ]
 
 
