@@ -14,7 +14,7 @@ import torch.distributed as dist
 from finemoe.model.config import ModelConfig, expand
 from finemoe.model.presets import resolve
 from finemoe.model.size import measure
-from finemoe.parallel.planner.memory import kept_elements, memory_of_ranks, peak_memory
+from finemoe.parallel.planner.memory import copied_bytes, kept_bytes, memory_of_ranks, peak_memory
 from finemoe.parallel.planner.published import model_of
 from finemoe.parallel.planner.setup import Piece, Setup, parameters_of, pieces_of_ranks
 from finemoe.parallel.planner.traffic import collectives, over_network, rows_leaving, rows_received
@@ -125,7 +125,8 @@ def test_uneven_experts_lengthen_rows_and_what_they_keep() -> None:
     setup = Setup(sequences=8, seq_len=4096, shard=8, expert=8)
     even, uneven = peak_memory(config, setup), peak_memory(config, setup, 1.0)
     assert uneven.exchange == pytest.approx(1.5 * even.exchange)
-    assert uneven.activations > 1.5 * even.activations
+    copied = copied_bytes(config.blocks[0], config.hidden_size, 2)
+    assert uneven.activations - even.activations == pytest.approx(4096 * (48 + 1) * copied, abs=2)
     assert uneven.state == even.state
     dense = model_of("llama3-8b")
     assert peak_memory(dense, setup, 1.0) == peak_memory(dense, setup)
@@ -133,11 +134,11 @@ def test_uneven_experts_lengthen_rows_and_what_they_keep() -> None:
 
 def test_recompute_keeps_an_input_a_block() -> None:
     config = model_of("qwen3-30b-a3b")
-    kept = [kept_elements(block, config.hidden_size) for block in config.blocks]
+    kept = [kept_bytes(block, config.hidden_size, 2) for block in config.blocks]
     plain = memory_of_ranks(config, Setup(sequences=1, seq_len=4096))[0]
     again = memory_of_ranks(config, Setup(sequences=1, seq_len=4096, recompute=True))[0]
-    assert plain.activations == 2 * 4096 * (sum(kept) + max(kept))
-    assert again.activations == 2 * 4096 * (48 * 2048 + 2 * max(kept))
+    assert plain.activations == 4096 * (sum(kept) + max(kept))
+    assert again.activations == 4096 * (4 * 48 * 2048 + 2 * max(kept))
 
 
 # ---- two processes ----

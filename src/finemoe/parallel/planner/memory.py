@@ -123,49 +123,78 @@ def activations(config: ModelConfig, setup: Setup, rank: int, held: tuple[Piece,
     own = [config.blocks[i] for piece in held for i in piece.blocks]
     if any(piece.last for piece in held):
         own += config.mtp
-    kept = [kept_elements(block, config.hidden_size, max_vio) for block in own]
-    hidden = config.hidden_size
+    kept = [kept_bytes(block, config.hidden_size, width, max_vio) for block in own]
     # A recomputed block keeps its input, and while it goes back all that it would have kept.
-    each, at_work = (hidden * len(own), 2 * max(kept)) if setup.recompute else (sum(kept), max(kept))
+    inputs = 4 * config.hidden_size * len(own)
+    each, at_work = (inputs, 2 * max(kept)) if setup.recompute else (sum(kept), max(kept))
     chunks = chunks_of(setup.schedule, setup.virtual) if setup.pipeline > 1 else 1
     many = chunks_held(setup.schedule, setup.pipeline, setup.micro_batches, setup.virtual) if setup.pipeline > 1 else 1
     if setup.pipeline > 1 and setup.schedule == "1f1b":
         many = min(many, setup.pipeline - rank)
     if setup.pipeline > 1 and setup.schedule == "dualpipe":
         chunks = 2  # its two pieces are of micro-batches from the two ends, and one is under way at a time
-    return int(setup.tokens * width * (each * many / chunks + at_work) / setup.tensor)
+    return int(setup.tokens * (each * many / chunks + at_work) / setup.tensor)
 
 
-def kept_elements(block: BlockConfig, hidden: int, max_vio: float = 0.0) -> int:
-    """Numbers that a token leaves in a block until its backward: what goes into and comes out of each operation.
+def kept_bytes(block: BlockConfig, hidden: int, width: int, max_vio: float = 0.0) -> float:
+    """[bytes] That a token leaves in a block until its backward: what each operation of ours saves.
 
-    Two residual states and two norms of them; queries, keys and values as attention takes them, and its output; gate,
-    up, their activation and their product; of routed experts these for each copy, with its row in and out. With
-    `max_vio` those of the copies are as many times more.
+    In float32 to the byte what autograd is seen to hold. In 16 bits the residual stream and its norms stay in float32,
+    and each product makes a copy of its input.
+
+    Args:
+        block: its configuration.
+        hidden: of the model.
+        width: [bytes] of a number in products.
+        max_vio: how many times more than an even share of rows reaches the experts at hand, less one.
     """
-    attention, layer = block.attention, block.feed_forward
-    heads = attention.num_heads
-    if isinstance(attention, LatentConfig):
-        latents = 2 * ((attention.q_lora_rank or 0) + attention.kv_lora_rank)
-        attending = heads * (3 * attention.qk_head_dim + 2 * attention.v_head_dim) + latents
-    else:
-        attending = attention.head_dim * (2 * heads + 2 * attention.num_kv_heads)
-        if attention.qk_norm != "none":
-            attending += attention.head_dim * (heads + attention.num_kv_heads)
+    layer, mixed = block.feed_forward, width < 4
+    routes = isinstance(layer, MoEConfig)
+    norms = 4 * (4 * hidden + 2)
+    reading = (2 if isinstance(block.attention, LatentConfig) else 3) if mixed else 1
     if not isinstance(layer, MoEConfig):
-        return int(4 * hidden + attending + 4 * layer.ffn_hidden_size)
-    width = layer.expert_hidden_size
-    routed = copied_elements(block, hidden) * (1 + max_vio)
-    shared = 4 * width * layer.num_shared_experts + (hidden if layer.num_shared_experts else 0)
-    return int(4 * hidden + attending + routed + shared + 3 * layer.num_routed_experts)
+        return (
+            norms
+            + width * hidden * (reading + 1 + mixed)
+            + _attention(block, width)
+            + 4 * width * layer.ffn_hidden_size
+        )
+    shared = layer.num_shared_experts
+    reading += (2 * bool(shared) if mixed else 1) + 2 * (mixed and routes)  # the router's copy is in float32
+    gate = (hidden + 1) * width if layer.gate_shared_experts else 0
+    choice = 4 * layer.num_routed_experts + 12 * layer.experts_per_token
+    inner = 4 * width * layer.expert_hidden_size * shared + gate + choice
+    copies = copied_bytes(block, hidden, width) * (1 + max_vio)
+    return norms + width * hidden * reading + _attention(block, width) + inner + copies
 
 
-def copied_elements(block: BlockConfig, hidden: int) -> int:
-    """Those of them that a token's copies for routed experts leave."""
+def copied_bytes(block: BlockConfig, hidden: int, width: int) -> float:
+    """[bytes] Of them, of a token's copies for routed experts: rows in and out, and what is between.
+
+    Our kernel for float32 computes the activation anew on the way back; grouped products on an accelerator keep it.
+    """
     layer = block.feed_forward
     if not isinstance(layer, MoEConfig):
         return 0
-    return int(layer.experts_per_token * (4 * layer.expert_hidden_size + 2 * hidden))
+    between = 2 if width == 4 else 4
+    return width * layer.experts_per_token * (between * layer.expert_hidden_size + 2 * hidden)
+
+
+def _attention(block: BlockConfig, width: int) -> float:
+    """Queries, keys and values of every head, their output twice (once in the order of the product that follows)."""
+    attention = block.attention
+    heads = attention.num_heads
+    if isinstance(attention, LatentConfig):
+        latents = [rank for rank in (attention.q_lora_rank, attention.kv_lora_rank) if rank]
+        normed = sum(rank * (8 + width) + 4 for rank in latents) + 4 * attention.qk_rope_head_dim
+        values = attention.qk_nope_head_dim + 3 * attention.v_head_dim
+        return normed + heads * (width * (2 * attention.qk_head_dim + values) + 4)
+    kept = heads * (5 * width * attention.head_dim + 4)
+    if attention.qk_norm == "none":
+        return kept
+    both = heads + attention.num_kv_heads
+    scales = both if attention.qk_norm == "head" else 2
+    return kept + 4 * (2 * attention.head_dim * both + scales)
 
 
 def _exchange(config: ModelConfig, setup: Setup, held: tuple[Piece, ...], max_vio: float) -> int:

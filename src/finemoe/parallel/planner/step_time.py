@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
+from finemoe.model.attention.latent import LatentConfig
 from finemoe.model.config import BlockConfig, ModelConfig
+from finemoe.model.moe.layer import MoEConfig
 from finemoe.parallel.planner.bubbles import chunks_of, waits
 from finemoe.parallel.planner.devices import Device
 from finemoe.parallel.planner.flops import Flops, block_flops, head_flops, module_flops
-from finemoe.parallel.planner.memory import copied_elements, kept_elements
 from finemoe.parallel.planner.setup import Piece, Setup, parameters_of, pieces_of_ranks
 from finemoe.parallel.planner.timeline import Costs
 from finemoe.parallel.planner.traffic import SHARED_PRODUCTS, Collective, collectives, moe_layers, over_network
@@ -170,11 +171,11 @@ def _busy(
     plain = constants.bf16 * device.flops(low)  # type: ignore[arg-type]
     fast = constants.fp8 * device.flops("fp8") if setup.precision == "fp8" else plain
     width = 4 if setup.precision == "fp32" else 2
-    kept = sum(kept_elements(block, config.hidden_size) for block in _own(config, held))
     products = tokens * (again * flops.products / fast + flops.head / plain)
     experts = tokens * again * flops.experts / (fast * constants.experts) * (1 + max_vio)
     scores = tokens * again * flops.scores / (constants.scores * device.flops(low))  # type: ignore[arg-type]
-    copied = sum(copied_elements(block, config.hidden_size) for block in _own(config, held))
+    kept = sum(_passing(block, config.hidden_size) for block in _own(config, held))
+    copied = sum(_copied(block, config.hidden_size) for block in _own(config, held))
     passed = constants.passes * kept + (constants.casts * copied if setup.precision == "fp8" else 0.0)
     memory = tokens * passed * width / device.bandwidth
     computing = products + experts + scores + memory
@@ -184,6 +185,36 @@ def _busy(
     found = collectives(config, setup, held)
     exchange = _exchanged(config, setup, device, constants, held, found, computing)
     return _Busy(half * products, half * experts, half * scores, half * memory, half * host, exchange)
+
+
+def _passing(block: BlockConfig, hidden: int) -> int:
+    """Numbers of a token that pass through memory in a block: what goes into and comes out of each operation.
+
+    Two residual states and two norms of them; queries, keys and values as attention takes them, and its output; gate,
+    up, their activation and their product; of routed experts these for each copy, with its row in and out. How often
+    each passes is a fitted constant, so this is a measure and no account; that is `memory.kept_bytes`.
+    """
+    attention, layer = block.attention, block.feed_forward
+    heads = attention.num_heads
+    if isinstance(attention, LatentConfig):
+        latents = 2 * ((attention.q_lora_rank or 0) + attention.kv_lora_rank)
+        attending = heads * (3 * attention.qk_head_dim + 2 * attention.v_head_dim) + latents
+    else:
+        attending = attention.head_dim * (2 * heads + 2 * attention.num_kv_heads)
+        if attention.qk_norm != "none":
+            attending += attention.head_dim * (heads + attention.num_kv_heads)
+    if not isinstance(layer, MoEConfig):
+        return int(4 * hidden + attending + 4 * layer.ffn_hidden_size)
+    shared = 4 * layer.expert_hidden_size * layer.num_shared_experts + hidden * bool(layer.num_shared_experts)
+    return int(4 * hidden + attending + _copied(block, hidden) + shared + 3 * layer.num_routed_experts)
+
+
+def _copied(block: BlockConfig, hidden: int) -> int:
+    """Those of them of a token's copies for routed experts."""
+    layer = block.feed_forward
+    if not isinstance(layer, MoEConfig):
+        return 0
+    return int(layer.experts_per_token * (4 * layer.expert_hidden_size + 2 * hidden))
 
 
 def _exchanged(

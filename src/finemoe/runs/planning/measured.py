@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,23 +49,26 @@ def here(processes: int = 1) -> Device:
     )
 
 
-def product_flops() -> float:
+Clock = Callable[[], float]
+
+
+def product_flops(clock: Clock = time.perf_counter) -> float:
     """[FLOP/s] Of float32 products in this process, the best of a few: others may be at work."""
     left, right = torch.randn(_SIDE, _SIDE), torch.randn(_SIDE, _SIDE)
-    took = _best(lambda: left @ right)
+    took = _best(lambda: left @ right, clock)
     return 2 * _SIDE**3 / took
 
 
-def bandwidth() -> float:
+def bandwidth(clock: Clock = time.perf_counter) -> float:
     """[bytes/s] Of a copy, read and written, the best of a few."""
     source, target = torch.ones(_COPIED), torch.empty(_COPIED)
-    return 8 * _COPIED / _best(lambda: target.copy_(source))
+    return 8 * _COPIED / _best(lambda: target.copy_(source), clock)
 
 
-def _best(work: Any) -> float:
+def _best(work: Callable[[], Any], clock: Clock) -> float:
     times = []
     for _ in range(_TURNS):
-        start = time.perf_counter()
+        start = clock()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return min(times)
