@@ -5,8 +5,9 @@ python benchmarks/planner.py            # writes benchmarks/results/planner.json
 Each setting trains for a few steps in a process of its own, with one thread and torch's kernels, which are what the
 planner counts. Every second setting, in the order below, fits constants (what a process takes at any rate and a factor
 on activations; five of the time); the others judge. Memory is the process's resident height, in which a busy machine
-does not meddle. Time is the processor's, the median of the steps, and peaks are measured in the same process before and after:
-both so that others' work disturbs less. On a busy machine it still does, since caches and memory are shared: the load is recorded.
+does not meddle. Time is the processor's, the median of the steps, and peaks are measured in the same process before
+and after: both so that others' work disturbs less. On a busy machine it still does, since caches and memory are shared:
+the load is recorded.
 """
 
 from __future__ import annotations
@@ -101,12 +102,10 @@ def child(setting: dict[str, Any]) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.process_time() - started)
-    return {
-        "peak": memory.peak_bytes(),
-        "seconds": min(times[1:]),
-        "median_seconds": statistics.median(times[1:]),
-        **peaks,
-    }
+    peak = memory.peak_bytes()
+    after = product_flops(time.process_time), bandwidth(time.process_time)
+    peaks = {"product_flops": (before[0] + after[0]) / 2, "bandwidth": (before[1] + after[1]) / 2}
+    return {"peak": peak, "seconds": statistics.median(times[1:]), **peaks}
 
 
 def setup_of(setting: dict[str, Any]) -> Any:
