@@ -17,7 +17,7 @@ from finemoe.parallel.planner.setup import Parameters, Piece, Setup, parameters_
 
 BESIDE = 3 << 30
 """[bytes] On an accelerator: its context, the libraries' workspaces, buffers of collectives, what lies unused."""
-_LOGITS = 1 << 26  # of a chunk on an accelerator: model.cross_entropy
+_LOGITS = {"fp32": 1 << 19, "bf16": 1 << 26, "fp8": 1 << 26}  # of a chunk: model.cross_entropy; float32 is a CPU's
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _memory(
         gathered = width * whole if casts else 0  # one process keeps what autocast made until its backward
     summed = 0 if not sharded else 4 * (whole if setup.reduce == "step" else largest)
     has_head = any(piece.last for piece in held)
-    loss = (4 * (_LOGITS + config.vocab_size * config.hidden_size // setup.tensor)) if has_head else 0
+    loss = (4 * (_LOGITS[setup.precision] + config.vocab_size * config.hidden_size // setup.tensor)) if has_head else 0
     return Memory(
         weights=weights,
         gradients=gradients,
