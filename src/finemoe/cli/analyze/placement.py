@@ -34,7 +34,7 @@ def placement(
     \b
     Examples:
       finemoe analyze load runs/tiny --last --out load
-      finemoe analyze placement load --gpus 8 --redundant 8
+      finemoe analyze placement load --gpus 8 --redundant 9
       finemoe analyze placement load --gpus 16 --groups 8 --nodes 2 --json
     """
     from finemoe.analysis.placement import placement as place

@@ -32,5 +32,5 @@ def about() -> None:
       finemoe analyze experts runs/tiny --out experts       a card for every expert
       finemoe analyze difference before after               what fine-tuning moved
       finemoe analyze relevance runs/tiny --corpus law=law/ experts worth tuning (ESFT)
-      finemoe analyze placement load --gpus 8 --redundant 8 experts on devices, for serving
+      finemoe analyze placement load --gpus 8 --redundant 9 experts on devices, for serving
     """

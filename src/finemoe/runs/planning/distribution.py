@@ -98,13 +98,8 @@ def plan(
         {"tokens_per_step": tokens_per_step, "micro_batch": micro_batch, "seq_len": seq_len, "tokens": tokens,
          "recompute": recompute, "precision": precision or ("fp32" if device == "here" else "bf16"), "gather": gather},
     )  # fmt: skip
-    ranked: dict[str, Any] = {}
-    if search:
-        ranked, made = _searched(question, gpus, found, calibration)
-    else:
-        setup = Setup.of(question.parallel.layout(gpus), **question.rest)
-        options: dict[str, Any] = {"name": question.name, "calibration": calibration, **HERE.options(device)}
-        made = make_plan(question.described.config, setup, found, tokens=question.tokens, **options)
+    answer = _searched if search else _laid_out
+    ranked, made = answer(question, gpus, found, calibration)
     if refuse:
         require_fit(made)
     results = {"kind": "plan", **made.to_dict(), **ranked, **_beside(question.described.config, made), **made_by()}
@@ -114,6 +109,12 @@ def plan(
 
         write_report(folder, results, plan_page, figures)
     return results
+
+
+def _laid_out(question: _Question, gpus: int, device: Device, calibration: Calibration) -> tuple[dict[str, Any], Plan]:
+    setup = Setup.of(question.parallel.layout(gpus), **question.rest)
+    options: dict[str, Any] = {"name": question.name, "calibration": calibration, **HERE.options(device.name)}
+    return {}, make_plan(question.described.config, setup, device, tokens=question.tokens, **options)
 
 
 def _searched(question: _Question, gpus: int, device: Device, calibration: Calibration) -> tuple[dict[str, Any], Plan]:
