@@ -61,7 +61,10 @@ def certainty(results: Results) -> str:
     calibration = results["calibration"]
     errors = calibration["errors"]
     if results["device"]["family"] == "here":
-        return "Times by what this machine reached just now, and by runs of benchmarks/planner.py: within 12 % on those not fitted."
+        return (
+            "Times by what this machine reached just now, and by constants of benchmarks/planner.py, which were within "
+            "12 % on runs that they were not fitted on."
+        )
     return (
         f"Times: {calibration['is']}. On {errors['points']} published runs of {results['device']['family']} devices "
         f"that had no part in the fit the median error is {fixed(100 * errors['median'], 1)} %, the worst "

@@ -67,8 +67,7 @@ def plan(
     """Memory, traffic, bubble and time of a run on `gpus` devices, from configuration alone; nothing is allocated.
 
     Args:
-        model: what `finemoe.size` takes; of a recipe, `[parallel]`, batch, length and recompute count where nothing
-            else is asked for here.
+        model: what `finemoe.size` takes; of a recipe, batch, length, recompute and `[parallel]` count.
         gpus: devices, a process each.
         device: one of `parallel.planner.devices.DEVICES`, or "here": this machine, measured now.
         overrides: `parallel.expert=64` and the like.
@@ -93,13 +92,12 @@ def plan(
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus}: at least one")
     found = here(gpus) if device == "here" else find_device(device)
-    question = _question(
-        model, gpus, overrides,
-        {"tokens_per_step": tokens_per_step, "micro_batch": micro_batch, "seq_len": seq_len, "tokens": tokens,
-         "recompute": recompute, "precision": precision or ("fp32" if device == "here" else "bf16"), "gather": gather},
-    )  # fmt: skip
-    answer = _searched if search else _laid_out
-    ranked, made = answer(question, gpus, found, calibration)
+    asked = {
+        "tokens_per_step": tokens_per_step, "micro_batch": micro_batch, "seq_len": seq_len, "tokens": tokens,
+        "recompute": recompute, "precision": precision or ("fp32" if device == "here" else "bf16"), "gather": gather,
+    }  # fmt: skip
+    question = _question(model, gpus, overrides, asked)
+    ranked, made = (_searched if search else _laid_out)(question, gpus, found, calibration)
     if refuse:
         require_fit(made)
     results = {"kind": "plan", **made.to_dict(), **ranked, **_beside(question.described.config, made), **made_by()}
