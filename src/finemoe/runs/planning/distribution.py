@@ -78,8 +78,7 @@ def plan(
         recompute: whether blocks run forward twice.
         gather: how often weights are gathered and gradients summed: each micro-batch, or once a step.
         calibration: whose times: torch, tuned or deepseek-v3.
-        search: rank the layouts instead of taking `[parallel]`.
-        refuse: raise where the layout does not fit, as the command line does.
+        search, refuse: rank layouts instead of taking `[parallel]`; raise where it does not fit.
         out: folder for results.json, report.html and figures.
 
     Returns:
