@@ -38,7 +38,7 @@ _Recompute = Annotated[
     bool | None, typer.Option("--recompute/--no-recompute", help="Run blocks forward twice, and keep little.")
 ]
 _Gather = Annotated[
-    str, typer.Option("--gather", metavar="WHEN", help="Weights: each micro_batch, or once a step and kept.")
+    str, typer.Option("--gather", metavar="WHEN", help="Weights: each micro_batch, as finemoe does, or once a step.")
 ]
 _Calibration = Annotated[
     str, typer.Option("--calibration", metavar="NAME", help="torch, tuned or deepseek-v3: whose times.")

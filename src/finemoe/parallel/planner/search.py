@@ -46,8 +46,8 @@ def search(
 
     Args:
         config, device: what, on what.
-        setup: batch, length and precision; its layout is replaced. finemoe has no tensor parallelism, and neither has
-            the search.
+        setup: batch, length, precision, and how often weights are gathered; its layout is replaced. finemoe has no
+            tensor parallelism, and neither has the search.
         processes: to be laid out.
         name, tokens, calibration: as of `plan`.
         most: plans returned.
@@ -107,8 +107,7 @@ def _layouts(config: ModelConfig, setup: Setup, processes: int) -> Iterator[dict
 
 def _ways(layout: dict[str, object]) -> Iterator[dict[str, object]]:
     for recompute in (False, True):
-        for often in ("micro_batch", "step"):
-            yield {**layout, "recompute": recompute, "gather": often, "reduce": often}
+        yield {**layout, "recompute": recompute}
 
 
 def _powers(most: int) -> Iterator[int]:
