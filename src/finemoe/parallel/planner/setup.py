@@ -224,7 +224,8 @@ def parameters_of(config: ModelConfig, held: tuple[Piece, ...]) -> Parameters:
         whole = block.attention.num_parameters(hidden) + layer.num_parameters(hidden) + 2 * hidden
         dense.append(whole - routed)
         experts.append(routed)
-    ends = any(piece.first for piece in held) + any(piece.last for piece in held)
-    matrices = min(ends, 1) if config.tie_embeddings else ends
-    root = matrices * config.vocab_size * hidden + hidden * any(piece.last for piece in held)
+    first, last = any(piece.first for piece in held), any(piece.last for piece in held)
+    # Prediction modules look tokens up: away from the first piece they have a copy of the embedding.
+    matrices = int(first or last) if config.tie_embeddings else first + last + (last and not first and bool(config.mtp))
+    root = matrices * config.vocab_size * hidden + hidden * last
     return Parameters(sum(dense) + extra, sum(experts), root, max(dense), max(experts))
