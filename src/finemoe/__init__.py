@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from finemoe.runs.excerpts import data_excerpts
     from finemoe.runs.listing import list_runs
     from finemoe.runs.planning.check import Check, check
+    from finemoe.runs.planning.distribution import plan
+    from finemoe.runs.planning.launching import launch
     from finemoe.runs.planning.layouts import LayoutCheck, verify_parallel
     from finemoe.runs.planning.machine import env
     from finemoe.runs.planning.sizing import size
@@ -58,10 +60,12 @@ _VERBS = {
     "export": "finemoe.checkpoint.conversion:export",
     "generate": "finemoe.generation.generate:generate",
     "import_": "finemoe.checkpoint.conversion:import_",
+    "launch": "finemoe.runs.planning.launching:launch",
     "list_runs": "finemoe.runs.listing:list_runs",
     "merge": "finemoe.checkpoint.adapters.files:merge",
     "new_recipe": "finemoe.runs.planning.starter:new_recipe",
     "paper": "finemoe.studies.paper:paper",
+    "plan": "finemoe.runs.planning.distribution:plan",
     "recipe_keys": "finemoe.studies.keys:recipe_keys",
     "resume": "finemoe.runs.run:resume",
     "rewards": "finemoe.methods.reward:rewards",
@@ -116,6 +120,7 @@ __all__ = [
     "export",
     "generate",
     "import_",
+    "launch",
     "list_runs",
     "load",
     "load_chat_template",
@@ -124,6 +129,7 @@ __all__ = [
     "merge",
     "new_recipe",
     "paper",
+    "plan",
     "recipe_keys",
     "resume",
     "rewards",

@@ -17,6 +17,7 @@ from finemoe.analysis.difference import pair, routing_difference
 from finemoe.analysis.knockout import DEFAULT_PAIRS, check_names, moe_configs, run_experiments
 from finemoe.analysis.load import Tally, save_pairs, study_load
 from finemoe.analysis.passages import ReadAs, observe, read_passages, require_experts
+from finemoe.analysis.placement import placement
 from finemoe.analysis.provenance import made_by, provenance
 from finemoe.analysis.relevance import expert_relevance, relevance_results, sample_length, select_experts
 from finemoe.analysis.trace import require_new_file, trace_info, write_trace
@@ -240,6 +241,7 @@ REPORTS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "experts": experts,
     "difference": difference,
     "relevance": relevance,
+    "placement": placement,
 }
 """By the name of the verb: `finemoe analyze NAME`."""
 
@@ -293,8 +295,8 @@ def analyze(report: str, *models: Source, **options: Any) -> dict[str, Any]:
     """One of REPORTS by its name, as on the command line: `analyze("experts", "runs/tiny", out="experts")`.
 
     Args:
-        report: load, knockout, experts, difference or relevance.
-        models: what to open: one; of load one or more, of difference two.
+        report: load, knockout, experts, difference, relevance or placement.
+        models: what to open: one; of load one or more, of difference two; of placement the folder of a load.
         options: as in the function of that name.
 
     Raises:

@@ -25,8 +25,10 @@ from finemoe.cli.evaluate import evaluate
 from finemoe.cli.export import export
 from finemoe.cli.generate import generate
 from finemoe.cli.import_ import import_
+from finemoe.cli.launch import launch
 from finemoe.cli.merge import merge
 from finemoe.cli.paper import paper
+from finemoe.cli.plan import plan
 from finemoe.cli.presets import presets
 from finemoe.cli.recipe import recipe
 from finemoe.cli.resume import resume
@@ -98,14 +100,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
 )
 _VERBS = (
-    train, resume, runs, show, generate, chat, serve, evaluate, compare, paper, trace, size, presets, import_, export,
-    merge, upcycle, sample, verify_parallel, doctor, env,
+    train, resume, runs, show, generate, chat, serve, evaluate, compare, paper, trace, size, plan, presets, import_,
+    export, merge, upcycle, sample, verify_parallel, doctor, env,
 )  # fmt: skip
 for verb in _VERBS:
     app.command(verb.__name__.rstrip("_").replace("_", "-"))(verb)  # `import` is a word of the language
 app.add_typer(analyze)
 app.add_typer(recipe)
 app.add_typer(data)
+app.add_typer(launch)
 
 
 def _print_version(wanted: bool) -> None:
@@ -130,6 +133,7 @@ def finemoe(
     A first quarter of an hour:
       finemoe presets                          which models there are
       finemoe size tiny-moe deepseek-moe-16b   parameters, FLOPs and cache
+      finemoe plan deepseek-v3 --gpus 2048 --device h800 --search
       finemoe train recipes/tiny.toml --out runs/tiny
       finemoe recipe new my-texts/ --out mine.toml       a recipe for your own files
       finemoe generate runs/tiny --prompt "def main("

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.data.conversations.forms import _ROLES, FORMS, FormError, read, require_preference
+from finemoe.data.conversations.forms import FORMS, read, require_preference
+from finemoe.data.conversations.messages import ROLES, FormError
 
 ASKED = [{"role": "user", "content": "1 + 1?"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": "2"}]
@@ -274,7 +275,7 @@ def test_the_page_names_all_roles_and_forms() -> None:
     page = (Path(__file__).parents[3] / "docs/howto/adapt-a-model.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (system|user|assistant|tool) \| (.*) \|$", page, re.MULTILINE))
     told = {name: role for role, names in rows.items() for name in re.findall(r"`(\w+)`", names)}
-    assert told == _ROLES
+    assert told == ROLES
     for name in ("conversation", "query", "answers", "history", "context", "responses", "rating", "system_prompt"):
         assert f"`{name}`" in page
     for record, form in (

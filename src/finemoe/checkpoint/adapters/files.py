@@ -71,10 +71,8 @@ def export_adapter(
         CheckpointError: no such run, its model is not of that family, or `out` exists; nothing was written.
         RunError: the disk is full or unwritable.
     """
-    source = Path(source)
-    check_apart(source, out)
-    place = check_free(Path(out))
-    tuned = open_tuned(source)
+    check_apart(source := Path(source), out)
+    place, tuned = check_free(Path(out)), open_tuned(source)
     model = run_state.load_model(tuned.folder)
     notes: tuple[str, ...] = ()
     small: dict[str, Any]

@@ -8,6 +8,7 @@ from finemoe.cli.analyze.difference import difference
 from finemoe.cli.analyze.experts import experts
 from finemoe.cli.analyze.knockout import knockout
 from finemoe.cli.analyze.load import load
+from finemoe.cli.analyze.placement import placement
 from finemoe.cli.analyze.relevance import relevance
 
 analyze = typer.Typer(
@@ -16,7 +17,7 @@ analyze = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
 )
-for verb in (load, knockout, experts, difference, relevance):
+for verb in (load, knockout, experts, difference, relevance, placement):
     analyze.command(verb.__name__)(verb)
 
 
@@ -31,4 +32,5 @@ def about() -> None:
       finemoe analyze experts runs/tiny --out experts       a card for every expert
       finemoe analyze difference before after               what fine-tuning moved
       finemoe analyze relevance runs/tiny --corpus law=law/ experts worth tuning (ESFT)
+      finemoe analyze placement load --gpus 8 --redundant 9 experts on devices, for serving
     """

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finemoe.core.errors import DataError
-from finemoe.data.conversations.forms import FormError, Kind, Message, Said, read, require_preference
+from finemoe.data.conversations.forms import Kind, Said, read, require_preference
+from finemoe.data.conversations.messages import FormError, Message
 from finemoe.text.chat import ChatTemplate
 from finemoe.text.control import encode_chat
 from finemoe.text.tokenizer import Tokenizer

@@ -23,7 +23,8 @@ from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.logs import logger, progress
 from finemoe.data.conversations.encode import Item, encode_items
-from finemoe.data.conversations.forms import NO_FORM, Message, Said, known_forms
+from finemoe.data.conversations.forms import NO_FORM, Said, known_forms
+from finemoe.data.conversations.messages import Message
 from finemoe.data.conversations.prepare import reasons
 from finemoe.data.corpora import FilesCorpus
 from finemoe.data.documents.document import Skipped, SkipReport

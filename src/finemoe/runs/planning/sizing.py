@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,19 @@ _ELSEWHERE = 4096
 _FOREIGN = frozenset({"architectures", "hidden_size", "num_attention_heads", "num_hidden_layers"})
 
 
+@dataclass(frozen=True)
+class Described:
+    """A model, and what else its description says."""
+
+    config: ModelConfig
+    seq_len: int
+    """[tokens] As asked; else as in training, where that is known."""
+    unrounded: Mapping[int, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """All tables of the recipe, or of the run, that it was read from."""
+
+
 def size(model: str | os.PathLike[str] | ModelConfig, seq_len: int | None = None) -> ModelSize:
     """Parameters, FLOPs and cache of a model, from what describes it; see `finemoe.model.size`.
 
@@ -40,6 +54,12 @@ def size(model: str | os.PathLike[str] | ModelConfig, seq_len: int | None = None
     Raises:
         ConfigError, CheckpointError: none of these, or no valid model.
     """
+    found = describe(model, seq_len)
+    return measure(found.config, found.seq_len, found.unrounded, found.notes)
+
+
+def describe(model: str | os.PathLike[str] | ModelConfig, seq_len: int | None = None) -> Described:
+    """The configuration of whatever describes a model; arguments and errors as of `size`."""
     if isinstance(model, ModelConfig):
         return _elsewhere(model, seq_len)
     name, path = os.fspath(model), Path(model)
@@ -68,23 +88,23 @@ def size(model: str | os.PathLike[str] | ModelConfig, seq_len: int | None = None
     return _elsewhere(describe_model(path), seq_len)
 
 
-def _elsewhere(config: ModelConfig, seq_len: int | None) -> ModelSize:
-    return measure(config, seq_len or min(config.max_positions or _ELSEWHERE, _ELSEWHERE))
+def _elsewhere(config: ModelConfig, seq_len: int | None) -> Described:
+    return Described(config, seq_len or min(config.max_positions or _ELSEWHERE, _ELSEWHERE))
 
 
-def _of_table(table: dict[str, Any], source: str, seq_len: int) -> ModelSize:
-    """The size of a `[model]` table. A preset's published widths count only where nothing was changed."""
+def _of_table(table: dict[str, Any], source: str, seq_len: int) -> Described:
+    """What a `[model]` table says. A preset's published widths count only where nothing was changed."""
     if "blocks" in table:
-        return measure(parse(ModelConfig, table, source), seq_len)
+        return Described(parse(ModelConfig, table, source), seq_len)
     config = expand(resolve(table, source))
     if "preset" in table:
         preset = PRESETS[table["preset"]]
         if config == expand(resolve(preset.model, source)):
-            return measure(config, seq_len, preset.unrounded, preset.notes)
-    return measure(config, seq_len)
+            return Described(config, seq_len, preset.unrounded, preset.notes)
+    return Described(config, seq_len)
 
 
-def _of_recipe(recipe: Mapping[str, Any], path: Path, seq_len: int | None) -> ModelSize:
+def _of_recipe(recipe: Mapping[str, Any], path: Path, seq_len: int | None) -> Described:
     """A recipe, or a run's config.json, at the length of its sequences."""
     model, data = recipe.get("model"), recipe.get("data", {})
     if model is None and isinstance(recipe.get("start_from"), str):
@@ -96,4 +116,4 @@ def _of_recipe(recipe: Mapping[str, Any], path: Path, seq_len: int | None) -> Mo
         length = DataConfig().sequence_length
     if not isinstance(length, int) or isinstance(length, bool) or length < 1:
         raise ConfigError(f"{path}: `data.sequence_length`: must be a whole number above 0 (got {length!r})")
-    return _of_table(model, f"{path}: model", length)
+    return replace(_of_table(model, f"{path}: model", length), recipe=recipe)

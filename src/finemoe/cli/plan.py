@@ -1,0 +1,161 @@
+"""`finemoe plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finemoe.cli.completion import complete_model
+from finemoe.cli.output import Json, deliver, number_table, print_rich
+
+_Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME|RECIPE|PATH", help="As of `finemoe size`.", show_default=False, autocompletion=complete_model
+    ),
+]
+_Gpus = Annotated[int, typer.Option("--gpus", metavar="N", help="Devices, a process each.")]
+_Device = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="a100 h100 h800 h200 b200 b300 gb200 gb300; or here.")
+]
+_Step = Annotated[
+    int | None, typer.Option("--tokens-per-step", min=1, metavar="N", help="Default: 8 sequences a device.")
+]
+_Micro = Annotated[
+    int | None, typer.Option("--micro-batch", min=1, metavar="N", help="Sequences of a device at once. Default: 1.")
+]
+_Length = Annotated[
+    int | None, typer.Option("--seq-len", min=1, metavar="N", help="Tokens per sequence; default: as in training.")
+]
+_Tokens = Annotated[
+    str | None, typer.Option("--tokens", metavar="N", help="Of the whole run, for device-hours: 14.8T, 300B.")
+]
+_Precision = Annotated[str | None, typer.Option("--precision", metavar="P", help="fp32, bf16 (default) or fp8.")]
+_Recompute = Annotated[
+    bool | None, typer.Option("--recompute/--no-recompute", help="Run blocks forward twice, and keep little.")
+]
+_Gather = Annotated[
+    str, typer.Option("--gather", metavar="WHEN", help="Weights: each micro_batch, as finemoe does, or once a step.")
+]
+_Calibration = Annotated[
+    str, typer.Option("--calibration", metavar="NAME", help="torch, tuned or deepseek-v3: whose times.")
+]
+_Layout = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Such as parallel.expert=64 or parallel.pipeline=16; repeatable."),
+]
+_Search = Annotated[bool, typer.Option("--search", help="Rank the layouts that fit.")]
+_Report = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for a page with figures.")]
+_CHOICES = {
+    "--precision": ("fp32", "bf16", "fp8"),
+    "--gather": ("micro_batch", "step"),
+    "--calibration": ("torch", "tuned", "deepseek-v3"),
+}
+
+
+def plan(
+    model: _Model,
+    gpus: _Gpus,
+    device: _Device = "h100",
+    tokens_per_step: _Step = None,
+    micro_batch: _Micro = None,
+    seq_len: _Length = None,
+    tokens: _Tokens = None,
+    precision: _Precision = None,
+    recompute: _Recompute = None,
+    gather: _Gather = "micro_batch",
+    calibration: _Calibration = "torch",
+    overrides: _Layout = None,
+    search: _Search = False,
+    out: _Report = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run on many devices takes.
+
+    From the configuration alone: memory of a rank at MaxVio 0 and 1, arithmetic, bytes that each
+    exchange moves, bubble of the pipeline, time of a step and device-hours. Bytes and bubbles are
+    counted; times come from constants that were fitted on half of the published runs, and each
+    stands with the interval that the other half asks for. A layout that does not fit is refused.
+
+    \b
+    Examples:
+      finemoe plan deepseek-moe-16b --gpus 64 --device h100 --search
+      finemoe plan deepseek-v3 --gpus 2048 --device h800 --precision fp8 --tokens 14.8T \\
+        --set parallel.pipeline=16 --set parallel.expert=64 --set parallel.schedule=dualpipev \\
+        --gather step --recompute --calibration tuned --out plan
+      finemoe plan recipes/tiny.toml --gpus 2 --device here
+    """
+    _require_choices({"--precision": precision, "--gather": gather, "--calibration": calibration})
+    budget = _tokens(tokens)
+
+    from finemoe.runs.planning.distribution import plan as made
+
+    options: dict[str, Any] = {"precision": precision, "gather": gather, "calibration": calibration}
+    results = made(
+        model, gpus, device, overrides=overrides or (), tokens_per_step=tokens_per_step, micro_batch=micro_batch,
+        seq_len=seq_len, tokens=budget, recompute=recompute, search=search, out=out, **options,
+    )  # fmt: skip
+    deliver(results, out, as_json, _print)
+
+
+def _require_choices(given: Mapping[str, str | None]) -> None:
+    from finemoe.core.config import did_you_mean
+    from finemoe.core.errors import ConfigError
+
+    for option, value in given.items():
+        known = _CHOICES[option]
+        if value is not None and value not in known:
+            raise ConfigError(f"{option} {value!r}: must be {', '.join(known)}{did_you_mean(value, list(known))}")
+
+
+def _tokens(text: str | None) -> float | None:
+    """`14.8T` or a number.
+
+    Raises:
+        ConfigError: neither.
+    """
+    from finemoe.core.errors import ConfigError
+
+    if text is None:
+        return None
+    factor = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper())
+    try:
+        value = float(text[:-1]) * factor if factor else float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e18:
+        raise ConfigError(f"--tokens {text!r}: write a number above 0, as 300B or 14.8T")
+    return value
+
+
+def _print(results: Mapping[str, Any]) -> None:
+    from rich.text import Text
+
+    from finemoe.charts.numbers import count, duration
+    from finemoe.charts.plan.words import gib, moved, summary
+
+    memory, parts = results["memory"], results["step"]["parts"]
+    held = [
+        [key.replace("_", " "), gib(memory["peak"][key]), gib(memory["uneven"][key])]
+        for key in memory["peak"]
+        if memory["uneven"][key]
+    ]
+    spent = [[key, f"{value:.3g} s", f"{100 * value / parts['total']:.1f} %"] for key, value in parts.items() if value]
+    exchanged = [
+        [one["name"], str(one["group"]), f"{one['times']:,.0f}", moved(one["total"])] for one in results["exchanges"]
+    ]
+    ranked = [
+        [row["layout"], duration(row["seconds"]), count(row["tokens_per_second"]), gib(row["memory"])]
+        for row in results.get("search", {}).get("ranked", [])
+    ]
+    said: list[Any] = [*map(Text, summary(results)), ""]
+    if ranked:
+        said += [number_table(("Layout", "Step", "Tokens/s", "Memory"), ranked), ""]
+    said += [number_table(("Memory of a rank", "MaxVio 0", "MaxVio 1"), held), ""]
+    said.append(number_table(("A step", "Time", "Share"), spent))
+    if exchanged:
+        said += ["", number_table(("Exchange", "Processes", "Times", "Bytes a step"), exchanged)]
+    print_rich(*said)

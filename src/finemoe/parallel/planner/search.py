@@ -1,0 +1,117 @@
+"""Every layout of so many devices that fits, the fastest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from finemoe.core.errors import ConfigError
+from finemoe.model.config import ModelConfig
+from finemoe.model.moe.layer import MoEConfig
+from finemoe.parallel.planner.calibration import CONSTANTS
+from finemoe.parallel.planner.devices import Device
+from finemoe.parallel.planner.memory import peak_memory
+from finemoe.parallel.planner.plan import Calibration, Plan, plan
+from finemoe.parallel.planner.schedules import Schedule
+from finemoe.parallel.planner.setup import Setup
+from finemoe.parallel.planner.step_time import step_time
+
+_FASTER: tuple[Schedule, ...] = ("1f1b", "interleaved", "zbv", "dualpipev")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to."""
+
+    plans: tuple[Plan, ...]
+    """The fastest, in order."""
+    tried: int
+    fitting: int
+    impossible: int
+    """Layouts that a schedule, the batch or the model's shape rules out."""
+
+
+def search(
+    config: ModelConfig,
+    setup: Setup,
+    processes: int,
+    device: Device,
+    *,
+    name: str = "model",
+    tokens: float | None = None,
+    calibration: Calibration = "torch",
+    most: int = 10,
+) -> Found:
+    """Rank the layouts of `processes`.
+
+    Args:
+        config, device: what, on what.
+        setup: batch, length, precision, and how often weights are gathered; its layout is replaced. finemoe has no
+            tensor parallelism, and neither has the search.
+        processes: to be laid out.
+        name, tokens, calibration: as of `plan`.
+        most: plans returned.
+
+    Raises:
+        ConfigError: no layout fits; says how near the nearest comes.
+    """
+    own = CONSTANTS["hopper" if device.family == "here" else device.family]
+    own = own.with_torch() if calibration == "torch" else own
+    timed: list[tuple[float, Setup]] = []
+    tried = impossible = 0
+    least, nearest = 0, ""
+    for changes in _layouts(config, setup, processes):
+        tried += 1
+        try:
+            one = replace(setup, **changes, tensor=1, once_a_node=calibration != "torch")  # type: ignore[arg-type]
+            needed = peak_memory(config, one).total
+        except ConfigError:
+            impossible += 1
+            continue
+        if needed > device.memory:
+            if not least or needed < least:
+                least, nearest = needed, str(one)
+            continue
+        timed.append((step_time(config, one, device, own).total, one))
+    if not timed:
+        raise ConfigError(
+            f"{name}: none of {tried} layouts of {processes} x {device.name} fits {device.memory / 2**30:.1f} GiB; the "
+            f"nearest, {nearest or 'none possible'}, needs {least / 2**30:.1f}: take more --gpus, or a smaller model"
+        )
+    timed.sort(key=lambda pair: pair[0])
+    best = (plan(config, one, device, name=name, tokens=tokens, calibration=calibration) for _, one in timed[:most])
+    return Found(tuple(best), tried, len(timed), impossible)
+
+
+def _layouts(config: ModelConfig, setup: Setup, processes: int) -> Iterator[dict[str, object]]:
+    experts = [
+        block.feed_forward.num_routed_experts for block in config.blocks if isinstance(block.feed_forward, MoEConfig)
+    ]
+    for pipeline in _powers(min(processes, len(config.blocks))):
+        if processes % pipeline:
+            continue
+        left = processes // pipeline
+        for replicate in (1, 2, 4, 8):
+            shard = left // replicate
+            if left % replicate or not shard:
+                continue
+            for expert in _powers(min(shard, min(experts, default=1))):
+                if shard % expert or any(count % expert for count in experts):
+                    continue
+                for schedule in _FASTER if pipeline > 1 else _FASTER[:1]:
+                    yield from _ways(
+                        {"pipeline": pipeline, "replicate": replicate, "shard": shard, "expert": expert, "context": 1,
+                         "schedule": schedule, "virtual": 2 if schedule == "interleaved" else 1}
+                    )  # fmt: skip
+
+
+def _ways(layout: dict[str, object]) -> Iterator[dict[str, object]]:
+    for recompute in (False, True):
+        yield {**layout, "recompute": recompute}
+
+
+def _powers(most: int) -> Iterator[int]:
+    power = 1
+    while power <= most:
+        yield power
+        power *= 2

@@ -1,0 +1,70 @@
+"""From a recipe to the file that starts it on a cluster: `finemoe launch`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from finemoe.core.errors import ConfigError, FinemoeError
+from finemoe.parallel.launching import Launch, kubernetes, slurm
+from finemoe.runs.planning.distribution import plan
+
+
+def launch(
+    kind: Literal["slurm", "kubernetes"],
+    recipe: str | os.PathLike[str],
+    *,
+    nodes: int,
+    gpus_per_node: int,
+    out: str,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    restarts: int = 3,
+    **options: Any,
+) -> str:
+    """The text of an sbatch script, or of a Kubeflow TrainJob; nothing is started.
+
+    Args:
+        kind: slurm or kubernetes.
+        recipe: of the run, read here where it lies here; the nodes read it at the same path.
+        nodes, gpus_per_node: of the cluster; a process a device.
+        out: directory of the run, on storage that all nodes share.
+        device: adds the plan's figures as comments, for this accelerator.
+        overrides: `--set` of the run.
+        name: of the job; None: the recipe's.
+        restarts: of all processes, before the job fails.
+        options: of `parallel.launching.slurm` or `kubernetes`: partition, time; image, claim.
+
+    Raises:
+        ConfigError: no such kind, or values that no such file can hold.
+        FinemoeError: with `device`, what `plan` raises; a layout that does not fit is refused.
+    """
+    writers = {"slurm": slurm, "kubernetes": kubernetes}
+    if kind not in writers:
+        raise ConfigError(f"launch {kind!r}: known are {', '.join(writers)}")
+    path = os.fspath(recipe)
+    asked = Launch(
+        recipe=path, nodes=nodes, gpus_per_node=gpus_per_node, out=out, overrides=tuple(overrides),
+        name=name or _name(path), restarts=restarts,
+    )  # fmt: skip
+    notes = [f"finemoe launch {kind}: {asked.processes} processes on {nodes} nodes"]
+    if device is not None:
+        notes += _figures(path, asked.processes, device, overrides)
+    return writers[kind](asked, notes, **options)
+
+
+def _name(recipe: str) -> str:
+    kept = "".join(char if char.isascii() and char.isalnum() else "-" for char in Path(recipe).stem.lower()).strip("-")
+    return f"finemoe-{kept}"[:63].rstrip("-")
+
+
+def _figures(recipe: str, processes: int, device: str, overrides: Sequence[str]) -> list[str]:
+    from finemoe.charts.plan.words import summary
+
+    known = [one for one in overrides if one.split(".")[0] in ("parallel",)]
+    if not Path(recipe).exists():
+        raise FinemoeError(f"{recipe}: no such recipe here, and --device plans it; leave --device out, or copy it here")
+    return summary(plan(recipe, processes, device, overrides=known))

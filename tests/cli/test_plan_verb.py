@@ -1,0 +1,170 @@
+"""`finemoe plan`, `finemoe launch` and `finemoe analyze placement` on a terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finemoe.core.errors import ConfigError
+from finemoe.runs.planning import distribution
+from finemoe.runs.planning.measured import bandwidth, product_flops
+
+V3 = (
+    "plan", "deepseek-v3", "--gpus", "2048", "--device", "h800", "--precision", "fp8", "--tokens", "14.8T",
+    "--set", "parallel.pipeline=16", "--set", "parallel.expert=64", "--set", "parallel.schedule=dualpipev",
+    "--gather", "step", "--recompute", "--calibration", "tuned",
+)  # fmt: skip
+
+
+def test_a_plan_says_memory_traffic_bubble_time_and_how_sure(command: Any) -> None:
+    shown = " ".join(command(*V3).stdout.split())
+    for words in ("it fits", "MaxVio 0", "MaxVio 1", "device-hours", "bubble", "dispatch", "fitted on half", "four of"):
+        assert words in shown
+
+
+def test_json_holds_what_is_shown(command: Any) -> None:
+    found = json.loads(command(*V3, "--json").stdout)
+    assert found["kind"] == "plan"
+    assert found["processes"] == 2048
+    assert found["memory"]["uneven"]["total"] > found["memory"]["peak"]["total"]
+    assert found["step"]["seconds"]["low"] < found["step"]["seconds"]["value"] < found["step"]["seconds"]["high"]
+    assert found["device_hours"]["value"] == pytest.approx(14.8e12 / found["tokens_per_second"]["value"] / 3600)
+    assert found["v3_run"]["with_factor_hours"] == pytest.approx(2.664e6, rel=1e-3)
+    assert found["calibration"]["name"] == "tuned"
+    assert found["timeline"]["spans"]
+
+
+def test_a_layout_that_does_not_fit_ends_with_its_bytes(command: Any) -> None:
+    result = command("plan", "deepseek-v3", "--gpus", "64", "--device", "h100")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "bytes)" in result.stderr
+    assert "does not fit h100" in " ".join(result.stderr.split())
+
+
+def test_a_search_ranks_layouts_and_they_can_be_asked_for(command: Any) -> None:
+    found = json.loads(command("plan", "deepseek-moe-16b", "--gpus", "64", "--search", "--json").stdout)
+    best = found["search"]["ranked"][0]
+    assert best["layout"] == found["layout"]
+    words = [f"--set=parallel.{key}={value}" for key, value in best["parallel"].items()]
+    words += ["--recompute"] * best["recompute"] + [f"--gather={best['gather']}"]
+    again = json.loads(command("plan", "deepseek-moe-16b", "--gpus", "64", *words, "--json").stdout)
+    assert again["step"]["seconds"]["value"] == pytest.approx(best["seconds"])
+    assert again["memory"]["peak"]["total"] == best["memory"]
+
+
+def test_a_recipe_brings_its_batch_length_and_layout(command: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        '[model]\npreset = "tiny-moe"\n[data]\nsequence_length = 128\n[kernels]\nrecompute = true\n'
+        "[training]\nsteps = 100\ntokens_per_step = 8192\nmicro_batch_tokens = 256\n[parallel]\nexpert = 4\n"
+    )
+    found = json.loads(command("plan", recipe, "--gpus", "8", "--json").stdout)
+    setup = found["setup"]
+    assert (setup["seq_len"], setup["micro_batch"], setup["sequences"]) == (128, 2, 64)
+    assert (setup["expert"], setup["shard"], setup["recompute"]) == (4, 8, True)
+    assert found["tokens"] == 819_200
+    over = json.loads(command("plan", recipe, "--gpus", "8", "--set", "parallel.expert=2", "--json").stdout)
+    assert over["setup"]["expert"] == 2
+
+
+def test_a_page_with_its_figures(command: Any, tmp_path: Path) -> None:
+    out = tmp_path / "plan"
+    assert command(*V3, "--out", out).exit_code == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "2,664K" in page
+    assert "fitted on this run itself" in page
+    assert {path.name for path in (out / "figures").glob("*.svg")} == {"memory.svg", "step.svg", "timeline.svg"}
+    assert json.loads((out / "results.json").read_text())["kind"] == "plan"
+    assert command(*V3, "--out", tmp_path).exit_code == 2, "a folder that holds something else"
+
+
+def test_this_machine_is_measured(command: Any) -> None:
+    found = json.loads(command("plan", "tiny-moe", "--gpus", "1", "--device", "here", "--json").stdout)
+    assert found["device"]["family"] == "here"
+    assert found["setup"]["precision"] == "fp32"
+    assert found["device"]["peak"]["fp32"] > 1e8
+    assert product_flops() > 1e8
+    assert bandwidth() > 1e7
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--device", "h10"], "did you mean `h100`"),
+        (["--precision", "fp4"], "must be fp32, bf16, fp8"),
+        (["--gather", "stepp"], "did you mean `step`"),
+        (["--tokens", "many"], "write a number above 0"),
+        (["--tokens", "-3B"], "write a number above 0"),
+        (["--gpus", "0"], "at least one"),
+        (["--set", "model.hidden_size=3"], "write all else into a recipe"),
+        (["--set", "training.steps=3"], "write all else into a recipe"),
+        (["--set", "parallel=3"], "parallel.expert=64"),
+        (["--set", "parallel.expart=3"], "expart"),
+        (["--set", "parallel.tensor=2"], "is not built"),
+        (["--tokens-per-step", "100"], "no multiple of sequences"),
+        (["--search", "--set", "parallel.expert=2"], "leave [parallel]"),
+        (["--set", "parallel.pipeline=64"], "pieces of a model"),
+        (["--device", "a100", "--precision", "fp8"], "has no fp8"),
+    ],
+)
+def test_mistakes_are_told(command: Any, words: list[str], named: str) -> None:
+    gpus = [] if "--gpus" in words else ["--gpus", "64"]
+    result = command("plan", "tiny-moe", *gpus, *words)
+    assert result.exit_code == 2
+    assert named in " ".join(result.stderr.split())
+
+
+def test_a_plan_that_does_not_fit_can_be_had_in_python() -> None:
+    found = distribution.plan("deepseek-v3", 8, refuse=False)
+    assert not found["memory"]["fits"]
+    with pytest.raises(ConfigError, match="does not fit"):
+        distribution.plan("deepseek-v3", 8)
+
+
+def test_launch_prints_a_file_and_nothing_else(command: Any) -> None:
+    words = ["tiny.toml", "--nodes", "2", "--gpus-per-node", "8", "--out", "/data/run"]
+    script = command("launch", "slurm", *words)
+    assert script.exit_code == 0
+    assert script.stdout.startswith("#!/bin/bash\n")
+    assert script.stdout.endswith("--continue\n")
+    assert "kind: TrainJob" in command("launch", "kubernetes", *words).stdout
+    assert command("launch", "slurm", *words, "--device", "h100").exit_code == 2, "no such recipe here"
+
+
+# ---- placement ----
+
+
+def load_report(folder: Path, kind: str = "load") -> Path:
+    layers = {"1": {"load": [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86]}}
+    layers["2"] = {"load": [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]}
+    folder.mkdir(parents=True, exist_ok=True)
+    series = [{"path": "runs/tiny", "name": "tiny", "layers": layers}]
+    (folder / "results.json").write_text(json.dumps({"kind": kind, "series": series}))
+    return folder
+
+
+def test_placement_reads_a_recorded_load(command: Any, tmp_path: Path) -> None:
+    folder = load_report(tmp_path / "load")
+    words = ["--gpus", "8", "--redundant", "4", "--groups", "4", "--nodes", "2"]
+    found = json.loads(command("analyze", "placement", folder, *words, "--json").stdout)
+    assert found["layers"]["1"]["devices"][:3] == [[5, 6], [5, 7], [8, 4]]
+    assert found["after"] < found["before"]
+    shown = command("analyze", "placement", folder / "results.json", *words).stdout
+    assert "2 experts on each of 8 devices" in " ".join(shown.split())
+    assert "Layer 2" in shown
+
+
+@pytest.mark.parametrize("made", ["nothing", "other", "damaged"])
+def test_what_holds_no_load_is_refused(command: Any, tmp_path: Path, made: str) -> None:
+    folder = tmp_path / "load"
+    if made != "nothing":
+        load_report(folder, "knockout")
+    if made == "damaged":
+        (folder / "results.json").write_text("{")
+    result = command("analyze", "placement", folder, "--gpus", "4")
+    assert result.exit_code == 2
+    assert "finemoe analyze load MODEL --out" in " ".join(result.stderr.split())

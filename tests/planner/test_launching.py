@@ -1,0 +1,125 @@
+"""Files that start a run on a cluster: a shell and a YAML parser can read them, and both start the same line."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import finemoe
+from finemoe.core.errors import ConfigError
+from finemoe.parallel.launching import Launch, kubernetes, slurm, torchrun
+
+yaml: Any = pytest.importorskip("yaml")
+
+ODD = Launch(
+    "/data/it's a recipe.toml", 3, 4, "/data/runs/a $HOME b", ("model.name='x y'", "parallel.expert=4"), "big-run"
+)
+
+
+def bash(text: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+
+
+def line_of(script: str) -> str:
+    return next(line.strip() for line in script.splitlines() if "torchrun" in line and not line.startswith("#"))
+
+
+def test_bash_reads_the_sbatch_file() -> None:
+    script = slurm(ODD, ["a plan:\nof two lines", "it's `quoted` $(so)"], partition="gpu", time="24:00:00")
+    done = bash(script)
+    assert done.returncode == 0, done.stderr
+    assert bash(script.replace('"$SLURM_JOB_NODELIST"', '"')).returncode != 0
+    head = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --nodes=3" in head
+    assert "#SBATCH --gpus-per-node=4" in head
+    assert "#SBATCH --time=24:00:00" in head
+    assert "# of two lines" in script.splitlines()
+
+
+def test_the_same_line_starts_both() -> None:
+    job = yaml.safe_load(kubernetes(ODD, ["a plan"]))
+    (args,) = job["spec"]["trainer"]["args"]
+    assert args.strip().removeprefix("exec ") == line_of(slurm(ODD))
+    assert bash(args).returncode == 0
+
+
+def test_the_line_says_what_was_asked() -> None:
+    words = shlex.split(torchrun(ODD, "HEAD", "RUN"))
+    assert words[: words.index("-m")] == [
+        "torchrun",
+        "--nnodes=3",
+        "--nproc-per-node=4",
+        "--max-restarts=3",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=HEAD:29500",
+        "--rdzv-id=RUN",
+    ]
+    assert words[words.index("-m") :] == [
+        "-m", "finemoe", "train", "/data/it's a recipe.toml", "--out", "/data/runs/a $HOME b", "--continue",
+        "--set", "model.name='x y'", "--set", "parallel.expert=4",
+    ]  # fmt: skip
+
+
+def test_nothing_of_the_line_is_expanded_but_head_and_run() -> None:
+    """What the shell hands to torchrun is what was asked, whatever characters are in it."""
+    script = line_of(slurm(ODD)).replace("torchrun", "printf '%s\\n'", 1)
+    env = {"FINEMOE_HEAD": "node1", "FINEMOE_RUN": "77", "PATH": "/usr/bin:/bin", "HOME": "/root"}
+    said = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=True, env=env
+    ).stdout.splitlines()
+    assert "--rdzv-endpoint=node1:29500" in said
+    assert "/data/runs/a $HOME b" in said
+
+
+def test_a_train_job_of_kubeflow() -> None:
+    job = yaml.safe_load(kubernetes(ODD, image="registry:5000/me/finemoe@sha256:ab", claim="disk"))
+    assert (job["apiVersion"], job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    trainer = job["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (3, 4)
+    assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == 4
+    assert {one["name"]: one["value"] for one in trainer["env"]}["FINEMOE_HEAD"] == "big-run-node-0-0.big-run"
+    assert trainer["image"] == "registry:5000/me/finemoe@sha256:ab"
+    assert all(isinstance(one["value"], str) for one in trainer["env"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"nodes": 0}, "--nodes 0"),
+        ({"gpus_per_node": -1}, "--gpus-per-node -1"),
+        ({"restarts": -1}, "--max-restarts -1"),
+        ({"port": 70000}, "--port 70000"),
+        ({"name": "Bad name"}, "--name 'Bad name'"),
+        ({"out": "a\nb"}, "--out"),
+        ({"recipe": ""}, "recipe"),
+    ],
+)
+def test_what_no_file_can_hold_is_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Launch(**{"recipe": "a.toml", "nodes": 1, "gpus_per_node": 1, "out": "o", **changes})
+
+
+def test_words_of_the_cluster_are_single_words() -> None:
+    with pytest.raises(ConfigError, match="--partition"):
+        slurm(ODD, partition="a\n#SBATCH --mail")
+    with pytest.raises(ConfigError, match="--image"):
+        kubernetes(ODD, image="a b")
+
+
+def test_a_plan_goes_with_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "Tiny Run.toml"
+    recipe.write_text('[model]\npreset = "tiny-moe"\n[training]\nsteps = 10\ntokens_per_step = 16384\n')
+    options: dict[str, Any] = {"nodes": 2, "gpus_per_node": 4, "out": "/data/run"}
+    script = finemoe.launch("slurm", recipe, device="h100", overrides=["parallel.expert=2"], **options)
+    assert bash(script).returncode == 0
+    assert "on 8 h100, shard 8, expert 2: it fits" in script
+    assert "--job-name=finemoe-tiny-run" in script
+    assert "h100" not in finemoe.launch("kubernetes", recipe, **options)
+    with pytest.raises(ConfigError, match="does not divide"):
+        finemoe.launch("slurm", recipe, device="h100", overrides=["parallel.expert=3"], **options)
+    with pytest.raises(ConfigError, match="known are"):
+        finemoe.launch("ray", recipe, **options)  # type: ignore[arg-type]
