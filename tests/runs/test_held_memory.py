@@ -19,6 +19,7 @@ from finemoe.core.config import merge
 from finemoe.core.errors import RunError
 from finemoe.methods.distillation import method as distillation
 from finemoe.methods.trainables import fisher
+from finemoe.parallel.world import SOLO
 from finemoe.runs.config import RunConfig, resolve_run
 from finemoe.runs.footprint import Footprint, footprint, require_memory
 from finemoe.runs.kernels import kernels_for
@@ -69,7 +70,7 @@ def held_in_a_step(config: RunConfig) -> int:
         return {}
 
     method = replace(method, before_update=(*method.before_update, spy))
-    trainer = _trainer(config, method, Path("x"), kernels_for(config).kernels, None)
+    trainer = _trainer(config, method, Path("x"), kernels_for(config).kernels, None, SOLO)
     for _ in range(2):
         trainer.step(trainer.micro_batches())
     return found[-1]
@@ -127,7 +128,7 @@ def test_fisher_information_is_counted_with_the_gradients_that_it_is_made_of(
 
     monkeypatch.setattr(fisher, "_backward", spy)
     method = build_method(config)
-    _trainer(config, method, Path("x"), kernels_for(config).kernels, None)
+    _trainer(config, method, Path("x"), kernels_for(config).kernels, None, SOLO)
     found = footprint(config)
     [only] = found.only_before
     assert max(heights) == pytest.approx(found.weights + only.nbytes, rel=WITHIN)

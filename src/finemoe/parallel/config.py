@@ -66,7 +66,8 @@ class ParallelConfig(Config):
             raise ConfigError(
                 f"parallel.pipeline {self.pipeline} x replicate {self.replicate} x shard {shard} x context "
                 f"{self.context} are {fixed * shard} processes, and {processes} {'is' if processes == 1 else 'are'} "
-                f"running: torchrun --nproc-per-node {fixed * shard}, or leave parallel.shard out"
+                f"running: torchrun --nproc-per-node {fixed * shard}, or set other sizes, such as "
+                f"parallel.shard = {processes} with the others 1"
             )
         if shard * self.context % self.expert:
             near = [n for n in range(1, shard * self.context + 1) if shard * self.context % n == 0]
