@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,16 +45,21 @@ def unbroken(tables: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+ALONE = ("--standalone", "--nproc-per-node", "2")
+
+
 @contextmanager
-def torchrun(raw: dict[str, Any], out: Path, restarts: int) -> Iterator[subprocess.Popen[str]]:
+def torchrun(
+    raw: dict[str, Any], out: Path, restarts: int, how: tuple[str, ...] = ALONE, name: str = "run"
+) -> Iterator[subprocess.Popen[str]]:
     """`torchrun -m finemoe train RECIPE --out OUT --continue`, on two processes; nothing of it is left behind."""
     path = out.with_suffix(".json")
     path.write_text(json.dumps(raw))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", *how]
     command += ["--max-restarts", str(restarts), "-m", "finemoe", "train", str(path), "--out", str(out)]
     command += ["--continue", "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    log = out.with_suffix(".log").open("w")
+    log = out.with_name(f"{name}.log").open("w")
     with (
         log,
         subprocess.Popen(
@@ -105,8 +111,8 @@ def killed_once(raw: dict[str, Any], out: Path, rank: int) -> str:
     with torchrun(raw, out, restarts=1) as started:
         wait_for(lambda: len(steps_done(out)) >= 5)
         os.kill(workers(started.pid)[rank], signal.SIGKILL)
-        assert started.wait(120) == 0, out.with_suffix(".log").read_text()
-    return out.with_suffix(".log").read_text()
+        assert started.wait(120) == 0, out.with_name("run.log").read_text()
+    return out.with_name("run.log").read_text()
 
 
 def same(out: Path, unbroken: Path) -> None:
@@ -130,6 +136,25 @@ def test_ten_restarts_of_ten(tables: dict[str, Any], unbroken: Path, tmp_path: P
     for number in range(10):
         killed_once(tables, tmp_path / str(number), rank=number % 2)
         same(tmp_path / str(number), unbroken)
+
+
+@pytest.mark.slow
+def test_agents_of_two_machines_start_all_again_together(
+    tables: dict[str, Any], unbroken: Path, tmp_path: Path
+) -> None:
+    """Each agent counts restarts for itself, so that no count can name a meeting."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    place = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d")
+    place += ("--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two")
+    out = tmp_path / "run"
+    with torchrun(tables, out, 3, place, "first") as first, torchrun(tables, out, 3, place, "second") as second:
+        wait_for(lambda: len(steps_done(out)) >= 5)
+        os.kill(workers(second.pid)[0], signal.SIGKILL)
+        ended = [started.wait(180) for started in (first, second)]
+    assert ended == [0, 0], "\n".join((tmp_path / f"{name}.log").read_text()[-3000:] for name in ("first", "second"))
+    same(out, unbroken)
 
 
 @pytest.mark.slow

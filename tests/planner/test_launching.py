@@ -11,7 +11,7 @@ import pytest
 
 import finemoe
 from finemoe.core.errors import ConfigError
-from finemoe.parallel.launching import Launch, kubernetes, slurm, torchrun
+from finemoe.parallel.planner.launching import Launch, kubernetes, slurm, torchrun
 
 yaml: Any = pytest.importorskip("yaml")
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from finemoe.core.errors import ConfigError, TrainingError
 from finemoe.data.batch import TokenBatch
 from finemoe.model.transformer import Transformer
+from finemoe.parallel.config import Layout
 from finemoe.parallel.passes import Execute
 from finemoe.parallel.world import SOLO, World
 from finemoe.training.balancing import BalancingConfig, MoveBiases, selection_biases
@@ -67,6 +68,7 @@ class Rank:
         self._meeting = meeting
         self.rank = self.share = rank
         self.piece, self.pieces, self.stages = 0, 1, 1
+        self.layout = Layout(replicate=meeting.size)
         self.size = self.shares = meeting.size
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:

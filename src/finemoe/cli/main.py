@@ -46,7 +46,7 @@ from finemoe.core.files import plain_words
 from finemoe.parallel.seat import speaks
 
 _HAVE_MET = "finemoe.parallel.processes"
-"""Loaded by processes that have met; until then they do the same, and meet the same errors."""
+"""Loaded by processes that have met; until then those of one machine do the same, and meet the same errors."""
 
 
 class Verbs(TyperGroup):
@@ -74,7 +74,7 @@ class Verbs(TyperGroup):
             raise
         except (FinemoeError, OSError) as error:
             said = plain_words(error) if isinstance(error, OSError) else str(error)
-            if speaks():
+            if speaks() or (_HAVE_MET not in sys.modules and os.environ.get("LOCAL_RANK", "0") == "0"):
                 _say("error: ", "bold red", ctx.params["debug"], said)
             elif _HAVE_MET in sys.modules and not (isinstance(error, FinemoeError) and error.everywhere):
                 _say(f"error on rank {os.environ['RANK']}: ", "bold red", ctx.params["debug"], said)

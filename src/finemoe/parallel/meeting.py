@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from finemoe.core.errors import FinemoeError, RunError
+from finemoe.core.errors import ConfigError, FinemoeError, RunError
 from finemoe.core.logs import logger
 from finemoe.parallel.config import Layout
-from finemoe.parallel.seat import cores, seat
+from finemoe.parallel.seat import Seat, cores, seat
 from finemoe.parallel.world import SOLO, World
 
 _OF_A_MEETING = re.compile("gloo|nccl|closed by peer|timed out|connection (reset|refused)|TCPStore", re.IGNORECASE)
@@ -35,21 +36,52 @@ def meet(layout: Layout, device: torch.device, threads: int, timeout: float) -> 
     if here is None or here.processes == 1:
         yield SOLO
         return
-    from finemoe.parallel import processes  # torch.distributed takes a second to load
+    from finemoe.parallel import joining, processes  # torch.distributed takes a second to load
 
-    if device.type == "cuda":
-        torch.cuda.set_device(here.local_rank)
+    _take_device(device, here)
     torch.set_num_threads(threads or cores())
+    level = logger.level
     if here.rank:
         logger.setLevel(logging.ERROR)  # rank 0 says the same
-    store = processes.join(here, device, timeout)
-    world = processes.Processes(layout, device, store)
+    world: processes.Processes | None = None
     try:
+        store = joining.join(here, device, timeout)
+        world = processes.Processes(layout, device, store, timeout)
         yield world
     except FinemoeError:
         raise
     except RuntimeError as error:
-        if not _OF_A_MEETING.search(str(error)):
+        if not any(_OF_A_MEETING.search(str(one)) for one in _causes(error)):
             raise
-        raise RunError(world.why(error)) from error
-    world.close()
+        raise RunError(str(error) if world is None else world.why(error)) from error
+    finally:
+        logger.setLevel(level)
+        processes.leave(world)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came of: a pipeline wraps what a stage met."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _take_device(device: torch.device, here: Seat) -> None:
+    """Each process of a machine takes a GPU of its own.
+
+    Raises:
+        ConfigError: there are too few, or processes cannot meet over this kind of device.
+    """
+    if device.type == "mps":
+        raise ConfigError('several processes cannot meet over "mps": set training.device = "cpu"')
+    if device.type != "cuda":
+        return
+    visible = torch.cuda.device_count()
+    if visible == 1 and here.local_processes > 1 and "SLURM_LOCALID" in os.environ:
+        return  # each process sees its own alone
+    if here.local_rank >= visible:
+        raise ConfigError(
+            f"{here.local_processes} processes on this machine and {visible} GPUs: torchrun --nproc-per-node {visible}"
+            ', or training.device = "cpu"'
+        )
+    torch.cuda.set_device(here.local_rank)

@@ -2,79 +2,41 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from typing import Any, TypeVar, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # torch does not list them
+from torch.distributed import Store  # type: ignore[attr-defined]  # torch does not list them
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
-from finemoe.core.errors import FinemoeError, RunError
+from finemoe.core.errors import FinemoeError
 from finemoe.model.transformer import Transformer
 from finemoe.parallel.config import Layout
 from finemoe.parallel.context import Pieces
 from finemoe.parallel.passes import Execute, OneAfterAnother
-from finemoe.parallel.pieces import put, whole
 from finemoe.parallel.pipeline import Pipeline
 from finemoe.parallel.relay import Relay
-from finemoe.parallel.seat import Seat
-from finemoe.parallel.shard import settle, spread
+from finemoe.parallel.shard import put, settle, spread, whole
+from finemoe.parallel.signs import SILENT, SignsOfLife, in_words
 from finemoe.parallel.stages import Cut, keep_only
 from finemoe.parallel.world import ROWS_FIGURE
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
-_BEAT = 2.0
-"""[seconds] Between two signs of life of a process."""
-_SILENT = 8.0
-"""[seconds] Without one, after which a process is taken for stopped or gone."""
 
-
-def join(seat: Seat, device: torch.device, timeout: float) -> Store:
-    """Meet the other processes in torch's default group.
-
-    Args:
-        seat: of this process.
-        device: where the model will be.
-        timeout: [seconds] how long a process waits for another, here and in every collective.
-
-    Returns:
-        Where all can read and write small things, while the process that keeps it lives.
-
-    Raises:
-        RunError: not all came in time.
-    """
-    wait = timedelta(seconds=timeout)
-    try:
-        base = _meeting_place(seat.address, seat.port, not seat.hosted and seat.rank == 0, timeout)
-        # A prefix for each attempt, and for each run of a process: else addresses of dead ones would be read.
-        store = PrefixStore(f"finemoe/attempt-{seat.attempt}/{next(_MEETINGS)}", base)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.processes, timeout=wait)
-    except (RuntimeError, ValueError) as error:
-        raise RunError(
-            f"rank {seat.rank} of {seat.processes} did not meet the others at {seat.address}:{seat.port}: {error}"
-        ) from error
-    return store
-
-
-_MEETINGS = itertools.count()
-"""Of this process; all processes train the same runs in the same order."""
-
-
-@cache
-def _meeting_place(address: str, port: int, hosts: bool, timeout: float) -> TCPStore:
-    """One for all runs of a process: who keeps it cannot open the port twice."""
-    return TCPStore(address, port, is_master=hosts, timeout=timedelta(seconds=timeout))
+def leave(world: Processes | None) -> None:
+    """Leave the others, who may still be computing, well or not; a process may train again."""
+    if world is not None:
+        world.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @final
@@ -85,13 +47,16 @@ class Processes:
     method is a meeting point: all ranks call the same ones in the same order.
     """
 
-    def __init__(self, layout: Layout, device: torch.device, store: Store | None = None) -> None:
+    def __init__(
+        self, layout: Layout, device: torch.device, store: Store | None = None, timeout: float | None = None
+    ) -> None:
         """Of the processes that have met in torch's default group, as many as `layout` has.
 
         Args:
             layout: of the run.
             device: where the model is.
             store: from `join`, to say in whom the reason lies when a collective fails.
+            timeout: [seconds] of the collectives of every group; None: torch's own, half an hour with gloo.
         """
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.layout, self.device = layout, device
@@ -103,12 +68,17 @@ class Processes:
         self.share, self.shares = replicate * layout.shard + fsdp // layout.context, layout.data
         self.piece, self.pieces = fsdp % layout.context, layout.context
         self._context: Pieces | None = None
+        self._within: DeviceMesh | None = None
         if layout.context > 1:
             shape = (layout.pipeline, layout.replicate, layout.shard, layout.context)
             names = ("pipeline", "replicate", "shard", "context")
-            mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-            self._context = Pieces(mesh["context"].get_group(), self.piece, self.pieces)
-        self._alive = _SignsOfLife(store, self.rank, self.size)
+            self._within = init_device_mesh(device.type, shape, mesh_dim_names=names)
+            self._context = Pieces(self._within["context"].get_group(), self.piece, self.pieces)
+        if timeout is not None:  # torch gives it to the default group alone
+            for mesh in {id(one): one for one in (self.dense, self.routed, self._within) if one is not None}.values():
+                for group in mesh.get_all_groups():
+                    _set_pg_timeout(timedelta(seconds=timeout), group)
+        self._alive = SignsOfLife(store, self.rank, self.size)
 
     @property
     def sharded(self) -> bool:
@@ -126,7 +96,7 @@ class Processes:
     def sum_tensors(self, tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """All of them in one collective for each type."""
         summed: dict[Key, Tensor] = {}
-        for dtype in {one.dtype for one in tensors.values()}:
+        for dtype in dict.fromkeys(one.dtype for one in tensors.values()):  # in one order everywhere
             some = {key: one for key, one in tensors.items() if one.dtype == dtype}
             flat = torch.cat([one.reshape(-1) for one in some.values()])
             flat = flat if self.stage == 0 else torch.zeros_like(flat)  # stages of a pipeline have the same
@@ -140,7 +110,12 @@ class Processes:
         if self.sharded or self.layout.replicate == 1:
             return
         group = self.dense["replicate"].get_group()
-        for parameter in parameters:
+        parameters = list(parameters)
+        reached = [one.grad is not None for one in parameters]
+        anywhere = [any(flags) for flags in zip(*self.everyone(reached), strict=True)]
+        for parameter, wanted in zip(parameters, anywhere, strict=True):
+            if not wanted:  # alone it would be passed over, and so is its momentum
+                continue
             if parameter.grad is None:  # a rank where nothing reached it still has to meet the others
                 parameter.grad = torch.zeros_like(parameter)
             self._meet(partial(dist.all_reduce, parameter.grad, group=group))
@@ -157,23 +132,18 @@ class Processes:
         """One after the other, or a pipeline."""
         if self._cut is None:
             return OneAfterAnother(model)
-        self._pipeline = Pipeline(model, self._cut, self._along(), self._between(model))
+        self._pipeline = Pipeline(model, self._cut, self._along())
         return self._pipeline
 
     def measured(self, model: Transformer) -> Any:
         """Stages answer as one model."""
         if self._cut is None:
             return model
-        return Relay(model, self._cut, self._along(), self._between(model))
+        return Relay(model, self._cut, self._along())
 
     def _along(self) -> dist.ProcessGroup:
         """The processes of this one's pipeline."""
         return self.dense["pipeline"].get_group()
-
-    def _between(self, model: Transformer) -> torch.dtype:
-        """What states between stages are: as the weights, or as autocast makes them."""
-        kind = self.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(model.parameters()).dtype
 
     def settle(self, model: Transformer) -> None:
         """FSDP leaves the outermost weights whole."""
@@ -267,7 +237,7 @@ class Processes:
                 try:
                     made.append(make())
                 except FinemoeError as error:
-                    failure = error
+                    failure = type(error)(f"rank {self.rank}: {error}") if self.rank else error
             failed = [one for one in self.everyone(failure) if one is not None]
             if failed:
                 failed[0].everywhere = True
@@ -278,17 +248,15 @@ class Processes:
         """In words, which processes are the reason that a collective failed."""
         missing = self._alive.missing()
         if missing:
-            return f"{_ranks(missing)} gave no sign of life for {_SILENT:.0f} s and more, stopped or gone: {error}"
+            return f"{in_words(missing)} gave no sign of life for {SILENT:.0f} s and more, stopped or gone: {error}"
         behind = self._alive.behind()
         if behind:
-            return f"{_ranks(behind)} did not come as far as the others: {error}"
+            return f"{in_words(behind)} did not come as far as the others: {error}"
         return f"a process failed while others waited for it; what it said is above or below: {error}"
 
     def close(self) -> None:
-        """Leave the others, who may still be computing."""
+        """No sign of life any more: whoever waits is to know."""
         self._alive.stop()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
     def everyone(self, value: Value) -> list[Value]:
         """Pickled, and so small things only."""
@@ -320,61 +288,3 @@ def _meshes(layout: Layout, device: torch.device) -> tuple[DeviceMesh, DeviceMes
         mesh_dim_names=("pipeline", "replicate", "expert_shard", "expert"),
     )
     return dense, routed
-
-
-@final
-class _SignsOfLife:
-    """What every process writes into the store: that it lives, and how many meetings it has come to."""
-
-    def __init__(self, store: Store | None, rank: int, size: int) -> None:
-        self._store, self._rank, self._size = store, rank, size
-        self._meetings = 0
-        self._ended = threading.Event()
-        if store is not None:
-            self._say(store)
-            threading.Thread(target=self._run, args=(store,), name="signs of life", daemon=True).start()
-
-    def count(self) -> None:
-        """One more meeting."""
-        self._meetings += 1
-
-    def stop(self) -> None:
-        """The process ends well."""
-        self._ended.set()
-
-    def missing(self) -> list[int]:
-        """Ranks that have not been heard of between two looks."""
-        before = self._heard()
-        if not before:
-            return []
-        time.sleep(_SILENT)
-        after = self._heard()
-        return [rank for rank, said in before.items() if rank != self._rank and said == after.get(rank)]
-
-    def behind(self) -> list[int]:
-        """Ranks that came to fewer meetings than the others."""
-        meetings = {rank: int(said.split()[1]) for rank, said in self._heard().items()}
-        most = max(meetings.values(), default=0)
-        return [rank for rank, count in meetings.items() if count < most]
-
-    def _heard(self) -> dict[int, bytes]:
-        if self._store is None:
-            return {}
-        try:
-            return {rank: self._store.get(f"alive/{rank}") for rank in range(self._size)}
-        except (RuntimeError, dist.DistError):  # the store went with its process
-            return {}
-
-    def _say(self, store: Store) -> None:
-        store.set(f"alive/{self._rank}", f"{time.time():.3f} {self._meetings}")
-
-    def _run(self, store: Store) -> None:
-        while not self._ended.wait(_BEAT):
-            try:
-                self._say(store)
-            except (RuntimeError, dist.DistError):
-                return
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finemoe.model.transformer import Transformer
+from finemoe.parallel.config import Layout
 from finemoe.parallel.passes import Execute, OneAfterAnother
 
 ROWS_FIGURE = "expert_rows_max_over_mean"
@@ -34,6 +35,11 @@ class World(Protocol):
     @property
     def size(self) -> int:
         """How many processes there are."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """How they share the work."""
         ...
 
     @property
@@ -140,6 +146,7 @@ class _Solo:
 
     rank = 0
     size = 1
+    layout = Layout()
     share = piece = 0
     shares = pieces = stages = 1
 

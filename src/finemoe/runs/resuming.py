@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from finemoe.core.logs import logger
 from finemoe.core.reading import damage_of, decode_json, read_object
 from finemoe.runs.changes import was_changed
 from finemoe.runs.config import RunConfig
+from finemoe.training.trainer import Trainer
 
 _BEGAN_WITH = {
     "corpus_sha256": "the corpus", "tokenizer_sha256": "the tokenizer", "template_sha256": "the chat template",
@@ -80,3 +82,29 @@ def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig
         raise RunError(f"{directory}/config.json: {', '.join(changed)} differ from the checkpoint's; put them back")
     if changed and not was_changed(directory, step):
         logger.warning("%s differ from the checkpoint's: this is no longer the run that began here", ", ".join(changed))
+
+
+def require_agreement(trainer: Trainer, config: RunConfig, directory: Path) -> None:
+    """Check that all processes train the same: each has read the recipe, the data and the checkpoint for itself.
+
+    Raises:
+        RunError: one has read something else, as through a file system that is behind.
+    """
+    if trainer.world.size == 1:
+        return
+    hashes = {key: value for key, value in trainer.method.data.report.items() if key.endswith("sha256")}
+    own = {
+        "the step it goes on from": trainer.state.step,
+        "the recipe": config.model_dump_json(exclude={"kernels"}),
+        "the data": json.dumps(hashes, sort_keys=True, default=str),
+        "the kind of device": trainer.plan.device.type,
+    }
+    everybody = trainer.world.everyone(own)
+    for rank, other in enumerate(everybody):
+        if apart := [what for what in own if other[what] != everybody[0][what]]:
+            error = RunError(
+                f"{directory}: rank {rank} differs from rank 0 in {' and '.join(apart)}: all machines must see the same"
+                " files; wait until they do, and start again"
+            )
+            error.everywhere = True
+            raise error

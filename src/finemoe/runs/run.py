@@ -38,7 +38,7 @@ from finemoe.runs.directory import cut_metrics, describe, holds_run, require_fre
 from finemoe.runs.kernels import kernels_for
 from finemoe.runs.observers import Evaluate, Log, Show, Warn
 from finemoe.runs.result import Run
-from finemoe.runs.resuming import newest_state, refuse_other_data
+from finemoe.runs.resuming import newest_state, refuse_other_data, require_agreement
 from finemoe.runs.saving import Save, restore
 from finemoe.runs.start import (
     announce,
@@ -125,8 +125,19 @@ def resume(directory: str | os.PathLike[str], *, overrides: Sequence[str] = (), 
     require_run(directory)
     before = read_config(directory / "config.json")
     config = with_changes(directory, before, overrides) if overrides else None
+    if config is None and (done := _finished(directory)) is not None:
+        return done
     with world_of(config or before) as world:
         return _go_on(directory, config, quiet, world)
+
+
+def _finished(directory: Path) -> Run | None:
+    """A run that has nothing left to train."""
+    summary = summary_if_whole(directory)
+    if summary is None:
+        return None
+    logger.info("%s is finished: %d steps; --set training.tokens=... trains it longer", directory, summary["steps"])
+    return Run(directory, summary, interrupted=False)
 
 
 @contextmanager
@@ -159,10 +170,9 @@ def world_of(config: RunConfig) -> Iterator[World]:
 def _go_on(directory: Path, changed: RunConfig | None, quiet: bool, world: World) -> Run:
     before = read_config(directory / "config.json")
     config = changed or before
-    summary = summary_if_whole(directory)
-    if summary is not None and changed is None:
-        logger.info("%s is finished: %d steps; --set training.tokens=... trains it longer", directory, summary["steps"])
-        return Run(directory, summary, interrupted=False)
+    done = world.first(lambda: _finished(directory)) if changed is None else None
+    if done is not None:
+        return done
 
     def check() -> None:
         check_memory(config)
@@ -202,6 +212,7 @@ def _run(
     world: World,
 ) -> Run:
     trainer = _trainer(config, method, directory, chosen.kernels, saved, world)
+    require_agreement(trainer, config, directory)
     metrics = directory / "metrics.jsonl"
     world.first(lambda: cut_metrics(directory, trainer.state.step))
     # A closed terminal, and a limit, say so more than once: that is not to end what the first one made it save.

@@ -169,6 +169,11 @@ def refuse_layout(config: RunConfig, layout: Layout) -> None:
     if layout.fsdp == 1:
         return
     instead = f"parallel.replicate = {layout.processes} with parallel.shard = 1 works"
+    if getattr(config.method, "policy", "off") == "on":
+        raise ConfigError(
+            'method.policy = "on" writes answers of different lengths on every process, and parallel.shard wants all '
+            f"to go through the model together: {instead}"
+        )
     if config.optimizer.kind == "muon":
         raise ConfigError(f"optimizer.kind 'muon' needs whole matrices, and parallel.shard cuts them: {instead}")
     if config.trainable.kind not in ("everything", "names"):
@@ -185,6 +190,11 @@ def _refuse_pipeline(config: RunConfig, layout: Layout) -> None:
     if layout.pipeline == 1:
         return
     said = f"parallel.pipeline {layout.pipeline}"
+    if config.trainable.kind not in ("everything", "names"):
+        raise ConfigError(
+            f"trainable.kind {config.trainable.kind!r} keeps what belongs to the whole model, and {said} cuts it into "
+            f"stages: parallel.replicate = {layout.processes} works"
+        )
     if layout.context > 1:
         raise ConfigError(f"{said} with parallel.context {layout.context} is not built: leave one of them out")
     if getattr(config.method, "samples", 0):
@@ -243,7 +253,7 @@ def announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str) 
         logger.info("%s", note)
     logger.info("%s", portability(config.model).sentence())
     if trainer.world.size > 1:
-        logger.info("%d processes: %s", trainer.world.size, config.parallel.layout(trainer.world.size))
+        logger.info("%d processes: %s", trainer.world.size, trainer.world.layout)
     if trainer.state.step:
         logger.info("resuming after step %d", trainer.state.step)
 

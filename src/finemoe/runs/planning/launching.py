@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finemoe.core.errors import ConfigError, FinemoeError
-from finemoe.parallel.launching import Launch, kubernetes, slurm
+from finemoe.parallel.planner.launching import Launch, kubernetes, slurm
 from finemoe.runs.planning.distribution import plan
 
 
@@ -36,7 +36,7 @@ def launch(
         overrides: `--set` of the run.
         name: of the job; None: the recipe's.
         restarts: of all processes, before the job fails.
-        options: of `parallel.launching.slurm` or `kubernetes`: partition, time; image, claim.
+        options: of `parallel.planner.launching.slurm` or `kubernetes`: partition, time; image, claim.
 
     Raises:
         ConfigError: no such kind, or values that no such file can hold.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from finemoe.parallel.config import Layout, ParallelConfig
 from finemoe.parallel.seat import cores
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
 from finemoe.runs.kernels import kernels_for
-from finemoe.runs.start import refuse_layout
+from finemoe.runs.start import refuse_layout, resolve_device
 from finemoe.training.directory import read_metrics, read_summary
 
 MOST_LOSS, MOST_NORM, MOST_WEIGHT = 5e-6, 5e-5, 1e-4
@@ -95,7 +97,14 @@ def verify_parallel(
         RunError: the run by one process fails.
     """
     config = _short(resolve_run(*read_recipe(recipe, overrides)), steps)
-    most = processes or max(2, cores())
+    device, _ = resolve_device(config.training)
+    here = torch.cuda.device_count() if device.type == "cuda" else cores()
+    if device.type == "mps" or (device.type == "cuda" and here < 2):  # processes meet over other devices alone
+        config, here = (
+            config.model_copy(update={"training": config.training.model_copy(update={"device": "cpu"})}),
+            cores(),
+        )
+    most = processes or max(2, here)
     with tempfile.TemporaryDirectory(prefix="finemoe-layouts-") as folder:
         logger.info("one process: %d steps", steps)
         alone = _run(config, Layout(), Path(folder) / "one")
@@ -117,6 +126,9 @@ def fitting(config: RunConfig, most: int) -> Iterator[Layout]:
         ParallelConfig(shard=2),
         ParallelConfig(shard=2, expert=2),
         ParallelConfig(pipeline=2, shard=1),
+        ParallelConfig(pipeline=2, shard=1, schedule="interleaved"),
+        ParallelConfig(pipeline=2, shard=1, schedule="zbv"),
+        ParallelConfig(pipeline=2, shard=1, schedule="dualpipev"),
         ParallelConfig(context=2, shard=1),
         ParallelConfig(replicate=2, shard=2),
         ParallelConfig(shard=4, expert=2),
@@ -178,6 +190,12 @@ def _read(out: Path) -> _Done:
     )
 
 
+def _largest(values: Iterable[float]) -> float:
+    """Not a number where one of them is not, which `max` may pass over."""
+    found = list(values)
+    return next((value for value in found if math.isnan(value)), max(found))
+
+
 def _compared(layout: Layout, done: _Done | str, alone: _Done) -> LayoutCheck:
     name = str(layout)
     if isinstance(done, str):
@@ -185,9 +203,9 @@ def _compared(layout: Layout, done: _Done | str, alone: _Done) -> LayoutCheck:
     return LayoutCheck(
         layout=name,
         processes=layout.processes,
-        loss=max(abs(ours - theirs) for ours, theirs in zip(done.losses, alone.losses, strict=True)),
-        gradient_norm=max(abs(a - b) / b for a, b in zip(done.norms, alone.norms, strict=True)),
-        weights=max(float((done.weights[name] - one).abs().max()) for name, one in alone.weights.items()),
+        loss=_largest(abs(ours - theirs) for ours, theirs in zip(done.losses, alone.losses, strict=True)),
+        gradient_norm=_largest(abs(a - b) / max(b, 1e-30) for a, b in zip(done.norms, alone.norms, strict=True)),
+        weights=_largest(float((done.weights[name] - one).abs().max()) for name, one in alone.weights.items()),
         loads_equal=json.dumps(done.loads) == json.dumps(alone.loads) if any(alone.loads) else None,
         seconds_per_step=round(done.seconds, 4),
     )
