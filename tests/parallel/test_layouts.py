@@ -28,7 +28,11 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return float((apart / sum(one.double().square().sum() for one in theirs.values())).sqrt())
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+LONG = ("context 2", "shard 2, context 2, experts 2", "pipeline 2, shard 2, experts 2")
+"""Whose gradients alone are compared where time is short."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow) if one in LONG else one for one in LAYOUTS])
 def test_twenty_steps_are_those_of_one_process(name: str) -> None:
     """In float64: in float32 one near-tie flips a token, and the sign rule makes a whole step of a bias of it.
 

@@ -25,6 +25,7 @@ from finemoe.core import memory
 from finemoe.runs.config import resolve_run
 from finemoe.runs.footprint import footprint
 from finemoe.runs.kernels import kernels_for
+from finemoe.parallel.world import SOLO
 from finemoe.runs.run import _trainer
 from finemoe.runs.start import build_method
 
@@ -40,7 +41,7 @@ gc.collect()
 ctypes.CDLL(None).malloc_trim(0)  # what was freed is not to be used again unseen
 Path("/proc/self/clear_refs").write_text("5")  # the height so far is forgotten
 before = status("VmRSS")
-trainer = _trainer(config, method, Path("x"), chosen.kernels, None)
+trainer = _trainer(config, method, Path("x"), chosen.kernels, None, SOLO)
 for _ in range(2):
     trainer.step(trainer.micro_batches())
 trainer.measure()
