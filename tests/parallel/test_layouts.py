@@ -82,7 +82,7 @@ def test_other_cuts_of_a_step_are_the_same_step(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("kernels", ["sorted_slices", "native"])
+@pytest.mark.parametrize("kernels", [pytest.param("sorted_slices", marks=pytest.mark.slow), "native"])
 def test_gradients_before_the_clip_are_those_of_one_process(name: str, kernels: str) -> None:
     """Complaint 1: expert gradients twice too large, or too small by the number of processes."""
     case = Case(torch.float32, kernels=kernels, mtp=1 if LAYOUTS[name].context == 1 else 0)
