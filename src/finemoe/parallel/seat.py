@@ -22,8 +22,6 @@ class Seat:
     local_processes: int
     address: str
     port: int
-    attempt: int
-    """How often the processes were started again."""
     hosted: bool
     """torchrun keeps the store at which the processes meet; else rank 0 does."""
 
@@ -44,11 +42,10 @@ def seat() -> Seat | None:
         )
     try:
         rank, processes, local_rank, local, port = (int(os.environ[n]) for n in _NAMES if n != "MASTER_ADDR")
-        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     except ValueError as error:
         raise ConfigError(f"the environment of torchrun holds what is no number: {error}") from error
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Seat(rank, processes, local_rank, local, os.environ["MASTER_ADDR"], port, attempt, hosted)
+    return Seat(rank, processes, local_rank, local, os.environ["MASTER_ADDR"], port, hosted)
 
 
 def speaks() -> bool:
