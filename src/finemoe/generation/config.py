@@ -88,6 +88,9 @@ class SamplingConfig(Config):
     `stop_at_end_of_text` is its opposite, and an older name for it."""
     logprobs: NonNegativeInt = 0
     """How many of the most probable tokens are reported beside each one drawn."""
+    tempered_logprobs: bool = False
+    """Log-probabilities of drawn tokens are those at `temperature`, with which a policy gradient compares; False: those
+    at 1."""
     prompt_logprobs: NonNegativeInt | None = None
     """The same of each token of the prompt but the first. None: the prompt is not scored; 0: its own tokens alone."""
 

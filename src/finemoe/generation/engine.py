@@ -8,7 +8,6 @@ anyway, in fewer passes.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,15 +23,13 @@ from finemoe.generation.config import SamplingConfig
 from finemoe.generation.drawing import draw, score_prompt
 from finemoe.generation.grammar import Grammar, Grammars
 from finemoe.generation.runner import BLOCK_SIZE, Runner, States, blocks_for
+from finemoe.generation.salts import SALT, salt_of
 from finemoe.generation.scheduler import Feed, Scheduler
 from finemoe.generation.sequence import Constraint, FinishReason, Likely, Sequence
 from finemoe.generation.speculation import Acceptance, Guesses
 from finemoe.generation.text import TextStream
 from finemoe.model.transformer import Transformer
 from finemoe.text.tokenizer import Tokenizer
-
-_SALT = 16
-"""[bytes] Of what stands for a constraint."""
 
 
 @dataclass(frozen=True)
@@ -180,22 +177,33 @@ class Engine:
         sequence = Sequence.start(self._next_id, prompt, request.sampling, request.repetition)
         sequence.salt = salt_of(request.constraint)
         if request.constraint is not None:  # those with the very same object share their passes
-            alike = (one.constraint for one in self._sequences.values() if one.salt[:_SALT] == sequence.salt)
+            alike = (one.constraint for one in self._sequences.values() if one.salt[:SALT] == sequence.salt)
             sequence.constraint = next(alike, request.constraint)
         if request.grammar is not None:
             sequence.grammar = self._grammars.start(request.grammar)
         sequence.text, sequence.guess = self._text(request), request.guess
         if request.guess is not None:  # a prediction module has read what its own requests have read
             sequence.salt += b" guessed by " + request.guess.encode()
-        if request.experts or request.sampling.prompt_logprobs is not None:
-            sequence.salt += b" alone %d" % sequence.id  # all of its prompt has to be read
         parent = self._sequences.get(request.parent) if request.parent is not None else None
+        if request.experts or request.sampling.prompt_logprobs is not None:  # all of its prompt has to be read
+            sequence.salt += self._alone(sequence, request, parent)
         if parent is not None and not self._steady and (parent.prompt, parent.salt) == (prompt, sequence.salt):
             sequence.parent = parent
         self._scheduler.add(sequence)
         self._requests[sequence.id], self._sequences[sequence.id] = request, sequence
         self._next_id += 1
         return sequence.id
+
+    def _alone(self, sequence: Sequence, request: Request, parent: Sequence | None) -> bytes:
+        """What keeps its blocks apart: from all but a parent that read the same prompt and kept its experts."""
+        if parent is not None and request.sampling.prompt_logprobs is None and not self._steady:
+            told = b" alone %d" % parent.id
+            if self._requests[parent.id].experts and (parent.prompt, parent.salt) == (
+                sequence.prompt,
+                sequence.salt + told,
+            ):
+                return told
+        return b" alone %d" % sequence.id
 
     def cancel(self, id: int) -> bool:
         """End a request where it is, and free what it held; False where there is none of that number any more."""
@@ -324,6 +332,8 @@ class Engine:
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = sequence.finish_reason or reason
         sequence.finish_text()
+        if sequence.parent is not None:
+            sequence.take_experts(sequence.parent)
         self._scheduler.finish(sequence)
         if self._guesses is not None:
             self._guesses.forget(sequence)
@@ -383,15 +393,3 @@ def _routes(states: States, row: int) -> dict[int, Route]:
         )
         for layer, found in states.routes.items()
     }
-
-
-def salt_of(constraint: Constraint | None) -> bytes:
-    """The same for equal constraints alone: texts read under one may share blocks, and with no other."""
-    if constraint is None:
-        return b""
-    found = hashlib.blake2b(digest_size=_SALT)
-    for layer, held in sorted(constraint.items()):
-        for name, value in vars(held).items():
-            said = value.tolist() if isinstance(value, torch.Tensor) else value
-            found.update(f"{layer} {name} {said};".encode())
-    return found.digest()

@@ -35,7 +35,7 @@ def pick(
 
     Returns:
         ids [rows] int64 and logprobs [rows] float32, on the CPU. Logprobs are the model's own, in nats: at
-        temperature 1, before penalties, bias, least length, top-k, top-p and min-p; with a grammar, those of the
+        temperature 1 (that of `config`, with `tempered_logprobs`), before penalties, bias, least length, top-k, top-p and min-p; with a grammar, those of the
         model's distribution over the tokens that the grammar allows.
 
     Raises:
@@ -55,6 +55,8 @@ def pick(
         ids = noise.log_().neg_().log_().neg_().add_(scores).argmax(dim=-1)
         if candidates is not None:
             ids = candidates.gather(-1, ids[:, None]).squeeze(-1)
+    if config.tempered_logprobs and config.temperature:
+        logits = logits / config.temperature
     return ids, logits.log_softmax(dim=-1).gather(-1, ids[:, None]).squeeze(-1)
 
 

@@ -104,6 +104,12 @@ class Sequence:
             known += [[] for _ in range(start - len(known))]  # what was found in the cache chose nothing here
             known[start : start + len(chosen)] = chosen.tolist()
 
+    def take_experts(self, parent: Sequence) -> None:
+        """Those of the prompt that `parent` read for both."""
+        for layer, known in self.experts.items():
+            for place, chosen in enumerate(parent.experts.get(layer, [])[: len(self.prompt)]):
+                known[place] = known[place] or chosen
+
     @property
     def tokens(self) -> list[int]:
         """The prompt and what was drawn."""

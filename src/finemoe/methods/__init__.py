@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finemoe.core.config import Config, union_of
-from finemoe.methods import distillation, dpo, pretraining, reward, sft, trainables
+from finemoe.methods import distillation, dpo, grpo, pretraining, reward, sft, trainables
 from finemoe.methods.setting import Setting
 from finemoe.training.method import Method
 
@@ -15,6 +15,7 @@ METHODS: dict[str, tuple[type[Config], Callable[[Any, Setting], Method[Any]]]] =
     "sft": (sft.SFTConfig, sft.build),
     "dpo": (dpo.DPOConfig, dpo.build),
     "reward": (reward.RewardConfig, reward.build),
+    "grpo": (grpo.GRPOConfig, grpo.build),
     "distill": (distillation.DistillConfig, distillation.build),
 }
 MethodConfig: Any = union_of((config for config, _ in METHODS.values()), default="pretraining")

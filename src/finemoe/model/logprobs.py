@@ -35,3 +35,21 @@ def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple
         logprobs[piece] = chosen - logits.logsumexp(dim=-1)
         greedy[piece] = chosen >= logits.amax(dim=-1)
     return logprobs.view(targets.shape), greedy.view(targets.shape)
+
+
+@torch.no_grad()
+def logprobs_and_entropy(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """How probable `targets [tokens]` are after `hidden [tokens, hidden]`, and how undecided the model is there.
+
+    Returns:
+        Log-probabilities, and entropies of the whole distribution, in nats, float32; `[tokens]` each.
+    """
+    logprobs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+    entropy = torch.empty_like(logprobs)
+    rows = max(1, _CHUNK_ELEMENTS // model.config.vocab_size)
+    for start in range(0, len(targets), rows):
+        piece = slice(start, start + rows)
+        all_ = model.logits(hidden[piece]).float().log_softmax(dim=-1)
+        logprobs[piece] = all_.gather(-1, targets[piece, None])[:, 0]
+        entropy[piece] = -(all_.exp() * all_).sum(dim=-1)
+    return logprobs, entropy

@@ -12,7 +12,7 @@ from finemoe.core.config import to_json
 from finemoe.core.environment import environment
 from finemoe.core.errors import RunError
 from finemoe.core.files import replacing, storage_error, write_text
-from finemoe.core.logs import logger
+from finemoe.core.logs import logger, read_json_lines
 from finemoe.data.batch import Batch
 from finemoe.runs.config import RunConfig, read_config
 from finemoe.runs.kernels import is_same_run
@@ -99,3 +99,11 @@ def cut_metrics(directory: Path, step: int) -> None:
             shutil.copyfile(path, copy)
         logger.warning("the file as it was is kept as %s", aside)
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def cut_lines(path: Path, step: int) -> None:
+    """Drop the lines of steps that will be run again from a file that a method writes, and damaged ones."""
+    if not path.exists():
+        return
+    records = [one for one in read_json_lines(path, on_damage=lambda _: None) if one.get("step", 0) <= step]
+    write_text(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))

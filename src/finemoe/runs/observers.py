@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +144,41 @@ class Warn:
         """Nothing to release."""
 
 
+class Write:
+    """The files that a method writes itself, line by line. A context manager around the run."""
+
+    def __init__(self, directory: Path, writes: Mapping[str, Callable[[], Sequence[Mapping[str, Any]]]]) -> None:
+        self._writes = writes
+        self._directory = directory
+        self._files: dict[str, JsonLines] = {}
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Write what came up in the step.
+
+        Raises:
+            RunError: the disk is full or unwritable.
+        """
+        for name, take in self._writes.items():
+            path = self._directory / name
+            try:
+                file = self._files.get(name) or self._files.setdefault(name, JsonLines(path))
+                for record in take():
+                    file.write(record)
+            except OSError as error:
+                raise storage_error(path, error) from error
+
+    def close(self) -> None:
+        """Nothing yet: a step may still come."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+
 class Show:
     """A live line on a terminal; on a pipe one plain line every ten seconds."""
 
@@ -170,11 +205,11 @@ class Show:
             if self._task is None:
                 self._progress.start()
                 self._task = self._progress.add_task("", total=self._total)
-            self._progress.update(self._task, completed=report.step, description=_short(report, validation))
+            self._progress.update(self._task, completed=report.step, description=_short(report, validation, trainer.method.shows))
         elif time.monotonic() - self._last > 10 or report.step == self._total:
             self._last = time.monotonic()
             left = report.seconds / report.step * (self._total - report.step)
-            logger.info("step %d/%d  %s  %.0f s left", report.step, self._total, _long(report, validation), left)
+            logger.info("step %d/%d  %s  %.0f s left", report.step, self._total, _long(report, validation, trainer.method.shows), left)
 
     def close(self) -> None:
         """Leave the last line on the screen."""
@@ -182,21 +217,32 @@ class Show:
             self._progress.stop()
 
 
-def _short(report: StepReport, validation: Measured | None) -> str:
+def _short(report: StepReport, validation: Measured | None, shows: Sequence[str]) -> str:
     """For 80 columns."""
     shown = f"{validation.headline:.3f}" if validation else "-"
     speed = f"{report.tokens_per_second / 1000:.1f}k/s"
-    loss = "-" if report.loss is None else f"{report.loss:.3f}"
-    return f"loss {loss} val {shown} grad {report.gradient_norm:.2f}{_vio(report)} {speed}"
+    first = _figures(report, shows) if shows else f"loss {_loss(report, 3)}"
+    last = "" if shows else f" grad {report.gradient_norm:.2f}{_vio(report)} {speed}"
+    return f"{first} val {shown}{last}"
 
 
-def _long(report: StepReport, validation: Measured | None) -> str:
+def _long(report: StepReport, validation: Measured | None, shows: Sequence[str]) -> str:
     shown = f"{validation.headline:.4f}" if validation else "-"
-    loss = "-" if report.loss is None else f"{report.loss:.4f}"
+    first = _figures(report, shows) if shows else f"loss {_loss(report, 4)}"
     return (
-        f"loss {loss}  validation {shown}  gradient {report.gradient_norm:.2f}  "
+        f"{first}  validation {shown}  gradient {report.gradient_norm:.2f}  "
         f"{report.tokens_per_second:,.0f} tokens/s{_vio(report)}"
     )
+
+
+def _loss(report: StepReport, digits: int) -> str:
+    return "-" if report.loss is None else f"{report.loss:.{digits}f}"
+
+
+def _figures(report: StepReport, shows: Sequence[str]) -> str:
+    """Those that there are, three digits each."""
+    known = {**report.terms, **report.figures}
+    return "  ".join(f"{name.replace('_', ' ')} {known[name]:.3g}" for name in shows if name in known)
 
 
 def _vio(report: StepReport) -> str:

@@ -34,9 +34,9 @@ from finemoe.parallel.world import SOLO, World
 from finemoe.runs.calibration import Chosen
 from finemoe.runs.changes import say_length, with_changes, write_changes
 from finemoe.runs.config import RunConfig, read_config, read_recipe, resolve_run
-from finemoe.runs.directory import cut_metrics, describe, holds_run, require_free
+from finemoe.runs.directory import cut_lines, cut_metrics, describe, holds_run, require_free
 from finemoe.runs.kernels import kernels_for
-from finemoe.runs.observers import Evaluate, Log, Show, Warn
+from finemoe.runs.observers import Evaluate, Log, Show, Warn, Write
 from finemoe.runs.result import Run
 from finemoe.runs.resuming import newest_state, refuse_other_data, require_agreement
 from finemoe.runs.saving import Save, restore
@@ -215,6 +215,8 @@ def _run(
     require_agreement(trainer, config, directory)
     metrics = directory / "metrics.jsonl"
     world.first(lambda: cut_metrics(directory, trainer.state.step))
+    for name in method.writes:
+        cut_lines(directory / name, trainer.state.step)
     # A closed terminal, and a limit, say so more than once: that is not to end what the first one made it save.
     with StopOnSignal(trainer.request_stop, REPEATED), ExitStack() as held:
         if world.rank:
@@ -228,10 +230,11 @@ def _run(
             log = held.enter_context(
                 Log(metrics, [open_tracker(name, directory, settings) for name in config.training.trackers])
             )
+            write = held.enter_context(Write(directory, method.writes))
             save = held.enter_context(Save(config, directory, log, world))
             evaluate = Evaluate(evaluate_every(config), log.emit)
             shown: list[Observer] = [] if quiet else [Show(evaluate, trainer.plan.total_steps)]
-            trainer.observers = (evaluate, log, Warn(_watch(config, metrics), log.emit), *shown, save)
+            trainer.observers = (evaluate, log, Warn(_watch(config, metrics), log.emit), *shown, write, save)
         begins = trainer.state.step == 0 and config.start_from is not None
         if begins and not world.first(lambda: _measured(directory)):
             evaluate.before(trainer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -215,6 +215,10 @@ class Method(Generic[BatchT]):
     after_update: tuple[AfterUpdate, ...] = ()
     state: Mapping[str, Stateful] = field(default_factory=dict)
     """By a name of its own, without a slash: saved in every checkpoint, and restored."""
+    writes: Mapping[str, Callable[[], Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
+    """By the name of a .jsonl file of the run: what came up since it was last asked for, each with its `step`."""
+    shows: tuple[str, ...] = ()
+    """Terms and figures that the live line has in place of the loss, where it says little."""
     notes: tuple[str, ...] = ()
     """Lines for people at the start of a run: what trains besides the headline. Silently off, it would cost a run."""
 

@@ -63,3 +63,5 @@ class RoutingRecord:
     """The whole decision, only when asked for."""
     shared_share: Tensor | None = None
     """[tokens] when asked for: length of what the shared experts add, over that and the routed experts' together."""
+    unconstrained: Tensor | None = None
+    """[tokens, k] int64 when asked for, under replay: what the router would have chosen by itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -206,6 +207,10 @@ class MoELayer(nn.Module):
         if keep is not None:
             gates, dropped = gates * keep, (~keep).sum()
         constraint = constraint or RoutingConstraint()
+        own = None
+        if record and constraint.replay is not None:
+            with torch.no_grad():
+                own = self.router(flat, tokens.reshape(-1), replace(constraint, replay=None)).expert_ids
         if constraint.routed:
             output = routed_output(self.dispatch, self.experts, flat, decision, keep, gates).view_as(hidden)
         else:
@@ -220,7 +225,7 @@ class MoELayer(nn.Module):
         if self.training:
             sequences = sequences or Sequences(hidden.shape[0])
             balance = balance_terms(self.config.balance, decision, sequences, self.config.layout)
-        return output, RoutingRecord(decision.load(), dropped, balance, decision if record else None, share)
+        return output, RoutingRecord(decision.load(), dropped, balance, decision if record else None, share, own)
 
     def _kept(self, decision: RoutingDecision, tokens: Tensor) -> Tensor | None:
         """[tokens, k] bool: assignments within capacity; None where nothing is dropped."""

@@ -1,0 +1,139 @@
+"""What the method `grpo` can be told; the defaults are DeepSeekMath's, and R1's group of 16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from finemoe.methods.rewards import AnswerReward, RewardsConfig
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from finemoe.methods.setting import Kept, MethodConfig
+
+Normalize = Literal["sequence", "token", "constant"]
+Ratio = Literal["token", "sequence", "gspo"]
+Replay = Literal["off", "update", "rollout"]
+
+
+class GRPOConfig(MethodConfig):
+    """Group-relative policy optimisation: a model answers, is rewarded, and makes what was rewarded more probable."""
+
+    kind: Literal["grpo"] = "grpo"
+    rewards: Annotated[tuple[RewardsConfig, ...], Field(min_length=1)] = (AnswerReward(),)
+    """What an answer is worth: entries of REWARDS, each with a weight; they are added."""
+    reward_seconds: PositiveFloat = 10.0
+    """[s] Deadline of one answer's rewards; what takes longer is an error, and the answer leaves its group."""
+    reward_memory: PositiveInt = 2 << 30
+    """[bytes] Most that a process which judges answers may take."""
+    template: str | None = None
+    """How a prompt is put to a base model, with {prompt} in it: "{prompt}" alone, or R1-Zero's preamble. None: as the
+    model's chat template has it."""
+    group: Annotated[int, Field(ge=2)] = 16
+    """[answers] To each prompt, compared with one another."""
+    answer_tokens: PositiveInt = 128
+    """[tokens] Longest answer; what is longer is cut there."""
+    temperature: PositiveFloat = 1.0
+    """[factor] Logits are divided by it, where answers are drawn and where they are learnt."""
+    steps_per_rollout: PositiveInt = 1
+    """[steps] Into which the answers of one rollout are dealt."""
+    inner_epochs: PositiveInt = 1
+    """[times] That the answers of one rollout are learnt."""
+    supervision: Literal["outcome", "process"] = "outcome"
+    """outcome: one advantage for a whole answer; process: of every step, by the rewards of those that follow."""
+    scale: Literal["std", "none"] = "std"
+    """std: advantages are divided by the standard deviation of their group; none: not (Dr. GRPO, 2503.20783)."""
+    normalize: Normalize = "sequence"
+    """sequence: the mean of each answer's tokens, then of answers (DeepSeekMath); token: of all tokens (DAPO,
+    2503.14476); constant: sums over answer_tokens (Dr. GRPO)."""
+    ratio: Ratio = "token"
+    """token: of each token (DeepSeekMath); sequence: of whole answers, as V2, V3 and R1 print it; gspo: its geometric
+    mean (2507.18071)."""
+    clip: PositiveFloat = 0.2
+    """[factor] How far below 1 a ratio still counts; and above, where clip_high does not say otherwise."""
+    clip_high: PositiveFloat | None = None
+    """[factor] How far above 1 a ratio still counts (DAPO has 0.28, R1 10)."""
+    cispo: PositiveFloat | None = None
+    """[ratio] Instead of clipping: the ratio is a weight, cut off there, and every token counts (CISPO, 2506.13585)."""
+    beta: NonNegativeFloat = 0.04
+    """[coefficient] Of the divergence from the reference (k3); 0: there is no reference."""
+    unbiased_kl: bool = False
+    """The divergence is weighed by the ratio (DeepSeek-V3.2, 2512.02556), which makes its gradient unbiased."""
+    reference_every: PositiveInt | None = None
+    """[rollouts] After which the model becomes the reference (iterative GRPO; R1-Zero: 400 steps). None: never."""
+    importance_cap: PositiveFloat | None = None
+    """[ratio] Weigh each token by how much likelier the trainer finds it than who wrote it, at most so much."""
+    off_policy_bound: PositiveFloat | None = None
+    """[nats] Answers with a negative advantage whose tokens became less probable by more than that on the mean are left
+    out (DeepSeek-V3.2)."""
+    dynamic_sampling: NonNegativeInt = 0
+    """[times] At most, that other prompts are asked in place of those whose answers are all worth the same (DAPO)."""
+    replay: Replay = "off"
+    """Experts of a token when it is learnt: off: as the router chooses then; update: as it chose before the first step
+    on the rollout (R2); rollout: as when the answer was written (R3)."""
+    mtp: Literal["freeze", "drop"] = "freeze"
+    """What becomes of multi-token prediction modules: left as they are, or left out of the new model."""
+    validation_prompts: PositiveInt = 128
+    """[prompts] Held out that are answered once at temperature 1, and once greedily, at every validation."""
+    samples: NonNegativeInt = 4
+    """[prompts] Of these whose answers are kept to be read."""
+    keep_rollouts: PositiveInt = 10
+    """[rollouts] Every so many of them is written whole to rollouts.jsonl; of the others what they came to."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "data": {"packing": "isolate"},
+        "optimizer": {"learning_rate": 1e-6},
+        "schedule": {"kind": "constant"},
+    }
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.template is not None and "{prompt}" not in self.template:
+            raise ValueError(
+                f'template {self.template!r} has no {{prompt}} in it: "{{prompt}}" alone is the text itself'
+            )
+        if self.ratio != "token":
+            if self.normalize != "sequence":
+                raise ValueError(
+                    f'normalize "{self.normalize}" is of token ratios: ratio "{self.ratio}" has "sequence"'
+                )
+            if self.supervision == "process":
+                raise ValueError(f'supervision "process" gives every token an advantage: ratio "{self.ratio}" has one')
+            if self.cispo is not None:
+                raise ValueError(f'cispo weighs tokens: leave it out, or set ratio = "token" instead of "{self.ratio}"')
+        if self.cispo is not None and self.clip_high is not None:
+            raise ValueError("cispo is instead of clipping: leave clip_high out, or cispo")
+        if not self.beta and (self.unbiased_kl or self.reference_every is not None):
+            name = "unbiased_kl" if self.unbiased_kl else "reference_every"
+            raise ValueError(f"{name} is of the divergence from a reference, and beta is 0: leave it out, or set beta")
+        if self.updates == 1:
+            if self.replay == "update":
+                raise ValueError(
+                    'replay "update" keeps the experts over several steps on one rollout, and there is one: raise '
+                    'steps_per_rollout or inner_epochs, or set replay = "rollout" or "off"'
+                )
+            if self.cispo is not None or self.clip_high is not None:
+                name = "cispo" if self.cispo is not None else "clip_high"
+                raise ValueError(
+                    f"{name} does nothing with one step on each rollout, whose ratios are 1: raise steps_per_rollout or "
+                    "inner_epochs, or leave it out"
+                )
+        return self
+
+    @property
+    def updates(self) -> int:
+        """Steps on the answers of one rollout."""
+        return self.steps_per_rollout * self.inner_epochs
+
+    @property
+    def high(self) -> float:
+        """How far above 1 a ratio counts."""
+        return self.clip if self.clip_high is None else self.clip_high
+
+    def moves(self, name: str) -> bool:
+        """All but prediction modules."""
+        return not name.startswith("mtp.")
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        """Nothing that is read from files."""
+        return ()

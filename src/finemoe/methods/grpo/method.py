@@ -1,0 +1,122 @@
+"""The method `grpo`: its data are answers that the model writes while it learns, judged and compared in groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import final
+
+from finemoe.core.seeds import derive
+from finemoe.generation.config import SamplingConfig
+from finemoe.methods.grpo.batch import RolloutBatch
+from finemoe.methods.grpo.config import GRPOConfig
+from finemoe.methods.grpo.objective import PolicyGradient
+from finemoe.methods.grpo.prompts import Prompt, Prompts
+from finemoe.methods.grpo.rollouts import Rollouts, judgeable
+from finemoe.methods.grpo.source import Asked, OwnEngine
+from finemoe.methods.live import live_terms
+from finemoe.methods.measuring import HeldOutFigures
+from finemoe.methods.rewards import Judged, Rewards
+from finemoe.methods.setting import Setting
+from finemoe.model.transformer import Transformer
+from finemoe.training.balancing import MoveBiases
+from finemoe.training.gradients import Clip
+from finemoe.training.method import Group, Method
+
+
+@dataclass(frozen=True)
+class _Examined:
+    prompt: str
+    text: str
+    ended: bool
+    tokens: int
+    value: float | None
+    by_name: Mapping[str, Judged]
+
+
+@final
+@dataclass(frozen=True)
+class Examination:
+    """Held-out prompts, answered once at temperature 1 and once greedily, and judged."""
+
+    prompts: Prompts
+    rewards: Rewards
+    config: GRPOConfig
+    seed: int
+
+    def __call__(self, model: Transformer) -> HeldOutFigures:
+        """Means over them; the answers at temperature 1 come from the same streams each time."""
+        asked = self.prompts.sides["validation"][: self.config.validation_prompts]
+        drawn = self._answers(model, asked, 1.0)
+        greedy = self._answers(model, asked, 0.0)
+        rewards = [one.value for one in drawn if one.value is not None]
+        values = {"validation_reward": sum(rewards) / len(rewards) if rewards else 0.0}
+        for name in drawn[0].by_name:
+            for prefix, found in (("", drawn), ("greedy_", greedy)):
+                judged = [one.by_name[name].value for one in found if one.by_name[name].verdict != "error"]
+                values[f"validation_{prefix}{name}"] = sum(judged) / len(judged) if judged else 0.0
+        values["validation_length"] = sum(one.tokens for one in drawn) / len(drawn)
+        values["validation_cut_share"] = sum(not one.ended for one in drawn) / len(drawn)
+        samples = [
+            {"prompt": one.prompt, "answer": one.text, "ended": one.ended, "value": one.value}
+            for one in drawn[: self.config.samples]
+        ]
+        return HeldOutFigures(values, {}, tuple(samples))
+
+    def _answers(self, model: Transformer, asked: tuple[Prompt, ...], temperature: float) -> list[_Examined]:
+        sampling = SamplingConfig(
+            seed=derive(self.seed, "examination"), temperature=temperature, max_new_tokens=self.config.answer_tokens
+        )
+        source = OwnEngine(model, self.prompts.tokenizer, nullcontext)
+        drawn = [one for (one,) in source([Asked(one.ids, (number,)) for number, one in enumerate(asked)], sampling)]
+        judgeables = [judgeable(self.prompts, prompt, one) for prompt, one in zip(asked, drawn, strict=True)]
+        scored = self.rewards.score(judgeables)
+        return [
+            _Examined(prompt.text, one.text, one.ended, one.num_tokens, judged.value, judged.by_name)
+            for prompt, one, judged in zip(asked, judgeables, scored, strict=True)
+        ]
+
+
+def build(config: GRPOConfig, setting: Setting) -> Method[RolloutBatch]:
+    """The method, on the prompts of `setting`.
+
+    Raises:
+        ConfigError: there is no model to begin with, or a rollout does not hold whole groups.
+        DataError: nothing can be asked, or a reward compares with what no record has.
+    """
+    prompts = Prompts.read(setting, config.template, config.answer_tokens)
+    rewards = Rewards(config.rewards, deadline_seconds=config.reward_seconds, memory_bytes=config.reward_memory)
+    data = Rollouts(config, prompts, rewards, setting)
+    live = live_terms(setting, mtp=False)
+
+    def select(name: str) -> Group | None:
+        return Group() if config.moves(name) else None
+
+    return Method(
+        data=data,
+        objective=PolicyGradient(config),
+        measure=Examination(prompts, rewards, config, setting.seed),
+        select=select,
+        prepare=(data.prepare,),
+        before_update=(data.figures, Clip(setting.max_gradient_norm)),
+        after_update=(MoveBiases(setting.balancing),),
+        state={"rollouts": data},
+        writes={"rollouts.jsonl": data.take_lines},
+        shows=("reward", "length", "kl", "dead_groups", "time_rollout"),
+        notes=(*_sentences(config, prompts, rewards), f"added to the loss: {', '.join(live) or 'nothing'}"),
+    )
+
+
+def _sentences(config: GRPOConfig, prompts: Prompts, rewards: Rewards) -> tuple[str, ...]:
+    """What is asked, what it is worth, and how experts are chosen, in words."""
+    counts = {side: len(found) for side, found in prompts.sides.items()}
+    asked = f"{counts['train']:,} prompts to train on, {counts['validation']:,} held out, {config.group} answers each"
+    per = "1 step" if config.updates == 1 else f"{config.updates} steps"
+    held = f"held to the reference by {config.beta:g}" if config.beta else "no reference"
+    replayed = {
+        "off": "experts are chosen anew when an answer is learnt",
+        "update": "experts stay for all steps on a rollout as they were before the first",
+        "rollout": "experts are those that wrote the answer",
+    }
+    return asked, f"reward: {rewards.sentence}", f"{per} on each rollout; {held}; {replayed[config.replay]}"

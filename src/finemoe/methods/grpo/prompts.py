@@ -1,0 +1,158 @@
+"""What is asked: the prompts of a corpus of records, on both sides of the split, with what would be right."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finemoe.core.errors import ConfigError, DataError
+from finemoe.core.seeds import derive
+from finemoe.data.conversations.encode import Item, encode_items
+from finemoe.data.conversations.forms import NO_FORM, known_forms
+from finemoe.data.conversations.prepare import reasons
+from finemoe.data.corpora import Side, read_corpus
+from finemoe.data.documents.document import Skipped, SkipReport
+from finemoe.methods.conversations import speech_of
+from finemoe.methods.distillation.checking import reference_of
+from finemoe.methods.setting import Setting
+from finemoe.text.chat import CHAT_TEMPLATE, DEFAULT, ChatTemplate
+from finemoe.text.tokenizer import Tokenizer
+
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One of them."""
+
+    ids: tuple[int, ...]
+    text: str
+    """As the record has it: the last that was said to the model."""
+    record: Mapping[str, Any]
+    references: tuple[str, ...]
+    """What would be right; any of them."""
+
+
+@final
+@dataclass(frozen=True)
+class Prompts:
+    """Those that are trained on, and those held out."""
+
+    sides: Mapping[Side, tuple[Prompt, ...]]
+    tokenizer: Tokenizer
+    companions: Mapping[str, str]
+    report: Mapping[str, Any]
+    seed: int
+
+    @staticmethod
+    def read(setting: Setting, template: str | None, room: int) -> Prompts:
+        """The prompts of `setting` that leave `room` tokens for an answer.
+
+        Raises:
+            ConfigError: the run begins with no model, or an answer leaves no room for a prompt.
+            DataError: nothing that can be asked, on either side of the split.
+        """
+        length = setting.data.sequence_length
+        if room >= length:
+            raise ConfigError(
+                f"method.answer_tokens {room} leaves no room for a prompt in data.sequence_length {length}: lower it"
+            )
+        tokenizer, chat, plain = speech_of(setting)
+        reading = _Reading(setting, template, length - room, tokenizer, chat)
+        sides = reading.read()
+        companions = {CHAT_TEMPLATE: chat.sources[DEFAULT]} if plain and template is None else {}
+        return Prompts(sides, tokenizer, companions, reading.report, derive(setting.seed, "prompts"))
+
+    def at(self, place: int) -> int:
+        """The item of training that is asked as the `place`-th of a run: every epoch has an order of its own."""
+        count = len(self.sides["train"])
+        epoch, within = divmod(place, count)
+        return int(np.random.default_rng([self.seed, epoch]).permutation(count)[within])
+
+    def token_frequencies(self) -> Tensor:
+        """[ids] counts in the prompts."""
+        ids = np.array([token for one in self.sides["train"] for token in one.ids], dtype=np.int64)
+        return torch.from_numpy(np.bincount(ids, minlength=self.tokenizer.vocab_size).astype(np.int64))
+
+
+class _Reading:
+    """Records of a corpus, one after the other."""
+
+    def __init__(
+        self, setting: Setting, template: str | None, longest: int, tokenizer: Tokenizer, chat: ChatTemplate
+    ) -> None:
+        self._data, self._template, self._longest = setting.data, template, longest
+        self._tokenizer, self._chat = tokenizer, chat
+        self._skipped: list[Skipped] = []
+        self._too_long = 0
+        self.report: dict[str, Any] = {}
+
+    def read(self) -> dict[Side, tuple[Prompt, ...]]:
+        sides: dict[Side, list[Prompt]] = {"train": [], "validation": []}
+        digest, skips = hashlib.sha256(), SkipReport()
+        chunk: list[tuple[Side, str, str]] = []
+        for found in read_corpus(self._data.corpus, self._data.validation_share, skips, whole=True):
+            text = found.document.text
+            digest.update(repr((found.side, text)).encode("utf-8", "replace"))
+            chunk.append((found.side, found.document.name, text))
+            if len(chunk) == _CHUNK:
+                self._add(chunk, sides)
+                chunk = []
+        self._add(chunk, sides)
+        self._require(sides)
+        self.report = {
+            "kind": "prompt",
+            "items": {side: len(found) for side, found in sides.items()},
+            "with_reference": {side: sum(bool(one.references) for one in found) for side, found in sides.items()},
+            "too_long": self._too_long,
+            "num_skipped": skips.num_skipped + len(self._skipped),
+            "skipped": [{"name": one.name, "reason": one.reason} for one in self._skipped[:8]],
+            "corpus_sha256": digest.hexdigest(),
+            "tokenizer_sha256": self._tokenizer.fingerprint(),
+        }
+        return {side: tuple(found) for side, found in sides.items()}
+
+    def _add(self, chunk: list[tuple[Side, str, str]], sides: dict[Side, list[Prompt]]) -> None:
+        items = encode_items([text for _, _, text in chunk], "prompt", self._tokenizer, self._chat)
+        for (side, name, text), item in zip(chunk, items, strict=True):
+            if not isinstance(item, Item):
+                self._skipped.append(Skipped(name, str(item)))
+                continue
+            record = json.loads(text)
+            said = item.said
+            asked = said.pair.prompt if said.pair is not None else said.conversation
+            assert asked is not None  # a record says one or the other
+            messages = [one for one in asked.messages if one["role"] != "assistant"]
+            ids = item.segments[0].ids
+            if self._template is not None:
+                put = self._template.replace("{prompt}", messages[-1]["content"])
+                ids = tuple(self._tokenizer.encode_prompt(put))
+            if len(ids) > self._longest:
+                self._too_long += 1
+                continue
+            sides[side].append(Prompt(tuple(ids), messages[-1]["content"], record, reference_of(record, said)))
+
+    def _require(self, sides: Mapping[Side, list[Prompt]]) -> None:
+        kept = sum(map(len, sides.values()))
+        read = kept + self._too_long + len(self._skipped)
+        if len(self._skipped) > self._data.max_skipped_share * read:
+            first = reasons(self._skipped)
+            known = f". {known_forms()}" if NO_FORM in first else ""
+            raise DataError(f"{len(self._skipped)} of {read} records cannot be asked ({first}){known}")
+        for side, found in sides.items():
+            if not found:
+                long = f"; {self._too_long} are longer than {self._longest} tokens" if self._too_long else ""
+                raise DataError(f"no prompt of {read} records is on the {side} side of the split{long}")
+
+
+def batches(prompts: tuple[Prompt, ...], size: int) -> Iterator[tuple[Prompt, ...]]:
+    """`size` of them at a time."""
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]

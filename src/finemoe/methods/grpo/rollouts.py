@@ -1,0 +1,299 @@
+"""The data of GRPO, which the model writes itself: rollouts by position, drawn when the first of their steps comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from finemoe.core.errors import ConfigError
+from finemoe.core.seeds import derive
+from finemoe.generation.config import SamplingConfig
+from finemoe.methods.grpo.advantages import outcome, process
+from finemoe.methods.grpo.batch import RolloutBatch, packed
+from finemoe.methods.grpo.config import GRPOConfig
+from finemoe.methods.grpo.prompts import Prompts
+from finemoe.methods.grpo.rollout import Answer, Drawn, Rollout, Routes, Scored, lines, restored, saved
+from finemoe.methods.grpo.scoring import Policies
+from finemoe.methods.grpo.source import Asked, OwnEngine, Source
+from finemoe.methods.rewards import Answer as Judgeable
+from finemoe.methods.rewards import Rewards
+from finemoe.methods.rewards import Scored as Judged
+from finemoe.methods.setting import Setting
+from finemoe.model.transformer import Transformer
+from finemoe.text.tokenizer import Tokenizer
+from finemoe.training.method import Saved
+
+
+@dataclass(frozen=True)
+class _Group:
+    """All answers to one prompt, judged."""
+
+    item: int
+    drawn: Sequence[Drawn]
+    judged: Sequence[Judged]
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is anything to learn: two answers of different worth."""
+        values = {one.value for one in self.judged if one.value is not None}
+        return len(values) > 1
+
+
+@final
+class Rollouts:
+    """`training.method.TrainingData` and `Stateful`: answers by position, the policy's own.
+
+    A pure function of the position, of the weights when a rollout began, and of what is saved: the rollout itself.
+    """
+
+    def __init__(
+        self, config: GRPOConfig, prompts: Prompts, rewards: Rewards, setting: Setting
+    ) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            config: of the method.
+            prompts: what is asked.
+            rewards: what answers are worth.
+            setting: of the run; a sequence of a step is an answer.
+
+        Raises:
+            ConfigError: a rollout does not hold whole groups.
+        """
+        self._config, self._prompts, self._rewards = config, prompts, rewards
+        self._size, self._start_from = setting.sequences_per_step * config.steps_per_rollout, setting.start_from
+        if self._size % config.group:
+            raise ConfigError(
+                f"the {self._size} answers of a rollout are no whole groups of method.group {config.group}: a step has "
+                f"training.tokens_per_step over data.sequence_length {setting.data.sequence_length} answers"
+            )
+        self._sampling = SamplingConfig(
+            seed=derive(setting.seed, "rollouts"),
+            temperature=config.temperature,
+            max_new_tokens=config.answer_tokens,
+            tempered_logprobs=config.temperature != 1,
+        )
+        self._source: Source | None = None
+        self._policies: Policies | None = None
+        self._rollout: Rollout | None = None
+        self._prompts_used = 0
+        self._unwritten: list[dict[str, Any]] = []
+        self._spent = {"time_rollout": 0.0, "time_reward": 0.0, "time_scoring": 0.0}
+        self._stepped = time.perf_counter()
+
+    # ---- of the data ----------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self._prompts.tokenizer
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        """Answers to all prompts."""
+        return len(self._prompts.sides["train"]) * self._config.group * self._config.inner_epochs
+
+    @property
+    def companions(self) -> Mapping[str, str]:
+        """The plain template, where the model is asked by it."""
+        return self._prompts.companions
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """What is asked."""
+        return self._prompts.report
+
+    def token_frequencies(self) -> Tensor:
+        """[ids] counts in the prompts."""
+        return self._prompts.token_frequencies()
+
+    def batch(self, position: int, num_sequences: int) -> RolloutBatch:
+        """Answers `position` to `position + num_sequences` of the run, written now where they are not there yet."""
+        number, within = divmod(position, self._size * self._config.inner_epochs)
+        if self._rollout is None or self._rollout.number != number:
+            self._rollout = self._make(number)
+        first = within % self._size
+        part = slice(first, first + num_sequences)
+        answers, scored = self._rollout.answers[part], self._rollout.scored[part]
+        return packed(answers, scored, _replayed(self._config, answers, scored))
+
+    # ---- of the run -----------------------------------------------------------------------------------------------
+
+    def prepare(self, model: Transformer, begins: bool) -> None:
+        """Answer by `model` from now on, at the precision of training; keep a copy of it where a reference is wanted."""
+        device = model.embedding.weight.device.type
+        autocast: Callable[[], Any] = nullcontext
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+
+            def autocast() -> Any:
+                # Weights that autocast casts without gradients must not be those that the step then finds cast.
+                return torch.autocast(device, dtype=dtype, cache_enabled=False)
+
+        self._source = OwnEngine(model, self.tokenizer, autocast)
+        self._policies = Policies(self._config, model, self._start_from, autocast, begins=begins)
+
+    def state(self) -> Saved:
+        """The rollout that is learnt from, and the reference, where it has become another."""
+        kept = saved(self._rollout, self._prompts_used)
+        reference = {} if self._policies is None else self._policies.reference_tensors()
+        return Saved({**kept.tensors, **{f"reference.{name}": one for name, one in reference.items()}}, kept.values)
+
+    def restore(self, state: Saved) -> None:
+        """As it was."""
+        mark = "reference."
+        tensors = {name: one for name, one in state.tensors.items() if not name.startswith(mark)}
+        self._rollout, self._prompts_used = restored(Saved(tensors, state.values))
+        reference = {name.removeprefix(mark): one for name, one in state.tensors.items() if name.startswith(mark)}
+        if reference and self._policies is not None:
+            self._policies.put_reference(reference)
+
+    def figures(self, parameters: Mapping[str, Any], norm: Tensor) -> dict[str, float]:
+        """`training.method.BeforeUpdate`: what the rollout came to, which the step learns from; shares of its time."""
+        assert self._rollout is not None
+        now = time.perf_counter()
+        passed, self._stepped = now - self._stepped, now
+        shares = {name: min(1.0, seconds / passed) for name, seconds in self._spent.items()}
+        self._spent = dict.fromkeys(self._spent, 0.0)
+        return {**self._rollout.figures, **shares}
+
+    def take_lines(self) -> list[dict[str, Any]]:
+        """What is to be written to rollouts.jsonl, once."""
+        taken, self._unwritten = self._unwritten, []
+        return taken
+
+    # ---- a rollout ------------------------------------------------------------------------------------------------
+
+    def _make(self, number: int) -> Rollout:
+        assert self._source is not None
+        assert self._policies is not None
+        every = self._config.reference_every
+        if every is not None and number and number % every == 0:
+            self._policies.renew_reference()
+        wanted = self._size // self._config.group
+        groups, rounds = list(self._ask(wanted, 0)), 0
+        asked = wanted
+        while rounds < self._config.dynamic_sampling and (dead := [one for one in groups if not one.alive]):
+            rounds += 1
+            fresh = list(self._ask(len(dead), asked))
+            asked += len(dead)
+            better = [one for one in fresh if one.alive]
+            alive = [one for one in groups if one.alive]
+            groups = [*alive, *better, *dead][:wanted]
+        self._prompts_used += asked
+        answers = [one for place, group in enumerate(groups) for one in self._answers(group, place)]
+        began = time.perf_counter()
+        scored = self._policies.scores(answers)
+        self._spent["time_scoring"] += time.perf_counter() - began
+        made = Rollout(number, tuple(answers), tuple(scored), figures(groups, answers, asked))
+        self._note(made)
+        return made
+
+    def _ask(self, count: int, after: int) -> Iterator[_Group]:
+        """`count` prompts behind the first `after` of this rollout, each answered by a group."""
+        assert self._source is not None
+        places = [self._prompts_used + after + number for number in range(count)]
+        items = [self._prompts.at(place) for place in places]
+        train, group = self._prompts.sides["train"], self._config.group
+        asked = [
+            Asked(train[item].ids, tuple(range(place * group, (place + 1) * group)))
+            for place, item in zip(places, items, strict=True)
+        ]
+        began = time.perf_counter()
+        drawn = self._source(asked, self._sampling)
+        drew = time.perf_counter()
+        judged = iter(self._rewards.score([self._judgeable(item, one) for item, answers in zip(items, drawn, strict=True)
+                                           for one in answers]))  # fmt: skip
+        self._spent["time_rollout"] += drew - began
+        self._spent["time_reward"] += time.perf_counter() - drew
+        for item, answers in zip(items, drawn, strict=True):
+            yield _Group(item, answers, [next(judged) for _ in answers])
+
+    def _judgeable(self, item: int, drawn: Drawn) -> Judgeable:
+        return judgeable(self._prompts, self._prompts.sides["train"][item], drawn)
+
+    def _answers(self, group: _Group, place: int) -> Iterator[Answer]:
+        """With advantages."""
+        config = self._config
+        lengths = [len(one.completion) for one in group.drawn]
+        if config.supervision == "outcome":
+            whole = outcome([one.value for one in group.judged], config.scale)
+            found = [[advantage] * length for advantage, length in zip(whole, lengths, strict=True)]
+        else:
+            steps = [
+                None if one.value is None else _in_tokens(self.tokenizer, drawn, one)
+                for drawn, one in zip(group.drawn, group.judged, strict=True)
+            ]
+            found = process(steps, lengths, config.scale)
+        for drawn, judged, advantages in zip(group.drawn, group.judged, found, strict=True):
+            rewards = {
+                name: {"verdict": one.verdict, "value": one.value, "note": one.note}
+                for name, one in judged.by_name.items()
+            }
+            yield Answer(drawn, place, group.item, judged.value, tuple(advantages), rewards)
+
+    def _note(self, made: Rollout) -> None:
+        """What is to be written of it."""
+        step = made.number * self._config.updates + 1
+        whole = made.number % self._config.keep_rollouts == 0
+        train = self._prompts.sides["train"]
+        texts = [(train[one.item].text, self.tokenizer.decode(one.drawn.completion)) for one in made.answers]
+        self._unwritten += lines(made, step, texts, whole)
+
+
+def judgeable(prompts: Prompts, prompt: Any, drawn: Drawn) -> Judgeable:
+    """An answer as rewards read it; the token that ended it is no text."""
+    ended = drawn.finish_reason == "stop"
+    text = prompts.tokenizer.decode(drawn.completion[:-1] if ended else drawn.completion)
+    return Judgeable(prompt.text, text, ended, len(drawn.completion), prompt.record, prompt.references)
+
+
+def figures(groups: Sequence[_Group], answers: Sequence[Answer], asked: int) -> dict[str, float]:
+    """What a rollout came to: means over answers that count, shares of all, groups without spread."""
+    values = [one.value for one in answers if one.value is not None]
+    found = {
+        "reward": sum(values) / len(values) if values else 0.0,
+        "length": sum(len(one.drawn.completion) for one in answers) / len(answers),
+        "cut_share": sum(one.drawn.finish_reason == "length" for one in answers) / len(answers),
+        "failed_share": sum(one.value is None for one in answers) / len(answers),
+        "dead_groups": sum(not one.alive for one in groups) / len(groups),
+        "prompts_asked": float(asked),
+    }
+    for name in answers[0].rewards:
+        verdicts = [one.rewards[name]["verdict"] for one in answers]
+        known = [one.rewards[name]["value"] for one in answers if one.rewards[name]["verdict"] != "error"]
+        found[f"reward_{name}"] = sum(known) / len(known) if known else 0.0
+        found[f"unreadable_{name}"] = verdicts.count("unreadable") / len(verdicts)
+    return found
+
+
+def _replayed(config: GRPOConfig, answers: Sequence[Answer], scored: Sequence[Scored]) -> Sequence[Routes] | None:
+    """The experts that are taken, of each answer."""
+    match config.replay:
+        case "off":
+            return None
+        case "update":
+            return [one.routes for one in scored]
+        case "rollout":
+            return [one.drawn.routes for one in answers]
+
+
+def _in_tokens(tokenizer: Tokenizer, drawn: Drawn, judged: Judged) -> list[tuple[int, float]]:
+    """Steps by the tokens of the answer that they end with; without any, the whole answer is one."""
+    if not judged.steps:
+        assert judged.value is not None
+        return [(len(drawn.completion), judged.value)]
+    decoder, ends, written = tokenizer.decoder(), [], 0
+    for token in drawn.completion:
+        written += len(decoder.push(token))
+        ends.append(written)
+    return [
+        (next((number for number, end in enumerate(ends, 1) if end >= place), len(ends)), value)
+        for place, value in judged.steps
+    ]
