@@ -35,8 +35,8 @@ def pick(
 
     Returns:
         ids [rows] int64 and logprobs [rows] float32, on the CPU. Logprobs are the model's own, in nats: at
-        temperature 1 (that of `config`, with `tempered_logprobs`), before penalties, bias, least length, top-k, top-p and min-p; with a grammar, those of the
-        model's distribution over the tokens that the grammar allows.
+        temperature 1 (that of `config`, with `tempered_logprobs`), before penalties, bias, least length, top-k, top-p
+        and min-p; with a grammar, those of the model's distribution over the tokens that the grammar allows.
 
     Raises:
         CheckpointError: logits are not finite.

@@ -128,6 +128,9 @@ class Warn:
             say("step %d: %s", report.step, alert.message)
         if more := alerts[_SHOWN_ALERTS:]:
             logger.warning("and %d more layers: see the records of kind alert in metrics.jsonl", len(more))
+        for said in trainer.method.warns(report):
+            self.emit({"kind": "warning", "step": report.step, "message": said})
+            logger.warning("step %d: %s", report.step, said)
         rows = report.figures.get(ROWS_FIGURE, 0.0)
         self._uneven = self._uneven + 1 if rows > _MOST_ROWS else 0
         if self._uneven == _LONG:
@@ -205,11 +208,19 @@ class Show:
             if self._task is None:
                 self._progress.start()
                 self._task = self._progress.add_task("", total=self._total)
-            self._progress.update(self._task, completed=report.step, description=_short(report, validation, trainer.method.shows))
+            self._progress.update(
+                self._task, completed=report.step, description=_short(report, validation, trainer.method.shows)
+            )
         elif time.monotonic() - self._last > 10 or report.step == self._total:
             self._last = time.monotonic()
             left = report.seconds / report.step * (self._total - report.step)
-            logger.info("step %d/%d  %s  %.0f s left", report.step, self._total, _long(report, validation, trainer.method.shows), left)
+            logger.info(
+                "step %d/%d  %s  %.0f s left",
+                report.step,
+                self._total,
+                _long(report, validation, trainer.method.shows),
+                left,
+            )
 
     def close(self) -> None:
         """Leave the last line on the screen."""

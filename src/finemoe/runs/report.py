@@ -21,6 +21,7 @@ MOST_POINTS = 400
 REFRESH = 15
 """Seconds between two pages of a run that trains."""
 _AVERAGED = ("loss", "tokens_per_second", "gradient_norm")
+_KINDS = ("step", "validation", "alert", "warning")
 _SAMPLE_TOKENS = 80
 _PATIENCE = 60  # seconds without a run: it reads its corpus before it has a directory, and one is resumed in a while
 
@@ -40,7 +41,7 @@ def run_results(directory: Path, *, refresh: int | None = None, samples: int = 0
     config = _config(directory / "config.json")
     metrics = directory / "metrics.jsonl"
     records = read_metrics(directory) if metrics.exists() else []
-    of = {kind: [one for one in records if one.get("kind") == kind] for kind in ("step", "validation", "alert")}
+    of = {kind: [one for one in records if one.get("kind") == kind] for kind in _KINDS}
     summary = read_summary(directory)
     each = -(-len(of["step"]) // MOST_POINTS) or 1
     load, load_of = _load(of["validation"], of["step"])
@@ -63,7 +64,7 @@ def run_results(directory: Path, *, refresh: int | None = None, samples: int = 0
         "validations": [{key: value for key, value in one.items() if key != "load"} for one in of["validation"]],
         "load": load,
         "load_of": load_of,
-        "alerts": of["alert"],
+        "alerts": sorted([*of["alert"], *of["warning"]], key=lambda one: one["step"]),
         "samples": drawn,
         "sampled_at": sampled_at,
         "refresh": refresh,
@@ -140,8 +141,17 @@ def thinned(steps: Sequence[Mapping[str, Any]], each: int) -> list[dict[str, Any
             found = {layer: [one[layer] for one in known if layer in one] for layer in layers}
             point["max_vio_per_layer"] = {layer: sum(values) / len(values) for layer, values in found.items()}
         kept = ("step", "tokens", "seconds", "learning_rate", "max_vio_per_layer", *_AVERAGED)
-        points.append({key: point[key] for key in kept if key in point})
+        points.append({key: point[key] for key in kept if key in point} | _figures(group))
     return points
+
+
+def _figures(group: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means of the terms, and of what a method says beside them; nothing where it says nothing."""
+    each = [{**one.get("terms", {}), **one["figures"]} for one in group if one.get("figures")]
+    if not each:
+        return {}
+    known = {name: [one[name] for one in each if name in one] for name in each[-1]}
+    return {"figures": {name: sum(values) / len(values) for name, values in known.items()}}
 
 
 def _write(folder: Path, results: Mapping[str, Any], *, drawn: bool) -> None:

@@ -30,7 +30,7 @@ _IF_THERE = (
 """What may be missing, and is counted with where it is there."""
 _ALWAYS_FINITE = ("tokens", "seconds", "tokens_per_second", "stall_seconds")
 """Whatever the loss has come to."""
-_OF_A_STEP = ("step", "skipped", "alert")
+_OF_A_STEP = ("step", "skipped", "alert", "warning")
 """A validation may be of step 0 too, before the first."""
 _MOST_COUNT = 1 << 53
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")

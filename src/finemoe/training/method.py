@@ -12,6 +12,7 @@ from finemoe.data.batch import Batch
 from finemoe.model.transformer import Transformer
 from finemoe.text import Tokenizer
 from finemoe.training.objective import Objective
+from finemoe.training.report import StepReport
 
 BatchT = TypeVar("BatchT", bound=Batch)
 BatchT_co = TypeVar("BatchT_co", bound=Batch, covariant=True)
@@ -64,6 +65,11 @@ class Group:
 def everything(name: str) -> Group | None:
     """Train all parameters alike."""
     return Group()
+
+
+def nothing(report: StepReport) -> Sequence[str]:
+    """Nothing to say."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -217,6 +223,8 @@ class Method(Generic[BatchT]):
     """By a name of its own, without a slash: saved in every checkpoint, and restored."""
     writes: Mapping[str, Callable[[], Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
     """By the name of a .jsonl file of the run: what came up since it was last asked for, each with its `step`."""
+    warns: Callable[[StepReport], Sequence[str]] = nothing
+    """Sentences about a step that people should read at once."""
     shows: tuple[str, ...] = ()
     """Terms and figures that the live line has in place of the loss, where it says little."""
     notes: tuple[str, ...] = ()

@@ -42,7 +42,9 @@ def split(values: Tensor) -> list[Tensor]:
 
 def printed(config: GRPOConfig, logprobs: Tensor, tokens: Tokens) -> Tensor:
     """The loss, answer by answer and token by token, as the papers have it; for autograd."""
-    columns = zip(*map(split, (logprobs, tokens.old, tokens.behaviour, tokens.reference, tokens.advantages)), strict=True)
+    columns = zip(
+        *map(split, (logprobs, tokens.old, tokens.behaviour, tokens.reference, tokens.advantages)), strict=True
+    )
     total = torch.zeros((), dtype=torch.float64)
     for new, old, behaviour, reference, advantages in columns:
         length = len(new)

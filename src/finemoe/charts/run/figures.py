@@ -5,7 +5,7 @@ Each function takes the results of `finemoe show RUN --out` and returns a chart,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -156,3 +156,10 @@ def line_chart(results: Results, key: str, title: str) -> Any | None:
     tips = [alt.Tooltip("step:Q"), alt.Tooltip("value:Q", title=title, format=".4~g")]
     chart = theme.base(rows).mark_line(strokeWidth=1.6).encode(x, y, tooltip=tips)
     return chart.properties(width=260, height=170, description=f"{title} against training tokens.")
+
+
+def figure_charts(results: Results, names: Mapping[str, str]) -> list[Any]:
+    """A small chart for each figure of a method that its steps have, `names` to titles."""
+    steps = [{**point, **point.get("figures", {})} for point in results["steps"]]
+    found = (line_chart({**results, "steps": steps}, name, title) for name, title in names.items())
+    return [chart for chart in found if chart is not None]

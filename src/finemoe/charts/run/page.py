@@ -8,7 +8,7 @@ from typing import Any
 from finemoe.charts.comparison.page import MAX_VIO, flat
 from finemoe.charts.numbers import NOTHING, Results, clean, count, duration, fixed
 from finemoe.charts.page import Bullets, Card, Cards, Code, Details, Figure, Section, Table, Text, render_page
-from finemoe.charts.run.figures import balance_chart, line_chart, load_map, loss_chart
+from finemoe.charts.run.figures import balance_chart, figure_charts, line_chart, load_map, loss_chart
 from finemoe.charts.run.words import state, summary
 from finemoe.charts.words import footer
 
@@ -19,7 +19,7 @@ _MOST_ROWS = 8
 def run_page(results: Results) -> str:
     """The whole page as one self-contained HTML document, opened again after `results["refresh"]` seconds."""
     results = clean(results)
-    makers = (_state, _loss, _measured, _answers, _balance, _alerts, _samples, _speed, _set_up)
+    makers = (_state, _rollouts, _loss, _measured, _answers, _balance, _alerts, _samples, _speed, _set_up)
     sections = [section for make in makers if (section := make(results)) is not None]
     where = state(results)
     banner, refresh = "", results["refresh"] if where in ("training", "stopped") else None
@@ -59,12 +59,36 @@ def _state(results: Results) -> Section:
 
 def _loss(results: Results) -> Section | None:
     chart = loss_chart(results)
-    if chart is None:
+    if chart is None or _answers_itself(results):  # a policy gradient's loss says nothing of how good it is
         return None
     every = results["steps_per_point"]
     joined = f"; a point is the mean of {every} steps" if every > 1 else ""
     caption = f"Loss in training{joined}, and on held-out text. The first, steep part may lie above the axis."
     return Section("Loss", [Figure([chart], caption)])
+
+
+_ROLLOUTS = {
+    "reward": "reward", "length": "tokens of an answer", "kl": "divergence from the reference", "entropy": "entropy",
+    "dead_groups": "groups without spread", "cut_share": "answers cut at their length",
+    "clip_share": "tokens that are clipped", "expert_mismatch": "experts that differ", "off_policy_kl": "off-policy KL",
+}  # fmt: skip
+
+
+def _answers_itself(results: Results) -> bool:
+    return (results["config"].get("method") or {}).get("kind") == "grpo"
+
+
+def _rollouts(results: Results) -> Section | None:
+    """What a model that learns from its own answers is rewarded for, how long they are, how far it has gone."""
+    if not _answers_itself(results) or not results["steps"]:
+        return None
+    last = results["steps"][-1].get("figures", {})
+    rewards = {name: f"of it: {name.removeprefix('reward_')}" for name in last if name.startswith("reward_")}
+    first, *others = _ROLLOUTS.items()
+    shown = dict([first, *(rewards.items() if len(rewards) > 1 else ()), *others])
+    charts = figure_charts(results, shown)
+    caption = "Means over the answers that each step learnt from; length and reward are of all of them."
+    return Section("Answers and their reward", [Figure(charts, caption)]) if charts else None
 
 
 def _balance(results: Results) -> Section | None:
@@ -111,15 +135,18 @@ def _answers(results: Results) -> Section | None:
     found = [one for one in results["validations"] if one.get("samples")]
     if not found:
         return None
-    shown: list[Any] = [Text(["Questions that were held out; every answer is the most probable one."])]
+    drawn = "value" in found[-1]["samples"][0]
+    how = "drawn at temperature 1, from the same random numbers each time" if drawn else "the most probable one"
+    shown: list[Any] = [Text([f"Questions that were held out; every answer is {how}."])]
     for number, sample in enumerate(found[-1]["samples"]):
         when = [found[0], found[len(found) // 2], found[-1]] if len(found) > 2 else found
         cards = []
         for one in when:
             own = one["samples"][number]
-            cards.append(
-                Card(f"Step {one['step']:,}", own["answer"], "" if own["ended"] else "broken off at its length")
-            )
+            said = "" if own["ended"] else "broken off at its length"
+            if own.get("value") is not None:
+                said = f"{said}; worth {own['value']:g}" if said else f"worth {own['value']:g}"
+            cards.append(Card(f"Step {one['step']:,}", own["answer"], said))
         shown += [Code(sample["prompt"], "the question"), Cards(cards)]
     return Section("Answers", shown)
 

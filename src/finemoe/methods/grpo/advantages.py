@@ -1,4 +1,4 @@
-"""Advantages: how much better an answer, or a step of it, is than the others of its group (DeepSeekMath 4.1.2, 4.1.3)."""
+"""Advantages: how much better an answer, or a step of it, is than others of its group (DeepSeekMath 4.1.2, 4.1.3)."""
 
 from __future__ import annotations
 

@@ -63,7 +63,11 @@ class RolloutBatch:
 
 def packed(answers: Sequence[Answer], scored: Sequence[Scored], replay: Sequence[Routes] | None = None) -> RolloutBatch:
     """Answers one behind the other; `replay`: of each, the experts that are taken."""
-    tokens, targets, weights, positions, documents = [], [], [], [], []
+    tokens: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    positions: list[int] = []
+    documents: list[int] = []
     for number, one in enumerate(answers):
         ids, prompt = (*one.drawn.prompt, *one.drawn.completion), len(one.drawn.prompt)
         length = len(ids) - 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from finemoe.methods.rewards import AnswerReward, RewardsConfig
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from finemoe.methods.rewards import AnswerReward, RewardsConfig
 from finemoe.methods.setting import Kept, MethodConfig
 
 Normalize = Literal["sequence", "token", "constant"]
@@ -114,8 +114,8 @@ class GRPOConfig(MethodConfig):
             if self.cispo is not None or self.clip_high is not None:
                 name = "cispo" if self.cispo is not None else "clip_high"
                 raise ValueError(
-                    f"{name} does nothing with one step on each rollout, whose ratios are 1: raise steps_per_rollout or "
-                    "inner_epochs, or leave it out"
+                    f"{name} does nothing with one step on each rollout, whose ratios are 1: raise steps_per_rollout "
+                    "or inner_epochs, or leave it out"
                 )
         return self
 

@@ -103,6 +103,7 @@ def build(config: GRPOConfig, setting: Setting) -> Method[RolloutBatch]:
         after_update=(MoveBiases(setting.balancing),),
         state={"rollouts": data},
         writes={"rollouts.jsonl": data.take_lines},
+        warns=data.warns,
         shows=("reward", "length", "kl", "dead_groups", "time_rollout"),
         notes=(*_sentences(config, prompts, rewards), f"added to the loss: {', '.join(live) or 'nothing'}"),
     )

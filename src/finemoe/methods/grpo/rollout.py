@@ -177,4 +177,3 @@ def lines(rollout: Rollout, step: int, texts: Sequence[tuple[str, str]], whole: 
             "advantages": [round(number, 6) for number in one.advantages],
             "routes": {str(layer): chosen.tolist() for layer, chosen in drawn.routes.items()},
         }
-

@@ -17,10 +17,12 @@ from finemoe.generation.config import SamplingConfig
 from finemoe.methods.grpo.advantages import outcome, process
 from finemoe.methods.grpo.batch import RolloutBatch, packed
 from finemoe.methods.grpo.config import GRPOConfig
+from finemoe.methods.grpo.objective import MISMATCH
 from finemoe.methods.grpo.prompts import Prompts
 from finemoe.methods.grpo.rollout import Answer, Drawn, Rollout, Routes, Scored, lines, restored, saved
 from finemoe.methods.grpo.scoring import Policies
 from finemoe.methods.grpo.source import Asked, OwnEngine, Source
+from finemoe.methods.grpo.watch import Watch
 from finemoe.methods.rewards import Answer as Judgeable
 from finemoe.methods.rewards import Rewards
 from finemoe.methods.rewards import Scored as Judged
@@ -28,6 +30,7 @@ from finemoe.methods.setting import Setting
 from finemoe.model.transformer import Transformer
 from finemoe.text.tokenizer import Tokenizer
 from finemoe.training.method import Saved
+from finemoe.training.report import StepReport
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,7 @@ class Rollouts:
     A pure function of the position, of the weights when a rollout began, and of what is saved: the rollout itself.
     """
 
-    def __init__(
-        self, config: GRPOConfig, prompts: Prompts, rewards: Rewards, setting: Setting
-    ) -> None:
+    def __init__(self, config: GRPOConfig, prompts: Prompts, rewards: Rewards, setting: Setting) -> None:
         """Nothing is asked yet.
 
         Args:
@@ -83,6 +84,7 @@ class Rollouts:
         self._policies: Policies | None = None
         self._rollout: Rollout | None = None
         self._prompts_used = 0
+        self._watch = Watch(config)
         self._unwritten: list[dict[str, Any]] = []
         self._spent = {"time_rollout": 0.0, "time_reward": 0.0, "time_scoring": 0.0}
         self._stepped = time.perf_counter()
@@ -126,7 +128,7 @@ class Rollouts:
     # ---- of the run -----------------------------------------------------------------------------------------------
 
     def prepare(self, model: Transformer, begins: bool) -> None:
-        """Answer by `model` from now on, at the precision of training; keep a copy of it where a reference is wanted."""
+        """Answer by `model` from now on, at the precision of training; keep a copy of it as the reference."""
         device = model.embedding.weight.device.type
         autocast: Callable[[], Any] = nullcontext
         if torch.is_autocast_enabled(device):
@@ -162,6 +164,13 @@ class Rollouts:
         shares = {name: min(1.0, seconds / passed) for name, seconds in self._spent.items()}
         self._spent = dict.fromkeys(self._spent, 0.0)
         return {**self._rollout.figures, **shares}
+
+    def warns(self, report: StepReport) -> list[str]:
+        """What people should know of a step; of a rollout at its first."""
+        said = self._watch.off_policy(report.terms.get(MISMATCH), report.terms.get("off_policy_kl", 0.0))
+        if self._rollout is not None and (report.step - 1) % self._config.updates == 0:
+            said += self._watch.after(self._rollout.figures)
+        return said
 
     def take_lines(self) -> list[dict[str, Any]]:
         """What is to be written to rollouts.jsonl, once."""
@@ -208,15 +217,16 @@ class Rollouts:
         began = time.perf_counter()
         drawn = self._source(asked, self._sampling)
         drew = time.perf_counter()
-        judged = iter(self._rewards.score([self._judgeable(item, one) for item, answers in zip(items, drawn, strict=True)
-                                           for one in answers]))  # fmt: skip
+        judgeables = [
+            judgeable(self._prompts, train[item], one)
+            for item, answers in zip(items, drawn, strict=True)
+            for one in answers
+        ]
+        judged = iter(self._rewards.score(judgeables))
         self._spent["time_rollout"] += drew - began
         self._spent["time_reward"] += time.perf_counter() - drew
         for item, answers in zip(items, drawn, strict=True):
             yield _Group(item, answers, [next(judged) for _ in answers])
-
-    def _judgeable(self, item: int, drawn: Drawn) -> Judgeable:
-        return judgeable(self._prompts, self._prompts.sides["train"][item], drawn)
 
     def _answers(self, group: _Group, place: int) -> Iterator[Answer]:
         """With advantages."""

@@ -25,7 +25,13 @@ class Policies:
     """The model that is trained, and the reference: a copy of it as the run began, or as it was renewed."""
 
     def __init__(
-        self, config: GRPOConfig, model: Transformer, start_from: str | None, autocast: Callable[[], Any], *, begins: bool
+        self,
+        config: GRPOConfig,
+        model: Transformer,
+        start_from: str | None,
+        autocast: Callable[[], Any],
+        *,
+        begins: bool,
     ) -> None:
         """Copy `model` where there is to be a reference; where the run goes on, open it again.
 

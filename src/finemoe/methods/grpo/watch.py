@@ -1,0 +1,88 @@
+"""When a run learns nothing, or not what it should, in plain words, with the knob that helps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+from finemoe.methods.grpo.config import GRPOConfig
+
+_LONG = 5
+"""[rollouts] In a row before anything is said."""
+_DEAD, _FAILED, _CUT, _MISMATCH, _OFF_POLICY = 0.9, 0.05, 0.5, 0.1, 0.01
+_LONGER = 1.5
+"""[factor] Length against that of the first rollouts, from where on a reward that did not rise is suspected."""
+
+
+@dataclass
+class _Streak:
+    """How long something has been so; it is said once, and again when it had ended and came back."""
+
+    rollouts: int = 0
+
+    def after(self, so: bool) -> bool:
+        """Whether it is to be said now."""
+        self.rollouts = self.rollouts + 1 if so else 0
+        return self.rollouts == _LONG
+
+
+@final
+@dataclass
+class Watch:
+    """Looks at every rollout."""
+
+    config: GRPOConfig
+    _streaks: dict[str, _Streak] = field(default_factory=dict)
+    _first: dict[str, float] = field(default_factory=dict)
+
+    def after(self, figures: Mapping[str, float]) -> list[str]:
+        """What is to be said after a rollout with these figures."""
+        for name in ("reward", "length"):
+            self._first.setdefault(name, figures[name])
+        unreadable = max((value for name, value in figures.items() if name.startswith("unreadable_")), default=0.0)
+        dead, cut, length = figures["dead_groups"], figures["cut_share"], figures["length"]
+        said = {
+            "dead": (
+                dead > _DEAD,
+                f"{dead:.0%} of the groups teach nothing, as all of their answers are worth the same: make prompts "
+                "easier or harder (data.corpus.difficulty), raise method.group, or set method.dynamic_sampling"
+                + (f"; {cut:.0%} of the answers are cut: raise method.answer_tokens" if cut > _CUT else ""),
+            ),
+            "cut": (
+                cut > _CUT and dead <= _DEAD,
+                f"{cut:.0%} of the answers are cut at method.answer_tokens {self.config.answer_tokens}, before they "
+                "end: raise it, or reward shorter ones (method.rewards of kind length)",
+            ),
+            "failed": (
+                figures["failed_share"] > _FAILED,
+                f"{figures['failed_share']:.0%} of the answers could not be judged and left their groups: see the "
+                "notes in rollouts.jsonl; raise method.reward_seconds or method.reward_memory, or mend the reward",
+            ),
+            "unreadable": (
+                unreadable > _CUT,
+                f"in {unreadable:.0%} of the answers a reward found nothing to judge: see `method.template`, or begin "
+                "with a model that was shown the form (method sft)",
+            ),
+            "longer": (
+                length > _LONGER * self._first["length"] and figures["reward"] <= self._first["reward"],
+                f"answers are {length / max(self._first['length'], 1e-9):.1f} times as long as at first and no better "
+                "rewarded: lengths are learnt and not the task; lower optimizer.learning_rate, or raise method.beta",
+            ),
+        }
+        return [text for name, (so, text) in said.items() if self._streaks.setdefault(name, _Streak()).after(so)]
+
+    def off_policy(self, mismatch: float | None, divergence: float) -> list[str]:
+        """What is to be said of how far the policy is from who wrote the answers, by a step's terms."""
+        found = []
+        if self._streaks.setdefault("mismatch", _Streak()).after(mismatch is not None and mismatch > _MISMATCH):
+            found.append(
+                f"{mismatch:.0%} of the experts are others than when the answers were written: "
+                'set method.replay = "rollout", or take fewer steps on a rollout'
+            )
+        if self._streaks.setdefault("off policy", _Streak()).after(divergence > _OFF_POLICY):
+            found.append(
+                f"the model is {divergence:.3g} nats from who wrote the answers: set method.importance_cap = 2, or "
+                "method.off_policy_bound"
+            )
+        return found
