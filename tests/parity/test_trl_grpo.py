@@ -1,4 +1,4 @@
-"""GRPO: its loss and all gradients, on one frozen batch, are those of TRL's trainer (`FINEMOE_TRL`, as in test_trl.py)."""
+"""GRPO: loss and all gradients, on one frozen batch, are those of TRL's trainer (`FINEMOE_TRL`, as in test_trl.py)."""
 
 from __future__ import annotations
 
