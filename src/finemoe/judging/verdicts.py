@@ -85,3 +85,5 @@ class Kind:
 
     config: type[Config]
     make: Callable[[Any, Bounds], Judge] = field(repr=False)
+    supervised: bool = False
+    """It runs something in the sandbox, which keeps the deadline itself and knows whose fault the time is."""

@@ -12,7 +12,7 @@ _ENTRIES = 1_000_000
 
 
 def reasoning_gym(draws: Draws, difficulty: int, dataset: str, options: Mapping[str, Any]) -> Problem:
-    """An entry of reasoning-gym's task `dataset`, made with `options`, which say how hard it is in place of `difficulty`.
+    """An entry of reasoning-gym's task `dataset`, made with `options`, which say how hard it is.
 
     Raises:
         ConfigError: the package is not installed, or knows no such task or option.

@@ -10,7 +10,7 @@ from typing import Any
 
 from finemoe.core.errors import ConfigError
 from finemoe.judging import KINDS
-from finemoe.judging.pool import Pool, Task
+from finemoe.judging.pool import Pool
 from finemoe.judging.verdicts import Answer, Bounds, Judged
 from finemoe.methods.rewards.reward_model import RewardModel
 
@@ -86,16 +86,7 @@ class Rewards:
 
     def score(self, answers: Sequence[Answer]) -> list[Scored]:
         """What each answer is worth; nothing that a reward does or meets is raised."""
-        by_name: list[dict[str, Judged]] = [{} for _ in answers]
-        wanted = [
-            (number, Task(name, answer, supervised=one.kind == "tests"))
-            for number, answer in enumerate(answers)
-            for name, one in self._configs.items()
-            if one.kind in KINDS
-        ]
-        if self._pool is not None:
-            for (number, task), judged in zip(wanted, self._pool.judge([task for _, task in wanted]), strict=True):
-                by_name[number][task.reward] = judged
+        by_name = self._pool.judge(answers) if self._pool is not None else [{} for _ in answers]
         for name, model in self._models.items():
             for found, judged in zip(by_name, model.judge(answers), strict=True):
                 found[name] = judged
