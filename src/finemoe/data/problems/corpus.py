@@ -26,7 +26,7 @@ class ProblemsCorpus(Config):
     to be sorted; small functions in Python; or a task of the package reasoning-gym (the `[rl]` extra)."""
     count: Annotated[int, Field(gt=0)] = 10_000
     """[problems] How many are drawn to train on; one that is drawn twice, or is validated on, is left out."""
-    validation_count: Annotated[int, Field(ge=0)] = 256
+    validation_count: Annotated[int, Field(ge=0)] = 200
     """[problems] How many are drawn to validate on. 0: the share `validation_share` of those to train on."""
     seed: Annotated[int, Field(ge=0)] = 0
     """[number] Of the draws: another seed, other problems."""
