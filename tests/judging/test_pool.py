@@ -52,7 +52,7 @@ HOW_TO_FAIL = {
     "returns text": ("returned = completion", "it returned str"),
     "returns nan": ("returned = float('nan')", "no finite number"),
 }  # fmt: skip
-SECONDS = 3.0
+SECONDS = 1.5
 
 
 @pytest.fixture
@@ -62,9 +62,12 @@ def rewards(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def judging(rewards: Path) -> Iterator[Pool]:
-    found = made(rewards)
+@pytest.fixture(scope="module")
+def judging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """One for all faults: it has to come through every one of them."""
+    path = tmp_path_factory.mktemp("rewards") / "own_rewards.py"
+    path.write_text(REWARDS)
+    found = made(path)
     yield found
     found.close()
 
@@ -97,14 +100,15 @@ def test_a_fault_costs_its_own_answer_alone(judging: Pool, way: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_what_is_started_ends_with_its_process(rewards: Path, tmp_path: Path) -> None:
+def test_what_is_started_ends_with_its_process(rewards: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """In its group, in a session of its own, and as an orphan."""
     marks = [tmp_path / f"pid{n}" for n in range(3)]
-    sleeper = "import os, time; open({{!r}}, 'w').write(str(os.getpid())); time.sleep(60)"
+    sleeper = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     start = "subprocess.Popen([sys.executable, '-c', {!r}], start_new_session={})"
     do = [start.format(sleeper.format(str(marks[n])), n == 1) for n in range(2)]
     do.append(f"subprocess.run(['sh', '-c', {f'sleep 60 & echo $! > {marks[2]}'!r}], stdout=subprocess.DEVNULL)")
     judging = made(rewards)
+    request.addfinalizer(judging.close)
     assert {one.verdict for one in judged(judging, *do)} == {"right"}
     until = time.monotonic() + 20
     while not all(mark.exists() and mark.read_text().strip() for mark in marks) and time.monotonic() < until:
