@@ -20,6 +20,7 @@ FLOORS: tuple[tuple[tuple[str, str], ...], ...] = (
     ),
     (
         ("data", "documents to batches"),
+        ("judging", "how good an answer is"),
         ("checkpoint", "runs, Hugging Face folders, GGUF"),
         ("parallel", "the world of ranks"),
     ),

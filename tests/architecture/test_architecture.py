@@ -27,6 +27,7 @@ FLOORS = {
     "charts": 1,
     "data": 2,
     "checkpoint": 2,
+    "judging": 2,
     "parallel": 2,
     "training": 3,
     "generation": 3,
@@ -66,6 +67,7 @@ EXTRAS = {
     "llguidance",
     "lm_eval",
     "math_verify",
+    "reasoning_gym",
     "tensorboard",
     "trackio",
     "uvicorn",
@@ -78,6 +80,7 @@ BASES = {
     "MethodConfig",
     "ConversationsConfig",
     "TrainableConfig",
+    "Weighted",
 }  # the classes of ours that others derive from
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef

@@ -306,7 +306,7 @@ def test_hugging_face_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_configurations_round_trip_and_suggest() -> None:
-    assert set(CORPORA) == {"stdlib", "interpreter", "files", "huggingface", "mixture"}
+    assert set(CORPORA) == {"stdlib", "interpreter", "problems", "files", "huggingface", "mixture"}
     data = {
         "corpus": {
             "kind": "mixture",

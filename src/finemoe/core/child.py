@@ -42,11 +42,26 @@ def next_line(child: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] 
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
-    """Kill it and all that it started; it must lead a session of its own."""
-    if child.poll() is None:
-        os.killpg(child.pid, signal.SIGKILL)
+    """Kill it and all that it started, though it may have ended itself; it must lead a session of its own."""
+    if child.returncode is None:  # nobody has waited for it yet, so that its number is still its own, and its group's
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     for pipe in (child.stdin, child.stdout):
         if pipe is not None:
             with suppress(BrokenPipeError):  # what it never read
                 pipe.close()
+
+
+def below(pid: int) -> list[int]:
+    """The processes that a process has started and those that they have, as far as Linux tells; else none."""
+    found: list[int] = []
+    left = [pid]
+    while left:
+        parent = left.pop()
+        with suppress(OSError):
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{thread}/children", encoding="ascii") as file:
+                    left += (children := [int(child) for child in file.read().split()])
+                    found += children
+    return found

@@ -21,6 +21,7 @@ from finemoe.data.documents.formats import TextFile, no_records, read_file, read
 from finemoe.data.documents.hub_rows import rows
 from finemoe.data.holdout import NO_TAILS, PartTotals, Tail, divided, may_need_tails, tails_for
 from finemoe.data.interpreter_corpus import InterpreterCorpus
+from finemoe.data.problems.corpus import ProblemsCorpus
 
 Side = Literal["train", "validation"]
 
@@ -208,6 +209,7 @@ class HuggingFaceCorpus(Config):
 SINGLE_CORPORA: dict[str, type[Config]] = {
     "stdlib": StdlibCorpus,
     "interpreter": InterpreterCorpus,
+    "problems": ProblemsCorpus,
     "files": FilesCorpus,
     "huggingface": HuggingFaceCorpus,
 }

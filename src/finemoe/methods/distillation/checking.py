@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from finemoe.data.conversations.forms import Said
-from finemoe.text.answers import boxed, compare_latex, compare_numbers, compare_words, final_number
+from finemoe.text.answers import says
 
 Keep = Literal["all", "ended", "answer"]
 """all: whatever is not empty; ended: what ended by itself; answer: of these, what says the record's own answer."""
@@ -16,7 +15,6 @@ _FIELDS = (
     "reference", "reference_answer", "expected_answer", "ground_truth", "gold", "target", "answer", "answers",
     "solution", "output",
 )  # fmt: skip
-_MARKED = re.compile(r"####|\banswer\s*(?:is|are|was|:|=)", re.IGNORECASE)
 
 
 def reference_of(record: Mapping[str, Any], said: Said) -> tuple[str, ...]:
@@ -31,23 +29,6 @@ def reference_of(record: Mapping[str, Any], said: Said) -> tuple[str, ...]:
     if said.conversation is not None and said.conversation.messages[-1]["role"] == "assistant":
         last = said.conversation.messages[-1]
     return (last["content"].strip(),) if last is not None and last["content"].strip() else ()
-
-
-def says(completion: str, reference: str) -> bool:
-    r"""Whether a completion's answer is the reference's.
-
-    A reference with a box is compared with the completion's box, as LaTeX; one that is a number, or leads to one
-    (`#### 42`, "the answer is 42"), with the number that the completion ends on; any other as words, all of them.
-    """
-    if (gold := boxed(reference)) is not None:
-        return compare_latex(gold, boxed(completion)) == "equal"
-    number = final_number(reference) if _MARKED.search(reference) else reference
-    if number is not None and compare_numbers(number, number) == "equal":
-        given = final_number(completion)
-        return given is not None and compare_numbers(number, given) == "equal"
-    if (given := boxed(completion)) is not None:
-        return compare_latex(reference, given) == "equal"
-    return compare_words(reference, completion.strip()) == "equal"
 
 
 def why_not(keep: Keep, text: str, ended: bool, references: Sequence[str]) -> str | None:

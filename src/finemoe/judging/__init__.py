@@ -1,0 +1,21 @@
+"""Floor 2: how good an answer is, said in a process that may fail. A file or a function a kind, and a line in KINDS."""
+
+from __future__ import annotations
+
+from finemoe.judging import comparing, custom, programs, shape, steps
+from finemoe.judging.verdicts import Kind
+
+KINDS: dict[str, Kind] = {
+    "answer": Kind(comparing.AnswerReward, comparing.answer),
+    "number": Kind(comparing.NumberReward, comparing.number),
+    "latex": Kind(comparing.LatexReward, comparing.latex),
+    "expression": Kind(comparing.ExpressionReward, comparing.expression),
+    "tests": Kind(programs.TestsReward, programs.tests, supervised=True),
+    "steps": Kind(steps.StepsReward, steps.steps),
+    "format": Kind(shape.FormatReward, shape.form),
+    "language": Kind(shape.LanguageReward, shape.language),
+    "length": Kind(shape.LengthReward, shape.length),
+    "function": Kind(custom.FunctionReward, custom.function),
+    "reasoning_gym": Kind(custom.GymReward, custom.reasoning_gym),
+}
+"""Rewards that look at one answer at a time."""

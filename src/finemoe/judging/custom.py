@@ -1,0 +1,118 @@
+"""Rewards that others wrote: a function in a file of the user's, and the rules of reasoning-gym."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from finemoe.core.errors import ConfigError
+from finemoe.judging.comparing import within
+from finemoe.judging.verdicts import Answer, Bounds, Judge, Judged, Weighted
+from finemoe.text.gym import credit, require_gym
+
+
+class FunctionReward(Weighted):
+    """A function of your own: `def score(prompt, completion, record) -> float | bool | None | dict`.
+
+    None: unreadable. A dict may have `value`, `note` and `steps`, a list of (where a step ends in characters, value).
+    """
+
+    kind: Literal["function"] = "function"
+    path: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")]
+    """The file and the function, "my_rewards.py:score", relative to the current directory."""
+
+
+class GymReward(Weighted):
+    """What reasoning-gym's task says of an answer to one of its own entries. Needs the `[rl]` extra."""
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+
+
+def function(config: FunctionReward, bounds: Bounds) -> Judge:
+    """Unreadable: it returns None. Error: it raises one, or returns what is no value.
+
+    Raises:
+        ConfigError: no such file or function, or the file fails.
+    """
+    file, _, name = config.path.rpartition(":")
+    score = _loaded(Path(file).expanduser(), name)
+
+    def judge(answer: Answer) -> Judged:
+        return _said(score(answer.prompt, answer.text, dict(answer.record)))
+
+    return judge
+
+
+def _loaded(path: Path, name: str) -> Callable[..., Any]:
+    if not path.is_file():
+        raise ConfigError(f"`path`: {path}: no such file (relative paths start at {Path.cwd()})")
+    sys.path.insert(0, str(path.resolve().parent))  # what stands beside it can be imported, as from a script
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"`path`: {path}: {type(error).__name__}: {error}") from error
+    found = vars(module).get(name)
+    if not callable(found):
+        known = sorted(one for one, value in vars(module).items() if callable(value) and not one.startswith("_"))
+        raise ConfigError(f"`path`: {path} has no function {name}; it has {', '.join(known) or 'none'}")
+    return found
+
+
+def _said(value: Any) -> Judged:
+    """What a user's function returned.
+
+    Raises:
+        TypeError, ValueError: it is no value.
+    """
+    if value is None:
+        return Judged.unreadable("")
+    if isinstance(value, bool):
+        return Judged.whether(value)
+    if isinstance(value, Mapping):
+        steps = tuple((int(place), _finite(one)) for place, one in value.get("steps") or ())
+        judged = _said(value.get("value"))
+        return Judged(judged.verdict, judged.value, str(value.get("note", "")), steps)
+    number = _finite(value)
+    return Judged("right" if number > 0 else "wrong", number)
+
+
+def _finite(value: Any) -> float:
+    if not isinstance(value, Real):
+        raise TypeError(f"it returned {type(value).__name__}, and not a number, True, False, None or a dict")
+    if not math.isfinite(value):
+        raise ValueError(f"it returned {value}, which is no finite number")
+    return float(value)
+
+
+def reasoning_gym(config: GymReward, bounds: Bounds) -> Judge:
+    """Unreadable: nothing but blanks. Error: the record is no entry of reasoning-gym.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    require_gym()
+
+    def judge(answer: Answer) -> Judged:
+        entry = answer.record.get("reasoning_gym")
+        if not isinstance(entry, Mapping):
+            return Judged.error('its record is no problem of a corpus with problem = "reasoning_gym"')
+        said = within(answer.text, "<answer>", "</answer>")
+        said = answer.text if said is None else said
+        if not said.strip():
+            return Judged.unreadable("empty")
+        value = credit(entry["task"], entry["seed"], entry["number"], entry["options"], said.strip())
+        return Judged("right" if value == 1 else "wrong", value)
+
+    return judge

@@ -1,0 +1,239 @@
+"""Processes that judge answers, as their parent sees them: asked in turn, and replaced when one does not answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from finemoe.core.child import below, end
+from finemoe.core.errors import ConfigError
+from finemoe.judging import KINDS
+from finemoe.judging.verdicts import Answer, Bounds, Judged
+
+_START_SECONDS = 60.0  # on a busy machine, with imports of a user's file
+_STARTS_IN_VAIN = 3
+_SUPERVISED = 30.0  # beyond its own deadline, which the sandbox keeps itself
+_POLL = 0.02
+_AHEAD, _AHEAD_SECONDS = 32, 0.05  # requests that wait in a process: so many, or so much work, at most
+_MOST_PROCESSES = 64
+_MOST_REPLY = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One answer for one reward."""
+
+    number: int
+    """Of the answer."""
+    reward: str
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One process, and what it is at."""
+
+    process: subprocess.Popen[bytes]
+    since: float
+    """When it began with the first of its tasks, or to start."""
+    ready: bool = False
+    tasks: deque[_Task] = field(default_factory=deque)
+    """What it was sent and has not answered, in order."""
+    fit: bool = True
+    """It can judge more: what it ran last has not spoilt it."""
+    unsent: bytes = b""
+    heard: bytes = b""
+
+    @property
+    def pipes(self) -> tuple[int, int]:
+        """The ends of its stdin and stdout that are here."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        return self.process.stdin.fileno(), self.process.stdout.fileno()
+
+    def move(self) -> bool:
+        """Send what it takes and hear what it says; whether its pipes are still open."""
+        to, of = self.pipes
+        with suppress(BlockingIOError):
+            while self.unsent:
+                try:
+                    self.unsent = self.unsent[os.write(to, self.unsent) :]
+                except BrokenPipeError:
+                    break  # what it said before is still to be heard
+        with suppress(BlockingIOError):
+            piece = os.read(of, 1 << 16)
+            self.heard += piece
+            return bool(piece) and len(self.heard) <= _MOST_REPLY
+        return True
+
+    def replies(self) -> list[dict[str, Any]]:
+        """The lines that it has said.
+
+        Raises:
+            ValueError: one of them is no JSON.
+        """
+        *lines, self.heard = self.heard.split(b"\n")
+        return [dict(json.loads(line)) for line in lines]
+
+
+class Pool:
+    """Processes that judge by the same rewards. Nothing that an answer or a user's function does reaches the parent."""
+
+    def __init__(self, rewards: Mapping[str, Mapping[str, Any]], bounds: Bounds, workers: int) -> None:
+        """Start the first process.
+
+        Args:
+            rewards: name -> configuration, as plain values.
+            bounds: of each judging.
+            workers: processes at most.
+
+        Raises:
+            ConfigError: a reward cannot be made: a user's file fails, or a package is missing.
+        """
+        self._setup = json.dumps({"rewards": rewards, "bounds": asdict(bounds)}).encode() + b"\n"
+        self._seconds = {
+            name: bounds.deadline_seconds + (_SUPERVISED if KINDS[one["kind"]].supervised else 0.0)
+            for name, one in rewards.items()
+        }
+        self._pace = dict.fromkeys(rewards, 1.0)  # seconds that one answer takes, of late
+        self._most, self._vain, self._why_vain = workers, 0, ""
+        self._workers: list[_Worker] = []
+        try:
+            self._start()
+            while self._workers and not self._workers[0].ready:
+                self._wait({})
+            if not self._workers:
+                raise ConfigError(f"the rewards cannot be computed: {self._why_vain}")
+        except BaseException:
+            self.close()
+            raise
+
+    def judge(self, answers: Sequence[Answer]) -> list[dict[str, Judged]]:
+        """What each reward says of each answer; `error` where its process hung, crashed or grew."""
+        left = deque(_Task(number, reward) for reward in self._seconds for number in range(len(answers)))
+        texts = [json.dumps({**vars(one), "record": dict(one.record)}, default=str) for one in answers]
+        found: dict[_Task, Judged] = {}
+        everything = len(left)
+        try:
+            while len(found) < everything:
+                wanted = min(self._most, everything - len(found))
+                while len(self._workers) < wanted and self._vain < _STARTS_IN_VAIN:
+                    self._start()
+                for worker in self._workers:
+                    self._give(worker, left, texts)
+                if not self._workers:
+                    note = f"no process for rewards starts any more: {self._why_vain}"
+                    found |= dict.fromkeys(left, Judged.error(note))
+                    self._vain = 0  # the next batch may try again
+                    break
+                left.extendleft(reversed(self._wait(found)))
+        finally:  # an interrupt, too, leaves processes whose next answers belong to these questions
+            for worker in [one for one in self._workers if one.tasks]:
+                self._end(worker)
+        return [{reward: found[_Task(number, reward)] for reward in self._seconds} for number in range(len(answers))]
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in list(self._workers):
+            self._end(worker)
+
+    def _start(self) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "finemoe.judging.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(one for one in sys.path if one), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        worker = _Worker(process, time.monotonic(), unsent=self._setup)
+        for pipe in worker.pipes:
+            os.set_blocking(pipe, False)
+        self._workers.append(worker)
+
+    def _give(self, worker: _Worker, left: deque[_Task], texts: Sequence[str]) -> None:
+        """Tasks ahead of what a worker is at: many that are quick, and one that is slow."""
+        while worker.ready and left:
+            task = left[0]
+            if worker.tasks and len(worker.tasks) >= min(_AHEAD, _AHEAD_SECONDS / self._pace[task.reward]):
+                return
+            if not worker.tasks:
+                worker.since = time.monotonic()
+            worker.tasks.append(left.popleft())
+            head = json.dumps({"reward": task.reward, "seconds": self._seconds[task.reward]})
+            worker.unsent += f'{head[:-1]}, "answer": {texts[task.number]}}}\n'.encode()
+
+    def _wait(self, found: dict[_Task, Judged]) -> list[_Task]:
+        """Until something is heard or a moment has passed; take what is said, and end who is out of bounds.
+
+        Returns:
+            Tasks of those who were ended, which others have to do.
+        """
+        with selectors.DefaultSelector() as selector:
+            for worker in self._workers:
+                to, of = worker.pipes
+                selector.register(of, selectors.EVENT_READ, worker)
+                if worker.unsent:
+                    selector.register(to, selectors.EVENT_WRITE, worker)
+            moved = {key.data for key, _ in selector.select(_POLL)}
+        undone: list[_Task] = []
+        for worker in list(self._workers):
+            why = self._hear(worker, found) if worker in moved else None
+            late = time.monotonic() - worker.since
+            busy = bool(worker.tasks) or not worker.ready
+            seconds = self._seconds[worker.tasks[0].reward] if worker.tasks else _START_SECONDS
+            if why is None and busy and late > seconds:
+                why = f"no verdict within {seconds:g} seconds" if worker.ready else "it does not start"
+            if why is None and (late > _POLL or worker in moved) and len(below(worker.process.pid)) > _MOST_PROCESSES:
+                why = f"more than {_MOST_PROCESSES} processes started"
+            if why is not None or not worker.fit:
+                undone += self._fail(worker, why, found)
+        return undone
+
+    def _hear(self, worker: _Worker, found: dict[_Task, Judged]) -> str | None:
+        """Take what a worker says; why it has to be ended, if it has."""
+        opened = worker.move()
+        try:
+            for reply in worker.replies():
+                now = time.monotonic()
+                if not worker.ready:
+                    if not reply["ready"]:
+                        return str(reply["note"])
+                    worker.ready, self._vain = True, 0
+                    continue
+                task = worker.tasks.popleft()
+                judged = reply["judged"]
+                found[task] = Judged(**{**judged, "steps": tuple((place, value) for place, value in judged["steps"])})
+                self._pace[task.reward] += 0.25 * (now - worker.since - self._pace[task.reward])
+                worker.since = now
+                if not reply["fit"]:
+                    worker.fit = False
+                    return None
+        except (ValueError, KeyError, TypeError, IndexError):
+            return "its process wrote something else than a verdict"
+        return None if opened else "its process ended"
+
+    def _fail(self, worker: _Worker, why: str | None, found: dict[_Task, Judged]) -> list[_Task]:
+        """End a worker; with a reason, what it was at has no verdict. What it had not begun with is returned."""
+        if why is not None and worker.tasks:
+            found[worker.tasks.popleft()] = Judged.error(why)
+        elif why is not None and not worker.ready:
+            self._vain, self._why_vain = self._vain + 1, why
+        self._end(worker)
+        return list(worker.tasks)
+
+    def _end(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        for pid in below(worker.process.pid):  # one that has left the group, too
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        end(worker.process)

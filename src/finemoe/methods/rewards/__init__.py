@@ -1,0 +1,45 @@
+"""What an answer is worth, by rules, tests, functions of one's own and reward models: a line in REWARDS each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finemoe.core.config import Config, union_of
+from finemoe.judging import KINDS
+from finemoe.judging.comparing import AnswerReward, ExpressionReward, LatexReward, NumberReward
+from finemoe.judging.custom import FunctionReward, GymReward
+from finemoe.judging.programs import TestsReward
+from finemoe.judging.shape import FormatReward, LanguageReward, LengthReward
+from finemoe.judging.steps import StepsReward
+from finemoe.judging.verdicts import Answer, Judged, Verdict
+from finemoe.methods.rewards.reward_model import RewardModelReward
+from finemoe.methods.rewards.scoring import Rewards, Scored
+
+__all__ = [
+    "REWARDS",
+    "Answer",
+    "AnswerReward",
+    "ExpressionReward",
+    "FormatReward",
+    "FunctionReward",
+    "GymReward",
+    "Judged",
+    "LanguageReward",
+    "LatexReward",
+    "LengthReward",
+    "NumberReward",
+    "RewardModelReward",
+    "Rewards",
+    "RewardsConfig",
+    "Scored",
+    "StepsReward",
+    "TestsReward",
+    "Verdict",
+]
+
+REWARDS: dict[str, type[Config]] = {
+    **{kind: one.config for kind, one in KINDS.items()},
+    "reward_model": RewardModelReward,
+}
+"""Kind -> its configuration. Those of `judging.KINDS` look at one answer at a time, in a process that may fail."""
+RewardsConfig: Any = union_of(REWARDS.values())

@@ -1,0 +1,121 @@
+"""All rewards of a run together: each answer's verdict by each of them, and their weighted sum."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from finemoe.core.errors import ConfigError
+from finemoe.judging import KINDS
+from finemoe.judging.pool import Pool
+from finemoe.judging.verdicts import Answer, Bounds, Judged
+from finemoe.methods.rewards.reward_model import RewardModel
+
+_MANY = 32
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one answer is worth."""
+
+    value: float | None
+    """The weighted sum; None where a reward that has a weight failed: such an answer leaves its group, and is no 0."""
+    by_name: Mapping[str, Judged]
+    steps: tuple[tuple[int, float], ...]
+    """Of each step, where it ends, in characters of the text, and its weighted value; in the order of the text."""
+
+
+class Rewards:
+    """The rewards of a run. They are computed in processes of their own, but for reward models, which run here."""
+
+    def __init__(
+        self,
+        configs: Sequence[Any],
+        *,
+        deadline_seconds: float = 10.0,
+        memory_bytes: int = 1 << 30,
+        workers: int = 2,
+    ) -> None:
+        """Check that every reward can be computed.
+
+        Args:
+            configs: of REWARDS.
+            deadline_seconds: for one answer and one reward; of a program under test it is the program's own time.
+            memory_bytes: for the same.
+            workers: processes at most.
+
+        Raises:
+            ConfigError: there is none, two have one name, or one cannot be made: a user's file that fails, a package
+                that is missing, a reward model without a template.
+            CheckpointError: a reward model that cannot be opened.
+        """
+        if not configs:
+            raise ConfigError("there is no reward: write at least one [[method.rewards]]")
+        self._configs = {one.name or one.kind: one for one in configs}
+        twice = [name for name, number in Counter(one.name or one.kind for one in configs).items() if number > 1]
+        if twice:
+            raise ConfigError(f"two rewards are called {twice[0]!r}: give each a `name` of its own")
+        bounds = Bounds(deadline_seconds, memory_bytes)
+        self.errors_in_a_row = 0
+        """Answers one after the other, up to the last, that got no value because a reward failed."""
+        self._models = {name: RewardModel(one) for name, one in self._configs.items() if one.kind == "reward_model"}
+        specs = {name: one.model_dump(mode="json") for name, one in self._configs.items() if one.kind in KINDS}
+        self._pool = Pool(specs, bounds, workers) if specs else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the rewards, in their order."""
+        return tuple(self._configs)
+
+    @property
+    def sentence(self) -> str:
+        """The weights in words, for a run's notes."""
+        return "an answer is worth " + " + ".join(f"{one.weight:g} x {name}" for name, one in self._configs.items())
+
+    @property
+    def trouble(self) -> str | None:
+        """What to tell of many failures in a row; None where there are not so many."""
+        if self.errors_in_a_row < _MANY:
+            return None
+        return f"the last {self.errors_in_a_row} answers got no reward, as computing it failed: {self._last_error}"
+
+    _last_error = ""
+
+    def score(self, answers: Sequence[Answer]) -> list[Scored]:
+        """What each answer is worth; nothing that a reward does or meets is raised."""
+        by_name = self._pool.judge(answers) if self._pool is not None else [{} for _ in answers]
+        for name, model in self._models.items():
+            for found, judged in zip(by_name, model.judge(answers), strict=True):
+                found[name] = judged
+        return [self._summed({name: found[name] for name in self._configs}) for found in by_name]
+
+    def _summed(self, by_name: Mapping[str, Judged]) -> Scored:
+        total, steps = 0.0, []
+        failed = None
+        for name, judged in by_name.items():
+            weight = self._configs[name].weight
+            if weight == 0:
+                continue
+            if judged.verdict == "error":
+                failed = failed or f"{name}: {judged.note}"
+            total += weight * judged.value
+            steps += [(place, weight * value) for place, value in judged.steps]
+        self.errors_in_a_row = self.errors_in_a_row + 1 if failed else 0
+        self._last_error = failed or ""
+        return Scored(None if failed else total, by_name, () if failed else tuple(sorted(steps)))
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def __enter__(self) -> Rewards:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
