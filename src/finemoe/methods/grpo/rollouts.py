@@ -295,15 +295,14 @@ def _replayed(config: GRPOConfig, answers: Sequence[Answer], scored: Sequence[Sc
 
 
 def _in_tokens(tokenizer: Tokenizer, drawn: Drawn, judged: Judged) -> list[tuple[int, float]]:
-    """Steps by the tokens of the answer that they end with; without any, the whole answer is one."""
-    if not judged.steps:
-        assert judged.value is not None
-        return [(len(drawn.completion), judged.value)]
+    """Steps by the tokens of the answer that they end with; what is of the whole answer is the last of them."""
+    whole = [(len(drawn.completion), judged.outcome)] if judged.outcome or not judged.steps else []
     decoder, ends, written = tokenizer.decoder(), [], 0
     for token in drawn.completion:
         written += len(decoder.push(token))
         ends.append(written)
-    return [
+    steps = [
         (next((number for number, end in enumerate(ends, 1) if end >= place), len(ends)), value)
         for place, value in judged.steps
     ]
+    return [*steps, *whole]
