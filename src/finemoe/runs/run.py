@@ -219,6 +219,7 @@ def _run(
         cut_lines(directory / name, trainer.state.step)
     # A closed terminal, and a limit, say so more than once: that is not to end what the first one made it save.
     with StopOnSignal(trainer.request_stop, REPEATED), ExitStack() as held:
+        held.callback(method.close)
         if world.rank:
             save = held.enter_context(Save(config, directory, None, world))
             evaluate = Evaluate(evaluate_every(config), lambda record: None)

@@ -227,6 +227,8 @@ class Method(Generic[BatchT]):
     """Sentences about a step that people should read at once."""
     shows: tuple[str, ...] = ()
     """Terms and figures that the live line has in place of the loss, where it says little."""
+    close: Callable[[], object] = lambda: None
+    """When the run ends, well or not: processes that it started."""
     notes: tuple[str, ...] = ()
     """Lines for people at the start of a run: what trains besides the headline. Silently off, it would cost a run."""
 

@@ -28,6 +28,8 @@ class GRPOConfig(MethodConfig):
     template: str | None = None
     """How a prompt is put to a base model, with {prompt} in it: "{prompt}" alone, or R1-Zero's preamble. None: as the
     model's chat template has it."""
+    order: Literal["shuffled", "given"] = "shuffled"
+    """In which prompts are asked: another one in every epoch, or that of the corpus, such as from easy to hard."""
     group: Annotated[int, Field(ge=2)] = 16
     """[answers] To each prompt, compared with one another."""
     answer_tokens: PositiveInt = 128

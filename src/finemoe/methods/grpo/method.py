@@ -104,6 +104,7 @@ def build(config: GRPOConfig, setting: Setting) -> Method[RolloutBatch]:
         state={"rollouts": data},
         writes={"rollouts.jsonl": data.take_lines},
         warns=data.warns,
+        close=rewards.close,
         shows=("reward", "length", "kl", "dead_groups", "time_rollout"),
         notes=(*_sentences(config, prompts, rewards), f"added to the loss: {', '.join(live) or 'nothing'}"),
     )

@@ -70,10 +70,12 @@ class Prompts:
         companions = {CHAT_TEMPLATE: chat.sources[DEFAULT]} if plain and template is None else {}
         return Prompts(sides, tokenizer, companions, reading.report, derive(setting.seed, "prompts"))
 
-    def at(self, place: int) -> int:
+    def at(self, place: int, *, shuffled: bool = True) -> int:
         """The item of training that is asked as the `place`-th of a run: every epoch has an order of its own."""
         count = len(self.sides["train"])
         epoch, within = divmod(place, count)
+        if not shuffled:
+            return within
         return int(np.random.default_rng([self.seed, epoch]).permutation(count)[within])
 
     def token_frequencies(self) -> Tensor:

@@ -208,7 +208,8 @@ class Rollouts:
         """`count` prompts behind the first `after` of this rollout, each answered by a group."""
         assert self._source is not None
         places = [self._prompts_used + after + number for number in range(count)]
-        items = [self._prompts.at(place) for place in places]
+        shuffled = self._config.order == "shuffled"
+        items = [self._prompts.at(place, shuffled=shuffled) for place in places]
         train, group = self._prompts.sides["train"], self._config.group
         asked = [
             Asked(train[item].ids, tuple(range(place * group, (place + 1) * group)))
