@@ -258,7 +258,9 @@ _START = re.compile(
     re.IGNORECASE,
 )
 _NO_NUMBER = re.compile(r"[-+\d,./:]+(?:\^\{?[-+\d]+\}?)*")
-_BARE_SIGN = re.compile(r"(?<=[\d)\]}])\s*(?:[-+]|minus\b)(?=\s?[\d$.\\])", re.IGNORECASE)
+_BARE_SIGN = re.compile(  # but for what a line begins with: 1 - 2 = -1, and below it -1
+    r"(?<=[\d)\]}])(?!\s*\n[-+][\d$.\\])\s*(?:[-+]|minus\b)(?=\s?[\d$.\\])", re.IGNORECASE
+)
 
 
 def numbers_in(text: str) -> Iterator[Number]:

@@ -1,0 +1,148 @@
+"""All rewards of a run together: the sum, what failed, and what a reward model says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import Field
+
+from finemoe.core.config import Config, parse
+from finemoe.core.errors import ConfigError
+from finemoe.methods.reward import rewards as one_by_one
+from finemoe.methods.rewards import (
+    REWARDS,
+    Answer,
+    AnswerReward,
+    FormatReward,
+    FunctionReward,
+    LengthReward,
+    RewardModelReward,
+    Rewards,
+    RewardsConfig,
+    StepsReward,
+)
+from methods.tiny_talks import run
+
+
+def answer(text: str, *references: str, record: dict[str, Any] | None = None) -> Answer:
+    return Answer("3142=", text, True, 5, record or {"steps": ["14", "43", "20"]}, references)
+
+
+FORM = FormatReward(form="markers", opens="<", closes=">", weight=0.5)
+STEPS = StepsReward(cut=2, opens="<", closes=">", weight=-2.0)
+
+
+def test_the_value_is_the_weighted_sum() -> None:
+    with Rewards([AnswerReward(), FORM, STEPS], workers=1) as found:
+        assert found.names == ("answer", "format", "steps")
+        assert found.sentence == "an answer is worth 1 x answer + 0.5 x format + -2 x steps"
+        good, direct, bad = found.score([answer("<144320>0", "0"), answer("0", "0"), answer("<144321>1", "0")])
+    assert good.value == pytest.approx(1 + 0.5 - 2)
+    assert good.steps == ((3, -2), (5, -2), (7, -2))
+    assert (direct.value, direct.steps) == (1, ())
+    assert {name: one.verdict for name, one in direct.by_name.items()} == {
+        "answer": "right", "format": "wrong", "steps": "unreadable",
+    }  # fmt: skip
+    assert bad.value == pytest.approx(0.5 - 2 * 2 / 3)
+    assert bad.steps == ((3, -2), (5, -2), (7, 0))
+
+
+def test_an_error_is_no_value_and_not_nought() -> None:
+    with Rewards([AnswerReward(), FORM], workers=1) as found:
+        right, failed, unreadable = found.score([answer("<1>0", "0"), answer("<1>0"), answer("", "0")])
+        assert right.value == 1.5
+        assert failed.value is None
+        assert failed.by_name["format"].value == 1  # the others of the answer, and the others of the batch, are judged
+        assert failed.steps == ()
+        assert unreadable.value == 0
+        assert found.errors_in_a_row == 0
+
+
+def test_a_reward_without_weight_may_fail() -> None:
+    with Rewards([FORM, AnswerReward(weight=0)], workers=1) as found:
+        (said,) = found.score([answer("<1>0")])
+    assert said.value == 0.5
+    assert said.by_name["answer"].verdict == "error"
+
+
+def test_many_errors_in_a_row_are_told_and_one_value_ends_them() -> None:
+    with Rewards([AnswerReward()], workers=1) as found:
+        found.score([answer("0")] * 31)
+        assert (found.errors_in_a_row, found.trouble) == (31, None)
+        found.score([answer("0")] * 9)
+        assert found.errors_in_a_row == 40
+        assert found.trouble is not None
+        assert "the last 40 answers got no reward" in found.trouble
+        assert "answer: its record has no answer" in found.trouble
+        found.score([answer("0", "0")])
+        assert (found.errors_in_a_row, found.trouble) == (0, None)
+
+
+def test_two_of_one_kind_have_names(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text("def a(prompt, completion, record): return 1\ndef b(prompt, completion, record): return None\n")
+    own = [FunctionReward(path=f"{path}:{name}", name=name) for name in "ab"]
+    with Rewards(own, workers=1) as found:
+        (said,) = found.score([answer("x")])
+        assert {name: one.verdict for name, one in said.by_name.items()} == {"a": "right", "b": "unreadable"}
+    with pytest.raises(ConfigError, match="two rewards are called 'function': give each a `name`"):
+        Rewards([FunctionReward(path=f"{path}:a"), FunctionReward(path=f"{path}:b")])
+    with pytest.raises(ConfigError, match="there is no reward"):
+        Rewards([])
+
+
+def test_a_recipe_names_rewards_by_kind() -> None:
+    class Method(Config):
+        rewards: tuple[RewardsConfig, ...] = Field(min_length=1)
+
+    tables = [{"kind": "answer"}, {"kind": "length", "longest": 9, "cushion": 3, "weight": 0.1}]
+    found = parse(Method, {"rewards": tables}, "test").rewards
+    assert found == (AnswerReward(), LengthReward(longest=9, cushion=3, weight=0.1))
+    with pytest.raises(ConfigError, match=r"unknown `rewards\.0.kind` 'anwser', did you mean `answer`"):
+        parse(Method, {"rewards": [{"kind": "anwser"}]}, "test")
+    for kind, config in REWARDS.items():
+        assert config.model_fields["kind"].default == kind
+        assert {"name", "weight"} <= set(config.model_fields)
+
+
+def test_the_process_that_judges_loads_no_torch() -> None:
+    """It is started again after every fault, and has a limit of memory."""
+    code = "import sys, finemoe.judging.child; print([n for n in ('torch', 'scipy', 'pyarrow') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def judge(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the method `reward`."""
+    return run(base, tmp_path_factory.mktemp("judge") / "run", "reward")
+
+
+def test_a_reward_model_says_of_many_what_it_says_of_one(judge: Path, base: Path) -> None:
+    lines = (base.parent / "pairs.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines[:12]]
+    answers = [Answer("?", one["chosen"] * (1 + n % 3), True, 3, one, ()) for n, one in enumerate(records)]
+    talks = [
+        [{"role": "user", "content": one["prompt"]}, {"role": "assistant", "content": given.text}]
+        for one, given in zip(records, answers, strict=True)
+    ]
+    wanted = one_by_one(judge, talks)
+    for tokens in (1, 100, 10_000):
+        with Rewards([RewardModelReward(model=str(judge), batch_tokens=tokens, weight=2.0)]) as found:
+            said = found.score(answers)
+        assert [one.value for one in said] == pytest.approx([2 * value for value in wanted], abs=1e-4)
+    assert {one.by_name["reward_model"].verdict for one in said} <= {"right", "wrong"}
+    assert len({round(value, 3) for value in wanted}) > 6
+
+
+def test_a_reward_model_reads_the_prompt_where_the_record_says_nothing(judge: Path) -> None:
+    given = Answer("ant bee?", "ant.", True, 3, {"a": 1}, ())
+    with Rewards([RewardModelReward(model=str(judge))]) as found:
+        (said,) = found.score([given])
+    talk = [{"role": "user", "content": "ant bee?"}, {"role": "assistant", "content": "ant."}]
+    assert said.value == pytest.approx(one_by_one(judge, [talk])[0], abs=1e-4)
