@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from finemoe.cli.completion import complete_recipe
-from finemoe.cli.output import Json, Out, Overrides, Quiet, check_recipe, print_json, report_run
+from finemoe.cli.output import (
+    Json,
+    Out,
+    Overrides,
+    Quiet,
+    check_recipe,
+    plain_table,
+    print_json,
+    print_rich,
+    report_run,
+)
 
 
 def train(
@@ -53,6 +63,9 @@ def train(
     """
     check_recipe(recipe, overrides or ())
 
+    if _is_staged(recipe):
+        _stages(recipe, overrides or (), out, check, quiet, as_json)
+        return
     if check:
         _check(recipe, overrides or (), out, quiet, as_json)
         return
@@ -60,6 +73,52 @@ def train(
     from finemoe.runs import run
 
     report_run(run.train(recipe, out=out, overrides=overrides or (), quiet=quiet, go_on=go_on), as_json)
+
+
+def _is_staged(recipe: Path) -> bool:
+    from finemoe.core.config import read_tables
+
+    return recipe.is_file() and "stage" in read_tables(recipe)  # a pipe can be read only once
+
+
+def _stages(recipe: Path, overrides: Sequence[str], out: Path | None, check: bool, quiet: bool, as_json: bool) -> None:
+    """Run the stages of a recipe, and say what each came to.
+
+    Raises:
+        ConfigError: --check, which looks at one run; or no --out, in which the same command would go on.
+    """
+    from finemoe.core.errors import ConfigError
+
+    if check:
+        raise ConfigError(f"{recipe} has stages, each of which begins where another ended: --check one of them alone")
+    if out is None:
+        raise ConfigError(f"{recipe} has stages: say --out DIR, where the same command goes on after an interruption")
+
+    from finemoe.studies.stages import run_stages
+
+    done = run_stages(recipe, out=out, overrides=overrides, quiet=quiet)
+    if as_json:
+        print_json({"out": str(out), "stages": done})
+        return
+    table = plain_table()
+    for title in ("Stage", "Came to", "Time"):
+        table.add_column(title)
+    for one in done:
+        table.add_row(*_came_to(one))
+    print_rich(table)
+    typer.echo(f"\nNext: finemoe show {done[-1]['folder']} --out page")
+
+
+def _came_to(stage: Mapping[str, Any]) -> list[str]:
+    """Name, what was measured at last, and time, of a stage."""
+    if "sampled" in stage:
+        found = stage["sampled"]
+        return [stage["stage"], f"{found['kept']:,} of {found['drawn']:,} answers kept", ""]
+    summary = stage["summary"]
+    measured = {name.removeprefix("final_validation_"): value for name, value in summary.items()
+                if name.startswith("final_validation_") and isinstance(value, (int, float))}  # fmt: skip
+    said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in list(measured.items())[:3])
+    return [stage["stage"], said, f"{summary['seconds']:.0f} s"]
 
 
 def _check(recipe: Path, overrides: Sequence[str], out: Path | None, quiet: bool, as_json: bool) -> None:

@@ -124,8 +124,7 @@ def test_errors_leave_their_group(start: Path, tmp_path: Path) -> None:
     figures = steps(run.directory)[0]["figures"]
     assert figures["reward"] == 1.0
     assert figures["failed_share"] > 0
-    begun, left = weights(start), weights(run.directory)
-    assert all(torch.equal(begun[name], left[name]) for name in begun if "bias" not in name)
+    assert [one["loss"] for one in steps(run.directory)] == [0, 0]
 
 
 @pytest.mark.parametrize(

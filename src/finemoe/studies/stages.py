@@ -1,0 +1,181 @@
+"""Stages: runs of one recipe, each beginning with a model that an earlier one left (R1, 2501.12948 section 2.3).
+
+`[[stage]]` tables are recipes of their own, laid on what stands outside of them. A stage is a run in a folder of its
+own, or, with a table `sample`, a file of answers that a model wrote and that passed a check. The same command given
+again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from finemoe.core.config import Config, merge, parse, read_tables, with_overrides
+from finemoe.core.errors import ConfigError, RunError
+from finemoe.core.logs import logger
+from finemoe.methods.distillation.sampling import sample
+from finemoe.runs.config import resolve_run
+from finemoe.runs.run import train
+from finemoe.training.directory import read_summary
+
+ANSWERS = "answers.jsonl"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+_PLACE = re.compile(r"\{([a-z0-9-]+)\}")
+
+
+class SampleConfig(Config):
+    """Answers that a stage's model writes, of which those that pass a check are kept (rejection sampling)."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Files of records, as of `finemoe sample`."""
+    n: PositiveInt = 4
+    """[answers] To each prompt."""
+    keep: Literal["all", "ended", "answer"] = "answer"
+    """Which of them: all, those that ended, or those that say what the record's own answer says."""
+    best_of: PositiveInt | None = None
+    """[answers] At most, of each prompt: the most probable of those that are kept."""
+    temperature: PositiveFloat = 1.0
+    """[factor] Logits are divided by it."""
+    max_new_tokens: PositiveInt = 512
+    """[tokens] Longest answer."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of them, with names of earlier ones replaced by their folders."""
+
+    name: str
+    folder: Path
+    raw: Mapping[str, Any]
+    """Its recipe."""
+    sampling: SampleConfig | None
+    """Where it writes answers instead of training."""
+
+
+def is_staged(raw: Mapping[str, Any]) -> bool:
+    """Whether a recipe's tables are one of stages."""
+    return "stage" in raw
+
+
+def stages_of(raw: Mapping[str, Any], source: str, out: Path) -> list[Stage]:
+    """The stages of a recipe's tables, in order.
+
+    Raises:
+        ConfigError: one has no name, or that of another; or begins with a stage that is not before it.
+    """
+    given = raw["stage"]
+    if not isinstance(given, Sequence) or not given or not all(isinstance(one, Mapping) for one in given):
+        raise ConfigError(f"{source}: `stage` must be written as [[stage]] tables")
+    common = {name: value for name, value in raw.items() if name != "stage"}
+    found: list[Stage] = []
+    for number, one in enumerate(given, 1):
+        name = one.get("name")
+        known = {stage.name: stage.folder for stage in found}
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in known:
+            raise ConfigError(
+                f"{source}: stage {number} is called {name!r}: give each a `name` of its own, of small letters, digits "
+                "and hyphens"
+            )
+        folder = out / f"{number}-{name}"
+        tables = _placed({key: value for key, value in one.items() if key != "name"}, known, f"{source}, stage {name}")
+        sampling = tables.pop("sample", None)
+        table = None if sampling is None else parse(SampleConfig, sampling, f"{source}, stage {name}: sample")
+        found.append(Stage(name, folder, merge({**common, "name": name}, tables), table))
+    return found
+
+
+def run_stages(
+    recipe: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    out: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Run every stage that is not done, in order; given again, it goes on.
+
+    Args:
+        recipe: path of a TOML recipe, or its tables.
+        out: folder of the stages' folders.
+        overrides: `a.b=c`, laid on every stage; `stage.NAME.a.b=c` on one.
+        quiet: show no progress.
+
+    Returns:
+        Of every stage its name, folder, and summary.
+
+    Raises:
+        ConfigError, DataError: a stage cannot work; stages before it are done all the same.
+        RunError: a folder that holds another run; or a stage was interrupted.
+        TrainingError: a loss was not finite.
+    """
+    source = "recipe" if isinstance(recipe, Mapping) else str(recipe)
+    raw = dict(recipe) if isinstance(recipe, Mapping) else read_tables(recipe)
+    stages = stages_of(_overridden(raw, overrides), source, Path(out))
+    done = []
+    for number, stage in enumerate(stages, 1):
+        if not quiet:
+            logger.info("stage %d of %d: %s", number, len(stages), stage.name)
+        done.append(_run(stage, source, quiet))
+    return done
+
+
+def _run(stage: Stage, source: str, quiet: bool) -> dict[str, Any]:
+    where = {"stage": stage.name, "folder": str(stage.folder)}
+    if stage.sampling is not None:
+        start = stage.raw.get("start_from")
+        if not isinstance(start, str):
+            raise ConfigError(f'{source}, stage {stage.name}: name whose answers as start_from = "STAGE"')
+        given = stage.sampling.model_dump(exclude={"prompts"})
+        sampled = sample(start, list(stage.sampling.prompts), stage.folder / ANSWERS, quiet=quiet, **given)
+        return {**where, "sampled": sampled.to_dict()}
+    config = resolve_run(dict(stage.raw), f"{source}, stage {stage.name}")
+    done = train(config, out=stage.folder, quiet=quiet, go_on=True)
+    if done.interrupted:
+        raise RunError(f"stage {stage.name} was interrupted and is saved; the same command goes on with it")
+    return {**where, "summary": read_summary(stage.folder) or done.summary}
+
+
+def _placed(value: Any, known: Mapping[str, Path], where: str) -> Any:
+    """`value` with {stage} in its texts as the stage's folder, and a start_from that is the name of one."""
+    if isinstance(value, Mapping):
+        return {key: _value(key, one, known, where) for key, one in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_placed(one, known, where) for one in value]
+    if not isinstance(value, str):
+        return value
+
+    def folder(found: re.Match[str]) -> str:
+        if found[1] not in known:
+            before = ", ".join(known) or "none"
+            raise ConfigError(f"{where}: {found[0]} is no stage before it (those are: {before})")
+        return str(known[found[1]])
+
+    return _PLACE.sub(folder, value)
+
+
+def _value(key: str, value: Any, known: Mapping[str, Path], where: str) -> Any:
+    """What is a template stays as it is; what a stage begins with may be the name of another."""
+    if key == "template":
+        return value
+    if key == "start_from" and isinstance(value, str) and value in known:
+        return str(known[value])
+    return _placed(value, known, where)
+
+
+def _overridden(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Overrides of the whole, and of stages by name."""
+    own = [one for one in overrides if one.startswith("stage.")]
+    merged = with_overrides(raw, [one for one in overrides if not one.startswith("stage.")])
+    given = merged.get("stage")
+    for one in own:
+        _, name, rest = [*one.split(".", 2), "", ""][:3]
+        if not isinstance(given, Sequence) or name not in [stage.get("name") for stage in given]:
+            raise ConfigError(f"--set {one}: no stage is called {name!r}")
+        merged["stage"] = [with_overrides(stage, [rest]) if stage.get("name") == name else stage for stage in given]
+        given = merged["stage"]
+    return merged

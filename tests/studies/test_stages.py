@@ -1,0 +1,88 @@
+"""Recipes of stages: each begins where it says, is done once, and the same command goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finemoe.core.errors import ConfigError
+from finemoe.studies.stages import run_stages, stages_of
+from runs.tiny_runs import recipe
+
+CONFIG = "config.json"
+
+
+def staged(corpus: Path, **more: Any) -> dict[str, Any]:
+    """A model, its answers to a few questions, and what it learns from them."""
+    first = recipe(corpus, "v3", training={"steps": 2})
+    questions = corpus.parent / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": "a b"}) + "\n" for n in range(40)))
+    sampling = {"prompts": [str(questions)], "n": 1, "keep": "all", "max_new_tokens": 8}
+    learn = {
+        "method": {"kind": "sft"},
+        "data": {"sequence_length": 64},
+        "training": {"steps": 2, "tokens_per_step": 128},
+    }
+    return {
+        "seed": 3,
+        "stage": [
+            {"name": "base", **{key: value for key, value in first.items() if key != "seed"}},
+            {"name": "answers", "start_from": "base", "sample": sampling},
+            {
+                "name": "learnt",
+                "start_from": "base",
+                **learn,
+                "data": {**learn["data"], "corpus": {"kind": "files", "paths": ["{answers}/answers.jsonl"]}},
+            },
+        ],
+        **more,
+    }
+
+
+def test_every_stage_begins_where_it_says_and_is_done_once(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run_stages(staged(corpus), out=out, quiet=True)
+    assert [one["stage"] for one in done] == ["base", "answers", "learnt"]
+    learnt = json.loads((out / "3-learnt" / CONFIG).read_text())
+    assert learnt["start_from"] == str(out / "1-base")
+    assert learnt["seed"] == 3
+    assert learnt["data"]["corpus"]["paths"] == [str(out / "2-answers" / "answers.jsonl")]
+    assert done[2]["summary"]["steps"] == 2
+    times = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*.safetensors"))}
+    again = run_stages(staged(corpus), out=out, quiet=True)
+    assert again == done
+    assert times == {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*.safetensors"))}
+
+
+def test_overrides_are_of_all_stages_or_of_one(corpus: Path, tmp_path: Path) -> None:
+    run_stages(staged(corpus), out=tmp_path / "out", quiet=True, overrides=["seed=5", "stage.learnt.training.steps=3"])
+    configs = {name: json.loads((tmp_path / "out" / name / CONFIG).read_text()) for name in ("1-base", "3-learnt")}
+    assert [one["training"]["steps"] for one in configs.values()] == [2, 3]
+    assert {one["seed"] for one in configs.values()} == {5}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": None}, "is called None"),
+        ({"name": "base"}, "is called 'base'"),
+        ({"name": "A b"}, "is called 'A b'"),
+        ({"data": {"corpus": {"kind": "files", "paths": ["{late}/x"]}}}, "is no stage before it"),
+        ({"sample": {"prompts": []}}, "prompts"),
+        ({"sample": {"prompts": ["a"], "keeps": "all"}}, "keeps"),
+    ],
+)
+def test_what_cannot_be_is_refused(corpus: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    raw = staged(corpus)
+    raw["stage"][2] = {**raw["stage"][2], **change}
+    with pytest.raises(ConfigError, match=said):
+        stages_of(raw, "recipe", tmp_path)
+
+
+def test_a_template_keeps_its_braces(corpus: Path, tmp_path: Path) -> None:
+    raw = staged(corpus)
+    raw["stage"][2]["method"] = {"kind": "grpo", "template": "{prompt}"}
+    assert stages_of(raw, "recipe", tmp_path)[2].raw["method"]["template"] == "{prompt}"
