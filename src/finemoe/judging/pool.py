@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -107,6 +108,7 @@ class Pool:
         self._pace = dict.fromkeys(rewards, 1.0)  # seconds that one answer takes, of late
         self._most, self._vain, self._why_vain = workers, 0, ""
         self._workers: list[_Worker] = []
+        weakref.finalize(self, _end_all, self._workers)  # of who forgot to close it, or ended before
         try:
             self._start()
             while self._workers and not self._workers[0].ready:
@@ -143,8 +145,7 @@ class Pool:
 
     def close(self) -> None:
         """End all processes."""
-        for worker in list(self._workers):
-            self._end(worker)
+        _end_all(self._workers)
 
     def _start(self) -> None:
         process = subprocess.Popen(
@@ -233,7 +234,16 @@ class Pool:
 
     def _end(self, worker: _Worker) -> None:
         self._workers.remove(worker)
-        for pid in below(worker.process.pid):  # one that has left the group, too
-            with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        end(worker.process)
+        _kill(worker)
+
+
+def _end_all(workers: list[_Worker]) -> None:
+    while workers:
+        _kill(workers.pop())
+
+
+def _kill(worker: _Worker) -> None:
+    for pid in below(worker.process.pid):  # one that has left the group, too
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    end(worker.process)
