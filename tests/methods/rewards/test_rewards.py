@@ -21,6 +21,7 @@ from finemoe.methods.rewards import (
     FormatReward,
     FunctionReward,
     LengthReward,
+    ProgramReward,
     RewardModelReward,
     Rewards,
     RewardsConfig,
@@ -68,6 +69,14 @@ def test_a_reward_without_weight_may_fail() -> None:
         (said,) = found.score([answer("<1>0")])
     assert said.value == 0.5
     assert said.by_name["answer"].verdict == "error"
+
+
+def test_a_program_that_never_ends_is_wrong_and_no_failure_of_the_judging() -> None:
+    given = answer("while True: pass", record={"tests": ["assert True"]})
+    with Rewards([ProgramReward()], workers=1, deadline_seconds=1.0) as found:
+        (said,) = found.score([given])
+    assert said.value == 0
+    assert said.by_name["tests"].verdict == "wrong"
 
 
 def test_many_errors_in_a_row_are_told_and_one_value_ends_them() -> None:
