@@ -13,6 +13,8 @@ from pydantic import Field
 
 from finemoe.core.config import Config, parse
 from finemoe.core.errors import ConfigError
+from finemoe.data.conversations.forms import read
+from finemoe.methods.distillation.checking import reference_of
 from finemoe.methods.reward import rewards as one_by_one
 from finemoe.methods.rewards import (
     REWARDS,
@@ -51,6 +53,14 @@ def test_the_value_is_the_weighted_sum() -> None:
     }  # fmt: skip
     assert bad.value == pytest.approx(0.5 - 2 * 2 / 3)
     assert bad.steps == ((3, -2), (5, -2), (7, 0))
+
+
+def test_records_of_gsm8k_are_judged_as_they_are() -> None:
+    record = {"question": "Six by seven?", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"}
+    references = reference_of(record, read(record))
+    with Rewards([AnswerReward()], workers=1) as found:
+        texts = ("It is 42.", "6 * 7 = 42\n#### 42", r"\boxed{42}", "It is 41.")
+        assert [one.value for one in found.score([answer(text, *references) for text in texts])] == [1, 1, 1, 0]
 
 
 def test_an_error_is_no_value_and_not_nought() -> None:
