@@ -73,15 +73,8 @@ EXTRAS = {
     "uvicorn",
     "wandb",
 }
-BASES = {
-    "Config",
-    "FinemoeError",
-    "RunError",
-    "MethodConfig",
-    "ConversationsConfig",
-    "TrainableConfig",
-    "Weighted",
-}  # the classes of ours that others derive from
+BASES = {"Config", "FinemoeError", "RunError", "MethodConfig", "ConversationsConfig", "TrainableConfig", "Weighted"}
+"""The classes of ours that others derive from."""
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 

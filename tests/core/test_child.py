@@ -6,10 +6,11 @@ import os
 import resource
 import subprocess
 import sys
+import time
 
 import pytest
 
-from finemoe.core.child import ask, end
+from finemoe.core.child import ask, below, end
 
 ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
 
@@ -35,3 +36,40 @@ def test_a_process_with_more_than_a_thousand_files_open_reads_its_child() -> Non
         for file in files:
             os.close(file)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_what_a_child_started_ends_though_the_child_ended_first() -> None:
+    """Before anybody has waited for it, its group is still known by its number."""
+    code = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
+    child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    sleeper = int(child.stdout.readline())
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert _state(sleeper) == "S"
+    end(child)
+    until = time.monotonic() + 10
+    while _state(sleeper) not in ("", "Z") and time.monotonic() < until:
+        time.sleep(0.01)
+    assert _state(sleeper) in ("", "Z")
+
+
+def _state(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(") ", 1)[1][0]
+    except OSError:
+        return ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_all_below_a_process_are_found() -> None:
+    code = "import subprocess, sys; subprocess.run(['sh', '-c', 'sleep 60 & sleep 60 & echo; wait'])"
+    child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    found = below(child.pid)
+    assert len(found) == 3
+    assert child.pid in below(os.getpid())
+    end(child)
+    assert below(child.pid) == []

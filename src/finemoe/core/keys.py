@@ -189,7 +189,7 @@ def type_words(annotation: Any, metadata: Any = ()) -> str:
         several = Ellipsis in arguments
         return f"list of {'' if several else f'{len(arguments)}: '}{type_words(arguments[0])}"
     if origin is not None and issubclass(origin, Mapping):
-        return f"table of {type_words(arguments[1])} by name"
+        return "table" if arguments[1] is Any else f"table of {type_words(arguments[1])} by name"
     words = {bool: "true or false", int: "whole number", float: "number", str: "text"}
     return words[annotation] + _bounds(bounds)
 

@@ -10,7 +10,7 @@ KINDS: dict[str, Kind] = {
     "number": Kind(comparing.NumberReward, comparing.number),
     "latex": Kind(comparing.LatexReward, comparing.latex),
     "expression": Kind(comparing.ExpressionReward, comparing.expression),
-    "tests": Kind(programs.TestsReward, programs.tests, supervised=True),
+    "tests": Kind(programs.ProgramReward, programs.tests, supervised=True),
     "steps": Kind(steps.StepsReward, steps.steps),
     "format": Kind(shape.FormatReward, shape.form),
     "language": Kind(shape.LanguageReward, shape.language),

@@ -112,7 +112,7 @@ def reasoning_gym(config: GymReward, bounds: Bounds) -> Judge:
         said = answer.text if said is None else said
         if not said.strip():
             return Judged.unreadable("empty")
-        value = credit(entry["task"], entry["seed"], entry["number"], entry["options"], said.strip())
+        value = credit(entry["task"], entry["number"], entry["options"], said.strip())
         return Judged("right" if value == 1 else "wrong", value)
 
     return judge

@@ -15,7 +15,7 @@ _BLOCK = re.compile(r"```[ \t]*[\w+-]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _LEAST = 64 << 20  # what the sandbox wants
 
 
-class TestsReward(Weighted):
+class ProgramReward(Weighted):
     """Right where a program passes all tests of its record, run apart from everything else.
 
     The program is the last code block of an answer, or the whole answer; the tests are `tests` of the record, one text
@@ -25,7 +25,7 @@ class TestsReward(Weighted):
     kind: Literal["tests"] = "tests"
 
 
-def tests(config: TestsReward, bounds: Bounds) -> Judge:
+def tests(config: ProgramReward, bounds: Bounds) -> Judge:
     """Unreadable: neither a code block nor Python. Error: no tests, or the sandbox failed.
 
     Raises:

@@ -13,6 +13,8 @@ from pydantic import Field
 
 from finemoe.core.config import Config, parse
 from finemoe.core.errors import ConfigError
+from finemoe.data.conversations.forms import read
+from finemoe.methods.distillation.checking import reference_of
 from finemoe.methods.reward import rewards as one_by_one
 from finemoe.methods.rewards import (
     REWARDS,
@@ -21,6 +23,7 @@ from finemoe.methods.rewards import (
     FormatReward,
     FunctionReward,
     LengthReward,
+    ProgramReward,
     RewardModelReward,
     Rewards,
     RewardsConfig,
@@ -52,6 +55,14 @@ def test_the_value_is_the_weighted_sum() -> None:
     assert bad.steps == ((3, -2), (5, -2), (7, 0))
 
 
+def test_records_of_gsm8k_are_judged_as_they_are() -> None:
+    record = {"question": "Six by seven?", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"}
+    references = reference_of(record, read(record))
+    with Rewards([AnswerReward()], workers=1) as found:
+        texts = ("It is 42.", "6 * 7 = 42\n#### 42", r"\boxed{42}", "It is 41.")
+        assert [one.value for one in found.score([answer(text, *references) for text in texts])] == [1, 1, 1, 0]
+
+
 def test_an_error_is_no_value_and_not_nought() -> None:
     with Rewards([AnswerReward(), FORM], workers=1) as found:
         right, failed, unreadable = found.score([answer("<1>0", "0"), answer("<1>0"), answer("", "0")])
@@ -68,6 +79,14 @@ def test_a_reward_without_weight_may_fail() -> None:
         (said,) = found.score([answer("<1>0")])
     assert said.value == 0.5
     assert said.by_name["answer"].verdict == "error"
+
+
+def test_a_program_that_never_ends_is_wrong_and_no_failure_of_the_judging() -> None:
+    given = answer("while True: pass", record={"tests": ["assert True"]})
+    with Rewards([ProgramReward()], workers=1, deadline_seconds=1.0) as found:
+        (said,) = found.score([given])
+    assert said.value == 0
+    assert said.by_name["tests"].verdict == "wrong"
 
 
 def test_many_errors_in_a_row_are_told_and_one_value_ends_them() -> None:

@@ -32,7 +32,7 @@ class ProblemsCorpus(Config):
     """[number] Of the draws: another seed, other problems."""
     difficulty: Difficulty | tuple[Difficulty, Difficulty] | None = None
     """[level] How hard they are: digits of a running sum, for example. A pair rises evenly from the first problem to
-    the last. None: 6 of a running sum, 3 of sorting, 2 of arithmetic, else 1."""
+    the last, for methods that keep the order. None: 6 of a running sum, 3 of sorting, 2 of arithmetic, else 1."""
     reasoned: Annotated[float, Field(ge=0, le=1)] = 1.0
     """[share] Of those problems whose solution shows its steps; the others say the answer alone."""
     modulus: Annotated[int, Field(ge=2, le=10)] | None = None

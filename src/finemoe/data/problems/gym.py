@@ -8,7 +8,7 @@ from typing import Any
 from finemoe.data.problems.problem import Draws, Problem
 from finemoe.text.gym import entry
 
-_ENTRIES = 1_000_000
+_ENTRIES = 1 << 31
 
 
 def reasoning_gym(draws: Draws, difficulty: int, dataset: str, options: Mapping[str, Any]) -> Problem:
@@ -18,7 +18,7 @@ def reasoning_gym(draws: Draws, difficulty: int, dataset: str, options: Mapping[
         ConfigError: the package is not installed, or knows no such task or option.
     """
     number = draws.between(0, _ENTRIES - 1)
-    found = entry(dataset, 0, number, options)
+    found = entry(dataset, number, options)
     prompt, answer = f"{found['question']}\n", str(found["answer"])
-    more = {"reasoning_gym": {"task": dataset, "seed": 0, "number": number, "options": dict(options)}}
+    more = {"reasoning_gym": {"task": dataset, "number": number, "options": dict(options)}}
     return Problem(prompt, answer, answer, (), "reasoning_gym", difficulty, more=more)

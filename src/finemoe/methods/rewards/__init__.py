@@ -8,7 +8,7 @@ from finemoe.core.config import Config, union_of
 from finemoe.judging import KINDS
 from finemoe.judging.comparing import AnswerReward, ExpressionReward, LatexReward, NumberReward
 from finemoe.judging.custom import FunctionReward, GymReward
-from finemoe.judging.programs import TestsReward
+from finemoe.judging.programs import ProgramReward
 from finemoe.judging.shape import FormatReward, LanguageReward, LengthReward
 from finemoe.judging.steps import StepsReward
 from finemoe.judging.verdicts import Answer, Judged, Verdict
@@ -28,12 +28,12 @@ __all__ = [
     "LatexReward",
     "LengthReward",
     "NumberReward",
+    "ProgramReward",
     "RewardModelReward",
     "Rewards",
     "RewardsConfig",
     "Scored",
     "StepsReward",
-    "TestsReward",
     "Verdict",
 ]
 

@@ -129,6 +129,21 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_what_a_process_started_ends_though_it_ended_first(judging: Pool, tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    do = f"open({str(mark)!r}, 'w').write(str(subprocess.Popen(['sleep', '60']).pid)); os._exit(0)"
+    assert judged(judging, do)[0].verdict == "error"
+    until = time.monotonic() + 10
+    while alive(int(mark.read_text())) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not alive(int(mark.read_text()))
+
+
+def test_a_fork_that_comes_back_says_nothing_twice(judging: Pool) -> None:
+    assert [one.value for one in judged(judging, "os.fork()", "", "os.fork()", "")] == [0.5, 1.5, 2.5, 3.5]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_quick_answers_that_leave_processes_behind_are_noticed(judging: Pool) -> None:
     found = judged(judging, *["subprocess.Popen(['sleep', '60'])"] * 90)
     assert sum(one.verdict == "error" for one in found) <= 2
