@@ -166,17 +166,24 @@ class Save:
             self._saved = trainer.state.step
             return
         gathered = self._world.size > 1 and not self._sharded
-        try:
-            copy = state if gathered else self._snapshot.take(state)  # what was gathered is a copy
-        except NoRoomError as error:
-            if self._room:
-                logger.warning("training stands still while checkpoints are written: a copy of one takes %s", error)
-            self._room = False
+        copy = state if gathered else self._copied(state)  # what was gathered is a copy
+        if copy is None:
             self.save(trainer)
             return
         step = trainer.state.step
         future = self._thread.submit(self._write, step, copy)
         self._writing = _Writing(step, time.perf_counter() - started, future)
+
+    def _copied(self, state: RunState) -> RunState | None:
+        """None where there is no room for a copy; where all write, with any of them, so that all do the same."""
+        copy: RunState | None = None
+        try:
+            copy = self._snapshot.take(state)
+        except NoRoomError as error:
+            if self._room:
+                logger.warning("training stands still while checkpoints are written: a copy of one takes %s", error)
+            self._room = False
+        return None if self._sharded and self._world.any(copy is None) else copy
 
     def _finish(self) -> None:
         """Wait for the thread, and note what it did or raise what it raised."""

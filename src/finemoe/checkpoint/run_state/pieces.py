@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -81,7 +82,7 @@ def save_pieces(
     assert run.places is not None  # who calls this has asked for pieces
     writer = _Writer(checkpoints / f"step-{step:08d}", run, keep, before_naming, stop)
     # Copies on several processes are the same; the lowest rank's is what `World.gathered` takes.
-    planner = dcp.DefaultSavePlanner(
+    planner = DefaultSavePlanner(
         flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
     )
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
@@ -91,7 +92,7 @@ def save_pieces(
         for name, tensor in tensors.items()
     }
     try:
-        dcp.save(held, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+        save(held, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         writer.clean()
         raise _plain(error, writer.final, stop, alone=group is None) from error

@@ -63,13 +63,19 @@ def _place(entry: Any, info: TensorInfo) -> Place:
     Raises:
         CheckpointError: nothing, or what cannot be.
     """
-    offsets, whole = (entry.get(_OFFSETS), entry.get(_WHOLE)) if isinstance(entry, dict) else (None, None)
-    sizes = [offsets, whole]
-    if all(isinstance(one, list) and len(one) == len(info.shape) and all(type(n) is int for n in one) for one in sizes):
-        place = Place(offsets[0] if offsets else 0, tuple(whole))
-        if tuple(offsets) == place.offsets and info.shape[1:] == place.whole[1:]:
+    table = entry if isinstance(entry, dict) else {}
+    offsets, whole = (_numbers(table.get(key), len(info.shape)) for key in (_OFFSETS, _WHOLE))
+    if offsets is not None and whole is not None:
+        place = Place(offsets[0] if offsets else 0, whole)
+        if offsets == place.offsets and info.shape[1:] == whole[1:]:
             return place
     raise CheckpointError(f"{info.path}: the header does not say which rows of tensor {info.name!r} the file holds")
+
+
+def _numbers(value: Any, count: int) -> tuple[int, ...] | None:
+    """So many whole numbers; true and false are none."""
+    fits = isinstance(value, list) and len(value) == count and all(type(one) is int for one in value)
+    return tuple(value) if fits else None
 
 
 def _whole(name: str, pieces: Sequence[tuple[Place, TensorInfo]]) -> TensorInfo:
