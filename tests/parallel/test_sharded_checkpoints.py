@@ -230,6 +230,24 @@ def test_a_full_disk_of_one_process_is_the_error_of_all_and_spares_what_is_there
     assert find_damage(at(out, 2)) is None
 
 
+def without_room(raw: dict[str, Any], out: Path, rank: int) -> None:
+    from torch import distributed
+
+    from finemoe.core import memory
+
+    original = memory.available_bytes
+    memory.available_bytes = lambda: 1000 if distributed.get_rank() == rank else original()
+    running.train(raw, out=out, quiet=True)
+
+
+def test_where_one_process_has_no_room_for_a_copy_all_wait(corpus: Path, written: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(2, without_room, tables(corpus, "shard 2", memory_check=False, **SHARDED), out, 1, met=False, deadline=30)
+    noted = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["in_background"] for record in noted if record["kind"] == "checkpoint"] == [False, False]
+    require_same(at(out, 6), at(written / "whole", 6))
+
+
 def dies_while_saving(raw: dict[str, Any], out: Path, rank: int, place: int) -> None:
     """A process kills itself at the `place`-th of the things that it does to write the second checkpoint."""
     from torch import distributed
