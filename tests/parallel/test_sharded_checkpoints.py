@@ -141,10 +141,13 @@ def test_a_run_goes_on_from_pieces_by_any_layout_and_format(written: Path, tmp_p
     """By the same layout to the same bits; FSDP2, then experts elsewhere, then one process, then whole."""
     every = {"checkpoint_every": 1}
     chains = [copy_at(written / name, 3, tmp_path / name) for name in ("pieces", "whole")]
-    again = copy_at(written / "pieces", 3, tmp_path / "again")
+    again = copy_at(written / "pieces", 6, tmp_path / "again")
+    content = bytearray((at(again, 6) / TWO[1]).read_bytes())
+    content[-1] ^= 1  # one process looks at this file, and all go back to the third step
+    (at(again, 6) / TWO[1]).write_bytes(content)
     from_whole = copy_at(written / "whole", 3, tmp_path / "from whole")
     here, experts = LAYOUTS["shard 2"], LAYOUTS["experts 2"]
-    steps = [(again, settings(here)), (from_whole, settings(here, **SHARDED))]
+    steps: list[tuple[Path, list[str]]] = [(again, []), (from_whole, settings(here, **SHARDED))]
     steps += [(chain, settings(experts, **every)) for chain in chains]
     run(2, resume_all, steps, met=False)
     for folder in (again, from_whole):
@@ -242,7 +245,7 @@ def without_room(raw: dict[str, Any], out: Path, rank: int) -> None:
 
 def test_where_one_process_has_no_room_for_a_copy_all_wait(corpus: Path, written: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    run(2, without_room, tables(corpus, "shard 2", memory_check=False, **SHARDED), out, 1, met=False, deadline=30)
+    run(2, without_room, tables(corpus, "shard 2", memory_check=False, **SHARDED), out, 1, met=False)
     noted = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["in_background"] for record in noted if record["kind"] == "checkpoint"] == [False, False]
     require_same(at(out, 6), at(written / "whole", 6))

@@ -113,6 +113,29 @@ def test_a_damaged_newest_one_is_passed_over(
     assert file in caplog.text or file == "manifest.json"
 
 
+def test_processes_that_look_together_look_at_every_file_once(tmp_path: Path) -> None:
+    save_pieces(tmp_path, 1, state(1), 1, None)
+    for file in FILES[:-1]:
+        copy = shutil.copytree(tmp_path / "step-00000001", tmp_path / file)
+        flip(copy / file)
+        found = [find_damage(copy, (number, 3)) for number in range(3)]
+        assert found.count(None) == 2
+        assert file in str([one for one in found if one is not None])
+        truncate(copy / file)
+        assert None not in [find_damage(copy, (number, 3)) for number in range(3)]  # sizes are for all to see
+
+
+def test_damage_that_one_process_finds_is_passed_over_by_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2, 3):
+        save_pieces(tmp_path, step, state(step), 3, None)
+    others = iter(["model-rank00001.safetensors: ends early", None, "config.json: gone meanwhile", None, None])
+    with caplog.at_level(logging.WARNING, logger="finemoe"):
+        found = load_latest(tmp_path, (0, 2), lambda own: [own, next(others)])
+    assert found.state["step"] == 1
+    assert "step-00000003 is damaged (model-rank00001.safetensors: ends early)" in caplog.text
+    assert "step-00000002 is damaged (config.json: gone meanwhile)" in caplog.text
+
+
 def test_a_piece_that_the_manifest_does_not_name_is_damage(tmp_path: Path) -> None:
     save_pieces(tmp_path, 1, state(1), 1, None)
     folder = tmp_path / "step-00000001"

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,23 +212,44 @@ def _manifest(files: Mapping[str, Recorded]) -> bytes:
     return json.dumps({"format": 1, "files": entries}, indent=2).encode()
 
 
-def load_latest(checkpoints: Path) -> RunState:
+def load_latest(
+    checkpoints: Path,
+    share: tuple[int, int] = (0, 1),
+    everyone: Callable[[str | None], Sequence[str | None]] = lambda said: [said],
+) -> RunState:
     """The newest checkpoint whose checksums hold; a damaged one is named in the log and passed over.
+
+    Args:
+        checkpoints: their folder.
+        share: of several processes that look at the same folder, the number of this one, and how many they are.
+        everyone: what each of them says, of what this one does.
 
     Raises:
         CheckpointError: there is none.
     """
     folders = checkpoint_folders(checkpoints)
     for folder in folders:
-        damage = find_damage(folder)
+        damage = _any(everyone(find_damage(folder, share)))
         if damage is None:
-            try:
-                return _load(folder)
-            except CheckpointError as error:  # written damaged, or with a manifest that fits the damage
-                damage = str(error)
+            loaded, own = _loaded(folder)
+            damage = _any(everyone(own))
+            if loaded is not None and damage is None:
+                return loaded
         logger.warning("%s is damaged (%s): trying the one before", folder, damage)
     found = f"all {len(folders)} are damaged" if folders else "there is none"
     raise CheckpointError(f"{checkpoints}: no checkpoint to open, {found}; start the run again")
+
+
+def _any(said: Sequence[str | None]) -> str | None:
+    return next((one for one in said if one is not None), None)
+
+
+def _loaded(folder: Path) -> tuple[RunState | None, str | None]:
+    """A checkpoint, or what is wrong: it was written damaged, or with a manifest that fits the damage."""
+    try:
+        return _load(folder), None
+    except CheckpointError as error:
+        return None, str(error)
 
 
 def _load(folder: Path) -> RunState:
@@ -249,16 +270,20 @@ def _load(folder: Path) -> RunState:
     return RunState(parts[MODEL], parts[OPTIMIZER], state, config, parts[METHOD])
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder; None when every size and checksum holds."""
+def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint folder; None when every size and checksum holds.
+
+    `share`: the number of this process and how many look, of which each compares the checksums of some files.
+    """
     try:
         manifest = decode_json((folder / MANIFEST).read_bytes())
         tensors = [name for part in (MODEL, OPTIMIZER, METHOD) for name in _files(folder, part)]
-        for name in dict.fromkeys((*manifest["files"], *tensors, STATE, CONFIG)):
+        mine, looking = share
+        for number, name in enumerate(dict.fromkeys((*manifest["files"], *tensors, STATE, CONFIG))):
             path, entry = folder / name, manifest["files"][name]
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-            if sha256(path) != entry["sha256"]:
+            if number % looking == mine and sha256(path) != entry["sha256"]:
                 return f"{name} does not have its recorded checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
