@@ -16,7 +16,11 @@ from runs.tiny_runs import checkpoints, corpus, stop_after
 
 __all__ = ["corpus"]
 
-KINDS = [("sft", "lora"), ("sft", "experts"), ("sft", "child"), ("dpo", "everything")]
+KINDS = [
+    ("sft", "lora"),
+    ("dpo", "everything"),
+    *(pytest.param("sft", moving, marks=pytest.mark.slow) for moving in ("experts", "child")),
+]
 
 
 @pytest.fixture(scope="module")

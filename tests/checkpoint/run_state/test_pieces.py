@@ -241,6 +241,12 @@ def test_a_full_disk_is_an_error_with_the_path_and_spares_what_is_there(
         assert names(tmp_path) == ["step-00000001"]
 
 
+def test_a_folder_that_only_the_first_process_sees_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "begin", lambda fresh: None)
+    with pytest.raises(RunError, match="all machines must see the same files"):
+        save_pieces(tmp_path, 2, state(2), 2, None)
+
+
 def test_writing_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
     stop = threading.Event()
     save_pieces(tmp_path, 1, state(1), 2, None, stop=stop)

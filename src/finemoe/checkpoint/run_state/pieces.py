@@ -200,6 +200,9 @@ def _plain(error: CheckpointException, final: Path, stop: threading.Event | None
     rank, failure = told[0]
     if isinstance(failure, AbandonedError) and (stop is None or not stop.is_set()):
         return RunError(f"{final}: was not written: rank {rank} gave up")
+    if isinstance(failure, FileNotFoundError):
+        where = f"{final.parent}: the folder that the first process made there is not to be seen"
+        failure = RunError(f"{where}: all machines must see the same files; the run goes on with `finemoe resume`")
     if isinstance(failure, OSError):
         failure = storage_error(final, failure)
     if isinstance(failure, FinemoeError) and not alone:
