@@ -9,9 +9,10 @@ from typing import Any
 
 from finemoe.checkpoint.run_state.state import RunState, load_latest
 from finemoe.core.config import parse
-from finemoe.core.errors import ConfigError, RunError
+from finemoe.core.errors import CheckpointError, ConfigError, RunError
 from finemoe.core.logs import logger
 from finemoe.core.reading import damage_of, decode_json, read_object
+from finemoe.parallel.world import World
 from finemoe.runs.changes import was_changed
 from finemoe.runs.config import RunConfig
 from finemoe.training.trainer import Trainer
@@ -50,17 +51,28 @@ def _recorded_data(path: Path) -> dict[str, Any] | None:
     return read_object(path, mend)
 
 
-def newest_state(directory: Path, config: RunConfig) -> RunState | None:
+def newest_state(directory: Path, config: RunConfig, world: World) -> RunState | None:
     """What the newest undamaged checkpoint holds; None where the run had not come to its first.
 
+    Several processes look for damage together, each in its share of the files, and pass over the same ones.
+
     Raises:
-        RunError: it is of another run than `config` says.
+        RunError: it is of another run than `config` says, or not all processes see the same checkpoints.
     """
     checkpoints = directory / "checkpoints"
-    if not checkpoints.is_dir() or not any(checkpoints.glob("step-*")):
+    seen = world.everyone(sorted(path.name for path in checkpoints.glob("step-*")))
+    for rank, other in enumerate(seen):
+        if other != seen[0]:
+            raise _behind(directory, rank, "the checkpoints it sees")
+    if not seen[0]:
         return None
-    saved = load_latest(checkpoints)
-    _compare_configurations(directory, config, _config_of(saved, checkpoints), saved.state["step"])
+    try:
+        saved = load_latest(checkpoints, (world.rank, world.size), world.everyone)
+    except CheckpointError as error:
+        error.everywhere = world.size > 1
+        raise
+    now = _config_of(saved, checkpoints)
+    world.in_turn(lambda: _compare_configurations(directory, config, now, saved.state["step"]))
     return saved
 
 
@@ -102,9 +114,14 @@ def require_agreement(trainer: Trainer, config: RunConfig, directory: Path) -> N
     everybody = trainer.world.everyone(own)
     for rank, other in enumerate(everybody):
         if apart := [what for what in own if other[what] != everybody[0][what]]:
-            error = RunError(
-                f"{directory}: rank {rank} differs from rank 0 in {' and '.join(apart)}: all machines must see the same"
-                " files; wait until they do, and start again"
-            )
-            error.everywhere = True
-            raise error
+            raise _behind(directory, rank, " and ".join(apart))
+
+
+def _behind(directory: Path, rank: int, what: str) -> RunError:
+    """Of a process that reads something else, as through a file system that is behind; all find it together."""
+    error = RunError(
+        f"{directory}: rank {rank} differs from rank 0 in {what}: all machines must see the same files; wait until they"
+        " do, and start again"
+    )
+    error.everywhere = True
+    return error

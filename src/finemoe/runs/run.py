@@ -191,7 +191,7 @@ def _go_on(directory: Path, changed: RunConfig | None, quiet: bool, world: World
 def _resume(directory: Path, before: RunConfig, config: RunConfig, quiet: bool, world: World) -> Run:
     method = world.in_turn(lambda: build_method(config))
     world.first(lambda: refuse_other_data(directory, method.data.report))
-    saved = world.in_turn(lambda: newest_state(directory, before))
+    saved = newest_state(directory, before, world)
     if config != before:
         done = saved.state["step"] if saved is not None else 0
         world.first(lambda: write_changes(directory, before, config, done))
