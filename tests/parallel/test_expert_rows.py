@@ -40,7 +40,7 @@ def all_on_one(layout: Layout, chosen: tuple[int, int]) -> tuple[dict[str, Tenso
 
 @pytest.mark.parametrize("layout", [Layout(shard=2, expert=2), Layout(shard=4, expert=2)], ids=str)
 def test_a_process_without_a_token_takes_part_and_learns_nothing(layout: Layout) -> None:
-    """Complaint 2: zero rows hang, or leave no gradient. Complaint 14: it is said how uneven the rows were."""
+    """Complaints 2 and 14 of distribution: zero rows hang, or leave no gradient; nobody says how uneven rows are."""
     results: list[Any] = run(layout.processes, all_on_one, layout, (0, 1), deadline=20)
     for rank, (gradients, figures) in enumerate(results):
         stacks = {name: one for name, one in gradients.items() if ".experts." in name}
@@ -67,6 +67,7 @@ def dropped() -> list[Tensor]:
 
 
 def test_when_capacity_drops_everything_nobody_waits() -> None:
+    """Complaint 2 of distribution, where no process sends a row."""
     for found in run(2, dropped, deadline=20):
         assert not any(one.any() for one in found)
 
@@ -112,7 +113,7 @@ def grown() -> float:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account")
 def test_memory_does_not_grow_while_rows_travel() -> None:
-    """Complaint 13: what an all-to-all and recomputation kept for ever."""
+    """Complaint 13 of distribution: what an all-to-all and recomputation kept for ever."""
     assert all(share < 0.02 for share in run(2, grown, deadline=120))
 
 

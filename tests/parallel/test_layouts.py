@@ -36,7 +36,7 @@ LONG = ("context 2", "shard 2, context 2, experts 2", "pipeline 2, shard 2, expe
 def test_twenty_steps_are_those_of_one_process(name: str) -> None:
     """In float64: in float32 one near-tie flips a token, and the sign rule makes a whole step of a bias of it.
 
-    Complaints 10 and 11: balance that grows with stages, a norm without the gradients of others.
+    Complaints 10 and 11 of distribution: balance that grows with stages, a norm without the gradients of others.
     """
     case = Case(mtp=1 if LAYOUTS[name].context == 1 else 0)
     expected, weights = alone(case)
@@ -69,7 +69,7 @@ def test_averaged_gradients_would_be_noticed() -> None:
     ],
 )
 def test_other_cuts_of_a_step_are_the_same_step(case: Case) -> None:
-    """Complaint 7: loads counted twice by recomputation, biases moved once a micro-batch."""
+    """Complaint 7 of distribution: loads counted twice by recomputation, biases moved once a micro-batch."""
     layout = Layout(shard=4, expert=2) if case.num_experts == 8 else Layout(shard=4)
     case = replace(case, micro=min(case.micro, 2))
     expected, weights = alone(case)
@@ -84,7 +84,7 @@ def test_other_cuts_of_a_step_are_the_same_step(case: Case) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("kernels", [pytest.param("sorted_slices", marks=pytest.mark.slow), "native"])
 def test_gradients_before_the_clip_are_those_of_one_process(name: str, kernels: str) -> None:
-    """Complaint 1: expert gradients twice too large, or too small by the number of processes."""
+    """Complaint 1 of distribution: expert gradients twice too large, or too small by the number of processes."""
     case = Case(torch.float32, kernels=kernels, mtp=1 if LAYOUTS[name].context == 1 else 0)
     theirs = gradients(case, None)
     ours = run(LAYOUTS[name].processes, gradients, case, LAYOUTS[name])[0]

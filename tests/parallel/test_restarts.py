@@ -126,7 +126,7 @@ def same(out: Path, unbroken: Path) -> None:
 def test_a_run_whose_process_was_killed_goes_on_by_itself(
     tables: dict[str, Any], unbroken: Path, tmp_path: Path
 ) -> None:
-    """Complaint 15, and 5 of 8 restarts that failed where the meeting place was not new."""
+    """Complaint 15 of distribution, and 5 of 8 restarts that failed where the meeting place was not new."""
     killed_once(tables, tmp_path / "run", rank=1)
     same(tmp_path / "run", unbroken)
 
@@ -199,6 +199,7 @@ def dies_while_saving(raw: dict[str, Any], out: Path, place: int) -> None:
 def test_a_kill_while_saving_costs_only_the_steps_since(
     tables: dict[str, Any], unbroken: Path, tmp_path: Path, place: int
 ) -> None:
+    """Complaint 15 of distribution: one dies in a save and the others wait for ever, or its half is what is found."""
     with pytest.raises(AssertionError, match=r"rank 0 ended without a word|closed by peer|did not come as far"):
         run(2, dies_while_saving, tables, tmp_path / "run", place, met=False)
     assert [one.name for one in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000004"]
