@@ -14,9 +14,10 @@ from finemoe.model.moe.decision import RoutingDecision
 from finemoe.parallel.config import Layout
 from finemoe.parallel.expert import AllToAll
 from finemoe.parallel.processes import Processes
+from finemoe.parallel.world import SOLO
 from finemoe.training.balancing import selection_biases
 from oracles.models import decision_of
-from parallel.processes import run
+from parallel.processes import run, several
 from parallel.tiny_layouts import LAYOUTS, Case, trainer
 
 CPU = torch.device("cpu")
@@ -72,9 +73,9 @@ def test_when_capacity_drops_everything_nobody_waits() -> None:
         assert not any(one.any() for one in found)
 
 
-def held(layout: Layout) -> tuple[int, int]:
+def held(layout: Layout | None) -> tuple[int, int]:
     """Bytes of parameters and moments that lie here; those of routed experts alone."""
-    world = Processes(layout, CPU)
+    world = SOLO if layout is None else Processes(layout, CPU)
     one = trainer(Case(torch.float32, steps=1), world)
     one.step(one.micro_batches())
     sizes: dict[str, int] = {}
@@ -86,12 +87,12 @@ def held(layout: Layout) -> tuple[int, int]:
     return sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
 
 
-@pytest.mark.parametrize("name", ["shard 2", "shard 2, experts 2"])
-def test_two_processes_hold_half_each(name: str) -> None:
-    whole, experts = held_alone()
-    for here, routed in run(2, held, LAYOUTS[name]):
-        assert here <= 0.52 * whole
-        assert routed == experts / 2
+def test_two_processes_hold_half_each() -> None:
+    whole, experts = held(None)
+    for found in run(2, several, [(held, LAYOUTS[name]) for name in ("shard 2", "shard 2, experts 2")]):
+        for here, routed in found:
+            assert here <= 0.52 * whole
+            assert routed == experts / 2
 
 
 def resident() -> int:
@@ -115,8 +116,3 @@ def grown() -> float:
 def test_memory_does_not_grow_while_rows_travel() -> None:
     """Complaint 13 of distribution: what an all-to-all and recomputation kept for ever."""
     assert all(share < 0.02 for share in run(2, grown, deadline=120))
-
-
-def held_alone() -> tuple[int, int]:
-    [found] = run(1, held, Layout())
-    return found  # type: ignore[no-any-return]

@@ -21,12 +21,11 @@ from parallel.pipelines import (
     in_bfloat16,
     measured,
     packed,
-    several,
     sharded,
     trained,
     twice,
 )
-from parallel.processes import run
+from parallel.processes import run, several
 
 SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")
 NAMES = {
