@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finemoe.parallel.config import Layout
 from parallel.processes import run, several
-from parallel.tiny_layouts import LAYOUTS, Case, gradients, trained
+from parallel.tiny_layouts import LAYOUTS, SEQUENCES, Case, gradients, trained
 
 GATHERED = {**LAYOUTS, "shard 4, experts 4": Layout(shard=4, expert=4)}
 """Whose gradients are compared."""
@@ -27,9 +27,13 @@ CUTS = {
 
 
 def case_of(layout: Layout) -> Case:
-    """Of many steps. Two processes predict several tokens, if a layout can; a V has four stages."""
-    mtp = int(layout.context == 1 and layout.processes == 2)
-    return Case(mtp=mtp, layers=4 if layout.schedule == "dualpipev" else 3)
+    """Of many steps, each of one or two passes, or as many as there are stages: a V has four.
+
+    Two processes predict several tokens, if a layout can.
+    """
+    stages = 4 if layout.schedule == "dualpipev" else layout.pipeline
+    micro = min(4, SEQUENCES // layout.data // stages)
+    return Case(mtp=int(layout.context == 1 and layout.processes == 2), layers=max(3, stages), micro=micro)
 
 
 def narrow(layout: Layout, kernels: str = "native") -> Case:
