@@ -41,7 +41,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
 
 def recipe(corpus: Path, name: str) -> dict[str, Any]:
     """Wide enough that what is left over where pieces are uneven is little."""
-    raw = merge(tables(corpus, "one"), {"model": {"hidden_size": 64}, "method": {"mtp": "train"}})
+    raw = merge(tables(corpus, "one"), {"model": {"hidden_size": 64}})
     return {**raw, "parallel": LAYOUTS[name][1]}
 
 
@@ -68,7 +68,7 @@ def test_what_is_counted_is_what_the_fullest_process_holds(corpus: Path, name: s
     found = footprint(config, layout=config.parallel.layout(size))
     fullest = max(run(size, held, raw, met=False))
     assert fullest == pytest.approx((found.weights, found.gradients, found.optimizer), rel=0.02)
-    assert footprint(config).weights >= found.weights * (1 if name == "replicate" else 1.3)
+    assert (footprint(config).weights > found.weights) == (name != "replicate")
 
 
 def large(corpus: Path, **more: Any) -> RunConfig:

@@ -196,8 +196,9 @@ def test_a_check_that_found_nothing_out_still_prints() -> None:
 
 def test_a_run_of_several_processes_is_told_what_each_takes(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The figure by which the run would be refused; measured is what one process can."""
-    raw = recipe(corpus, parallel={"shard": 8}, model={"hidden_size": 256})
+    raw = recipe(corpus, parallel={"shard": 8}, model={"hidden_size": 512, "num_layers": 12})
     raw["training"]["tokens_per_step"] = 8 * LENGTH
+    raw["data"]["max_validation_tokens"] = LENGTH
     found = finemoe.check(raw, quiet=True, steps=1)
     config = resolve_run(raw, "test")
     needed = footprint(config, layout=config.parallel.layout(8)).needed
