@@ -184,6 +184,7 @@ def height(raw: dict[str, Any]) -> int:
 def test_no_process_holds_the_whole_model_at_its_start(corpus: Path, tmp_path: Path, start: str) -> None:
     raw = merge(tables(corpus, "one"), {"kernels": {"products": "torch", "experts": "sorted_slices"}})
     raw = {**raw, "model": HEAVY, "parallel": {}}
+    raw.pop("balancing")
     config = resolve_run(raw, "recipe")
     shapes = {name: 4 * torch.Size(shape).numel() for name, shape in parameter_shapes(config.model).items()}
     if start == "opened":
