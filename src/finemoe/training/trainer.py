@@ -141,18 +141,23 @@ class Trainer:
         if fill is not None:
             fill(model)
         self.execute: Execute = execute or world.passes(model)
-        selected = []
-        for name, parameter in model.named_parameters():
-            group = method.select(name)
-            parameter.requires_grad_(group is not None)
-            if group is not None:
-                selected.append(Selected(name, parameter, group))
-        for stand_in in method.stand_ins:
-            selected = stand_in(model, selected)
+        selected = self._select()
         self.parameters: dict[str, nn.Parameter] = {one.name: one.parameter for one in selected}
         self.peak_learning_rate: float = optimizer.learning_rate
         self.optimizers = build_optimizers(optimizer, selected)
         self._stop = False
+
+    def _select(self) -> list[Selected]:
+        """Freeze what is not trained; what the optimizer steps."""
+        selected = []
+        for name, parameter in self.model.named_parameters():
+            group = self.method.select(name)
+            parameter.requires_grad_(group is not None)
+            if group is not None:
+                selected.append(Selected(name, parameter, group))
+        for stand_in in self.method.stand_ins:
+            selected = stand_in(self.model, selected)
+        return selected
 
     def run(self, until: int | None = None) -> bool:
         """Train to step `until` (the end when None). False when a signal asked to stop early.
