@@ -15,6 +15,7 @@ from finemoe.core.config import merge
 from finemoe.core.errors import TrainingError
 from finemoe.parallel.config import Layout
 from finemoe.parallel.processes import Processes
+from finemoe.training.stopping import StopOnSignal, repeated
 from parallel.processes import run
 from parallel.test_restarts import steps_done, torchrun, wait_for, workers
 from parallel.test_run_by_many import tables
@@ -66,6 +67,20 @@ def test_it_is_printed_once_and_all_end_alike(corpus: Path, tmp_path: Path) -> N
     codes = re.findall(r"exitcode\s*:\s*(-?\d+)", said)
     assert codes, said
     assert set(codes) <= {"2", "-15"}, said  # torchrun may end one that has not come to its own end
+
+
+def test_a_second_sigterm_is_python_s_own_only_where_a_run_is_alone() -> None:
+    asked: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+    with StopOnSignal(lambda: asked.append(1), repeated=repeated(2)):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signal.getsignal(signal.SIGTERM) != before
+    assert len(asked) == 2
+    with StopOnSignal(lambda: asked.append(1), repeated=repeated(1)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert len(asked) == 3
 
 
 @pytest.mark.slow

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from finemoe.model.initialize import initialize
 from finemoe.model.transformer import Transformer
 from finemoe.parallel.config import Layout
 from finemoe.parallel.planner.setup import Setup, parameters_of, pieces_of_ranks
+from finemoe.parallel.world import SOLO
 from finemoe.runs import run as running
+from finemoe.runs.beginning import first_model
 from finemoe.runs.config import RunConfig, resolve_run
 from finemoe.runs.footprint import footprint, require_memory
 from finemoe.runs.kernels import kernels_for
@@ -177,6 +180,33 @@ def height(raw: dict[str, Any]) -> int:
         peak = memory.peak_bytes() - before
         assert sum(world.local(one).nbytes for one in trainer.model.parameters()) > 0
         return peak
+
+
+@final
+class Two:
+    """As much of a world as is asked before anything is cut."""
+
+    size = 2
+    put = staticmethod(Tensor.copy_)
+
+
+def test_several_begin_with_a_model_that_has_no_memory(corpus: Path) -> None:
+    config = resolve_run(tables(corpus, "one"), "recipe")
+    method, kernels = build_method(config), kernels_for(config).kernels
+    cpu = torch.device("cpu")
+
+    def begun(world: Any, method: Any) -> Any:
+        return first_model(config, method, kernels, starts=True, world=world, device=cpu)
+
+    model, fill = begun(Two(), method)
+    assert all(one.is_meta for one in model.state_dict().values())
+    fill(model)
+    whole, nothing = begun(SOLO, method)
+    assert nothing is None
+    assert all(torch.equal(one, whole.state_dict()[name]) for name, one in model.state_dict().items())
+    prepares, nothing = begun(Two(), replace(method, prepare=(lambda model, begins: None,)))
+    assert nothing is None
+    assert not any(one.is_meta for one in prepares.state_dict().values())
 
 
 @pytest.mark.slow
