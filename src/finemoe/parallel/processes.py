@@ -23,9 +23,9 @@ from finemoe.parallel.passes import Execute, OneAfterAnother
 from finemoe.parallel.pipeline import Pipeline
 from finemoe.parallel.relay import Relay
 from finemoe.parallel.shard import put, rows, settle, spread, whole
-from finemoe.parallel.signs import SILENT, SignsOfLife, in_words
+from finemoe.parallel.signs import SILENT, SignsOfLife
 from finemoe.parallel.stages import Cut, keep_only
-from finemoe.parallel.world import ROWS_FIGURE, Parts
+from finemoe.parallel.world import ROWS_FIGURE, Parts, in_words
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")

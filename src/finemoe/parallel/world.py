@@ -7,7 +7,7 @@ answer is the question, so that a run alone computes to the bit what it would wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, Protocol, TypeVar, final
 
@@ -252,3 +252,8 @@ class _Solo:
 
 
 SOLO: World = _Solo()
+
+
+def in_words(ranks: Sequence[int]) -> str:
+    """`rank 1`, `ranks 2, 3`."""
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"

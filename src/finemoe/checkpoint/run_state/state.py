@@ -36,7 +36,7 @@ from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.files import make_folder, sha256, storage_error, sync
 from finemoe.core.logs import logger
 from finemoe.core.reading import damage_of, decode_json, read_object, reason_of, require_numbers
-from finemoe.model.config import Kernels
+from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer
 
 MODEL, OPTIMIZER, METHOD = "model.safetensors", "optimizer.safetensors", "method.safetensors"
@@ -346,6 +346,17 @@ def load_model(
         copy.copy_(tensors[name][...])
     load_weights(model, copies, str(folder), assign=True)
     return model.eval()
+
+
+def open_weights(path: Path) -> tuple[ModelConfig, TensorFolder]:
+    """The model of the newest undamaged checkpoint by its header: tensors are read, and not mapped, one at a time.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    folder = newest_checkpoint(path)
+    config = model_of(read_object(folder / CONFIG, _ANOTHER, CheckpointError), folder / CONFIG)
+    return config, TensorFolder.of_files([folder / MODEL])
 
 
 def load_weights(model: Transformer, tensors: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:

@@ -1,26 +1,109 @@
-"""What a run is gone on with: its newest checkpoint, of the very run that config.json and the data describe."""
+"""What a run begins with: a model drawn or opened; and what it is gone on with, the newest checkpoint of that very run.
+
+Several processes begin with a model that has no memory, keep their pieces of it, and fill those a whole tensor at a
+time: none ever holds the whole.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from finemoe.checkpoint.open import load_model, load_tensors
 from finemoe.checkpoint.run_state.state import RunState, load_latest
 from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError, ConfigError, RunError
 from finemoe.core.logs import logger
 from finemoe.core.reading import damage_of, decode_json, read_object
+from finemoe.model.config import Kernels, ModelConfig, can_begin_with
+from finemoe.model.initialize import initialize
+from finemoe.model.transformer import Transformer
 from finemoe.parallel.world import World
 from finemoe.runs.changes import was_changed
 from finemoe.runs.config import RunConfig
+from finemoe.training.method import Method
 from finemoe.training.trainer import Trainer
 
 _BEGAN_WITH = {
     "corpus_sha256": "the corpus", "tokenizer_sha256": "the tokenizer", "template_sha256": "the chat template",
     "teacher_sha256": "the teacher",
 }  # fmt: skip
+
+
+def first_model(
+    config: RunConfig, method: Method[Any], kernels: Kernels, *, starts: bool, world: World, device: torch.device
+) -> tuple[Transformer, Callable[[Transformer], None] | None]:
+    """The model that a run begins with, and what gives it weights once this process's pieces of it are known.
+
+    Alone, and where the method prepares what it needs the whole model for, the model is whole at once, and the second
+    is None.
+
+    Args:
+        config: of the run.
+        method: how it trains.
+        kernels: how to compute.
+        starts: with the weights that the run began with; else a checkpoint's will replace whatever is in them.
+        world: the processes that train together.
+        device: where the model is to be.
+
+    Raises:
+        RunError: `start_from` holds another model than this run began with; also from what is given back.
+    """
+
+    def frequencies() -> Tensor:
+        counts = torch.zeros(config.model.vocab_size, dtype=torch.int64)
+        counts[: method.data.tokenizer.vocab_size] = method.data.token_frequencies()
+        return counts
+
+    if world.size == 1 or method.prepare:
+        if config.start_from is not None and starts:
+            return _opened(config.start_from, config.model, kernels).to(device), None
+        model = Transformer(config.model, kernels)
+        initialize(model, config.seed, frequencies)
+        return model.to(device), None
+
+    def fill(model: Transformer) -> None:
+        model.to_empty(device=device)
+        if config.start_from is not None and starts:
+            _read(model, config.start_from, config.model, world)
+        elif starts or method.stand_ins:  # these look at weights before a checkpoint's are there
+            initialize(model, config.seed, frequencies, world.put)
+
+    with torch.device("meta"):
+        return Transformer(config.model, kernels), fill
+
+
+def _opened(source: str, wanted: ModelConfig, kernels: Kernels) -> Transformer:
+    """The model at `source`, without what the run does not have of it."""
+    opened = load_model(source)
+    _require_same(source, wanted, opened.config)
+    with torch.device("meta"):
+        model = Transformer(wanted, kernels)
+    names = model.state_dict().keys()
+    model.load_state_dict({name: one for name, one in opened.state_dict().items() if name in names}, assign=True)
+    return model
+
+
+def _read(model: Transformer, source: str, wanted: ModelConfig, world: World) -> None:
+    """Into the pieces that lie here, the model at `source`."""
+    found, tensors = load_tensors(source)
+    _require_same(source, wanted, found)
+    own = model.state_dict()
+    for name, tensor in tensors:
+        if name in own:
+            world.put(own.pop(name), tensor)
+    if own:
+        raise RunError(f"{source} has no {', '.join(sorted(own)[:4])}, which this run's model has")
+
+
+def _require_same(source: str, wanted: ModelConfig, found: ModelConfig) -> None:
+    if not can_begin_with(wanted, found):
+        raise RunError(f"{source} does not hold the model of this run's config.json any more")
 
 
 def refuse_other_data(directory: Path, now: Mapping[str, Any]) -> None:
