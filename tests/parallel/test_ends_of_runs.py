@@ -38,7 +38,7 @@ def poisoned(layout: Layout, name: str, rank: int) -> tuple[str, bool, int]:
 
 
 CASES = {
-    "stages": (Layout(pipeline=2), "blocks.3.attention.o_proj.weight", 1),
+    "stages": (Layout(pipeline=2), "blocks.2.attention.o_proj.weight", 1),
     "shards": (Layout(shard=2), "norm.weight", 1),
     "experts": (Layout(shard=2, expert=2), "blocks.1.feed_forward.experts.down_proj", 1),
 }

@@ -134,6 +134,19 @@ def test_each_gpu_holds_its_own(corpus: Path, monkeypatch: pytest.MonkeyPatch) -
         require_memory(config, cuda, bf16=False, layout=layout, here=8)
 
 
+def test_a_checkpoint_in_pieces_is_put_together_by_nobody(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, layout, cpu = large(corpus), Layout(shard=8), torch.device("cpu")
+    pieces = config.training.model_copy(update={"checkpoint_format": "sharded"})
+    config = config.model_copy(update={"training": pieces})
+    assert footprint(config).copy, "one process has nobody to share the writing with"
+    found = footprint(config, layout=layout)
+    said = refusal(config, layout, monkeypatch, 4 * found.needed - 1, device=cpu, here=4)
+    assert "4 times that" in said
+    assert "rank 0" not in said
+    monkeypatch.setattr(memory, "available_on", lambda device: 4 * found.needed)
+    require_memory(config, cpu, bf16=False, layout=layout, here=4)
+
+
 def test_the_advice_names_a_layout_that_fits(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = large(corpus, parallel={"replicate": 4, "shard": 1})
     four = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}

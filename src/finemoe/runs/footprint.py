@@ -187,7 +187,7 @@ def _in_place(config: RunConfig, bf16: bool, place: _Place, whole: Mapping[str, 
         gradients=4 * (held.stepped + held.passing),
         optimizer=state * held.stepped,
         activations=activations,
-        copy=_checkpoint(config, whole, state),
+        copy=_checkpoint(config, whole, state, place.layout),
         micro_batch_tokens=tokens,
         kept=kept,
         before=max(first if held.before else 0, alone + _AT_ANY_RATE if alone else 0),
@@ -196,8 +196,10 @@ def _in_place(config: RunConfig, bf16: bool, place: _Place, whole: Mapping[str, 
     )
 
 
-def _checkpoint(config: RunConfig, whole: Mapping[str, tuple[int, ...]], state: int) -> int:
-    """[bytes] Of one, which is of the whole model."""
+def _checkpoint(config: RunConfig, whole: Mapping[str, tuple[int, ...]], state: int, layout: Layout) -> int:
+    """[bytes] Of one, which is of the whole model; nobody puts one in pieces together."""
+    if layout.processes > 1 and config.training.checkpoint_format == "sharded":
+        return 0
     moving = {name: shape for name, shape in whole.items() if config.method.moves(name)}
     return 4 * numbers(whole) + state * config.trainable.held(moving, config.setting).stepped
 
@@ -297,8 +299,8 @@ def _require_room(found: Footprint, device: torch.device, layout: Layout) -> Non
         return
     raise RunError(
         f"rank 0 puts each checkpoint together in its machine's memory, {found.copy / 2**30:.2f} GiB, and "
-        f"{available / 2**30:.2f} GiB are available there. Try a machine with more memory or a smaller model, or go on "
-        "regardless with --set training.memory_check=false"
+        f"{available / 2**30:.2f} GiB are available there. Try --set training.checkpoint_format=sharded, or a machine "
+        "with more memory, or go on regardless with --set training.memory_check=false"
     )
 
 
@@ -327,7 +329,8 @@ def _of_machine(found: Footprint, device: torch.device, layout: Layout, here: in
     """How the parts of one process come to the sum."""
     if device.type == "cuda" or layout.processes == 1:
         return ""
-    return f"; {here} times that, and {found.copy / 2**30:.2f} where rank 0 puts a checkpoint together"
+    together = f", and {found.copy / 2**30:.2f} where rank 0 puts a checkpoint together" if found.copy else ""
+    return f"; {here} times that{together}"
 
 
 def _parts(found: Footprint, times: int) -> str:
