@@ -23,13 +23,13 @@ def test_finemoes_own_memory_and_time_were_predicted_as_documented() -> None:
     memory = [abs(row["predicted_peak"] / row["peak"] - 1) for row in rows]
     seconds = [abs(row["predicted_seconds"] / row["seconds"] - 1) for row in rows]
     assert max(memory) < 0.08
-    assert max(seconds) < 0.12
-    assert sorted(seconds)[len(seconds) // 2] < 0.04
+    assert max(seconds) < 0.09
+    assert sorted(seconds)[len(seconds) // 2] < 0.05
 
 
 def test_constants_of_this_machine_are_those_that_were_recorded() -> None:
     found = recorded("planner.json")
-    for name in ("bf16", "experts", "scores", "passes", "host"):
+    for name in ("bf16", "experts", "scores", "passes", "operands", "host"):
         assert getattr(HERE.constants, name) == pytest.approx(found["constants"][name], rel=2e-3)
     assert HERE.beside == pytest.approx(found["beside"], rel=2e-3)
 

@@ -63,7 +63,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def process() -> Command:
-    """Run a verb in a process of its own."""
+    """Run a verb in a process of its own, from its first line on."""
 
     def call(*arguments: str | Path, input: str | None = None) -> Any:
         words = [sys.executable, "-m", "finemoe", *map(str, arguments)]

@@ -14,6 +14,7 @@ import pytest
 from finemoe.checkpoint.language_model import open_language_model
 from finemoe.cli.chat import _loop
 from finemoe.server.conversation import Conversation
+from runs.forking import finemoe
 from server.talkers import CHAT, write_run
 
 FEW = ("-n", "6", "--temperature", "0")
@@ -24,23 +25,23 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("chat") / "talker", chat=True)
 
 
-def test_lines_are_answered(process: Any, talker: Path) -> None:
-    result = process("chat", talker, *FEW, input="Hello\nAnd now?\n")
+def test_lines_are_answered(talker: Path) -> None:
+    result = finemoe("chat", talker, *FEW, input="Hello\nAnd now?\n")
     assert result.returncode == 0
     assert len(result.stdout.splitlines()) >= 2
     assert "2 layers of experts" in result.stderr
-    again = process("chat", talker, *FEW, input="Hello\nAnd now?\n")
+    again = finemoe("chat", talker, *FEW, input="Hello\nAnd now?\n")
     assert again.stdout == result.stdout
 
 
-def test_commands(process: Any, talker: Path, tmp_path: Path) -> None:
+def test_commands(talker: Path, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     lines = [
         "/experts", "Hello", "/experts", "/disable L1 E3", "/force L2 5", "/active 1", "/shared off", "/retry", "/free",
         "/set temperature 0.5", "/system Be brief.", "/system", f"/save {file}", "/save", f"/save {file}", "/new",
         "/help", "/disable L9 E1", "/disable L1", "/system off", "/set top_q 3", "/experiment", "/quit", "never read",
     ]  # fmt: skip
-    result = process("chat", talker, *FEW, input="\n".join(lines) + "\n")
+    result = finemoe("chat", talker, *FEW, input="\n".join(lines) + "\n")
     assert result.returncode == 0
     said = " ".join(result.stderr.split())
     for words in (
@@ -68,8 +69,8 @@ def test_commands(process: Any, talker: Path, tmp_path: Path) -> None:
     assert saved["sampling"]["temperature"] == 0.5
 
 
-def test_nothing_there(process: Any, tmp_path: Path) -> None:
-    result = process("chat", tmp_path, input="x\n")
+def test_nothing_there(tmp_path: Path) -> None:
+    result = finemoe("chat", tmp_path, input="x\n")
     assert result.returncode == 2
     assert "neither a run" in " ".join(result.stderr.split())
 
@@ -112,19 +113,14 @@ def test_a_thought_that_the_prompt_opens_is_shown_apart(capsys: pytest.CaptureFi
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_what_is_no_text_is_refused_in_a_sentence(tmp_path: Path, chat: bool, errors: str) -> None:
-    import os
-    import sys
-
     run = write_run(tmp_path / "run", chat=chat)
-    command = [sys.executable, "-m", "finemoe", "chat", str(run), *FEW]
-    environment = {**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"}
-    done = subprocess.run(command, input=b"\xff\n", capture_output=True, timeout=60, check=False, env=environment)
-    assert b"UTF-8" in done.stderr or b"not valid Unicode" in done.stderr
-    assert b"Traceback" not in done.stderr
+    done = finemoe("chat", run, *FEW, input=b"\xff\n", errors=errors)
+    assert "UTF-8" in done.stderr or "not valid Unicode" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_an_entry_of_a_table_can_be_set(process: Any, talker: Path) -> None:
-    result = process("chat", talker, *FEW, input="/set logit_bias.10 5\n/set stop_at_end_of_text true\nHello\n")
+def test_an_entry_of_a_table_can_be_set(talker: Path) -> None:
+    result = finemoe("chat", talker, *FEW, input="/set logit_bias.10 5\n/set stop_at_end_of_text true\nHello\n")
     assert result.returncode == 0, result.stderr
     assert "logit_bias = " in result.stderr
 
@@ -146,8 +142,8 @@ def test_a_second_interrupt_of_an_empty_line_ends_and_the_first_says_so(
     assert next(keys) == "never read"
 
 
-def test_a_dense_model_has_no_experts_to_show(process: Any, tmp_path: Path) -> None:
+def test_a_dense_model_has_no_experts_to_show(tmp_path: Path) -> None:
     dense = {"kind": "dense", "ffn_hidden_size": 24}
     run = write_run(tmp_path / "dense", chat=False, feed_forward=dense, leading=None, mtp_depth=0)
-    result = process("chat", run, *FEW, input="Hello\n/experts\n")
+    result = finemoe("chat", run, *FEW, input="Hello\n/experts\n")
     assert "this is a dense model" in result.stderr

@@ -17,6 +17,7 @@ from finemoe.checkpoint.language_model import open_language_model
 from finemoe.checkpoint.open import load_model
 from finemoe.generation import Engine, SamplingConfig
 from finemoe.text import Tokenizer
+from runs.forking import finemoe
 
 FEW = ("--max-new-tokens", "8", "--seed", "5")
 
@@ -27,8 +28,8 @@ def records(result: Any) -> list[dict[str, Any]]:
     return found
 
 
-def test_json_is_all_of_stdout(process: Any, run_directory: Path) -> None:
-    result = process("generate", run_directory, "--prompt", "def main(", *FEW, "--json")
+def test_json_is_all_of_stdout(run_directory: Path) -> None:
+    result = finemoe("generate", run_directory, "--prompt", "def main(", *FEW, "--json")
     assert result.returncode == 0
     (record,) = json.loads(result.stdout)
     assert set(record) == {"prompt", "completion", "finish_reason", "tokens", "logprobs"}

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from runs.forking import finemoe
 from server.talkers import write_run
 
 
@@ -92,9 +93,10 @@ def test_it_serves_logs_nothing_and_lets_answers_end(writer: Path) -> None:
             assert word not in said
 
 
-def test_ctrl_c_stops_it(writer: Path) -> None:
-    with serving(writer) as server:
+def test_everybody_is_let_in_only_with_a_warning_and_ctrl_c_stops_it(writer: Path) -> None:
+    with serving(writer, "--host", "0.0.0.0") as server:
         server.address()
+        assert "give it a key" in " ".join("".join(server.said).split())
         said = server.end(signal.SIGINT)
         assert "Traceback" not in said
         assert server.process.returncode in (0, 130, -signal.SIGINT)
@@ -116,25 +118,16 @@ def test_ctrl_c_stops_it(writer: Path) -> None:
 )
 def test_mistakes_are_told_in_a_sentence(writer: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
     words = [word.format(run=writer, none=tmp_path / "none") for word in arguments]
-    with serving(*words) as server:
-        server.process.wait(60)
-        server.reader.join(10)
-        said = " ".join("".join(server.said).split())
-        assert server.process.returncode == 2
-        assert says in said
-        assert "Traceback" not in said
+    done = finemoe("serve", *words, "--port", "0")
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 2
+    assert says in said
+    assert "Traceback" not in said
 
 
 def test_two_at_one_port(writer: Path) -> None:
     with serving(writer) as first:
         port = first.address().rsplit(":", 1)[1]
-        command = [sys.executable, "-m", "finemoe", "serve", str(writer), "--port", port]
-        second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        second = finemoe("serve", writer, "--port", port)
         assert second.returncode == 2
         assert "choose another --port" in " ".join(second.stderr.split())
-
-
-def test_everybody_is_let_in_only_with_a_warning(writer: Path) -> None:
-    with serving(writer, "--host", "0.0.0.0") as server:
-        server.address()
-        assert "give it a key" in " ".join("".join(server.said).split())

@@ -13,12 +13,13 @@ from checkpoint.huggingface.released_configs import RELEASED
 from finemoe.model.config import expand
 from finemoe.model.presets import GROUPS, PRESETS, resolve
 from finemoe.runs.config import resolve_run
+from runs.forking import finemoe
 
 RECIPE = '[model]\npreset = "tiny-moe"\n[data]\nsequence_length = 128\n[training]\nsteps = 1\n'
 
 
-def test_size_gives_the_figures_by_name(process: Any) -> None:
-    result = process("size", "deepseek-moe-2b", "--seq-len", "2048", "--json")
+def test_size_gives_the_figures_by_name() -> None:
+    result = finemoe("size", "deepseek-moe-2b", "--seq-len", "2048", "--json")
     assert result.returncode == 0
     assert result.stderr == ""
     figures = json.loads(result.stdout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -17,11 +16,7 @@ from finemoe.__main__ import main
 from finemoe.core.config import to_json
 from finemoe.runs.config import resolve_run
 from finemoe.studies import worker
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["finemoe.studies.worker", "finemoe.runs.run", "finemoe.cli.main", "torch._dynamo"]
-)  # the last by any optimizer
+from runs.forking import CONTEXT
 
 
 def write_config(raw: dict[str, Any], path: Path) -> Path:
@@ -56,7 +51,7 @@ def start(config: Path, directory: Path, file_size_limit: int | None = None, syn
     `sync_seconds`: what each sync takes longer, so that a checkpoint is being written for about seven times that.
     """
     arguments = (config, directory, file_size_limit, sync_seconds)
-    process = _CONTEXT.Process(target=_work, args=arguments, daemon=True)
+    process = CONTEXT.Process(target=_work, args=arguments, daemon=True)
     process.start()
     return process
 
@@ -71,7 +66,7 @@ def _command(arguments: list[str], log: Path) -> None:
 
 def start_command(*arguments: str | Path, log: Path) -> BaseProcess:
     """`finemoe ARGUMENTS` in a process, which writes what it says to `log`; its exit code is the command's."""
-    process = _CONTEXT.Process(target=_command, args=([str(one) for one in arguments], log), daemon=True)
+    process = CONTEXT.Process(target=_command, args=([str(one) for one in arguments], log), daemon=True)
     process.start()
     return process
 

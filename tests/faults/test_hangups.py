@@ -45,8 +45,10 @@ def command(corpus: Path, folder: Path, out: Path, **training: object) -> list[s
     "number",
     [
         signal.SIGHUP,
-        signal.SIGXCPU,
-        *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)),
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in (signal.SIGXCPU, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+        ),
     ],
 )
 def test_a_hang_up_or_warning_saves_and_the_run_goes_on(

@@ -17,7 +17,7 @@ from methods.tiny_adaptations import ADAPT, MOVE, begin_all, of_kinds
 from runs.tiny_runs import assert_same_run, checkpoints, steps
 
 STEPS = 12
-_FEW = {("sft", "everything"), ("dpo", "lora"), ("reward", "child"), ("distill", "everything")}
+_FEW = {("sft", "everything"), ("dpo", "lora"), ("distill", "child")}
 PAIRS = [
     pytest.param(method, moving, marks=() if (method, moving) in _FEW else pytest.mark.slow, id=f"{method}-{moving}")
     for method in ADAPT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -20,10 +19,9 @@ from finemoe.checkpoint.storage import store, workspace
 from finemoe.checkpoint.through_import import passage
 from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.files import replacing, write_text
+from runs.forking import CONTEXT
 
 pytest.importorskip("gguf")
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["finemoe.checkpoint.conversion", "torch._dynamo"])
 
 
 @pytest.fixture
@@ -59,7 +57,7 @@ def through_kills(source: Path, out: Path, seed: int) -> int:
     draw = random.Random(seed)
     others = {path.name for path in out.parent.iterdir()}
     for kills in range(200):
-        process = _CONTEXT.Process(target=slowly, args=(source, out, 0.005))
+        process = CONTEXT.Process(target=slowly, args=(source, out, 0.005))
         process.start()
         process.join(draw.uniform(0.02, 0.3) + 0.04 * kills)  # later and later, so that it ends
         if process.is_alive():
@@ -155,7 +153,7 @@ def test_a_killed_writer_of_a_file_leaves_one_place_that_the_next_takes_over(tmp
     path = tmp_path / "results.json"
     write_text(path, "old")
     for _ in range(3):
-        process = _CONTEXT.Process(target=half, args=(path,))
+        process = CONTEXT.Process(target=half, args=(path,))
         process.start()
         wait_for(tmp_path / ".results.json.partial")
         process.kill()
@@ -174,7 +172,7 @@ def many(path: Path, text: str) -> None:
 def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
     path = tmp_path / "file"
     texts = ["a" * 50_000, "b" * 70_000]
-    processes = [_CONTEXT.Process(target=many, args=(path, text)) for text in texts]
+    processes = [CONTEXT.Process(target=many, args=(path, text)) for text in texts]
     for process in processes:
         process.start()
     while any(process.is_alive() for process in processes):

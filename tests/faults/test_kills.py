@@ -33,7 +33,7 @@ def steps_logged(directory: Path) -> int:
     return path.read_bytes().count(b'"kind": "step"') if path.exists() else 0
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_nine_at_random_moments(corpus: Path, unbroken: Path, tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     config = write_config(recipe(corpus, training=TRAINING), tmp_path / "config.json")
@@ -75,7 +75,9 @@ def being_written(directory: Path) -> bool:
     return any((directory / "checkpoints").glob(".writing-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_while_a_checkpoint_is_written_behind_the_run(
     corpus: Path, unbroken: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

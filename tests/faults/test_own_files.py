@@ -32,7 +32,7 @@ from finemoe.studies import compare as compare_module
 from studies.in_process import run_here
 from studies.test_compare import recipe as comparison_recipe
 
-CASES = 300
+CASES = 120
 RAW_WORDS = ("Errno", "Traceback", "pydantic", "validation error", "Input should be", "object has no attribute")
 
 

@@ -240,8 +240,3 @@ def measured(name: str, schedule: str | None) -> dict[str, Any]:
         sums = {name: value.item() for name, value in objective.terms(seen, batch).sums.items()}
         logits = seen.logits(seen(batch.tokens).hidden)
     return {"loss": validation.loss, "load": dict(validation.load), "sums": sums, "logits": logits}
-
-
-def several(work: list[tuple[Any, ...]]) -> list[Any]:
-    """One result for each `(function, *arguments)`: processes are started once."""
-    return [function(*arguments) for function, *arguments in work]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import socket
@@ -23,18 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-# One server serves every test of this process, so this list holds what `faults.processes` wants of it too.
-_CONTEXT.set_forkserver_preload(
-    [
-        "finemoe.studies.worker",
-        "finemoe.runs.run",
-        "torch._dynamo",
-        "torch.distributed.pipelining",
-        "torch.distributed.fsdp",
-        "pytest",
-    ]
-)
+from runs.forking import CONTEXT
 
 
 def run(world_size: int, function: Callable[..., Any], *args: Any, deadline: float = 60, met: bool = True) -> list[Any]:
@@ -54,9 +42,9 @@ def run(world_size: int, function: Callable[..., Any], *args: Any, deadline: flo
         processes: list[BaseProcess] = []
         try:
             for rank in range(world_size):
-                ours, theirs = _CONTEXT.Pipe(duplex=False)
+                ours, theirs = CONTEXT.Pipe(duplex=False)
                 place = (rank, world_size, Path(folder) / "store" if met else free_port, deadline)
-                processes.append(_CONTEXT.Process(target=_work, args=(theirs, work, *place), daemon=True))
+                processes.append(CONTEXT.Process(target=_work, args=(theirs, work, *place), daemon=True))
                 processes[-1].start()
                 theirs.close()
                 ranks[ours] = rank
@@ -68,6 +56,11 @@ def run(world_size: int, function: Callable[..., Any], *args: Any, deadline: flo
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def several(work: list[tuple[Any, ...]]) -> list[Any]:
+    """One result for each `(function, *arguments)`: processes are started once."""
+    return [function(*arguments) for function, *arguments in work]
 
 
 def _gather(ranks: dict[Connection, int], deadline: float) -> dict[int, Any]:

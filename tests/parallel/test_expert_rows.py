@@ -14,9 +14,10 @@ from finemoe.model.moe.decision import RoutingDecision
 from finemoe.parallel.config import Layout
 from finemoe.parallel.expert import AllToAll
 from finemoe.parallel.processes import Processes
+from finemoe.parallel.world import SOLO
 from finemoe.training.balancing import selection_biases
 from oracles.models import decision_of
-from parallel.processes import run
+from parallel.processes import run, several
 from parallel.tiny_layouts import LAYOUTS, Case, trainer
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def all_on_one(layout: Layout, chosen: tuple[int, int]) -> tuple[dict[str, Tenso
 
 @pytest.mark.parametrize("layout", [Layout(shard=2, expert=2), Layout(shard=4, expert=2)], ids=str)
 def test_a_process_without_a_token_takes_part_and_learns_nothing(layout: Layout) -> None:
-    """Complaint 2: zero rows hang, or leave no gradient. Complaint 14: it is said how uneven the rows were."""
+    """Complaints 2 and 14 of distribution: zero rows hang, or leave no gradient; nobody says how uneven rows are."""
     results: list[Any] = run(layout.processes, all_on_one, layout, (0, 1), deadline=20)
     for rank, (gradients, figures) in enumerate(results):
         stacks = {name: one for name, one in gradients.items() if ".experts." in name}
@@ -67,13 +68,14 @@ def dropped() -> list[Tensor]:
 
 
 def test_when_capacity_drops_everything_nobody_waits() -> None:
+    """Complaint 2 of distribution, where no process sends a row."""
     for found in run(2, dropped, deadline=20):
         assert not any(one.any() for one in found)
 
 
-def held(layout: Layout) -> tuple[int, int]:
+def held(layout: Layout | None) -> tuple[int, int]:
     """Bytes of parameters and moments that lie here; those of routed experts alone."""
-    world = Processes(layout, CPU)
+    world = SOLO if layout is None else Processes(layout, CPU)
     one = trainer(Case(torch.float32, steps=1), world)
     one.step(one.micro_batches())
     sizes: dict[str, int] = {}
@@ -85,12 +87,12 @@ def held(layout: Layout) -> tuple[int, int]:
     return sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
 
 
-@pytest.mark.parametrize("name", ["shard 2", "shard 2, experts 2"])
-def test_two_processes_hold_half_each(name: str) -> None:
-    whole, experts = held_alone()
-    for here, routed in run(2, held, LAYOUTS[name]):
-        assert here <= 0.52 * whole
-        assert routed == experts / 2
+def test_two_processes_hold_half_each() -> None:
+    whole, experts = held(None)
+    for found in run(2, several, [(held, LAYOUTS[name]) for name in ("shard 2", "shard 2, experts 2")]):
+        for here, routed in found:
+            assert here <= 0.52 * whole
+            assert routed == experts / 2
 
 
 def resident() -> int:
@@ -112,10 +114,5 @@ def grown() -> float:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account")
 def test_memory_does_not_grow_while_rows_travel() -> None:
-    """Complaint 13: what an all-to-all and recomputation kept for ever."""
+    """Complaint 13 of distribution: what an all-to-all and recomputation kept for ever."""
     assert all(share < 0.02 for share in run(2, grown, deadline=120))
-
-
-def held_alone() -> tuple[int, int]:
-    [found] = run(1, held, Layout())
-    return found  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,14 +12,64 @@ import torch
 from torch import Tensor
 
 from finemoe.parallel.config import Layout
-from finemoe.training.report import StepReport
-from parallel.processes import run
-from parallel.tiny_layouts import LAYOUTS, Case, gradients, trained
+from parallel.processes import run, several
+from parallel.tiny_layouts import LAYOUTS, SEQUENCES, Case, gradients, trained
+
+GATHERED = {**LAYOUTS, "shard 4, experts 4": Layout(shard=4, expert=4)}
+"""Whose gradients are compared."""
+CUTS = {
+    "computed again": (Case(steps=4, recompute=True), Layout(shard=2, expert=2)),
+    "tied": (Case(steps=4, mtp=0, tied=True), Layout(shard=4, expert=2)),
+    "six experts on four": (Case(steps=4, num_experts=6), Layout(shard=4)),
+    "averaged": (Case(steps=4, average=True), Layout(shard=2)),
+}
+"""Other ways through a step; the last is wrong."""
+THREE_AT_ONCE = ("shard 2, context 2, experts 2", "pipeline 2, shard 2, experts 2")
+"""Of what others hold two of; their twenty steps are slow, and their gradients are not."""
+TWENTY = [pytest.param(name, marks=pytest.mark.slow if name in THREE_AT_ONCE else ()) for name in LAYOUTS]
+
+
+def case_of(layout: Layout) -> Case:
+    """Of many steps, each of one or two passes, or as many as there are stages: a V has four.
+
+    Two processes predict several tokens, if a layout can.
+    """
+    stages = 4 if layout.schedule == "dualpipev" else layout.pipeline
+    micro = min(4, SEQUENCES // layout.data // stages)
+    return Case(mtp=int(layout.context == 1 and layout.processes == 2), layers=max(3, stages), micro=micro)
+
+
+def narrow(layout: Layout, kernels: str = "native") -> Case:
+    """Of one step in float32."""
+    return replace(case_of(layout), dtype=torch.float32, kernels=kernels, micro=1, mtp=int(layout.context == 1))
 
 
 @cache
-def alone(case: Case) -> tuple[list[StepReport], dict[str, Tensor]]:
-    return trained(case, None)
+def all_by(processes: int) -> tuple[list[Any], list[Any] | AssertionError]:
+    """Everything that so many processes do, in processes that are started once, whether it goes well or not."""
+    quick = [one for name, one in LAYOUTS.items() if name not in THREE_AT_ONCE]
+    work: list[tuple[Any, ...]] = [(trained, case_of(one), one) for one in quick]
+    work += [(gradients, narrow(one), one) for one in GATHERED.values()]
+    work += [(trained, *cut) for cut in CUTS.values()]
+    work = [one for one in work if one[-1].processes == processes]
+    try:
+        return work, run(processes, several, work, deadline=300)
+    except AssertionError as error:
+        return work, error
+
+
+def together(function: Callable[..., Any], case: Case, layout: Layout) -> list[Any]:
+    """What each rank found."""
+    work, ranks = all_by(layout.processes)
+    if isinstance(ranks, AssertionError):
+        raise ranks
+    return [results[work.index((function, case, layout))] for results in ranks]
+
+
+@cache
+def alone(function: Callable[..., Any], case: Case) -> Any:
+    """In one process, all sequences of a step at once."""
+    return function(replace(case, micro=8), None)
 
 
 def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -28,19 +79,18 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return float((apart / sum(one.double().square().sum() for one in theirs.values())).sqrt())
 
 
-LONG = ("context 2", "shard 2, context 2, experts 2", "pipeline 2, shard 2, experts 2")
-"""Whose gradients alone are compared where time is short."""
-
-
-@pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow) if one in LONG else one for one in LAYOUTS])
+@pytest.mark.parametrize("name", TWENTY)
 def test_twenty_steps_are_those_of_one_process(name: str) -> None:
     """In float64: in float32 one near-tie flips a token, and the sign rule makes a whole step of a bias of it.
 
-    Complaints 10 and 11: balance that grows with stages, a norm without the gradients of others.
+    Complaints 10 and 11 of distribution: balance that grows with stages, a norm without the gradients of others.
     """
-    case = Case(mtp=1 if LAYOUTS[name].context == 1 else 0)
-    expected, weights = alone(case)
-    results: list[Any] = run(LAYOUTS[name].processes, trained, case, LAYOUTS[name])
+    case = case_of(LAYOUTS[name])
+    expected, weights = alone(trained, case)
+    assert len(expected) == 20
+    layout = LAYOUTS[name]
+    by_itself = name in THREE_AT_ONCE
+    results = run(4, trained, case, layout, deadline=300) if by_itself else together(trained, case, layout)
     for reports, _ in results:
         for ours, theirs in zip(reports, expected, strict=True):
             assert ours.loss == pytest.approx(theirs.loss, abs=5e-6)
@@ -53,27 +103,19 @@ def test_twenty_steps_are_those_of_one_process(name: str) -> None:
 
 def test_averaged_gradients_would_be_noticed() -> None:
     """Clip and Adam hide a constant factor, so that the loss looks fine: the norm and the gradients tell."""
-    case = Case(steps=4, average=True)
-    expected, _ = alone(replace(case, average=False))
-    reports, _ = run(2, trained, case, LAYOUTS["shard 2"])[0]
+    case, layout = CUTS["averaged"]
+    expected, _ = alone(trained, replace(case, average=False))
+    reports, _ = together(trained, case, layout)[0]
     assert [one.loss for one in reports] == pytest.approx([one.loss for one in expected], abs=0.05)
     assert reports[0].gradient_norm == pytest.approx(expected[0].gradient_norm / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(Case(steps=6, micro=2, recompute=True), id="two at once, computed again"),
-        pytest.param(Case(steps=6, mtp=0, tied=True), id="tied"),
-        pytest.param(Case(steps=6, num_experts=6, micro=4), id="six experts on four"),
-    ],
-)
-def test_other_cuts_of_a_step_are_the_same_step(case: Case) -> None:
-    """Complaint 7: loads counted twice by recomputation, biases moved once a micro-batch."""
-    layout = Layout(shard=4, expert=2) if case.num_experts == 8 else Layout(shard=4)
-    case = replace(case, micro=min(case.micro, 2))
-    expected, weights = alone(case)
-    reports, found = run(4, trained, case, layout)[0]
+@pytest.mark.parametrize("name", [name for name in CUTS if name != "averaged"])
+def test_other_cuts_of_a_step_are_the_same_step(name: str) -> None:
+    """Complaint 7 of distribution: loads counted twice by recomputation, biases moved once a micro-batch."""
+    case, layout = CUTS[name]
+    expected, weights = alone(trained, replace(case, recompute=False))
+    reports, found = together(trained, case, layout)[0]
     for ours, theirs in zip(reports, expected, strict=True):
         assert ours.loss == pytest.approx(theirs.loss, abs=5e-6)
         assert all(torch.equal(load, theirs.load[layer]) for layer, load in ours.load.items())
@@ -81,13 +123,14 @@ def test_other_cuts_of_a_step_are_the_same_step(case: Case) -> None:
     assert distance(found, weights) < 1e-5
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", GATHERED)
 @pytest.mark.parametrize("kernels", [pytest.param("sorted_slices", marks=pytest.mark.slow), "native"])
 def test_gradients_before_the_clip_are_those_of_one_process(name: str, kernels: str) -> None:
-    """Complaint 1: expert gradients twice too large, or too small by the number of processes."""
-    case = Case(torch.float32, kernels=kernels, mtp=1 if LAYOUTS[name].context == 1 else 0)
+    """Complaint 1 of distribution: expert gradients twice too large, or too small by the number of processes."""
+    layout, case = GATHERED[name], narrow(GATHERED[name], kernels)
     theirs = gradients(case, None)
-    ours = run(LAYOUTS[name].processes, gradients, case, LAYOUTS[name])[0]
+    found = together(gradients, case, layout) if kernels == "native" else run(layout.processes, gradients, case, layout)
+    ours = found[0]
     assert ours.keys() == theirs.keys()
     for key, gradient in theirs.items():
         apart = (ours[key] - gradient).norm() / gradient.norm()

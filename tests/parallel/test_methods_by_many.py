@@ -63,20 +63,32 @@ def apart(ours: Any, theirs: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: {ours!r}, alone {theirs!r}"
 
 
+def raw_of(base: Path, method: str, moving: str) -> dict[str, Any]:
+    return of_kinds(base, method, moving, training={"steps": 2, "checkpoint_every": 2, "evaluate_every": 2})
+
+
+@pytest.fixture(scope="module")
+def alone(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of them by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for method, moving in pairs():
+        running.train(raw_of(base, method, moving), out=folder / f"{method} {moving}", quiet=True)
+    return folder
+
+
 @pytest.mark.parametrize("parallel", [{"replicate": 2, "shard": 1}, {"shard": 2, "expert": 2}], ids=["copies", "cut"])
-def test_methods_by_two_processes_are_those_of_one(base: Path, tmp_path: Path, parallel: dict[str, int]) -> None:
+def test_methods_by_two_processes_are_those_of_one(
+    base: Path, alone: Path, tmp_path: Path, parallel: dict[str, int]
+) -> None:
     raws, folders = [], []
     for method, moving in pairs():
-        raw = of_kinds(base, method, moving, training={"steps": 3, "checkpoint_every": 3})
-        alone = tmp_path / f"{method} {moving} alone"
-        together = merge(raw, {"parallel": parallel})
+        together = merge(raw_of(base, method, moving), {"parallel": parallel})
         if "expert" in parallel and moving not in ("everything", "names"):
             with pytest.raises(ConfigError, match=r"parallel\.replicate = 2 with parallel\.shard = 1 works"):
                 refuse_layout(resolve_run(together, "recipe"), Layout(shard=2, expert=2))
             continue
-        running.train(raw, out=alone, quiet=True)
         raws.append(together)
-        folders.append(alone)
-    run(2, several, raws, [Path(f"{folder}-two") for folder in folders], met=False, deadline=150)
+        folders.append(tmp_path / f"{method} {moving}")
+    run(2, several, raws, folders, met=False, deadline=150)
     for folder in folders:
-        assert list(apart(figures(Path(f"{folder}-two")), figures(folder), folder.name)) == []
+        assert list(apart(figures(folder), figures(alone / folder.name), folder.name)) == []

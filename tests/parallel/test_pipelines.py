@@ -21,12 +21,11 @@ from parallel.pipelines import (
     in_bfloat16,
     measured,
     packed,
-    several,
     sharded,
     trained,
     twice,
 )
-from parallel.processes import run
+from parallel.processes import run, several
 
 SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")
 NAMES = {
@@ -96,6 +95,7 @@ def assert_same_passes(found: Any, wanted: Any) -> None:
 
 @pytest.mark.parametrize(("schedule", "name"), [(schedule, name) for schedule in SCHEDULES for name in NAMES[schedule]])
 def test_a_step_is_that_of_one_process(schedule: str, name: str) -> None:
+    """Complaint 11 of distribution: norms without what lies on other stages, or with tied weights counted twice."""
     wanted = alone(gradients, name, None)
     assert {"cross_entropy", "expert"} <= wanted["passes"].terms.keys()
     assert (wanted["passes"].dropped > 0) == (name == "dropping")

@@ -111,6 +111,7 @@ def test_a_part_cannot_be_taken_for_the_whole() -> None:
     ],
 )
 def test_what_cannot_be_is_refused_with_numbers(layout: Any, name: str, micro_batches: int, words: str) -> None:
+    """Complaint 12 of distribution: fewer micro-batches than stages hang, a V-shaped schedule ends in a KeyError."""
     with pytest.raises(ConfigError, match=words):
         refusals(Layout(**{"pipeline": 2, **layout}), config_of(name), micro_batches)
 

@@ -35,7 +35,7 @@ def done(loss: float = 2.0, norm: float = 1.0, load: int = 3, weight: float = 0.
     ],
 )
 def test_what_is_more_than_rounding(found: Any, agrees: bool) -> None:
-    """Complaint 8: layouts that compute something else, and a curve that looks fine."""
+    """Complaint 8 of distribution: layouts that compute something else, and a curve that looks fine."""
     check = _compared(Layout(shard=2), found, done())
     assert check.agrees is agrees
     assert json.loads(json.dumps(check.to_dict()))["agrees"] is agrees
@@ -55,6 +55,7 @@ def test_layouts_that_fit(corpus: Path) -> None:
 
 @pytest.mark.slow
 def test_a_recipe_is_the_same_run_by_every_layout_of_two(corpus: Path) -> None:
+    """Complaint 8 of distribution, where anybody can ask it of a recipe."""
     told: list[LayoutCheck] = []
     raw = merge(recipe(corpus, "v3", training={}), {"training": {"steps": 50, "tokens_per_step": 64, "threads": 1}})
     found = verify_parallel(raw, processes=2, steps=2, tell=told.append)
@@ -79,7 +80,7 @@ def test_processes_that_cannot_be_shared_out_are_refused_with_numbers_that_can(
 
 
 def test_what_will_not_be_built_is_refused_by_name_and_reason() -> None:
-    """Complaint 9: gradients of experts that are cut inside."""
+    """Complaint 9 of distribution: gradients of experts that are cut inside."""
     with pytest.raises(ValueError, match=r"parallel\.expert_tensor is not built.*use expert"):
         ParallelConfig.model_validate({"expert_tensor": 2})
 

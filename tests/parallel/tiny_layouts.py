@@ -46,8 +46,9 @@ class Case:
 
     dtype: torch.dtype = torch.float64
     steps: int = 20
-    micro: int = 1
-    """Sequences at once on a rank."""
+    layers: int = 3
+    micro: int = 2
+    """Sequences at once on a rank: two processes take two passes a step, four take one."""
     kernels: str = "sorted_slices"
     mtp: int = 1
     tied: bool = False
@@ -81,7 +82,12 @@ def trainer(case: Case, world: Any) -> Trainer:
         balance={"sequence": 0.1},
     )
     config = small_config(
-        num_layers=4, attention=LATENT, feed_forward=table, mtp_depth=case.mtp, tie_embeddings=case.tied, init_std=0.1
+        num_layers=case.layers,
+        attention=LATENT,
+        feed_forward=table,
+        mtp_depth=case.mtp,
+        tie_embeddings=case.tied,
+        init_std=0.1,
     )
     model = build(config, experts=case.kernels, recompute=case.recompute).to(case.dtype)
     method = Method(

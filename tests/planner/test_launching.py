@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 import finemoe
 from finemoe.core.errors import ConfigError
-from finemoe.parallel.planner.launching import Launch, kubernetes, slurm, torchrun
+from finemoe.parallel.planner.launching import Launch, kubernetes, shutdown_seconds, slurm, torchrun
 
 yaml: Any = pytest.importorskip("yaml")
 
@@ -54,6 +55,7 @@ def test_the_line_says_what_was_asked() -> None:
         "--nnodes=3",
         "--nproc-per-node=4",
         "--max-restarts=3",
+        "--shutdown-timeout=300",
         "--rdzv-backend=c10d",
         "--rdzv-endpoint=HEAD:29500",
         "--rdzv-id=RUN",
@@ -92,6 +94,7 @@ def test_a_train_job_of_kubeflow() -> None:
         ({"nodes": 0}, "--nodes 0"),
         ({"gpus_per_node": -1}, "--gpus-per-node -1"),
         ({"restarts": -1}, "--max-restarts -1"),
+        ({"shutdown": 0}, "--shutdown-timeout 0"),
         ({"port": 70000}, "--port 70000"),
         ({"name": "Bad name"}, "--name 'Bad name'"),
         ({"out": "a\nb"}, "--out"),
@@ -101,6 +104,33 @@ def test_a_train_job_of_kubeflow() -> None:
 def test_what_no_file_can_hold_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         Launch(**{"recipe": "a.toml", "nodes": 1, "gpus_per_node": 1, "out": "o", **changes})
+
+
+def test_torchrun_takes_every_option_of_the_line() -> None:
+    from torch.distributed.run import get_args_parser
+
+    words = shlex.split(torchrun(ODD, "HEAD", "RUN"))[1:]
+    found = get_args_parser().parse_args(words)
+    assert found.shutdown_timeout == 300
+    assert found.training_script == "finemoe"
+
+
+def test_the_cluster_waits_longer_than_torchrun_does() -> None:
+    """A checkpoint that is being written when a job's time is over must not be cut short by either."""
+    for seconds in (300, 1000):
+        launch = replace(ODD, shutdown=seconds)
+        script = slurm(launch)
+        assert f"--shutdown-timeout={seconds} " in line_of(script)
+        [lead] = [int(line.partition("@")[2]) for line in script.splitlines() if "--signal=TERM@" in line]
+        assert lead == seconds + 60
+        assert f"terminationGracePeriodSeconds: {seconds + 60}" in kubernetes(launch)
+
+
+def test_the_time_for_saving_follows_from_the_plan() -> None:
+    """A step, a checkpoint at 0.5 GB/s, a minute, and whole minutes of it; five at least."""
+    assert shutdown_seconds(10, 1e9) == 300
+    assert shutdown_seconds(29.0, 12 * 16.4e9) == 540  # 29 + 393.6 + 60
+    assert shutdown_seconds(30, 1e15) == 60_000
 
 
 def test_words_of_the_cluster_are_single_words() -> None:
@@ -118,6 +148,9 @@ def test_a_plan_goes_with_it(tmp_path: Path) -> None:
     assert bash(script).returncode == 0
     assert "on 8 h100, shard 8, expert 2: it fits" in script
     assert "--job-name=finemoe-tiny-run" in script
+    assert "--shutdown-timeout=300 " in script
+    own = finemoe.launch("slurm", recipe, device="h100", overrides=["parallel.expert=2"], shutdown=77, **options)
+    assert "--shutdown-timeout=77 " in own
     assert "h100" not in finemoe.launch("kubernetes", recipe, **options)
     with pytest.raises(ConfigError, match="does not divide"):
         finemoe.launch("slurm", recipe, device="h100", overrides=["parallel.expert=3"], **options)

@@ -119,6 +119,7 @@ def test_state_is_shared_by_all_that_shard() -> None:
 
 
 def test_a_layout_that_does_not_fit_is_refused_with_the_bytes() -> None:
+    """Complaint 16 of distribution: layouts that run out of memory after hours in the queue."""
     made = plan(model_of("deepseek-v3"), Setup(sequences=64, seq_len=4096, shard=64), H800, name="deepseek-v3")
     assert not made.fits
     with pytest.raises(ConfigError) as refused:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
+from finemoe.model.config import expand
+from finemoe.model.presets import resolve
 from finemoe.model.size import measure
 from finemoe.parallel.planner.calibration import CONSTANTS, errors_of, fit, judge, predicted_rate, setup_of
 from finemoe.parallel.planner.devices import DEVICES, find_device
-from finemoe.parallel.planner.flops import training_flops
+from finemoe.parallel.planner.flops import block_flops, products_of, training_flops
 from finemoe.parallel.planner.memory import peak_memory
 from finemoe.parallel.planner.plan import published_beside, v3_run
 from finemoe.parallel.planner.published import (
@@ -24,6 +26,7 @@ from finemoe.parallel.planner.published import (
     model_of,
 )
 from finemoe.parallel.planner.setup import Setup
+from finemoe.parallel.planner.step_time import step_time
 
 GIB = 1 << 30
 
@@ -56,6 +59,33 @@ def test_memory_is_that_of_five_published_runs_from_one_of_them(devices: int, gi
     assert planned(devices, beside) == pytest.approx(gib, rel=0.03)
 
 
+@pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3-16b", "qwen3-30b-a3b", "llama3-8b"])
+def test_what_products_read_is_of_the_products_that_are_counted(name: str) -> None:
+    """Sides of products, multiplied, are the weights that FLOPs are counted by: six for each."""
+    config = model_of(name)
+    for block in config.blocks:
+        sides = products_of(block, config.hidden_size)
+        assert 6 * sum(one * other for one, other in sides) == block_flops(block, config.hidden_size, 4096).products
+
+
+def test_small_products_pay_for_what_they_read() -> None:
+    """The same FLOPs and numbers kept in narrow experts and in wide ones: the narrow take longer."""
+    device, setup = find_device("h100"), Setup(sequences=1, seq_len=4096)
+
+    def seconds(experts: int, chosen: int, width: int, operands: float) -> float:
+        routed = {"num_routed_experts": experts, "experts_per_token": chosen, "expert_hidden_size": width}
+        layer = {"kind": "moe", "num_shared_experts": 0, "router": {"kind": "softmax_topk"}, **routed}
+        table = {"preset": "tiny-moe", "num_layers": 4, "vocab_size": 300, "hidden_size": 1024, "feed_forward": layer}
+        config = expand(resolve(table, "test"))
+        assert len(config.moe_layers) == 4
+        took = step_time(config, setup, device, replace(CONSTANTS["hopper"], operands=operands))
+        return took.memory
+
+    narrow, wide = ([seconds(*shape, operands) for operands in (0.0, 1.0)] for shape in ((64, 8, 128), (8, 1, 1024)))
+    rows = 3 * 4096 * (8 - 1) * 2 * 1024 * 4  # in and out of the seven further experts, three times, four layers
+    assert (narrow[1] - narrow[0]) - (wide[1] - wide[0]) == pytest.approx(2 * rows / device.bandwidth)
+
+
 def test_who_fits_and_who_judges_follows_from_the_order() -> None:
     assert POINTS[::2] == FITTED
     assert set(FITTED) | set(JUDGED) == set(POINTS)
@@ -71,14 +101,14 @@ def test_the_constants_are_what_the_fit_finds() -> None:
 
 
 def test_times_that_were_not_fitted_on() -> None:
-    """Median over all judged runs below 20 %; worst told. On Hopper the 12 % that we set out for are not reached."""
+    """Median over all judged runs below 20 %, and 12 % by family of devices; the worst is told."""
     judged, beside = judge(JUDGED), judge(BESIDE)
     assert judged.median < 0.2
     assert beside.median < 0.12
-    assert errors_of("hopper").median < 0.16
-    assert errors_of("blackwell").median < 0.13
+    assert errors_of("hopper").median < 0.12
+    assert errors_of("blackwell").median < 0.12
     assert judged.worst_point == "qwen3-30b-a3b on 16 H100, FP8 (25.11)"
-    assert judged.worst == pytest.approx(1.32, abs=0.02)
+    assert judged.worst == pytest.approx(1.23, abs=0.02)
 
 
 @pytest.mark.parametrize("family", ["hopper", "blackwell"])

@@ -123,6 +123,7 @@ def test_parameters_of_pieces_are_those_of_the_model() -> None:
 
 
 def test_uneven_experts_lengthen_rows_and_what_they_keep() -> None:
+    """Complaint 14 of distribution: what fits with even experts runs out of memory with uneven ones."""
     config = model_of("qwen3-30b-a3b")
     setup = Setup(sequences=8, seq_len=4096, shard=8, expert=8)
     even, uneven = peak_memory(config, setup), peak_memory(config, setup, 1.0)

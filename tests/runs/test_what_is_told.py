@@ -50,7 +50,7 @@ def test_an_interrupt_before_there_is_a_folder_promises_none(
 
 
 def test_a_process_that_receives_most_rows_for_long_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    """Complaint 14: memory runs out, or all wait, and nobody knew that the experts of one process had it all."""
+    """Complaint 14 of distribution: memory runs out, or all wait, and nobody knew that one process had all the rows."""
     warn = Warn(Watch({}, 100, Knobs(0.1, None)), lambda record: None)
     for step, rows in enumerate([3.0] * 9 + [1.5] + [2.5] * 20, 1):
         figures = {ROWS_FIGURE: rows}

@@ -7,10 +7,11 @@ asks here and need not know which.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from finemoe.checkpoint.gguf import opening as gguf
 from finemoe.checkpoint.huggingface.accounting import our_dtype
@@ -19,9 +20,10 @@ from finemoe.checkpoint.huggingface.importing import Source, open_source
 from finemoe.checkpoint.kinds import CONFIG, STATE, kind_of
 from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.run_state import state as run_state
+from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
-from finemoe.checkpoint.weights.build import Part, build
-from finemoe.checkpoint.weights.imported import Imported, read_imported
+from finemoe.checkpoint.weights.build import Part, build, fitting_shapes, one_by_one
+from finemoe.checkpoint.weights.imported import read_imported
 from finemoe.core.errors import CheckpointError, named
 from finemoe.core.logs import logger
 from finemoe.model.config import Kernels, ModelConfig
@@ -48,19 +50,41 @@ def load_model(
     kind = kind_of(path)
     if kind == "run":
         return run_state.load_model(path, kernels, dtype=dtype)
+    config, stored, parts = _parts_of(path, kind)
+    return build(config, kernels, stored, parts, dtype)
+
+
+def load_tensors(path: str | os.PathLike[str]) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
+    """The model at `path` as `load_model` would fill it, in float32, one whole tensor after the other.
+
+    Raises:
+        CheckpointError: as `load_model`, some of it only when a tensor's turn comes.
+    """
+    path = Path(path)
+    config, stored, parts = _parts_of(path, kind_of(path))
+    return config, one_by_one(fitting_shapes(config, stored), stored, parts, torch.float32)
+
+
+def _parts_of(path: Path, kind: str) -> tuple[ModelConfig, Mapping[str, torch.dtype], Iterator[Part]]:
+    """What is stored there: of what model, in which types, and every part of it when its turn comes."""
     if kind == "gguf":
-        return gguf.load_gguf(path, kernels, dtype=dtype)
-    if kind == "imported":
-        imported = read_imported(path)
-        stored = {name: info.dtype for name, info in imported.tensors.tensors.items()}
-        return build(imported.config, kernels, stored, _imported_parts(imported), dtype)
+        file = gguf.open_gguf(path)
+        _warn(file.warnings)
+        return file.config, file.dtypes(), file.parts()
+    if kind in ("run", "imported"):
+        if kind == "run":
+            config, tensors = run_state.open_weights(path)
+        else:
+            imported = read_imported(path)
+            config, tensors = imported.config, imported.tensors
+        return config, {name: info.dtype for name, info in tensors.tensors.items()}, _own_parts(tensors)
     source = open_source(path)
     _warn(source.warnings)
-    stored = {}
+    stored: dict[str, torch.dtype] = {}
     for name, placement in source.account.loaded.items():
         found = our_dtype(source.tensors.info(name).dtype)
         stored[placement.ours] = torch.promote_types(stored.get(placement.ours, found), found)
-    return build(source.config, kernels, stored, _foreign_parts(source), dtype)
+    return source.config, stored, _foreign_parts(source)
 
 
 def _warn(warnings: Sequence[str]) -> None:
@@ -68,9 +92,9 @@ def _warn(warnings: Sequence[str]) -> None:
         logger.warning("%s", text)
 
 
-def _imported_parts(imported: Imported) -> Iterator[Part]:
-    for name in imported.tensors.tensors:
-        yield name, (), imported.tensors.read(name)
+def _own_parts(tensors: TensorFolder) -> Iterator[Part]:
+    for name in tensors.tensors:
+        yield name, (), tensors.read(name)
 
 
 def _foreign_parts(source: Source) -> Iterator[Part]:

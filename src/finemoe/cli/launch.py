@@ -24,6 +24,14 @@ _Device = Annotated[
 _Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Of the run; repeatable.")]
 _Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Of the job; default: the recipe's.")]
 _Restarts = Annotated[int, typer.Option("--max-restarts", metavar="N", help="Of all processes, before it fails.")]
+_Shutdown = Annotated[
+    int | None,
+    typer.Option(
+        "--shutdown-timeout",
+        metavar="SECONDS",
+        help="To save in, once told to stop; default: 300, or more where --device's plan says so.",
+    ),
+]
 
 
 @launch.command()
@@ -36,6 +44,7 @@ def slurm(
     overrides: _Set = None,
     name: _Name = None,
     max_restarts: _Restarts = 3,
+    shutdown_timeout: _Shutdown = None,
     partition: Annotated[str | None, typer.Option("--partition", metavar="P", help="Of the cluster.")] = None,
     time: Annotated[str | None, typer.Option("--time", metavar="T", help="Longest, as 24:00:00.")] = None,
 ) -> None:
@@ -54,7 +63,7 @@ def slurm(
 
     text = written(
         "slurm", recipe, nodes=nodes, gpus_per_node=gpus_per_node, out=out, device=device, overrides=overrides or (),
-        name=name, restarts=max_restarts, partition=partition, time=time,
+        name=name, restarts=max_restarts, shutdown=shutdown_timeout, partition=partition, time=time,
     )  # fmt: skip
     typer.echo(text, nl=False)
 
@@ -69,6 +78,7 @@ def kubernetes(
     overrides: _Set = None,
     name: _Name = None,
     max_restarts: _Restarts = 3,
+    shutdown_timeout: _Shutdown = None,
     image: Annotated[str, typer.Option("--image", metavar="I", help="With finemoe in it.")] = "finemoe:latest",
     claim: Annotated[str, typer.Option("--claim", metavar="C", help="Volume claim, mounted at /data.")] = "finemoe",
 ) -> None:
@@ -87,6 +97,7 @@ def kubernetes(
 
     text = written(
         "kubernetes", recipe, nodes=nodes, gpus_per_node=gpus_per_node, out=out, device=device,
-        overrides=overrides or (), name=name, restarts=max_restarts, image=image, claim=claim,
+        overrides=overrides or (), name=name, restarts=max_restarts, shutdown=shutdown_timeout, image=image,
+        claim=claim,
     )  # fmt: skip
     typer.echo(text, nl=False)

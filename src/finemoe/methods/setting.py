@@ -53,9 +53,8 @@ class MethodConfig(Config):
         """Whether the parameter of that name is trained, if the choice of what may move lets it."""
         return True
 
-    @property
-    def kept(self) -> tuple[Kept, ...]:
-        """What is held beside the model as long as the run goes; read from files where it depends on them.
+    def kept(self, weights: int) -> tuple[Kept, ...]:
+        """What is held beside the model, whose `weights` take so many bytes, as long as the run goes.
 
         Raises:
             CheckpointError, ConfigError: they hold no model.

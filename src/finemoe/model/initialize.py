@@ -15,7 +15,12 @@ from finemoe.model.transformer import Transformer
 
 
 @torch.no_grad()
-def initialize(model: Transformer, seed: int, token_frequencies: Callable[[], Tensor] | None = None) -> None:
+def initialize(
+    model: Transformer,
+    seed: int,
+    token_frequencies: Callable[[], Tensor] | None = None,
+    put: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+) -> None:
     """Draw every weight from a normal of `config.init_std`, norms at 1, selection biases at 0, hash tables by rule.
 
     Each tensor has a random stream of its own name: models that share a tensor's name and shape share its first value,
@@ -25,6 +30,7 @@ def initialize(model: Transformer, seed: int, token_frequencies: Callable[[], Te
         model: any fresh model.
         seed: of the run.
         token_frequencies: gives [vocab] counts of the training text; called for balanced hash tables only.
+        put: copies what was drawn, a whole tensor at a time, into a parameter that may be a piece of it.
     """
     for name, module in model.named_modules():
         if isinstance(module, MoELayer):
@@ -39,4 +45,4 @@ def initialize(model: Transformer, seed: int, token_frequencies: Callable[[], Te
                 drawn = torch.empty(parameter.shape).normal_(
                     0.0, model.config.init_std, generator=generator(seed, "init", key)
                 )
-                parameter.copy_(drawn)
+                put(parameter, drawn)

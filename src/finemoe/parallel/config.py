@@ -49,6 +49,11 @@ class ParallelConfig(Config):
                     raise ValueError(f"parallel.{name} is not built, and is not meant to be: {reason}")
         return raw
 
+    @property
+    def least(self) -> int:
+        """How many processes it takes, where `shard` is as many as it says."""
+        return self.pipeline * self.replicate * (self.shard or 1) * self.context
+
     def layout(self, processes: int) -> Layout:
         """What `processes` come to.
 

@@ -14,7 +14,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from finemoe.core.errors import RunError
 from finemoe.parallel.seat import Seat
-from finemoe.parallel.signs import in_words
+from finemoe.parallel.world import in_words
 
 
 def join(seat: Seat, device: torch.device, timeout: float) -> Store:

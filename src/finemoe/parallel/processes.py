@@ -22,10 +22,10 @@ from finemoe.parallel.context import Pieces
 from finemoe.parallel.passes import Execute, OneAfterAnother
 from finemoe.parallel.pipeline import Pipeline
 from finemoe.parallel.relay import Relay
-from finemoe.parallel.shard import put, settle, spread, whole
-from finemoe.parallel.signs import SILENT, SignsOfLife, in_words
+from finemoe.parallel.shard import put, rows, settle, spread, whole
+from finemoe.parallel.signs import SILENT, SignsOfLife
 from finemoe.parallel.stages import Cut, keep_only
-from finemoe.parallel.world import ROWS_FIGURE
+from finemoe.parallel.world import ROWS_FIGURE, Parts, in_words
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -67,6 +67,7 @@ class Processes:
         self._pipeline: Pipeline | None = None
         self.share, self.shares = replicate * layout.shard + fsdp // layout.context, layout.data
         self.piece, self.pieces = fsdp % layout.context, layout.context
+        self._timeout = None if timeout is None else timedelta(seconds=timeout)
         self._context: Pieces | None = None
         self._within: DeviceMesh | None = None
         if layout.context > 1:
@@ -74,10 +75,10 @@ class Processes:
             names = ("pipeline", "replicate", "shard", "context")
             self._within = init_device_mesh(device.type, shape, mesh_dim_names=names)
             self._context = Pieces(self._within["context"].get_group(), self.piece, self.pieces)
-        if timeout is not None:  # torch gives it to the default group alone
+        if self._timeout is not None:  # torch gives it to the default group alone
             for mesh in {id(one): one for one in (self.dense, self.routed, self._within) if one is not None}.values():
                 for group in mesh.get_all_groups():
-                    _set_pg_timeout(timedelta(seconds=timeout), group)
+                    _set_pg_timeout(self._timeout, group)
         self._alive = SignsOfLife(store, self.rank, self.size)
 
     @property
@@ -165,9 +166,17 @@ class Processes:
         """Of a DTensor, what lies here."""
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-    def put(self, target: Tensor, whole: Tensor) -> None:
+    def first_row(self, tensor: Tensor) -> int:
+        """Of a DTensor, which is cut by rows."""
+        return int(rows(tensor).start) if isinstance(tensor, DTensor) else 0
+
+    def put(self, target: Tensor, whole: Parts) -> None:
         """No process has to ask another: each cuts its piece out."""
         put(target, whole)
+
+    def apart(self) -> dist.ProcessGroup:
+        """Collectives of a thread never stand between those of training: they have connections of their own."""
+        return dist.new_group(backend="gloo", timeout=self._timeout)
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One after the other, so that no rank but the first holds more than one whole tensor; stages in order.

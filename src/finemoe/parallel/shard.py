@@ -16,6 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from finemoe.model.transformer import Transformer
 from finemoe.parallel.config import Layout
 from finemoe.parallel.expert import AllToAll, DistributedExperts
+from finemoe.parallel.world import Parts, require_shape
 
 # Gathering a tensor that is cut twice takes two collectives, of which torch would warn at every checkpoint.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -74,37 +75,38 @@ def _data(mesh: DeviceMesh, cut: str, copies: int) -> DeviceMesh:
 
 
 @torch.no_grad()
-def put(target: Tensor, whole: Tensor) -> None:
+def put(target: Tensor, whole: Parts) -> None:
     """Copy `whole`, or this process's piece of it, into `target`; nobody else is asked.
 
     Raises:
         ValueError: the shapes differ.
     """
-    if target.shape != whole.shape:
-        raise ValueError(f"shape {tuple(whole.shape)} does not go into {tuple(target.shape)}")
+    require_shape(target, whole)
     if isinstance(target, DTensor):
-        target.to_local().copy_(piece(whole, target))
+        target.to_local().copy_(whole[rows(target)])
     else:
-        target.copy_(whole)
+        target.copy_(whole[...])
 
 
-def piece(whole: Tensor, like: DTensor) -> Tensor:
-    """What lies here of a tensor that is cut as `like` is.
+def rows(tensor: DTensor) -> slice:
+    """Which rows of the whole tensor lie here; everything that is cut is cut by rows.
 
     Cuts in the order in which they were made: experts first whole over processes, then FSDP's, which a strided shard
     says.
     """
-    mesh = like.device_mesh
+    mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None  # every process of a run is in its meshes
-    cuts = [(at, one) for at, one in enumerate(like.placements) if not isinstance(one, Replicate)]
+    cuts = [(at, one) for at, one in enumerate(tensor.placements) if not isinstance(one, Replicate)]
     cuts.sort(key=lambda cut: isinstance(cut[1], _StridedShard))
+    first, count = 0, tensor.shape[0]
     for at, placement in cuts:
         assert isinstance(placement, Shard | _StridedShard)
-        pieces = torch.chunk(whole, mesh.size(at), dim=placement.dim)
-        mine = coordinate[at]
-        whole = pieces[mine] if mine < len(pieces) else whole.narrow(placement.dim, 0, 0)
-    return whole
+        assert placement.dim == 0
+        each = -(-count // mesh.size(at))  # as torch.chunk does: the last ones may get less, or nothing
+        skipped = min(each * coordinate[at], count)
+        first, count = first + skipped, min(each, count - skipped)
+    return slice(first, first + count)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from typing import final
 
 import torch.distributed as dist
@@ -68,8 +67,3 @@ class SignsOfLife:
                 self._say(store)
             except (RuntimeError, dist.DistError):
                 return
-
-
-def in_words(ranks: Sequence[int]) -> str:
-    """`rank 1`, `ranks 2, 3`."""
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"

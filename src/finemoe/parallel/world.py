@@ -7,7 +7,8 @@ answer is the question, so that a run alone computes to the bit what it would wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import EllipsisType
 from typing import Any, Protocol, TypeVar, final
 
 import torch
@@ -22,6 +23,34 @@ ROWS_FIGURE = "expert_rows_max_over_mean"
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+
+
+class Parts(Protocol):
+    """A whole tensor, here or in files, of which parts are read. Every Tensor is one."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its elements."""
+        ...
+
+    def __getitem__(self, index: slice | EllipsisType, /) -> Tensor:
+        """Some of its rows; all of it with `...`."""
+        ...
+
+
+def require_shape(target: Tensor, whole: Parts) -> None:
+    """Check that `whole` goes into `target`.
+
+    Raises:
+        ValueError: it is of another shape.
+    """
+    if target.shape != whole.shape:
+        raise ValueError(f"shape {tuple(whole.shape)} does not go into {tuple(target.shape)}")
 
 
 class World(Protocol):
@@ -107,8 +136,23 @@ class World(Protocol):
         """The piece of a tensor that lies here, which is the tensor itself where it was not cut."""
         ...
 
-    def put(self, target: Tensor, whole: Tensor) -> None:
-        """Copy a whole tensor, or the piece of it that lies here, into one of the same whole shape."""
+    def first_row(self, tensor: Tensor) -> int:
+        """The row of the whole tensor that the piece which lies here begins with; 0 where it was not cut."""
+        ...
+
+    def put(self, target: Tensor, whole: Parts) -> None:
+        """Copy a whole tensor, or the piece of it that lies here, into one of the same whole shape.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        ...
+
+    def apart(self) -> Any:
+        """A new group of all processes, over the CPU, for a thread that meets the others beside training; or None.
+
+        Where a process is alone, it has nobody to meet.
+        """
         ...
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -177,8 +221,16 @@ class _Solo:
     def local(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def put(self, target: Tensor, whole: Tensor) -> None:
-        target.copy_(whole)
+    def first_row(self, tensor: Tensor) -> int:
+        return 0
+
+    @torch.no_grad()
+    def put(self, target: Tensor, whole: Parts) -> None:
+        require_shape(target, whole)
+        target.copy_(whole[...])
+
+    def apart(self) -> None:
+        return None
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)
@@ -200,3 +252,8 @@ class _Solo:
 
 
 SOLO: World = _Solo()
+
+
+def in_words(ranks: Sequence[int]) -> str:
+    """`rank 1`, `ranks 2, 3`."""
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"

@@ -20,7 +20,7 @@ _TO_COME = ("schedule", "optimizer", "kernels", "balancing", "mtp", "parallel")
 """Tables that say what the next steps do, and nothing of the steps that were."""
 _TO_COME_OF_TRAINING = (
     "tokens", "steps", "micro_batch_tokens", "evaluate_every", "checkpoint_every", "checkpoint_minutes",
-    "keep_checkpoints", "device", "precision", "trackers", "memory_check",
+    "checkpoint_format", "keep_checkpoints", "device", "precision", "trackers", "memory_check",
 )  # fmt: skip
 """Not the threads: sums are cut by them, and a run keeps the number it had."""
 

@@ -63,6 +63,9 @@ class TrainingConfig(Config):
     result."""
     keep_checkpoints: PositiveInt = 3
     """[checkpoints] The newest ones; older ones are deleted."""
+    checkpoint_format: Literal["whole", "sharded"] = "whole"
+    """whole: the first process writes tensors in one file. sharded: each process writes what it holds, for models that
+    no process can hold; everything opens both, and a run goes on with either."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute. auto: CUDA, else MPS, else the CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

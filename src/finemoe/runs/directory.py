@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -101,9 +102,9 @@ def cut_metrics(directory: Path, step: int) -> None:
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def cut_lines(path: Path, step: int) -> None:
-    """Drop the lines of steps that will be run again from a file that a method writes, and damaged ones."""
-    if not path.exists():
-        return
-    records = [one for one in read_json_lines(path, on_damage=lambda _: None) if one.get("step", 0) <= step]
-    write_text(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
+def cut_lines(directory: Path, names: Iterable[str], step: int) -> None:
+    """Drop the lines of steps that will be run again from files that a method writes, and damaged ones."""
+    for path in (directory / name for name in names):
+        if path.exists():
+            records = [one for one in read_json_lines(path, on_damage=lambda _: None) if one.get("step", 0) <= step]
+            write_text(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))

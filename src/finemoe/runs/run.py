@@ -16,21 +16,18 @@ from typing import Any
 
 import torch
 
-from finemoe.checkpoint.open import load_model
 from finemoe.checkpoint.run_state.state import RunState, checkpoint_folders
 from finemoe.core import memory
 from finemoe.core.errors import ConfigError, RunError, TrainingError
 from finemoe.core.files import sole_writer, write_text
 from finemoe.core.logs import logger
 from finemoe.core.seeds import derive
-from finemoe.data.batch import Batch
-from finemoe.model.config import Kernels, can_begin_with
-from finemoe.model.initialize import initialize
+from finemoe.model.config import Kernels
 from finemoe.model.size import measure
-from finemoe.model.transformer import Transformer
 from finemoe.parallel.meeting import meet
 from finemoe.parallel.seat import seat
 from finemoe.parallel.world import SOLO, World
+from finemoe.runs.beginning import first_model, newest_state, refuse_other_data, require_agreement
 from finemoe.runs.calibration import Chosen
 from finemoe.runs.changes import say_length, with_changes, write_changes
 from finemoe.runs.config import RunConfig, read_config, read_recipe, resolve_run
@@ -38,7 +35,6 @@ from finemoe.runs.directory import cut_lines, cut_metrics, describe, holds_run, 
 from finemoe.runs.kernels import kernels_for
 from finemoe.runs.observers import Evaluate, Log, Show, Warn, Write
 from finemoe.runs.result import Run
-from finemoe.runs.resuming import newest_state, refuse_other_data, require_agreement
 from finemoe.runs.saving import Save, restore
 from finemoe.runs.start import (
     announce,
@@ -54,9 +50,9 @@ from finemoe.runs.trackers import open_tracker, require_tracker
 from finemoe.training.alerts import Knobs, Watch, routed_layers
 from finemoe.training.balancing import has_selection_bias
 from finemoe.training.directory import read_metrics, require_run, summary_if_whole
-from finemoe.training.method import Measured, Method, TrainingData
+from finemoe.training.method import Measured, Method
 from finemoe.training.report import recent_loss
-from finemoe.training.stopping import REPEATED, StopOnSignal
+from finemoe.training.stopping import StopOnSignal, repeated
 from finemoe.training.trainer import Observer, Plan, Trainer
 
 
@@ -191,7 +187,7 @@ def _go_on(directory: Path, changed: RunConfig | None, quiet: bool, world: World
 def _resume(directory: Path, before: RunConfig, config: RunConfig, quiet: bool, world: World) -> Run:
     method = world.in_turn(lambda: build_method(config))
     world.first(lambda: refuse_other_data(directory, method.data.report))
-    saved = world.in_turn(lambda: newest_state(directory, before))
+    saved = newest_state(directory, before, world)
     if config != before:
         done = saved.state["step"] if saved is not None else 0
         world.first(lambda: write_changes(directory, before, config, done))
@@ -215,10 +211,10 @@ def _run(
     require_agreement(trainer, config, directory)
     metrics = directory / "metrics.jsonl"
     world.first(lambda: cut_metrics(directory, trainer.state.step))
-    for name in method.writes:
-        cut_lines(directory / name, trainer.state.step)
+    world.first(lambda: cut_lines(directory, method.writes, trainer.state.step))
     # A closed terminal, and a limit, say so more than once: that is not to end what the first one made it save.
-    with StopOnSignal(trainer.request_stop, REPEATED), ExitStack() as held:
+    several = repeated(world.size)
+    with StopOnSignal(trainer.request_stop, several, repeated=several), ExitStack() as held:
         held.callback(method.close)
         if world.rank:
             save = held.enter_context(Save(config, directory, None, world))
@@ -275,7 +271,8 @@ def _trainer(
     """The trainer where the run stands."""
     memory.keep_freed_pages()
     device, bf16 = resolve_device(config.training)
-    model = _first_model(config, method.data, kernels, begins=saved is None or method.keeps_base)
+    starts = saved is None or method.keeps_base
+    model, fill = first_model(config, method, kernels, starts=starts, world=world, device=device)
     torch.manual_seed(derive(config.seed, "torch"))  # for whatever draws from the default generator during training
     plan = Plan(
         total_steps=config.training.total_steps,
@@ -284,8 +281,9 @@ def _trainer(
         device=device,
         bf16=bf16,
     )
-    begins = saved is None
-    trainer = Trainer(model.to(device), method, config.optimizer, config.schedule, plan, world=world, begins=begins)
+    trainer = Trainer(
+        model, method, config.optimizer, config.schedule, plan, world=world, begins=saved is None, fill=fill
+    )
     if saved is not None:
         restore(trainer, saved, directory)
     return trainer
@@ -306,7 +304,9 @@ def _train(trainer: Trainer, save: Save, directory: Path) -> bool:
             save.save(trainer)
         report = {"step": trainer.state.step + 1, "position": trainer.state.position, "message": str(error)}
         trainer.world.first(lambda: write_text(directory / "failure.json", json.dumps(report, indent=2)))
-        raise TrainingError(f"{error} {_what_is_saved(trainer, directory)}") from error
+        saved = TrainingError(f"{error} {trainer.world.first(lambda: _what_is_saved(trainer, directory))}")
+        saved.everywhere = error.everywhere
+        raise saved from error
     finished = trainer.state.step >= trainer.plan.total_steps
     if not finished:
         save.save(trainer)
@@ -319,32 +319,6 @@ def _what_is_saved(trainer: Trainer, directory: Path) -> str:
     if not checkpoint_folders(directory / "checkpoints"):
         return "Nothing was saved before it."
     return f"What was saved last is in {directory}."
-
-
-def _first_model(config: RunConfig, data: TrainingData[Batch], kernels: Kernels, *, begins: bool) -> Transformer:
-    """The model a run begins with: drawn from the seed, or opened; weights that a checkpoint will replace are drawn.
-
-    Raises:
-        RunError: `start_from` holds another model than this run began with.
-    """
-    if config.start_from is not None and begins:
-        opened = load_model(config.start_from)
-        if not can_begin_with(config.model, opened.config):
-            raise RunError(f"{config.start_from} does not hold the model of this run's config.json any more")
-        with torch.device("meta"):
-            model = Transformer(config.model, kernels)
-        wanted = model.state_dict().keys()
-        model.load_state_dict({name: one for name, one in opened.state_dict().items() if name in wanted}, assign=True)
-        return model
-    model = Transformer(config.model, kernels)
-
-    def frequencies() -> torch.Tensor:
-        counts = torch.zeros(config.model.vocab_size, dtype=torch.int64)
-        counts[: data.tokenizer.vocab_size] = data.token_frequencies()
-        return counts
-
-    initialize(model, config.seed, frequencies)
-    return model
 
 
 def evaluate_every(config: RunConfig) -> int:

@@ -15,8 +15,10 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor
 
+from finemoe.checkpoint.run_state.filed import Filed, FiledTensors, unread
 from finemoe.checkpoint.run_state.snapshot import NoRoomError, Snapshot
 from finemoe.checkpoint.run_state.state import RunState, load_weights, save
+from finemoe.checkpoint.storage.pieces import Place
 from finemoe.checkpoint.storage.streaming import AbandonedError
 from finemoe.core.config import to_json
 from finemoe.core.errors import CheckpointError, RunError
@@ -36,11 +38,10 @@ class _Writing:
     """A checkpoint that the thread writes."""
 
     step: int
-    nbytes: int
     stall: float
     """Seconds that training has stood still for it."""
-    seconds: Future[float]
-    """That writing took."""
+    written: Future[tuple[float, int]]
+    """Seconds that it took, and bytes."""
 
 
 @final
@@ -61,9 +62,13 @@ class Save:
     ) -> None:
         """Save into `directory`; `clock` gives seconds, and tests give their own.
 
-        Of several processes the first writes, and has the log; the others give it what lies with them.
+        Of several processes the first has the log. It writes alone, and the others give it what lies with them; or, if
+        the configuration says "sharded", all write at once, and meet in a group of their own.
         """
         self._world = world
+        self._sharded = config.training.checkpoint_format == "sharded"
+        self._group = world.apart() if self._sharded else None
+        self._writes = log is not None or self._sharded
         self._config = config
         self._clock = clock
         self._begun = clock()
@@ -82,12 +87,17 @@ class Save:
         Raises:
             RunError: the disk is full or unwritable, now or since the last checkpoint was begun.
         """
-        if self._writing is not None and self._writing.seconds.done():
+        if self._writing is not None and self._is_written(self._writing):
             self._finish()
         if report.step == trainer.plan.total_steps:
             self.save(trainer)
         elif trainer.world.any(self._is_time(report.step)):
             self._save_behind(trainer)
+
+    def _is_written(self, writing: _Writing) -> bool:
+        """Where all write, by all of them: what failed is then an error of the same step everywhere."""
+        done = writing.written.done()
+        return not self._world.any(not done) if self._sharded else done
 
     def _is_time(self, step: int) -> bool:
         """By the count of steps, or by the clock since the last checkpoint was begun."""
@@ -108,11 +118,11 @@ class Save:
             return
         self._begun = self._clock()
         state = state_of(trainer, self._config)
-        if self._log is None:
+        if not self._writes:
             self._saved = trainer.state.step
             return
-        seconds = self._write(trainer.state.step, state)
-        self._note(trainer.state.step, _nbytes(state), time.perf_counter() - started, seconds, behind=False)
+        seconds, nbytes = self._write(trainer.state.step, state)
+        self._note(trainer.state.step, nbytes, time.perf_counter() - started, seconds, behind=False)
 
     def wait(self) -> None:
         """Wait until what the thread is writing is there.
@@ -140,7 +150,7 @@ class Save:
             self._finish()
         except AbandonedError:
             pass
-        except RunError as late:
+        except (RunError, RuntimeError) as late:  # of our own, or of a process that went away
             if error is None:
                 raise
             logger.error("%s", late)
@@ -152,20 +162,28 @@ class Save:
         self._begun = self._clock()
         started = time.perf_counter()
         state = state_of(trainer, self._config)
-        if self._log is None:
+        if not self._writes:
             self._saved = trainer.state.step
             return
-        try:
-            copy = state if self._world.size > 1 else self._snapshot.take(state)  # what was gathered is a copy
-        except NoRoomError as error:
-            if self._room:
-                logger.warning("training stands still while checkpoints are written: a copy of one takes %s", error)
-            self._room = False
+        gathered = self._world.size > 1 and not self._sharded
+        copy = state if gathered else self._copied(state)  # what was gathered is a copy
+        if copy is None:
             self.save(trainer)
             return
         step = trainer.state.step
         future = self._thread.submit(self._write, step, copy)
-        self._writing = _Writing(step, _nbytes(copy), time.perf_counter() - started, future)
+        self._writing = _Writing(step, time.perf_counter() - started, future)
+
+    def _copied(self, state: RunState) -> RunState | None:
+        """None where there is no room for a copy; where all write, with any of them, so that all do the same."""
+        copy: RunState | None = None
+        try:
+            copy = self._snapshot.take(state)
+        except NoRoomError as error:
+            if self._room:
+                logger.warning("training stands still while checkpoints are written: a copy of one takes %s", error)
+            self._room = False
+        return None if self._sharded and self._world.any(copy is None) else copy
 
     def _finish(self) -> None:
         """Wait for the thread, and note what it did or raise what it raised."""
@@ -173,38 +191,53 @@ class Save:
             return
         writing, self._writing = self._writing, None
         started = time.perf_counter()
-        seconds = writing.seconds.result()
+        seconds, nbytes = writing.written.result()
         stall = writing.stall + time.perf_counter() - started
-        self._note(writing.step, writing.nbytes, stall, seconds, behind=True)
+        self._note(writing.step, nbytes, stall, seconds, behind=True)
 
-    def _write(self, step: int, state: RunState) -> float:
-        """Write a checkpoint, whatever thread this is; seconds."""
+    def _write(self, step: int, state: RunState) -> tuple[float, int]:
+        """Write a checkpoint, whatever thread this is; seconds and bytes."""
         started = time.perf_counter()
         keep = self._config.training.keep_checkpoints
-        assert self._log is not None  # who has none does not write
         # A checkpoint must not outlive the metrics of its steps.
-        save(self._checkpoints, step, state, keep, before_naming=self._log.sync, stop=self._stop)
-        return time.perf_counter() - started
+        sync = None if self._log is None else self._log.sync
+        if self._sharded:
+            from finemoe.checkpoint.run_state.pieces import save_pieces  # torch.distributed takes a second to load
+
+            nbytes = save_pieces(self._checkpoints, step, state, keep, self._group, before_naming=sync, stop=self._stop)
+        else:
+            nbytes = sum(tensor.nbytes for tensors in state.tensors for tensor in tensors.values())
+            save(self._checkpoints, step, state, keep, before_naming=sync, stop=self._stop)
+        return time.perf_counter() - started, nbytes
 
     def _note(self, step: int, nbytes: int, stall: float, seconds: float, *, behind: bool) -> None:
-        assert self._log is not None
         self._saved = step
+        if self._log is None:
+            return
         record = {"kind": "checkpoint", "step": step, "bytes": nbytes, "in_background": behind}
         self._log.keep({**record, "stall_seconds": round(stall, 4), "write_seconds": round(seconds, 4)})
 
 
-def _nbytes(state: RunState) -> int:
-    return sum(tensor.nbytes for tensors in state.tensors for tensor in tensors.values())
-
-
 def state_of(trainer: Trainer, config: RunConfig) -> RunState:
-    """All that a bit-exact resume needs; alone, the tensors are the trainer's own, and change with its next step."""
-    state, gathered = trainer.state, trainer.world.gathered
+    """All that a bit-exact resume needs.
+
+    Gathered on the first process; alone, and where the configuration says "sharded", the tensors are the trainer's own
+    and change with its next step.
+    """
+    state, world = trainer.state, trainer.world
     parts = {name: part.state() for name, part in trainer.method.state.items()}
+    held: tuple[dict[str, Tensor], ...] = (
+        trainer.model.state_dict(),
+        optimizer_tensors(trainer.optimizers, trainer.parameters),
+        {f"{name}/{key}": one for name, part in parts.items() for key, one in part.tensors.items()},
+    )
+    sharded = config.training.checkpoint_format == "sharded"
+    model, optimizer, method = map(_local(world) if sharded else world.gathered, held)
     return RunState(
-        model=gathered(trainer.model.state_dict()),
-        optimizer=gathered(optimizer_tensors(trainer.optimizers, trainer.parameters)),
-        method=gathered({f"{name}/{key}": one for name, part in parts.items() for key, one in part.tensors.items()}),
+        model=model,
+        optimizer=optimizer,
+        method=method,
+        places=tuple(map(_places(world), held)) if sharded else None,
         state={
             "step": state.step,
             "tokens": state.tokens,
@@ -221,6 +254,14 @@ def state_of(trainer: Trainer, config: RunConfig) -> RunState:
     )
 
 
+def _local(world: World) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    return lambda held: {name: world.local(one.detach()) for name, one in held.items()}
+
+
+def _places(world: World) -> Callable[[Mapping[str, Tensor]], dict[str, Place]]:
+    return lambda held: {name: Place(world.first_row(one), tuple(one.shape)) for name, one in held.items()}
+
+
 def restore(trainer: Trainer, saved: RunState, source: Path) -> None:
     """Put the trainer where `state_of` found it.
 
@@ -228,11 +269,11 @@ def restore(trainer: Trainer, saved: RunState, source: Path) -> None:
         CheckpointError: the weights are of another model, other parameters were trained, or the method kept another
             state; names `source`.
     """
-    if trainer.world.size == 1:
+    if trainer.world.size == 1 and not isinstance(saved.model, FiledTensors):
         load_weights(trainer.model, saved.model, str(source))
     else:
-        _put_weights(trainer, saved.model, source)
-    moments = dict(saved.optimizer)
+        _put_weights(trainer, unread(saved.model), source)
+    moments = dict(unread(saved.optimizer))
     if trainer.world.stages > 1:  # those of other stages are theirs
         elsewhere = {name for names in trainer.world.everyone(list(trainer.parameters)) for name in names}
         elsewhere -= set(trainer.parameters)
@@ -255,8 +296,8 @@ def restore(trainer: Trainer, saved: RunState, source: Path) -> None:
         trainer.state = TrainState(**state, rng=rng)
 
 
-def _put_weights(trainer: Trainer, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Into each of several processes what lies there; every tensor is used and none is missing."""
+def _put_weights(trainer: Trainer, tensors: Mapping[str, Tensor | Filed], source: Path) -> None:
+    """Into each process what lies there; every tensor is used and none is missing."""
     own = trainer.model.state_dict()
     everywhere = {name for names in trainer.world.everyone(list(own)) for name in names}
     if everywhere != tensors.keys():

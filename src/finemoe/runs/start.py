@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from finemoe.methods import build
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure
 from finemoe.parallel.config import Layout
+from finemoe.parallel.seat import seat
 from finemoe.parallel.stages import refusals
 from finemoe.runs.config import RunConfig, TrainingConfig
 from finemoe.runs.footprint import require_memory
@@ -31,6 +35,8 @@ _NAME = re.compile(
 )  # its first sign is a letter or a digit: no option, nothing hidden
 
 _MOST_BYTES = 220  # of a folder's name most systems hold 255, and the date is part of it
+
+_TRIED = 50  # layouts of so many processes, of which the first that fits is named
 
 _MUCH = 2**30  # bytes of checkpoints that are worth a word
 
@@ -88,14 +94,57 @@ def check_start(config: RunConfig, directory: Path, copies: int = 1, at_once: in
 
 
 def check_memory(config: RunConfig, at_once: int = 1) -> None:
-    """Check that the run, or so many of them at a time, fits into memory.
+    """Check that the run, or so many of them at a time, fits into memory, a process's pieces at a time.
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: the device is not there, or `[parallel]` does not fit the processes.
         RunError: it does not fit, and `training.memory_check` is on.
     """
     device, bf16 = resolve_device(config.training)
-    require_memory(config, device, bf16=bf16, at_once=at_once)
+    layout, here = layout_here(config)
+    others = _nearby(config, layout) if layout.processes > 1 else ()
+    require_memory(config, device, bf16=bf16, at_once=at_once, layout=layout, here=here, others=others)
+
+
+def layout_here(config: RunConfig) -> tuple[Layout, int]:
+    """The layout of the processes that are running, and how many of them are on this machine.
+
+    Alone, as where a run is only checked, that of as many as `[parallel]` asks for, each on a machine of its own.
+
+    Raises:
+        ConfigError: `[parallel]` does not fit the processes.
+    """
+    here = seat()
+    if here is None:
+        return config.parallel.layout(config.parallel.least), 1
+    return config.parallel.layout(here.processes), here.local_processes
+
+
+def _nearby(config: RunConfig, layout: Layout) -> Iterator[Layout]:
+    """Other layouts of as many processes that the run could have, then of more; those that change least first."""
+    for times in (1, 2, 4, 8, 16):
+        count = times * layout.processes // layout.context
+        shares = [(pipeline, count // pipeline) for pipeline in range(1, count + 1) if count % pipeline == 0]
+        found = [
+            replace(layout, pipeline=pipeline, replicate=copies, shard=rest // copies, expert=expert)
+            for pipeline, rest in shares
+            for copies in range(1, rest + 1)
+            if rest % copies == 0
+            for expert in range(1, rest // copies * layout.context + 1)
+            if rest // copies * layout.context % expert == 0
+        ]
+        wanted = (layout.pipeline, layout.replicate, layout.expert)
+        found.sort(key=lambda one: _changes(wanted, (one.pipeline, one.replicate, one.expert)))
+        for one in found[:_TRIED]:
+            with contextlib.suppress(ConfigError):
+                refuse_layout(config, one)
+                yield one
+
+
+def _changes(wanted: tuple[int, ...], got: tuple[int, ...]) -> tuple[int, ...]:
+    """How many sizes differ; a pipeline is the last that one wants to change."""
+    apart = [int(one != other) for one, other in zip(wanted, got, strict=True)]
+    return (apart[0], sum(apart), *got)
 
 
 def build_method(config: RunConfig) -> Method[Any]:
@@ -150,6 +199,11 @@ def refuse_layout(config: RunConfig, layout: Layout) -> None:
         raise ConfigError(
             f"training.tokens_per_step {config.training.tokens_per_step} is {sequences} sequences, which "
             f"{layout.data} processes cannot share evenly: make it a multiple of {layout.data * length}"
+        )
+    if layout.processes > 1 and config.method.kind == "grpo":
+        raise ConfigError(
+            f"method.kind 'grpo' writes its answers by one engine in one process, and there are {layout.processes}: start "
+            "it without torchrun"
         )
     if layout.context > 1:
         _refuse_context(config, layout)

@@ -212,7 +212,10 @@ class Method(Generic[BatchT]):
     """How good the model is now. Called in eval mode without gradients; what it draws at random leaves no trace."""
     select: Callable[[str], Group | None] = everything
     """By parameter name: how it is trained, or None to freeze it. Experts are stacked: none is chosen alone here."""
+    checks: tuple[Callable[[Transformer], None], ...] = ()
+    """Before all else, by names and shapes alone: the model may have no memory yet."""
     prepare: tuple[Prepare, ...] = ()
+    """With any, every process holds the whole model for as long as they take."""
     stand_ins: tuple[StandIn, ...] = ()
     """After `prepare` and `select`, in order."""
     keeps_base: bool = False

@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from finemoe.core.config import Config, union_of
+from finemoe.parallel.world import SOLO, Parts
 from finemoe.training.method import Group, Selected
 from finemoe.training.muon import Muon
 
@@ -141,8 +142,8 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     optimizers: Sequence[torch.optim.Optimizer],
     parameters: Mapping[str, nn.Parameter],
-    tensors: Mapping[str, Tensor],
-    put: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+    tensors: Mapping[str, Parts],
+    put: Callable[[Tensor, Parts], object] = SOLO.put,
 ) -> None:
     """Put back what `optimizer_tensors` gave; `put(target, whole)` where parameters are cut over processes.
 
@@ -159,7 +160,7 @@ def load_optimizer_tensors(
                 state[key.rpartition("/")[2]] = like = torch.zeros_like(parameter, dtype=whole.dtype)
                 put(like, whole)
             else:
-                state[key.rpartition("/")[2]] = whole.to(parameter.device, copy=True)
+                state[key.rpartition("/")[2]] = whole[...].to(parameter.device, copy=True)
     if left:
         raise ValueError(f"optimizer state of unknown parameters: {sorted(left)[:3]}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from types import FrameType
 from typing import Any, Self, final
 
@@ -17,17 +17,33 @@ POLITE = INSISTENT + REPEATED
 """All by which a person, a terminal or a machine asks a run to end."""
 
 
+def repeated(processes: int) -> tuple[signal.Signals, ...]:
+    """What may be sent more than once without being meant so, to a run of so many processes.
+
+    A batch system tells every process of a job, and torchrun, told as well, tells its own once more. It kills those
+    that take too long, so no process has to end at the second by itself.
+    """
+    return REPEATED if processes == 1 else (*REPEATED, signal.SIGTERM)
+
+
 @final
 class StopOnSignal:
     """Turn the first of `signals` into a request; then give the old handlers back, so that a second one is Python's.
 
-    All but `REPEATED`, which stay harmless until the end of the block: the second must not end the process while it
+    All but `repeated`, which stay harmless until the end of the block: the second must not end the process while it
     saves. Where one of them was ignored before, as under nohup, it stays ignored. Only the main thread may set
     handlers; in any other this does nothing.
     """
 
-    def __init__(self, request: Callable[[], object], signals: Iterable[signal.Signals] = POLITE) -> None:
+    def __init__(
+        self,
+        request: Callable[[], object],
+        signals: Iterable[signal.Signals] = POLITE,
+        *,
+        repeated: Collection[signal.Signals] = REPEATED,
+    ) -> None:
         self._request = request
+        self._repeated = repeated
         self._signals = tuple(signals)
         self._old: dict[signal.Signals, Any] = {}
 
@@ -40,7 +56,7 @@ class StopOnSignal:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._restore(number for number in self._signals if number not in REPEATED)
+        self._restore(number for number in self._signals if number not in self._repeated)
         self._request()
 
     def _restore(self, numbers: Iterable[signal.Signals]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -17,13 +17,13 @@ from finemoe.core.logs import logger
 from finemoe.data.batch import Batch, columns
 from finemoe.model.transformer import Transformer
 from finemoe.parallel.passes import Execute
-from finemoe.parallel.world import SOLO, World
+from finemoe.parallel.world import SOLO, World, in_words
 from finemoe.training.balancing import selection_biases
 from finemoe.training.method import Measured, Method, Selected
 from finemoe.training.optimizers import RATE_FACTOR, build_optimizers
 from finemoe.training.report import StepReport
 from finemoe.training.schedule import learning_rate_factor
-from finemoe.training.stopping import StopOnSignal
+from finemoe.training.stopping import StopOnSignal, repeated
 
 
 def _generator_states() -> dict[str, Tensor]:
@@ -100,6 +100,7 @@ class Trainer:
         *,
         begins: bool = True,
         execute: Execute | None = None,
+        fill: Callable[[Transformer], None] | None = None,
     ) -> None:
         """Let `method` prepare `model`, keep what lies here, freeze what is not selected, build what steps the rest.
 
@@ -113,6 +114,8 @@ class Trainer:
             world: the processes that train together.
             begins: False where a checkpoint will replace weights and state.
             execute: runs the micro-batches of a step; None: as the world does.
+            fill: gives a model without memory the weights of what lies here, once that is known; not with a method that
+                prepares.
 
         Raises:
             ConfigError: the sequences of a step cannot be shared evenly.
@@ -129,23 +132,32 @@ class Trainer:
         self.observers = observers
         self.world = world
         self.state = TrainState()
+        for check in method.checks:
+            check(model)
         for prepare in method.prepare:
             with self.autocast():
                 prepare(model, begins)
         world.spread(model)
+        if fill is not None:
+            fill(model)
         self.execute: Execute = execute or world.passes(model)
-        selected = []
-        for name, parameter in model.named_parameters():
-            group = method.select(name)
-            parameter.requires_grad_(group is not None)
-            if group is not None:
-                selected.append(Selected(name, parameter, group))
-        for stand_in in method.stand_ins:
-            selected = stand_in(model, selected)
+        selected = self._select()
         self.parameters: dict[str, nn.Parameter] = {one.name: one.parameter for one in selected}
         self.peak_learning_rate: float = optimizer.learning_rate
         self.optimizers = build_optimizers(optimizer, selected)
         self._stop = False
+
+    def _select(self) -> list[Selected]:
+        """Freeze what is not trained; what the optimizer steps."""
+        selected = []
+        for name, parameter in self.model.named_parameters():
+            group = self.method.select(name)
+            parameter.requires_grad_(group is not None)
+            if group is not None:
+                selected.append(Selected(name, parameter, group))
+        for stand_in in self.method.stand_ins:
+            selected = stand_in(self.model, selected)
+        return selected
 
     def run(self, until: int | None = None) -> bool:
         """Train to step `until` (the end when None). False when a signal asked to stop early.
@@ -334,26 +346,45 @@ class Trainer:
         return tokens
 
     def _refuse_non_finite(self, figures: Mapping[str, float]) -> None:
-        bad_figures = [name for name, value in figures.items() if not math.isfinite(value)]
-        if not self.world.any(bool(bad_figures)):
+        """Raise, on all ranks the same error, if a figure is not finite on any; it names the tensors of all of them."""
+        own = [name for name, value in figures.items() if not math.isfinite(value)]
+        if not self.world.any(bool(own)):
             return
-        tensors = [
+        found = self.world.everyone((own, self._bad_tensors()))
+        bad = dict.fromkeys(name for names, _ in found for name in names)
+        ranks: dict[str, list[int]] = {}
+        for rank, (_, names) in enumerate(found):
+            for name in names:
+                ranks.setdefault(name, []).append(rank)
+        tensors = sorted(ranks, key=lambda name: not name.startswith("weight"))
+        first, last = self.state.position, self.state.position + self.plan.sequences_per_step - 1
+        error = TrainingError(
+            f"step {self.state.step + 1} is not finite: {', '.join(bad)} "
+            f"(sequences {first} to {last}; first bad tensors: "
+            f"{', '.join(name + self._where(ranks[name]) for name in tensors[:4]) or 'none, only the loss'}). "
+            "The weights were not updated. Lower optimizer.learning_rate or raise schedule.warmup_share."
+        )
+        error.everywhere = self.world.size > 1
+        raise error
+
+    def _bad_tensors(self) -> list[str]:
+        """Those that are not finite here; a bad weight spoils every gradient, so weights come first."""
+        return [
             f"{kind} of {name}"
-            for kind in ("weight", "gradient")  # a bad weight spoils every gradient: name it first
+            for kind in ("weight", "gradient")
             for name, parameter in self.parameters.items()
             if (tensor := parameter.data if kind == "weight" else parameter.grad) is not None
             if not self.world.local(tensor).isfinite().all()
         ]
-        first, last = self.state.position, self.state.position + self.plan.sequences_per_step - 1
-        raise TrainingError(
-            f"step {self.state.step + 1} is not finite: {', '.join(bad_figures) or 'on another rank'} "
-            f"(sequences {first} to {last}; "
-            f"first bad tensors: {', '.join(tensors[:4]) or 'none, only the loss'}). The weights were not updated. "
-            "Lower optimizer.learning_rate or raise schedule.warmup_share."
-        )
+
+    def _where(self, ranks: Sequence[int]) -> str:
+        """Of several processes, those on which a tensor, or a piece of it, is bad."""
+        if self.world.size == 1:
+            return ""
+        return " on every rank" if len(ranks) == self.world.size else f" on {in_words(ranks)}"
 
     def _stop_on_signal(self) -> AbstractContextManager[Any]:
-        return StopOnSignal(self.request_stop)
+        return StopOnSignal(self.request_stop, repeated=repeated(self.world.size))
 
     def request_stop(self) -> None:
         """End after the current step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import signal
 import time
@@ -31,6 +30,7 @@ from finemoe.checkpoint.storage.safetensors import TensorFolder, raw_bytes
 from finemoe.checkpoint.weights import imported
 from finemoe.checkpoint.weights.imported import read_imported
 from finemoe.core.errors import CheckpointError, RunError
+from runs.forking import CONTEXT
 
 
 def test_nothing_is_written_into_the_source_or_over_anything(tmp_path: Path) -> None:
@@ -91,14 +91,10 @@ def work(source: Path, out: Path, counted: Path) -> None:
 
 def converted_through_kills(source: Path, out: Path, counted: Path) -> int:
     """The number of kills that it took."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["finemoe.checkpoint.huggingface.importing", "torch._dynamo"]
-    )  # the latter by any meta model
     counted.touch()
     for kills in range(50):
         before = counted.stat().st_size
-        process = context.Process(target=work, args=(source, out, counted))
+        process = CONTEXT.Process(target=work, args=(source, out, counted))
         process.start()
         while process.is_alive() and counted.stat().st_size < before + 40:
             time.sleep(0.001)

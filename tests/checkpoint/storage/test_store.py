@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -30,6 +29,7 @@ from finemoe.checkpoint.storage.safetensors import DTYPES, TensorFolder, raw_byt
 from finemoe.checkpoint.storage.store import TensorStore
 from finemoe.checkpoint.storage.workspace import workspace
 from finemoe.core.errors import CheckpointError, RunError
+from runs.forking import CONTEXT
 
 NewStore = Callable[..., TensorStore]
 
@@ -282,13 +282,11 @@ def slow_conversion(out: Path, counted: Path) -> None:
 
 
 def test_killed_again_and_again_it_comes_to_the_same_end(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finemoe.checkpoint.huggingface.importing", "torch._dynamo"])  # as other tests do
     out, counted, kills = tmp_path / "out", tmp_path / "counted", 0
     counted.touch()
     for _ in range(20):
         before = counted.stat().st_size
-        process = context.Process(target=slow_conversion, args=(out, counted))
+        process = CONTEXT.Process(target=slow_conversion, args=(out, counted))
         process.start()
         while process.is_alive() and counted.stat().st_size < before + 4:
             time.sleep(0.001)

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 import finemoe
+from finemoe.core import memory
 from finemoe.core.errors import ConfigError
+from finemoe.runs.config import resolve_run
+from finemoe.runs.footprint import footprint
 from finemoe.runs.planning.check import Check, _Pace
 from finemoe.runs.planning.machine import other_work
 from finemoe.training.trainer import Trainer
@@ -189,3 +192,26 @@ def test_the_report_is_within_80_columns_and_json(corpus: Path, monkeypatch: pyt
 def test_a_check_that_found_nothing_out_still_prints() -> None:
     bare: dict[str, Any] = {"total_parameters": 1, "active_parameters": 1, "steps": 1, "tokens": 1}
     assert "Refused     no" in str(Check("x", ("no",), **bare))
+
+
+def test_a_run_of_several_processes_is_told_what_each_takes(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figure by which the run would be refused; measured is what one process can."""
+    raw = recipe(corpus, parallel={"shard": 8}, model={"hidden_size": 512, "num_layers": 12})
+    raw["training"]["tokens_per_step"] = 8 * LENGTH
+    raw["data"]["max_validation_tokens"] = LENGTH
+    found = finemoe.check(raw, quiet=True, steps=1)
+    config = resolve_run(raw, "test")
+    needed = footprint(config, layout=config.parallel.layout(8)).needed
+    assert (found.layout, found.process_bytes) == ("shard 8", needed)
+    assert "shard 8: each takes about" in str(found)
+    assert found.steps_measured == 1
+    assert not found.refused
+    alone, share = footprint(config).needed, needed + footprint(config).copy
+    assert share < alone
+    monkeypatch.setattr(memory, "available_bytes", lambda: share)
+    unmeasured = finemoe.check(raw, quiet=True, steps=1)
+    assert not unmeasured.refused
+    assert unmeasured.steps_measured == 0
+    assert any("one process alone cannot hold all" in note for note in unmeasured.notes)
+    monkeypatch.setattr(memory, "available_bytes", lambda: share - 1)
+    assert any("GiB are available" in said for said in finemoe.check(raw, quiet=True, steps=1).refused)

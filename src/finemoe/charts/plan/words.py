@@ -63,7 +63,7 @@ def certainty(results: Results) -> str:
     if results["device"]["family"] == "here":
         return (
             "Times by what this machine reached just now, and by constants of benchmarks/planner.py, which were within "
-            "12 % on runs that they were not fitted on."
+            "9 % on runs that they were not fitted on."
         )
     return (
         f"Times: {calibration['is']}. On {errors['points']} published runs of {results['device']['family']} devices "

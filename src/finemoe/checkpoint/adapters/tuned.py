@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from finemoe.checkpoint.fingerprint import weights_fingerprint
 from finemoe.checkpoint.kinds import CONFIG, STATE
 from finemoe.checkpoint.own_config import model_of
-from finemoe.checkpoint.run_state.state import METHOD, newest_checkpoint
+from finemoe.checkpoint.run_state.state import METHOD, newest_checkpoint, read_part
 from finemoe.checkpoint.selection import ModelShape, router_fingerprint, shape_of
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.core.config import Config
@@ -115,7 +114,7 @@ def open_tuned(path: Path) -> Tuned:
             f"{kind or 'everything'!r}: export the model itself, without --adapter"
         )
     with damage_of(folder / METHOD, _MEND, CheckpointError):
-        tensors = load_file(folder / METHOD)
+        tensors = read_part(folder, METHOD)
     values = read_json(folder_file(folder, STATE)).get("method")
     own = values.get(kind) if isinstance(values, dict) else None
     if not isinstance(own, dict):

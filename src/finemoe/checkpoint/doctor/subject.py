@@ -284,7 +284,7 @@ def _open_checkpoint_at(subject: Subject, found: Findings, folder: Path) -> None
     with found.guard("config"):
         _read_own_config(subject, folder / CONFIG)
     with found.guard("files"):
-        subject.held = held_of(TensorFolder.of_files([folder_file(folder, run_state.MODEL)]))
+        subject.held = held_of(run_state.open_part(folder, run_state.MODEL))
     subject.whole = bool(subject.held)
     _expect_own(subject, found)
 

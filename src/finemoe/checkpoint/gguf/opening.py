@@ -23,7 +23,7 @@ from finemoe.checkpoint.gguf.file import GGUFFile, StoredTensor, read_header
 from finemoe.checkpoint.gguf.keys import EMBEDDING, ROPE_FACTORS, Stored, Variants, stored_tensors
 from finemoe.checkpoint.gguf.tokenizer import LISTS, companions_of, has_tokenizer, template_of, tokenizer_of
 from finemoe.checkpoint.storage.layout import TensorSpec
-from finemoe.checkpoint.storage.safetensors import check_finite
+from finemoe.checkpoint.storage.memory import check_finite
 from finemoe.checkpoint.storage.workspace import check_apart, check_free, fingerprint, workspace
 from finemoe.checkpoint.weights.build import Part, build
 from finemoe.checkpoint.weights.imported import ImportedWriter, ImportReport

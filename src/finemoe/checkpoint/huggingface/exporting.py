@@ -20,7 +20,8 @@ from finemoe.checkpoint.huggingface.fp8 import BLOCK, Block, block_of, factors_o
 from finemoe.checkpoint.huggingface.settling import HEAD, settle
 from finemoe.checkpoint.kinds import SOURCE
 from finemoe.checkpoint.storage.layout import TensorSpec
-from finemoe.checkpoint.storage.safetensors import DTYPES, check_finite
+from finemoe.checkpoint.storage.memory import check_finite
+from finemoe.checkpoint.storage.safetensors import DTYPES
 from finemoe.checkpoint.storage.store import TensorStore, write_file
 from finemoe.checkpoint.storage.workspace import check_apart, check_free, fingerprint, workspace
 from finemoe.checkpoint.weights.exportable import Exportable, open_exportable

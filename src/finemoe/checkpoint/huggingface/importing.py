@@ -20,7 +20,8 @@ from finemoe.checkpoint.huggingface.fp8 import Block, block_of, dequantize, fact
 from finemoe.checkpoint.huggingface.settling import settle_by
 from finemoe.checkpoint.kinds import CONFIG
 from finemoe.checkpoint.storage.layout import TensorSpec
-from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder, check_finite, raw_bytes
+from finemoe.checkpoint.storage.memory import check_finite
+from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder, raw_bytes
 from finemoe.checkpoint.storage.store import TensorStore
 from finemoe.checkpoint.storage.untrusted import TOKENIZER_BYTES, folder_file, parse_json, read_bytes, read_json
 from finemoe.checkpoint.storage.workspace import check_apart, check_free, fingerprint, workspace

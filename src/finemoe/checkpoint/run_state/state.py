@@ -2,9 +2,10 @@
 
 A checkpoint is a folder `checkpoints/step-00000100` with `model.safetensors`, `optimizer.safetensors`, `state.json`,
 `config.json`, `method.safetensors` where the way of training keeps tensors of its own, and `manifest.json` with size
-and SHA-256 of the others. It is written under another name, synced, and renamed: under its own name it is always
-complete. The last few are kept, and a damaged one is passed over. `save` may run in a thread of its own, on a copy of
-the state (`snapshot.py`), while training goes on.
+and SHA-256 of the others. Where each process wrote what it holds (`pieces.py`), there are `model-rank00000.safetensors`
+and so on in the place of `model.safetensors`. It is written under another name, synced, and renamed: under its own name
+it is always complete. The last few are kept, and a damaged one is passed over. `save` may run in a thread of its own,
+on a copy of the state (`snapshot.py`), while training goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,22 @@ from torch import Tensor
 
 from finemoe.checkpoint.kinds import CONFIG, MANIFEST, STATE
 from finemoe.checkpoint.own_config import model_of
+from finemoe.checkpoint.run_state.filed import FiledTensors, unread
 from finemoe.checkpoint.storage.memory import empty_tensors, wanted_type
+from finemoe.checkpoint.storage.pieces import Place, open_pieces
+from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.checkpoint.storage.streaming import AbandonedError, Recorded, write_bytes, write_tensors
+from finemoe.checkpoint.storage.untrusted import folder_file
 from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.files import make_folder, sha256, storage_error, sync
 from finemoe.core.logs import logger
 from finemoe.core.reading import damage_of, decode_json, read_object, reason_of, require_numbers
-from finemoe.model.config import Kernels
+from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer
 
 MODEL, OPTIMIZER, METHOD = "model.safetensors", "optimizer.safetensors", "method.safetensors"
 _ANOTHER = "open another checkpoint of the run, or start it again"
+_SUFFIX = ".safetensors"
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -51,6 +57,8 @@ class RunState:
     """The run's resolved config.json."""
     method: Mapping[str, Tensor] = field(default_factory=dict)
     """What the way of training keeps besides: a reference model, a mask. Without any, no file is written."""
+    places: tuple[Mapping[str, Place], ...] | None = None
+    """Part by part, where each of `tensors` lies in its whole, if what is here are a process's pieces."""
 
     @property
     def tensors(self) -> tuple[Mapping[str, Tensor], ...]:
@@ -82,45 +90,121 @@ def save(
         AbandonedError: `stop` was set.
     """
     final = checkpoints / f"step-{step:08d}"
-    fresh = checkpoints / f".writing-{os.getpid()}"
-    if final.exists() and find_damage(final) is None:
-        return final  # of an earlier process; taking it away first would leave a moment with nothing
+    if is_there(final):
+        return final
+    fresh = unnamed(checkpoints)
     try:
-        make_folder(checkpoints)
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
+        begin(fresh)
         _write(fresh, run, stop)
-        if before_naming is not None:
-            before_naming()
-        if final.exists():  # damaged: this run went on from the one before
-            shutil.rmtree(final)
-        fresh.rename(final)
-        sync(checkpoints)
+        give_name(fresh, final, before_naming)
     except (OSError, RunError, AbandonedError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         if isinstance(error, OSError):
             raise storage_error(final, error) from error
         raise
+    keep_last(final, keep)
+    return final
+
+
+def is_there(final: Path) -> bool:
+    """Whether an earlier process has written it; taking it away first would leave a moment with nothing."""
+    return final.exists() and find_damage(final) is None
+
+
+def unnamed(checkpoints: Path) -> Path:
+    """The folder in which this process writes a checkpoint before it has its name."""
+    return checkpoints / f".writing-{os.getpid()}"
+
+
+def begin(fresh: Path) -> None:
+    """Make the folder to write in, empty.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    make_folder(fresh.parent)
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+
+
+def give_name(fresh: Path, final: Path, before_naming: Callable[[], object] | None) -> None:
+    """When all is on the disk: from now on it is a checkpoint.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    if before_naming is not None:
+        before_naming()
+    if final.exists():  # damaged: this run went on from the one before
+        shutil.rmtree(final)
+    fresh.rename(final)
+    sync(final.parent)
+
+
+def keep_last(final: Path, keep: int) -> None:
+    """Remove all checkpoints but the last `keep` up to `final`, and what killed processes left."""
+    checkpoints = final.parent
     folders = checkpoint_folders(checkpoints)
     here = folders.index(final)
     for old in (*folders[:here], *folders[here + keep :]):  # later steps are damaged: the run began before them
         shutil.rmtree(old)
     for stale in checkpoints.glob(".writing-*"):  # left by a killed process
         shutil.rmtree(stale)
-    return final
 
 
 def _write(folder: Path, run: RunState, stop: threading.Event | None) -> None:
     files = {
         MODEL: write_tensors(folder / MODEL, run.model, stop),
         OPTIMIZER: write_tensors(folder / OPTIMIZER, run.optimizer, stop),
-        STATE: write_bytes(folder / STATE, json.dumps(run.state).encode()),
-        CONFIG: write_bytes(folder / CONFIG, run.config.encode()),
     }
     if run.method:
         files[METHOD] = write_tensors(folder / METHOD, run.method, stop)
-    write_bytes(folder / MANIFEST, _manifest(files))
+    write_rest(folder, run, files)
+
+
+def write_rest(folder: Path, run: RunState, files: Mapping[str, Recorded]) -> None:
+    """What is no tensor, and the manifest of it and of the `files` that are written.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    small = {
+        STATE: write_bytes(folder / STATE, json.dumps(run.state).encode()),
+        CONFIG: write_bytes(folder / CONFIG, run.config.encode()),
+    }
+    write_bytes(folder / MANIFEST, _manifest({**files, **small}))
     sync(folder)
+
+
+def piece_name(part: str, rank: int) -> str:
+    """The file in which a process keeps its pieces of `part`."""
+    return f"{part.removesuffix(_SUFFIX)}-rank{rank:05d}{_SUFFIX}"
+
+
+def _pieces(folder: Path, part: str) -> list[Path]:
+    """Files of processes that hold `part` together; none where it is in one file."""
+    return sorted(folder.glob(f"{part.removesuffix(_SUFFIX)}-rank*{_SUFFIX}"))
+
+
+def open_part(folder: Path, part: str) -> TensorFolder:
+    """The tensors of `MODEL`, `OPTIMIZER` or `METHOD` of a checkpoint, read when asked for.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    pieces = _pieces(folder, part)
+    if pieces:
+        return open_pieces([folder_file(folder, one.name) for one in pieces])
+    return TensorFolder.of_files([folder_file(folder, part)])
+
+
+def read_part(folder: Path, part: str) -> Mapping[str, Tensor]:
+    """The same as tensors.
+
+    Raises:
+        CheckpointError, OSError, ValueError: a file is missing or damaged.
+    """
+    return FiledTensors(open_part(folder, part)) if _pieces(folder, part) else load_file(folder / part)
 
 
 def _manifest(files: Mapping[str, Recorded]) -> bytes:
@@ -128,23 +212,44 @@ def _manifest(files: Mapping[str, Recorded]) -> bytes:
     return json.dumps({"format": 1, "files": entries}, indent=2).encode()
 
 
-def load_latest(checkpoints: Path) -> RunState:
+def load_latest(
+    checkpoints: Path,
+    share: tuple[int, int] = (0, 1),
+    everyone: Callable[[str | None], Sequence[str | None]] = lambda said: [said],
+) -> RunState:
     """The newest checkpoint whose checksums hold; a damaged one is named in the log and passed over.
+
+    Args:
+        checkpoints: their folder.
+        share: of several processes that look at the same folder, the number of this one, and how many they are.
+        everyone: what each of them says, of what this one does.
 
     Raises:
         CheckpointError: there is none.
     """
     folders = checkpoint_folders(checkpoints)
     for folder in folders:
-        damage = find_damage(folder)
+        damage = _any(everyone(find_damage(folder, share)))
         if damage is None:
-            try:
-                return _load(folder)
-            except CheckpointError as error:  # written damaged, or with a manifest that fits the damage
-                damage = str(error)
+            loaded, own = _loaded(folder)
+            damage = _any(everyone(own))
+            if loaded is not None and damage is None:
+                return loaded
         logger.warning("%s is damaged (%s): trying the one before", folder, damage)
     found = f"all {len(folders)} are damaged" if folders else "there is none"
     raise CheckpointError(f"{checkpoints}: no checkpoint to open, {found}; start the run again")
+
+
+def _any(said: Sequence[str | None]) -> str | None:
+    return next((one for one in said if one is not None), None)
+
+
+def _loaded(folder: Path) -> tuple[RunState | None, str | None]:
+    """A checkpoint, or what is wrong: it was written damaged, or with a manifest that fits the damage."""
+    try:
+        return _load(folder), None
+    except CheckpointError as error:
+        return None, str(error)
 
 
 def _load(folder: Path) -> RunState:
@@ -153,10 +258,10 @@ def _load(folder: Path) -> RunState:
     Raises:
         CheckpointError: it cannot be read all the same.
     """
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, Mapping[str, Tensor]] = {}
     for name in (MODEL, OPTIMIZER, METHOD):
         with damage_of(folder / name, _ANOTHER, CheckpointError):
-            parts[name] = load_file(folder / name) if name != METHOD or (folder / name).exists() else {}
+            parts[name] = read_part(folder, name) if name != METHOD or _files(folder, name) else {}
     state = read_object(folder / STATE, _ANOTHER, CheckpointError)
     with damage_of(folder / STATE, _ANOTHER, CheckpointError):
         require_numbers(state, ("step", "tokens", "position", "seconds", "threads"))
@@ -165,22 +270,32 @@ def _load(folder: Path) -> RunState:
     return RunState(parts[MODEL], parts[OPTIMIZER], state, config, parts[METHOD])
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder; None when every size and checksum holds."""
+def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint folder; None when every size and checksum holds.
+
+    `share`: the number of this process and how many look, of which each compares the checksums of some files.
+    """
     try:
         manifest = decode_json((folder / MANIFEST).read_bytes())
-        present = [METHOD] if (folder / METHOD).exists() else []
-        for name in dict.fromkeys((MODEL, OPTIMIZER, STATE, CONFIG, *present, *manifest["files"])):
+        tensors = [name for part in (MODEL, OPTIMIZER, METHOD) for name in _files(folder, part)]
+        mine, looking = share
+        for number, name in enumerate(dict.fromkeys((*manifest["files"], *tensors, STATE, CONFIG))):
             path, entry = folder / name, manifest["files"][name]
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-            if sha256(path) != entry["sha256"]:
+            if number % looking == mine and sha256(path) != entry["sha256"]:
                 return f"{name} does not have its recorded checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{MANIFEST}: {reason_of(error)}"
     return None
+
+
+def _files(folder: Path, part: str) -> list[str]:
+    """That `part` lies in, or should."""
+    pieces = [one.name for one in _pieces(folder, part)]
+    return pieces or ([part] if part != METHOD or (folder / part).exists() else [])
 
 
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
@@ -224,13 +339,24 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(model_of(raw, folder / CONFIG), kernels)
     with damage_of(folder / MODEL, _ANOTHER, CheckpointError):
-        tensors = load_file(folder / MODEL)
+        tensors = unread(read_part(folder, MODEL))
     types = {name: wanted_type(name, tensor.dtype, dtype) for name, tensor in model.state_dict().items()}
     copies = empty_tensors({name: (tensor.shape, types.get(name, tensor.dtype)) for name, tensor in tensors.items()})
     for name, copy in copies.items():
-        copy.copy_(tensors[name])
+        copy.copy_(tensors[name][...])
     load_weights(model, copies, str(folder), assign=True)
     return model.eval()
+
+
+def open_weights(path: Path) -> tuple[ModelConfig, TensorFolder]:
+    """The model of the newest undamaged checkpoint by its header: tensors are read, and not mapped, one at a time.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    folder = newest_checkpoint(path)
+    config = model_of(read_object(folder / CONFIG, _ANOTHER, CheckpointError), folder / CONFIG)
+    return config, TensorFolder.of_files([folder / MODEL])
 
 
 def load_weights(model: Transformer, tensors: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:

@@ -56,9 +56,9 @@ def plan_shards(specs: Sequence[TensorSpec], base: str, shard_bytes: int | None)
     return [lay_out(f"{base}-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
 
 
-def lay_out(file: str, specs: Sequence[TensorSpec]) -> Shard:
-    """All of `specs` in one file."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def lay_out(file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> Shard:
+    """All of `specs` in one file; `metadata` says what else its header does."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offsets, at = {}, 0
     for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):  # wide elements first, so that all are aligned
         offsets[spec.name] = at

@@ -1,4 +1,4 @@
-"""Memory for weights that are about to be read, and the element type they get there."""
+"""Memory for weights that are about to be read, the element type they get there, and whether they are numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from finemoe.core.errors import CheckpointError
 from finemoe.core.memory import use_huge_pages
 
 _ROUTER = ".router."
@@ -34,3 +35,14 @@ def wanted_type(name: str, stored: torch.dtype, dtype: torch.dtype | None) -> to
     if not stored.is_floating_point:
         return stored
     return torch.float32 if _ROUTER in name else dtype or stored
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        CheckpointError: there is one; names `where`.
+    """
+    if tensor.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):  # it passes NaN on
+        count = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(f"{where}: {count} elements are NaN or infinite")

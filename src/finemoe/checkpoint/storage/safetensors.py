@@ -64,6 +64,8 @@ class TensorInfo:
     offset: int
     """Of the first byte, in the file."""
     nbytes: int
+    pieces: tuple[TensorInfo, ...] = ()
+    """Each with some of its rows, in order, where it lies in several; path and offset are then those of the first."""
 
 
 Index = Sequence[int | slice]
@@ -226,7 +228,7 @@ class TensorFolder:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files, in reading order."""
-        return tuple(dict.fromkeys(info.path for info in self.tensors.values()))
+        return tuple(dict.fromkeys(one.path for info in self.tensors.values() for one in info.pieces or (info,)))
 
     @property
     def nbytes(self) -> int:
@@ -318,6 +320,14 @@ class TensorFolder:
 
 def _fill(raw: Tensor, info: TensorInfo, skip: int) -> None:
     view = raw.numpy().data
+    for one in info.pieces or (info,):
+        here = view[: max(0, one.nbytes - skip)]
+        if here:  # of many pieces, few are asked for
+            _copy(here, one, skip)
+        view, skip = view[len(here) :], max(0, skip - one.nbytes)
+
+
+def _copy(view: memoryview, info: TensorInfo, skip: int) -> None:
     try:
         with info.path.open("rb", buffering=0) as file:
             file.seek(info.offset + skip)
@@ -331,17 +341,6 @@ def _fill(raw: Tensor, info: TensorInfo, skip: int) -> None:
     except OSError as error:
         # Not a refusal of the checkpoint: a disk or network that fails now may work later, and what is done is kept.
         raise RunError(f"{info.path}: cannot be read now: {error.strerror or error}; try again") from error
-
-
-def check_finite(tensor: Tensor, where: str) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        CheckpointError: there is one; names `where`.
-    """
-    if tensor.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):  # it passes NaN on
-        count = int((~torch.isfinite(tensor)).sum())
-        raise CheckpointError(f"{where}: {count} elements are NaN or infinite")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -33,14 +33,20 @@ class Recorded:
     sha256: str
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], stop: threading.Event | None = None) -> Recorded:
-    """Write tensors of any device as one safetensors file, synced.
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    stop: threading.Event | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Recorded:
+    """Write tensors of any device as one safetensors file, synced; `metadata` goes into its header.
 
     Raises:
         AbandonedError: `stop` was set.
         OSError: the system refuses.
     """
-    shard = lay_out(path.name, [TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()])
+    specs = [TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
+    shard = lay_out(path.name, specs, metadata)
     return _write(path, _bytes_of(shard.header, (tensors[name] for name in shard.offsets)), stop)
 
 

@@ -1,8 +1,9 @@
-"""A model filled from parts that come one at a time, in whatever element type is wanted."""
+"""A model filled from parts that come one at a time, in whatever element type is wanted; or its tensors, one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -36,15 +37,48 @@ def build(
     Raises:
         CheckpointError: `stored` names other tensors than the model has.
     """
-    model_shapes(config)  # refuses sizes that no machine holds
+    shapes = fitting_shapes(config, stored)
     with torch.device("meta"):
         model = Transformer(config, kernels)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if shapes.keys() != stored.keys():
-        odd = sorted(shapes.keys() ^ stored.keys())[:5]
-        raise CheckpointError(f"the weights do not fit the configuration: {', '.join(odd)}")
     state = empty_tensors({name: (shape, wanted_type(name, stored[name], dtype)) for name, shape in shapes.items()})
     for name, index, tensor in parts:
         state[name][index].copy_(tensor)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
+
+
+def fitting_shapes(config: ModelConfig, stored: Mapping[str, torch.dtype]) -> dict[str, tuple[int, ...]]:
+    """Of every tensor of the model.
+
+    Raises:
+        CheckpointError: sizes that no machine holds, or `stored` names other tensors.
+    """
+    shapes = model_shapes(config)
+    if shapes.keys() != stored.keys():
+        odd = sorted(shapes.keys() ^ stored.keys())[:5]
+        raise CheckpointError(f"the weights do not fit the configuration: {', '.join(odd)}")
+    return shapes
+
+
+def one_by_one(
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, torch.dtype],
+    parts: Iterable[Part],
+    dtype: torch.dtype | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors by name, each as soon as its last part has come: no more are held than have begun.
+
+    Args:
+        shapes: of every tensor of the model.
+        stored, parts, dtype: as of `build`; no two parts overlap.
+    """
+    begun: dict[str, Tensor] = {}
+    left = {name: math.prod(shape) for name, shape in shapes.items()}
+    for name, index, tensor in parts:
+        if name not in begun:
+            begun[name] = torch.empty(shapes[name], dtype=wanted_type(name, stored[name], dtype))
+        target = begun[name][index]
+        target.copy_(tensor)
+        left[name] -= target.numel()
+        if not left[name]:
+            yield name, begun.pop(name)

@@ -116,7 +116,7 @@ def _open_run(path: Path) -> Exportable:
     folder = run_state.newest_checkpoint(path)
     raw = read_json(folder_file(folder, CONFIG))
     config = model_of(raw, folder / CONFIG)
-    tensors = TensorFolder.of_files([folder_file(folder, run_state.MODEL)])
+    tensors = run_state.open_part(folder, run_state.MODEL)
     data = raw.get("data")
     length = data.get("sequence_length") if isinstance(data, dict) else None
     homes = [home for home in (path, *path.absolute().parents[:2]) if (home / _TOKENIZER).exists()]

@@ -101,8 +101,7 @@ class DistillConfig(MethodConfig):
         """All but prediction modules."""
         return not name.startswith("mtp.")
 
-    @property
-    def kept(self) -> tuple[Kept, ...]:
+    def kept(self, weights: int) -> tuple[Kept, ...]:
         """The teacher, where it runs beside the student."""
         mend = "a smaller method.teacher"
         if self.policy == "off" and self.direction == "forward":

@@ -135,7 +135,6 @@ class GRPOConfig(MethodConfig):
         """All but prediction modules."""
         return not name.startswith("mtp.")
 
-    @property
-    def kept(self) -> tuple[Kept, ...]:
-        """Nothing that is read from files."""
-        return ()
+    def kept(self, weights: int) -> tuple[Kept, ...]:
+        """The reference, where there is one."""
+        return (Kept("the reference", weights, "method.beta = 0, which needs none"),) if self.beta else ()

@@ -12,7 +12,7 @@ from finemoe.core.errors import ConfigError
 from finemoe.methods.setting import Held, Setting, TrainableConfig, numbers
 from finemoe.methods.trainables.parts import matches, require_known
 from finemoe.model.transformer import Transformer
-from finemoe.training.method import Group, Method, Prepare
+from finemoe.training.method import Group, Method
 
 _ROUTERS = tuple(f"blocks.{layer}.feed_forward.router.weight" for layer in range(256))
 """Names that a glob may match, whatever model it is for."""
@@ -62,7 +62,7 @@ def everything(config: EverythingConfig, method: Method[Any], setting: Setting) 
     wanted = _only(method, lambda name: not matches(name, config.freeze))
     return replace(
         wanted,
-        prepare=(*method.prepare, _check(wanted, config.freeze, "trainable.freeze", "freeze less")),
+        checks=(*method.checks, _check(wanted, config.freeze, "trainable.freeze", "freeze less")),
         notes=method.notes + notes,
     )
 
@@ -73,7 +73,7 @@ def names(config: NamesConfig, method: Method[Any], setting: Setting) -> Method[
     notes = (f"trained: {', '.join(config.train)}; all else stays as it is",)
     return replace(
         wanted,
-        prepare=(*method.prepare, _check(wanted, config.train, "trainable.train", "name more")),
+        checks=(*method.checks, _check(wanted, config.train, "trainable.train", "name more")),
         notes=method.notes + notes,
     )
 
@@ -85,10 +85,10 @@ def _only(method: Method[Any], wanted: Callable[[str], bool]) -> Method[Any]:
     return replace(method, select=select)
 
 
-def _check(method: Method[Any], wanted: tuple[str, ...], field: str, mend: str) -> Prepare:
+def _check(method: Method[Any], wanted: tuple[str, ...], field: str, mend: str) -> Callable[[Transformer], None]:
     """Refuse names that the model has not, and a run in which nothing would train."""
 
-    def check(model: Transformer, begins: bool) -> None:
+    def check(model: Transformer) -> None:
         require_known(model, wanted, field)
         names = [name for name, _ in model.named_parameters()]
         if any(method.select(name) is not None for name in names):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finemoe.model.attention.latent import LatentConfig
 from finemoe.model.config import BlockConfig, ModelConfig
 from finemoe.model.moe.layer import MoEConfig
 
@@ -50,6 +51,27 @@ def block_flops(block: BlockConfig, hidden_size: int, seq_len: int) -> Flops:
     else:
         products += 3 * hidden_size * layer.ffn_hidden_size
     return Flops(6 * products, 6 * experts, 1.5 * block.attention.flops_per_token(seq_len))
+
+
+def products_of(block: BlockConfig, hidden_size: int) -> list[tuple[int, int]]:
+    """Numbers in and out, for a token, of each product of a block but those of routed experts."""
+    attention, layer = block.attention, block.feed_forward
+    heads = attention.num_heads
+    if isinstance(attention, LatentConfig):
+        queries, compressed = heads * attention.qk_head_dim, attention.q_lora_rank
+        found = [(hidden_size, queries)] if compressed is None else [(hidden_size, compressed), (compressed, queries)]
+        found += [
+            (hidden_size, attention.kv_lora_rank + attention.qk_rope_head_dim),
+            (attention.kv_lora_rank, heads * (attention.qk_nope_head_dim + attention.v_head_dim)),
+            (heads * attention.v_head_dim, hidden_size),
+        ]
+    else:
+        joined = attention.head_dim * (heads + 2 * attention.num_kv_heads)
+        found = [(hidden_size, joined), (heads * attention.head_dim, hidden_size)]
+    width = layer.ffn_hidden_size if not isinstance(layer, MoEConfig) else (
+        layer.expert_hidden_size * layer.num_shared_experts
+    )  # fmt: skip
+    return [*found, (hidden_size, 2 * width), (width, hidden_size)] if width else found
 
 
 def head_flops(config: ModelConfig) -> Flops:

@@ -6,6 +6,7 @@ again when one dies; each start takes up the newest checkpoint. The torchrun lin
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 from finemoe.core.errors import ConfigError
 
 _PORT = 29500
+MIN_SHUTDOWN, MAX_SHUTDOWN = 1, 60_000
+_LEAD = 60  # seconds more, in which Slurm's signal and torchrun's come through, and processes end after saving
+_WRITTEN = 0.5e9  # bytes/s of a checkpoint, put together and written by one process: a slow shared file system
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 
 
@@ -32,11 +36,17 @@ class Launch:
     """How often all processes are started again before the job fails."""
     port: int = _PORT
     cpus_per_gpu: int = 8
+    shutdown: int = 300
+    """[seconds] That processes have, once they are told to stop, to finish a step and write a checkpoint."""
 
     def __post_init__(self) -> None:
         for field in ("nodes", "gpus_per_node", "cpus_per_gpu"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"--{field.replace('_', '-')} {getattr(self, field)}: at least one")
+        if not MIN_SHUTDOWN <= self.shutdown <= MAX_SHUTDOWN:
+            raise ConfigError(
+                f"--shutdown-timeout {self.shutdown}: must be from {MIN_SHUTDOWN} to {MAX_SHUTDOWN:,} seconds"
+            )
         if self.restarts < 0:
             raise ConfigError(f"--max-restarts {self.restarts}: must not be below 0")
         if not 0 < self.port < 65536:
@@ -51,6 +61,17 @@ class Launch:
     def processes(self) -> int:
         """One a device."""
         return self.nodes * self.gpus_per_node
+
+
+def shutdown_seconds(step: float, checkpoint: float) -> int:
+    """[seconds] To finish a step and to write a checkpoint, in whole minutes; five at least.
+
+    Args:
+        step: [seconds] at most.
+        checkpoint: [bytes].
+    """
+    needed = step + checkpoint / _WRITTEN + _LEAD
+    return min(MAX_SHUTDOWN, max(300, 60 * math.ceil(needed / 60)))
 
 
 def torchrun(launch: Launch, endpoint: str, identity: str) -> str:
@@ -68,6 +89,7 @@ def torchrun(launch: Launch, endpoint: str, identity: str) -> str:
         f"--nnodes={launch.nodes}",
         f"--nproc-per-node={launch.gpus_per_node}",
         f"--max-restarts={launch.restarts}",
+        f"--shutdown-timeout={launch.shutdown}",
         "--rdzv-backend=c10d",
         f'--rdzv-endpoint="{endpoint}:{launch.port}"',
         f'--rdzv-id="{identity}"',
@@ -101,9 +123,11 @@ def slurm(launch: Launch, notes: Sequence[str] = (), partition: str | None = Non
         f"#SBATCH --cpus-per-task={launch.gpus_per_node * launch.cpus_per_gpu}",
         "#SBATCH --exclusive",
         "#SBATCH --requeue",
-        "#SBATCH --signal=TERM@120",
+        f"#SBATCH --signal=TERM@{launch.shutdown + _LEAD}",
         *wanted,
         *_comments(notes),
+        f"# {launch.shutdown + _LEAD} s before its time is over the job is told to stop; it may save for "
+        f"{launch.shutdown} s of them.",
         "",
         "set -euo pipefail",
         'FINEMOE_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
@@ -137,6 +161,8 @@ def kubernetes(launch: Launch, notes: Sequence[str] = (), image: str = "finemoe:
     head = f"{launch.name}-node-0-0.{launch.name}"
     lines = [
         *_comments(notes),
+        f"# A pod that is deleted has {launch.shutdown} s to save in only if the runtime's pod template says",
+        f"# terminationGracePeriodSeconds: {launch.shutdown + _LEAD}. A TrainJob cannot say it; 30 is what pods have.",
         "apiVersion: trainer.kubeflow.org/v1alpha1",
         "kind: TrainJob",
         "metadata:",

@@ -68,7 +68,8 @@ def memory_of_ranks(config: ModelConfig, setup: Setup, max_vio: float = 0.0, bes
         ConfigError: a pipeline of more pieces than blocks.
     """
     return [
-        _memory(config, setup, rank, held, max_vio, beside) for rank, held in enumerate(pieces_of_ranks(config, setup))
+        memory_of(config, setup, rank, held, max_vio, beside)
+        for rank, held in enumerate(pieces_of_ranks(config, setup))
     ]
 
 
@@ -84,9 +85,10 @@ def state_bytes(setup: Setup, parameters: Parameters) -> tuple[int, int, int]:
     return 4 * mine, 4 * mine, setup.state_bytes * mine
 
 
-def _memory(
-    config: ModelConfig, setup: Setup, rank: int, held: tuple[Piece, ...], max_vio: float, beside: int
+def memory_of(
+    config: ModelConfig, setup: Setup, rank: int, held: tuple[Piece, ...], max_vio: float = 0.0, beside: int = BESIDE
 ) -> Memory:
+    """Of one rank of the pipeline, by what it holds; other arguments as of `memory_of_ranks`."""
     parameters = parameters_of(config, held)
     weights, gradients, moments = state_bytes(setup, parameters)
     width = 4 if setup.precision == "fp32" else 2
@@ -127,13 +129,19 @@ def activations(config: ModelConfig, setup: Setup, rank: int, held: tuple[Piece,
     # A recomputed block keeps its input, and while it goes back all that it would have kept.
     inputs = 4 * config.hidden_size * len(own)
     each, at_work = (inputs, 2 * max(kept)) if setup.recompute else (sum(kept), max(kept))
-    chunks = chunks_of(setup.schedule, setup.virtual) if setup.pipeline > 1 else 1
-    many = chunks_held(setup.schedule, setup.pipeline, setup.micro_batches, setup.virtual) if setup.pipeline > 1 else 1
-    if setup.pipeline > 1 and setup.schedule == "1f1b":
-        many = min(many, setup.pipeline - rank)
-    if setup.pipeline > 1 and setup.schedule == "dualpipe":
-        chunks = 2  # its two pieces are of micro-batches from the two ends, and one is under way at a time
-    return int(setup.tokens * (each * many / chunks + at_work) / setup.tensor)
+    return int(setup.tokens * (each * under_way(setup, rank) + at_work) / setup.tensor)
+
+
+def under_way(setup: Setup, rank: int) -> float:
+    """How many micro-batches lie on a rank of the pipeline at once, with all that its pieces keep of one."""
+    if setup.pipeline == 1:
+        return 1.0
+    many = chunks_held(setup.schedule, setup.pipeline, setup.micro_batches, setup.virtual)
+    if setup.schedule == "1f1b":
+        return float(min(many, setup.pipeline - rank))
+    if setup.schedule == "dualpipe":  # its two pieces are of micro-batches from the two ends, one under way at a time
+        return many / 2
+    return many / chunks_of(setup.schedule, setup.virtual)
 
 
 def kept_bytes(block: BlockConfig, hidden: int, width: int, max_vio: float = 0.0) -> float:

@@ -1,9 +1,9 @@
-"""How long a step takes: nine constants between what a device could do and what runs reach.
+"""How long a step takes: ten constants between what a device could do and what runs reach.
 
-Seven say how far from its peaks a device stays (products by precision, routed experts, attention, passes over what is
-kept, collectives that computing does not hide), one how long a layer with experts keeps the host, one what plain
-PyTorch costs beside tuned kernels. They are fitted on `published.FITTED` (`calibration.fit`, which the tests run
-again), and judged on the rest. Everything else is counted.
+Eight say how far from its peaks a device stays (products by precision, routed experts, attention, passes over what is
+kept, what products read and write, collectives that computing does not hide), one how long a layer with experts keeps
+the host, one what plain PyTorch costs beside tuned kernels. They are fitted on `published.FITTED` (`calibration.fit`,
+which the tests run again), and judged on the rest. Everything else is counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from finemoe.model.config import BlockConfig, ModelConfig
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.parallel.planner.bubbles import chunks_of, waits
 from finemoe.parallel.planner.devices import Device
-from finemoe.parallel.planner.flops import Flops, block_flops, head_flops, module_flops
+from finemoe.parallel.planner.flops import Flops, block_flops, head_flops, module_flops, products_of
 from finemoe.parallel.planner.setup import Piece, Setup, parameters_of, pieces_of_ranks
 from finemoe.parallel.planner.timeline import Costs
 from finemoe.parallel.planner.traffic import SHARED_PRODUCTS, Collective, collectives, moe_layers, over_network
@@ -40,6 +40,9 @@ class Constants:
     """Of the bf16 peak, that attention reaches."""
     passes: float
     """How often what a token leaves for its backward goes through memory."""
+    operands: float
+    """How often what products read and write goes through memory for them, where once is the least: small products pay
+    for it, in narrow experts and narrow models, and large ones hardly."""
     casts: float
     """How often more, in FP8, that of routed copies does: it is made small expert by expert, in rows and in columns."""
     exposed: float
@@ -52,7 +55,7 @@ class Constants:
     def with_torch(self) -> Constants:
         """Those of a run with PyTorch's kernels."""
         slower = {name: getattr(self, name) / self.torch for name in ("bf16", "fp8", "scores")}
-        longer = {name: getattr(self, name) * self.torch for name in ("passes", "casts", "host")}
+        longer = {name: getattr(self, name) * self.torch for name in ("passes", "operands", "casts", "host")}
         return replace(self, **slower, **longer, torch=1.0)
 
 
@@ -177,7 +180,8 @@ def _busy(
     kept = sum(_passing(block, config.hidden_size) for block in _own(config, held))
     copied = sum(_copied(block, config.hidden_size) for block in _own(config, held))
     passed = constants.passes * kept + (constants.casts * copied if setup.precision == "fp8" else 0.0)
-    memory = tokens * passed * width / device.bandwidth
+    moved = constants.operands * again * _operands(config, setup, held)
+    memory = (tokens * passed + moved) * width / device.bandwidth
     computing = products + experts + scores + memory
     # Two pieces of a DualPipe are worked on by half of the micro-batches each.
     half = 0.5 if setup.schedule == "dualpipe" and setup.pipeline > 1 else 1.0
@@ -215,6 +219,29 @@ def _copied(block: BlockConfig, hidden: int) -> int:
     if not isinstance(layer, MoEConfig):
         return 0
     return int(layer.experts_per_token * (4 * layer.expert_hidden_size + 2 * hidden))
+
+
+def _operands(config: ModelConfig, setup: Setup, held: Sequence[Piece]) -> float:
+    """Numbers that the products of a micro-batch read and write, if each goes through memory once.
+
+    Forward, and twice back, each with rows in, rows out and a weight; the weights of all experts that lie here are
+    among them, however few rows each gets.
+    """
+    hidden = config.hidden_size
+    rows = weights = 0.0
+    for block in _own(config, held):
+        for width, out in products_of(block, hidden):
+            rows += width + out
+            weights += width * out
+        layer = block.feed_forward
+        if isinstance(layer, MoEConfig):
+            rows += layer.experts_per_token * (2 * hidden + 3 * layer.expert_hidden_size)
+            weights += 3 * hidden * layer.expert_hidden_size * layer.num_routed_experts * setup.tensor / setup.expert
+    if any(piece.last for piece in held):
+        joined = len(config.mtp)
+        rows += (1 + joined) * (hidden + config.vocab_size) + 3 * hidden * joined
+        weights += (1 + joined) * hidden * config.vocab_size + 2 * hidden * hidden * joined
+    return 3 * (setup.tokens * rows + weights) / setup.tensor
 
 
 def _exchanged(

@@ -17,11 +17,12 @@ import torch
 
 from finemoe.charts.numbers import count, duration
 from finemoe.core import memory
-from finemoe.core.errors import FinemoeError
+from finemoe.core.errors import FinemoeError, RunError
 from finemoe.core.logs import progress
 from finemoe.model.size import measure
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
 from finemoe.runs.directory import require_free
+from finemoe.runs.footprint import footprint, require_memory
 from finemoe.runs.planning.machine import other_work
 from finemoe.runs.run import evaluate_every, first_trainer
 from finemoe.runs.start import (
@@ -31,6 +32,8 @@ from finemoe.runs.start import (
     checkpoint_bytes,
     default_directory,
     in_steps,
+    layout_here,
+    refuse_layout,
     resolve_device,
 )
 from finemoe.training.method import Method
@@ -77,6 +80,10 @@ class Check:
     """Of this process at the height of a step; on CUDA, of the device."""
     memory_available_bytes: int | None = None
     """Before anything was allocated."""
+    layout: str | None = None
+    """Of several processes, in words."""
+    process_bytes: int | None = None
+    """Of each of several processes at the height of a step, as estimated: what the run is refused by."""
     checkpoint_copy_bytes: int = 0
     """More, for a moment, while a checkpoint is written behind training."""
     disk_bytes: int = 0
@@ -122,6 +129,8 @@ class Check:
         if self.seconds is not None and self.validation_seconds is not None:
             validating = f"{self.validations} validations of {duration(self.validation_seconds)} included"
             yield "Time", f"about {duration(self.seconds)}, {validating}"
+        if self.process_bytes is not None:
+            yield "Processes", f"{self.layout}: each takes about {_size(self.process_bytes)} at its height"
         if self.memory_bytes is not None:
             left = self.memory_available_bytes
             there = f"; {_size(left)} available" if left is not None else ""
@@ -180,10 +189,10 @@ def check(
     elif config.training.epochs is not None:  # it is refused: one step stands for a length that nobody knows
         unknown = config.training.model_copy(update={"epochs": None, "steps": 1})
         config = found.config = config.model_copy(update={"training": unknown})
-    fits = found.attempt(lambda: _fits(config)) is not None
+    measurable = found.attempt(lambda: _measurable(config, found))
     if method is not None:
         found.add(**_of_data(method), notes=method.notes)
-        if fits:
+        if measurable:
             found.attempt(lambda: found.add(**_measured(config, method, steps, seconds, quiet)))
     return found.check(free)
 
@@ -237,13 +246,25 @@ class _Findings:
         )
 
 
-def _fits(config: RunConfig) -> bool:
-    """Whether it can be computed here, and in this memory.
+def _measurable(config: RunConfig, found: _Findings) -> bool:
+    """Whether the run can be computed, in this memory, and its steps be measured by this process; what several take.
 
     Raises:
-        ConfigError, RunError: it cannot.
+        ConfigError, RunError: it cannot be computed.
     """
+    layout, _ = layout_here(config)
+    refuse_layout(config, layout)
     check_memory(config)
+    if layout.processes == 1:
+        return True
+    device, bf16 = resolve_device(config.training)
+    needed = footprint(config, bf16=bf16, layout=layout).needed
+    found.add(layout=str(layout), process_bytes=needed, notes=("measured with one process, which holds all",))
+    try:
+        require_memory(config, device, bf16=bf16)
+    except RunError:
+        found.facts["notes"] = (*found.facts["notes"][:-1], "no step was measured: one process alone cannot hold all")
+        return False
     return True
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from finemoe.charts.plan.words import summary
 from finemoe.core.errors import ConfigError, FinemoeError
-from finemoe.parallel.planner.launching import Launch, kubernetes, slurm
+from finemoe.parallel.planner.launching import Launch, kubernetes, shutdown_seconds, slurm
 from finemoe.runs.planning.distribution import plan
+
+_CHECKPOINT = 12  # bytes a parameter: the weight and two moments
 
 
 def launch(
@@ -23,6 +27,7 @@ def launch(
     overrides: Sequence[str] = (),
     name: str | None = None,
     restarts: int = 3,
+    shutdown: int | None = None,
     **options: Any,
 ) -> str:
     """The text of an sbatch script, or of a Kubeflow TrainJob; nothing is started.
@@ -36,6 +41,8 @@ def launch(
         overrides: `--set` of the run.
         name: of the job; None: the recipe's.
         restarts: of all processes, before the job fails.
+        shutdown: [seconds] that processes have to finish a step and a checkpoint before they are killed; None: five
+            minutes, and with `device` more where the plan's step and a checkpoint of the model take longer.
         options: of `parallel.planner.launching.slurm` or `kubernetes`: partition, time; image, claim.
 
     Raises:
@@ -48,11 +55,15 @@ def launch(
     path = os.fspath(recipe)
     asked = Launch(
         recipe=path, nodes=nodes, gpus_per_node=gpus_per_node, out=out, overrides=tuple(overrides),
-        name=name or _name(path), restarts=restarts,
+        name=name or _name(path), restarts=restarts, **({} if shutdown is None else {"shutdown": shutdown}),
     )  # fmt: skip
     notes = [f"finemoe launch {kind}: {asked.processes} processes on {nodes} nodes"]
     if device is not None:
-        notes += _figures(path, asked.processes, device, overrides)
+        made = _planned(path, asked.processes, device, overrides)
+        notes += summary(made)
+        if shutdown is None:
+            seconds = shutdown_seconds(made["step"]["seconds"]["high"], _CHECKPOINT * made["parameters"])
+            asked = replace(asked, shutdown=seconds)
     return writers[kind](asked, notes, **options)
 
 
@@ -61,10 +72,8 @@ def _name(recipe: str) -> str:
     return f"finemoe-{kept}"[:63].rstrip("-")
 
 
-def _figures(recipe: str, processes: int, device: str, overrides: Sequence[str]) -> list[str]:
-    from finemoe.charts.plan.words import summary
-
+def _planned(recipe: str, processes: int, device: str, overrides: Sequence[str]) -> dict[str, Any]:
     known = [one for one in overrides if one.split(".")[0] in ("parallel",)]
     if not Path(recipe).exists():
         raise FinemoeError(f"{recipe}: no such recipe here, and --device plans it; leave --device out, or copy it here")
-    return summary(plan(recipe, processes, device, overrides=known))
+    return plan(recipe, processes, device, overrides=known)

@@ -152,6 +152,7 @@ def _short(config: RunConfig, steps: int) -> RunConfig:
     """The first steps of a run, saved at their end; kernels are chosen once for all."""
     length = {"steps": steps, "tokens": None, "epochs": None}
     rest = {"evaluate_every": steps, "checkpoint_every": steps, "keep_checkpoints": 1, "trackers": ()}
+    rest["checkpoint_format"] = "whole"  # compared as one file
     training = config.training.model_copy(update={**length, **rest, "precision": "fp32"})
     config = config.model_copy(update={"training": training})
     return config.model_copy(update={"kernels": kernels_for(config).kernels})
