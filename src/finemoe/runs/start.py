@@ -202,8 +202,8 @@ def refuse_layout(config: RunConfig, layout: Layout) -> None:
         )
     if layout.processes > 1 and config.method.kind == "grpo":
         raise ConfigError(
-            f"method.kind 'grpo' writes its answers by one engine in one process, and there are {layout.processes}: start "
-            "it without torchrun"
+            f"method.kind 'grpo' writes its answers by one engine in one process, and there are {layout.processes}: "
+            "start it without torchrun"
         )
     if layout.context > 1:
         _refuse_context(config, layout)
