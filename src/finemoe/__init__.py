@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from finemoe.evaluation.evaluate import evaluate
     from finemoe.generation.generate import Completion, generate
     from finemoe.methods.distillation.sampling import sample
+    from finemoe.methods.grpo.reading import find_answers as rollouts
     from finemoe.methods.merging import densify
     from finemoe.methods.reward import rewards
     from finemoe.methods.upcycling import upcycle
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from finemoe.studies.compare import Comparison, compare
     from finemoe.studies.keys import recipe_keys
     from finemoe.studies.paper import paper
+    from finemoe.studies.stages import run_stages as train_stages
     from finemoe.text import Tokenizer
 
 _VERBS = {
@@ -69,12 +71,14 @@ _VERBS = {
     "recipe_keys": "finemoe.studies.keys:recipe_keys",
     "resume": "finemoe.runs.run:resume",
     "rewards": "finemoe.methods.reward:rewards",
+    "rollouts": "finemoe.methods.grpo.reading:find_answers",
     "sample": "finemoe.methods.distillation.sampling:sample",
     "serve": "finemoe.server.run:serve",
     "show": "finemoe.runs.report:run_report",
     "size": "finemoe.runs.planning.sizing:size",
     "trace": "finemoe.analysis.reports:trace",
     "train": "finemoe.runs.run:train",
+    "train_stages": "finemoe.studies.stages:run_stages",
     "upcycle": "finemoe.methods.upcycling:upcycle",
     "verify_parallel": "finemoe.runs.planning.layouts:verify_parallel",
 }
@@ -133,12 +137,14 @@ __all__ = [
     "recipe_keys",
     "resume",
     "rewards",
+    "rollouts",
     "sample",
     "serve",
     "show",
     "size",
     "trace",
     "train",
+    "train_stages",
     "upcycle",
     "verify_parallel",
 ]

@@ -1,0 +1,63 @@
+"""`finemoe rollouts`: what was answered, found again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finemoe.core.errors import ConfigError, RunError
+from finemoe.methods.grpo.reading import find_answers
+
+
+def line(step: int, completion: str, value: float | None, advantage: float) -> str:
+    answer = {
+        "kind": "answer", "step": step, "rollout": step - 1, "group": 0, "prompt": "2+2\n", "completion": completion,
+        "value": value, "rewards": {"answer": {"note": "late" if value is None else ""}},
+        "completion_ids": list(range(len(completion))), "advantages": [advantage] * len(completion),
+    }  # fmt: skip
+    return json.dumps(answer) + "\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "rollouts.jsonl").write_text(
+        json.dumps({"kind": "rollout", "step": 1, "rollout": 0}) + "\n"
+        + line(1, "5", 0.0, -1.0) + line(1, "wait, 4", 1.0, 1.0)
+        + line(11, "4", 1.0, 0.0) + line(11, "4\x1b[2J", None, 0)
+        + '{"kind": "answer", "step": 21, "comp'
+    )  # fmt: skip
+    return tmp_path
+
+
+def test_answers_are_found_by_what_they_say_and_are_worth(run: Path) -> None:
+    def said(**asked: Any) -> list[str]:
+        return [one["completion"] for one in find_answers(run, **asked)]
+
+    assert said() == ["5", "wait, 4", "4", "4\x1b[2J"], "and a torn line is none"
+    assert said(find="[Ww]ait") == ["wait, 4"]
+    assert said(which="right") == ["wait, 4"]
+    assert said(which="wrong") == ["5"]
+    assert said(which="failed") == ["4\x1b[2J"]
+    assert said(steps=(2, 11)) == ["4", "4\x1b[2J"]
+    assert said(longest=True)[0] == "wait, 4"
+    with pytest.raises(ConfigError, match="no regular expression"):
+        said(find="(")
+    with pytest.raises(RunError, match=r"rollouts\.jsonl is not there"):
+        list(find_answers(run / "elsewhere"))
+
+
+def test_the_verb_shows_them(run: Path, command: Callable[..., Any]) -> None:
+    done = command("rollouts", run, "--limit", "1", "--which", "failed")
+    assert done.exit_code == 0
+    assert "step 11, group 0: could not be judged, 5 tokens (answer: late)" in done.stdout
+    assert "\x1b[2J" not in done.stdout
+    assert "3 more" not in done.stdout
+    assert "2 shown, 2 more: --limit N" in command("rollouts", run, "--limit", "2").stdout
+    assert "No answer is like that." in command("rollouts", run, "--find", "zebra").stdout
+    found = json.loads(command("rollouts", run, "--find", "wait", "--json").stdout)
+    assert [one["completion"] for one in found] == ["wait, 4"]
+    assert command("rollouts", run, "--which", "some").exit_code == 2
