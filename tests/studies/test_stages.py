@@ -28,8 +28,9 @@ def staged(corpus: Path, **more: Any) -> dict[str, Any]:
     }
     return {
         "seed": 3,
+        "model": first["model"],
         "stage": [
-            {"name": "base", **{key: value for key, value in first.items() if key != "seed"}},
+            {"name": "base", **{key: value for key, value in first.items() if key not in ("seed", "model")}},
             {"name": "answers", "start_from": "base", "sample": sampling},
             {
                 "name": "learnt",

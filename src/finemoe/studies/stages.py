@@ -1,7 +1,7 @@
 """Stages: runs of one recipe, each beginning with a model that an earlier one left (R1, 2501.12948 section 2.3).
 
-`[[stage]]` tables are recipes of their own, laid on what stands outside of them. A stage is a run in a folder of its
-own, or, with a table `sample`, a file of answers that a model wrote and that passed a check. The same command given
+`[[stage]]` tables are recipes of their own, laid on what stands outside of them, but for `[model]` where a stage begins
+with another's. A stage is a run in a folder of its own, or, with a table `sample`, a file of answers that a model wrote and that passed a check. The same command given
 again goes on where it stopped.
 """
 
@@ -86,7 +86,8 @@ def stages_of(raw: Mapping[str, Any], source: str, out: Path) -> list[Stage]:
         tables = _placed({key: value for key, value in one.items() if key != "name"}, known, f"{source}, stage {name}")
         sampling = tables.pop("sample", None)
         table = None if sampling is None else parse(SampleConfig, sampling, f"{source}, stage {name}: sample")
-        found.append(Stage(name, folder, merge({**common, "name": name}, tables), table))
+        shared = {key: value for key, value in common.items() if key != "model" or "start_from" not in tables}
+        found.append(Stage(name, folder, merge({**shared, "name": name}, tables), table))
     return found
 
 

@@ -143,16 +143,15 @@ def load_map(results: Results) -> Any | None:
     )
 
 
-def line_chart(results: Results, key: str, title: str) -> Any | None:
-    """One figure of the steps against tokens."""
+def line_chart(results: Results, key: str, title: str, numbers: str = "~s") -> Any | None:
+    """One figure of the steps against tokens; `numbers`: the form of the axis', in d3's words."""
     found = [point for point in results["steps"] if finite(point.get(key)) is not None]
     if not found:
         return None
     size, x = _tokens(results)
     rows = [{"x": point["tokens"] / size, "value": point[key], "step": point["step"]} for point in found]
-    y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5, format="~s"))
-    if key == "learning_rate":
-        y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5, format="~g"))
+    form = "~g" if key == "learning_rate" else numbers
+    y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5, format=form))
     tips = [alt.Tooltip("step:Q"), alt.Tooltip("value:Q", title=title, format=".4~g")]
     chart = theme.base(rows).mark_line(strokeWidth=1.6).encode(x, y, tooltip=tips)
     return chart.properties(width=260, height=170, description=f"{title} against training tokens.")
@@ -161,5 +160,5 @@ def line_chart(results: Results, key: str, title: str) -> Any | None:
 def figure_charts(results: Results, names: Mapping[str, str]) -> list[Any]:
     """A small chart for each figure of a method that its steps have, `names` to titles."""
     steps = [{**point, **point.get("figures", {})} for point in results["steps"]]
-    found = (line_chart({**results, "steps": steps}, name, title) for name, title in names.items())
+    found = (line_chart({**results, "steps": steps}, name, title, "~g") for name, title in names.items())
     return [chart for chart in found if chart is not None]

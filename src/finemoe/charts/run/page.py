@@ -44,8 +44,9 @@ def _state(results: Results) -> Section:
     if found := results["summary"]:
         rows = [
             ["Validation loss", fixed(found.get("final_validation_loss"), 4)],
+            ["Validation reward", fixed(found.get("final_validation_reward"), 4)],
             ["Bits per byte", fixed(found.get("bits_per_byte"), 4)],
-            ["Training loss", fixed(found.get("final_training_loss"), 4)],
+            ["Training loss", NOTHING if _answers_itself(results) else fixed(found.get("final_training_loss"), 4)],
             ["Tokens", count(found.get("tokens"))],
             ["Time", duration(found.get("seconds"))],
             ["Tokens per second", count(found.get("tokens_per_second"))],
@@ -125,8 +126,9 @@ def _measured(results: Results) -> Section | None:
         if len(found) <= _MOST_ROWS
         else [found[n * (len(found) - 1) // (_MOST_ROWS - 1)] for n in range(_MOST_ROWS)]
     )
-    columns = ["Step", "loss", *(key.removeprefix("validation_").replace("_", " ") for key in keys)]
-    rows = [[f"{one['step']:,}", *(fixed(one.get(key), 3) for key in ("validation_loss", *keys))] for one in few]
+    keys = ["validation_loss", *keys] if "validation_loss" in found[-1] else keys
+    columns = ["Step", *(key.removeprefix("validation_").replace("_", " ") for key in keys)]
+    rows = [[f"{one['step']:,}", *(fixed(one.get(key), 3) for key in keys)] for one in few]
     return Section("Measured on what was held out", [Table("", columns, rows, tuple(range(len(columns))))])
 
 

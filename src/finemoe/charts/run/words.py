@@ -19,7 +19,11 @@ def summary(results: Results) -> list[str]:
         return ["No step is done yet."]
     last, total = steps[-1], results["total_steps"]
     lines = [f"Step {last['step']:,} of {total:,}, {count(last['tokens'])} tokens in {duration(last['seconds'])}."]
-    if validations:
+    if validations and finite(validations[-1].get("validation_loss")) is None:
+        first, newest = validations[0], validations[-1]
+        said = f"Reward of held-out questions {fixed(newest.get('validation_reward'))} at step {newest['step']:,}"
+        lines.append(f"{said}; it was {fixed(first.get('validation_reward'))} at step {first['step']:,}.")
+    elif validations:
         best = min(validations, key=lambda one: finite(one.get("validation_loss")) or float("inf"))
         newest = validations[-1]
         lines.append(
