@@ -1,8 +1,8 @@
 """Stages: runs of one recipe, each beginning with a model that an earlier one left (R1, 2501.12948 section 2.3).
 
 `[[stage]]` tables are recipes of their own, laid on what stands outside of them, but for `[model]` where a stage begins
-with another's. A stage is a run in a folder of its own, or, with a table `sample`, a file of answers that a model wrote and that passed a check. The same command given
-again goes on where it stopped.
+with another's. A stage is a run in a folder of its own, or, with a table `sample`, a file of answers that a model wrote
+and that passed a check. The same command given again goes on where it stopped.
 """
 
 from __future__ import annotations
