@@ -30,6 +30,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """`pytest -n 2` gives the tests of a file to one process, so that what they share is made once."""
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False  # files of few tests would come last, and the longest tests lie in those
     return LoadFileScheduling(config, log) if config.getoption("dist") == "load" else None
 
 

@@ -46,7 +46,7 @@ def test_a_page_has_all_that_a_plan_says(piped: dict[str, Any]) -> None:
 def test_the_published_run_and_the_factor_are_told(alone: dict[str, Any]) -> None:
     page = plan_page(alone)
     assert "printed 2,664K device-hours" in page
-    assert re.search(r"With one factor more, 1\.09\d, fitted on this run itself: 2,664K", page)
+    assert re.search(r"With one factor more, 1\.089, fitted on this run itself: 2,664K", page)
     assert "This layout does not fit" in page
     assert "judged" in page
 
