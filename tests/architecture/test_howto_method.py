@@ -56,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
     (ours / "methods/prefer.py").write_text(page_code(), encoding="utf-8")
     table = (ours / "methods/__init__.py").read_text(encoding="utf-8")
-    table = table.replace("dpo, pretraining, reward", "dpo, prefer, pretraining, reward")
+    table = table.replace("grpo, pretraining, reward", "grpo, prefer, pretraining, reward")
     entry = '    "pretraining": (pretraining.PretrainingConfig, pretraining.build),\n'
     assert entry in table
     table = table.replace(entry, entry + '    "prefer": (prefer.PreferConfig, prefer.build),\n')

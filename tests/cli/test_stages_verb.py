@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runs.tiny_runs import write_corpus
-from studies.test_stages import staged
+from studies.test_recipe_stages import staged
 
 
 def test_stages_are_trained_one_after_the_other(tmp_path: Path, command: Callable[..., Any]) -> None:
