@@ -215,3 +215,16 @@ def test_a_run_of_several_processes_is_told_what_each_takes(corpus: Path, monkey
     assert any("one process alone cannot hold all" in note for note in unmeasured.notes)
     monkeypatch.setattr(memory, "available_bytes", lambda: share - 1)
     assert any("GiB are available" in said for said in finemoe.check(raw, quiet=True, steps=1).refused)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "layout"), [({"expert": 2}, "shard 2, expert 2"), ({"pipeline": 2}, "pipeline 2")]
+)
+def test_where_shard_is_left_out_the_fewest_processes_are_checked(
+    corpus: Path, parallel: dict[str, int], layout: str
+) -> None:
+    """As many as torchrun will start take their share; a check does not know how many those are."""
+    raw = recipe(corpus, "v3", parallel=parallel)
+    found = finemoe.check(raw, quiet=True, steps=1)
+    assert not found.refused
+    assert layout in str(found.layout)
