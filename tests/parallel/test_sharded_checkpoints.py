@@ -233,19 +233,22 @@ def test_a_full_disk_of_one_process_is_the_error_of_all_and_spares_what_is_there
     assert find_damage(at(out, 2)) is None
 
 
-def without_room(raw: dict[str, Any], out: Path, rank: int) -> None:
+def with_little_room(raw: dict[str, Any], out: Path, rank: int, available: int) -> None:
     from torch import distributed
 
     from finemoe.core import memory
 
     original = memory.available_bytes
-    memory.available_bytes = lambda: 1000 if distributed.get_rank() == rank else original()
+    memory.available_bytes = lambda: available if distributed.get_rank() == rank else original()
     running.train(raw, out=out, quiet=True)
 
 
 def test_where_one_process_has_no_room_for_a_copy_all_wait(corpus: Path, written: Path, tmp_path: Path) -> None:
+    """It sees room for its own copy, and not for that of its neighbour on the same machine too."""
     out = tmp_path / "run"
-    run(2, without_room, tables(corpus, "shard 2", memory_check=False, **SHARDED), out, 1, met=False)
+    own = sum(one.nbytes for name in TWO[1::2] for one in read_header(at(written / "pieces", 3) / name)[0].values())
+    raw = tables(corpus, "shard 2", memory_check=False, **SHARDED)
+    run(2, with_little_room, raw, out, 1, 2 * own, met=False)
     noted = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["in_background"] for record in noted if record["kind"] == "checkpoint"] == [False, False]
     require_same(at(out, 6), at(written / "whole", 6))

@@ -149,6 +149,21 @@ def test_an_error_of_the_thread_ends_the_run(corpus: Path, tmp_path: Path, monke
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+def test_a_run_that_is_stopped_before_its_first_step_has_nothing_to_save(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint that it began with was looked at: nobody reads it whole once more, while the others wait."""
+    stop_after(monkeypatch, 3)
+    train(recipe(corpus, training=SHARDED), out=tmp_path / "run", quiet=True)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    looked: list[Path] = []
+    monkeypatch.setattr(pieces, "is_there", lambda final: not looked.append(final))
+    monkeypatch.setattr(Trainer, "run", lambda trainer: None)
+    assert resume(tmp_path / "run", quiet=True).interrupted
+    assert looked == []
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
 def test_pieces_of_another_model_are_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name more, or another shape: never broadcast, never left as it was drawn."""
     from finemoe.runs import saving

@@ -101,7 +101,7 @@ class Rank:
     def norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         return SOLO.norm(parameters)
 
-    def everyone(self, value: Any) -> list[Any]:
+    def everyone(self, value: Any, group: Any = None) -> list[Any]:
         return self._meeting.exchange(self.rank, value)
 
     def local(self, tensor: Tensor) -> Tensor:

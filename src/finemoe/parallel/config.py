@@ -39,7 +39,8 @@ class ParallelConfig(Config):
     """[processes] Over how many the tokens of each sequence are spread; for latent attention."""
     timeout: PositiveFloat = 600.0
     """[seconds] How long a process waits for another before the run fails and says for whom. Longer than what one may
-    do alone: read a corpus for the first time, measure kernels."""
+    do alone: read a corpus for the first time, measure kernels. Writing and reading checkpoints in pieces has no such
+    limit."""
 
     @model_validator(mode="before")
     @classmethod

@@ -27,6 +27,10 @@ from finemoe.parallel.signs import SILENT, SignsOfLife
 from finemoe.parallel.stages import Cut, keep_only
 from finemoe.parallel.world import ROWS_FIGURE, Parts, in_words
 
+_A_DAY = timedelta(days=1)
+"""How long meetings beside training wait. One may write or read a whole checkpoint before the others go on, which is no
+reason to end a run; one that dies closes its connections, and is noticed at once all the same."""
+
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -176,7 +180,9 @@ class Processes:
 
     def apart(self) -> dist.ProcessGroup:
         """Collectives of a thread never stand between those of training: they have connections of their own."""
-        return dist.new_group(backend="gloo", timeout=self._timeout)
+        group = dist.new_group(backend="gloo", timeout=self._timeout)  # all are there now, or never
+        _set_pg_timeout(_A_DAY, group)
+        return group
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One after the other, so that no rank but the first holds more than one whole tensor; stages in order.
@@ -267,10 +273,10 @@ class Processes:
         """No sign of life any more: whoever waits is to know."""
         self._alive.stop()
 
-    def everyone(self, value: Value) -> list[Value]:
+    def everyone(self, value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
         """Pickled, and so small things only."""
         found: list[Any] = [None] * self.size
-        self._meet(lambda: dist.all_gather_object(found, value))
+        self._meet(lambda: dist.all_gather_object(found, value, group=group))
         return found
 
     def _shares(self, found: list[Value]) -> list[Value]:

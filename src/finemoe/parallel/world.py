@@ -149,9 +149,10 @@ class World(Protocol):
         ...
 
     def apart(self) -> Any:
-        """A new group of all processes, over the CPU, for a thread that meets the others beside training; or None.
+        """A new group of all processes, over the CPU, for what meets the others beside training; or None.
 
-        Where a process is alone, it has nobody to meet.
+        They wait in it as long as the slowest takes, and not `parallel.timeout` seconds. Where a process is alone, it
+        has nobody to meet.
         """
         ...
 
@@ -163,8 +164,8 @@ class World(Protocol):
         """What to report of a step besides; `load`: [experts] of the whole step, by layer."""
         ...
 
-    def everyone(self, value: Value) -> list[Value]:
-        """What each rank has, by rank."""
+    def everyone(self, value: Value, group: Any = None) -> list[Value]:
+        """What each rank has, by rank; `group`: from `apart`, where one may keep the others waiting."""
         ...
 
     def any(self, flag: bool) -> bool:
@@ -238,7 +239,7 @@ class _Solo:
     def figures(self, load: Mapping[int, Tensor]) -> dict[str, float]:
         return {}
 
-    def everyone(self, value: Value) -> list[Value]:
+    def everyone(self, value: Value, group: Any = None) -> list[Value]:
         return [value]
 
     def any(self, flag: bool) -> bool:

@@ -149,8 +149,9 @@ def newest_state(directory: Path, config: RunConfig, world: World) -> RunState |
             raise _behind(directory, rank, "the checkpoints it sees")
     if not seen[0]:
         return None
+    group = world.apart()  # one may read a much larger file than the others
     try:
-        saved = load_latest(checkpoints, (world.rank, world.size), world.everyone)
+        saved = load_latest(checkpoints, (world.rank, world.size), lambda said: world.everyone(said, group))
     except CheckpointError as error:
         error.everywhere = world.size > 1
         raise

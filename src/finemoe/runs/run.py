@@ -209,6 +209,7 @@ def _run(
 ) -> Run:
     trainer = _trainer(config, method, directory, chosen.kernels, saved, world)
     require_agreement(trainer, config, directory)
+    done = None if saved is None else trainer.state.step
     metrics = directory / "metrics.jsonl"
     world.first(lambda: cut_metrics(directory, trainer.state.step))
     world.first(lambda: cut_lines(directory, method.writes, trainer.state.step))
@@ -217,7 +218,7 @@ def _run(
     with StopOnSignal(trainer.request_stop, several, repeated=several), ExitStack() as held:
         held.callback(method.close)
         if world.rank:
-            save = held.enter_context(Save(config, directory, None, world))
+            save = held.enter_context(Save(config, directory, None, world, done))
             evaluate = Evaluate(evaluate_every(config), lambda record: None)
             trainer.observers = (evaluate, save)
         else:
@@ -228,7 +229,7 @@ def _run(
                 Log(metrics, [open_tracker(name, directory, settings) for name in config.training.trackers])
             )
             write = held.enter_context(Write(directory, method.writes))
-            save = held.enter_context(Save(config, directory, log, world))
+            save = held.enter_context(Save(config, directory, log, world, done))
             evaluate = Evaluate(evaluate_every(config), log.emit)
             shown: list[Observer] = [] if quiet else [Show(evaluate, trainer.plan.total_steps)]
             trainer.observers = (evaluate, log, Warn(_watch(config, metrics), log.emit), *shown, write, save)

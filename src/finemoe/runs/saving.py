@@ -24,6 +24,7 @@ from finemoe.core.config import to_json
 from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.logs import logger
 from finemoe.core.reading import damage_of
+from finemoe.parallel.seat import seat
 from finemoe.parallel.world import SOLO, World
 from finemoe.runs.config import RunConfig
 from finemoe.runs.observers import Log
@@ -58,9 +59,12 @@ class Save:
         directory: Path,
         log: Log | None,
         world: World = SOLO,
+        saved: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Save into `directory`; `clock` gives seconds, and tests give their own.
+
+        `saved` is the step of the checkpoint that the run goes on from: that one is there, and was found whole.
 
         Of several processes the first has the log. It writes alone, and the others give it what lies with them; or, if
         the configuration says "sharded", all write at once, and meet in a group of their own.
@@ -76,9 +80,10 @@ class Save:
         self._log = log
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._stop = threading.Event()
-        self._snapshot = Snapshot()
+        here = seat() if self._sharded and world.size > 1 else None
+        self._snapshot = Snapshot(1 if here is None else here.local_processes)
         self._writing: _Writing | None = None
-        self._saved: int | None = None
+        self._saved = saved
         self._room = True
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
@@ -176,14 +181,17 @@ class Save:
 
     def _copied(self, state: RunState) -> RunState | None:
         """None where there is no room for a copy; where all write, with any of them, so that all do the same."""
-        copy: RunState | None = None
+        full = False
         try:
-            copy = self._snapshot.take(state)
+            self._snapshot.make_room(state)
         except NoRoomError as error:
             if self._room:
                 logger.warning("training stands still while checkpoints are written: a copy of one takes %s", error)
-            self._room = False
-        return None if self._sharded and self._world.any(copy is None) else copy
+            full, self._room = True, False
+        if self._world.any(full) if self._sharded else full:
+            self._snapshot.leave()
+            return None
+        return self._snapshot.take(state)
 
     def _finish(self) -> None:
         """Wait for the thread, and note what it did or raise what it raised."""

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -254,6 +255,42 @@ def test_writing_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(AbandonedError):
         save_pieces(tmp_path, 2, state(2), 2, None, stop=stop)
     assert names(tmp_path) == ["step-00000001"]
+
+
+def test_every_checkpoint_is_written_under_a_name_of_its_own(tmp_path: Path) -> None:
+    """Another machine may take a name that it knows for the folder that it was: the last checkpoint."""
+    seen: list[str] = []
+    for step in (1, 2):
+        look = lambda: seen.extend(one.name for one in tmp_path.glob(".writing-*"))  # noqa: E731
+        save_pieces(tmp_path, step, state(step), 2, None, before_naming=look)
+    assert len(set(seen)) == 2
+
+
+def test_a_piece_that_is_there_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pieces(tmp_path, 1, state(1), 2, None)
+    older = tmp_path / "step-00000001"
+    monkeypatch.setattr(pieces, "begin", lambda fresh: fresh.symlink_to(older))
+    with pytest.raises(RunError, match=r"step-00000002: cannot be written: File exists"):
+        save_pieces(tmp_path, 2, state(2), 2, None)
+    assert find_damage(older) is None
+
+
+@pytest.mark.parametrize(("damage", "found"), [(truncate, r"has \d+ bytes"), (Path.unlink, "is not to be seen")])
+def test_what_the_first_process_does_not_find_gets_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], found: str
+) -> None:
+    original = pieces.write_tensors
+
+    def elsewhere(path: Path, *arguments: Any) -> Any:
+        recorded = original(path, *arguments)
+        if path.name == FILES[1]:
+            damage(path)
+        return recorded
+
+    monkeypatch.setattr(pieces, "write_tensors", elsewhere)
+    with pytest.raises(RunError, match=rf"{FILES[1]}: was written with \d+ bytes and {found}"):
+        save_pieces(tmp_path, 1, state(1), 1, None)
+    assert names(tmp_path) == []
 
 
 def test_it_gets_its_name_after_everything_else(tmp_path: Path) -> None:

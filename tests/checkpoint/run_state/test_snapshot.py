@@ -69,6 +69,24 @@ def test_a_copy_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert_equal(snapshot.take(run(2.0)), run(2.0))  # it has its memory already
 
 
+def test_processes_of_one_machine_divide_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each looks before any of them copies, and all of them have three quarters."""
+    needed = sum(-(-one.nbytes // 64) * 64 for part in run().tensors for one in part.values())
+    monkeypatch.setattr(memory, "available_bytes", lambda: 4 * needed)
+    Snapshot(3).make_room(run())
+    with pytest.raises(NoRoomError, match="for 4 processes of this machine"):
+        Snapshot(4).make_room(run())
+
+
+def test_room_that_was_left_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = Snapshot()
+    snapshot.make_room(run())
+    snapshot.leave()
+    monkeypatch.setattr(memory, "available_bytes", lambda: 100)
+    with pytest.raises(NoRoomError):
+        snapshot.take(run())
+
+
 def test_where_the_system_does_not_say_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: None)
     assert_equal(Snapshot().take(run()), run())

@@ -41,7 +41,7 @@ from finemoe.checkpoint.run_state.state import (
     write_rest,
 )
 from finemoe.checkpoint.storage.pieces import Place, said_of
-from finemoe.checkpoint.storage.streaming import AbandonedError, write_tensors
+from finemoe.checkpoint.storage.streaming import AbandonedError, Recorded, write_tensors
 from finemoe.core.errors import FinemoeError, RunError
 from finemoe.core.files import storage_error
 
@@ -174,7 +174,7 @@ class _Writer(StorageWriter):
         return done
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Place]) -> WriteResult:
-        recorded = write_tensors(path, tensors, self._stop, said_of(places))
+        recorded = write_tensors(path, tensors, self._stop, said_of(places), "xb")
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         return WriteResult(MetadataIndex(path.name), nbytes, recorded)
 
@@ -183,6 +183,7 @@ class _Writer(StorageWriter):
         files = {one.index.fqn: one.storage_data for written in results for one in written}
         self.nbytes = sum(one.size_in_bytes for written in results for one in written)
         if files:
+            _require_seen(self._fresh, files)
             write_rest(self._fresh, self._run, dict(sorted(files.items())))
             give_name(self._fresh, self.final, self._before_naming)
             keep_last(self.final, self._keep)
@@ -191,6 +192,21 @@ class _Writer(StorageWriter):
         """What was not finished goes."""
         if self._first:
             shutil.rmtree(self._fresh, ignore_errors=True)
+
+
+def _require_seen(folder: Path, files: Mapping[str, Recorded]) -> None:
+    """Check that what all have written lies in this very folder: a machine may have taken its name for another one.
+
+    Raises:
+        RunError: a file is missing, or has another size.
+    """
+    for name, recorded in files.items():
+        path = folder / name
+        nbytes = path.stat().st_size if path.exists() else None
+        if nbytes != recorded.nbytes:
+            found = "is not to be seen" if nbytes is None else f"has {nbytes} bytes"
+            where = f"{path}: was written with {recorded.nbytes} bytes and {found} where the first process is"
+            raise RunError(f"{where}: all machines must see the same files; the run goes on with `finemoe resume`")
 
 
 def _plain(error: CheckpointException, final: Path, stop: threading.Event | None, *, alone: bool) -> BaseException:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -112,18 +113,21 @@ def is_there(final: Path) -> bool:
 
 
 def unnamed(checkpoints: Path) -> Path:
-    """The folder in which this process writes a checkpoint before it has its name."""
-    return checkpoints / f".writing-{os.getpid()}"
+    """A folder in which a checkpoint is written before it has its name; another one for every checkpoint.
+
+    A machine that shares it over a network may remember for a while what a name stood for, and would write into the
+    folder that has long been a checkpoint.
+    """
+    return checkpoints / f".writing-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def begin(fresh: Path) -> None:
-    """Make the folder to write in, empty.
+    """Make the folder to write in.
 
     Raises:
         OSError: the system refuses.
     """
     make_folder(fresh.parent)
-    shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
 
 

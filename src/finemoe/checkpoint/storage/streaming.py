@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -38,16 +39,17 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     stop: threading.Event | None = None,
     metadata: Mapping[str, str] | None = None,
+    mode: Literal["wb", "xb"] = "wb",
 ) -> Recorded:
     """Write tensors of any device as one safetensors file, synced; `metadata` goes into its header.
 
     Raises:
         AbandonedError: `stop` was set.
-        OSError: the system refuses.
+        OSError: the system refuses, or with `mode` "xb" the file is there already.
     """
     specs = [TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
     shard = lay_out(path.name, specs, metadata)
-    return _write(path, _bytes_of(shard.header, (tensors[name] for name in shard.offsets)), stop)
+    return _write(path, _bytes_of(shard.header, (tensors[name] for name in shard.offsets)), stop, mode)
 
 
 def write_bytes(path: Path, data: bytes) -> Recorded:
@@ -56,7 +58,7 @@ def write_bytes(path: Path, data: bytes) -> Recorded:
     Raises:
         OSError: the system refuses.
     """
-    return _write(path, [memoryview(data)], None)
+    return _write(path, [memoryview(data)], None, "wb")
 
 
 def _bytes_of(header: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
@@ -67,9 +69,11 @@ def _bytes_of(header: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
             yield data[start : start + _PIECE_BYTES]
 
 
-def _write(path: Path, pieces: Iterable[memoryview], stop: threading.Event | None) -> Recorded:
+def _write(
+    path: Path, pieces: Iterable[memoryview], stop: threading.Event | None, mode: Literal["wb", "xb"]
+) -> Recorded:
     digest, nbytes, synced = hashlib.sha256(), 0, 0
-    with path.open("wb") as file:
+    with path.open(mode) as file:
         for piece in pieces:
             if stop is not None and stop.is_set():
                 raise AbandonedError
