@@ -28,6 +28,8 @@ from finemoe.runs.footprint import footprint, require_memory
 from finemoe.runs.kernels import kernels_for
 from finemoe.runs.start import build_method, check_memory
 from finemoe.training.optimizers import optimizer_tensors
+from methods.tiny_adaptations import ADAPT, begin_all, of_kinds
+from methods.tiny_talks import adapting, begin, write_pairs
 from parallel.processes import run
 from parallel.test_run_by_many import tables
 from runs.tiny_runs import corpus, data_table
@@ -132,6 +134,27 @@ def test_each_gpu_holds_its_own(corpus: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(memory, "available_bytes", lambda: copy - 1)
     with pytest.raises(RunError, match="rank 0 puts each checkpoint together in its machine's memory"):
         require_memory(config, cuda, bf16=False, layout=layout, here=8)
+
+
+def test_what_prepares_on_the_whole_model_is_counted_whole(corpus: Path, tmp_path: Path) -> None:
+    """DPO's reference is what the run begins with: until the first step each process holds all of it."""
+    base = begin(corpus, tmp_path, "v3")
+    raw = adapting(base, write_pairs(tmp_path / "pairs.jsonl"), {"kind": "dpo"})
+    needed = {}
+    for name, more in (("dpo", {}), ("no reference", {"reference": "none", "length": "mean"}), ("sft", {})):
+        kind = "sft" if name == "sft" else "dpo"
+        config = resolve_run({**raw, "method": {"kind": kind, **more}}, "test")
+        needed[name] = footprint(config, layout=Layout(shard=2)).before
+    weights = footprint(resolve_run(raw, "test")).weights
+    assert needed["dpo"] >= weights
+    assert needed["no reference"] == needed["sft"] == 0
+
+
+@pytest.mark.parametrize("kind", ADAPT)
+def test_a_method_says_whether_it_prepares(corpus: Path, tmp_path: Path, kind: str) -> None:
+    base = begin_all(corpus, tmp_path)
+    config = resolve_run(of_kinds(base, kind, "everything"), "test")
+    assert bool(build_method(config).prepare) == config.method.prepares
 
 
 def test_a_checkpoint_in_pieces_is_put_together_by_nobody(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from finemoe.checkpoint.conversion import export
 from finemoe.checkpoint.doctor.examine import examine
-from finemoe.checkpoint.open import load_model
+from finemoe.checkpoint.open import load_model, load_tensors
 from finemoe.checkpoint.run_state import pieces
 from finemoe.checkpoint.run_state.state import METHOD, MODEL, OPTIMIZER, find_damage, load_latest, read_part
 from finemoe.core.errors import CheckpointError, RunError
@@ -54,6 +54,13 @@ def test_they_hold_the_same_bits(whole: Path, sharded: Path) -> None:
         for run in (whole, sharded)
     ]  # fmt: skip
     assert noted[0] == noted[1]
+
+
+def test_a_run_of_many_processes_begins_with_them(whole: Path, sharded: Path) -> None:
+    """It reads one tensor after the other, by a way of its own."""
+    expected, found = (dict(load_tensors(run)[1]) for run in (whole, sharded))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_everything_that_opens_a_run_opens_them(whole: Path, sharded: Path, tmp_path: Path) -> None:

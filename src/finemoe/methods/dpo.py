@@ -48,6 +48,11 @@ class DPOConfig(ConversationsConfig):
     sample_tokens: Annotated[int, Field(ge=1)] = 64
     """[tokens] Longest such answer."""
 
+    @property
+    def prepares(self) -> bool:
+        """A reference is what the run begins with."""
+        return self.reference == "start"
+
     @model_validator(mode="after")
     def _of_sigmoid(self) -> Self:
         wrong = [name for name in ("label_smoothing", "target_margin") if getattr(self, name)]

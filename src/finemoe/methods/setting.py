@@ -49,6 +49,11 @@ class MethodConfig(Config):
     moves_biases: ClassVar[bool] = False
     """Selection biases move where the recipe says nothing of them."""
 
+    @property
+    def prepares(self) -> bool:
+        """Whether it looks at the whole model before the first step, which every process then holds for a moment."""
+        return False
+
     def moves(self, name: str) -> bool:
         """Whether the parameter of that name is trained, if the choice of what may move lets it."""
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,8 +52,9 @@ class ParallelConfig(Config):
 
     @property
     def least(self) -> int:
-        """How many processes it takes, where `shard` is as many as it says."""
-        return self.pipeline * self.replicate * (self.shard or 1) * self.context
+        """How many processes it takes; where `shard` is left out, the fewest that experts can be spread over."""
+        shard = self.shard or self.expert // math.gcd(self.expert, self.context)
+        return self.pipeline * self.replicate * shard * self.context
 
     def layout(self, processes: int) -> Layout:
         """What `processes` come to.

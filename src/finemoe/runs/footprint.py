@@ -178,6 +178,12 @@ def _in_place(config: RunConfig, bf16: bool, place: _Place, whole: Mapping[str, 
     length = config.data.sequence_length
     first += _activations(config, held.sequences_before * length, bf16, place) if held.before else 0
     alone = sum(one.nbytes for one in config.method.before)
+    only_before = held.before if first >= alone and held.before else config.method.before
+    before = max(first if held.before else 0, alone + _AT_ANY_RATE if alone else 0)
+    if place.layout.processes > 1 and config.method.prepares:
+        uncut = Kept("the whole model", 4 * numbers(whole), "fewer layers or experts")
+        before = max(before, uncut.nbytes + sum(one.nbytes for one in kept) + _AT_ANY_RATE)
+        only_before = (*only_before, uncut)
     together = 0
     if place.layout.processes > 1:
         counted = memory_of(model, place.setup, place.rank, place.held)
@@ -190,8 +196,8 @@ def _in_place(config: RunConfig, bf16: bool, place: _Place, whole: Mapping[str, 
         copy=_checkpoint(config, whole, state, place.layout),
         micro_batch_tokens=tokens,
         kept=kept,
-        before=max(first if held.before else 0, alone + _AT_ANY_RATE if alone else 0),
-        only_before=held.before if first >= alone and held.before else config.method.before,
+        before=before,
+        only_before=only_before,
         together=together,
     )
 

@@ -356,7 +356,7 @@ def open_weights(path: Path) -> tuple[ModelConfig, TensorFolder]:
     """
     folder = newest_checkpoint(path)
     config = model_of(read_object(folder / CONFIG, _ANOTHER, CheckpointError), folder / CONFIG)
-    return config, TensorFolder.of_files([folder / MODEL])
+    return config, open_part(folder, MODEL)
 
 
 def load_weights(model: Transformer, tensors: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:

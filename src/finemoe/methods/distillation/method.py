@@ -97,6 +97,11 @@ class DistillConfig(MethodConfig):
         """As given, or what suits the policy."""
         return self.divergence or ("reverse" if self.policy == "on" else "forward")
 
+    @property
+    def prepares(self) -> bool:
+        """A teacher that runs beside the student is put where it is."""
+        return self.top_k is None
+
     def moves(self, name: str) -> bool:
         """All but prediction modules."""
         return not name.startswith("mtp.")

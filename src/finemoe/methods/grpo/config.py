@@ -131,6 +131,11 @@ class GRPOConfig(MethodConfig):
         """How far above 1 a ratio counts."""
         return self.clip if self.clip_high is None else self.clip_high
 
+    @property
+    def prepares(self) -> bool:
+        """An engine, and a reference."""
+        return True
+
     def moves(self, name: str) -> bool:
         """All but prediction modules."""
         return not name.startswith("mtp.")

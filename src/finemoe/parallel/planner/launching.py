@@ -64,13 +64,13 @@ class Launch:
 
 
 def shutdown_seconds(step: float, checkpoint: float) -> int:
-    """[seconds] To finish a step and to write a checkpoint, in whole minutes; five at least.
+    """[seconds] To finish a step, the checkpoint that is being written and a last one, in whole minutes; five at least.
 
     Args:
         step: [seconds] at most.
         checkpoint: [bytes].
     """
-    needed = step + checkpoint / _WRITTEN + _LEAD
+    needed = step + 2 * checkpoint / _WRITTEN + _LEAD
     return min(MAX_SHUTDOWN, max(300, 60 * math.ceil(needed / 60)))
 
 
