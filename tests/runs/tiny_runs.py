@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(corpus: Path, arm: str = "deepseek-moe", **tables: Any) -> dict[str, Any]:
     """A recipe of 6 steps of 4 sequences; `tables` are laid on top."""
-    own = dict(LADDER.get(arm, {}))
+    own = deepcopy(LADDER.get(arm, {}))  # whoever gets it may change it
     attention = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
-    model = own.pop("model", None) or {"attention": attention, "feed_forward": FEED_FORWARDS[arm]}
+    model = own.pop("model", None) or {"attention": attention, "feed_forward": deepcopy(FEED_FORWARDS[arm])}
     return merge(
         {
             "model": {

@@ -75,14 +75,15 @@ class Watch:
     def off_policy(self, mismatch: float | None, divergence: float) -> list[str]:
         """What is to be said of how far the policy is from who wrote the answers, by a step's terms."""
         found = []
-        if self._streaks.setdefault("mismatch", _Streak()).after(mismatch is not None and mismatch > _MISMATCH):
+        chosen_anew = self.config.replay == "off" and mismatch is not None and mismatch > _MISMATCH
+        if self._streaks.setdefault("mismatch", _Streak()).after(chosen_anew):
             found.append(
                 f"{mismatch:.0%} of the experts are others than when the answers were written: "
                 'set method.replay = "rollout", or take fewer steps on a rollout'
             )
         if self._streaks.setdefault("off policy", _Streak()).after(divergence > _OFF_POLICY):
+            weighed = "" if self.config.importance_cap else "set method.importance_cap = 2, or "
             found.append(
-                f"the model is {divergence:.3g} nats from who wrote the answers: set method.importance_cap = 2, or "
-                "method.off_policy_bound"
+                f"the model is {divergence:.3g} nats from who wrote the answers: {weighed}take fewer steps on a rollout"
             )
         return found
