@@ -17,10 +17,10 @@ ADAPT: dict[str, Callable[[Path], dict[str, Any]]] = {
     "dpo": lambda folder: {"nll": 0.1},
     "reward": lambda folder: {},
     "grpo": lambda folder: {
-        "group": 2,
+        "group": 4,
         "answer_tokens": 4,
         "validation_prompts": 2,
-        "rewards": [{"kind": "function", "path": f"{folder / 'letters.py'}:score"}],
+        "rewards": [{"kind": "function", "path": f"{folder / 'letters.py'}:odd"}],
     },
     "distill": lambda folder: {"teacher": str(folder / "teacher"), "top_k": 8},
 }

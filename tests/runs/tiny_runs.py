@@ -137,13 +137,18 @@ def data_table(corpus: Path) -> dict[str, Any]:
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what time decides: two figures, and when a checkpoint was written."""
+    """metrics.jsonl without what time decides: some figures, and when a checkpoint was written."""
     timed = ("seconds", "tokens_per_second", "processor_seconds")
-    return [
+    found = [
         {key: value for key, value in record.items() if key not in timed}
         for record in read_json_lines(directory / "metrics.jsonl")
         if record["kind"] != "checkpoint"
     ]
+    for record in found:
+        shares = [name for name in record.get("figures", {}) if name.startswith("time_")]
+        if shares:
+            record["figures"] = {name: one for name, one in record["figures"].items() if name not in shares}
+    return found
 
 
 def steps(directory: Path) -> list[dict[str, Any]]:

@@ -152,7 +152,7 @@ class Rollouts:
         """The rollout that is learnt from, and what is needed of the reference."""
         kept, policies = saved(self._rollout, self._prompts_used), self._known.state()
         tensors = {f"{_REFERENCE}{name}": one for name, one in policies.tensors.items()}
-        return Saved({**kept.tensors, **tensors}, {**kept.values, **policies.values})
+        return Saved({**kept.tensors, **tensors}, {**kept.values, **policies.values, "watch": self._watch.values()})
 
     def restore(self, state: Saved) -> None:
         """As it was.
@@ -162,6 +162,7 @@ class Rollouts:
         """
         own = {name: one for name, one in state.tensors.items() if not name.startswith(_REFERENCE)}
         self._rollout, self._prompts_used = restored(Saved(own, state.values))
+        self._watch.put(state.values["watch"])
         reference = {name.removeprefix(_REFERENCE): one for name, one in state.tensors.items() if name not in own}
         self._known.restore(Saved(reference, state.values))
 

@@ -36,6 +36,15 @@ class Watch:
     _streaks: dict[str, _Streak] = field(default_factory=dict)
     _first: dict[str, float] = field(default_factory=dict)
 
+    def values(self) -> dict[str, dict[str, float]]:
+        """For a checkpoint: a run that goes on says what the unbroken one would."""
+        return {"streaks": {name: one.rollouts for name, one in self._streaks.items()}, "first": dict(self._first)}
+
+    def put(self, values: Mapping[str, Mapping[str, float]]) -> None:
+        """Be as `values` found it."""
+        self._streaks = {name: _Streak(int(rollouts)) for name, rollouts in values["streaks"].items()}
+        self._first = dict(values["first"])
+
     def after(self, figures: Mapping[str, float]) -> list[str]:
         """What is to be said after a rollout with these figures."""
         for name in ("reward", "length"):
