@@ -51,17 +51,17 @@ def measure(folder: Path, seed: int, name: str, changes: Sequence[str]) -> dict[
     records = read_metrics(folder / str(seed) / f"3-zero-{number}")
     held = [one for one in records if one["kind"] == "validation"]
     steps = [one for one in records if one["kind"] == "step"]
-    reached = next((one for one in held if one["validation_answer"] >= 0.8), None)
+    reached = next((one for one in held if one["validation_reward_answer"] >= 0.8), None)
     return {
         "seed": seed,
-        "before": held[0]["validation_answer"],
-        "after": held[-1]["validation_answer"],
-        "greedy": held[-1]["validation_greedy_answer"],
+        "before": held[0]["validation_reward_answer"],
+        "after": held[-1]["validation_reward_answer"],
+        "greedy": held[-1]["validation_greedy_reward_answer"],
         "length": [held[0]["validation_length"], held[-1]["validation_length"]],
-        "steps_share": [held[0]["validation_steps"], held[-1]["validation_steps"]],
+        "steps_share": [held[0]["validation_reward_steps"], held[-1]["validation_reward_steps"]],
         "seconds": round(steps[-1]["seconds"], 1),
         "step_of_0.8": None if reached is None else reached["step"],
-        "curve": [(one["step"], one["validation_answer"], one["validation_length"]) for one in held],
+        "curve": [(one["step"], one["validation_reward_answer"], one["validation_length"]) for one in held],
         "time_rollout": round(statistics.mean(one["figures"]["time_rollout"] for one in steps), 3),
     }
 

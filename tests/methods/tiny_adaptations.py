@@ -8,6 +8,7 @@ from typing import Any
 
 from finemoe.core.config import merge
 from finemoe.runs.run import train
+from methods.grpo.tiny_policy import rewards_file
 from methods.tiny_talks import adapting, begin, select, write_pairs
 from runs.tiny_runs import recipe
 
@@ -15,6 +16,12 @@ ADAPT: dict[str, Callable[[Path], dict[str, Any]]] = {
     "sft": lambda folder: {"loss": "conversation"},
     "dpo": lambda folder: {"nll": 0.1},
     "reward": lambda folder: {},
+    "grpo": lambda folder: {
+        "group": 4,
+        "answer_tokens": 4,
+        "validation_prompts": 2,
+        "rewards": [{"kind": "function", "path": f"{folder / 'letters.py'}:odd"}],
+    },
     "distill": lambda folder: {"teacher": str(folder / "teacher"), "top_k": 8},
 }
 MOVE: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -30,6 +37,7 @@ def begin_all(corpus: Path, folder: Path, **tables: Any) -> Path:
     """A V3 in miniature, and beside it what it is to learn, who teaches it, and the experts that it may move."""
     run = begin(corpus, folder, "v3", **tables)
     write_pairs(folder / "pairs.jsonl")
+    rewards_file(folder)
     select(run, folder / "selection.json", {1: (6, 2)})
     train(recipe(corpus, "dense", seed=7, training={"steps": 2}), out=folder / "teacher", quiet=True)
     return run

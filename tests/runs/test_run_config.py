@@ -85,7 +85,10 @@ def test_an_unknown_key_at_any_level_suggests_the_one_that_was_meant(override: s
         (["optimizer.learning_rate=-1"], "`optimizer.learning_rate`"),
         (["optimizer.learning_rate=nan"], "`optimizer.learning_rate`"),
         (["schedule.kind='cosin'"], "unknown `schedule.kind` 'cosin', did you mean `cosine`?"),
-        (["data.corpus.max_bytes=9"], "`data.corpus.kind` is required and missing; known: stdlib, interpreter, files"),
+        (
+            ["data.corpus.max_bytes=9"],
+            "`data.corpus.kind` is required and missing; known: stdlib, interpreter, problems, files",
+        ),
         (["training.device='tpu'"], "`training.device`"),
         (["model.preset='tiny-mo'"], "did you mean `tiny-moe`?"),
         (["model.feed_forward.experts_per_token=64"], "experts_per_token 64 is above num_routed_experts 63"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,10 +53,11 @@ def test_an_interrupt_before_there_is_a_folder_promises_none(
 def test_a_process_that_receives_most_rows_for_long_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     """Complaint 14 of distribution: memory runs out, or all wait, and nobody knew that one process had all the rows."""
     warn = Warn(Watch({}, 100, Knobs(0.1, None)), lambda record: None)
+    trainer = SimpleNamespace(method=SimpleNamespace(warns=lambda report: ()))
     for step, rows in enumerate([3.0] * 9 + [1.5] + [2.5] * 20, 1):
         figures = {ROWS_FIGURE: rows}
         report = StepReport(step, step, 1.0, {}, 1.0, 0.1, 1.0, 1.0, 1.0, {}, 0, figures=figures)
-        warn.after_step(None, report)  # type: ignore[arg-type]  # asks the report alone
+        warn.after_step(trainer, report)  # type: ignore[arg-type]  # asks the report, and the method for its own words
     [told] = caplog.messages
     assert told.startswith("step 20: for 10 steps the experts of one process have received more than 2 times")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(corpus: Path, arm: str = "deepseek-moe", **tables: Any) -> dict[str, Any]:
     """A recipe of 6 steps of 4 sequences; `tables` are laid on top."""
-    own = dict(LADDER.get(arm, {}))
+    own = deepcopy(LADDER.get(arm, {}))  # whoever gets it may change it
     attention = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
-    model = own.pop("model", None) or {"attention": attention, "feed_forward": FEED_FORWARDS[arm]}
+    model = own.pop("model", None) or {"attention": attention, "feed_forward": deepcopy(FEED_FORWARDS[arm])}
     return merge(
         {
             "model": {
@@ -136,13 +137,18 @@ def data_table(corpus: Path) -> dict[str, Any]:
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what time decides: two figures, and when a checkpoint was written."""
+    """metrics.jsonl without what time decides: some figures, and when a checkpoint was written."""
     timed = ("seconds", "tokens_per_second", "processor_seconds")
-    return [
+    found = [
         {key: value for key, value in record.items() if key not in timed}
         for record in read_json_lines(directory / "metrics.jsonl")
         if record["kind"] != "checkpoint"
     ]
+    for record in found:
+        shares = [name for name in record.get("figures", {}) if name.startswith("time_")]
+        if shares:
+            record["figures"] = {name: one for name, one in record["figures"].items() if name not in shares}
+    return found
 
 
 def steps(directory: Path) -> list[dict[str, Any]]:

@@ -72,8 +72,6 @@ def test_overrides_are_of_all_stages_or_of_one(corpus: Path, tmp_path: Path) -> 
         ({"name": "base"}, "is called 'base'"),
         ({"name": "A b"}, "is called 'A b'"),
         ({"data": {"corpus": {"kind": "files", "paths": ["{late}/x"]}}}, "is no stage before it"),
-        ({"sample": {"prompts": []}}, "prompts"),
-        ({"sample": {"prompts": ["a"], "keeps": "all"}}, "keeps"),
     ],
 )
 def test_what_cannot_be_is_refused(corpus: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -83,7 +81,37 @@ def test_what_cannot_be_is_refused(corpus: Path, tmp_path: Path, change: dict[st
         stages_of(raw, "recipe", tmp_path)
 
 
+def test_an_override_goes_beyond_what_a_stage_says_itself(corpus: Path, tmp_path: Path) -> None:
+    stages = stages_of(staged(corpus), "recipe", tmp_path, ["training.steps=7", "stage.learnt.training.tokens=4000"])
+    assert stages[0].raw["training"]["steps"] == 7
+    assert "steps" not in stages[2].raw["training"], "one length takes the place of another, as in any recipe"
+    assert stages[2].raw["training"]["tokens"] == 4000
+    with pytest.raises(ConfigError, match="no stage is called 'lernt'"):
+        stages_of(staged(corpus), "recipe", tmp_path, ["stage.lernt.seed=1"])
+
+
+def test_a_stage_that_samples_takes_the_seed_and_nothing_that_does_nothing(corpus: Path, tmp_path: Path) -> None:
+    raw = staged(corpus)
+    changes = ["stage.answers.sample.n=3", "seed=8", "training.steps=2"]
+    sampling = stages_of(raw, "recipe", tmp_path, changes)[1]
+    assert sampling.sampling is not None
+    assert (sampling.sampling.n, sampling.raw["seed"]) == (3, 8)
+    raw["stage"][1]["training"] = {"steps": 3}
+    with pytest.raises(ConfigError, match="`training` does nothing where answers are sampled"):
+        stages_of(raw, "recipe", tmp_path)
+
+
+@pytest.mark.parametrize(("sample", "said"), [({"prompts": []}, "prompts"), ({"prompts": ["a"], "keeps": 1}, "keeps")])
+def test_a_sampling_that_cannot_be_is_refused(corpus: Path, tmp_path: Path, sample: dict[str, Any], said: str) -> None:
+    raw = staged(corpus)
+    raw["stage"][1]["sample"] = sample
+    with pytest.raises(ConfigError, match=said):
+        stages_of(raw, "recipe", tmp_path)
+
+
 def test_a_template_keeps_its_braces(corpus: Path, tmp_path: Path) -> None:
     raw = staged(corpus)
     raw["stage"][2]["method"] = {"kind": "grpo", "template": "{prompt}"}
-    assert stages_of(raw, "recipe", tmp_path)[2].raw["method"]["template"] == "{prompt}"
+    raw["stage"][2]["method"]["opens"] = "{think}"
+    method = stages_of(raw, "recipe", tmp_path)[2].raw["method"]
+    assert (method["template"], method["opens"]) == ("{prompt}", "{think}")

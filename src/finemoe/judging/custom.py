@@ -70,6 +70,10 @@ def _loaded(path: Path, name: str) -> Callable[..., Any]:
     return found
 
 
+_MOST = 1e9
+"""What an answer is worth at most: beyond, sums and deviations say nothing any more."""
+
+
 def _said(value: Any) -> Judged:
     """What a user's function returned.
 
@@ -83,7 +87,7 @@ def _said(value: Any) -> Judged:
     if isinstance(value, Mapping):
         steps = tuple((int(place), _finite(one)) for place, one in value.get("steps") or ())
         judged = _said(value.get("value"))
-        return Judged(judged.verdict, judged.value, str(value.get("note", "")), steps)
+        return Judged(judged.verdict, judged.value, _plain(str(value.get("note", ""))), steps)
     number = _finite(value)
     return Judged("right" if number > 0 else "wrong", number)
 
@@ -91,9 +95,15 @@ def _said(value: Any) -> Judged:
 def _finite(value: Any) -> float:
     if not isinstance(value, Real):
         raise TypeError(f"it returned {type(value).__name__}, and not a number, True, False, None or a dict")
-    if not math.isfinite(value):
-        raise ValueError(f"it returned {value}, which is no finite number")
-    return float(value)
+    number = float(value)
+    if not math.isfinite(number) or abs(number) > _MOST:
+        raise ValueError(f"it returned {number}, which is no finite number between -{_MOST:g} and {_MOST:g}")
+    return number
+
+
+def _plain(text: str) -> str:
+    """Text that every file can hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def reasoning_gym(config: GymReward, bounds: Bounds) -> Judge:

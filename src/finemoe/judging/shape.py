@@ -45,7 +45,7 @@ def form(config: FormatReward, bounds: Bounds) -> Judge:
         if config.form == "boxed":
             return Judged.whether(boxed(answer.text) is not None)
         text = answer.text.strip()
-        if answer.prompt.rstrip().endswith(opens) and not text.startswith(opens):
+        if (answer.asked or answer.prompt).rstrip().endswith(opens) and not text.startswith(opens):
             text = opens + text
         rest = _behind(text, opens, closes)
         if rest is not None and config.form == "think":

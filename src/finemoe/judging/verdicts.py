@@ -29,6 +29,8 @@ class Answer:
     """The record that the question is from."""
     references: tuple[str, ...]
     """What is right; any of them."""
+    asked: str = ""
+    """The prompt as the model read it, with its template; empty where nobody knows."""
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,16 @@ def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple
 
 
 @torch.no_grad()
-def logprobs_and_entropy(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def logprobs_and_entropy(
+    model: Transformer, hidden: Tensor, targets: Tensor, vocab_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """How probable `targets [tokens]` are after `hidden [tokens, hidden]`, and how undecided the model is there.
+
+    Args:
+        model: for its head.
+        hidden: states of the last norm.
+        targets: int64 ids.
+        vocab_size: ids from here on are never drawn, and count for nothing. None: all are.
 
     Returns:
         Log-probabilities, and entropies of the whole distribution, in nats, float32; `[tokens]` each.
@@ -49,7 +57,7 @@ def logprobs_and_entropy(model: Transformer, hidden: Tensor, targets: Tensor) ->
     rows = max(1, _CHUNK_ELEMENTS // model.config.vocab_size)
     for start in range(0, len(targets), rows):
         piece = slice(start, start + rows)
-        all_ = model.logits(hidden[piece]).float().log_softmax(dim=-1)
+        all_ = model.logits(hidden[piece])[:, :vocab_size].float().log_softmax(dim=-1)
         logprobs[piece] = all_.gather(-1, targets[piece, None])[:, 0]
         entropy[piece] = -(all_.exp() * all_).sum(dim=-1)
     return logprobs, entropy

@@ -20,13 +20,15 @@ from finemoe.core.config import Config, merge, parse, read_tables, with_override
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.logs import logger
 from finemoe.methods.distillation.sampling import sample
-from finemoe.runs.config import resolve_run
+from finemoe.parallel.seat import seat
+from finemoe.runs.config import read_recipe, resolve_run
 from finemoe.runs.run import train
 from finemoe.training.directory import read_summary
 
 ANSWERS = "answers.jsonl"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
-_PLACE = re.compile(r"\{([a-z0-9-]+)\}")
+_PLACE = re.compile(r"^\{([a-z0-9-]+)\}(?=/)")
+"""What a path begins with that lies in a stage's folder."""
 
 
 class SampleConfig(Config):
@@ -63,8 +65,8 @@ def is_staged(raw: Mapping[str, Any]) -> bool:
     return "stage" in raw
 
 
-def stages_of(raw: Mapping[str, Any], source: str, out: Path) -> list[Stage]:
-    """The stages of a recipe's tables, in order.
+def stages_of(raw: Mapping[str, Any], source: str, out: Path, overrides: Sequence[str] = ()) -> list[Stage]:
+    """The stages of a recipe's tables, in order, with `overrides` on top: as of `run_stages`.
 
     Raises:
         ConfigError: one has no name, or that of another; or begins with a stage that is not before it.
@@ -73,6 +75,7 @@ def stages_of(raw: Mapping[str, Any], source: str, out: Path) -> list[Stage]:
     if not isinstance(given, Sequence) or not given or not all(isinstance(one, Mapping) for one in given):
         raise ConfigError(f"{source}: `stage` must be written as [[stage]] tables")
     common = {name: value for name, value in raw.items() if name != "stage"}
+    everywhere, own = _by_stage(overrides, [one.get("name") for one in given])
     found: list[Stage] = []
     for number, one in enumerate(given, 1):
         name = one.get("name")
@@ -82,13 +85,32 @@ def stages_of(raw: Mapping[str, Any], source: str, out: Path) -> list[Stage]:
                 f"{source}: stage {number} is called {name!r}: give each a `name` of its own, of small letters, digits "
                 "and hyphens"
             )
-        folder = out / f"{number}-{name}"
-        tables = _placed({key: value for key, value in one.items() if key != "name"}, known, f"{source}, stage {name}")
-        sampling = tables.pop("sample", None)
-        table = None if sampling is None else parse(SampleConfig, sampling, f"{source}, stage {name}: sample")
+        where, folder = f"{source}, stage {name}", out / f"{number}-{name}"
+        tables = _placed({key: value for key, value in one.items() if key != "name"}, known, where)
+        if "sample" in tables:
+            found.append(_sampling(name, folder, tables, common, [*everywhere, *own.get(name, ())], where))
+            continue
         shared = {key: value for key, value in common.items() if key != "model" or "start_from" not in tables}
-        found.append(Stage(name, folder, merge({**shared, "name": name}, tables), table))
+        laid, _ = read_recipe(merge({**shared, "name": name}, tables), everywhere)
+        laid, _ = read_recipe(laid, own.get(name, ()))  # apart, since each may say how long the run is
+        found.append(Stage(name, folder, laid, None))
     return found
+
+
+def _sampling(
+    name: str,
+    folder: Path,
+    tables: Mapping[str, Any],
+    common: Mapping[str, Any],
+    overrides: Sequence[str],
+    where: str,
+) -> Stage:
+    """A stage that writes answers: of the recipe it takes the seed alone."""
+    if wrong := sorted(set(tables) - {"sample", "start_from", "seed"}):
+        raise ConfigError(f"{where}: `{wrong[0]}` does nothing where answers are sampled: leave it out")
+    of_it = [one for one in overrides if one.split(".")[0].split("=")[0].strip() in ("sample", "seed", "start_from")]
+    laid = with_overrides({"seed": common.get("seed", 0), **tables}, of_it)
+    return Stage(name, folder, laid, parse(SampleConfig, laid["sample"], f"{where}: sample"))
 
 
 def run_stages(
@@ -116,7 +138,10 @@ def run_stages(
     """
     source = "recipe" if isinstance(recipe, Mapping) else str(recipe)
     raw = dict(recipe) if isinstance(recipe, Mapping) else read_tables(recipe)
-    stages = stages_of(_overridden(raw, overrides), source, Path(out))
+    stages = stages_of(raw, source, Path(out), overrides)
+    here = seat()
+    if here is not None and here.processes > 1 and any(stage.sampling for stage in stages):
+        raise ConfigError(f"{source}: a stage samples answers, which one process does: start it without torchrun")
     done = []
     for number, stage in enumerate(stages, 1):
         if not quiet:
@@ -132,7 +157,8 @@ def _run(stage: Stage, source: str, quiet: bool) -> dict[str, Any]:
         if not isinstance(start, str):
             raise ConfigError(f'{source}, stage {stage.name}: name whose answers as start_from = "STAGE"')
         given = stage.sampling.model_dump(exclude={"prompts"})
-        sampled = sample(start, list(stage.sampling.prompts), stage.folder / ANSWERS, quiet=quiet, **given)
+        given |= {"seed": stage.raw["seed"], "quiet": quiet}
+        sampled = sample(start, list(stage.sampling.prompts), stage.folder / ANSWERS, **given)
         return {**where, "sampled": sampled.to_dict()}
     config = resolve_run(dict(stage.raw), f"{source}, stage {stage.name}")
     done = train(config, out=stage.folder, quiet=quiet, go_on=True)
@@ -142,7 +168,7 @@ def _run(stage: Stage, source: str, quiet: bool) -> dict[str, Any]:
 
 
 def _placed(value: Any, known: Mapping[str, Path], where: str) -> Any:
-    """`value` with {stage} in its texts as the stage's folder, and a start_from that is the name of one."""
+    """`value` with {stage}/ at the beginning of a path as the stage's folder, and a start_from that is its name."""
     if isinstance(value, Mapping):
         return {key: _value(key, one, known, where) for key, one in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -168,15 +194,17 @@ def _value(key: str, value: Any, known: Mapping[str, Path], where: str) -> Any:
     return _placed(value, known, where)
 
 
-def _overridden(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Overrides of the whole, and of stages by name."""
-    own = [one for one in overrides if one.startswith("stage.")]
-    merged = with_overrides(raw, [one for one in overrides if not one.startswith("stage.")])
-    given = merged.get("stage")
-    for one in own:
-        _, name, rest = [*one.split(".", 2), "", ""][:3]
-        if not isinstance(given, Sequence) or name not in [stage.get("name") for stage in given]:
-            raise ConfigError(f"--set {one}: no stage is called {name!r}")
-        merged["stage"] = [with_overrides(stage, [rest]) if stage.get("name") == name else stage for stage in given]
-        given = merged["stage"]
-    return merged
+def _by_stage(overrides: Sequence[str], names: Sequence[Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Overrides of all stages, and of single ones by name."""
+    everywhere: list[str] = []
+    own: dict[str, list[str]] = {}
+    for one in overrides:
+        if not one.startswith("stage."):
+            everywhere.append(one)
+            continue
+        name, _, rest = one.removeprefix("stage.").partition(".")
+        if name not in names or not rest:
+            known = ", ".join(str(name) for name in names)
+            raise ConfigError(f"--set {one}: no stage is called {name!r}; those are: {known}")
+        own.setdefault(name, []).append(rest)
+    return everywhere, own

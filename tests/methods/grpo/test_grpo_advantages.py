@@ -43,6 +43,15 @@ def test_advantages_have_mean_zero_and_spread_one(values: list[float | None]) ->
         assert math.fsum(one * one for one in known) / len(known) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("values", [[0.1 + 0.2, 0.3, 0.3], [1.2345678, 1.2345679, 1.2345678], [1e6, 1e6 + 0.5]])
+def test_rounding_is_no_merit(values: list[float]) -> None:
+    assert outcome(values, "std") == [0.0] * len(values)
+
+
+def test_values_of_any_size_have_a_spread() -> None:
+    assert outcome([1e300, -1e300], "std") == [1.0, -1.0]
+
+
 def test_of_steps_by_hand() -> None:
     """DeepSeekMath 4.1.3: rewards 1, 0 and 1 of three steps of two answers; mean 2/3, standard deviation sqrt(2)/3."""
     spread = math.sqrt(2) / 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from finemoe.methods.grpo.rollout import Answer, Drawn, Scored
 from finemoe.methods.grpo.source import Asked, OwnEngine
 from finemoe.model.config import Kernels, expand, without_capacity
 from finemoe.model.initialize import initialize
+from finemoe.model.logprobs import logprobs_and_entropy
 from finemoe.model.presets import resolve
 from finemoe.model.transformer import Transformer
 
@@ -159,3 +161,26 @@ def test_answers_are_the_same_whoever_is_written_beside_them() -> None:
     source = OwnEngine(model, Ids(), nullcontext, at_once=2)  # type: ignore[arg-type]
     alone = source([Asked(PROMPTS[1], (4, 5, 6, 7))], SamplingConfig(seed=3, max_new_tokens=24))[0]
     assert [one.completion for one in alone] == [one.completion for one in together[4:8]]
+
+
+def test_ids_that_are_never_drawn_count_for_nothing() -> None:
+    """Complaint 11 of post-training: a model with more rows than its tokenizer has ids."""
+    model = built("tiny-moe")
+
+    class Fewer(Ids):
+        vocab_size = 200
+
+    sampling = SamplingConfig(seed=3, max_new_tokens=12)
+    (found,) = OwnEngine(model, Fewer(), nullcontext)([Asked(PROMPTS[0], (0, 1, 2, 3))], sampling)  # type: ignore[arg-type]
+    batch = batch_of(found)
+    sums = PolicyGradient(GRPOConfig(beta=0.0, inner_epochs=2), 200).terms(model, _on_policy(model, batch)).sums
+    assert sums["off_policy_kl"] / len(batch.places) < 1e-9
+
+
+def _on_policy(model: Transformer, batch: RolloutBatch) -> RolloutBatch:
+    """With what the trainer itself finds as `old`."""
+    with torch.no_grad():
+        output = read(model, batch, {})
+        targets = batch.rows.targets[0, batch.places]
+        old, _ = logprobs_and_entropy(model, output.hidden[0, batch.places], targets, 200)
+    return replace(batch, old=old)

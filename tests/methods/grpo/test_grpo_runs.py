@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from finemoe.core.errors import ConfigError, DataError
+from finemoe.core.errors import CheckpointError, ConfigError, DataError
 from finemoe.methods.grpo.rollouts import Rollouts
 from finemoe.runs.run import resume, train
 from finemoe.training.directory import read_metrics
@@ -30,7 +30,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
     "two steps and two epochs on a rollout": {"steps_per_rollout": 2, "inner_epochs": 2, "replay": "update"},
-    "replayed, renewed reference": {"replay": "rollout", "reference_every": 2, "steps_per_rollout": 2},
+    "replayed, renewed reference": {"replay": "rollout", "reference_every": 1, "inner_epochs": 2},
     "other prompts for dead groups": {"dynamic_sampling": 2, "beta": 0.0, "temperature": 0.8},
 }
 
@@ -76,7 +76,8 @@ def test_what_a_step_reports(start: Path, tmp_path: Path) -> None:
     assert step["terms"]["clip_share"] == 0
     figures = step["figures"]
     assert figures["prompts_asked"] == 2
-    assert 0 <= figures["time_rollout"] <= 1
+    recorded = next(one for one in read_metrics(run.directory) if one["kind"] == "step")
+    assert 0 <= recorded["figures"]["time_rollout"] <= 1
     assert {"reward", "length", "cut_share", "failed_share", "dead_groups", "reward_function"} <= figures.keys()
     held = [one for one in read_metrics(run.directory) if one["kind"] == "validation"]
     assert "validation_reward" in held[-1]
@@ -111,12 +112,17 @@ def test_a_model_learns_what_is_rewarded(start: Path, tmp_path: Path) -> None:
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
 
 
+def failing(folder: Path) -> dict[str, Any]:
+    """A reward that cannot judge answers of even length, and finds all others right."""
+    path = folder / "half.py"
+    path.write_text("def score(prompt, completion, record):\n    assert len(completion) % 2\n    return 1.0\n")
+    return {"kind": "function", "path": f"{path}:score"}
+
+
 def test_errors_leave_their_group(start: Path, tmp_path: Path) -> None:
     """Complaint 15 of post-training: a reward that fails costs its answer, and is learnt as no 0."""
-    path = tmp_path / "half.py"
-    path.write_text("def score(prompt, completion, record):\n    assert len(completion) % 2\n    return 1.0\n")
-    method = {"rewards": [{"kind": "function", "path": f"{path}:score"}], "beta": 0.0}
-    run = train(practising(start, method, training={"steps": 2}), out=tmp_path / "run", quiet=True)
+    recipe = practising(start, {"rewards": [failing(tmp_path)], "beta": 0.0}, training={"steps": 2})
+    run = train(recipe, out=tmp_path / "run", quiet=True)
     answers = [one for one in lines(run.directory) if one["kind"] == "answer"]
     failed = [one for one in answers if one["value"] is None]
     assert 0 < len(failed) < len(answers)
@@ -125,6 +131,25 @@ def test_errors_leave_their_group(start: Path, tmp_path: Path) -> None:
     assert figures["reward"] == 1.0
     assert figures["failed_share"] > 0
     assert [one["loss"] for one in steps(run.directory)] == [0, 0]
+
+
+def test_a_rollout_with_errors_is_kept_and_goes_on(start: Path, tmp_path: Path) -> None:
+    """What was scored of an answer that does not count is nothing."""
+    method = {"rewards": [failing(tmp_path)], "inner_epochs": 2}
+    recipe = practising(start, method, training={"steps": 4, "checkpoint_every": 1})
+    whole = train(recipe, out=tmp_path / "whole", quiet=True)
+    part = train({**recipe, "training": {**recipe["training"], "steps": 3}}, out=tmp_path / "part", quiet=True)
+    resume(part.directory, overrides=["training.steps=4"], quiet=True)
+    expected, found = weights(whole.directory), weights(part.directory)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_another_reference_is_refused(corpus: Path, tmp_path: Path) -> None:
+    base_run = base(corpus, tmp_path)
+    run = train(practising(base_run, training={"steps": 2}), out=tmp_path / "run", quiet=True)
+    resume(base_run, overrides=["training.steps=4"], quiet=True)
+    with pytest.raises(CheckpointError, match="holds another model than when this run began"):
+        resume(run.directory, overrides=["training.steps=4"], quiet=True)
 
 
 @pytest.mark.parametrize(

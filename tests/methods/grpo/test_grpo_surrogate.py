@@ -51,12 +51,10 @@ def printed(config: GRPOConfig, logprobs: Tensor, tokens: Tokens) -> Tensor:
         if config.ratio == "token":
             ratios = [(new[t] - old[t]).exp() for t in range(length)]
             weights = [(old[t] - behaviour[t]).exp() for t in range(length)]
-            further = [reference[t] - new[t] for t in range(length)]
         else:
             power = 1 / length if config.ratio == "gspo" else 1.0
             ratios = [(power * (new - old).sum()).exp()]
             weights = [(power * (old - behaviour).sum()).exp()]
-            further = [power * (reference - new).sum()]
         share = {"sequence": 1 / len(ratios), "token": 1.0, "constant": 1 / config.answer_tokens}[config.normalize]
         off = config.off_policy_bound is not None and float((behaviour - new).detach().mean()) > config.off_policy_bound
         for place, ratio in enumerate(ratios):
@@ -70,10 +68,14 @@ def printed(config: GRPOConfig, logprobs: Tensor, tokens: Tokens) -> Tensor:
                 gain = gain * weights[place].clamp(max=config.importance_cap).detach()
             if off and advantage < 0:
                 gain = gain * 0
-            k3 = further[place].exp() - further[place] - 1
+            total = total - share * gain
+        each = share if config.ratio == "token" else 1 / length
+        for place in range(length):
+            further = reference[place] - new[place]
+            k3 = further.exp() - further - 1
             if config.unbiased_kl:
-                k3 = ratio * k3
-            total = total - share * (gain - config.beta * k3)
+                k3 = ratios[place] * k3
+            total = total + each * config.beta * k3
     return total
 
 
@@ -88,7 +90,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"ratio": "sequence"},
     {"ratio": "gspo", "clip": 0.03, "clip_high": 0.04},
     {"unbiased_kl": True},
-    {"ratio": "sequence", "unbiased_kl": True},
+    {"ratio": "gspo", "beta": 0.5},
     {"importance_cap": 1.1},
     {"ratio": "gspo", "importance_cap": 1.05},
     {"off_policy_bound": 0.01},

@@ -25,6 +25,8 @@ def rewards_file(folder: Path) -> Path:
         "    if 'crash' in record['prompt'] and len(completion) % 2:\n"
         "        raise ValueError('as it was told')\n"
         "    return sum(letter in 'aeiou' for letter in completion) / 4\n"
+        "def odd(prompt, completion, record):\n"
+        "    return sum(map(ord, completion)) % 7 / 7\n"
     )
     return path
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 Scale = Literal["std", "none"]
+_ALIKE = 1e-6
+"""Differences below it, of the mean or of 1, are rounding; over their own deviation they would look like merit."""
 Step = tuple[int, float]
 """Tokens of the answer up to the end of a step, and what the step is worth."""
 
@@ -14,8 +16,8 @@ Step = tuple[int, float]
 def outcome(values: Sequence[float | None], scale: Scale) -> list[float]:
     """Of each answer of a group: its value less the mean, over the standard deviation of the group.
 
-    None is an answer that could not be judged: it counts in neither, and gets 0. Where all are worth the same, every
-    advantage is exactly 0.
+    None is an answer that could not be judged: it counts in neither, and gets 0. Where all are worth the same, but for
+    rounding, every advantage is exactly 0.
     """
     known = [one for one in values if one is not None]
     mean, spread = _moments(known, scale)
@@ -47,9 +49,12 @@ def process(steps: Sequence[Sequence[Step] | None], lengths: Sequence[int], scal
 
 def _moments(values: Sequence[float], scale: Scale) -> tuple[float, float]:
     """The mean, and what differences from it are divided by; 0 where there are no differences."""
-    if not values or min(values) == max(values):
+    if not values:
         return 0.0, 0.0
     mean = math.fsum(values) / len(values)
+    furthest = max(values) - min(values)
+    if furthest <= _ALIKE * max(1.0, abs(mean)):
+        return 0.0, 0.0
     if scale == "none":
         return mean, 1.0
-    return mean, math.sqrt(math.fsum((one - mean) ** 2 for one in values) / len(values))
+    return mean, furthest * math.sqrt(math.fsum(((one - mean) / furthest) ** 2 for one in values) / len(values))

@@ -100,6 +100,8 @@ class GRPOConfig(MethodConfig):
                 )
             if self.supervision == "process":
                 raise ValueError(f'supervision "process" gives every token an advantage: ratio "{self.ratio}" has one')
+            if self.unbiased_kl:
+                raise ValueError(f'unbiased_kl weighs tokens: leave it out, or set ratio = "token", not "{self.ratio}"')
             if self.cispo is not None:
                 raise ValueError(f'cispo weighs tokens: leave it out, or set ratio = "token" instead of "{self.ratio}"')
         if self.cispo is not None and self.clip_high is not None:

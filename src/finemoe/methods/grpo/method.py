@@ -53,9 +53,11 @@ class Examination:
         rewards = [one.value for one in drawn if one.value is not None]
         values = {"validation_reward": sum(rewards) / len(rewards) if rewards else 0.0}
         for name in drawn[0].by_name:
-            for prefix, found in (("", drawn), ("greedy_", greedy)):
+            for prefix, found in (("reward_", drawn), ("greedy_reward_", greedy)):
                 judged = [one.by_name[name].value for one in found if one.by_name[name].verdict != "error"]
-                values[f"validation_{prefix}{name}"] = sum(judged) / len(judged) if judged else 0.0
+                if judged:
+                    values[f"validation_{prefix}{name}"] = sum(judged) / len(judged)
+        values["validation_failed_share"] = 1 - len(rewards) / len(drawn)
         values["validation_length"] = sum(one.tokens for one in drawn) / len(drawn)
         values["validation_cut_share"] = sum(not one.ended for one in drawn) / len(drawn)
         samples = [
@@ -95,7 +97,7 @@ def build(config: GRPOConfig, setting: Setting) -> Method[RolloutBatch]:
 
     return Method(
         data=data,
-        objective=PolicyGradient(config),
+        objective=PolicyGradient(config, prompts.tokenizer.vocab_size),
         measure=Examination(prompts, rewards, config, setting.seed),
         select=select,
         prepare=(data.prepare,),

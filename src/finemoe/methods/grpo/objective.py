@@ -26,6 +26,8 @@ class PolicyGradient:
     """`training.objective.Objective` of a policy gradient; balance losses per answer beside it."""
 
     config: GRPOConfig
+    vocab_size: int | None = None
+    """Ids that can be drawn, where the model has more rows than its tokenizer ids."""
 
     @property
     def headline(self) -> str:
@@ -58,7 +60,7 @@ class PolicyGradient:
         output = read(model, batch, batch.replay)
         hidden = output.hidden[0, batch.places] / self.config.temperature
         targets = batch.rows.targets[0, batch.places]
-        logprobs, entropy = logprobs_and_entropy(model, hidden.detach(), targets)
+        logprobs, entropy = logprobs_and_entropy(model, hidden.detach(), targets, self.vocab_size)
         with torch.no_grad():
             tokens = Tokens(
                 advantages=batch.advantages,
@@ -69,7 +71,8 @@ class PolicyGradient:
                 count=batch.num_sequences,
             )
             worth = surrogate(self.config, logprobs, tokens)
-        loss = model.backend.cross_entropy_sum(hidden, model.head_weight, targets, worth.coefficients)
+        head = model.head_weight[: self.vocab_size]
+        loss = model.backend.cross_entropy_sum(hidden, head, targets, worth.coefficients)
         assert worth.loss is not None
         loss = loss + (worth.loss.to(loss.dtype) - loss).detach()  # its value, with the gradient that it has
         sums: dict[str, Tensor] = {POLICY: loss, **worth.figures, ENTROPY: entropy.sum()}

@@ -61,7 +61,8 @@ class Scored:
     """What models say of an answer's tokens before the first step on its rollout."""
 
     old: Tensor | None = None
-    """[completion] log-probabilities of the model itself; None: those of the step are the same."""
+    """[completion] log-probabilities of the model itself, none of an answer that does not count; None: those of the
+    step are the same."""
     reference: Tensor | None = None
     """[completion] log-probabilities of the reference."""
     routes: Routes = field(default_factory=dict)
@@ -120,8 +121,9 @@ def restored(state: Saved) -> tuple[Rollout | None, int]:
     }
     for name in ("behaviour", "advantages"):
         columns[name] = [tuple(one.tolist()) for one in tensors[name].split(completions)]
+    scored_of = [0 if said["value"] is None else own for said, own in zip(values["answers"], completions, strict=True)]
     for name in ("old", "reference"):
-        columns[name] = tensors[name].split(completions) if name in tensors else [None] * len(lengths)
+        columns[name] = tensors[name].split(scored_of) if name in tensors else [None] * len(lengths)
     routes = {name: _routes(tensors, name, read) for name in ("drawn", "chosen")}
     answers, scored = [], []
     for number, (said, (prompt, _)) in enumerate(zip(values["answers"], lengths, strict=True)):

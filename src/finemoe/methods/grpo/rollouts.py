@@ -32,6 +32,9 @@ from finemoe.text.tokenizer import Tokenizer
 from finemoe.training.method import Saved
 from finemoe.training.report import StepReport
 
+_REFERENCE = "reference."
+"""What its tensors are called by in a checkpoint, before their own names."""
+
 
 @dataclass(frozen=True)
 class _Group:
@@ -40,12 +43,13 @@ class _Group:
     item: int
     drawn: Sequence[Drawn]
     judged: Sequence[Judged]
+    advantages: Sequence[Sequence[float]]
+    """Of each token of each answer."""
 
     @property
     def alive(self) -> bool:
-        """Whether there is anything to learn: two answers of different worth."""
-        values = {one.value for one in self.judged if one.value is not None}
-        return len(values) > 1
+        """Whether there is anything to learn."""
+        return any(any(one) for one in self.advantages)
 
 
 @final
@@ -84,7 +88,7 @@ class Rollouts:
         self._policies: Policies | None = None
         self._rollout: Rollout | None = None
         self._prompts_used = 0
-        self._watch = Watch(config)
+        self._watch, self._told_of_trouble = Watch(config), False
         self._unwritten: list[dict[str, Any]] = []
         self._spent = {"time_rollout": 0.0, "time_reward": 0.0, "time_scoring": 0.0}
         self._stepped = time.perf_counter()
@@ -118,6 +122,8 @@ class Rollouts:
     def batch(self, position: int, num_sequences: int) -> RolloutBatch:
         """Answers `position` to `position + num_sequences` of the run, written now where they are not there yet."""
         number, within = divmod(position, self._size * self._config.inner_epochs)
+        if self._rollout is not None and number < self._rollout.number:  # what was looked at before the first step
+            self._rollout, self._prompts_used, self._unwritten = None, 0, []
         if self._rollout is None or self._rollout.number != number:
             self._rollout = self._make(number)
         first = within % self._size
@@ -139,22 +145,31 @@ class Rollouts:
                 return torch.autocast(device, dtype=dtype, cache_enabled=False)
 
         self._source = OwnEngine(model, self.tokenizer, autocast)
-        self._policies = Policies(self._config, model, self._start_from, autocast, begins=begins)
+        ids = self.tokenizer.vocab_size
+        self._policies = Policies(self._config, model, self._start_from, autocast, ids, begins=begins)
 
     def state(self) -> Saved:
-        """The rollout that is learnt from, and the reference, where it has become another."""
-        kept = saved(self._rollout, self._prompts_used)
-        reference = {} if self._policies is None else self._policies.reference_tensors()
-        return Saved({**kept.tensors, **{f"reference.{name}": one for name, one in reference.items()}}, kept.values)
+        """The rollout that is learnt from, and what is needed of the reference."""
+        kept, policies = saved(self._rollout, self._prompts_used), self._known.state()
+        tensors = {f"{_REFERENCE}{name}": one for name, one in policies.tensors.items()}
+        return Saved({**kept.tensors, **tensors}, {**kept.values, **policies.values, "watch": self._watch.values()})
 
     def restore(self, state: Saved) -> None:
-        """As it was."""
-        mark = "reference."
-        tensors = {name: one for name, one in state.tensors.items() if not name.startswith(mark)}
-        self._rollout, self._prompts_used = restored(Saved(tensors, state.values))
-        reference = {name.removeprefix(mark): one for name, one in state.tensors.items() if name.startswith(mark)}
-        if reference and self._policies is not None:
-            self._policies.put_reference(reference)
+        """As it was.
+
+        Raises:
+            CheckpointError: the reference cannot be had again.
+        """
+        own = {name: one for name, one in state.tensors.items() if not name.startswith(_REFERENCE)}
+        self._rollout, self._prompts_used = restored(Saved(own, state.values))
+        self._watch.put(state.values["watch"])
+        reference = {name.removeprefix(_REFERENCE): one for name, one in state.tensors.items() if name not in own}
+        self._known.restore(Saved(reference, state.values))
+
+    @property
+    def _known(self) -> Policies:
+        assert self._policies is not None  # the run was prepared
+        return self._policies
 
     def figures(self, parameters: Mapping[str, Any], norm: Tensor) -> dict[str, float]:
         """`training.method.BeforeUpdate`: what the rollout came to, which the step learns from; shares of its time."""
@@ -168,6 +183,9 @@ class Rollouts:
     def warns(self, report: StepReport) -> list[str]:
         """What people should know of a step; of a rollout at its first."""
         said = self._watch.off_policy(report.terms.get(MISMATCH), report.terms.get("off_policy_kl", 0.0))
+        if (trouble := self._rewards.trouble) is not None and not self._told_of_trouble:
+            said.append(trouble)
+        self._told_of_trouble = trouble is not None
         if self._rollout is not None and (report.step - 1) % self._config.updates == 0:
             said += self._watch.after(self._rollout.figures)
         return said
@@ -227,22 +245,24 @@ class Rollouts:
         self._spent["time_rollout"] += drew - began
         self._spent["time_reward"] += time.perf_counter() - drew
         for item, answers in zip(items, drawn, strict=True):
-            yield _Group(item, answers, [next(judged) for _ in answers])
+            found = [next(judged) for _ in answers]
+            yield _Group(item, answers, found, self._advantages(answers, found))
+
+    def _advantages(self, drawn: Sequence[Drawn], judged: Sequence[Judged]) -> list[list[float]]:
+        """Of each token of the answers of a group."""
+        config, lengths = self._config, [len(one.completion) for one in drawn]
+        if config.supervision == "outcome":
+            whole = outcome([one.value for one in judged], config.scale)
+            return [[advantage] * length for advantage, length in zip(whole, lengths, strict=True)]
+        steps = [
+            None if one.value is None else _in_tokens(self.tokenizer, written, one)
+            for written, one in zip(drawn, judged, strict=True)
+        ]
+        return process(steps, lengths, config.scale)
 
     def _answers(self, group: _Group, place: int) -> Iterator[Answer]:
-        """With advantages."""
-        config = self._config
-        lengths = [len(one.completion) for one in group.drawn]
-        if config.supervision == "outcome":
-            whole = outcome([one.value for one in group.judged], config.scale)
-            found = [[advantage] * length for advantage, length in zip(whole, lengths, strict=True)]
-        else:
-            steps = [
-                None if one.value is None else _in_tokens(self.tokenizer, drawn, one)
-                for drawn, one in zip(group.drawn, group.judged, strict=True)
-            ]
-            found = process(steps, lengths, config.scale)
-        for drawn, judged, advantages in zip(group.drawn, group.judged, found, strict=True):
+        """What of them is learnt and kept."""
+        for drawn, judged, advantages in zip(group.drawn, group.judged, group.advantages, strict=True):
             rewards = {
                 name: {"verdict": one.verdict, "value": one.value, "note": one.note}
                 for name, one in judged.by_name.items()
@@ -262,7 +282,8 @@ def judgeable(prompts: Prompts, prompt: Any, drawn: Drawn) -> Judgeable:
     """An answer as rewards read it; the token that ended it is no text."""
     ended = drawn.finish_reason == "stop"
     text = prompts.tokenizer.decode(drawn.completion[:-1] if ended else drawn.completion)
-    return Judgeable(prompt.text, text, ended, len(drawn.completion), prompt.record, prompt.references)
+    asked = prompts.tokenizer.decode(drawn.prompt)
+    return Judgeable(prompt.text, text, ended, len(drawn.completion), prompt.record, prompt.references, asked)
 
 
 def figures(groups: Sequence[_Group], answers: Sequence[Answer], asked: int) -> dict[str, float]:
@@ -297,7 +318,7 @@ def _replayed(config: GRPOConfig, answers: Sequence[Answer], scored: Sequence[Sc
 
 def _in_tokens(tokenizer: Tokenizer, drawn: Drawn, judged: Judged) -> list[tuple[int, float]]:
     """Steps by the tokens of the answer that they end with; what is of the whole answer is the last of them."""
-    whole = [(len(drawn.completion), judged.outcome)] if judged.outcome or not judged.steps else []
+    whole = [] if judged.outcome is None else [(len(drawn.completion), judged.outcome)]
     decoder, ends, written = tokenizer.decoder(), [], 0
     for token in drawn.completion:
         written += len(decoder.push(token))

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from finemoe.checkpoint.fingerprint import fingerprint
 from finemoe.checkpoint.open import load_model
+from finemoe.core.errors import CheckpointError
 from finemoe.methods.grpo.batch import packed
 from finemoe.methods.grpo.config import GRPOConfig
 from finemoe.methods.grpo.objective import read
 from finemoe.methods.grpo.rollout import Answer, Routes, Scored
-from finemoe.model.logprobs import token_logprobs
+from finemoe.model.logprobs import logprobs_and_entropy
 from finemoe.model.transformer import Transformer
+from finemoe.training.method import Saved
 
-_AT_ONCE = 32
-"""[answers] That are read in one pass."""
+_AT_ONCE = 8192
+"""[tokens] That are read in one pass, or one answer."""
 
 
 @final
@@ -30,48 +33,59 @@ class Policies:
         model: Transformer,
         start_from: str | None,
         autocast: Callable[[], Any],
+        vocab_size: int,
         *,
         begins: bool,
     ) -> None:
-        """Copy `model` where there is to be a reference; where the run goes on, open it again.
+        """Copy `model` where there is to be a reference; where the run goes on, `restore` tells which.
 
         Args:
             config: of the method.
             model: that is trained.
             start_from: what the run began with.
             autocast: the precision of training.
+            vocab_size: ids that can be drawn.
             begins: the run begins here, and `model` holds what it begins with.
         """
         self._config, self._model, self._autocast = config, model, autocast
+        self._start_from, self._vocab_size = start_from, vocab_size
         self._renewed = False
-        self._reference: Transformer | None = None
-        if config.beta:
-            first = model if begins or start_from is None else load_model(start_from)
-            self._reference = _copy(model, first.state_dict())
+        self._reference = _copy(model, model.state_dict()) if config.beta and begins else None
+        self._mark = None if self._reference is None else fingerprint(self._reference)
+
+    def state(self) -> Saved:
+        """What a checkpoint has to keep: the reference where it is not what the run began with, and its hash."""
+        tensors = self._reference.state_dict() if self._renewed and self._reference is not None else {}
+        return Saved(tensors, {"reference_sha256": self._mark})
+
+    def restore(self, saved: Saved) -> None:
+        """The reference of a run that goes on: as it was saved, or opened again.
+
+        Raises:
+            CheckpointError: what the run began with is another model now, or is gone.
+        """
+        if not self._config.beta:
+            return
+        self._mark, self._renewed = saved.values["reference_sha256"], bool(saved.tensors)
+        if self._renewed:
+            self._reference = _copy(self._model, saved.tensors)
+            return
+        assert self._start_from is not None  # without one there would be no method on prompts
+        self._reference = _copy(self._model, load_model(self._start_from).state_dict())
+        if fingerprint(self._reference) != self._mark:
+            raise CheckpointError(
+                f"{self._start_from} holds another model than when this run began, whose reference it is: put it back"
+            )
 
     def renew_reference(self) -> None:
         """The model as it is now is the reference (iterative GRPO, DeepSeekMath algorithm 1)."""
-        assert self._reference is not None
-        self.put_reference(self._model.state_dict())
-
-    @torch.no_grad()
-    def put_reference(self, tensors: Mapping[str, Tensor]) -> None:
-        """Weights by name."""
-        assert self._reference is not None
-        for name, one in self._reference.state_dict().items():
-            one.copy_(tensors[name])
-        self._renewed = True
-
-    def reference_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint has to keep of it: nothing while it is what the run began with."""
-        return self._reference.state_dict() if self._renewed and self._reference is not None else {}
+        self._reference, self._renewed = _copy(self._model, self._model.state_dict()), True
 
     def scores(self, answers: Sequence[Answer]) -> list[Scored]:
         """Of every answer what the steps need; those that do not count have empty columns."""
         asks_policy = self._config.updates > 1
         found: list[Scored] = []
-        for start in range(0, len(answers), _AT_ONCE):
-            part = answers[start : start + _AT_ONCE]
+        for part in _passes(answers):
             routes: list[Routes] = [{} for _ in part]
             old: Sequence[Tensor | None] = [None] * len(part)
             reference = old
@@ -97,7 +111,7 @@ class Policies:
             with self._autocast():
                 output = read(model, batch, batch.replay)
                 hidden = output.hidden[0, batch.places] / self._config.temperature
-                logprobs, _ = token_logprobs(model, hidden, batch.rows.targets[0, batch.places])
+                logprobs, _ = logprobs_and_entropy(model, hidden, batch.rows.targets[0, batch.places], self._vocab_size)
         finally:
             model.train(mode)
         counted = [len(one.drawn.completion) if one.counts else 0 for one in part]
@@ -109,6 +123,21 @@ class Policies:
             for one, chosen in zip(routes, record.decision.expert_ids.cpu().short().split(lengths), strict=True):
                 one[layer] = chosen
         return list(logprobs.cpu().split(counted)), list(routes)
+
+
+def _passes(answers: Sequence[Answer]) -> Iterator[list[Answer]]:
+    """Answers in order, about as many tokens at a time."""
+    group: list[Answer] = []
+    tokens = 0
+    for one in answers:
+        length = len(one.drawn.prompt) + len(one.drawn.completion)
+        if group and tokens + length > _AT_ONCE:
+            yield group
+            group, tokens = [], 0
+        group.append(one)
+        tokens += length
+    if group:
+        yield group
 
 
 def _copy(model: Transformer, tensors: Mapping[str, Tensor]) -> Transformer:

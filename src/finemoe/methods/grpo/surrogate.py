@@ -69,7 +69,7 @@ def surrogate(config: GRPOConfig, logprobs: Tensor, tokens: Tokens) -> Worth:
     coefficients = weights * policy * slope * (share if by_token else 1.0)
     divergence, pull = _divergence(config, logprobs, ratio, tokens)
     loss = loss + config.beta * (divergence * each).sum()
-    coefficients = coefficients + config.beta * pull * (share if by_token else 1.0)
+    coefficients = coefficients + config.beta * pull * each
     figures = {
         "kl": _k3(tokens.reference - logprobs).sum() if tokens.reference is not None else logprobs.new_zeros(()),
         "clip_share": clipped.float().sum(),
@@ -118,18 +118,17 @@ def _weights(config: GRPOConfig, logprobs: Tensor, tokens: Tokens) -> Tensor:
 
 
 def _divergence(config: GRPOConfig, logprobs: Tensor, ratio: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """[tokens]: the divergence from the reference, and minus its derivative by this log-probability."""
+    """[tokens]: the divergence from the reference, and minus its derivative by this log-probability.
+
+    Of each token, whatever the ratio is of: of a whole answer, as R1 prints it, e^d overflows within some hundred.
+    """
     if tokens.reference is None or not config.beta:
         return torch.zeros_like(logprobs), torch.zeros_like(logprobs)
     further = tokens.reference - logprobs
-    slope = 1.0 if config.ratio != "gspo" else 1 / tokens.lengths[tokens.answers]
-    if config.ratio != "token":
-        whole = tokens.sums(further)
-        further = (whole / tokens.lengths if config.ratio == "gspo" else whole)[tokens.answers]
     k3, pull = _k3(further), further.exp() - 1
     if config.unbiased_kl:
-        return ratio * k3, ratio * (pull - k3) * slope
-    return k3, pull * slope
+        return ratio * k3, ratio * (pull - k3)
+    return k3, pull
 
 
 def _k3(further: Tensor) -> Tensor:

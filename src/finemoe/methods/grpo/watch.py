@@ -36,6 +36,15 @@ class Watch:
     _streaks: dict[str, _Streak] = field(default_factory=dict)
     _first: dict[str, float] = field(default_factory=dict)
 
+    def values(self) -> dict[str, dict[str, float]]:
+        """For a checkpoint: a run that goes on says what the unbroken one would."""
+        return {"streaks": {name: one.rollouts for name, one in self._streaks.items()}, "first": dict(self._first)}
+
+    def put(self, values: Mapping[str, Mapping[str, float]]) -> None:
+        """Be as `values` found it."""
+        self._streaks = {name: _Streak(int(rollouts)) for name, rollouts in values["streaks"].items()}
+        self._first = dict(values["first"])
+
     def after(self, figures: Mapping[str, float]) -> list[str]:
         """What is to be said after a rollout with these figures."""
         for name in ("reward", "length"):
@@ -75,14 +84,15 @@ class Watch:
     def off_policy(self, mismatch: float | None, divergence: float) -> list[str]:
         """What is to be said of how far the policy is from who wrote the answers, by a step's terms."""
         found = []
-        if self._streaks.setdefault("mismatch", _Streak()).after(mismatch is not None and mismatch > _MISMATCH):
+        chosen_anew = self.config.replay == "off" and mismatch is not None and mismatch > _MISMATCH
+        if self._streaks.setdefault("mismatch", _Streak()).after(chosen_anew):
             found.append(
                 f"{mismatch:.0%} of the experts are others than when the answers were written: "
                 'set method.replay = "rollout", or take fewer steps on a rollout'
             )
         if self._streaks.setdefault("off policy", _Streak()).after(divergence > _OFF_POLICY):
+            weighed = "" if self.config.importance_cap else "set method.importance_cap = 2, or "
             found.append(
-                f"the model is {divergence:.3g} nats from who wrote the answers: set method.importance_cap = 2, or "
-                "method.off_policy_bound"
+                f"the model is {divergence:.3g} nats from who wrote the answers: {weighed}take fewer steps on a rollout"
             )
         return found

@@ -26,8 +26,8 @@ class Scored:
     by_name: Mapping[str, Judged]
     steps: tuple[tuple[int, float], ...]
     """Of each step, where it ends, in characters of the text, and its weighted value; in the order of the text."""
-    outcome: float = 0.0
-    """The weighted sum of the rewards that say nothing of steps."""
+    outcome: float | None = None
+    """The weighted sum of the rewards that say nothing of steps; None where there is no such reward."""
 
 
 class Rewards:
@@ -95,7 +95,8 @@ class Rewards:
         return [self._summed({name: found[name] for name in self._configs}) for found in by_name]
 
     def _summed(self, by_name: Mapping[str, Judged]) -> Scored:
-        total, outcome, steps = 0.0, 0.0, []
+        total, steps = 0.0, []
+        outcome: float | None = None
         failed = None
         for name, judged in by_name.items():
             weight = self._configs[name].weight
@@ -104,7 +105,8 @@ class Rewards:
             if judged.verdict == "error":
                 failed = failed or f"{name}: {judged.note}"
             total += weight * judged.value
-            outcome += 0.0 if judged.steps else weight * judged.value
+            if not judged.steps:
+                outcome = (outcome or 0.0) + weight * judged.value
             steps += [(place, weight * value) for place, value in judged.steps]
         self.errors_in_a_row = self.errors_in_a_row + 1 if failed else 0
         self._last_error = failed or ""

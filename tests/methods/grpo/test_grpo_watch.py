@@ -1,0 +1,71 @@
+"""What a run says when it learns nothing, or something else than it should: after a while, once, with the knob."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finemoe.methods.grpo.config import GRPOConfig
+from finemoe.methods.grpo.watch import Watch
+
+SOUND = {
+    "reward": 0.4,
+    "length": 9.0,
+    "dead_groups": 0.2,
+    "cut_share": 0.0,
+    "failed_share": 0.0,
+    "unreadable_answer": 0.1,
+}
+
+
+def said(after: int, **figures: Any) -> list[str]:
+    """All that is said of a sound rollout and then of `after` with these figures."""
+    watch = Watch(GRPOConfig())
+    found = watch.after(SOUND)
+    for _ in range(after):
+        found += watch.after({**SOUND, **figures})
+    return found
+
+
+TROUBLE: dict[str, tuple[dict[str, float], str]] = {
+    "dead": ({"dead_groups": 0.95}, "method.dynamic_sampling"),
+    "dead because cut": ({"dead_groups": 1.0, "cut_share": 0.9}, "raise method.answer_tokens"),
+    "cut": ({"cut_share": 0.6}, "method.answer_tokens 128"),
+    "failed": ({"failed_share": 0.2}, "method.reward_seconds"),
+    "unreadable": ({"unreadable_answer": 0.8}, "`method.template`"),
+    "longer and no better": ({"length": 20.0, "reward": 0.4}, "2.2 times as long"),
+}
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_trouble_is_told_once_after_five_rollouts(name: str) -> None:
+    """Complaint 14 of post-training: dead groups and truncated answers, with the knob."""
+    figures, knob = TROUBLE[name]
+    assert said(4, **figures) == []
+    found = said(30, **figures)
+    assert len(found) == 1
+    assert knob in found[0]
+
+
+def test_sound_runs_are_left_alone() -> None:
+    assert said(30) == []
+    assert said(30, length=30.0, reward=0.8) == [], "longer and better is what was hoped for"
+
+
+def test_what_comes_back_is_told_again() -> None:
+    watch = Watch(GRPOConfig())
+    found = [watch.after({**SOUND, "cut_share": 0.9 if number % 10 < 6 else 0.0}) for number in range(20)]
+    assert [bool(one) for one in found].count(True) == 2
+
+
+def test_a_policy_that_left_who_wrote_the_answers_is_told() -> None:
+    """Complaints 11 and 12 of post-training: probabilities and experts that differ."""
+    watch = Watch(GRPOConfig())
+    found = [one for _ in range(8) for one in watch.off_policy(0.3, 0.05)]
+    assert len(found) == 2
+    assert 'method.replay = "rollout"' in found[0]
+    assert "30%" in found[0]
+    assert "method.importance_cap" in found[1]
+    calm = Watch(GRPOConfig())
+    assert not any(calm.off_policy(None, 1e-6) for _ in range(8)), "a dense model has no experts"
