@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -157,11 +158,31 @@ def test_a_run_that_is_stopped_before_its_first_step_has_nothing_to_save(
     train(recipe(corpus, training=SHARDED), out=tmp_path / "run", quiet=True)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     looked: list[Path] = []
-    monkeypatch.setattr(pieces, "is_there", lambda final: not looked.append(final))
+    monkeypatch.setattr(pieces, "is_there", looked.append)
     monkeypatch.setattr(Trainer, "run", lambda trainer: None)
     assert resume(tmp_path / "run", quiet=True).interrupted
     assert looked == []
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_pieces_that_others_never_write_are_given_up_when_a_meeting_has_failed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended, step = threading.Event(), Trainer.step
+
+    def stepping(trainer: Trainer, *arguments: Any) -> Any:
+        if trainer.state.step == 3:
+            raise RuntimeError("Timed out waiting 600000ms for recv operation to complete")
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(pieces, "save_pieces", lambda *arguments, **named: int(ended.wait(60)))
+    monkeypatch.setattr(Trainer, "step", stepping)
+    try:
+        with pytest.raises(RuntimeError, match="Timed out"), caplog.at_level(logging.ERROR, "finemoe"):
+            train(recipe(corpus, training=SHARDED, parallel={"timeout": 0.1}), out=tmp_path / "run", quiet=True)
+        assert "the last checkpoint was given up" in caplog.text
+    finally:
+        ended.set()
 
 
 def test_pieces_of_another_model_are_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -78,7 +78,6 @@ class Save:
         self._begun = clock()
         self._checkpoints = directory / "checkpoints"
         self._log = log
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._stop = threading.Event()
         here = seat() if self._sharded and world.size > 1 else None
         self._snapshot = Snapshot(1 if here is None else here.local_processes)
@@ -146,21 +145,24 @@ class Save:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Wait for the thread; a second Ctrl-C, or anything else that is no error, makes it give up.
 
+        Where all write and a meeting failed, one of them may never write: after `parallel.timeout` it is left alone.
+
         Raises:
             RunError: the disk is full or unwritable, and nothing worse ended the run.
         """
         if kind is not None and not issubclass(kind, Exception):
             self._stop.set()
+        lost = self._sharded and isinstance(error, RuntimeError)
         try:
-            self._finish()
+            self._finish(self._config.parallel.timeout if lost else None)
         except AbandonedError:
             pass
+        except TimeoutError:
+            logger.error("the last checkpoint was given up: not all processes have written their pieces of it")
         except (RunError, RuntimeError) as late:  # of our own, or of a process that went away
             if error is None:
                 raise
             logger.error("%s", late)
-        finally:
-            self._thread.shutdown()
 
     def _save_behind(self, trainer: Trainer) -> None:
         self._finish()
@@ -176,7 +178,7 @@ class Save:
             self.save(trainer)
             return
         step = trainer.state.step
-        future = self._thread.submit(self._write, step, copy)
+        future = _in_a_thread(lambda: self._write(step, copy))
         self._writing = _Writing(step, time.perf_counter() - started, future)
 
     def _copied(self, state: RunState) -> RunState | None:
@@ -193,13 +195,13 @@ class Save:
             return None
         return self._snapshot.take(state)
 
-    def _finish(self) -> None:
-        """Wait for the thread, and note what it did or raise what it raised."""
+    def _finish(self, patience: float | None = None) -> None:
+        """Wait for the thread, and note what it did or raise what it raised; `patience`: [seconds] at most."""
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
         started = time.perf_counter()
-        seconds, nbytes = writing.written.result()
+        seconds, nbytes = writing.written.result(patience)
         stall = writing.stall + time.perf_counter() - started
         self._note(writing.step, nbytes, stall, seconds, behind=True)
 
@@ -224,6 +226,20 @@ class Save:
             return
         record = {"kind": "checkpoint", "step": step, "bytes": nbytes, "in_background": behind}
         self._log.keep({**record, "stall_seconds": round(stall, 4), "write_seconds": round(seconds, 4)})
+
+
+def _in_a_thread(work: Callable[[], tuple[float, int]]) -> Future[tuple[float, int]]:
+    """What `work` gives or raises, later. The end of the program does not wait for it: `Save` does."""
+    future: Future[tuple[float, int]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
 
 
 def state_of(trainer: Trainer, config: RunConfig) -> RunState:
