@@ -29,9 +29,9 @@ def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pairs() -> Iterator[tuple[str, str]]:
-    """Each method, each choice, once at least."""
+    """Each method but the one that one process alone can do, and each choice, once at least."""
     yield from (("sft", moving) for moving in MOVE)
-    yield from ((method, "everything") for method in ADAPT if method != "sft")
+    yield from ((method, "everything") for method in ADAPT if method not in ("sft", "grpo"))
 
 
 def several(raws: list[dict[str, Any]], folders: list[Path]) -> None:
@@ -65,6 +65,12 @@ def apart(ours: Any, theirs: Any, where: str = "") -> Iterator[str]:
 
 def raw_of(base: Path, method: str, moving: str) -> dict[str, Any]:
     return of_kinds(base, method, moving, training={"steps": 2, "checkpoint_every": 2, "evaluate_every": 2})
+
+
+def test_grpo_by_two_processes_is_refused(base: Path) -> None:
+    config = resolve_run(raw_of(base, "grpo", "everything"), "recipe")
+    with pytest.raises(ConfigError, match="writes its answers by one engine in one process"):
+        refuse_layout(config, Layout(replicate=2))
 
 
 @pytest.fixture(scope="module")
