@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+from checkpoint.run_state.test_run_state import flip, names, truncate
 from finemoe.checkpoint.run_state import pieces
 from finemoe.checkpoint.run_state.pieces import save_pieces
 from finemoe.checkpoint.run_state.state import METHOD, MODEL, RunState, find_damage, load_latest, read_part
@@ -57,20 +58,6 @@ def written(folder: Path, *cuts: int) -> list[Path]:
         write_tensors(files[-1], own, None, said_of(places))
         first += rows
     return files
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {"truncated": truncate, "flipped": flip, "missing": Path.unlink}
