@@ -22,9 +22,9 @@ def test_finemoes_own_memory_and_time_were_predicted_as_documented() -> None:
     rows = [row for row in recorded("planner.json")["settings"] if row["part"] == "judged"]
     memory = [abs(row["predicted_peak"] / row["peak"] - 1) for row in rows]
     seconds = [abs(row["predicted_seconds"] / row["seconds"] - 1) for row in rows]
-    assert max(memory) < 0.08
-    assert max(seconds) < 0.09
-    assert sorted(seconds)[len(seconds) // 2] < 0.05
+    assert max(memory) < 0.055
+    assert max(seconds) < 0.055
+    assert sorted(seconds)[len(seconds) // 2] < 0.04
 
 
 def test_constants_of_this_machine_are_those_that_were_recorded() -> None:
