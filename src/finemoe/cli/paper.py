@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,11 +12,19 @@ from finemoe.cli.output import Json, Out, Quiet, plain_table, print_json, print_
 from finemoe.core.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from finemoe.studies.paper import Paper
 
 
 def paper(
-    scale: Annotated[str, typer.Option("--scale", metavar="SCALE", help="How large; see --list.")] = "tiny",
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="RECIPE", help="Stages and claims of your own, instead.", show_default=False),
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option("--scale", metavar="SCALE", help="How large; see --list. Without one: tiny.")
+    ] = None,
     only: Annotated[
         str | None, typer.Option("--only", metavar="NAMES", help="Experiments, such as table1,figure4; see --list.")
     ] = None,
@@ -39,31 +48,43 @@ def paper(
     verdict. Runs that are finished are used again: add experiments one by one, interrupt and go
     on as you like.
 
+    With a RECIPE that has [[stage]] tables and a table [study], its stages are run once a seed,
+    every stage's model is examined, and the recipe's own claims are judged in the same manner.
+
     \b
     Examples:
       finemoe paper --list
       finemoe paper --scale tiny --only table1,figure4
       finemoe paper --scale small --set "seeds=[0, 1, 2, 3, 4]" --out runs/five-seeds
+      finemoe paper recipes/reasoning.toml --set "study.seeds=[0, 1]"
 
-    --out is runs/paper-SCALE unless given. It then holds report.html, results.json, summary.md
-    and figures/, and every run as an ordinary run directory under arms/.
+    --out is runs/paper-SCALE, or runs/paper-RECIPE, unless given. It then holds report.html,
+    results.json, summary.md and figures/, and every run as an ordinary run directory under arms/
+    or seeds/.
     """
     if listing:
         _list(as_json)
         return
-    from finemoe.core.logs import console
-    from finemoe.studies.paper import paper as run_paper
+    if recipe is not None:
+        study = _staged(recipe, scale, only, overrides or (), out, quiet)
+    else:
+        from finemoe.studies.paper import paper as run_paper
 
-    names = [name.strip() for name in (only or "").split(",") if name.strip()]
-    if only is not None and not names:
-        raise ConfigError("--only names no experiment; see --list")
-    study = run_paper(scale, only=names, out=out, overrides=overrides or (), quiet=quiet)
+        names = [name.strip() for name in (only or "").split(",") if name.strip()]
+        if only is not None and not names:
+            raise ConfigError("--only names no experiment; see --list")
+        study = run_paper(scale or "tiny", only=names, out=out, overrides=overrides or (), quiet=quiet)
     if as_json:
         print_json(study.results)
     elif study.results:
         print_rich(_table(study.results))
     if study.interrupted:
-        again = ["finemoe", "paper", "--scale", scale, *(["--only", only] if only else [])]
+        from finemoe.core.logs import console
+
+        asked = (
+            [str(recipe)] if recipe is not None else ["--scale", scale or "tiny", *(["--only", only] if only else [])]
+        )
+        again = ["finemoe", "paper", *asked]
         again += [word for override in overrides or () for word in ("--set", override)]
         again += ["--out", str(out)] if out else []
         text = f"Interrupted; what is finished is kept. Go on with: {shlex.join(again)}"
@@ -76,11 +97,29 @@ def paper(
         raise TrainingError(f"{len(study.failures)} of the runs failed: {failed}")
 
 
+def _staged(
+    recipe: Path, scale: str | None, only: str | None, overrides: Sequence[str], out: Path | None, quiet: bool
+) -> Paper:
+    """The study of a recipe's stages.
+
+    Raises:
+        ConfigError: options of the other kind of study.
+    """
+    for name, value in (("--scale", scale), ("--only", only)):
+        if value is not None:
+            raise ConfigError(f"{name} {value}: {recipe} says itself what is run; leave {name} out, or the recipe")
+
+    from finemoe.studies.staged.study import staged_paper
+
+    return staged_paper(recipe, out=out, overrides=overrides, quiet=quiet)
+
+
 def _say_where(study: Paper) -> None:
     from finemoe.charts.paper.words import counted
 
     results, directory = study.results, study.directory
-    print_rich("", counted(results), f"Scale {results['scale']}: {results['scale_about']}.")
+    scale = [f"Scale {results['scale']}: {results['scale_about']}."] if "scale" in results else []
+    print_rich("", counted(results), *scale)
     typer.echo(f"\nOpen  {directory / 'report.html'} in a browser; it works offline")
     typer.echo(f"Data  {directory / 'results.json'}, {directory / 'summary.md'}")
 
@@ -111,8 +150,10 @@ def _table(results: dict[str, Any]) -> Any:
     table = plain_table()
     table.add_column("Claim", max_width=33)
     table.add_column("Difference (95 %)", justify="right", no_wrap=True)
-    table.add_column("Held out", no_wrap=True)
-    table.add_column("Training", no_wrap=True)
+    both = any(claim["on_training_text"] for one in results["experiments"].values() for claim in one["claims"])
+    table.add_column("Held out" if both else "Verdict", no_wrap=True)
+    if both:
+        table.add_column("Training", no_wrap=True)
     for experiment in results["experiments"].values():
         for claim in experiment["claims"]:
             found = claim["difference"] or {}
@@ -123,5 +164,6 @@ def _table(results: dict[str, Any]) -> Any:
                 text += f" ± {fixed((found['high'] - found['low']) / 2)}"
             style = {"contradicted": "bold red", "reproduced": "green"}.get(claim["verdict"], "dim")
             twin = claim["on_training_text"]
-            table.add_row(claim["statement"], text, claim["verdict"], twin["verdict"] if twin else "", style=style)
+            more = [twin["verdict"] if twin else ""] if both else []
+            table.add_row(claim["statement"], text, claim["verdict"], *more, style=style)
     return table

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from finemoe.studies.statistics import Relation
+
 Kind = Literal["loss", "training", "max_vio", "masked", "masked_rise", "active", "without_shared"]
 """Of an arm: its held-out loss, its loss over the last steps of training, its MaxVio on held-out text, its loss with
 the best experts of every token masked (and how much that is above its own), with fewer active experts, without its
 shared experts but with as many routed more."""
-Relation = Literal["lower", "higher", "no_higher", "equal"]
 
 
 @dataclass(frozen=True)

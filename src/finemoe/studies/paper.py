@@ -29,7 +29,7 @@ from finemoe.studies.config import CompareConfig, resolve_comparison
 from finemoe.studies.knockouts import Figures, gather, seeds_of
 from finemoe.studies.results import build_results
 from finemoe.studies.scales import SCALES
-from finemoe.studies.statistics import CONFIDENCE, Interval, interval
+from finemoe.studies.statistics import CONFIDENCE, Interval, interval, points_against, verdict_on
 from finemoe.studies.study import Study, holds_study
 
 _KEPT = (
@@ -220,15 +220,9 @@ def _outcome(claim: Claim, a: Mapping[int, float], b: Mapping[int, float]) -> di
     difference = interval([a[seed] - b[seed] for seed in seeds]) if seeds else None
     verdict, reason = judge(claim, difference, len(seeds))
     found = None if difference is None else asdict(difference)
-    against = difference is not None and verdict == "undecided" and _points_against(claim, difference.mean)
+    undecided = difference is not None and verdict == "undecided"
+    against = undecided and points_against(claim.relation, difference.mean, MARGIN)
     return {"seeds": seeds, "difference": found, "verdict": verdict, "points_against": against, "reason": reason}
-
-
-def _points_against(claim: Claim, mean: float) -> bool:
-    """Whether the mean alone says the opposite of the claim, whatever the interval allows."""
-    if claim.relation == "equal":
-        return abs(mean) > MARGIN
-    return mean < 0 if claim.relation == "higher" else mean > (MARGIN if claim.relation == "no_higher" else 0)
 
 
 def _side(quantity: Quantity, values: Mapping[int, float]) -> dict[str, Any]:
@@ -247,34 +241,9 @@ def _side(quantity: Quantity, values: Mapping[int, float]) -> dict[str, Any]:
 
 
 def judge(claim: Claim, difference: Interval | None, seeds: int) -> tuple[str, str]:
-    """Verdict and reason: what the 95 % interval of `a` - `b` over seeds says of the claim.
-
-    `lower` is reproduced by an interval below 0 and contradicted by one above, `higher` the other way; `no_higher`
-    allows MARGIN; `equal` is reproduced by an interval within ±MARGIN and contradicted by one wholly outside.
-    """
-    if difference is None:
-        return "not run", "a run it needs has not finished"
-    if difference.low is None or difference.high is None:
-        return "undecided", "one seed: no interval"
-    low, high = difference.low, difference.high
-    span = f"{difference.mean:+.3f} ({low:+.3f} to {high:+.3f}, {seeds} seeds)"
-    if claim.relation == "equal":
-        if low >= -MARGIN and high <= MARGIN:
-            return "reproduced", f"{span} lies within ±{MARGIN}"
-        if low > MARGIN or high < -MARGIN:
-            return "contradicted", f"{span} lies outside ±{MARGIN}"
-        return "undecided", f"{span} reaches over ±{MARGIN}"
-    if claim.relation == "higher":
-        if low > 0:
-            return "reproduced", f"{span} lies above 0"
-        return ("contradicted", f"{span} lies below 0") if high < 0 else ("undecided", f"{span} contains 0")
-    bound = MARGIN if claim.relation == "no_higher" and claim.a.kind != "max_vio" else 0.0
-    shown = f"{bound:g}" if bound else "0"
-    if high <= bound and (bound or high < 0):
-        return "reproduced", f"{span} lies below {shown}"
-    if low > bound:
-        return "contradicted", f"{span} lies above {shown}"
-    return "undecided", f"{span} contains {shown}"
+    """Verdict and reason; losses count as equal within MARGIN, and MaxVio that must not be higher must not be so."""
+    exact = claim.relation == "no_higher" and claim.a.kind == "max_vio"
+    return verdict_on(claim.relation, difference, seeds, 0.0 if exact else MARGIN)
 
 
 def write_results(results: dict[str, Any], directory: Path) -> None:

@@ -31,6 +31,10 @@ _PLACE = re.compile(r"^\{([a-z0-9-]+)\}(?=/)")
 """What a path begins with that lies in a stage's folder."""
 
 
+class StageInterruptedError(RunError):
+    """A stage was asked to end, and is saved."""
+
+
 class SampleConfig(Config):
     """Answers that a stage's model writes, of which those that pass a check are kept (rejection sampling)."""
 
@@ -74,7 +78,7 @@ def stages_of(raw: Mapping[str, Any], source: str, out: Path, overrides: Sequenc
     given = raw["stage"]
     if not isinstance(given, Sequence) or not given or not all(isinstance(one, Mapping) for one in given):
         raise ConfigError(f"{source}: `stage` must be written as [[stage]] tables")
-    common = {name: value for name, value in raw.items() if name != "stage"}
+    common = {name: value for name, value in raw.items() if name not in ("stage", "study")}
     everywhere, own = _by_stage(overrides, [one.get("name") for one in given])
     found: list[Stage] = []
     for number, one in enumerate(given, 1):
@@ -146,11 +150,17 @@ def run_stages(
     for number, stage in enumerate(stages, 1):
         if not quiet:
             logger.info("stage %d of %d: %s", number, len(stages), stage.name)
-        done.append(_run(stage, source, quiet))
+        done.append(run_stage(stage, source, quiet))
     return done
 
 
-def _run(stage: Stage, source: str, quiet: bool) -> dict[str, Any]:
+def run_stage(stage: Stage, source: str, quiet: bool) -> dict[str, Any]:
+    """Run one stage, or go on with it: its name, folder, and summary, or what was sampled.
+
+    Raises:
+        StageInterruptedError: it was asked to end, and is saved.
+        FinemoeError: as of `run_stages`.
+    """
     where = {"stage": stage.name, "folder": str(stage.folder)}
     if stage.sampling is not None:
         start = stage.raw.get("start_from")
@@ -163,7 +173,9 @@ def _run(stage: Stage, source: str, quiet: bool) -> dict[str, Any]:
     config = resolve_run(dict(stage.raw), f"{source}, stage {stage.name}")
     done = train(config, out=stage.folder, quiet=quiet, go_on=True)
     if done.interrupted:
-        raise RunError(f"stage {stage.name} was interrupted and is saved; the same command goes on with it")
+        raise StageInterruptedError(
+            f"stage {stage.name} was interrupted and is saved; the same command goes on with it"
+        )
     return {**where, "summary": read_summary(stage.folder) or done.summary}
 
 

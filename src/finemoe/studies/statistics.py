@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from finemoe.core.statistics import CONFIDENCE, ratio
 
-__all__ = ["CONFIDENCE", "Interval", "Paired", "interval", "paired"]
+__all__ = ["CONFIDENCE", "Interval", "Paired", "Relation", "interval", "paired", "points_against", "verdict_on"]
+
+Relation = Literal["lower", "higher", "no_higher", "equal"]
+"""How a claim says that one figure stands to another."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +62,41 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Paired:
     if difference.low > 0:
         return Paired(difference, "worse", f"the 95 % interval over {len(seeds)} seeds lies above 0")
     return Paired(difference, "undecided", f"the 95 % interval over {len(seeds)} seeds contains 0")
+
+
+def verdict_on(relation: Relation, difference: Interval | None, seeds: int, margin: float) -> tuple[str, str]:
+    """Verdict and reason: what the 95 % interval of `a` - `b` over seeds says of the claim that it is so.
+
+    `lower` is reproduced by an interval below 0 and contradicted by one above, `higher` the other way; `no_higher`
+    allows `margin`; `equal` is reproduced by an interval within ±`margin` and contradicted by one wholly outside.
+    """
+    if difference is None:
+        return "not run", "a run it needs has not finished"
+    if difference.low is None or difference.high is None:
+        return "undecided", "one seed: no interval"
+    low, high = difference.low, difference.high
+    span = f"{difference.mean:+.3f} ({low:+.3f} to {high:+.3f}, {seeds} seeds)"
+    if relation == "equal":
+        if low >= -margin and high <= margin:
+            return "reproduced", f"{span} lies within ±{margin}"
+        if low > margin or high < -margin:
+            return "contradicted", f"{span} lies outside ±{margin}"
+        return "undecided", f"{span} reaches over ±{margin}"
+    if relation == "higher":
+        if low > 0:
+            return "reproduced", f"{span} lies above 0"
+        return ("contradicted", f"{span} lies below 0") if high < 0 else ("undecided", f"{span} contains 0")
+    bound = margin if relation == "no_higher" else 0.0
+    shown = f"{bound:g}" if bound else "0"
+    if high <= bound and (bound or high < 0):
+        return "reproduced", f"{span} lies below {shown}"
+    if low > bound:
+        return "contradicted", f"{span} lies above {shown}"
+    return "undecided", f"{span} contains {shown}"
+
+
+def points_against(relation: Relation, mean: float, margin: float) -> bool:
+    """Whether the mean alone says the opposite of the claim, whatever the interval allows."""
+    if relation == "equal":
+        return abs(mean) > margin
+    return mean < 0 if relation == "higher" else mean > (margin if relation == "no_higher" else 0)

@@ -19,6 +19,13 @@ def test_of_a_group_by_hand() -> None:
     assert outcome([3.0, 0.0, 0.0], "none") == [2.0, -1.0, -1.0]
 
 
+def test_raw_is_rejection_sampling_the_reward_itself_and_right_answers_of_a_group_that_is_all_right_too() -> None:
+    assert outcome([1.0, 0.0, None, 1.0], "raw") == [1.0, 0.0, 0.0, 1.0]
+    assert outcome([1.0, 1.0], "raw") == [1.0, 1.0]
+    assert outcome([0.0, 0.0], "raw") == [0.0, 0.0]
+    assert process([[(1, 1.0), (2, 0.0)], None], [3, 2], "raw") == [[1.0, 0.0, 0.0], [0.0, 0.0]]
+
+
 def test_an_error_leaves_its_group_and_never_counts_as_nothing() -> None:
     """Complaint 15 of post-training."""
     assert outcome([1.0, None, 0.0], "std") == [1.0, 0.0, -1.0]

@@ -15,6 +15,8 @@ def counted(results: Results) -> str:
     """One sentence: how many claims came out how."""
     claims = every_claim(results)
     twins = [claim["on_training_text"] for claim in claims if claim["on_training_text"]]
+    if not twins:  # nothing of it is about losses
+        return f"Of {len(claims)} claims: {_tally(claims)}."
     first = f"By held-out text, of {len(claims)} claims: {_tally(claims)}."
     return f"{first} By the text they train on, of the {len(twins)} that compare two arms' losses: {_tally(twins)}."
 

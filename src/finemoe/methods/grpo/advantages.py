@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-Scale = Literal["std", "none"]
+Scale = Literal["std", "none", "raw"]
+"""std: over the group's deviation; none: the difference from the group's mean as it is; raw: no difference at all, the
+value itself (Online RFT, DeepSeekMath 5.2.1)."""
 _ALIKE = 1e-6
 """Differences below it, of the mean or of 1, are rounding; over their own deviation they would look like merit."""
 Step = tuple[int, float]
@@ -17,7 +19,7 @@ def outcome(values: Sequence[float | None], scale: Scale) -> list[float]:
     """Of each answer of a group: its value less the mean, over the standard deviation of the group.
 
     None is an answer that could not be judged: it counts in neither, and gets 0. Where all are worth the same, but for
-    rounding, every advantage is exactly 0.
+    rounding, every advantage is exactly 0; not so with "raw", by which an answer is not compared.
     """
     known = [one for one in values if one is not None]
     mean, spread = _moments(known, scale)
@@ -51,6 +53,8 @@ def _moments(values: Sequence[float], scale: Scale) -> tuple[float, float]:
     """The mean, and what differences from it are divided by; 0 where there are no differences."""
     if not values:
         return 0.0, 0.0
+    if scale == "raw":
+        return 0.0, 1.0
     mean = math.fsum(values) / len(values)
     furthest = max(values) - min(values)
     if furthest <= _ALIKE * max(1.0, abs(mean)):

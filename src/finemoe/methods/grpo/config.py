@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from finemoe.methods.grpo.advantages import Scale
 from finemoe.methods.rewards import AnswerReward, RewardsConfig
 from finemoe.methods.setting import Kept, MethodConfig
 
@@ -42,8 +43,9 @@ class GRPOConfig(MethodConfig):
     """[times] That the answers of one rollout are learnt."""
     supervision: Literal["outcome", "process"] = "outcome"
     """outcome: one advantage for a whole answer; process: of every step, by the rewards of those that follow."""
-    scale: Literal["std", "none"] = "std"
-    """std: advantages are divided by the standard deviation of their group; none: not (Dr. GRPO, 2503.20783)."""
+    scale: Scale = "std"
+    """std: advantages are divided by the standard deviation of their group; none: not (Dr. GRPO, 2503.20783); raw: the
+    reward itself is the advantage: right answers are learnt, others are not (Online RFT, DeepSeekMath 5.2.1)."""
     normalize: Normalize = "sequence"
     """sequence: the mean of each answer's tokens, then of answers (DeepSeekMath); token: of all tokens (DAPO,
     2503.14476); constant: sums over answer_tokens (Dr. GRPO)."""

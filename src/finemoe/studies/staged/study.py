@@ -1,0 +1,268 @@
+"""`finemoe paper RECIPE`: the stages of a recipe over several seeds, and what they say of its claims.
+
+The directory holds seeds/seed-N/ with the stages' folders, tuning/ where something is tried before, and results.json,
+summary.md, report.html and figures/. What is done there is never done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from finemoe.charts.paper.stages import figures, stages_page
+from finemoe.charts.paper.words import summary_markdown
+from finemoe.charts.report import write_report
+from finemoe.core.config import parse, read_tables, with_overrides
+from finemoe.core.environment import environment
+from finemoe.core.errors import ConfigError, RunError
+from finemoe.core.files import sole_writer, write_text
+from finemoe.core.reading import read_object
+from finemoe.studies.paper import Paper
+from finemoe.studies.staged.config import ClaimConfig, StudyConfig, TunedConfig
+from finemoe.studies.staged.examination import questions
+from finemoe.studies.staged.family import line, parents
+from finemoe.studies.staged.seeds import run_seeds
+from finemoe.studies.staged.worker import Job, examined
+from finemoe.studies.stages import stages_of
+from finemoe.studies.statistics import CONFIDENCE, interval, points_against, verdict_on
+
+STUDY = "study.json"
+Records = Mapping[int, Mapping[str, Mapping[str, Any]]]
+"""What is known of every stage that is done, by seed and name."""
+
+
+def staged_paper(
+    recipe: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> Paper:
+    """Run the stages of `recipe` once a seed, examine every stage's model, and judge the claims; or go on with it.
+
+    Args:
+        recipe: a recipe with [[stage]] tables and a table [study].
+        out: the study's directory; runs/paper-NAME when None.
+        overrides: KEY=VALUE: study.KEY, stage.NAME.KEY, or of every stage.
+        quiet: show no progress.
+
+    Raises:
+        ConfigError, DataError: the recipe cannot work; nothing was written.
+        RunError: `out` holds something else, or no stage was done.
+    """
+    path = Path(recipe)
+    raw, laid, config = _read(path, overrides)
+    directory = Path(out) if out is not None else Path("runs") / f"paper-{path.stem}"
+    stages = stages_of(raw, str(path), directory, laid)
+    config.check_stages([one.name for one in stages if one.sampling is None], str(path))
+    questions(config.examination)
+    _require_same(directory, raw, laid)
+    parallel = min(config.parallel or os.cpu_count() or 1, len(config.seeds))
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    common: list[str] = [*laid, *([] if "threads" in raw.get("training", {}) else [f"training.threads={threads}"])]
+    with sole_writer(directory):
+        write_text(directory / STUDY, json.dumps({"recipe": _identity(raw, laid)}, indent=1))
+        interrupted, failures, chosen, trials = _tune(config, raw, path, directory, common, quiet)
+        if not interrupted:
+            jobs = {
+                f"seed {seed}": Job(raw, str(path), str(_home(directory, seed)), seed, [*common, *chosen], threads)
+                for seed in config.seeds
+            }
+            outcome = run_seeds(jobs, parallel, path.stem, quiet=quiet)
+            interrupted, failures = outcome.interrupted, failures | outcome.failures
+        records = {seed: _records(_home(directory, seed), raw) for seed in config.seeds}
+        if not any(records.values()):
+            if interrupted:
+                return Paper(directory, {}, True, failures)
+            raise RunError(f"{directory}: no stage was done; first failure: {next(iter(failures.values()), 'none')}")
+        command = _command(path, overrides, out)
+        results = _results(config, raw, records, trials, failures, command, threads, parallel)
+        write_results(results, directory)
+    return Paper(directory, results, interrupted, failures)
+
+
+def write_results(results: dict[str, Any], directory: Path) -> None:
+    """results.json, summary.md, report.html, figures/."""
+    write_report(directory, results, stages_page, figures, beside={"summary.md": summary_markdown(results)})
+
+
+def _home(directory: Path, seed: int) -> Path:
+    return directory / "seeds" / f"seed-{seed}"
+
+
+def _read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str], StudyConfig]:
+    """The recipe with the study's own overrides in it, the others, and the study."""
+    raw = read_tables(path)
+    if "stage" not in raw or "study" not in raw:
+        raise ConfigError(f"{path}: a study needs [[stage]] tables, and a table [study] with claims")
+    own = [one for one in overrides if one.startswith("study.")]
+    study = with_overrides({"study": raw["study"]}, own)["study"]
+    laid = [one for one in overrides if not one.startswith("study.")]
+    return {**raw, "study": study}, laid, parse(StudyConfig, study, f"{path}: study")
+
+
+def _identity(raw: Mapping[str, Any], laid: Sequence[str]) -> Any:
+    """What decides the runs: seeds may be added, and claims changed."""
+    study = {key: raw["study"][key] for key in ("examination", "tuned", "tuning_seed") if key in raw["study"]}
+    return json.loads(json.dumps({**raw, "study": study, "overrides": list(laid)}, default=str))
+
+
+def _require_same(directory: Path, raw: Mapping[str, Any], laid: Sequence[str]) -> None:
+    """Raises RunError where `directory` holds anything but this very study."""
+    kept = directory / STUDY
+    if kept.exists():
+        if read_object(kept, "put it back, or choose another --out").get("recipe") != _identity(raw, laid):
+            raise RunError(f"{directory} holds a study of other stages; choose another --out")
+    elif directory.is_dir() and any(not inside.name.startswith(".") for inside in directory.iterdir()):
+        raise RunError(f"{directory} is not empty and not a study of stages; choose another --out")
+
+
+def _tune(
+    config: StudyConfig, raw: Mapping[str, Any], path: Path, directory: Path, common: Sequence[str], quiet: bool
+) -> tuple[bool, dict[str, str], list[str], list[dict[str, Any]]]:
+    """Try the values: interrupted, failures, overrides of the best, and what each came to."""
+    if not config.tuned:
+        return False, {}, [], []
+    expanded, names = _expanded(config.tuned, raw, str(path))
+    job = Job(expanded, str(path), str(directory / "tuning"), config.tuning_seed, common, os.cpu_count() or 1)
+    outcome = run_seeds({"tuning": job}, 1, "tuning", quiet=quiet)
+    done = _records(directory / "tuning", expanded)
+    chosen, trials = [], []
+    for number, one in enumerate(config.tuned):
+        came_to = {value: done[name]["figures"][one.figure] for value, name in names[number].items() if name in done}
+        trials.append({**one.model_dump(mode="json"), "came_to": {f"{value:g}": got for value, got in came_to.items()}})
+        if came_to:
+            chosen.append(f"stage.{one.stage}.{one.key}={max(came_to, key=lambda value: came_to[value])}")
+    return outcome.interrupted, dict(outcome.failures), chosen, trials
+
+
+def _expanded(
+    tuned: Sequence[TunedConfig], raw: Mapping[str, Any], source: str
+) -> tuple[dict[str, Any], list[dict[float, str]]]:
+    """The recipe of the trials: what the tuned stages come from, and each once with every value; names by value."""
+    family = parents(raw["stage"])
+    first = {one.stage for one in tuned}
+    needed = {name for one in tuned for name in line(one.stage, family)} - first
+    tables = {str(one["name"]): one for one in raw["stage"]}
+    for one in tuned:
+        if wrong := [name for name in line(one.stage, family) if name in first and name != one.stage]:
+            raise ConfigError(f"{source}: study.tuned: {one.stage} comes from {wrong[0]}, which is tuned too")
+    stages, names = [table for name, table in tables.items() if name in needed], []
+    for number, one in enumerate(tuned):
+        names.append({value: f"{one.stage}-{number}-{place}" for place, value in enumerate(one.values)})
+        for value, name in names[-1].items():
+            stages.append({**with_overrides(tables[one.stage], [f"{one.key}={value}"]), "name": name})
+    return {**raw, "stage": stages}, names
+
+
+def _records(home: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of every stage that is done, with the FLOPs of all that it came from."""
+    mend = "remove it, and the same command writes it again"
+    family = parents(raw["stage"])
+    found: dict[str, Any] = {
+        name: read_object(examined(home, name), mend) for name in family if examined(home, name).exists()
+    }
+    for name, record in found.items():
+        own, every = record["flops"], sum(found[one]["flops"] for one in line(name, family) if one in found)
+        record["all_flops"] = every
+        if "figures" in record:
+            record["figures"] |= {"flops": own, "all_flops": every}
+    return found
+
+
+def _command(path: Path, overrides: Sequence[str], out: str | os.PathLike[str] | None) -> str:
+    words = ["finemoe", "paper", str(path), *(word for one in overrides for word in ("--set", one))]
+    return shlex.join([*words, *(["--out", os.fspath(out)] if out is not None else [])])
+
+
+def _results(
+    config: StudyConfig,
+    raw: Mapping[str, Any],
+    records: Records,
+    trials: Sequence[Mapping[str, Any]],
+    failures: Mapping[str, str],
+    command: str,
+    threads: int,
+    parallel: int,
+) -> dict[str, Any]:
+    here = environment()
+    machine = {key: here[key] for key in ("processor", "cores", "memory_gib", "python", "git_revision")}
+    return {
+        "schema": 1,
+        "kind": "study",
+        "finemoe_version": here["packages"]["finemoe"],
+        "title": config.title,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": command,
+        "machine": {**machine, "torch": here["packages"]["torch"], "threads_per_run": threads, "parallel_runs": parallel},
+        "recipe": raw,
+        "seeds": list(config.seeds),
+        "confidence": CONFIDENCE,
+        "notes": [f"Failed: {name}: {text}" for name, text in failures.items()],
+        "tuning": list(trials),
+        "samples": config.examination.samples,
+        "questions": config.examination.prompts,
+        "temperature": config.examination.temperature,
+        "stages": _stages(config, raw, records),
+        "experiments": {
+            "claims": {"title": "Claims", "note": config.note, "command": command,
+                       "claims": [_judged(one, records) for one in config.claims]}
+        },
+    }  # fmt: skip
+
+
+def _stages(config: StudyConfig, raw: Mapping[str, Any], records: Records) -> list[dict[str, Any]]:
+    """Of every stage: what it came from, its figures over seeds, its compute."""
+    family, told = parents(raw["stage"]), []
+    for name, before in family.items():
+        done = {seed: found[name] for seed, found in records.items() if name in found}
+        if not done:
+            continue
+        one = next(iter(done.values()))
+        figures = {
+            figure: {**asdict(interval([each["figures"][figure] for each in done.values()])),
+                     "seeds": {str(seed): each["figures"][figure] for seed, each in done.items()}}
+            for figure in (config.figures if one["kind"] == "trained" else ())
+        }  # fmt: skip
+        shared = {key: interval([float(each[key]) for each in done.values()]).mean for key in ("flops", "all_flops")}
+        kept = {key: one.get(key) for key in ("kind", "parameters", "active")}
+        more = {
+            key: interval([each[key] for each in done.values()]).mean
+            for key in ("seconds", "drawn", "kept")
+            if key in one
+        }
+        told.append({"name": name, "from": list(before), **kept, **shared, **more, "figures": figures})
+    return told
+
+
+def _judged(claim: ClaimConfig, records: Records) -> dict[str, Any]:
+    """The claim with our figures and the verdict on it."""
+    a, b = _values(claim.a, records), _values(claim.b, records)
+    seeds = sorted(a.keys() & b.keys())
+    difference = interval([a[seed] - b[seed] for seed in seeds]) if seeds else None
+    verdict, reason = verdict_on(claim.relation, difference, len(seeds), claim.margin)
+    against = verdict == "undecided" and difference is not None
+    return {
+        **claim.model_dump(mode="json", include={"id", "statement", "source", "printed", "relation", "margin"}),
+        "printed_difference": None, "unit": claim.a.partition(".")[2], "a": _side(claim.a, a), "b": _side(claim.b, b),
+        "seeds": seeds, "difference": None if difference is None else asdict(difference), "verdict": verdict,
+        "points_against": against and difference is not None
+        and points_against(claim.relation, difference.mean, claim.margin),
+        "reason": reason, "on_training_text": None,
+    }  # fmt: skip
+
+
+def _values(side: str, records: Records) -> dict[int, float]:
+    stage, _, figure = side.partition(".")
+    return {seed: found[stage]["figures"][figure] for seed, found in records.items() if stage in found}
+
+
+def _side(side: str, values: Mapping[int, float]) -> dict[str, Any]:
+    found = asdict(interval(list(values.values()))) if values else {"mean": None, "low": None, "high": None}
+    return {"label": side, **found, "seeds": {str(seed): value for seed, value in values.items()}}
