@@ -44,7 +44,7 @@ def test_every_completion_is_the_engines(teacher: LanguageModel, asked: Path, tm
     done = finemoe.sample(teacher, asked, tmp_path / "out.jsonl", n=3, seed=5, **SHORT)
     prompts, skipped = sampling.read_prompts([str(asked)], teacher, 3)
     assert (len(prompts), skipped) == (8, {})
-    ids, drawn = [one.ids for one in prompts], SamplingConfig(seed=5, max_new_tokens=12)
+    ids, drawn = [one.question.ids for one in prompts], SamplingConfig(seed=5, max_new_tokens=12)
     wanted = complete(engine_for(teacher), ids, drawn, n=3, answers=True, quiet=True)
     texts = [one.text.text for one in wanted if one.text is not None]
     found = lines(tmp_path / "out.jsonl")
@@ -105,7 +105,7 @@ def test_interrupted_it_comes_to_the_same_file(
     options = {"n": 2, "keep": "ended", **SHORT}
     whole = finemoe.sample(teacher, asked, tmp_path / "whole.jsonl", **options)
     out, calls = tmp_path / "out.jsonl", 0
-    choosing = sampling._chosen
+    choosing = sampling.ByCheck.__call__
 
     def pulling(*arguments: Any) -> Any:
         nonlocal calls
@@ -115,7 +115,7 @@ def test_interrupted_it_comes_to_the_same_file(
         return choosing(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sampling, "_chosen", pulling)
+        patched.setattr(sampling.ByCheck, "__call__", pulling)
         with pytest.raises(Pulled):
             finemoe.sample(teacher, asked, out, **options)
     if torn:

@@ -98,9 +98,4 @@ def _asked(answer: Answer) -> tuple[Message, ...]:
         said = read(answer.record)
     except FormError:
         return ({"role": "user", "content": answer.prompt},)
-    conversation = said.pair.prompt if said.pair is not None else said.conversation
-    assert conversation is not None
-    messages = conversation.messages
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return messages or ({"role": "user", "content": answer.prompt},)
+    return said.question.messages or ({"role": "user", "content": answer.prompt},)
