@@ -9,35 +9,14 @@ from typing import Any
 import pytest
 
 import finemoe
-from finemoe.checkpoint.language_model import LanguageModel, open_language_model
+from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.generation.config import SamplingConfig
 from finemoe.generation.engine import engine_for
 from finemoe.generation.generate import complete
 from finemoe.methods.distillation import sampling
 from finemoe.runs.run import train
-from methods.distillation.tiny_pairs import distilling, write_conversations
-
-SHORT = {"max_new_tokens": 12, "quiet": True}
-
-
-@pytest.fixture(scope="module")
-def teacher(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    """It was taught to answer, and so to end."""
-    raw = distilling(models, "teacher", training={"steps": 60, "checkpoint_every": 60, "evaluate_every": 60})
-    raw["method"] = {"kind": "sft"}
-    folder = tmp_path_factory.mktemp("taught") / "run"
-    return open_language_model(train(raw, out=folder, quiet=True).directory)
-
-
-@pytest.fixture
-def asked(tmp_path: Path) -> Path:
-    """Eight sums, with answers."""
-    return write_conversations(tmp_path / "asked.jsonl", 8, seed=3)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+from methods.distillation.tiny_pairs import SHORT, distilling, lines
 
 
 def test_every_completion_is_the_engines(teacher: LanguageModel, asked: Path, tmp_path: Path) -> None:
