@@ -19,6 +19,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from finemoe.core.config import Config, merge, parse, read_tables, with_overrides
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.logs import logger
+from finemoe.data.corpora import CorpusConfig
 from finemoe.methods.distillation.rejection import rejection
 from finemoe.methods.distillation.sampling import Sampled, sample
 from finemoe.methods.rewards import RewardsConfig
@@ -40,8 +41,10 @@ class StageInterruptedError(RunError):
 class SampleConfig(Config):
     """Answers that a stage's model writes, of which those that pass a check are kept (rejection sampling)."""
 
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Files of records, as of `finemoe sample`."""
+    corpus: CorpusConfig | None = None
+    """Instead of files: a corpus, whose records to train on are asked."""
     n: PositiveInt = 4
     """[answers] To each prompt."""
     keep: Literal["all", "ended", "answer"] | None = None
@@ -63,6 +66,8 @@ class SampleConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if (self.prompts is None) == (self.corpus is None):
+            raise ValueError("give exactly one of prompts and corpus")
         if self.rewards is not None and self.keep is not None:
             raise ValueError("rewards say what is kept: leave keep out, or rewards")
         if self.rewards is None:
@@ -79,12 +84,11 @@ class SampleConfig(Config):
             "n": self.n, "best_of": self.best_of, "temperature": self.temperature,
             "max_new_tokens": self.max_new_tokens, "seed": seed, "quiet": quiet,
         }  # fmt: skip
+        prompts = self.prompts if self.corpus is None else self.corpus
         if self.rewards is None:
-            return sample(model, self.prompts, out, keep=self.keep or "answer", **shared)
+            return sample(model, prompts, out, keep=self.keep or "answer", **shared)
         bound = 1.0 if self.at_least is None else self.at_least
-        return rejection(
-            model, self.prompts, out, rewards=self.rewards, at_least=bound, template=self.template, **shared
-        )
+        return rejection(model, prompts, out, rewards=self.rewards, at_least=bound, template=self.template, **shared)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from finemoe.core.logs import logger
 from finemoe.core.reading import damage_of
 from finemoe.data.conversations.messages import Message
 from finemoe.generation.sequence import Sequence as Completed
-from finemoe.methods.distillation.sampling import TOO_LONG, Asked, Choice, Drawing, Sampled
+from finemoe.methods.distillation.sampling import TOO_LONG, Asked, Choice, Drawing, Prompts, Sampled
 from finemoe.methods.rewards import Answer, AnswerReward, Rewards, RewardsConfig, Scored
 from finemoe.text.tokenizer import Tokenizer
 
@@ -46,7 +46,7 @@ class RewardTables(Config):
 
 def rejection(
     model: str | os.PathLike[str] | LanguageModel,
-    prompts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    prompts: Prompts,
     out: str | os.PathLike[str],
     *,
     rewards: str | os.PathLike[str] | Sequence[Mapping[str, Any] | Config] | None = None,

@@ -19,14 +19,14 @@ from typing import Any, Protocol, final
 
 from finemoe.checkpoint.fingerprint import fingerprint
 from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model
-from finemoe.core.config import parse
+from finemoe.core.config import Config, parse
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.logs import logger, progress
 from finemoe.data.conversations.forms import NO_FORM, known_forms
 from finemoe.data.conversations.prepare import reasons
 from finemoe.data.conversations.questions import Question, encode_questions
-from finemoe.data.corpora import FilesCorpus
-from finemoe.data.documents.document import Skipped, SkipReport
+from finemoe.data.corpora import CorpusConfig, FilesCorpus, read_corpus
+from finemoe.data.documents.document import Document, Skipped, SkipReport
 from finemoe.generation.config import SamplingConfig
 from finemoe.generation.engine import Engine, Request, engine_for
 from finemoe.generation.sequence import Sequence as Completed
@@ -36,6 +36,8 @@ from finemoe.text.chat import ChatTemplate
 
 TOO_LONG = "longer than the cache"
 """Why a completion is left out that could not be drawn."""
+Prompts = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | CorpusConfig
+_HELD_OUT = 0.05  # of a corpus that holds nothing out by itself, as of [data]
 _AHEAD = 64
 """[completions] Submitted at once: twice what an engine runs, so that it is never idle."""
 
@@ -99,7 +101,7 @@ class Sampled:
 
 def sample(
     model: str | os.PathLike[str] | LanguageModel,
-    prompts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    prompts: Prompts,
     out: str | os.PathLike[str],
     *,
     n: int = 1,
@@ -117,7 +119,8 @@ def sample(
 
     Args:
         model: a run, a checkpoint, an imported or Hugging Face folder, a GGUF file, or what was opened of one.
-        prompts: files, folders or patterns of records in any form of a conversation; their answers are left out.
+        prompts: files, folders or patterns of records in any form of a conversation, or a corpus whose records to
+            train on are asked; their answers are left out.
         out: a .jsonl file; where it was begun with the same settings, it is gone on with.
         n: completions of each prompt.
         keep: which of them, see `Keep`.
@@ -156,11 +159,13 @@ class Drawing:
     given: Mapping[str, Any]
     """How they are drawn, by the names that the caller has for it."""
     sampling: SamplingConfig
+    wording: str | None = None
+    """How prompts are put to a model that knows no chat."""
 
     @staticmethod
     def of(
         model: str | os.PathLike[str] | LanguageModel,
-        prompts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        prompts: Prompts,
         out: str | os.PathLike[str],
         *,
         n: int,
@@ -178,9 +183,8 @@ class Drawing:
         sampling, path = parse(SamplingConfig, given, "sample"), Path(out)
         _check(n, best_of, path)
         opened = model if isinstance(model, LanguageModel) else open_language_model(model, dtype)
-        paths = [prompts] if isinstance(prompts, (str, os.PathLike)) else list(prompts)
-        asked, skipped = read_prompts([str(one) for one in paths], opened, n, wording)
-        return Drawing(opened, asked, skipped, path, n, given, sampling)
+        asked, skipped = read_prompts(prompts, opened, n, wording)
+        return Drawing(opened, asked, skipped, path, n, given, sampling, wording)
 
     def write(self, choose: Choose, facts: Mapping[str, Any], *, quiet: bool) -> Sampled:
         """Draw, choose and write, from the beginning or from where it was interrupted.
@@ -215,11 +219,14 @@ class Drawing:
             return Sampled(self.path, len(self.asked), *found, dict(self.skipped))
 
     def _line(self, asked: Asked, number: int, one: Completed | None, more: Mapping[str, Any]) -> str:
-        """A conversation as the method `sft` reads it, and where it comes from."""
+        """A conversation as the method `sft` reads it, and where it comes from; of a model that knows no chat a prompt
+        as it was put, and its completion, which are a text when they are joined."""
         assert one is not None
         assert one.text is not None
         question = asked.question
         record: dict[str, Any] = {"messages": [*question.messages, {"role": "assistant", "content": one.text.text}]}
+        if self.wording is not None:
+            record = {"prompt": self.wording.replace("{prompt}", question.text), "completion": one.text.text}
         if question.tools:
             record["tools"] = list(question.tools)
         record["origin"] = {
@@ -276,9 +283,9 @@ def _check(n: int, best_of: int | None, path: Path) -> None:
 
 
 def read_prompts(
-    paths: Sequence[str], opened: LanguageModel, n: int, wording: str | None = None
+    prompts: Prompts, opened: LanguageModel, n: int, wording: str | None = None
 ) -> tuple[list[Asked], dict[str, str]]:
-    """The prompts in `paths`, in the order of the files; and the records that hold none.
+    """The prompts, in the order of the files; and the records that hold none.
 
     `wording`: as of `encode_questions`.
 
@@ -294,7 +301,8 @@ def read_prompts(
     asked: list[Asked] = []
     skipped: dict[str, str] = {}
     seen: Counter[tuple[int, ...]] = Counter()
-    for document in FilesCorpus(paths=tuple(paths)).documents(report, whole=True):
+    where, documents = _documents(prompts, report)
+    for document in documents:
         (found,) = encode_questions([document.text], tokenizer, template, wording)
         if not isinstance(found, Question):
             skipped[document.name] = str(found)
@@ -305,13 +313,23 @@ def read_prompts(
     why = reasons([Skipped(name, reason) for name, reason in skipped.items()])
     if not asked:
         known = f". {known_forms()}" if NO_FORM in why else ""
-        raise DataError(f"{', '.join(paths)}: no record holds a prompt" + (f" ({why}){known}" if why else ""))
+        raise DataError(f"{where}: no record holds a prompt" + (f" ({why}){known}" if why else ""))
     if skipped:
         left = (
             "1 record holds no prompt and is" if len(skipped) == 1 else f"{len(skipped)} records hold no prompt and are"
         )
         logger.warning("%s left out; %s", left, why)
     return asked, skipped
+
+
+def _documents(prompts: Prompts, report: SkipReport) -> tuple[str, Iterator[Document]]:
+    """Records whole, and what errors call them."""
+    if isinstance(prompts, Config):
+        found = (one.document for one in read_corpus(prompts, _HELD_OUT, report, whole=True) if one.side == "train")
+        return f"corpus of kind {prompts.kind}", found
+    paths = [prompts] if isinstance(prompts, (str, os.PathLike)) else list(prompts)
+    names = tuple(str(one) for one in paths)
+    return ", ".join(names), FilesCorpus(paths=names).documents(report, whole=True)
 
 
 @final
