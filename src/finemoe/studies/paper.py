@@ -220,8 +220,8 @@ def _outcome(claim: Claim, a: Mapping[int, float], b: Mapping[int, float]) -> di
     difference = interval([a[seed] - b[seed] for seed in seeds]) if seeds else None
     verdict, reason = judge(claim, difference, len(seeds))
     found = None if difference is None else asdict(difference)
-    undecided = difference is not None and verdict == "undecided"
-    against = undecided and points_against(claim.relation, difference.mean, MARGIN)
+    mean = difference.mean if difference is not None and verdict == "undecided" else None
+    against = mean is not None and points_against(claim.relation, mean, MARGIN)
     return {"seeds": seeds, "difference": found, "verdict": verdict, "points_against": against, "reason": reason}
 
 

@@ -84,7 +84,8 @@ class SampleConfig(Config):
             "n": self.n, "best_of": self.best_of, "temperature": self.temperature,
             "max_new_tokens": self.max_new_tokens, "seed": seed, "quiet": quiet,
         }  # fmt: skip
-        prompts = self.prompts if self.corpus is None else self.corpus
+        prompts = self.corpus or self.prompts
+        assert prompts is not None  # one of them is given
         if self.rewards is None:
             return sample(model, prompts, out, keep=self.keep or "answer", **shared)
         bound = 1.0 if self.at_least is None else self.at_least

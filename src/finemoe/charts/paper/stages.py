@@ -98,10 +98,12 @@ def _stages(results: Results) -> Section:
             told = [f"{count(one['kept'])} of {count(one['drawn'])} answers", *[NOTHING] * (len(told) - 1)]
         rows.append([one["name"], ", ".join(one["from"]) or NOTHING, *told, scientific(one["flops"]),
                      scientific(one["all_flops"]), duration(one.get("seconds"))])  # fmt: skip
-    asked = f"{results['questions']} held-out questions, {results['samples']} answers each at temperature {results['temperature']:g}"
-    note = (f"At most {asked}, and one greedily. By majority: the most frequent of them is right; any of them: at least one "
-            "is. FLOPs of training, and of what the method reads and writes beside it; with all before: of every stage "
-            "that it came from too. Times are of runs that shared the machine.")  # fmt: skip
+    note = (
+        f"At most {results['questions']} held-out questions, {results['samples']} answers to each at temperature "
+        f"{results['temperature']:g}, and one greedily. By majority: the most frequent of them is right; any of them: "
+        "at least one is. FLOPs of training, and of what the method reads and writes beside it; with all before: of "
+        "every stage that it came from too. Times are of runs that shared the machine."
+    )
     caption = "Means over seeds ± half the 95 % interval"
     return Section("Stages", [Table(caption, columns, rows, numeric=tuple(range(2, len(columns))), note=note)])
 
@@ -122,8 +124,8 @@ def _how(results: Results) -> Section:
         f"{machine.get('processor')}, {machine.get('cores')} cores, torch {machine.get('torch')}; "
         f"{machine['parallel_runs']} seeds at once, {machine['threads_per_run']} threads each.",
         "A claim sets two figures of stages with the same seed against each other; the interval is Student's t over "
-        "seeds. reproduced: the interval allows nothing else; contradicted: it excludes the claim; undecided: it allows "
-        "both.",
+        "seeds. reproduced: the interval allows nothing else; contradicted: it excludes the claim; undecided: it "
+        "allows both.",
         *results["notes"],
     ]
     return Section("How it was done", [Text(text), Code(results["command"], "Command for everything")])

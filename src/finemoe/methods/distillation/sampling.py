@@ -19,7 +19,7 @@ from typing import Any, Protocol, final
 
 from finemoe.checkpoint.fingerprint import fingerprint
 from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model
-from finemoe.core.config import Config, parse
+from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.logs import logger, progress
 from finemoe.data.conversations.forms import NO_FORM, known_forms
@@ -324,7 +324,7 @@ def read_prompts(
 
 def _documents(prompts: Prompts, report: SkipReport) -> tuple[str, Iterator[Document]]:
     """Records whole, and what errors call them."""
-    if isinstance(prompts, Config):
+    if not isinstance(prompts, (str, os.PathLike, Sequence)):
         found = (one.document for one in read_corpus(prompts, _HELD_OUT, report, whole=True) if one.side == "train")
         return f"corpus of kind {prompts.kind}", found
     paths = [prompts] if isinstance(prompts, (str, os.PathLike)) else list(prompts)

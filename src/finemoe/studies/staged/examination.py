@@ -31,7 +31,7 @@ def questions(config: ExaminationConfig) -> list[dict[str, Any]]:
     Raises:
         DataError: there is none, or one has no `prompt` or no `answer`.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for item in read_corpus(config.corpus, _SHARE, SkipReport(quiet=True), whole=True):
         if item.side == "validation" and len(found) < config.prompts:
             found.append(_record(item.document.name, item.document.text))

@@ -35,6 +35,8 @@ from finemoe.studies.statistics import CONFIDENCE, interval, points_against, ver
 STUDY = "study.json"
 Records = Mapping[int, Mapping[str, Mapping[str, Any]]]
 """What is known of every stage that is done, by seed and name."""
+Trial = tuple[dict[str, Any], list[dict[float, str]]]
+"""Tables of a recipe, and for everything that is tuned the names of its stages by value."""
 
 
 def staged_paper(
@@ -62,13 +64,14 @@ def staged_paper(
     stages = stages_of(raw, str(path), directory, laid)
     config.check_stages([one.name for one in stages if one.sampling is None], str(path))
     questions(config.examination)
+    trial = _expanded(config.tuned, raw, str(path))
     _require_same(directory, raw, laid)
     parallel = min(config.parallel or os.cpu_count() or 1, len(config.seeds))
     threads = max(1, (os.cpu_count() or 1) // parallel)
     common: list[str] = [*laid, *([] if "threads" in raw.get("training", {}) else [f"training.threads={threads}"])]
     with sole_writer(directory):
         write_text(directory / STUDY, json.dumps({"recipe": _identity(raw, laid)}, indent=1))
-        interrupted, failures, chosen, trials = _tune(config, raw, path, directory, common, quiet)
+        interrupted, failures, chosen, trials = _tune(config, trial, path, directory, common, quiet)
         if not interrupted:
             jobs = {
                 f"seed {seed}": Job(raw, str(path), str(_home(directory, seed)), seed, [*common, *chosen], threads)
@@ -124,12 +127,12 @@ def _require_same(directory: Path, raw: Mapping[str, Any], laid: Sequence[str]) 
 
 
 def _tune(
-    config: StudyConfig, raw: Mapping[str, Any], path: Path, directory: Path, common: Sequence[str], quiet: bool
+    config: StudyConfig, trial: Trial, path: Path, directory: Path, common: Sequence[str], quiet: bool
 ) -> tuple[bool, dict[str, str], list[str], list[dict[str, Any]]]:
     """Try the values: interrupted, failures, overrides of the best, and what each came to."""
     if not config.tuned:
         return False, {}, [], []
-    expanded, names = _expanded(config.tuned, raw, str(path))
+    expanded, names = trial
     job = Job(expanded, str(path), str(directory / "tuning"), config.tuning_seed, common, os.cpu_count() or 1)
     outcome = run_seeds({"tuning": job}, 1, "tuning", quiet=quiet)
     done = _records(directory / "tuning", expanded)
@@ -142,9 +145,7 @@ def _tune(
     return outcome.interrupted, dict(outcome.failures), chosen, trials
 
 
-def _expanded(
-    tuned: Sequence[TunedConfig], raw: Mapping[str, Any], source: str
-) -> tuple[dict[str, Any], list[dict[float, str]]]:
+def _expanded(tuned: Sequence[TunedConfig], raw: Mapping[str, Any], source: str) -> Trial:
     """The recipe of the trials: what the tuned stages come from, and each once with every value; names by value."""
     family = parents(raw["stage"])
     first = {one.stage for one in tuned}
@@ -200,7 +201,12 @@ def _results(
         "title": config.title,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": command,
-        "machine": {**machine, "torch": here["packages"]["torch"], "threads_per_run": threads, "parallel_runs": parallel},
+        "machine": {
+            **machine,
+            "torch": here["packages"]["torch"],
+            "threads_per_run": threads,
+            "parallel_runs": parallel,
+        },
         "recipe": raw,
         "seeds": list(config.seeds),
         "confidence": CONFIDENCE,
@@ -247,13 +253,12 @@ def _judged(claim: ClaimConfig, records: Records) -> dict[str, Any]:
     seeds = sorted(a.keys() & b.keys())
     difference = interval([a[seed] - b[seed] for seed in seeds]) if seeds else None
     verdict, reason = verdict_on(claim.relation, difference, len(seeds), claim.margin)
-    against = verdict == "undecided" and difference is not None
+    mean = difference.mean if difference is not None and verdict == "undecided" else None
     return {
         **claim.model_dump(mode="json", include={"id", "statement", "source", "printed", "relation", "margin"}),
         "printed_difference": None, "unit": claim.a.partition(".")[2], "a": _side(claim.a, a), "b": _side(claim.b, b),
         "seeds": seeds, "difference": None if difference is None else asdict(difference), "verdict": verdict,
-        "points_against": against and difference is not None
-        and points_against(claim.relation, difference.mean, claim.margin),
+        "points_against": mean is not None and points_against(claim.relation, mean, claim.margin),
         "reason": reason, "on_training_text": None,
     }  # fmt: skip
 

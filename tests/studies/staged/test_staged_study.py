@@ -1,0 +1,172 @@
+"""A study of a recipe's stages: every seed and stage once, the best value for all, claims by what came of them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finemoe.checkpoint.open import read_model_config
+from finemoe.core.errors import ConfigError, DataError, RunError
+from finemoe.model.size import measure
+from finemoe.studies.paper import Paper
+from finemoe.studies.staged import study as module
+from finemoe.studies.staged.compute import sampled_flops, trained_flops
+from finemoe.studies.staged.study import staged_paper
+from studies.staged.tiny_study import RECIPE, seeds_here, written
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Paper:
+    """The tiny study, whole."""
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "run_seeds", seeds_here)
+        return staged_paper(written(folder), out=folder / "out", quiet=True)
+
+
+def claim(study: Paper, name: str) -> dict[str, Any]:
+    claims = study.results["experiments"]["claims"]["claims"]
+    found: dict[str, Any] = next(one for one in claims if one["id"] == name)
+    return found
+
+
+def examined(study: Paper, seed: int, stage: str) -> dict[str, Any]:
+    path = study.directory / "seeds" / f"seed-{seed}" / "examined" / f"{stage}.json"
+    read: dict[str, Any] = json.loads(path.read_text())
+    return read
+
+
+def test_every_seed_runs_every_stage_and_every_model_is_examined(done: Paper) -> None:
+    assert not done.failures
+    for seed in (0, 1):
+        assert set(examined(done, seed, "base")["figures"]) == {"right", "greedy", "majority", "any", "length", "form"}
+        config = json.loads((done.directory / "seeds" / f"seed-{seed}" / "3-zero" / "config.json").read_text())
+        assert config["seed"] == seed
+    drawn = [examined(done, seed, "base")["figures"]["length"] for seed in (0, 1)]
+    assert drawn[0] != drawn[1], "seeds draw weights and answers of their own"
+
+
+def test_the_best_value_of_the_trial_is_what_all_seeds_get(done: Paper) -> None:
+    (tuned,) = done.results["tuning"]
+    came_to = {float(value): got for value, got in tuned["came_to"].items()}
+    assert set(came_to) == {1e-5, 1e-3}
+    best = max(came_to, key=lambda value: came_to[value])
+    for seed in (0, 1):
+        config = json.loads((done.directory / "seeds" / f"seed-{seed}" / "3-zero" / "config.json").read_text())
+        assert config["optimizer"]["learning_rate"] == best
+    trial = json.loads((done.directory / "tuning" / "2-zero-0-0" / "config.json").read_text())
+    assert trial["seed"] == 1000
+    assert not (done.directory / "tuning" / "examined" / "answers.json").exists(), "nothing that is tuned comes of it"
+
+
+def test_claims_are_judged_seed_by_seed(done: Paper) -> None:
+    longer = claim(done, "longer")
+    differences = [examined(done, seed, "zero")["flops"] for seed in (0, 1)]
+    assert longer["difference"]["mean"] == pytest.approx(statistics.fmean(differences))
+    assert longer["verdict"] == "reproduced"
+    assert longer["printed"] == "1 against 2"
+    assert claim(done, "same")["seeds"] == [0, 1]
+
+
+def test_flops_of_all_that_a_stage_came_from_are_added_once(done: Paper) -> None:
+    stages = {one["name"]: one for one in done.results["stages"]}
+    assert stages["zero"]["from"] == ["base"]
+    assert stages["zero"]["all_flops"] == pytest.approx(stages["zero"]["flops"] + stages["base"]["flops"])
+    assert 0 <= stages["answers"]["kept"] <= stages["answers"]["drawn"] == 13  # different sums of the 20 that are drawn
+
+
+def test_flops_of_a_stage_are_those_of_training_and_of_what_its_method_reads_and_writes(
+    done: Paper, tmp_path: Path
+) -> None:
+    zero, base = done.directory / "seeds" / "seed-0" / "3-zero", done.directory / "seeds" / "seed-0" / "1-base"
+    summary = json.loads((zero / "summary.json").read_text())
+    assert trained_flops(base, {"training_flops": 9.0}) == 9.0
+    assert trained_flops(zero, summary) == pytest.approx(summary["training_flops"] * 5 / 3), (
+        "writing, and the reference"
+    )
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps({"origin": {"tokens": tokens}}) + "\n" for tokens in (4, 8)))
+    size = measure(read_model_config(base), 7)
+    assert sampled_flops(base, answers, 10) == pytest.approx(10 * 6 * size.training_flops_per_token / 3)
+
+
+def test_the_page_and_the_summary_tell_claims_and_stages(done: Paper) -> None:
+    page = (done.directory / "report.html").read_text()
+    summary = (done.directory / "summary.md").read_text()
+    for text in ("What was trained more has taken more", "They are small.", "zero", "optimizer.learning_rate"):
+        assert text in page
+    assert summary.startswith("Of 2 claims: ")
+    assert "| What was trained more has taken more | reproduced |" in summary
+    assert (done.directory / "figures" / "right.svg").exists()
+
+
+def test_given_again_it_does_nothing_again_and_more_seeds_are_added(
+    done: Paper, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "run_seeds", seeds_here)
+    before = {path: path.stat().st_mtime_ns for path in done.directory.rglob("*.safetensors")}
+    again = staged_paper(
+        written(tmp_path), out=done.directory, overrides=["study.seeds=[0]", "study.claims=[]"], quiet=True
+    )
+    assert again.results["seeds"] == [0]
+    assert before == {path: path.stat().st_mtime_ns for path in done.directory.rglob("*.safetensors")}
+
+
+def test_another_recipe_is_not_mixed_in(done: Paper, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds a study of other stages"):
+        staged_paper(written(tmp_path), out=done.directory, overrides=["stage.zero.training.steps=3"], quiet=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    with pytest.raises(RunError, match="is not empty and not a study"):
+        staged_paper(written(tmp_path), out=tmp_path / "other", quiet=True)
+
+
+def test_a_stage_that_fails_leaves_its_claims_without_a_verdict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "run_seeds", seeds_here)
+    study = staged_paper(
+        written(tmp_path), out=tmp_path / "out", quiet=True,
+        overrides=["study.tuned=[]", "study.seeds=[0]", "stage.zero.method.group=7"],
+    )  # fmt: skip
+    assert "method.group 7" in study.failures["seed 0"]
+    assert claim(study, "longer")["verdict"] == "not run"
+    assert examined(study, 0, "base")["kind"] == "trained"
+    assert "claims are not judged" in (study.directory / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        ('a = "zero.all_flops"', 'a = "zer.right"', "names no stage that trains; those are: base, zero"),
+        ('a = "zero.all_flops"', 'a = "answers.right"', "names no stage that trains"),
+        ('a = "zero.all_flops"', 'a = "zero.wrong"', "names none of the figures right, greedy"),
+        ("seeds = [0, 1]", "seeds = [0, 0]", "`seeds` has 0 twice"),
+        ("seeds = [0, 1]", "seeds = [0, 1000]", "tuning_seed 1000 is one of `seeds`"),
+        ('stage = "zero"', 'stage = "zer"', "no stage that trains is called so"),
+        ('id = "same"', 'id = "longer"', "`claims` has longer twice"),
+        (RECIPE[RECIPE.index("[study]") :], "", "a study needs"),
+        ('stage = "zero"\nvalues', 'stage = "base"\nvalues = [1e-3, 2e-3]\n[[study.tuned]]\nstage = "zero"\nvalues',
+         "zero comes from base, which is tuned too"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_runs(tmp_path: Path, was: str, now: str, said: str) -> None:
+    assert was in RECIPE
+    with pytest.raises(ConfigError, match=said):
+        staged_paper(written(tmp_path, RECIPE.replace(was, now)), out=tmp_path / "out", quiet=True)
+    assert not list(tmp_path.rglob("*.json")), "nothing ran"
+
+
+def test_questions_that_are_none_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("no records\n" * 50)
+    text = RECIPE.replace(
+        'corpus = { kind = "problems", problem = "running_sum", count = 50, validation_count = 20, difficulty = 3 }\n'
+        "prompts = 6",
+        f'corpus = {{ kind = "files", paths = ["{tmp_path}/text.txt"] }}\nprompts = 6',
+    )
+    with pytest.raises(DataError, match=r"study\.examination\.corpus"):
+        staged_paper(written(tmp_path, text), out=tmp_path / "out", quiet=True)
