@@ -61,9 +61,7 @@ def train(
 
     The directory then holds config.json, metrics.jsonl, checkpoints/ and summary.json.
     """
-    check_recipe(recipe, overrides or ())
-
-    if _is_staged(recipe):
+    if "stage" in check_recipe(recipe, overrides or ()):
         _stages(recipe, overrides or (), out, check, quiet, as_json)
         return
     if check:
@@ -73,12 +71,6 @@ def train(
     from finemoe.runs import run
 
     report_run(run.train(recipe, out=out, overrides=overrides or (), quiet=quiet, go_on=go_on), as_json)
-
-
-def _is_staged(recipe: Path) -> bool:
-    from finemoe.core.config import read_tables
-
-    return recipe.is_file() and "stage" in read_tables(recipe)  # a pipe can be read only once
 
 
 def _stages(recipe: Path, overrides: Sequence[str], out: Path | None, check: bool, quiet: bool, as_json: bool) -> None:

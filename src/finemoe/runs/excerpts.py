@@ -11,6 +11,7 @@ import torch
 
 from finemoe.core.errors import ConfigError
 from finemoe.data.batch import PackedBatch, TokenBatch
+from finemoe.methods.setting import NOT_WRITTEN
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
 from finemoe.runs.start import build_method, in_steps
 from finemoe.text.tokenizer import Tokenizer
@@ -90,7 +91,9 @@ def _is_pairs(batch: Any) -> bool:
 
 def _documents(batch: Any) -> Iterator[tuple[list[int], list[bool]]]:
     """Ids of each document, or row, of a batch, and which of them are predicted with a weight."""
-    rows: TokenBatch = batch.rows if isinstance(batch, PackedBatch) else batch
+    rows = batch.rows if isinstance(batch, PackedBatch) else batch
+    if not isinstance(rows, TokenBatch):
+        raise ConfigError(NOT_WRITTEN)
     for row in range(len(rows.tokens)):
         numbers = rows.documents[row] if isinstance(batch, PackedBatch) else torch.zeros_like(rows.tokens[row])
         for number in numbers.unique_consecutive().tolist():

@@ -39,7 +39,7 @@ class StageInterruptedError(RunError):
 
 
 class SampleConfig(Config):
-    """Answers that a stage's model writes, of which those that pass a check are kept (rejection sampling)."""
+    """Answers that a model writes, of which those are kept that pass a check, or that rewards find good."""
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Files of records, as of `finemoe sample`."""
@@ -102,11 +102,6 @@ class Stage:
     """Its recipe."""
     sampling: SampleConfig | None
     """Where it writes answers instead of training."""
-
-
-def is_staged(raw: Mapping[str, Any]) -> bool:
-    """Whether a recipe's tables are one of stages."""
-    return "stage" in raw
 
 
 def stages_of(raw: Mapping[str, Any], source: str, out: Path, overrides: Sequence[str] = ()) -> list[Stage]:

@@ -26,7 +26,7 @@ from finemoe.methods.grpo.watch import Watch
 from finemoe.methods.rewards import Answer as Judgeable
 from finemoe.methods.rewards import Rewards
 from finemoe.methods.rewards import Scored as Judged
-from finemoe.methods.setting import Setting
+from finemoe.methods.setting import NOT_WRITTEN, Setting
 from finemoe.model.transformer import Transformer
 from finemoe.text.tokenizer import Tokenizer
 from finemoe.training.method import Saved
@@ -198,7 +198,8 @@ class Rollouts:
     # ---- a rollout ------------------------------------------------------------------------------------------------
 
     def _make(self, number: int) -> Rollout:
-        assert self._source is not None
+        if self._source is None:
+            raise ConfigError(NOT_WRITTEN)
         assert self._policies is not None
         every = self._config.reference_every
         if every is not None and number and number % every == 0:
