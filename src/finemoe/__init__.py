@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from finemoe.studies.compare import Comparison, compare
     from finemoe.studies.keys import recipe_keys
     from finemoe.studies.paper import paper
+    from finemoe.studies.staged.study import study
     from finemoe.studies.stages import run_stages as train_stages
     from finemoe.text import Tokenizer
 
@@ -78,6 +79,7 @@ _VERBS = {
     "serve": "finemoe.server.run:serve",
     "show": "finemoe.runs.report:run_report",
     "size": "finemoe.runs.planning.sizing:size",
+    "study": "finemoe.studies.staged.study:study",
     "trace": "finemoe.analysis.reports:trace",
     "train": "finemoe.runs.run:train",
     "train_stages": "finemoe.studies.stages:run_stages",
@@ -145,6 +147,7 @@ __all__ = [
     "serve",
     "show",
     "size",
+    "study",
     "trace",
     "train",
     "train_stages",

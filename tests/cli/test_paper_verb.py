@@ -11,6 +11,7 @@ import pytest
 
 from finemoe.studies import paper as studies_paper
 from finemoe.studies.paper import Paper
+from finemoe.studies.staged import study as staged_study
 
 
 def claim(verdict: str, difference: dict[str, float | None] | None, **changes: Any) -> dict[str, Any]:
@@ -76,3 +77,36 @@ def test_failed_runs_are_an_error_after_the_table(command: Any, study: dict[str,
     assert done.exit_code not in (0, 130)
     assert "contradicted" in done.stdout
     assert "1 of the runs failed: gshard/seed-0: a loss was not finite" in done.stderr
+
+
+def test_a_recipe_of_stages_is_a_study_of_its_own(
+    command: Any, study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    claims = [{**one, "on_training_text": None} for one in CLAIMS]
+    done_study = Paper(tmp_path / "p", {"experiments": {"claims": {"claims": claims}}}, False, {})
+
+    def run(recipe: Path, **options: Any) -> Paper:
+        seen.update(options, recipe=recipe)
+        return done_study
+
+    monkeypatch.setattr(staged_study, "study", run)
+    done = command("paper", "sums.toml", "--set", "study.seeds=[0]", "--quiet")
+    assert done.exit_code == 0
+    assert seen["recipe"] == Path("sums.toml")
+    assert list(seen["overrides"]) == ["study.seeds=[0]"]
+    assert "scale" not in study, "the other kind of study was not asked for"
+    assert "Verdict" in done.stdout
+    assert "Training" not in done.stdout, "nothing of it is about losses"
+    assert "Of 4 claims: 1 contradicted, 1 reproduced, 1 undecided and 1 not run." in " ".join(done.stdout.split())
+    monkeypatch.setattr(staged_study, "study", lambda recipe, **options: replace(done_study, interrupted=True))
+    stopped = command("paper", "sums.toml", "--quiet")
+    assert stopped.exit_code == 130
+    assert "finemoe paper sums.toml" in stopped.stderr
+
+
+@pytest.mark.parametrize("option", ["--scale", "--only"])
+def test_a_recipe_says_itself_what_is_run(command: Any, option: str) -> None:
+    done = command("paper", "sums.toml", option, "tiny")
+    assert done.exit_code == 2
+    assert f"leave {option} out, or the recipe" in " ".join(done.stderr.split())

@@ -80,6 +80,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "serve",
         "show",
         "size",
+        "study",
         "trace",
         "train",
         "train_stages",

@@ -109,9 +109,9 @@ def _staged(
         if value is not None:
             raise ConfigError(f"{name} {value}: {recipe} says itself what is run; leave {name} out, or the recipe")
 
-    from finemoe.studies.staged.study import staged_paper
+    from finemoe.studies.staged.study import study as run_study
 
-    return staged_paper(recipe, out=out, overrides=overrides, quiet=quiet)
+    return run_study(recipe, out=out, overrides=overrides, quiet=quiet)
 
 
 def _say_where(study: Paper) -> None:

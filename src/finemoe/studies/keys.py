@@ -15,10 +15,11 @@ from finemoe.data.config import NEW_SPLITTING
 from finemoe.model.config import ModelConfig, ModelRecipe
 from finemoe.runs.config import RunConfig, with_defaults
 from finemoe.studies.config import CompareConfig
+from finemoe.studies.staged.config import StudyConfig
 from finemoe.studies.stages import SampleConfig
 
-ROOTS = {"run": "finemoe train", "comparison": "finemoe compare"}
-"""The two kinds of recipe, and the verb that takes each."""
+ROOTS = {"run": "finemoe train", "study": "finemoe paper", "comparison": "finemoe compare"}
+"""The kinds of recipe, and the verb that takes each; one for `finemoe paper` is one for `finemoe train`, with stages."""
 
 _MEANINGS = {
     "run": "The keys above all tables of a recipe for `finemoe train`.",
@@ -70,6 +71,7 @@ def recipe_sections() -> Mapping[str, tuple[Section, ...]]:
     instead: dict[type[BaseModel], type[Config]] = {ModelConfig: ModelRecipe}
     run = sections_of(RunConfig, defaults=with_defaults({}), instead=instead, known=known)
     found = {"run": (*map(_with_own, run), _STAGE, *sections_of(SampleConfig, "stage.sample", known=known))}
+    found["study"] = tuple(sections_of(StudyConfig, "study", known=known))
     compared = sections_of(CompareConfig, defaults=with_defaults({}), known=known)
     found["comparison"] = tuple(compared)
     return {root: tuple(_finished(root, section) for section in sections) for root, sections in found.items()}

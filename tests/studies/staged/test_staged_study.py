@@ -15,7 +15,7 @@ from finemoe.model.size import measure
 from finemoe.studies.paper import Paper
 from finemoe.studies.staged import study as module
 from finemoe.studies.staged.compute import sampled_flops, trained_flops
-from finemoe.studies.staged.study import staged_paper
+from finemoe.studies.staged.study import study
 from studies.staged.tiny_study import RECIPE, seeds_here, written
 
 
@@ -25,7 +25,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Paper:
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "run_seeds", seeds_here)
-        return staged_paper(written(folder), out=folder / "out", quiet=True)
+        return study(written(folder), out=folder / "out", quiet=True)
 
 
 def claim(study: Paper, name: str) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def test_given_again_it_does_nothing_again_and_more_seeds_are_added(
 ) -> None:
     monkeypatch.setattr(module, "run_seeds", seeds_here)
     before = {path: path.stat().st_mtime_ns for path in done.directory.rglob("*.safetensors")}
-    again = staged_paper(
+    again = study(
         written(tmp_path), out=done.directory, overrides=["study.seeds=[0]", "study.claims=[]"], quiet=True
     )
     assert again.results["seeds"] == [0]
@@ -118,18 +118,18 @@ def test_given_again_it_does_nothing_again_and_more_seeds_are_added(
 
 def test_another_recipe_is_not_mixed_in(done: Paper, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds a study of other stages"):
-        staged_paper(written(tmp_path), out=done.directory, overrides=["stage.zero.training.steps=3"], quiet=True)
+        study(written(tmp_path), out=done.directory, overrides=["stage.zero.training.steps=3"], quiet=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
     with pytest.raises(RunError, match="is not empty and not a study"):
-        staged_paper(written(tmp_path), out=tmp_path / "other", quiet=True)
+        study(written(tmp_path), out=tmp_path / "other", quiet=True)
 
 
 def test_a_stage_that_fails_leaves_its_claims_without_a_verdict(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(module, "run_seeds", seeds_here)
-    study = staged_paper(
+    study = study(
         written(tmp_path), out=tmp_path / "out", quiet=True,
         overrides=["study.tuned=[]", "study.seeds=[0]", "stage.zero.method.group=7"],
     )  # fmt: skip
@@ -157,7 +157,7 @@ def test_a_stage_that_fails_leaves_its_claims_without_a_verdict(
 def test_what_cannot_be_is_refused_before_anything_runs(tmp_path: Path, was: str, now: str, said: str) -> None:
     assert was in RECIPE
     with pytest.raises(ConfigError, match=said):
-        staged_paper(written(tmp_path, RECIPE.replace(was, now)), out=tmp_path / "out", quiet=True)
+        study(written(tmp_path, RECIPE.replace(was, now)), out=tmp_path / "out", quiet=True)
     assert not list(tmp_path.rglob("*.json")), "nothing ran"
 
 
@@ -169,4 +169,4 @@ def test_questions_that_are_none_are_refused(tmp_path: Path) -> None:
         f'corpus = {{ kind = "files", paths = ["{tmp_path}/text.txt"] }}\nprompts = 6',
     )
     with pytest.raises(DataError, match=r"study\.examination\.corpus"):
-        staged_paper(written(tmp_path, text), out=tmp_path / "out", quiet=True)
+        study(written(tmp_path, text), out=tmp_path / "out", quiet=True)

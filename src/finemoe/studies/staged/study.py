@@ -39,7 +39,7 @@ Trial = tuple[dict[str, Any], list[dict[float, str]]]
 """Tables of a recipe, and for everything that is tuned the names of its stages by value."""
 
 
-def staged_paper(
+def study(
     recipe: str | os.PathLike[str],
     *,
     out: str | os.PathLike[str] | None = None,
