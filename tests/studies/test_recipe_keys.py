@@ -122,9 +122,9 @@ def test_what_is_filled_in_elsewhere_is_so() -> None:
         ("training.steps", "training.steps", 1),
         ("comparison", "name", None),
         ("run", "name", None),
-        ("stage", "stage.name", 12),
-        ("[[stage]]", "stage.name", 12),
-        ("stage.sample", "stage.sample.prompts", 9),
+        ("stage", "stage.name", 13),
+        ("[[stage]]", "stage.name", 13),
+        ("stage.sample", "stage.sample.prompts", 10),
         ("at_least", "stage.sample.at_least", 1),
     ],
 )

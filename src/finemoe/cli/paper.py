@@ -46,10 +46,8 @@ def paper(
     It says which claims hold: DeepSeekMoE sections 4.2 to 4.5, V3's two ablations and Loss-Free
     Balancing's MaxVio, each claim with the printed figure, ours, an interval over seeds and a
     verdict. Runs that are finished are used again: add experiments one by one, interrupt and go
-    on as you like.
-
-    With a RECIPE that has [[stage]] tables and a table [study], its stages are run once a seed,
-    every stage's model is examined, and the recipe's own claims are judged in the same manner.
+    on as you like. With a RECIPE that has [[stage]] tables and a table [study], its stages are run
+    once a seed, every stage's model is examined, and the recipe's own claims are judged.
 
     \b
     Examples:
@@ -58,9 +56,8 @@ def paper(
       finemoe paper --scale small --set "seeds=[0, 1, 2, 3, 4]" --out runs/five-seeds
       finemoe paper recipes/reasoning.toml --set "study.seeds=[0, 1]"
 
-    --out is runs/paper-SCALE, or runs/paper-RECIPE, unless given. It then holds report.html,
-    results.json, summary.md and figures/, and every run as an ordinary run directory under arms/
-    or seeds/.
+    --out is runs/paper-SCALE (or RECIPE) unless given. It then holds report.html, results.json,
+    summary.md and figures/, and every run as an ordinary run directory under arms/ or seeds/.
     """
     if listing:
         _list(as_json)
@@ -68,33 +65,38 @@ def paper(
     if recipe is not None:
         study = _staged(recipe, scale, only, overrides or (), out, quiet)
     else:
-        from finemoe.studies.paper import paper as run_paper
-
-        names = [name.strip() for name in (only or "").split(",") if name.strip()]
-        if only is not None and not names:
-            raise ConfigError("--only names no experiment; see --list")
-        study = run_paper(scale or "tiny", only=names, out=out, overrides=overrides or (), quiet=quiet)
+        study = _scaled(scale or "tiny", only, overrides or (), out, quiet)
     if as_json:
         print_json(study.results)
     elif study.results:
         print_rich(_table(study.results))
     if study.interrupted:
-        from finemoe.core.logs import console
-
-        asked = (
-            [str(recipe)] if recipe is not None else ["--scale", scale or "tiny", *(["--only", only] if only else [])]
-        )
-        again = ["finemoe", "paper", *asked]
-        again += [word for override in overrides or () for word in ("--set", override)]
-        again += ["--out", str(out)] if out else []
-        text = f"Interrupted; what is finished is kept. Go on with: {shlex.join(again)}"
-        console().print(text, markup=False, soft_wrap=True)
+        _say_how_to_go_on(recipe, scale or "tiny", only, overrides or (), out)
         raise typer.Exit(130)
     if not as_json:
         _say_where(study)
+    _require_all(study)
+
+
+def _require_all(study: Paper) -> None:
+    """Raises TrainingError where a run failed."""
     if study.failures:
         failed = "; ".join(f"{name}: {message}" for name, message in study.failures.items())
         raise TrainingError(f"{len(study.failures)} of the runs failed: {failed}")
+
+
+def _scaled(scale: str, only: str | None, overrides: Sequence[str], out: Path | None, quiet: bool) -> Paper:
+    """The study of the papers' experiments at a scale.
+
+    Raises:
+        ConfigError: --only without a name.
+    """
+    from finemoe.studies.paper import paper as run_paper
+
+    names = [name.strip() for name in (only or "").split(",") if name.strip()]
+    if only is not None and not names:
+        raise ConfigError("--only names no experiment; see --list")
+    return run_paper(scale, only=names, out=out, overrides=overrides, quiet=quiet)
 
 
 def _staged(
@@ -112,6 +114,18 @@ def _staged(
     from finemoe.studies.staged.study import study as run_study
 
     return run_study(recipe, out=out, overrides=overrides, quiet=quiet)
+
+
+def _say_how_to_go_on(
+    recipe: Path | None, scale: str, only: str | None, overrides: Sequence[str], out: Path | None
+) -> None:
+    from finemoe.core.logs import console
+
+    asked = [str(recipe)] if recipe is not None else ["--scale", scale, *(["--only", only] if only else [])]
+    again = ["finemoe", "paper", *asked, *(word for override in overrides for word in ("--set", override))]
+    again += ["--out", str(out)] if out else []
+    text = f"Interrupted; what is finished is kept. Go on with: {shlex.join(again)}"
+    console().print(text, markup=False, soft_wrap=True)
 
 
 def _say_where(study: Paper) -> None:

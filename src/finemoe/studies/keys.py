@@ -19,7 +19,7 @@ from finemoe.studies.staged.config import StudyConfig
 from finemoe.studies.stages import SampleConfig
 
 ROOTS = {"run": "finemoe train", "study": "finemoe paper", "comparison": "finemoe compare"}
-"""The kinds of recipe, and the verb that takes each; one for `finemoe paper` is one for `finemoe train`, with stages."""
+"""The kinds of recipe, and the verb that takes each; `finemoe paper` takes one for `finemoe train` that has stages."""
 
 _MEANINGS = {
     "run": "The keys above all tables of a recipe for `finemoe train`.",

@@ -109,9 +109,7 @@ def test_given_again_it_does_nothing_again_and_more_seeds_are_added(
 ) -> None:
     monkeypatch.setattr(module, "run_seeds", seeds_here)
     before = {path: path.stat().st_mtime_ns for path in done.directory.rglob("*.safetensors")}
-    again = study(
-        written(tmp_path), out=done.directory, overrides=["study.seeds=[0]", "study.claims=[]"], quiet=True
-    )
+    again = study(written(tmp_path), out=done.directory, overrides=["study.seeds=[0]", "study.claims=[]"], quiet=True)
     assert again.results["seeds"] == [0]
     assert before == {path: path.stat().st_mtime_ns for path in done.directory.rglob("*.safetensors")}
 
@@ -129,14 +127,14 @@ def test_a_stage_that_fails_leaves_its_claims_without_a_verdict(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(module, "run_seeds", seeds_here)
-    study = study(
+    found = study(
         written(tmp_path), out=tmp_path / "out", quiet=True,
         overrides=["study.tuned=[]", "study.seeds=[0]", "stage.zero.method.group=7"],
     )  # fmt: skip
-    assert "method.group 7" in study.failures["seed 0"]
-    assert claim(study, "longer")["verdict"] == "not run"
-    assert examined(study, 0, "base")["kind"] == "trained"
-    assert "claims are not judged" in (study.directory / "report.html").read_text()
+    assert "method.group 7" in found.failures["seed 0"]
+    assert claim(found, "longer")["verdict"] == "not run"
+    assert examined(found, 0, "base")["kind"] == "trained"
+    assert "claims are not judged" in (found.directory / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class ExaminationConfig(Config):
     template: str = "{prompt}"
     """How a prompt is put."""
     prompts: PositiveInt = 200
-    """[prompts] At most."""
+    """[prompts] Held out that are asked, at most."""
     samples: Annotated[int, Field(ge=2)] = 16
     """[answers] To each: the K of Maj@K and Pass@K."""
     temperature: PositiveFloat = 1.0
