@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from finemoe.core.errors import FinemoeError
     from finemoe.evaluation.evaluate import evaluate
     from finemoe.generation.generate import Completion, generate
+    from finemoe.methods.distillation.rejection import rejection
     from finemoe.methods.distillation.sampling import sample
     from finemoe.methods.grpo.reading import find_answers as rollouts
     from finemoe.methods.merging import densify
@@ -69,6 +70,7 @@ _VERBS = {
     "paper": "finemoe.studies.paper:paper",
     "plan": "finemoe.runs.planning.distribution:plan",
     "recipe_keys": "finemoe.studies.keys:recipe_keys",
+    "rejection": "finemoe.methods.distillation.rejection:rejection",
     "resume": "finemoe.runs.run:resume",
     "rewards": "finemoe.methods.reward:rewards",
     "rollouts": "finemoe.methods.grpo.reading:find_answers",
@@ -135,6 +137,7 @@ __all__ = [
     "paper",
     "plan",
     "recipe_keys",
+    "rejection",
     "resume",
     "rewards",
     "rollouts",

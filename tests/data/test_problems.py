@@ -15,9 +15,9 @@ from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.data import SkipReport, read_corpus
 from finemoe.data.conversations.forms import read
+from finemoe.data.conversations.questions import reference_of
 from finemoe.data.problems import DIFFICULTIES, PROBLEMS, Draws, Problem, problem_at
 from finemoe.data.problems.corpus import ProblemsCorpus
-from finemoe.methods.distillation.checking import reference_of
 
 OWN = [kind for kind in PROBLEMS if kind != "reasoning_gym"]
 LEVELS = {kind: range(1, min(6, DIFFICULTIES[kind][1]) + 1) for kind in OWN}

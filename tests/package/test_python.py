@@ -72,6 +72,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "paper",
         "plan",
         "recipe_keys",
+        "rejection",
         "resume",
         "rewards",
         "rollouts",

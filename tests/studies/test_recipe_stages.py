@@ -101,7 +101,37 @@ def test_a_stage_that_samples_takes_the_seed_and_nothing_that_does_nothing(corpu
         stages_of(raw, "recipe", tmp_path)
 
 
-@pytest.mark.parametrize(("sample", "said"), [({"prompts": []}, "prompts"), ({"prompts": ["a"], "keeps": 1}, "keeps")])
+def test_a_stage_may_keep_by_rewards(corpus: Path, tmp_path: Path) -> None:
+    """What is asked is put as it is, and worth its length; what was kept says so."""
+    raw = staged(corpus)
+    rule = tmp_path / "rule.py"
+    rule.write_text("def short(prompt, completion, record):\n    return 2.0 if prompt[-1] == '?' else 0.0\n")
+    sampling = {key: value for key, value in raw["stage"][1]["sample"].items() if key != "keep"}
+    sampling |= {"rewards": [{"kind": "function", "path": f"{rule}:short"}], "at_least": 1.5, "template": "{prompt}"}
+    raw["stage"] = [
+        raw["stage"][0],
+        {**raw["stage"][1], "sample": {**sampling, "n": 2, "best_of": 1, "max_new_tokens": 60}},
+    ]
+    done = run_stages(raw, out=tmp_path / "out", quiet=True)
+    found = done[1]["sampled"]
+    assert found["drawn"] == 80
+    kept = [json.loads(line) for line in (tmp_path / "out" / "2-answers" / "answers.jsonl").read_text().splitlines()]
+    assert len(kept) == found["kept"]
+    assert {one["origin"]["reward"] for one in kept} == {2.0}
+    assert sum(found["left_out"].values()) == 80 - len(kept)
+    assert run_stages(raw, out=tmp_path / "out", quiet=True) == done
+
+
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [
+        ({"prompts": []}, "prompts"),
+        ({"prompts": ["a"], "keeps": 1}, "keeps"),
+        ({"prompts": ["a"], "at_least": 1.0}, "at_least goes with rewards"),
+        ({"prompts": ["a"], "keep": "all", "rewards": [{"kind": "answer"}]}, "leave keep out"),
+        ({"prompts": ["a"], "rewards": [{"kind": "anwser"}]}, "did you mean `answer`"),
+    ],
+)
 def test_a_sampling_that_cannot_be_is_refused(corpus: Path, tmp_path: Path, sample: dict[str, Any], said: str) -> None:
     raw = staged(corpus)
     raw["stage"][1]["sample"] = sample

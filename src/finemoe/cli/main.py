@@ -31,6 +31,7 @@ from finemoe.cli.paper import paper
 from finemoe.cli.plan import plan
 from finemoe.cli.presets import presets
 from finemoe.cli.recipe import recipe
+from finemoe.cli.rejection import rejection
 from finemoe.cli.resume import resume
 from finemoe.cli.rollouts import rollouts
 from finemoe.cli.runs import runs
@@ -102,7 +103,7 @@ app = typer.Typer(
 )
 _VERBS = (
     train, resume, runs, show, generate, chat, serve, evaluate, compare, paper, trace, size, plan, presets, import_,
-    export, merge, upcycle, sample, rollouts, verify_parallel, doctor, env,
+    export, merge, upcycle, sample, rejection, rollouts, verify_parallel, doctor, env,
 )  # fmt: skip
 for verb in _VERBS:
     app.command(verb.__name__.rstrip("_").replace("_", "-"))(verb)  # `import` is a word of the language

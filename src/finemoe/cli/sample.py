@@ -31,11 +31,22 @@ Prompts = Annotated[
     ),
 ]
 
+Out = Annotated[Path, typer.Option("--out", metavar="FILE.jsonl", help="Where to write.", show_default=False)]
+Temperature = Annotated[float, typer.Option(help="0 always takes the most probable token.")]
+TopK = Annotated[int | None, typer.Option(help="Draw among the K most probable tokens.", metavar="K")]
+TopP = Annotated[float | None, typer.Option(help="Draw among the fewest tokens that reach P.", metavar="P")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens of a completion.")]
+Seed = Annotated[int, typer.Option(help="Equal seeds give equal answers.")]
+Dtype = Annotated[
+    Literal["fp32", "bf16", "stored"],
+    typer.Option(help="Weights in memory; bf16 takes half, and is slower on most CPUs."),
+]
+
 
 def sample(
     source: Source,
     prompts: Prompts,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.jsonl", help="Where to write.", show_default=False)],
+    out: Out,
     n: Annotated[int, typer.Option("--n", metavar="N", help="Completions of each prompt.")] = 1,
     keep: Annotated[
         Literal["all", "ended", "answer"],
@@ -45,15 +56,12 @@ def sample(
         int | None,
         typer.Option("--best-of", metavar="K", help="At most K of each prompt, the most probable ones by token."),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw among the K most probable tokens.", metavar="K")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw among the fewest tokens that reach P.", metavar="P")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens of a completion.")] = 512,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal answers.")] = 0,
-    dtype: Annotated[
-        Literal["fp32", "bf16", "stored"],
-        typer.Option(help="Weights in memory; bf16 takes half, and is slower on most CPUs."),
-    ] = "fp32",
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    max_new_tokens: MaxNewTokens = 512,
+    seed: Seed = 0,
+    dtype: Dtype = "fp32",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -84,10 +92,11 @@ def sample(
     if as_json:
         print_json(done.to_dict())
     else:
-        _show(done)
+        show(done)
 
 
-def _show(done: Sampled) -> None:
+def show(done: Sampled) -> None:
+    """What was drawn, what became of it, and what to do with it."""
     from finemoe.cli.conversion import print_lines
 
     share = done.kept / done.drawn if done.drawn else 0.0

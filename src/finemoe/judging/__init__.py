@@ -10,12 +10,12 @@ KINDS: dict[str, Kind] = {
     "number": Kind(comparing.NumberReward, comparing.number),
     "latex": Kind(comparing.LatexReward, comparing.latex),
     "expression": Kind(comparing.ExpressionReward, comparing.expression),
-    "tests": Kind(programs.ProgramReward, programs.tests, supervised=True),
+    "tests": Kind(programs.ProgramReward, programs.tests, supervised=True, may_fail=True),
     "steps": Kind(steps.StepsReward, steps.steps),
     "format": Kind(shape.FormatReward, shape.form),
     "language": Kind(shape.LanguageReward, shape.language),
     "length": Kind(shape.LengthReward, shape.length),
-    "function": Kind(custom.FunctionReward, custom.function),
-    "reasoning_gym": Kind(custom.GymReward, custom.reasoning_gym),
+    "function": Kind(custom.FunctionReward, custom.function, may_fail=True),
+    "reasoning_gym": Kind(custom.GymReward, custom.reasoning_gym, may_fail=True),
 }
 """Rewards that look at one answer at a time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import sys
@@ -27,6 +28,12 @@ class FunctionReward(Weighted):
     kind: Literal["function"] = "function"
     path: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")]
     """The file and the function, "my_rewards.py:score", relative to the current directory."""
+
+    def identity(self) -> dict[str, Any]:
+        """With the hash of the file; none of one that cannot be read."""
+        file = Path(self.path.rpartition(":")[0]).expanduser()
+        known = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        return {**self.model_dump(mode="json"), "sha256": known}
 
 
 class GymReward(Weighted):

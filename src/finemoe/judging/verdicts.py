@@ -80,6 +80,10 @@ class Weighted(Config):
     weight: float = 1.0
     """[factor] Of its value in the sum of all rewards. 0: it is only watched, and may fail."""
 
+    def identity(self) -> dict[str, Any]:
+        """JSON-able: equal where two rewards say the same of every answer."""
+        return self.model_dump(mode="json")
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -89,3 +93,5 @@ class Kind:
     make: Callable[[Any, Bounds], Judge] = field(repr=False)
     supervised: bool = False
     """It runs something in the sandbox, which keeps the deadline itself and knows whose fault the time is."""
+    may_fail: bool = False
+    """Making it may fail: a file of the user's, a package, or a sandbox that this system does not have."""

@@ -12,14 +12,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from finemoe.core.config import Config, merge, parse, read_tables, with_overrides
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.logs import logger
-from finemoe.methods.distillation.sampling import sample
+from finemoe.methods.distillation.rejection import rejection
+from finemoe.methods.distillation.sampling import Sampled, sample
+from finemoe.methods.rewards import RewardsConfig
 from finemoe.parallel.seat import seat
 from finemoe.runs.config import read_recipe, resolve_run
 from finemoe.runs.run import train
@@ -38,14 +40,47 @@ class SampleConfig(Config):
     """Files of records, as of `finemoe sample`."""
     n: PositiveInt = 4
     """[answers] To each prompt."""
-    keep: Literal["all", "ended", "answer"] = "answer"
-    """Which of them: all, those that ended, or those that say what the record's own answer says."""
+    keep: Literal["all", "ended", "answer"] | None = None
+    """Which of them: all, those that ended, or those that say what the record's own answer says. None: the last,
+    where there are no rewards."""
+    rewards: Annotated[tuple[RewardsConfig, ...], Field(min_length=1)] | None = None
+    """Instead of keep: what an answer is worth, as GRPO has it, and `finemoe rejection`."""
+    at_least: float | None = None
+    """[weighted sum] What an answer must be worth to be kept. None: 1."""
     best_of: PositiveInt | None = None
-    """[answers] At most, of each prompt: the most probable of those that are kept."""
+    """[answers] At most, of each prompt: of those that are kept, the most probable, or those worth most."""
+    template: str | None = None
+    """With rewards: how a prompt is put to a model that knows no chat, with {prompt} in it. None: as the model's chat
+    template has it."""
     temperature: PositiveFloat = 1.0
     """[factor] Logits are divided by it."""
     max_new_tokens: PositiveInt = 512
     """[tokens] Longest answer."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.rewards is not None and self.keep is not None:
+            raise ValueError("rewards say what is kept: leave keep out, or rewards")
+        if self.rewards is None:
+            for name in ("at_least", "template"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f'{name} goes with rewards: write rewards = [{{ kind = "answer" }}], or leave it out'
+                    )
+        return self
+
+    def draw(self, model: str, out: Path, seed: int, quiet: bool) -> Sampled:
+        """What `model` writes, and what of it is kept in `out`: as of `sample` and `rejection`."""
+        shared: dict[str, Any] = {
+            "n": self.n, "best_of": self.best_of, "temperature": self.temperature,
+            "max_new_tokens": self.max_new_tokens, "seed": seed, "quiet": quiet,
+        }  # fmt: skip
+        if self.rewards is None:
+            return sample(model, self.prompts, out, keep=self.keep or "answer", **shared)
+        bound = 1.0 if self.at_least is None else self.at_least
+        return rejection(
+            model, self.prompts, out, rewards=self.rewards, at_least=bound, template=self.template, **shared
+        )
 
 
 @dataclass(frozen=True)
@@ -156,9 +191,7 @@ def _run(stage: Stage, source: str, quiet: bool) -> dict[str, Any]:
         start = stage.raw.get("start_from")
         if not isinstance(start, str):
             raise ConfigError(f'{source}, stage {stage.name}: name whose answers as start_from = "STAGE"')
-        given = stage.sampling.model_dump(exclude={"prompts"})
-        given |= {"seed": stage.raw["seed"], "quiet": quiet}
-        sampled = sample(start, list(stage.sampling.prompts), stage.folder / ANSWERS, **given)
+        sampled = stage.sampling.draw(start, stage.folder / ANSWERS, stage.raw["seed"], quiet)
         return {**where, "sampled": sampled.to_dict()}
     config = resolve_run(dict(stage.raw), f"{source}, stage {stage.name}")
     done = train(config, out=stage.folder, quiet=quiet, go_on=True)

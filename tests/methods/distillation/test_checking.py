@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from finemoe.data.conversations.forms import read
-from finemoe.methods.distillation.checking import reference_of, says, why_not
+from finemoe.methods.distillation.checking import says, why_not
 
 
 @pytest.mark.parametrize(
@@ -41,23 +38,6 @@ def test_the_same_answer(completion: str, reference: str) -> None:
 )
 def test_another_answer(completion: str, reference: str) -> None:
     assert not says(completion, reference)
-
-
-@pytest.mark.parametrize(
-    ("record", "wanted"),
-    [
-        ({"prompt": "2+2", "answer": "4"}, ("4",)),
-        ({"prompt": "2+2", "answer": 4}, ("4",)),
-        ({"prompt": "who", "answers": ["he", "she"]}, ("he", "she")),
-        ({"question": "2+2", "answer": "2+2=4 #### 4"}, ("2+2=4 #### 4",)),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, ("b",)),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, ("b",)),
-        ({"messages": [{"role": "user", "content": "a"}]}, ()),
-        ({"prompt": "a", "answer": "  "}, ()),
-    ],
-)
-def test_where_a_record_has_its_answer(record: dict[str, Any], wanted: tuple[str, ...]) -> None:
-    assert reference_of(record, read(record)) == wanted
 
 
 def test_why_one_is_not_kept() -> None:

@@ -9,42 +9,21 @@ from typing import Any
 import pytest
 
 import finemoe
-from finemoe.checkpoint.language_model import LanguageModel, open_language_model
+from finemoe.checkpoint.language_model import LanguageModel
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.generation.config import SamplingConfig
 from finemoe.generation.engine import engine_for
 from finemoe.generation.generate import complete
 from finemoe.methods.distillation import sampling
 from finemoe.runs.run import train
-from methods.distillation.tiny_pairs import distilling, write_conversations
-
-SHORT = {"max_new_tokens": 12, "quiet": True}
-
-
-@pytest.fixture(scope="module")
-def teacher(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    """It was taught to answer, and so to end."""
-    raw = distilling(models, "teacher", training={"steps": 60, "checkpoint_every": 60, "evaluate_every": 60})
-    raw["method"] = {"kind": "sft"}
-    folder = tmp_path_factory.mktemp("taught") / "run"
-    return open_language_model(train(raw, out=folder, quiet=True).directory)
-
-
-@pytest.fixture
-def asked(tmp_path: Path) -> Path:
-    """Eight sums, with answers."""
-    return write_conversations(tmp_path / "asked.jsonl", 8, seed=3)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+from methods.distillation.tiny_pairs import SHORT, distilling, lines
 
 
 def test_every_completion_is_the_engines(teacher: LanguageModel, asked: Path, tmp_path: Path) -> None:
     done = finemoe.sample(teacher, asked, tmp_path / "out.jsonl", n=3, seed=5, **SHORT)
     prompts, skipped = sampling.read_prompts([str(asked)], teacher, 3)
     assert (len(prompts), skipped) == (8, {})
-    ids, drawn = [one.ids for one in prompts], SamplingConfig(seed=5, max_new_tokens=12)
+    ids, drawn = [one.question.ids for one in prompts], SamplingConfig(seed=5, max_new_tokens=12)
     wanted = complete(engine_for(teacher), ids, drawn, n=3, answers=True, quiet=True)
     texts = [one.text.text for one in wanted if one.text is not None]
     found = lines(tmp_path / "out.jsonl")
@@ -105,7 +84,7 @@ def test_interrupted_it_comes_to_the_same_file(
     options = {"n": 2, "keep": "ended", **SHORT}
     whole = finemoe.sample(teacher, asked, tmp_path / "whole.jsonl", **options)
     out, calls = tmp_path / "out.jsonl", 0
-    choosing = sampling._chosen
+    choosing = sampling.ByCheck.__call__
 
     def pulling(*arguments: Any) -> Any:
         nonlocal calls
@@ -115,7 +94,7 @@ def test_interrupted_it_comes_to_the_same_file(
         return choosing(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sampling, "_chosen", pulling)
+        patched.setattr(sampling.ByCheck, "__call__", pulling)
         with pytest.raises(Pulled):
             finemoe.sample(teacher, asked, out, **options)
     if torn:

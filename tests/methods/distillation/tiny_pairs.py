@@ -12,6 +12,13 @@ from finemoe.runs.run import train
 from runs.tiny_runs import recipe, write_corpus
 
 LENGTH = 48
+SHORT: dict[str, Any] = {"max_new_tokens": 12, "quiet": True}
+"""How answers are drawn."""
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_conversations(path: Path, count: int = 60, seed: int = 0) -> Path:

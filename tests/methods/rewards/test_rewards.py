@@ -14,7 +14,7 @@ from pydantic import Field
 from finemoe.core.config import Config, parse
 from finemoe.core.errors import ConfigError
 from finemoe.data.conversations.forms import read
-from finemoe.methods.distillation.checking import reference_of
+from finemoe.data.conversations.questions import reference_of
 from finemoe.methods.reward import rewards as one_by_one
 from finemoe.methods.rewards import (
     REWARDS,

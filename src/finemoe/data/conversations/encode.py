@@ -102,11 +102,10 @@ def _plan(said: Said, want: Kind) -> _Plan:
             if message["role"] == "assistant" and message.get("train", True) and not _says_something(message):
                 raise FormError(f"message {number} is an answer that says nothing: a model would learn to end at once")
         return _Plan(said, (whole,), tools)
-    while asked and asked[-1]["role"] == "assistant":
-        asked = asked[:-1]
-    if not asked:
+    question = said.question.messages
+    if not question:
         raise FormError("nothing is asked in it")
-    return _Plan(said, (asked,), tools)
+    return _Plan(said, (question,), tools)
 
 
 def _says_something(message: Message) -> bool:

@@ -59,6 +59,16 @@ class Said:
         assert self.conversation is not None
         return "conversation" if self.conversation.messages[-1]["role"] == "assistant" else "prompt"
 
+    @property
+    def question(self) -> Conversation:
+        """What is asked: all messages up to the last answer, which are none where nothing is."""
+        whole = self.pair.prompt if self.pair is not None else self.conversation
+        assert whole is not None
+        messages = whole.messages
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        return Conversation(messages, whole.tools)
+
 
 def read(record: Mapping[str, Any]) -> Said:
     """What `record` says, in whatever form.

@@ -1,8 +1,8 @@
 """Sample: a model answers prompts, what passes a check is kept, and another model learns it with the method `sft`.
 
-This is how DeepSeek-R1's small models came about (2501.12948 section 2.4), and rejection sampling in general. Answers
-are written in the order of the prompts, and a hidden file beside them says how far they are: what was interrupted goes
-on where it stopped, and comes to the same file.
+This is how DeepSeek-R1's small models came about (2501.12948 section 2.4). Answers are written in the order of the
+prompts, and a hidden file beside them says how far they are: what was interrupted goes on where it stopped, and comes
+to the same file. `rejection.py` draws in the same way, and keeps by rewards.
 """
 
 from __future__ import annotations
@@ -11,30 +11,31 @@ import hashlib
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from finemoe.checkpoint.fingerprint import fingerprint
 from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.logs import logger, progress
-from finemoe.data.conversations.encode import Item, encode_items
-from finemoe.data.conversations.forms import NO_FORM, Said, known_forms
-from finemoe.data.conversations.messages import Message
+from finemoe.data.conversations.forms import NO_FORM, known_forms
 from finemoe.data.conversations.prepare import reasons
+from finemoe.data.conversations.questions import Question, encode_questions
 from finemoe.data.corpora import FilesCorpus
 from finemoe.data.documents.document import Skipped, SkipReport
 from finemoe.generation.config import SamplingConfig
 from finemoe.generation.engine import Engine, Request, engine_for
 from finemoe.generation.sequence import Sequence as Completed
-from finemoe.methods.distillation.checking import Keep, reference_of, why_not
+from finemoe.methods.distillation.checking import Keep, why_not
 from finemoe.methods.distillation.journal import Journal
 from finemoe.text.chat import ChatTemplate
 
+TOO_LONG = "longer than the cache"
+"""Why a completion is left out that could not be drawn."""
 _AHEAD = 64
 """[completions] Submitted at once: twice what an engine runs, so that it is never idle."""
 
@@ -45,13 +46,30 @@ class Asked:
 
     name: str
     """Of the record: file and number."""
-    messages: tuple[Message, ...]
-    tools: tuple[dict[str, Any], ...]
-    ids: tuple[int, ...]
-    references: tuple[str, ...]
-    """What would be right."""
+    question: Question
     repetition: int
     """How many completions of the same ids were asked for before it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which completions of a prompt are kept, and why others are not."""
+
+    kept: Mapping[int, Mapping[str, Any]]
+    """By number, in order, with what is said of each beside where it comes from."""
+    left_out: Counter[str]
+
+
+class Choose(Protocol):
+    """What decides which completions are kept."""
+
+    def recall(self, lines: Iterable[str]) -> None:
+        """What was kept before it was interrupted: told once, before the first choice."""
+        ...
+
+    def __call__(self, asked: Asked, completions: Sequence[Completed | None]) -> Choice:
+        """Of the completions of one prompt; None stands for one that there was no room for."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -114,46 +132,155 @@ def sample(
         RunError: `out` cannot be written, or somebody else is writing it.
     """
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
-    sampling, path = parse(SamplingConfig, given, "sample"), Path(out)
-    _check(n, keep, best_of, path)
-    opened = model if isinstance(model, LanguageModel) else open_language_model(model, dtype)
-    paths = [prompts] if isinstance(prompts, (str, os.PathLike)) else list(prompts)
-    asked, skipped = read_prompts([str(one) for one in paths], opened, n)
-    if keep == "answer" and not any(one.references for one in asked):
+    if keep not in ("all", "ended", "answer"):
+        raise ConfigError(f"keep: {keep!r} is none of all, ended, answer")
+    drawing = Drawing.of(model, prompts, out, n=n, best_of=best_of, given=given, dtype=dtype)
+    if keep == "answer" and not any(one.question.references for one in drawing.asked):
         raise DataError(
             'keep "answer" compares with the answer of the record, and no record has one: add a field `answer`, or use '
             '"ended"'
         )
-    digest = hashlib.sha256(repr(asked).encode("utf-8", "replace")).hexdigest()
-    facts = {"model": fingerprint(opened.model), "prompts": digest, "n": n, "keep": keep, "best_of": best_of}
-    with ExitStack() as held:
-        journal = held.enter_context(Journal.open(path, {**facts, **given}))
-        done = journal.prompts
-        if done and not quiet:
-            logger.info("%s: goes on behind the first %d of %d prompts", path, done, len(asked))
-        left = (len(asked) - done) * n
-        shown = nullcontext(lambda _: None) if quiet else progress("sampling", left, "completions")
-        advance = held.enter_context(shown)
-        for one, completions in _answered(opened, asked[done:], sampling, n, advance):
-            kept, reasons = _chosen(one, completions, keep, best_of)
-            lines = [_line(one, number, completions[number], opened, given) for number in kept]
-            journal.add(lines, {"drawn": len(completions), "kept": len(kept), "left_out": dict(reasons)})
-        return Sampled(path, len(asked), journal.drawn, journal.kept, dict(journal.left_out), skipped)
+    return drawing.write(ByCheck(keep, best_of), {"keep": keep, "best_of": best_of}, quiet=quiet)
 
 
-def _check(n: int, keep: str, best_of: int | None, path: Path) -> None:
+@final
+@dataclass(frozen=True)
+class Drawing:
+    """Completions that are to be drawn, and the file for those that are kept."""
+
+    opened: LanguageModel
+    asked: Sequence[Asked]
+    skipped: Mapping[str, str]
+    path: Path
+    n: int
+    given: Mapping[str, Any]
+    """How they are drawn, by the names that the caller has for it."""
+    sampling: SamplingConfig
+
+    @staticmethod
+    def of(
+        model: str | os.PathLike[str] | LanguageModel,
+        prompts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        out: str | os.PathLike[str],
+        *,
+        n: int,
+        best_of: int | None,
+        given: Mapping[str, Any],
+        dtype: Dtype,
+        wording: str | None = None,
+    ) -> Drawing:
+        """Check the settings, then open the model and read the prompts: as of `sample`.
+
+        Raises:
+            ConfigError: settings that cannot be.
+            DataError: no prompt.
+        """
+        sampling, path = parse(SamplingConfig, given, "sample"), Path(out)
+        _check(n, best_of, path)
+        opened = model if isinstance(model, LanguageModel) else open_language_model(model, dtype)
+        paths = [prompts] if isinstance(prompts, (str, os.PathLike)) else list(prompts)
+        asked, skipped = read_prompts([str(one) for one in paths], opened, n, wording)
+        return Drawing(opened, asked, skipped, path, n, given, sampling)
+
+    def write(self, choose: Choose, facts: Mapping[str, Any], *, quiet: bool) -> Sampled:
+        """Draw, choose and write, from the beginning or from where it was interrupted.
+
+        Args:
+            choose: what decides.
+            facts: JSON-able, what the choice follows from: with others, nothing is gone on with.
+            quiet: no progress on stderr.
+
+        Raises:
+            ConfigError: the file was begun otherwise.
+            RunError: it cannot be written, or somebody else is writing it.
+        """
+        digest = hashlib.sha256(repr(self.asked).encode("utf-8", "replace")).hexdigest()
+        own = {"model": fingerprint(self.opened.model), "prompts": digest, "n": self.n}
+        with ExitStack() as held:
+            journal = held.enter_context(Journal.open(self.path, {**own, **facts, **self.given}))
+            done = journal.prompts
+            if done and not quiet:
+                logger.info("%s: goes on behind the first %d of %d prompts", self.path, done, len(self.asked))
+            if done:
+                choose.recall(held.enter_context(self.path.open(encoding="utf-8")))
+            left = self.asked[done:]
+            shown = nullcontext(lambda _: None) if quiet else progress("sampling", len(left) * self.n, "completions")
+            advance = held.enter_context(shown)
+            for one, completions in _answered(self.opened, left, self.sampling, self.n, advance):
+                choice = choose(one, completions)
+                lines = [self._line(one, number, completions[number], more) for number, more in choice.kept.items()]
+                counts = {"drawn": len(completions), "kept": len(lines), "left_out": dict(choice.left_out)}
+                journal.add(lines, counts)
+            found = journal.drawn, journal.kept, dict(journal.left_out)
+            return Sampled(self.path, len(self.asked), *found, dict(self.skipped))
+
+    def _line(self, asked: Asked, number: int, one: Completed | None, more: Mapping[str, Any]) -> str:
+        """A conversation as the method `sft` reads it, and where it comes from."""
+        assert one is not None
+        assert one.text is not None
+        question = asked.question
+        record: dict[str, Any] = {"messages": [*question.messages, {"role": "assistant", "content": one.text.text}]}
+        if question.tools:
+            record["tools"] = list(question.tools)
+        record["origin"] = {
+            "model": str(self.opened.source),
+            "prompt": asked.name,
+            "completion": number,
+            "seed": self.given["seed"],
+            "temperature": self.given["temperature"],
+            "tokens": len(one.completion),
+            "logprob": round(_mean(one), 4),
+            "finish_reason": one.finish_reason,
+            **more,
+        }
+        return json.dumps(record, ensure_ascii=False)
+
+
+@final
+@dataclass(frozen=True)
+class ByCheck:
+    """Keeps what passes a check; of that, the most probable."""
+
+    keep: Keep
+    best_of: int | None
+
+    def recall(self, lines: Iterable[str]) -> None:
+        """Nothing: a prompt knows nothing of the others."""
+
+    def __call__(self, asked: Asked, completions: Sequence[Completed | None]) -> Choice:
+        """As in `Choose`."""
+        reasons: Counter[str] = Counter()
+        kept: list[int] = []
+        for number, one in enumerate(completions):
+            if one is None or one.text is None:
+                reasons[TOO_LONG] += 1
+                continue
+            why = why_not(self.keep, one.text.text, one.finish_reason == "stop", asked.question.references)
+            if why is None:
+                kept.append(number)
+            else:
+                reasons[why] += 1
+        if self.best_of is not None and len(kept) > self.best_of:
+            reasons["others are more probable"] += len(kept) - self.best_of
+            kept = sorted(sorted(kept, key=lambda number: -_mean(completions[number]))[: self.best_of])
+        return Choice({number: {} for number in kept}, reasons)
+
+
+def _check(n: int, best_of: int | None, path: Path) -> None:
     if n < 1:
         raise ConfigError(f"n: {n} completions of a prompt cannot be drawn; ask for 1 or more")
-    if keep not in ("all", "ended", "answer"):
-        raise ConfigError(f"keep: {keep!r} is none of all, ended, answer")
     if best_of is not None and not 0 < best_of < n:
         raise ConfigError(f"best_of: {best_of} of {n} completions leaves no choice: give 1 to {n - 1}, or raise n")
     if path.suffix.lower() != ".jsonl":
         raise ConfigError(f"out: {path} must end in .jsonl, by which a corpus of records is known")
 
 
-def read_prompts(paths: Sequence[str], opened: LanguageModel, n: int) -> tuple[list[Asked], dict[str, str]]:
+def read_prompts(
+    paths: Sequence[str], opened: LanguageModel, n: int, wording: str | None = None
+) -> tuple[list[Asked], dict[str, str]]:
     """The prompts in `paths`, in the order of the files; and the records that hold none.
+
+    `wording`: as of `encode_questions`.
 
     Raises:
         DataError: nothing that can be asked.
@@ -162,20 +289,18 @@ def read_prompts(paths: Sequence[str], opened: LanguageModel, n: int) -> tuple[l
     template = opened.template
     if template is None:
         template = ChatTemplate.plain(tokenizer.end_of_text)
-        logger.info("the model has no chat template: it is asked by the plain one, User: and Assistant:")
+        if wording is None:
+            logger.info("the model has no chat template: it is asked by the plain one, User: and Assistant:")
     asked: list[Asked] = []
     skipped: dict[str, str] = {}
     seen: Counter[tuple[int, ...]] = Counter()
     for document in FilesCorpus(paths=tuple(paths)).documents(report, whole=True):
-        (found,) = encode_items([document.text], "prompt", tokenizer, template)
-        if not isinstance(found, Item):
+        (found,) = encode_questions([document.text], tokenizer, template, wording)
+        if not isinstance(found, Question):
             skipped[document.name] = str(found)
             continue
-        messages, tools = _question(found.said)
-        references = reference_of(json.loads(document.text), found.said)
-        ids = tuple(found.segments[0].ids)
-        asked.append(Asked(document.name, messages, tools, ids, references, n * seen[ids]))
-        seen[ids] += 1
+        asked.append(Asked(document.name, found, n * seen[found.ids]))
+        seen[found.ids] += 1
     skipped |= {one.name: one.reason for one in report.skipped}
     why = reasons([Skipped(name, reason) for name, reason in skipped.items()])
     if not asked:
@@ -187,16 +312,6 @@ def read_prompts(paths: Sequence[str], opened: LanguageModel, n: int) -> tuple[l
         )
         logger.warning("%s left out; %s", left, why)
     return asked, skipped
-
-
-def _question(said: Said) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
-    """What is asked: all messages up to the last answer."""
-    conversation = said.pair.prompt if said.pair is not None else said.conversation
-    assert conversation is not None
-    messages = list(conversation.messages)
-    while messages[-1]["role"] == "assistant":
-        messages.pop()
-    return tuple(messages), conversation.tools
 
 
 @final
@@ -242,7 +357,7 @@ def _submit(
     parent = None
     for number in range(n):
         repetition = place.asked.repetition + number
-        request = Request(place.asked.ids, sampling, repetition=repetition, parent=parent, continues=False)
+        request = Request(place.asked.question.ids, sampling, repetition=repetition, parent=parent, continues=False)
         try:
             id = engine.submit(request)
         except DataError as error:  # longer than the cache: the others can be answered all the same
@@ -253,47 +368,6 @@ def _submit(
         owner[id] = place, number
 
 
-def _chosen(
-    asked: Asked, completions: Sequence[Completed | None], keep: Keep, best_of: int | None
-) -> tuple[list[int], Counter[str]]:
-    """Numbers of the completions that are kept, in order, and why others are not."""
-    reasons: Counter[str] = Counter()
-    kept: list[int] = []
-    for number, one in enumerate(completions):
-        if one is None or one.text is None:
-            reasons["longer than the cache"] += 1
-            continue
-        why = why_not(keep, one.text.text, one.finish_reason == "stop", asked.references)
-        if why is None:
-            kept.append(number)
-        else:
-            reasons[why] += 1
-    if best_of is not None and len(kept) > best_of:
-        reasons["others are more probable"] += len(kept) - best_of
-        kept = sorted(sorted(kept, key=lambda number: -_mean(completions[number]))[:best_of])
-    return kept, reasons
-
-
 def _mean(one: Completed | None) -> float:
     """Log-probability of a token of it, on the mean."""
     return sum(one.logprobs) / len(one.logprobs) if one is not None else 0.0
-
-
-def _line(asked: Asked, number: int, one: Completed | None, opened: LanguageModel, given: dict[str, Any]) -> str:
-    """A conversation as the method `sft` reads it, and where it comes from."""
-    assert one is not None
-    assert one.text is not None
-    record: dict[str, Any] = {"messages": [*asked.messages, {"role": "assistant", "content": one.text.text}]}
-    if asked.tools:
-        record["tools"] = list(asked.tools)
-    record["origin"] = {
-        "model": str(opened.source),
-        "prompt": asked.name,
-        "completion": number,
-        "seed": given["seed"],
-        "temperature": given["temperature"],
-        "tokens": len(one.completion),
-        "logprob": round(_mean(one), 4),
-        "finish_reason": one.finish_reason,
-    }
-    return json.dumps(record, ensure_ascii=False)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import final
 
 from finemoe.core.seeds import derive
+from finemoe.data.conversations.questions import Question
 from finemoe.generation.config import SamplingConfig
 from finemoe.methods.grpo.batch import RolloutBatch
 from finemoe.methods.grpo.config import GRPOConfig
 from finemoe.methods.grpo.objective import PolicyGradient
-from finemoe.methods.grpo.prompts import Prompt, Prompts
+from finemoe.methods.grpo.prompts import Prompts
 from finemoe.methods.grpo.rollouts import Rollouts, judgeable
 from finemoe.methods.grpo.source import Asked, OwnEngine
 from finemoe.methods.live import live_terms
@@ -66,7 +67,7 @@ class Examination:
         ]
         return HeldOutFigures(values, {}, tuple(samples))
 
-    def _answers(self, model: Transformer, asked: tuple[Prompt, ...], temperature: float) -> list[_Examined]:
+    def _answers(self, model: Transformer, asked: tuple[Question, ...], temperature: float) -> list[_Examined]:
         sampling = SamplingConfig(
             seed=derive(self.seed, "examination"), temperature=temperature, max_new_tokens=self.config.answer_tokens
         )

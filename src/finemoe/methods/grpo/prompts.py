@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -14,13 +13,12 @@ from torch import Tensor
 
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.seeds import derive
-from finemoe.data.conversations.encode import Item, encode_items
 from finemoe.data.conversations.forms import NO_FORM, known_forms
 from finemoe.data.conversations.prepare import reasons
+from finemoe.data.conversations.questions import Question, encode_questions
 from finemoe.data.corpora import Side, read_corpus
 from finemoe.data.documents.document import Skipped, SkipReport
 from finemoe.methods.conversations import speech_of
-from finemoe.methods.distillation.checking import reference_of
 from finemoe.methods.setting import Setting
 from finemoe.text.chat import CHAT_TEMPLATE, DEFAULT, ChatTemplate
 from finemoe.text.tokenizer import Tokenizer
@@ -28,24 +26,12 @@ from finemoe.text.tokenizer import Tokenizer
 _CHUNK = 64
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One of them."""
-
-    ids: tuple[int, ...]
-    text: str
-    """As the record has it: the last that was said to the model."""
-    record: Mapping[str, Any]
-    references: tuple[str, ...]
-    """What would be right; any of them."""
-
-
 @final
 @dataclass(frozen=True)
 class Prompts:
     """Those that are trained on, and those held out."""
 
-    sides: Mapping[Side, tuple[Prompt, ...]]
+    sides: Mapping[Side, tuple[Question, ...]]
     tokenizer: Tokenizer
     companions: Mapping[str, str]
     report: Mapping[str, Any]
@@ -96,8 +82,8 @@ class _Reading:
         self._too_long = 0
         self.report: dict[str, Any] = {}
 
-    def read(self) -> dict[Side, tuple[Prompt, ...]]:
-        sides: dict[Side, list[Prompt]] = {"train": [], "validation": []}
+    def read(self) -> dict[Side, tuple[Question, ...]]:
+        sides: dict[Side, list[Question]] = {"train": [], "validation": []}
         digest, skips = hashlib.sha256(), SkipReport()
         chunk: list[tuple[Side, str, str]] = []
         for found in read_corpus(self._data.corpus, self._data.validation_share, skips, whole=True):
@@ -121,27 +107,18 @@ class _Reading:
         }
         return {side: tuple(found) for side, found in sides.items()}
 
-    def _add(self, chunk: list[tuple[Side, str, str]], sides: dict[Side, list[Prompt]]) -> None:
-        items = encode_items([text for _, _, text in chunk], "prompt", self._tokenizer, self._chat)
-        for (side, name, text), item in zip(chunk, items, strict=True):
-            if not isinstance(item, Item):
-                self._skipped.append(Skipped(name, str(item)))
-                continue
-            record = json.loads(text)
-            said = item.said
-            asked = said.pair.prompt if said.pair is not None else said.conversation
-            assert asked is not None  # a record says one or the other
-            messages = [one for one in asked.messages if one["role"] != "assistant"]
-            ids = item.segments[0].ids
-            if self._template is not None:
-                put = self._template.replace("{prompt}", messages[-1]["content"])
-                ids = tuple(self._tokenizer.encode_prompt(put))
-            if len(ids) > self._longest:
+    def _add(self, chunk: list[tuple[Side, str, str]], sides: dict[Side, list[Question]]) -> None:
+        texts = [text for _, _, text in chunk]
+        questions = encode_questions(texts, self._tokenizer, self._chat, self._template)
+        for (side, name, _), question in zip(chunk, questions, strict=True):
+            if not isinstance(question, Question):
+                self._skipped.append(Skipped(name, str(question)))
+            elif len(question.ids) > self._longest:
                 self._too_long += 1
-                continue
-            sides[side].append(Prompt(tuple(ids), messages[-1]["content"], record, reference_of(record, said)))
+            else:
+                sides[side].append(question)
 
-    def _require(self, sides: Mapping[Side, list[Prompt]]) -> None:
+    def _require(self, sides: Mapping[Side, list[Question]]) -> None:
         kept = sum(map(len, sides.values()))
         read = kept + self._too_long + len(self._skipped)
         if len(self._skipped) > self._data.max_skipped_share * read:
@@ -152,9 +129,3 @@ class _Reading:
             if not found:
                 long = f"; {self._too_long} are longer than {self._longest} tokens" if self._too_long else ""
                 raise DataError(f"no prompt of {read} records is on the {side} side of the split{long}")
-
-
-def batches(prompts: tuple[Prompt, ...], size: int) -> Iterator[tuple[Prompt, ...]]:
-    """`size` of them at a time."""
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]

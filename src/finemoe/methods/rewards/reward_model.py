@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
+from finemoe.checkpoint.fingerprint import fingerprint
 from finemoe.checkpoint.language_model import open_language_model
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.data.conversations.forms import read
@@ -52,6 +53,11 @@ class RewardModel:
         self._template = template
         self._most = config.batch_tokens
         self._labels = label_ids(self._opened.tokenizer, labels_for(self._opened.tokenizer, config.labels))
+
+    @property
+    def sha256(self) -> str:
+        """Of its weights."""
+        return fingerprint(self._opened.model)
 
     def judge(self, answers: Sequence[Answer]) -> list[Judged]:
         """Of each answer; right: it finds it rather good. Error: its template cannot write the conversation."""
@@ -98,9 +104,4 @@ def _asked(answer: Answer) -> tuple[Message, ...]:
         said = read(answer.record)
     except FormError:
         return ({"role": "user", "content": answer.prompt},)
-    conversation = said.pair.prompt if said.pair is not None else said.conversation
-    assert conversation is not None
-    messages = conversation.messages
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return messages or ({"role": "user", "content": answer.prompt},)
+    return said.question.messages or ({"role": "user", "content": answer.prompt},)

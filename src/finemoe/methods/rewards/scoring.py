@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +29,8 @@ class Scored:
     """Of each step, where it ends, in characters of the text, and its weighted value; in the order of the text."""
     outcome: float | None = None
     """The weighted sum of the rewards that say nothing of steps; None where there is no such reward."""
+    failed: str | None = None
+    """The name of the first reward with a weight that failed."""
 
 
 class Rewards:
@@ -42,6 +45,8 @@ class Rewards:
         workers: int = 2,
     ) -> None:
         """Check that every reward can be computed.
+
+        A process is started for it where making a reward may fail, and else with the first answer.
 
         Args:
             configs: of REWARDS.
@@ -65,7 +70,11 @@ class Rewards:
         """Answers one after the other, up to the last, that got no value because a reward failed."""
         self._models = {name: RewardModel(one) for name, one in self._configs.items() if one.kind == "reward_model"}
         specs = {name: one.model_dump(mode="json") for name, one in self._configs.items() if one.kind in KINDS}
-        self._pool = Pool(specs, bounds, workers) if specs else None
+        self._make_pool = partial(Pool, specs, bounds, workers)
+        self._has_rules = bool(specs)
+        self._pool: Pool | None = None
+        if any(KINDS[one["kind"]].may_fail for one in specs.values()):
+            self._pool = self._make_pool()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,8 +95,19 @@ class Rewards:
 
     _last_error = ""
 
+    def identity(self) -> list[dict[str, Any]]:
+        """JSON-able: equal where others say the same of every answer, a user's file and a model's weights included."""
+        marks = {name: {"model_sha256": model.sha256} for name, model in self._models.items()}
+        return [{**one.identity(), **marks.get(name, {})} for name, one in self._configs.items()]
+
     def score(self, answers: Sequence[Answer]) -> list[Scored]:
-        """What each answer is worth; nothing that a reward does or meets is raised."""
+        """What each answer is worth; nothing that a reward does or meets is raised.
+
+        Raises:
+            ConfigError: no process can be started on this machine, for the first answers.
+        """
+        if self._pool is None and self._has_rules and answers:
+            self._pool = self._make_pool()
         by_name = self._pool.judge(answers) if self._pool is not None else [{} for _ in answers]
         for name, model in self._models.items():
             for found, judged in zip(by_name, model.judge(answers), strict=True):
@@ -97,20 +117,22 @@ class Rewards:
     def _summed(self, by_name: Mapping[str, Judged]) -> Scored:
         total, steps = 0.0, []
         outcome: float | None = None
-        failed = None
+        failed: str | None = None
         for name, judged in by_name.items():
             weight = self._configs[name].weight
             if weight == 0:
                 continue
             if judged.verdict == "error":
-                failed = failed or f"{name}: {judged.note}"
+                failed = failed or name
             total += weight * judged.value
             if not judged.steps:
                 outcome = (outcome or 0.0) + weight * judged.value
             steps += [(place, weight * value) for place, value in judged.steps]
         self.errors_in_a_row = self.errors_in_a_row + 1 if failed else 0
-        self._last_error = failed or ""
-        return Scored(None if failed else total, by_name, () if failed else tuple(sorted(steps)), outcome)
+        if failed is not None:
+            self._last_error = f"{failed}: {by_name[failed].note}"
+            return Scored(None, by_name, (), outcome, failed)
+        return Scored(total, by_name, tuple(sorted(steps)), outcome)
 
     def close(self) -> None:
         """End the processes."""

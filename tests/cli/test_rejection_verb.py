@@ -1,0 +1,45 @@
+"""`finemoe rejection`: what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def asking(
+    folder: Path, name: str = "rewards.toml", text: str = '[[rewards]]\nkind = "length"\nlongest = 3\ncushion = 2\n'
+) -> Path:
+    """Two prompts, and a file of rewards beside them."""
+    (folder / "asked.jsonl").write_text('{"prompt": "main", "answer": "no"}\n{"prompt": "return", "answer": "no"}\n')
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_it_says_what_was_kept_and_why_the_rest_was_not(
+    run_directory: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    rewards, out = asking(tmp_path), tmp_path / "out.jsonl"
+    options = ("--rewards", rewards, "--n", 2, "--max-new-tokens", 4, "--quiet")
+    done = command("rejection", run_directory, tmp_path / "asked.jsonl", "--out", out, *options)
+    assert done.exit_code == 0, done.output
+    assert "2 prompts, 4 completions" in done.stdout
+    assert "Kept                 0 (0%)" in done.stdout
+    assert "4 did not end" in done.stdout
+    again = command("rejection", run_directory, tmp_path / "asked.jsonl", "--out", out, *options, "--json")
+    found = json.loads(again.stdout)
+    assert (found["prompts"], found["drawn"], found["kept"], found["left_out"]) == (2, 4, 0, {"did not end": 4})
+
+
+def test_what_cannot_be_is_one_sentence(run_directory: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    rewards, asked, out = asking(tmp_path, text="[rewards]\n"), tmp_path / "asked.jsonl", tmp_path / "out.jsonl"
+    nothing = command("rejection", tmp_path / "nothing", asked, "--out", out)
+    assert nothing.exit_code == 2
+    assert "there is nothing here" in nothing.stderr
+    wrong = command("rejection", run_directory, asked, "--out", out, "--rewards", rewards)
+    assert wrong.exit_code == 2
+    assert "rewards.toml" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    missing = command("rejection", run_directory, asked, "--out", out, "--rewards", tmp_path / "reward.toml")
+    assert "did you mean `rewards.toml`" in missing.stderr
