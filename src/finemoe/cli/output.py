@@ -39,6 +39,13 @@ def check_recipe(recipe: Path, overrides: Sequence[str]) -> None:
         with_overrides(read_tables(recipe), overrides)
 
 
+def is_staged(recipe: Path) -> bool:
+    """Whether a recipe has [[stage]] tables; a pipe, which can be read only once, has none."""
+    from finemoe.core.config import read_tables
+
+    return recipe.is_file() and "stage" in read_tables(recipe)
+
+
 def deliver(
     results: Mapping[str, Any], out: Path | None, as_json: bool, show: Callable[[Mapping[str, Any]], None]
 ) -> None:

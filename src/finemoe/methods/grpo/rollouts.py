@@ -13,6 +13,7 @@ from torch import Tensor
 
 from finemoe.core.errors import ConfigError
 from finemoe.core.seeds import derive
+from finemoe.data.conversations.questions import Question
 from finemoe.generation.config import SamplingConfig
 from finemoe.methods.grpo.advantages import outcome, process
 from finemoe.methods.grpo.batch import RolloutBatch, packed
@@ -118,6 +119,11 @@ class Rollouts:
     def token_frequencies(self) -> Tensor:
         """[ids] counts in the prompts."""
         return self._prompts.token_frequencies()
+
+    def asked(self) -> Iterator[Question]:
+        """Prompts in the order of the first epoch."""
+        train, shuffled = self._prompts.sides["train"], self._config.order == "shuffled"
+        return (train[self._prompts.at(place, shuffled=shuffled)] for place in range(len(train)))
 
     def batch(self, position: int, num_sequences: int) -> RolloutBatch:
         """Answers `position` to `position + num_sequences` of the run, written now where they are not there yet."""
