@@ -28,7 +28,7 @@ from finemoe.model.moe.decision import RoutingConstraint
 from finemoe.runs.config import resolve_run
 from finemoe.studies.arms import solve
 from finemoe.studies.config import resolve_comparison
-from finemoe.studies.stages import is_staged, stages_of
+from finemoe.studies.stages import stages_of
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
@@ -96,7 +96,7 @@ def test_every_complaint_of_distribution_has_a_test_that_says_so():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_resolve(path, tmp_path):
     raw = read_toml(path)
-    if is_staged(raw):
+    if "stage" in raw:
         first, *others = stages_of(raw, str(path), tmp_path)
         begun = resolve_run(dict(first.raw), str(path))
         for stage in others:  # each with a model like the first stage's in the place of that with which it begins

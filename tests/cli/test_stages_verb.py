@@ -8,15 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from finemoe.core import config
 from runs.tiny_runs import write_corpus
 from studies.test_recipe_stages import staged
 
 
-def test_stages_are_trained_one_after_the_other(tmp_path: Path, command: Callable[..., Any]) -> None:
+def test_stages_are_trained_one_after_the_other(
+    tmp_path: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     path = tmp_path / "staged.json"
     path.write_text(json.dumps(staged(corpus)))
-    refused = command("train", path, "--quiet")
+    reads, reading = [], config.read_tables
+    with monkeypatch.context() as patched:
+        patched.setattr(config, "read_tables", lambda path: (reads.append(path), reading(path))[1])
+        refused = command("train", path, "--quiet")
+    assert reads == [path], "once is enough to see what it is"
     assert refused.exit_code == 2
     assert "say --out DIR" in refused.stderr
     done = command("train", path, "--out", tmp_path / "out", "--quiet")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field, PositiveInt, ValidationError
@@ -211,3 +211,15 @@ def test_true_is_no_number(name: str) -> None:
     assert parse(Numbers, {"on": True}, "here").on
     with pytest.raises(ConfigError, match=f"here: `{name}` must be a number, not true"):
         parse(Numbers, {name: True}, "here")
+
+
+def test_a_list_is_not_called_too_short_for_an_entry_that_is_wrong() -> None:
+    class Several(Config):
+        shapes: Annotated[tuple[Box, ...], Field(min_length=1)]
+
+    with pytest.raises(ConfigError) as error:
+        parse(Several, {"shapes": [{"kind": "box", "width": 0}]}, "a.toml")
+    assert "`shapes.0.width` must be greater than 0" in str(error.value)
+    assert "at least 1" not in str(error.value)
+    with pytest.raises(ConfigError, match="`shapes` must have at least 1"):
+        parse(Several, {"shapes": []}, "a.toml")

@@ -22,7 +22,8 @@ from finemoe.model.moe.routers import ROUTERS
 from finemoe.model.rope import SCALINGS
 from finemoe.runs.config import RunConfig, resolve_run
 from finemoe.studies.config import CompareConfig, resolve_comparison
-from finemoe.studies.keys import chosen_sections, markdown, recipe_keys, recipe_sections
+from finemoe.studies.keys import chosen_sections, heading, markdown, recipe_keys, recipe_sections
+from finemoe.studies.stages import SampleConfig
 from finemoe.training.optimizers import OPTIMIZERS
 from finemoe.training.schedule import SCHEDULES
 
@@ -43,6 +44,7 @@ def configurations(config: type[BaseModel], seen: set[type[BaseModel]]) -> set[t
 
 def test_every_field_of_every_configuration_is_listed() -> None:
     reached = configurations(RunConfig, set()) | configurations(CompareConfig, set())
+    reached |= configurations(SampleConfig, set())
     listed = {key.name.removesuffix(".kind").rpartition(".")[2] for key in KEYS}
     fields = {name for config in reached for name in config.model_fields if name != "kind"}
     assert len(reached) > 30
@@ -120,6 +122,10 @@ def test_what_is_filled_in_elsewhere_is_so() -> None:
         ("training.steps", "training.steps", 1),
         ("comparison", "name", None),
         ("run", "name", None),
+        ("stage", "stage.name", 12),
+        ("[[stage]]", "stage.name", 12),
+        ("stage.sample", "stage.sample.prompts", 9),
+        ("at_least", "stage.sample.at_least", 1),
     ],
 )
 def test_a_section_is_found_by_any_of_its_names(wanted: str, first: str, count: int | None) -> None:
@@ -135,6 +141,13 @@ def test_a_section_is_found_by_any_of_its_names(wanted: str, first: str, count: 
 def test_a_name_that_is_none_is_refused_with_a_suggestion(wanted: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         recipe_keys(wanted)
+
+
+def test_stages_are_listed_with_runs() -> None:
+    (stage, *_) = chosen_sections("stage")
+    assert (stage[0], heading(*stage)) == ("run", "[[stage]]")
+    rewards = next(key for key in recipe_keys("stage.sample") if key.name == "stage.sample.rewards.kind")
+    assert rewards.type.endswith("as [method.rewards]")
 
 
 def test_the_page_is_what_the_source_says() -> None:

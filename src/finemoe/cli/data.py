@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.completion import complete_recipe
-from finemoe.cli.output import Json, is_staged, print_json, print_rich
+from finemoe.cli.output import Json, check_recipe, print_json, print_rich
 from finemoe.core.errors import ConfigError
 
 data = typer.Typer(
@@ -70,16 +70,15 @@ def show(
     \b
     Examples:
       finemoe data show sft.toml
-      finemoe data show sft.toml -n 20 --out samples
       finemoe data show recipes/r1-zero.toml --stage zero --in runs/r1-zero
-      finemoe data show sft.toml --json | jq '.report.skipped'
+      finemoe data show sft.toml -n 20 --out samples --json | jq '.report.skipped'
     """
     from finemoe.charts.data.page import data_page, figures
     from finemoe.charts.report import require_report_folder, write_report
     from finemoe.runs.excerpts import KIND
 
-    folder = require_report_folder(out, KIND)
-    results = _excerpts(recipe, stage, stages_in, overrides or (), samples, skip)
+    folder, changes = require_report_folder(out, KIND), overrides or ()
+    results = _excerpts(recipe, stage, stages_in, changes, samples, skip)
     if folder is not None:
         write_report(folder, results, data_page, figures)
     if as_json:
@@ -100,7 +99,7 @@ def _excerpts(
     """
     from finemoe.runs.excerpts import data_excerpts
 
-    if is_staged(recipe):
+    if "stage" in check_recipe(recipe, overrides):
         from finemoe.studies.stages import stage_config
 
         config, said = stage_config(recipe, stage=stage, out=stages_in, overrides=overrides)

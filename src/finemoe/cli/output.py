@@ -27,23 +27,20 @@ Out = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
-def check_recipe(recipe: Path, overrides: Sequence[str]) -> None:
+def check_recipe(recipe: Path, overrides: Sequence[str]) -> Mapping[str, Any]:
     """Read a recipe before the imports that take a second; a pipe, which can be read only once, is left alone.
+
+    Returns:
+        its tables, without the overrides; none of a pipe.
 
     Raises:
         ConfigError: no such recipe, no TOML, or an override that is none.
     """
     from finemoe.core.config import read_tables, with_overrides
 
-    if recipe.is_file() or not recipe.exists():
-        with_overrides(read_tables(recipe), overrides)
-
-
-def is_staged(recipe: Path) -> bool:
-    """Whether a recipe has [[stage]] tables; a pipe, which can be read only once, has none."""
-    from finemoe.core.config import read_tables
-
-    return recipe.is_file() and "stage" in read_tables(recipe)
+    tables = read_tables(recipe) if recipe.is_file() or not recipe.exists() else {}
+    with_overrides(tables, overrides)
+    return tables
 
 
 def deliver(

@@ -15,7 +15,6 @@ from finemoe.cli.output import (
     Overrides,
     Quiet,
     check_recipe,
-    is_staged,
     plain_table,
     print_json,
     print_rich,
@@ -63,9 +62,7 @@ def train(
 
     The directory then holds config.json, metrics.jsonl, checkpoints/ and summary.json.
     """
-    check_recipe(recipe, overrides or ())
-
-    if is_staged(recipe):
+    if "stage" in check_recipe(recipe, overrides or ()):
         _stages(recipe, overrides or (), out, check, quiet, as_json)
         return
     if check:

@@ -105,7 +105,10 @@ def parse(config: type[ConfigT], data: Mapping[str, Any], source: str, *, table:
 
 def in_words(config: type[BaseModel], error: ValidationError, table: str = "") -> str:
     """What pydantic refused, each in a plain sentence."""
-    return "; ".join(_folded([_explain(config, detail, table) for detail in error.errors(include_url=False)]))
+    found = error.errors(include_url=False)
+    inside = {one["loc"][:length] for one in found for length in range(len(one["loc"]))}
+    told = [one for one in found if one["type"] != "too_short" or one["loc"] not in inside]  # by entries that are wrong
+    return "; ".join(_folded([_explain(config, one, table) for one in told]))
 
 
 def _check_size(data: Any, name: str = "", depth: int = 0) -> None:

@@ -15,6 +15,7 @@ from finemoe.data.config import NEW_SPLITTING
 from finemoe.model.config import ModelConfig, ModelRecipe
 from finemoe.runs.config import RunConfig, with_defaults
 from finemoe.studies.config import CompareConfig
+from finemoe.studies.stages import SampleConfig
 
 ROOTS = {"run": "finemoe train", "comparison": "finemoe compare"}
 """The two kinds of recipe, and the verb that takes each."""
@@ -22,6 +23,7 @@ ROOTS = {"run": "finemoe train", "comparison": "finemoe compare"}
 _MEANINGS = {
     "run": "The keys above all tables of a recipe for `finemoe train`.",
     "comparison": "The keys above all tables of a recipe for `finemoe compare`.",
+    "stage": "A run by itself: all tables of a recipe, laid on those outside of stages; or, with `sample`, answers.",
     "model": "One block repeated, and what differs at the bottom. A preset gives all of it; every other key overrides.",
 }
 _DEFAULTS = {
@@ -42,6 +44,24 @@ _BALANCE = Key(
     "Balance losses of a model that `start_from` opens; else they are part of the model.",
 )
 
+_STAGE = Section(
+    "stage",
+    None,
+    "",
+    (
+        Key("stage.name", "text", REQUIRED, "", "Small letters, digits and hyphens; its folder is NUMBER-NAME."),
+        Key(
+            "stage.start_from",
+            "text",
+            LEFT_OUT,
+            "",
+            "The name of a stage before it, or as in any recipe. In a path `{NAME}/` is the folder of a stage.",
+        ),
+        Key("stage.sample", "table", LEFT_OUT, "", "Train nothing: write answers of `start_from` to answers.jsonl."),
+    ),
+)
+"""What `studies.stages` reads before there is a configuration."""
+
 
 @cache
 def recipe_sections() -> Mapping[str, tuple[Section, ...]]:
@@ -49,7 +69,7 @@ def recipe_sections() -> Mapping[str, tuple[Section, ...]]:
     known: dict[type[BaseModel], str] = {}
     instead: dict[type[BaseModel], type[Config]] = {ModelConfig: ModelRecipe}
     run = sections_of(RunConfig, defaults=with_defaults({}), instead=instead, known=known)
-    found = {"run": tuple(map(_with_own, run))}
+    found = {"run": (*map(_with_own, run), _STAGE, *sections_of(SampleConfig, "stage.sample", known=known))}
     compared = sections_of(CompareConfig, defaults=with_defaults({}), known=known)
     found["comparison"] = tuple(compared)
     return {root: tuple(_finished(root, section) for section in sections) for root, sections in found.items()}
@@ -145,8 +165,9 @@ def _last(name: str) -> str:
 
 
 def heading(root: str, section: Section) -> str:
-    """`[optimizer] kind = "muon"`."""
+    """`[optimizer] kind = "muon"`, `[[stage]]`."""
     name = f"[{section.name}]" if section.name else f"A recipe for {ROOTS[root]}"
+    name = "[[stage]]" if section.name == _STAGE.name else name
     return f'{name} kind = "{section.kind}"' if section.kind else name
 
 

@@ -36,7 +36,7 @@ _PLACE = re.compile(r"^\{([a-z0-9-]+)\}(?=/)")
 
 
 class SampleConfig(Config):
-    """Answers that a stage's model writes, of which those that pass a check are kept (rejection sampling)."""
+    """Answers that a model writes, of which those are kept that pass a check, or that rewards find good."""
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
     """Files of records, as of `finemoe sample`."""
@@ -100,11 +100,6 @@ class Stage:
     def begun(self) -> bool:
         """Whether its folder holds a run, or answers."""
         return (self.folder / (CONFIG if self.sampling is None else ANSWERS)).is_file()
-
-
-def is_staged(raw: Mapping[str, Any]) -> bool:
-    """Whether a recipe's tables are one of stages."""
-    return "stage" in raw
 
 
 def stages_of(raw: Mapping[str, Any], source: str, out: Path, overrides: Sequence[str] = ()) -> list[Stage]:

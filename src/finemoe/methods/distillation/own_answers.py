@@ -19,9 +19,8 @@ from finemoe.data.batch import PackedBatch, TokenBatch
 from finemoe.data.conversations.packing import Packer, fit
 from finemoe.data.conversations.prepare import prepare_conversations
 from finemoe.generation.config import SamplingConfig
-from finemoe.generation.engine import Engine, Request
-from finemoe.generation.runner import cache_bytes
 from finemoe.methods.conversations import Conversations, speech_of
+from finemoe.methods.grpo.source import Asked, OwnEngine
 from finemoe.methods.setting import Setting
 from finemoe.model.transformer import Transformer
 from finemoe.text.tokenizer import Tokenizer
@@ -149,14 +148,8 @@ class OwnAnswers:
 
     def __call__(self, model: Transformer, batch: Prompts) -> PackedBatch:
         """Prompts and answers; every token of an answer has the weight 1 / its length, so that answers count alike."""
-        was_training = model.training
-        model.eval()
-        try:
-            written = self._written(model, batch)
-        finally:
-            model.train(was_training)
         columns: dict[str, list[Tensor]] = {}
-        for number, (prompt, answer) in enumerate(zip(batch.prompts, written, strict=True)):
+        for number, (prompt, answer) in enumerate(zip(batch.prompts, self._written(model, batch), strict=True)):
             ids = torch.tensor([*prompt, *answer])
             weights = torch.zeros(len(ids) - 1)
             weights[len(prompt) - 1 :] = 1 / len(answer)
@@ -173,25 +166,14 @@ class OwnAnswers:
         packed = PackedBatch(rows, batch.num_sequences, batch.num_sequences, torch.arange(batch.num_sequences))
         return packed.to(model.embedding.weight.device)
 
-    def _written(self, model: Transformer, batch: Prompts) -> list[list[int]]:
+    def _written(self, model: Transformer, batch: Prompts) -> list[tuple[int, ...]]:
         device = model.embedding.weight.device.type
-        engine = Engine(
-            model,
-            end_of_text_id=self.tokenizer.end_of_text_id,
-            stop_ids=self.tokenizer.stop_ids,
-            vocab_size=self.tokenizer.vocab_size,
-            cache_bytes=cache_bytes(model, [len(prompt) + batch.room for prompt in batch.prompts]),
-            max_sequences=len(batch.prompts),
-        )
+
+        def autocast() -> torch.autocast:
+            # Weights that autocast casts without gradients must not be those that the training pass then finds cast.
+            return torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False)
+
+        source = OwnEngine(model, self.tokenizer, autocast)
         sampling = SamplingConfig(seed=derive(self.seed, "own answers"), max_new_tokens=batch.room)
-        done: dict[int, list[int]] = {}
-        # Weights that autocast casts without gradients must not be those that the training pass then finds cast.
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
-            ids = [
-                engine.submit(Request(prompt, sampling, repetition=stream))
-                for prompt, stream in zip(batch.prompts, batch.streams, strict=True)
-            ]
-            for event in engine.events():
-                if event.finish_reason is not None:
-                    done[event.sequence.id] = event.sequence.completion
-        return [done[one] for one in ids]
+        asked = [Asked(ids, (stream,)) for ids, stream in zip(batch.prompts, batch.streams, strict=True)]
+        return [answer.completion for (answer,) in source(asked, sampling)]

@@ -8,7 +8,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,9 +191,10 @@ def check(
         config = found.config = config.model_copy(update={"training": unknown})
     measurable = found.attempt(lambda: _measurable(config, found))
     if method is not None:
-        found.add(**_of_data(method), notes=method.notes)
-        if measurable:
-            found.attempt(lambda: found.add(**_measured(config, method, steps, seconds, quiet)))
+        with closing(method):
+            found.add(**_of_data(method), notes=method.notes)
+            if measurable:
+                found.attempt(lambda: found.add(**_measured(config, method, steps, seconds, quiet)))
     return found.check(free)
 
 

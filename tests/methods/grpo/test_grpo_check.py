@@ -1,0 +1,66 @@
+"""`finemoe train --check` of GRPO: processes that judge are started where they are needed, and end with the check."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import finemoe
+from finemoe.core.errors import RunError
+from finemoe.judging.pool import Pool
+from methods.grpo.tiny_policy import base, practising
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    return base(corpus, tmp_path_factory.mktemp("checked"))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """Every process that judges, as it starts."""
+    found: list[subprocess.Popen[bytes]] = []
+    starting = Pool._start
+
+    def noted(self: Pool) -> None:
+        starting(self)
+        found.append(self._workers[-1].process)
+
+    monkeypatch.setattr(Pool, "_start", noted)
+    return found
+
+
+RULE: dict[str, Any] = {"rewards": [{"kind": "answer"}]}
+
+
+def test_steps_are_measured_with_rewards_that_end_with_it(start: Path, started: list[subprocess.Popen[bytes]]) -> None:
+    found = finemoe.check(practising(start, RULE), quiet=True, steps=1)
+    assert not found.refused
+    assert found.tokens_per_second is not None
+    assert started
+    assert all(one.poll() is not None for one in started)
+
+
+def test_where_nothing_is_measured_nothing_is_started(
+    start: Path, started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*arguments: Any) -> None:
+        raise RunError("there is no room for it")
+
+    monkeypatch.setattr("finemoe.runs.planning.check.check_memory", no_room)
+    found = finemoe.check(practising(start, RULE), quiet=True)
+    assert found.refused == ("there is no room for it",)
+    assert not started
+
+
+def test_a_file_of_rewards_that_fails_is_refused_all_the_same(
+    start: Path, started: list[subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    (tmp_path / "rules.py").write_text("import nothing_of_that_name\n")
+    method = {"rewards": [{"kind": "function", "path": f"{tmp_path / 'rules.py'}:score"}]}
+    found = finemoe.check(practising(start, method), quiet=True)
+    assert any("nothing_of_that_name" in one for one in found.refused)
+    assert all(one.poll() is not None for one in started)
