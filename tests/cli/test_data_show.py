@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from finemoe.cli.main import app
 from finemoe.runs.excerpts import data_excerpts
+from methods.grpo.tiny_policy import practising
 from methods.tiny_talks import adapting, begin, write_pairs
 from runs.tiny_runs import corpus, recipe
 
@@ -58,6 +59,36 @@ def test_documents_are_learnt_whole(corpus: Path) -> None:
     (sample,) = data_excerpts(recipe(corpus, "dense"), samples=1)["samples"]
     assert [piece["learnt"] for piece in sample["pieces"]] == [False, True]
     assert sample["tokens"] == sample["learnt"] + 1 == 17
+
+
+def test_prompts_are_shown_as_they_are_asked(base: Path, tmp_path: Path) -> None:
+    """A model that answers itself has no batch before it trains."""
+    path = tmp_path / "recipe.json"
+    tables = practising(base, {"template": "Q: {prompt}", "order": "given"})
+    path.write_text(json.dumps(tables))
+    found = data_excerpts(path, samples=2, skip=1)
+    assert len(found["samples"]) == 2
+    for sample in found["samples"]:
+        (piece,) = sample["pieces"]
+        assert not piece["learnt"]
+        digits = piece["text"].removeprefix("Q: ").removesuffix("=\n")
+        assert sample["tokens"] == len(piece["text"])
+        assert sample["right"] == [str(sum(map(int, digits)) % 5)]
+    assert len(found["lengths"]) == found["report"]["items"]["train"], "a prompt counts once, and not each answer"
+    shown = CliRunner().invoke(app, ["data", "show", str(path), "-n", "1", "--out", str(tmp_path / "page")])
+    assert shown.exit_code == 0, shown.output
+    assert "Prompt 1: 11 tokens; right: " in shown.stdout
+    assert "[[" not in shown.stdout
+    assert "As the model is asked" in (tmp_path / "page" / "report.html").read_text()
+    shuffled = data_excerpts({**tables, "method": {**tables["method"], "order": "shuffled"}}, samples=2, skip=1)
+    assert shuffled["samples"] != found["samples"]
+
+
+def test_prompts_of_a_student_are_shown_too(base: Path) -> None:
+    method = {"kind": "distill", "teacher": str(base), "policy": "on", "answer_tokens": 8}
+    (sample,) = data_excerpts(adapting(base, base.parent / "pairs.jsonl", method), samples=1)["samples"]
+    assert sample["pieces"][0]["text"].startswith("User:\n")
+    assert sample["learnt"] == 0
 
 
 def test_the_terminal_marks_what_is_learnt_and_the_page_does_too(base: Path, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def train(
     save and stop; `finemoe resume` goes on where it stopped, bit for bit. Under nohup, or when
     nobody reads its output any more, a run goes on in silence. A run is saved four times, and
     every ten minutes. --check trains nothing: it says what a run takes, and ends with status 1
-    where one would be refused.
+    where one would be refused. Of a recipe with stages it looks at the first, and with --out DIR
+    at every other whose beginning is there.
 
     Several processes train one run together, as [parallel] of the recipe says: with --continue
     torchrun may start them again after one has failed.
@@ -77,12 +78,15 @@ def _stages(recipe: Path, overrides: Sequence[str], out: Path | None, check: boo
     """Run the stages of a recipe, and say what each came to.
 
     Raises:
-        ConfigError: --check, which looks at one run; or no --out, in which the same command would go on.
+        ConfigError: no --out, in which the same command would go on.
     """
     from finemoe.core.errors import ConfigError
 
     if check:
-        raise ConfigError(f"{recipe} has stages, each of which begins where another ended: --check one of them alone")
+        from finemoe.cli.staged import check_stages
+
+        check_stages(recipe, overrides, out, quiet, as_json)
+        return
     if out is None:
         raise ConfigError(f"{recipe} has stages: say --out DIR, where the same command goes on after an interruption")
 

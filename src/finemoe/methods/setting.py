@@ -13,12 +13,6 @@ from finemoe.model.config import ModelConfig
 from finemoe.training.balancing import BalancingConfig
 from finemoe.training.losses.next_token import MTPLossConfig
 
-NOT_WRITTEN = (
-    "this method learns from answers that the model writes while it learns, so there is nothing to show before: a run "
-    "keeps samples of them"
-)
-"""What to say where somebody asks for such data without a model."""
-
 
 @dataclass(frozen=True)
 class Kept:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby, takewhile
+from contextlib import closing
+from itertools import groupby, islice, takewhile
 from typing import Any
 
 import torch
 
 from finemoe.core.errors import ConfigError
 from finemoe.data.batch import PackedBatch, TokenBatch
-from finemoe.methods.setting import NOT_WRITTEN
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
 from finemoe.runs.start import build_method, in_steps
 from finemoe.text.tokenizer import Tokenizer
-from finemoe.training.method import TrainingData
+from finemoe.training.method import Method, Prompt, TrainingData
 
 KIND = "data"
 _SURVEYED = 2048  # positions whose lengths are counted
@@ -32,13 +32,13 @@ def data_excerpts(
 
     Args:
         recipe: path of a TOML recipe, its tables as a mapping, or a resolved configuration.
-        samples: how many; a pair is one, and shown as two answers.
+        samples: how many; a pair is one, and shown as two answers; of a model that answers itself, prompts.
         skip: so many of the first are passed over.
         overrides: `a.b=c`, for a path or a mapping.
 
     Returns:
-        JSON-able: `samples` (number, part, tokens, learnt, pieces), `report` (what was read and left out, as in
-        data.json of a run), `notes`, and `lengths` in tokens of the first two thousand positions.
+        JSON-able: `samples` (number, part, tokens, learnt, pieces, of a prompt what is `right`), `report` (what was
+        read and left out, as in data.json of a run), `notes`, and `lengths` in tokens of the first two thousand.
 
     Raises:
         ConfigError, DataError: the recipe or its data cannot work.
@@ -47,13 +47,12 @@ def data_excerpts(
         raise ConfigError(f"samples {samples} must be at least 1, and skip {skip} at least 0")
     config = recipe if isinstance(recipe, RunConfig) else resolve_run(*read_recipe(recipe, overrides))
     method = build_method(config)
-    data: TrainingData[Any] = method.data
-    config = in_steps(config, data)
-    size = min(data.sequences_per_epoch, _SURVEYED)
-    before = takewhile(lambda sample: sample["number"] < skip + samples, _samples(data, size))
-    shown = [sample for sample in before if sample["number"] >= skip]
+    with closing(method):
+        data: TrainingData[Any] = method.data
+        config = in_steps(config, data)
+        shown, lengths = _asked(method, samples, skip) if method.asks is not None else _read(data, samples, skip)
     if not shown:
-        raise ConfigError(f"skip {skip} leaves nothing to show of the first {size:,} positions: give a smaller one")
+        raise ConfigError(f"skip {skip} leaves nothing to show of the first {len(lengths):,}: give a smaller one")
     return {
         "kind": KIND,
         "name": config.name,
@@ -63,10 +62,32 @@ def data_excerpts(
         "sequences_per_step": config.sequences_per_step,
         "sequences_per_epoch": data.sequences_per_epoch,
         "samples": shown,
-        "lengths": [sample["tokens"] for sample in _samples(data, size, pieces=False)],
+        "lengths": lengths,
         "report": dict(data.report),
         "notes": list(method.notes),
     }
+
+
+def _read(data: TrainingData[Any], samples: int, skip: int) -> tuple[list[dict[str, Any]], list[int]]:
+    """Samples of batches, and the lengths of the first two thousand."""
+    size = min(data.sequences_per_epoch, _SURVEYED)
+    before = takewhile(lambda sample: sample["number"] < skip + samples, _samples(data, size))
+    shown = [sample for sample in before if sample["number"] >= skip]
+    return shown, [sample["tokens"] for sample in _samples(data, size, pieces=False)]
+
+
+def _asked(method: Method[Any], samples: int, skip: int) -> tuple[list[dict[str, Any]], list[int]]:
+    """The same of prompts, which the model will answer: nothing of them is learnt."""
+    assert method.asks is not None
+    asked = list(islice(method.asks(), _SURVEYED))
+    shown = [_prompt(method.data.tokenizer, number, one) for number, one in enumerate(asked)][skip : skip + samples]
+    return shown, [len(one.ids) for one in asked]
+
+
+def _prompt(tokenizer: Tokenizer, number: int, one: Prompt) -> dict[str, Any]:
+    pieces = _pieces(tokenizer, one.ids, [False] * len(one.ids))
+    return {"number": number, "position": number, "part": None, "tokens": len(one.ids), "learnt": 0, "pieces": pieces,
+            "right": list(one.right)}  # fmt: skip
 
 
 def _samples(data: TrainingData[Any], positions: int, *, pieces: bool = True) -> Iterator[dict[str, Any]]:
@@ -91,9 +112,7 @@ def _is_pairs(batch: Any) -> bool:
 
 def _documents(batch: Any) -> Iterator[tuple[list[int], list[bool]]]:
     """Ids of each document, or row, of a batch, and which of them are predicted with a weight."""
-    rows = batch.rows if isinstance(batch, PackedBatch) else batch
-    if not isinstance(rows, TokenBatch):
-        raise ConfigError(NOT_WRITTEN)
+    rows: TokenBatch = batch.rows if isinstance(batch, PackedBatch) else batch
     for row in range(len(rows.tokens)):
         numbers = rows.documents[row] if isinstance(batch, PackedBatch) else torch.zeros_like(rows.tokens[row])
         for number in numbers.unique_consecutive().tolist():

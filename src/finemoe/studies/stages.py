@@ -7,6 +7,7 @@ and that passed a check. The same command given again goes on where it stopped.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from finemoe.checkpoint.kinds import CONFIG
 from finemoe.core.config import Config, merge, parse, read_tables, with_overrides
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.logs import logger
@@ -24,7 +26,7 @@ from finemoe.methods.distillation.rejection import rejection
 from finemoe.methods.distillation.sampling import Sampled, sample
 from finemoe.methods.rewards import RewardsConfig
 from finemoe.parallel.seat import seat
-from finemoe.runs.config import read_recipe, resolve_run
+from finemoe.runs.config import RunConfig, read_recipe, resolve_run
 from finemoe.runs.run import train
 from finemoe.training.directory import read_summary
 
@@ -103,6 +105,11 @@ class Stage:
     sampling: SampleConfig | None
     """Where it writes answers instead of training."""
 
+    @property
+    def begun(self) -> bool:
+        """Whether its folder holds a run, or answers."""
+        return (self.folder / (CONFIG if self.sampling is None else ANSWERS)).is_file()
+
 
 def stages_of(raw: Mapping[str, Any], source: str, out: Path, overrides: Sequence[str] = ()) -> list[Stage]:
     """The stages of a recipe's tables, in order, with `overrides` on top: as of `run_stages`.
@@ -134,6 +141,46 @@ def stages_of(raw: Mapping[str, Any], source: str, out: Path, overrides: Sequenc
         laid, _ = read_recipe(laid, own.get(name, ()))  # apart, since each may say how long the run is
         found.append(Stage(name, folder, laid, None))
     return found
+
+
+def waits_for(stage: Stage, stages: Sequence[Stage]) -> Stage | None:
+    """The earlier one that `stage` begins with, or reads from, and that has left nothing yet."""
+    said = json.dumps(stage.raw, default=str)
+    return next((one for one in stages if f'"{one.folder}' in said and not one.begun), None)
+
+
+def stage_config(
+    recipe: str | os.PathLike[str],
+    *,
+    stage: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[RunConfig, str]:
+    """The configuration of one stage, to be looked at before it is trained, and a sentence that names them all.
+
+    Args:
+        recipe: path of a TOML recipe.
+        stage: its name. None: the first that trains.
+        out: folder of the stages' folders. None: none of them is trained yet.
+        overrides: as of `run_stages`.
+
+    Raises:
+        ConfigError: no stage is called so; it samples answers; or it begins with one that has left no model yet.
+    """
+    stages = stages_of(read_tables(recipe), str(recipe), Path("OUT" if out is None else out), overrides)
+    names = ", ".join(one.name for one in stages)
+    found = [one for one in stages if (one.name == stage if stage is not None else one.sampling is None)]
+    if not found:
+        raise ConfigError(f"{recipe}: no stage that trains is called {stage!r}; its stages are: {names}")
+    chosen = found[0]
+    if chosen.sampling is not None:
+        raise ConfigError(f"{recipe}: stage {chosen.name} writes answers and trains nothing; its stages are: {names}")
+    if (before := waits_for(chosen, stages)) is not None:
+        where = "say --in DIR, the --out of `finemoe train`" if out is None else f"{before.folder} is not there"
+        raise ConfigError(f"{recipe}: stage {chosen.name} begins with what stage {before.name} leaves: {where}")
+    number = stages.index(chosen) + 1
+    said = f"stage {number} of {len(stages)}, {chosen.name}; the stages are: {names}"
+    return resolve_run(dict(chosen.raw), f"{recipe}, stage {chosen.name}"), said
 
 
 def _sampling(

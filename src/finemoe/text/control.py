@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from finemoe.core.errors import DataError
 from finemoe.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -60,6 +61,20 @@ def encode_chat(
     kept, (mark,) = guard(tokenizer, messages, 1)
     text = template.render(kept, add_generation_prompt=True, tools=tools, **variables)
     return _unmarked(text, mark), encode_marked(tokenizer, text, mark)
+
+
+def encode_questions_together(
+    template: ChatTemplate, tokenizer: Tokenizer, conversations: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[list[int] | DataError]:
+    """Ids of `encode_chat` for each of them, rendered together; an error stands in the place of each that cannot be."""
+    guarded = [guard(tokenizer, messages, 1) for messages in conversations]
+    try:
+        texts = template.render_all([kept for kept, _ in guarded], add_generation_prompt=True)
+    except DataError as error:
+        if len(conversations) == 1:
+            return [error]
+        return [one for each in conversations for one in encode_questions_together(template, tokenizer, [each])]
+    return [encode_marked(tokenizer, text, mark) for text, (_, (mark,)) in zip(texts, guarded, strict=True)]
 
 
 def guard(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -203,6 +203,16 @@ class Prepare(Protocol):
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A prompt, as people are shown it before anybody has answered."""
+
+    ids: tuple[int, ...]
+    """What the model reads."""
+    right: tuple[str, ...] = ()
+    """What the record holds to be right; any of them."""
+
+
+@dataclass(frozen=True)
 class Method(Generic[BatchT]):
     """A way of training: what the trainer asks, in the order of a run."""
 
@@ -232,6 +242,9 @@ class Method(Generic[BatchT]):
     """Terms and figures that the live line has in place of the loss, where it says little."""
     close: Callable[[], object] = lambda: None
     """When the run ends, well or not: processes that it started."""
+    asks: Callable[[], Iterator[Prompt]] | None = None
+    """Where the model writes itself what it learns, so that there is no batch without it: what it is asked, in the
+    order of the first epoch. None: batches can be shown."""
     notes: tuple[str, ...] = ()
     """Lines for people at the start of a run: what trains besides the headline. Silently off, it would cost a run."""
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from finemoe.core.errors import DataError
 from finemoe.data.conversations.forms import read
 from finemoe.data.conversations.messages import FormError
 from finemoe.data.conversations.questions import Question, encode_questions, reference_of
 from finemoe.text.chat import ChatTemplate
+from finemoe.text.control import encode_chat
 from finemoe.text.tokenizer import Tokenizer
 
 TALK = [
@@ -52,3 +54,28 @@ def test_a_question_is_all_up_to_the_last_answer_and_is_read_as_it_is_put() -> N
     assert tokenizer.decode(whole.ids).rstrip().endswith("Assistant:")
     bare = encode_questions(texts, tokenizer, template, "Q {prompt} A")
     assert [tokenizer.decode(one.ids) for one in bare if isinstance(one, Question)] == ["Q two? A"] * 2
+
+
+def test_questions_are_rendered_together_as_they_would_be_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process for every prompt would take minutes for twenty thousand of them."""
+    tokenizer = Tokenizer.train(["one? two? one. two. User: Assistant:"] * 5, vocab_size=270)
+    source = "{{ raise_exception('no') if 'bad' in messages[-1].content }}{% for m in messages %}{{ m.content }}\n"
+    template = ChatTemplate.of(source + "{% endfor %}")
+    asked = ["one?", f"two{tokenizer.end_of_text}?", *(f"{n} one?" for n in range(30))]
+    texts = [json.dumps({"prompt": one, "answer": "1"}) for one in asked]
+    alone = [encode_chat(template, tokenizer, [{"role": "user", "content": one}])[1] for one in asked]
+    real, calls = ChatTemplate.render_all, []
+
+    def counted(self: ChatTemplate, *args: Any, **given: Any) -> list[str]:
+        calls.append(args)
+        return real(self, *args, **given)
+
+    monkeypatch.setattr(ChatTemplate, "render_all", counted)
+    together = encode_questions(texts, tokenizer, template)
+    assert len(calls) == 1
+    assert [list(one.ids) for one in together if isinstance(one, Question)] == alone
+    bad = encode_questions([texts[0], json.dumps({"prompt": "bad", "answer": "1"}), texts[1]], tokenizer, template)
+    assert [type(one) for one in bad] == [Question, DataError, Question]
+    calls.clear()
+    assert len(encode_questions(texts, tokenizer, template, "{prompt}")) == len(texts)
+    assert not calls, "nothing of a template is asked"

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import finemoe
 from finemoe.checkpoint.open import load_model
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.logs import read_json_lines
@@ -166,8 +165,3 @@ def test_what_would_have_no_effect_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         train(distilling(models, method=way), out=tmp_path / "run", quiet=True)
-
-
-def test_there_is_nothing_to_show_of_answers_before_they_are_written(models: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match="answers that the model writes while it learns"):
-        finemoe.data_excerpts(distilling(models, method=ON))

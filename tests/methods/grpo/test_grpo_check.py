@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import finemoe
-from finemoe.core.errors import ConfigError, RunError
+from finemoe.core.errors import RunError
 from finemoe.judging.pool import Pool
 from methods.grpo.tiny_policy import base, practising
 
@@ -64,8 +64,3 @@ def test_a_file_of_rewards_that_fails_is_refused_all_the_same(
     found = finemoe.check(practising(start, method), quiet=True)
     assert any("nothing_of_that_name" in one for one in found.refused)
     assert all(one.poll() is not None for one in started)
-
-
-def test_there_is_nothing_to_show_of_answers_before_they_are_written(start: Path) -> None:
-    with pytest.raises(ConfigError, match="answers that the model writes while it learns"):
-        finemoe.data_excerpts(practising(start, RULE))

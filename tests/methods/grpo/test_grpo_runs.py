@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from finemoe.core.errors import CheckpointError, ConfigError, DataError
 from finemoe.methods.grpo.rollouts import Rollouts
+from finemoe.runs.excerpts import data_excerpts
 from finemoe.runs.run import resume, train
 from finemoe.training.directory import read_metrics
 from methods.grpo.tiny_policy import base, practising
@@ -172,3 +174,12 @@ def test_what_cannot_work_is_refused(
     with pytest.raises((ConfigError, DataError), match=said):
         train(practising(start, method, **tables), out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_are_drawn_twice_are_told(start: Path, caplog: pytest.LogCaptureFixture) -> None:
+    corpus = {"kind": "problems", "problem": "arithmetic", "difficulty": 1, "count": 500, "validation_count": 4}
+    recipe = practising(start, data={"corpus": corpus})
+    with caplog.at_level(logging.INFO, "finemoe"):
+        report = data_excerpts(recipe)["report"]
+    assert report["duplicates"] == 500 - report["items"]["train"] > 0
+    assert f"{report['duplicates']:,} documents are copies of others, and left out" in caplog.messages

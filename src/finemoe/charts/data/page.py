@@ -7,7 +7,7 @@ from typing import Any
 import altair as alt
 
 from finemoe.charts import theme
-from finemoe.charts.data.words import counted, title_of
+from finemoe.charts.data.words import counted, is_asked, title_of
 from finemoe.charts.numbers import Results, clean
 from finemoe.charts.page import Bullets, Figure, Marked, Section, Text, render_page
 from finemoe.charts.words import footer
@@ -41,12 +41,15 @@ def data_page(results: Results) -> str:
         pieces = [(piece["text"], bool(piece["learnt"])) for piece in sample["pieces"]]
         shown += [Text([title_of(sample)]), Marked(pieces, title_of(sample))]
     said = "As the model reads them, in the order of training. What is marked is learnt; the rest is only read."
-    caption = f"Tokens of each of the first {len(results['lengths']):,} samples."
+    if is_asked(results):
+        said = "As the model is asked, in the order of training. What it learns are its own answers."
+    what = "prompts" if is_asked(results) else "samples"
+    caption = f"Tokens of each of the first {len(results['lengths']):,} {what}."
     return render_page(
         f"{results['name']}: what it trains on",
         [
             Section("What there is", [Bullets(counted(results)), Figure([lengths_chart(results)], caption)]),
-            Section("Samples", [Text([said]), *shown]),
+            Section(what.capitalize(), [Text([said]), *shown]),
         ],
         subtitle=f"method {results['method']}, sequences of {results['sequence_length']} tokens",
         footer=footer(None),

@@ -11,9 +11,11 @@ from finemoe.core.errors import DataError
 from finemoe.data.conversations.forms import Kind, Said, read, require_preference
 from finemoe.data.conversations.messages import FormError, Message
 from finemoe.text.chat import ChatTemplate
-from finemoe.text.control import encode_chat
+from finemoe.text.control import encode_chat, encode_questions_together
 from finemoe.text.tokenizer import Tokenizer
 from finemoe.text.turns import Turns, encode_all, encode_turns
+
+NOTHING_ASKED = "nothing is asked in it"
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,12 @@ def encode_items(
     plans: list[_Plan | FormError] = []
     for text in texts:
         try:
-            plans.append(_plan(read(_record(text)), want))
+            plans.append(_plan(read(record_in(text)), want))
         except FormError as error:
             plans.append(error)
-    together = [one for plan in plans if isinstance(plan, _Plan) and want != "prompt" and not plan.tools
-                for one in plan.conversations]  # fmt: skip
-    turns = iter(encode_all(template, tokenizer, together))
+    together = [one for plan in plans if isinstance(plan, _Plan) and not plan.tools for one in plan.conversations]
+    asked = iter(encode_questions_together(template, tokenizer, together if want == "prompt" else []))
+    turns = iter(encode_all(template, tokenizer, together if want != "prompt" else []))
     found: list[Item | FormError | DataError] = []
     for plan in plans:
         if isinstance(plan, FormError):
@@ -54,7 +56,9 @@ def encode_items(
             continue
         try:
             if want == "prompt":
-                _, ids = encode_chat(template, tokenizer, plan.conversations[0], tools=plan.tools or None)
+                ids = _asked(plan, template, tokenizer) if plan.tools else next(asked)
+                if isinstance(ids, DataError):
+                    raise ids
                 found.append(Item(plan.said, (Turns(tuple(ids), (False,) * len(ids)),)))
                 continue
             if plan.tools:
@@ -69,7 +73,16 @@ def encode_items(
     return found
 
 
-def _record(text: str) -> dict[str, Any]:
+def _asked(plan: _Plan, template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
+    return encode_chat(template, tokenizer, plan.conversations[0], tools=plan.tools)[1]
+
+
+def record_in(text: str) -> dict[str, Any]:
+    """The fields of a record.
+
+    Raises:
+        FormError: it is none.
+    """
     try:
         record = json.loads(text)
     except ValueError as error:
@@ -104,7 +117,7 @@ def _plan(said: Said, want: Kind) -> _Plan:
         return _Plan(said, (whole,), tools)
     question = said.question.messages
     if not question:
-        raise FormError("nothing is asked in it")
+        raise FormError(NOTHING_ASKED)
     return _Plan(said, (question,), tools)
 
 

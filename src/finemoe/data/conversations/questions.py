@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finemoe.core.errors import DataError
-from finemoe.data.conversations.encode import Item, encode_items
-from finemoe.data.conversations.forms import Said
+from finemoe.data.conversations.encode import NOTHING_ASKED, Item, encode_items, record_in
+from finemoe.data.conversations.forms import Said, read
 from finemoe.data.conversations.messages import FormError, Message
 from finemoe.text.chat import ChatTemplate
 from finemoe.text.tokenizer import Tokenizer
@@ -47,17 +47,30 @@ def encode_questions(
 
     `wording`: how the last message is put to a model that knows no chat, with {prompt} in it; None: by `template`.
     """
-    found: list[Question | FormError | DataError] = []
-    for text, item in zip(texts, encode_items(texts, "prompt", tokenizer, template), strict=True):
-        if not isinstance(item, Item):
-            found.append(item)
-            continue
-        record, asked = json.loads(text), item.said.question
-        ids = tuple(item.segments[0].ids)
-        if wording is not None:
-            ids = tuple(tokenizer.encode_prompt(wording.replace("{prompt}", asked.messages[-1]["content"])))
-        found.append(Question(record, asked.messages, asked.tools, ids, reference_of(record, item.said)))
-    return found
+    if wording is not None:
+        return [_put(text, tokenizer, wording) for text in texts]
+    return [
+        _question(json.loads(text), item.said, item.segments[0].ids) if isinstance(item, Item) else item
+        for text, item in zip(texts, encode_items(texts, "prompt", tokenizer, template), strict=True)
+    ]
+
+
+def _put(text: str, tokenizer: Tokenizer, wording: str) -> Question | FormError:
+    """A record without any template, which a model that knows no chat does not have."""
+    try:
+        record = record_in(text)
+        said = read(record)
+    except FormError as error:
+        return error
+    asked = said.question.messages
+    if not asked:
+        return FormError(NOTHING_ASKED)
+    return _question(record, said, tokenizer.encode_prompt(wording.replace("{prompt}", asked[-1]["content"])))
+
+
+def _question(record: Mapping[str, Any], said: Said, ids: Sequence[int]) -> Question:
+    asked = said.question
+    return Question(record, asked.messages, asked.tools, tuple(ids), reference_of(record, said))
 
 
 def reference_of(record: Mapping[str, Any], said: Said) -> tuple[str, ...]:

@@ -203,6 +203,7 @@ def build(config: DistillConfig, setting: Setting) -> Method[Any]:
         prepare=prepare,
         before_update=(Clip(setting.max_gradient_norm),),
         after_update=(MoveBiases(setting.balancing),),
+        asks=data.asked if isinstance(data, Questions) else None,
         notes=(*_sentences(data), _taught_by(config), f"added to the loss: {', '.join(live) or 'nothing'}"),
     )
 

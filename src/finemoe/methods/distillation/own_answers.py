@@ -24,6 +24,7 @@ from finemoe.methods.grpo.source import Asked, OwnEngine
 from finemoe.methods.setting import Setting
 from finemoe.model.transformer import Transformer
 from finemoe.text.tokenizer import Tokenizer
+from finemoe.training.method import Prompt
 
 _PER_PASS = 16
 """[prompts] That are answered at once when it is measured."""
@@ -115,6 +116,10 @@ class Questions:
         """By position: a pure function."""
         items = self.inner.train.batch(position, num_sequences).items.tolist()
         return self._asked(self.inner.train, items, range(position, position + num_sequences))
+
+    def asked(self) -> Iterator[Prompt]:
+        """Prompts in the order of the first epoch."""
+        return (Prompt(self.batch(position, 1).prompts[0]) for position in range(self.sequences_per_epoch))
 
     def held_out(self) -> Iterator[Prompts]:
         """What is validated on; its answers are drawn anew at each measurement, from the same streams."""

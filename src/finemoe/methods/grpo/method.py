@@ -23,7 +23,7 @@ from finemoe.methods.setting import Setting
 from finemoe.model.transformer import Transformer
 from finemoe.training.balancing import MoveBiases
 from finemoe.training.gradients import Clip
-from finemoe.training.method import Group, Method
+from finemoe.training.method import Group, Method, Prompt
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def build(config: GRPOConfig, setting: Setting) -> Method[RolloutBatch]:
         warns=data.warns,
         close=rewards.close,
         shows=("reward", "length", "kl", "dead_groups", "time_rollout"),
+        asks=lambda: (Prompt(one.ids, one.references) for one in data.asked()),
         notes=(*_sentences(config, prompts, rewards), f"added to the loss: {', '.join(live) or 'nothing'}"),
     )
 

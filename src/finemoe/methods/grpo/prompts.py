@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finemoe.core.errors import ConfigError, DataError
+from finemoe.core.logs import progress
 from finemoe.core.seeds import derive
 from finemoe.data.conversations.forms import NO_FORM, known_forms
 from finemoe.data.conversations.prepare import reasons
@@ -86,20 +87,24 @@ class _Reading:
         sides: dict[Side, list[Question]] = {"train": [], "validation": []}
         digest, skips = hashlib.sha256(), SkipReport()
         chunk: list[tuple[Side, str, str]] = []
-        for found in read_corpus(self._data.corpus, self._data.validation_share, skips, whole=True):
-            text = found.document.text
-            digest.update(repr((found.side, text)).encode("utf-8", "replace"))
-            chunk.append((found.side, found.document.name, text))
-            if len(chunk) == _CHUNK:
-                self._add(chunk, sides)
-                chunk = []
-        self._add(chunk, sides)
+        with progress("reading prompts", None, "prompts") as advance:
+            for found in read_corpus(self._data.corpus, self._data.validation_share, skips, whole=True):
+                text = found.document.text
+                digest.update(repr((found.side, text)).encode("utf-8", "replace"))
+                chunk.append((found.side, found.document.name, text))
+                if len(chunk) == _CHUNK:
+                    self._add(chunk, sides)
+                    advance(len(chunk))
+                    chunk = []
+            self._add(chunk, sides)
+        skips.check(self._data.max_skipped_share, "data.max_skipped_share")
         self._require(sides)
         self.report = {
             "kind": "prompt",
             "items": {side: len(found) for side, found in sides.items()},
             "with_reference": {side: sum(bool(one.references) for one in found) for side, found in sides.items()},
             "too_long": self._too_long,
+            "duplicates": skips.duplicates,
             "num_skipped": skips.num_skipped + len(self._skipped),
             "skipped": [{"name": one.name, "reason": one.reason} for one in self._skipped[:8]],
             "corpus_sha256": digest.hexdigest(),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from finemoe.core.errors import ConfigError
 from finemoe.core.seeds import derive
+from finemoe.data.conversations.questions import Question
 from finemoe.generation.config import SamplingConfig
 from finemoe.methods.grpo.advantages import outcome, process
 from finemoe.methods.grpo.batch import RolloutBatch, packed
@@ -26,7 +27,7 @@ from finemoe.methods.grpo.watch import Watch
 from finemoe.methods.rewards import Answer as Judgeable
 from finemoe.methods.rewards import Rewards
 from finemoe.methods.rewards import Scored as Judged
-from finemoe.methods.setting import NOT_WRITTEN, Setting
+from finemoe.methods.setting import Setting
 from finemoe.model.transformer import Transformer
 from finemoe.text.tokenizer import Tokenizer
 from finemoe.training.method import Saved
@@ -119,6 +120,11 @@ class Rollouts:
         """[ids] counts in the prompts."""
         return self._prompts.token_frequencies()
 
+    def asked(self) -> Iterator[Question]:
+        """Prompts in the order of the first epoch."""
+        train, shuffled = self._prompts.sides["train"], self._config.order == "shuffled"
+        return (train[self._prompts.at(place, shuffled=shuffled)] for place in range(len(train)))
+
     def batch(self, position: int, num_sequences: int) -> RolloutBatch:
         """Answers `position` to `position + num_sequences` of the run, written now where they are not there yet."""
         number, within = divmod(position, self._size * self._config.inner_epochs)
@@ -198,8 +204,7 @@ class Rollouts:
     # ---- a rollout ------------------------------------------------------------------------------------------------
 
     def _make(self, number: int) -> Rollout:
-        if self._source is None:
-            raise ConfigError(NOT_WRITTEN)
+        assert self._source is not None
         assert self._policies is not None
         every = self._config.reference_every
         if every is not None and number and number % every == 0:
