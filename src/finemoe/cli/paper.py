@@ -68,8 +68,8 @@ def paper(
         study = _scaled(scale or "tiny", only, overrides or (), out, quiet)
     if as_json:
         print_json(study.results)
-    elif study.results:
-        print_rich(_table(study.results))
+    elif study.results and (table := _table(study.results)).row_count:
+        print_rich(table)
     if study.interrupted:
         _say_how_to_go_on(recipe, scale or "tiny", only, overrides or (), out)
         raise typer.Exit(130)
