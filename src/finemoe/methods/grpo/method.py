@@ -29,6 +29,8 @@ from finemoe.training.method import Group, Method, Prompt
 @dataclass(frozen=True)
 class _Examined:
     prompt: str
+    asked: str
+    """The prompt with its template."""
     text: str
     ended: bool
     tokens: int
@@ -62,7 +64,13 @@ class Examination:
         values["validation_length"] = sum(one.tokens for one in drawn) / len(drawn)
         values["validation_cut_share"] = sum(not one.ended for one in drawn) / len(drawn)
         samples = [
-            {"prompt": one.prompt, "answer": one.text, "ended": one.ended, "value": one.value}
+            {
+                "prompt": one.prompt,
+                **({"asked": one.asked} if one.asked != one.prompt else {}),
+                "answer": one.text,
+                "ended": one.ended,
+                "value": one.value,
+            }
             for one in drawn[: self.config.samples]
         ]
         return HeldOutFigures(values, {}, tuple(samples))
@@ -76,7 +84,7 @@ class Examination:
         judgeables = [judgeable(self.prompts, prompt, one) for prompt, one in zip(asked, drawn, strict=True)]
         scored = self.rewards.score(judgeables)
         return [
-            _Examined(prompt.text, one.text, one.ended, one.num_tokens, judged.value, judged.by_name)
+            _Examined(prompt.text, one.asked, one.text, one.ended, one.num_tokens, judged.value, judged.by_name)
             for prompt, one, judged in zip(asked, judgeables, scored, strict=True)
         ]
 

@@ -280,7 +280,8 @@ class Rollouts:
         step = made.number * self._config.updates + 1
         whole = made.number % self._config.keep_rollouts == 0
         train = self._prompts.sides["train"]
-        texts = [(train[one.item].text, self.tokenizer.decode(one.drawn.completion)) for one in made.answers]
+        said = [judgeable(self._prompts, train[one.item], one.drawn) for one in made.answers]
+        texts = [(one.prompt, one.asked, one.text) for one in said]
         self._unwritten += lines(made, step, texts, whole)
 
 
