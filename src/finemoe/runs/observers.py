@@ -235,7 +235,7 @@ class Show:
 
 def _short(report: StepReport, validation: Measured | None, shows: Sequence[str]) -> list[str]:
     """Figures for the live line, those that matter most at first."""
-    shown = f"val {validation.headline:.3f}" if validation else "val -"
+    shown = f"val {_headline(validation, 3)}"
     if shows:
         first, *others = _figures(report, shows) or ["-"]
         return [first, shown, *others]
@@ -255,13 +255,18 @@ def _fitting(figures: Sequence[str], room: int) -> str:
 
 
 def _long(report: StepReport, validation: Measured | None, shows: Sequence[str]) -> str:
-    shown = f"{validation.headline:.4f}" if validation else "-"
+    shown = _headline(validation, 4)
     first = "  ".join(_figures(report, shows)) if shows else f"loss {_loss(report, 4)}"
     vio = "".join(f" {one}" for one in _vio(report))
     return (
         f"{first}  validation {shown}  gradient {report.gradient_norm:.2f}  "
         f"{report.tokens_per_second:,.0f} tokens/s{vio}"
     )
+
+
+def _headline(validation: Measured | None, digits: int) -> str:
+    found = None if validation is None else validation.headline
+    return "-" if found is None else f"{found:.{digits}f}"
 
 
 def _loss(report: StepReport, digits: int) -> str:

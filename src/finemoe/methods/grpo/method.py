@@ -16,6 +16,7 @@ from finemoe.methods.grpo.objective import PolicyGradient
 from finemoe.methods.grpo.prompts import Prompts
 from finemoe.methods.grpo.rollouts import Rollouts, judgeable
 from finemoe.methods.grpo.source import Asked, OwnEngine
+from finemoe.methods.grpo.watch import FirstFailures
 from finemoe.methods.live import live_terms
 from finemoe.methods.measuring import HeldOutFigures
 from finemoe.methods.rewards import Judged, Rewards
@@ -54,7 +55,7 @@ class Examination:
         drawn = self._answers(model, asked, 1.0)
         greedy = self._answers(model, asked, 0.0)
         rewards = [one.value for one in drawn if one.value is not None]
-        values = {"validation_reward": sum(rewards) / len(rewards) if rewards else 0.0}
+        values: dict[str, float | None] = {"validation_reward": sum(rewards) / len(rewards) if rewards else None}
         for name in drawn[0].by_name:
             for prefix, found in (("reward_", drawn), ("greedy_reward_", greedy)):
                 judged = [one.by_name[name].value for one in found if one.by_name[name].verdict != "error"]
@@ -97,7 +98,12 @@ def build(config: GRPOConfig, setting: Setting) -> Method[RolloutBatch]:
         DataError: nothing can be asked, or a reward compares with what no record has.
     """
     prompts = Prompts.read(setting, config.template, config.answer_tokens)
-    rewards = Rewards(config.rewards, deadline_seconds=config.reward_seconds, memory_bytes=config.reward_memory)
+    rewards = Rewards(
+        config.rewards,
+        deadline_seconds=config.reward_seconds,
+        memory_bytes=config.reward_memory,
+        on_failure=FirstFailures(config),
+    )
     data = Rollouts(config, prompts, rewards, setting)
     live = live_terms(setting, mtp=False)
 
