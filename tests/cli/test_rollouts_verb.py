@@ -50,6 +50,12 @@ def test_answers_are_found_by_what_they_say_and_are_worth(run: Path) -> None:
         list(find_answers(run / "elsewhere"))
 
 
+def test_a_question_is_shown_as_it_was_asked(run: Path, command: Callable[..., Any]) -> None:
+    path = run / "rollouts.jsonl"
+    path.write_text(line(1, "4", 1.0, 1.0).replace('"prompt": ', '"asked": "User: 2+2\\nYou:", "prompt": '))
+    assert "\nUser: 2+2\nYou:\n4\n" in command("rollouts", run).stdout
+
+
 def test_the_verb_shows_them(run: Path, command: Callable[..., Any]) -> None:
     done = command("rollouts", run, "--limit", "1", "--which", "failed")
     assert done.exit_code == 0

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from finemoe.runs import observers
 from finemoe.runs.run import train
+from methods.grpo.tiny_policy import base, practising
 from runs.tiny_runs import recipe, steps
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -28,6 +29,23 @@ def test_a_terminal_has_one_live_line_that_fits(corpus: Path, tmp_path: Path, mo
     assert f"loss {last['loss']:.3f} val {run.summary['final_validation_loss']:.3f}" in lines[-1]
     assert f"MaxVio {last['max_vio']:.2f}" in lines[-1]
     assert "6/6" in lines[-1]
+
+
+@pytest.mark.parametrize(("width", "shown"), [(80, "length"), (46, "val"), (30, "/6")])
+def test_figures_give_way_to_the_step_and_the_time(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, shown: str
+) -> None:
+    """A step of GRPO has more figures than columns."""
+    start = base(corpus, tmp_path)
+    screen = io.StringIO()
+    monkeypatch.setattr(observers, "console", lambda: Console(file=screen, force_terminal=True, width=width))
+    train(practising(start), out=tmp_path / "run")
+    lines = [line.rstrip() for line in re.split(r"[\r\n]", ESCAPES.sub("", screen.getvalue())) if "━" in line]
+    assert max(map(len, lines)) <= width
+    assert re.match(r"━{10} 6/6 0:00:00", lines[-1])
+    assert shown in lines[-1]
+    assert "time rollout" not in lines[-1]
+    assert "…" not in lines[-1]
 
 
 def test_a_pipe_has_a_plain_line_at_the_end(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -159,6 +159,8 @@ def _measured(key: str, summary: Mapping[str, Any]) -> str:
     interval = ""
     if (low := summary.get(f"{key}_low")) is not None and (high := summary.get(f"{key}_high")) is not None:
         interval = f" ({low:.4f} to {high:.4f})"
+    if summary[key] is None:
+        return "-"
     return f"[bold]{summary[key]:.4f}[/bold]{interval}{' nats per token' if per_token else ''}"
 
 

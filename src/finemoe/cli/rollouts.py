@@ -53,7 +53,7 @@ def rollouts(
 
 
 def _show(answer: dict[str, Any]) -> None:
-    """A head, the question and the answer."""
+    """A head, the question as it was asked, and the answer."""
     worth = "could not be judged" if answer["value"] is None else f"worth {answer['value']:g}"
     notes = "; ".join(f"{name}: {one['note']}" for name, one in answer["rewards"].items() if one.get("note"))
     typer.secho(
@@ -61,5 +61,5 @@ def _show(answer: dict[str, Any]) -> None:
         + (f" ({printable(notes)})" if notes else ""),
         bold=True,
     )
-    typer.echo(printable(answer["prompt"]).rstrip())
+    typer.echo(printable(answer.get("asked", answer["prompt"])).rstrip())
     typer.echo(f"{printable(answer['completion'])}\n")

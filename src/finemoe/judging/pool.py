@@ -11,9 +11,10 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 from finemoe.core.child import below, end
@@ -89,13 +90,20 @@ class _Worker:
 class Pool:
     """Processes that judge by the same rewards. Nothing that an answer or a user's function does reaches the parent."""
 
-    def __init__(self, rewards: Mapping[str, Mapping[str, Any]], bounds: Bounds, workers: int) -> None:
+    def __init__(
+        self,
+        rewards: Mapping[str, Mapping[str, Any]],
+        bounds: Bounds,
+        workers: int,
+        on_failure: Callable[[str, str], object] = lambda reward, note: None,
+    ) -> None:
         """Start the first process.
 
         Args:
             rewards: name -> configuration, as plain values.
             bounds: of each judging.
             workers: processes at most.
+            on_failure: is told at once of every `error`: the reward, and its note.
 
         Raises:
             ConfigError: a reward cannot be made: a user's file fails, or a package is missing.
@@ -107,6 +115,7 @@ class Pool:
         }
         self._pace = dict.fromkeys(rewards, 1.0)  # seconds that one answer takes, of late
         self._most, self._vain, self._why_vain = workers, 0, ""
+        self._on_failure = on_failure
         self._workers: list[_Worker] = []
         weakref.finalize(self, _end_all, self._workers)  # of who forgot to close it, or ended before
         try:
@@ -137,7 +146,11 @@ class Pool:
                     found |= dict.fromkeys(left, Judged.error(note))
                     self._vain = 0  # the next batch may try again
                     break
+                known = len(found)
                 left.extendleft(reversed(self._wait(found)))
+                for task, judged in islice(found.items(), known, None):
+                    if judged.verdict == "error":
+                        self._on_failure(task.reward, judged.note)
         finally:  # an interrupt, too, leaves processes whose next answers belong to these questions
             for worker in [one for one in self._workers if one.tasks]:
                 self._end(worker)

@@ -29,12 +29,13 @@ _TOKENS = 8192  # of general text, per forward pass
 class HeldOutFigures:
     """Means over what was held out, the loss first, and answers to be read."""
 
-    values: Mapping[str, float]
+    values: Mapping[str, float | None]
+    """None: of nothing that was held out it could be said."""
     load: Mapping[int, Tensor]
     samples: tuple[Mapping[str, Any], ...] = ()
 
     @property
-    def headline(self) -> float:
+    def headline(self) -> float | None:
         """The loss."""
         return next(iter(self.values.values()))
 

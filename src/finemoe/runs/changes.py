@@ -25,6 +25,10 @@ _TO_COME_OF_TRAINING = (
 """Not the threads: sums are cut by them, and a run keeps the number it had."""
 
 
+_BOUNDS_OF_JUDGING = ("method.reward_seconds", "method.reward_memory")
+"""What they were says nothing of a reward that was computed; and a run that ended as none could goes on with others."""
+
+
 def with_changes(directory: Path, config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """`config` of the run in `directory` with `overrides` laid on top. Nothing is written.
 
@@ -62,6 +66,8 @@ def _is_past(key: str) -> bool:
     table, _, field = key.partition(".")
     if key == "optimizer.kind":
         return True
+    if key in _BOUNDS_OF_JUDGING:
+        return False
     if table == "training":
         return field in TrainingConfig.model_fields and field not in _TO_COME_OF_TRAINING
     return table in RunConfig.model_fields and table not in _TO_COME

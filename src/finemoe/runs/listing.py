@@ -210,10 +210,12 @@ def _whole(value: Any) -> int | None:
 
 
 def _measured(record: Mapping[str, Any], prefix: str = "") -> float | None:
-    """The headline of a measurement, whatever the method calls it: the loss, or its first figure."""
+    """The headline of a measurement, whatever the method calls it: the loss, or its first figure, which may be unknown
+    where others are known."""
     named = [f"{prefix}validation_loss", *(key for key in record if key.startswith(prefix) and key not in _HEAD)]
-    values = (record.get(key) for key in named if key != "final_training_loss")
-    return next((float(one) for one in values if isinstance(one, (int, float)) and not isinstance(one, bool)), None)
+    values = (record[key] for key in named if key in record and key != "final_training_loss")
+    first = next((one for one in values if one is None or type(one) in (int, float)), None)
+    return None if first is None else float(first)
 
 
 def _object(path: Path) -> dict[str, Any]:

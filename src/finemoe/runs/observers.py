@@ -182,6 +182,11 @@ class Write:
             file.close()
 
 
+_BAR = 10
+_CLOCK = 12
+"""Columns of the stroke between step and steps, of the time that is left, and of the blanks in between."""
+
+
 class Show:
     """A live line on a terminal; on a pipe one plain line every ten seconds."""
 
@@ -193,13 +198,14 @@ class Show:
         self._task: TaskID | None = None
         screen = console()
         if screen.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=10),
+            columns = (  # where it stands comes first: what does not fit is a figure
+                BarColumn(bar_width=_BAR),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
+                TextColumn("{task.description}"),
             )
             self._progress = Progress(*columns, console=screen)
+            self._room = screen.width - (_BAR + 2 * len(str(total_steps)) + _CLOCK)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Refresh."""
@@ -208,9 +214,8 @@ class Show:
             if self._task is None:
                 self._progress.start()
                 self._task = self._progress.add_task("", total=self._total)
-            self._progress.update(
-                self._task, completed=report.step, description=_short(report, validation, trainer.method.shows)
-            )
+            figures = _fitting(_short(report, validation, trainer.method.shows), self._room)
+            self._progress.update(self._task, completed=report.step, description=figures)
         elif time.monotonic() - self._last > 10 or report.step == self._total:
             self._last = time.monotonic()
             left = report.seconds / report.step * (self._total - report.step)
@@ -228,35 +233,53 @@ class Show:
             self._progress.stop()
 
 
-def _short(report: StepReport, validation: Measured | None, shows: Sequence[str]) -> str:
-    """For 80 columns."""
-    shown = f"{validation.headline:.3f}" if validation else "-"
+def _short(report: StepReport, validation: Measured | None, shows: Sequence[str]) -> list[str]:
+    """Figures for the live line, those that matter most at first."""
+    shown = f"val {_headline(validation, 3)}"
+    if shows:
+        first, *others = _figures(report, shows) or ["-"]
+        return [first, shown, *others]
     speed = f"{report.tokens_per_second / 1000:.1f}k/s"
-    first = _figures(report, shows) if shows else f"loss {_loss(report, 3)}"
-    last = "" if shows else f" grad {report.gradient_norm:.2f}{_vio(report)} {speed}"
-    return f"{first} val {shown}{last}"
+    return [f"loss {_loss(report, 3)}", shown, f"grad {report.gradient_norm:.2f}", *_vio(report), speed]
+
+
+def _fitting(figures: Sequence[str], room: int) -> str:
+    """As many of them as there are columns for."""
+    line = ""
+    for one in figures:
+        longer = f"{line} {one}" if line else one
+        if len(longer) > room:
+            break
+        line = longer
+    return line
 
 
 def _long(report: StepReport, validation: Measured | None, shows: Sequence[str]) -> str:
-    shown = f"{validation.headline:.4f}" if validation else "-"
-    first = _figures(report, shows) if shows else f"loss {_loss(report, 4)}"
+    shown = _headline(validation, 4)
+    first = "  ".join(_figures(report, shows)) if shows else f"loss {_loss(report, 4)}"
+    vio = "".join(f" {one}" for one in _vio(report))
     return (
         f"{first}  validation {shown}  gradient {report.gradient_norm:.2f}  "
-        f"{report.tokens_per_second:,.0f} tokens/s{_vio(report)}"
+        f"{report.tokens_per_second:,.0f} tokens/s{vio}"
     )
+
+
+def _headline(validation: Measured | None, digits: int) -> str:
+    found = None if validation is None else validation.headline
+    return "-" if found is None else f"{found:.{digits}f}"
 
 
 def _loss(report: StepReport, digits: int) -> str:
     return "-" if report.loss is None else f"{report.loss:.{digits}f}"
 
 
-def _figures(report: StepReport, shows: Sequence[str]) -> str:
+def _figures(report: StepReport, shows: Sequence[str]) -> list[str]:
     """Those that there are, three digits each."""
     known = {**report.terms, **report.figures}
-    return "  ".join(f"{name.replace('_', ' ')} {known[name]:.3g}" for name in shows if name in known)
+    return [f"{name.replace('_', ' ')} {known[name]:.3g}" for name in shows if name in known]
 
 
-def _vio(report: StepReport) -> str:
+def _vio(report: StepReport) -> list[str]:
     violations = report.max_vio().values()
-    rows = f" rows {report.figures[ROWS_FIGURE]:.2f}" if ROWS_FIGURE in report.figures else ""
-    return f" MaxVio {sum(violations) / len(violations):.2f}{rows}" if violations else rows
+    rows = [f"rows {report.figures[ROWS_FIGURE]:.2f}"] if ROWS_FIGURE in report.figures else []
+    return [f"MaxVio {sum(violations) / len(violations):.2f}", *rows] if violations else rows

@@ -18,7 +18,7 @@ import torch
 
 from finemoe.checkpoint.run_state.state import RunState, checkpoint_folders
 from finemoe.core import memory
-from finemoe.core.errors import ConfigError, RunError, TrainingError
+from finemoe.core.errors import ConfigError, OutageError, RunError, TrainingError
 from finemoe.core.files import sole_writer, write_text
 from finemoe.core.logs import logger
 from finemoe.core.seeds import derive
@@ -295,9 +295,16 @@ def _train(trainer: Trainer, save: Save, directory: Path) -> bool:
 
     Raises:
         TrainingError: a loss was not finite; the state is saved and failure.json written.
+        OutageError: something elsewhere did not answer; the state is saved.
     """
     try:
         trainer.run()
+    except OutageError as error:
+        if trainer.state.step:
+            save.save(trainer)
+        step = trainer.state.step
+        again = f"the run is saved after step {step}: `finemoe resume {shlex.quote(str(directory))}` goes on"
+        raise OutageError(f"{error}; {again}") from error
     except TrainingError as error:
         if trainer.method.state:  # it may have counted the refused step; the last regular checkpoint did not
             save.wait()
@@ -347,8 +354,10 @@ def _summary(config: RunConfig, trainer: Trainer, last: Measured, metrics: Path)
     stalls = [record["stall_seconds"] for record in records if record["kind"] == "checkpoint"]
     size = measure(config.model, config.data.sequence_length)
     state = trainer.state
+    failed = [share for one in steps if (share := one.get("figures", {}).get("failed_share")) is not None]
     return {
         **last.to_summary(),
+        **({"failed_share": sum(failed) / len(failed)} if failed else {}),
         "final_training_loss": recent_loss(steps),
         "steps": state.step,
         **({"skipped_steps": state.skipped} if state.skipped else {}),

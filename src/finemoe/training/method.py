@@ -127,8 +127,8 @@ class Measured(Protocol):
     """What a measurement found."""
 
     @property
-    def headline(self) -> float:
-        """The figure that the progress line shows."""
+    def headline(self) -> float | None:
+        """The figure that the progress line shows; None where it could not be measured."""
         ...
 
     def to_record(self) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from finemoe.checkpoint.open import load_tokenizer
 from finemoe.core.errors import CheckpointError, ConfigError, DataError
+from finemoe.methods.grpo.reading import find_answers
 from finemoe.methods.grpo.rollouts import Rollouts
 from finemoe.runs.excerpts import data_excerpts
 from finemoe.runs.run import resume, train
@@ -183,3 +185,30 @@ def test_prompts_that_are_drawn_twice_are_told(start: Path, caplog: pytest.LogCa
         report = data_excerpts(recipe)["report"]
     assert report["duplicates"] == 500 - report["items"]["train"] > 0
     assert f"{report['duplicates']:,} documents are copies of others, and left out" in caplog.messages
+
+
+def test_a_template_that_nobody_named_is_told_and_what_was_asked_is_kept(
+    start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    longer = {"data": {"sequence_length": 64}, "training": {"steps": 1, "tokens_per_step": 8 * 64}}
+    recipe = practising(start, {"template": None}, **longer)
+    run = train(recipe, out=tmp_path / "run", quiet=True).directory
+    (said,) = [one for one in caplog.messages if one.startswith("no chat template in ")]
+    assert r"asked as 'User:\n" in said
+    assert r"\n\nAssistant:\n'; set method.template = " in said
+    samples = [one["samples"][0] for one in read_metrics(run) if one["kind"] == "validation"]
+    for one in (*(one for one in lines(run) if one["kind"] == "answer"), *samples):
+        assert one["asked"] == f"User:\n{one['prompt']}\n\nAssistant:\n"
+    caplog.clear()
+    plain = train(practising(start, training={"steps": 1}), out=tmp_path / "plain", quiet=True).directory
+    assert not [one for one in caplog.messages if one.startswith("no chat template in ")]
+    assert all("asked" not in one for one in lines(plain))
+
+
+def test_text_of_an_answer_is_without_the_token_that_ended_it(start: Path, tmp_path: Path) -> None:
+    """Else whoever looks for answers with a "<" in them finds all that ended."""
+    run = train(practising(start, training={"steps": 20, "checkpoint_every": 20}), out=tmp_path / "run", quiet=True)
+    end = load_tokenizer(run.directory).end_of_text_id
+    ended = [one for one in find_answers(run.directory) if one["finish_reason"] == "stop"]
+    assert ended
+    assert all(one["completion_ids"][-1] == end and "end_of_text" not in one["completion"] for one in ended)

@@ -32,7 +32,6 @@ TROUBLE: dict[str, tuple[dict[str, float], str]] = {
     "dead": ({"dead_groups": 0.95}, "method.dynamic_sampling"),
     "dead because cut": ({"dead_groups": 1.0, "cut_share": 0.9}, "raise method.answer_tokens"),
     "cut": ({"cut_share": 0.6}, "method.answer_tokens 128"),
-    "failed": ({"failed_share": 0.2}, "method.reward_seconds"),
     "unreadable": ({"unreadable_answer": 0.8}, "`method.template`"),
     "longer and no better": ({"length": 20.0, "reward": 0.4}, "2.2 times as long"),
 }
@@ -57,6 +56,26 @@ def test_what_comes_back_is_told_again() -> None:
     watch = Watch(GRPOConfig())
     found = [watch.after({**SOUND, "cut_share": 0.9 if number % 10 < 6 else 0.0}) for number in range(20)]
     assert [bool(one) for one in found].count(True) == 2
+
+
+def test_failures_of_rewards_are_told_at_once_and_then_now_and_then() -> None:
+    watch = Watch(GRPOConfig())
+    assert watch.failures(0.0, "") == []
+    (first,) = watch.failures(0.02, "tests: no verdict within 10 seconds")
+    assert "2.0% of the answers" in first
+    assert "the last as tests: no verdict within 10 seconds" in first
+    assert "method.reward_seconds" in first
+    again = [bool(watch.failures(0.02, "x")) for _ in range(100)]
+    assert [number for number, said in enumerate(again, 1) if said] == [50, 100]
+    known = Watch(GRPOConfig())
+    known.put(watch.values())
+    assert known.failures(0.5, "x") == [], "a run that goes on says what the unbroken one would"
+
+
+def test_a_rollout_without_a_reward_is_no_worse_one() -> None:
+    watch = Watch(GRPOConfig())
+    unjudged = {name: value for name, value in SOUND.items() if name != "reward"}
+    assert [one for _ in range(8) for one in watch.after({**unjudged, "length": 90.0, "failed_share": 1.0})] == []
 
 
 def test_a_policy_that_left_who_wrote_the_answers_is_told() -> None:

@@ -89,6 +89,24 @@ def test_a_program_that_never_ends_is_wrong_and_no_failure_of_the_judging() -> N
     assert said.by_name["tests"].verdict == "wrong"
 
 
+def test_a_failure_is_told_at_once(tmp_path: Path) -> None:
+    """Whoever waits for an answer that hangs is to know why."""
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import time\ndef score(prompt, completion, record):\n    time.sleep(60 if completion == 'hang' else 0)\n"
+        "    return 1 / len(completion)\n"
+    )
+    told: list[tuple[str, ...]] = []
+    answers = [answer(text) for text in ("good", "hang", "", "good")]
+    own = FunctionReward(path=f"{path}:score")
+    with Rewards([own], workers=1, deadline_seconds=0.5, on_failure=lambda *said: told.append(said)) as found:
+        assert [one.value for one in found.score(answers)] == [0.25, None, None, 0.25]
+    assert [name for name, _ in told] == ["function"] * 2
+    assert told[0][1] == "no verdict within 0.5 seconds"
+    assert told[1][1].startswith("ZeroDivisionError: ")
+    assert found.last_error == f"function: {told[1][1]}"
+
+
 def test_many_errors_in_a_row_are_told_and_one_value_ends_them() -> None:
     with Rewards([AnswerReward()], workers=1) as found:
         found.score([answer("0")] * 31)

@@ -149,7 +149,7 @@ def _answers(results: Results) -> Section | None:
             if own.get("value") is not None:
                 said = f"{said}; worth {own['value']:g}" if said else f"worth {own['value']:g}"
             cards.append(Card(f"Step {one['step']:,}", own["answer"], said))
-        shown += [Code(sample["prompt"], "the question"), Cards(cards)]
+        shown += [Code(sample.get("asked", sample["prompt"]), "the question"), Cards(cards)]
     return Section("Answers", shown)
 
 

@@ -16,6 +16,7 @@ from finemoe.methods.grpo.objective import PolicyGradient
 from finemoe.methods.grpo.prompts import Prompts
 from finemoe.methods.grpo.rollouts import Rollouts, judgeable
 from finemoe.methods.grpo.source import Asked, OwnEngine
+from finemoe.methods.grpo.watch import FirstFailures
 from finemoe.methods.live import live_terms
 from finemoe.methods.measuring import HeldOutFigures
 from finemoe.methods.rewards import Judged, Rewards
@@ -29,6 +30,8 @@ from finemoe.training.method import Group, Method, Prompt
 @dataclass(frozen=True)
 class _Examined:
     prompt: str
+    asked: str
+    """The prompt with its template."""
     text: str
     ended: bool
     tokens: int
@@ -52,7 +55,7 @@ class Examination:
         drawn = self._answers(model, asked, 1.0)
         greedy = self._answers(model, asked, 0.0)
         rewards = [one.value for one in drawn if one.value is not None]
-        values = {"validation_reward": sum(rewards) / len(rewards) if rewards else 0.0}
+        values: dict[str, float | None] = {"validation_reward": sum(rewards) / len(rewards) if rewards else None}
         for name in drawn[0].by_name:
             for prefix, found in (("reward_", drawn), ("greedy_reward_", greedy)):
                 judged = [one.by_name[name].value for one in found if one.by_name[name].verdict != "error"]
@@ -62,7 +65,13 @@ class Examination:
         values["validation_length"] = sum(one.tokens for one in drawn) / len(drawn)
         values["validation_cut_share"] = sum(not one.ended for one in drawn) / len(drawn)
         samples = [
-            {"prompt": one.prompt, "answer": one.text, "ended": one.ended, "value": one.value}
+            {
+                "prompt": one.prompt,
+                **({"asked": one.asked} if one.asked != one.prompt else {}),
+                "answer": one.text,
+                "ended": one.ended,
+                "value": one.value,
+            }
             for one in drawn[: self.config.samples]
         ]
         return HeldOutFigures(values, {}, tuple(samples))
@@ -76,7 +85,7 @@ class Examination:
         judgeables = [judgeable(self.prompts, prompt, one) for prompt, one in zip(asked, drawn, strict=True)]
         scored = self.rewards.score(judgeables)
         return [
-            _Examined(prompt.text, one.text, one.ended, one.num_tokens, judged.value, judged.by_name)
+            _Examined(prompt.text, one.asked, one.text, one.ended, one.num_tokens, judged.value, judged.by_name)
             for prompt, one, judged in zip(asked, judgeables, scored, strict=True)
         ]
 
@@ -89,7 +98,12 @@ def build(config: GRPOConfig, setting: Setting) -> Method[RolloutBatch]:
         DataError: nothing can be asked, or a reward compares with what no record has.
     """
     prompts = Prompts.read(setting, config.template, config.answer_tokens)
-    rewards = Rewards(config.rewards, deadline_seconds=config.reward_seconds, memory_bytes=config.reward_memory)
+    rewards = Rewards(
+        config.rewards,
+        deadline_seconds=config.reward_seconds,
+        memory_bytes=config.reward_memory,
+        on_failure=FirstFailures(config),
+    )
     data = Rollouts(config, prompts, rewards, setting)
     live = live_terms(setting, mtp=False)
 

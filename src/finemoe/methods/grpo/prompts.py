@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finemoe.core.errors import ConfigError, DataError
-from finemoe.core.logs import progress
+from finemoe.core.logs import logger, progress
 from finemoe.core.seeds import derive
 from finemoe.data.conversations.forms import NO_FORM, known_forms
 from finemoe.data.conversations.prepare import reasons
@@ -54,6 +54,12 @@ class Prompts:
         tokenizer, chat, plain = speech_of(setting)
         reading = _Reading(setting, template, length - room, tokenizer, chat)
         sides = reading.read()
+        if plain and template is None:
+            logger.warning(
+                'no chat template in %s: prompts are asked as %r; set method.template = "{prompt}" to ask them plainly',
+                setting.start_from,
+                _short(tokenizer.decode(sides["train"][0].ids)),
+            )
         companions = {CHAT_TEMPLATE: chat.sources[DEFAULT]} if plain and template is None else {}
         return Prompts(sides, tokenizer, companions, reading.report, derive(setting.seed, "prompts"))
 
@@ -69,6 +75,14 @@ class Prompts:
         """[ids] counts in the prompts."""
         ids = np.array([token for one in self.sides["train"] for token in one.ids], dtype=np.int64)
         return torch.from_numpy(np.bincount(ids, minlength=self.tokenizer.vocab_size).astype(np.int64))
+
+
+_SHOWN = 160
+
+
+def _short(text: str) -> str:
+    """Beginning and end, where it is long."""
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
 
 
 class _Reading:

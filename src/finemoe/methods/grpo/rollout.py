@@ -149,19 +149,19 @@ def _routes(tensors: Mapping[str, Tensor], name: str, read: Sequence[int]) -> li
     return found
 
 
-def lines(rollout: Rollout, step: int, texts: Sequence[tuple[str, str]], whole: bool) -> Iterator[dict[str, Any]]:
+def lines(rollout: Rollout, step: int, texts: Sequence[tuple[str, str, str]], whole: bool) -> Iterator[dict[str, Any]]:
     """For rollouts.jsonl: what it came to, and every answer where it is written `whole`.
 
     Args:
         rollout: at its first step.
         step: which that is.
-        texts: of each answer, prompt and completion.
+        texts: of each answer the prompt, the same as it was asked, and the completion without the token that ended it.
         whole: with all ids, log-probabilities and routes.
     """
     yield {"kind": "rollout", "step": step, "rollout": rollout.number, **rollout.figures}
     if not whole:
         return
-    for one, (prompt, completion) in zip(rollout.answers, texts, strict=True):
+    for one, (prompt, asked, completion) in zip(rollout.answers, texts, strict=True):
         drawn = one.drawn
         yield {
             "kind": "answer",
@@ -169,6 +169,7 @@ def lines(rollout: Rollout, step: int, texts: Sequence[tuple[str, str]], whole: 
             "rollout": rollout.number,
             "group": one.group,
             "prompt": prompt,
+            **({"asked": asked} if asked != prompt else {}),
             "completion": completion,
             "value": one.value,
             "rewards": one.rewards,

@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from finemoe.core.errors import ConfigError
+from finemoe.core.errors import ConfigError, OutageError
 from finemoe.core.seeds import derive
 from finemoe.data.conversations.questions import Question
 from finemoe.generation.config import SamplingConfig
@@ -33,6 +33,8 @@ from finemoe.text.tokenizer import Tokenizer
 from finemoe.training.method import Saved
 from finemoe.training.report import StepReport
 
+_IN_VAIN = 3
+"""[rollouts] In a row of which no answer could be judged, before a run that has learnt something ends."""
 _REFERENCE = "reference."
 """What its tensors are called by in a checkpoint, before their own names."""
 
@@ -88,7 +90,7 @@ class Rollouts:
         self._source: Source | None = None
         self._policies: Policies | None = None
         self._rollout: Rollout | None = None
-        self._prompts_used = 0
+        self._prompts_used, self._in_vain = 0, 0
         self._watch, self._told_of_trouble = Watch(config), False
         self._unwritten: list[dict[str, Any]] = []
         self._spent = {"time_rollout": 0.0, "time_reward": 0.0, "time_scoring": 0.0}
@@ -129,7 +131,7 @@ class Rollouts:
         """Answers `position` to `position + num_sequences` of the run, written now where they are not there yet."""
         number, within = divmod(position, self._size * self._config.inner_epochs)
         if self._rollout is not None and number < self._rollout.number:  # what was looked at before the first step
-            self._rollout, self._prompts_used, self._unwritten = None, 0, []
+            self._rollout, self._prompts_used, self._unwritten, self._in_vain = None, 0, [], 0
         if self._rollout is None or self._rollout.number != number:
             self._rollout = self._make(number)
         first = within % self._size
@@ -158,7 +160,8 @@ class Rollouts:
         """The rollout that is learnt from, and what is needed of the reference."""
         kept, policies = saved(self._rollout, self._prompts_used), self._known.state()
         tensors = {f"{_REFERENCE}{name}": one for name, one in policies.tensors.items()}
-        return Saved({**kept.tensors, **tensors}, {**kept.values, **policies.values, "watch": self._watch.values()})
+        return Saved({**kept.tensors, **tensors}, {**kept.values, **policies.values, "watch": self._watch.values(),
+                                "in_vain": self._in_vain})  # fmt: skip
 
     def restore(self, state: Saved) -> None:
         """As it was.
@@ -169,6 +172,7 @@ class Rollouts:
         own = {name: one for name, one in state.tensors.items() if not name.startswith(_REFERENCE)}
         self._rollout, self._prompts_used = restored(Saved(own, state.values))
         self._watch.put(state.values["watch"])
+        self._in_vain = int(state.values.get("in_vain", 0))
         reference = {name.removeprefix(_REFERENCE): one for name, one in state.tensors.items() if name not in own}
         self._known.restore(Saved(reference, state.values))
 
@@ -193,7 +197,8 @@ class Rollouts:
             said.append(trouble)
         self._told_of_trouble = trouble is not None
         if self._rollout is not None and (report.step - 1) % self._config.updates == 0:
-            said += self._watch.after(self._rollout.figures)
+            found = self._rollout.figures
+            said += self._watch.after(found) + self._watch.failures(found["failed_share"], self._rewards.last_error)
         return said
 
     def take_lines(self) -> list[dict[str, Any]]:
@@ -219,6 +224,7 @@ class Rollouts:
             better = [one for one in fresh if one.alive]
             alive = [one for one in groups if one.alive]
             groups = [*alive, *better, *dead][:wanted]
+        self._require_judged(groups, number)
         self._prompts_used += asked
         answers = [one for place, group in enumerate(groups) for one in self._answers(group, place)]
         began = time.perf_counter()
@@ -227,6 +233,22 @@ class Rollouts:
         made = Rollout(number, tuple(answers), tuple(scored), figures(groups, answers, asked))
         self._note(made)
         return made
+
+    def _require_judged(self, groups: Sequence[_Group], number: int) -> None:
+        """Go on without a single answer that was judged for a few rollouts at most, and not with the first.
+
+        Raises:
+            OutageError: nothing is learnt any more.
+        """
+        judged = any(one.value is not None for group in groups for one in group.judged)
+        self._in_vain = 0 if judged else self._in_vain + 1
+        if judged or (number and self._in_vain < _IN_VAIN):
+            return
+        which = f"the last {self._in_vain} rollouts" if number and self._in_vain > 1 else "a rollout"
+        raise OutageError(
+            f"no answer of {which} could be judged, so that nothing is learnt; the last as {self._rewards.last_error}. "
+            f"Mend the reward, or raise method.reward_seconds from {self._config.reward_seconds:g}"
+        )
 
     def _ask(self, count: int, after: int) -> Iterator[_Group]:
         """`count` prompts behind the first `after` of this rollout, each answered by a group."""
@@ -280,7 +302,8 @@ class Rollouts:
         step = made.number * self._config.updates + 1
         whole = made.number % self._config.keep_rollouts == 0
         train = self._prompts.sides["train"]
-        texts = [(train[one.item].text, self.tokenizer.decode(one.drawn.completion)) for one in made.answers]
+        said = [judgeable(self._prompts, train[one.item], one.drawn) for one in made.answers]
+        texts = [(one.prompt, one.asked, one.text) for one in said]
         self._unwritten += lines(made, step, texts, whole)
 
 
@@ -296,7 +319,7 @@ def figures(groups: Sequence[_Group], answers: Sequence[Answer], asked: int) -> 
     """What a rollout came to: means over answers that count, shares of all, groups without spread."""
     values = [one.value for one in answers if one.value is not None]
     found = {
-        "reward": sum(values) / len(values) if values else 0.0,
+        **({"reward": sum(values) / len(values)} if values else {}),
         "length": sum(len(one.drawn.completion) for one in answers) / len(answers),
         "cut_share": sum(one.drawn.finish_reason == "length" for one in answers) / len(answers),
         "failed_share": sum(one.value is None for one in answers) / len(answers),
@@ -306,7 +329,8 @@ def figures(groups: Sequence[_Group], answers: Sequence[Answer], asked: int) -> 
     for name in answers[0].rewards:
         verdicts = [one.rewards[name]["verdict"] for one in answers]
         known = [one.rewards[name]["value"] for one in answers if one.rewards[name]["verdict"] != "error"]
-        found[f"reward_{name}"] = sum(known) / len(known) if known else 0.0
+        if known:
+            found[f"reward_{name}"] = sum(known) / len(known)
         found[f"unreadable_{name}"] = verdicts.count("unreadable") / len(verdicts)
     return found
 

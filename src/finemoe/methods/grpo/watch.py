@@ -6,13 +6,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import final
 
+from finemoe.core.logs import logger
 from finemoe.methods.grpo.config import GRPOConfig
 
 _LONG = 5
 """[rollouts] In a row before anything is said."""
-_DEAD, _FAILED, _CUT, _MISMATCH, _OFF_POLICY = 0.9, 0.05, 0.5, 0.1, 0.01
+_AGAIN = 50
+"""[rollouts] After which failures of rewards are told again, where there still are some."""
+_DEAD, _CUT, _MISMATCH, _OFF_POLICY = 0.9, 0.5, 0.1, 0.01
 _LONGER = 1.5
 """[factor] Length against that of the first rollouts, from where on a reward that did not rise is suspected."""
+
+
+@final
+class FirstFailures:
+    """Says at once that a reward failed, the first time that it does: what hangs costs its time with every answer."""
+
+    def __init__(self, config: GRPOConfig) -> None:
+        self._seconds = config.reward_seconds
+        self._weights = {one.name or one.kind: one.weight for one in config.rewards}
+        self._told: set[str] = set()
+
+    def __call__(self, name: str, note: str) -> None:
+        """The reward `name` could not judge an answer, for the reason `note`."""
+        if name in self._told:
+            return
+        self._told.add(name)
+        becomes = "leaves its group, and is learnt as neither right nor wrong" if self._weights[name] else "stays"
+        logger.warning(
+            "reward %s could not judge an answer: %s. Each may take %g s (method.reward_seconds); an answer that is "
+            "not judged %s",
+            name,
+            note,
+            self._seconds,
+            becomes,
+        )
 
 
 @dataclass
@@ -48,7 +76,8 @@ class Watch:
     def after(self, figures: Mapping[str, float]) -> list[str]:
         """What is to be said after a rollout with these figures."""
         for name in ("reward", "length"):
-            self._first.setdefault(name, figures[name])
+            if name in figures:  # there is no reward where no answer could be judged
+                self._first.setdefault(name, figures[name])
         unreadable = max((value for name, value in figures.items() if name.startswith("unreadable_")), default=0.0)
         dead, cut, length = figures["dead_groups"], figures["cut_share"], figures["length"]
         said = {
@@ -63,23 +92,32 @@ class Watch:
                 f"{cut:.0%} of the answers are cut at method.answer_tokens {self.config.answer_tokens}, before they "
                 "end: raise it, or reward shorter ones (method.rewards of kind length)",
             ),
-            "failed": (
-                figures["failed_share"] > _FAILED,
-                f"{figures['failed_share']:.0%} of the answers could not be judged and left their groups: see the "
-                "notes in rollouts.jsonl; raise method.reward_seconds or method.reward_memory, or mend the reward",
-            ),
             "unreadable": (
                 unreadable > _CUT,
                 f"in {unreadable:.0%} of the answers a reward found nothing to judge: see `method.template`, or begin "
                 "with a model that was shown the form (method sft)",
             ),
             "longer": (
-                length > _LONGER * self._first["length"] and figures["reward"] <= self._first["reward"],
+                length > _LONGER * self._first["length"]
+                and "reward" in self._first
+                and figures.get("reward", 1.0) <= self._first["reward"],
                 f"answers are {length / max(self._first['length'], 1e-9):.1f} times as long as at first and no better "
                 "rewarded: lengths are learnt and not the task; lower optimizer.learning_rate, or raise method.beta",
             ),
         }
         return [text for name, (so, text) in said.items() if self._streaks.setdefault(name, _Streak()).after(so)]
+
+    def failures(self, share: float, why: str) -> list[str]:
+        """What is to be said where so many answers of a rollout could not be judged, the last of them for `why`."""
+        told = self._streaks.setdefault("failed", _Streak())
+        told.rollouts = max(0, told.rollouts - 1)
+        if not share or told.rollouts:
+            return []
+        told.rollouts = _AGAIN
+        return [
+            f"{share:.1%} of the answers of a rollout could not be judged and left their groups, the last as {why}: "
+            "mend the reward, or raise method.reward_seconds or method.reward_memory; notes are in rollouts.jsonl"
+        ]
 
     def off_policy(self, mismatch: float | None, divergence: float) -> list[str]:
         """What is to be said of how far the policy is from who wrote the answers, by a step's terms."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -43,6 +43,7 @@ class Rewards:
         deadline_seconds: float = 10.0,
         memory_bytes: int = 1 << 30,
         workers: int = 2,
+        on_failure: Callable[[str, str], object] = lambda name, note: None,
     ) -> None:
         """Check that every reward can be computed.
 
@@ -53,6 +54,7 @@ class Rewards:
             deadline_seconds: for one answer and one reward; of a program under test it is the program's own time.
             memory_bytes: for the same.
             workers: processes at most.
+            on_failure: is told at once when a reward cannot judge an answer: its name, and why.
 
         Raises:
             ConfigError: there is none, two have one name, or one cannot be made: a user's file that fails, a package
@@ -70,8 +72,8 @@ class Rewards:
         """Answers one after the other, up to the last, that got no value because a reward failed."""
         self._models = {name: RewardModel(one) for name, one in self._configs.items() if one.kind == "reward_model"}
         specs = {name: one.model_dump(mode="json") for name, one in self._configs.items() if one.kind in KINDS}
-        self._make_pool = partial(Pool, specs, bounds, workers)
-        self._has_rules = bool(specs)
+        self._make_pool = partial(Pool, specs, bounds, workers, on_failure)
+        self._has_rules, self._on_failure = bool(specs), on_failure
         self._pool: Pool | None = None
         if any(KINDS[one["kind"]].may_fail for one in specs.values()):
             self._pool = self._make_pool()
@@ -93,6 +95,11 @@ class Rewards:
             return None
         return f"the last {self.errors_in_a_row} answers got no reward, as computing it failed: {self._last_error}"
 
+    @property
+    def last_error(self) -> str:
+        """Of the last answer that got no value: which reward, and why."""
+        return self._last_error
+
     _last_error = ""
 
     def identity(self) -> list[dict[str, Any]]:
@@ -112,6 +119,8 @@ class Rewards:
         for name, model in self._models.items():
             for found, judged in zip(by_name, model.judge(answers), strict=True):
                 found[name] = judged
+                if judged.verdict == "error":
+                    self._on_failure(name, judged.note)
         return [self._summed({name: found[name] for name in self._configs}) for found in by_name]
 
     def _summed(self, by_name: Mapping[str, Judged]) -> Scored:
