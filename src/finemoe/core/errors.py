@@ -36,6 +36,10 @@ class TrainingError(FinemoeError):
     """Training cannot go on: a non-finite loss or gradient. The last good state is kept."""
 
 
+class OutageError(FinemoeError):
+    """Something elsewhere that a run needs does not answer. What was trained is saved, and goes on when it is back."""
+
+
 @contextlib.contextmanager
 def named(where: Path | str) -> Iterator[None]:
     """Put `where` before the messages of what knows no paths.

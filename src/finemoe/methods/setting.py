@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from finemoe.core.config import Config
@@ -120,6 +121,8 @@ class Setting:
     """With a rate, also where no router of the model has a bias that it would move."""
     mtp: MTPLossConfig
     """Of effect only where the model has modules for it."""
+    directory: Path | None = None
+    """Of the run, where there is one: a look at its data or its speed has none."""
 
 
 def numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:

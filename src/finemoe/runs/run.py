@@ -18,7 +18,7 @@ import torch
 
 from finemoe.checkpoint.run_state.state import RunState, checkpoint_folders
 from finemoe.core import memory
-from finemoe.core.errors import ConfigError, RunError, TrainingError
+from finemoe.core.errors import ConfigError, OutageError, RunError, TrainingError
 from finemoe.core.files import sole_writer, write_text
 from finemoe.core.logs import logger
 from finemoe.core.seeds import derive
@@ -89,9 +89,9 @@ def train(
             return _go_on(directory, None, quiet, world)
         world.first(lambda: require_free(directory, config))
         world.first(lambda: check_start(config, directory))
-        method = world.in_turn(lambda: build_method(config))
+        method = world.in_turn(lambda: build_method(config, directory))
         if (known := in_steps(config, method.data)) != config:
-            method = method if known.setting == config.setting else build_method(known)
+            method = method if known.setting == config.setting else build_method(known, directory)
             config = known
         with ExitStack() as held:
             held.enter_context(_told_where(directory, world))
@@ -185,7 +185,7 @@ def _go_on(directory: Path, changed: RunConfig | None, quiet: bool, world: World
 
 
 def _resume(directory: Path, before: RunConfig, config: RunConfig, quiet: bool, world: World) -> Run:
-    method = world.in_turn(lambda: build_method(config))
+    method = world.in_turn(lambda: build_method(config, directory))
     world.first(lambda: refuse_other_data(directory, method.data.report))
     saved = newest_state(directory, before, world)
     if config != before:
@@ -295,9 +295,16 @@ def _train(trainer: Trainer, save: Save, directory: Path) -> bool:
 
     Raises:
         TrainingError: a loss was not finite; the state is saved and failure.json written.
+        OutageError: something elsewhere did not answer; the state is saved.
     """
     try:
         trainer.run()
+    except OutageError as error:
+        if trainer.state.step:
+            save.save(trainer)
+        step = trainer.state.step
+        again = f"the run is saved after step {step}: `finemoe resume {shlex.quote(str(directory))}` goes on"
+        raise OutageError(f"{error}; {again}") from error
     except TrainingError as error:
         if trainer.method.state:  # it may have counted the refused step; the last regular checkpoint did not
             save.wait()
