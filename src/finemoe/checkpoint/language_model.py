@@ -119,7 +119,7 @@ def weights_for(opened: LanguageModel, source: str | os.PathLike[str]) -> Mappin
         FinemoeError: no model, damaged, of another architecture, or with another tokenizer.
     """
     path, own = Path(source), opened.model.config
-    found = read_model_config(path)
+    found = read_model_config(path).model_copy(update={"max_positions": own.max_positions})  # it has no weights
     if not (can_begin_with(own, found) and can_begin_with(found, own)):
         raise CheckpointError(f"{path} is of another architecture than the model whose weights it is to be")
     if load_tokenizer(path).fingerprint() != opened.tokenizer.fingerprint():

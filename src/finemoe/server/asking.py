@@ -223,7 +223,7 @@ def _sampling(request: Sampling, room: int, logprobs: int, prompt_logprobs: int 
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         logit_bias=tuple(sorted((int(token), bias) for token, bias in (request.logit_bias or {}).items())),
-        seed=secrets.randbits(62) if request.seed is None else request.seed,
+        seed=_seed(request),
         max_new_tokens=room,
         min_new_tokens=min(own.min_new_tokens, room),
         stop=stop,
@@ -233,6 +233,14 @@ def _sampling(request: Sampling, room: int, logprobs: int, prompt_logprobs: int 
         tempered_logprobs=own.tempered_logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def _seed(request: Sampling) -> int:
+    if request.finemoe.seed is None:
+        return secrets.randbits(62) if request.seed is None else request.seed
+    if request.seed is not None:
+        raise ApiError(400, "seed and finemoe.seed: give one of them", param="finemoe.seed")
+    return int(request.finemoe.seed)
 
 
 def _requests(

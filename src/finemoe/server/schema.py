@@ -106,6 +106,9 @@ class FinemoeFields(Schema):
     special: StrictBool = Field(
         default=False, description="Read control tokens that a prompt spells out as tokens, not as text."
     )
+    seed: Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,18})$")] | None = Field(
+        default=None, description="In the place of `seed`: digits of up to 63 bits, which not every JSON keeps."
+    )
     first: Annotated[StrictInt, Field(ge=0, le=1 << 53), Whole] = Field(
         default=0, description="Number of the first choice: with one seed, equal numbers of one prompt give equal text."
     )
@@ -132,7 +135,7 @@ class Sampling(Schema, ABC):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = Field(
         default=None, description="Ends the text, which leaves it out; across the borders of tokens."
     )
-    seed: Annotated[StrictInt, Field(ge=-(1 << 63), le=1 << 63), Whole] | None = Field(
+    seed: Annotated[StrictInt, Field(ge=1 - (1 << 53), le=(1 << 53) - 1), Whole] | None = Field(
         default=None, description="Equal seeds give equal text; left out, each request draws its own."
     )
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None

@@ -74,7 +74,7 @@ class Rollouts:
         """
         self._config, self._prompts, self._rewards = config, prompts, rewards
         self._size, self._start_from = setting.sequences_per_step * config.steps_per_rollout, setting.start_from
-        self._directory = setting.directory
+        self._directory, self._length = setting.directory, setting.data.sequence_length
         if self._size % config.group:
             raise ConfigError(
                 f"the {self._size} answers of a rollout are no whole groups of method.group {config.group}: a step has "
@@ -159,7 +159,7 @@ class Rollouts:
             first = Asked(self._prompts.sides["train"][0].ids, (0,))
             follows = begins or server.weights == "update"
             self._source = source = FromServer(
-                self._config, model, self.tokenizer, says, self._directory, first, self._sampling, follows
+                self._config, model, self.tokenizer, says, self._directory, first, self._sampling, self._length, follows
             )
             if begins:
                 source.probe()

@@ -75,6 +75,8 @@ class FromServer:
     first: Asked
     """What the server is asked before all else, once."""
     sampling: SamplingConfig
+    length: int
+    """[tokens] Longest prompt with its answer."""
     compares: bool
     """The server has, or is given, the policy of now, when it is first asked."""
     _client: Client = field(init=False)
@@ -189,7 +191,8 @@ class FromServer:
         if self._given is None:  # whatever an earlier process left
             shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(folder / f"step-{number:08d}", ignore_errors=True)
-        config = json.dumps({"model": self.model.config.model_dump(mode="json")})
+        length = {"sequence_length": self.length}  # which Hugging Face's config.json must say
+        config = json.dumps({"model": self.model.config.model_dump(mode="json"), "data": length})
         path = save(folder, number, RunState(self.model.state_dict(), {}, {"step": number}, config), keep=1)
         if self._own.form == "huggingface":
             for old in folder.glob("huggingface-*"):
@@ -279,8 +282,8 @@ class FromServer:
             "return_routed_experts": bool(self.model.config.moe_layers),
         }  # fmt: skip
         if self._ours:  # the very draws of the engine of this process
-            own = {"first": part.streams[0], "tempered_logprobs": sampling.tempered_logprobs}
-            body |= {"seed": sampling.seed, "logprobs": 0, "finemoe": own}
+            own = {"seed": str(sampling.seed), "first": part.streams[0]}
+            body |= {"logprobs": 0, "finemoe": {**own, "tempered_logprobs": sampling.tempered_logprobs}}
         else:  # what a model's generation_config.json may say otherwise, and seeds that are no other request's
             seed = derive(sampling.seed, "request", part.streams[0], *part.ids) % (1 << 31)
             whole = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
