@@ -26,6 +26,8 @@ Below = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
+        exists=True,
+        file_okay=False,
         help="Let clients replace a model's weights (POST /update_weights_from_disk) by any of the same architecture "
         "and tokenizer that lie below this folder, and nowhere else. For a trainer whose answers come from here.",
         show_default="nobody may",
@@ -67,7 +69,6 @@ def serve(
     """
     from finemoe.cli.output import bytes_of, printable
     from finemoe.core.config import parse, with_overrides
-    from finemoe.core.errors import ConfigError
     from finemoe.core.logs import console
     from finemoe.server import require
     from finemoe.server.models import Limits
@@ -83,8 +84,6 @@ def serve(
         console().print(
             f"warning: everybody who reaches {host} can use this server: give it a key (--api-key-file)", style="yellow"
         )
-    if weights_below is not None and not weights_below.is_dir():
-        raise ConfigError(f"--weights-below {weights_below}: there is no such folder; make it, or name another")
     sizes = bytes_of(cache_size, "--cache-size"), bytes_of(memory, "--memory")
     options = Options(dtype, *sizes, bounds, weights_below)
     models = named(sources)

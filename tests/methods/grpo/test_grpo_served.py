@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from finemoe.checkpoint.open import load_model, load_tokenizer
-from finemoe.core.errors import ConfigError
+from finemoe.core.errors import ConfigError, OutageError
 from finemoe.generation.config import SamplingConfig
 from finemoe.methods.grpo.config import GRPOConfig
 from finemoe.methods.grpo.rollout import Drawn
 from finemoe.methods.grpo.scoring import Policies
 from finemoe.methods.grpo.served import FromServer
 from finemoe.methods.grpo.source import Asked, OwnEngine
+from finemoe.server.models import Options
 from methods.grpo.tiny_policy import base
 from methods.grpo.tiny_servers import between, serving
 from server.conftest import Live
@@ -226,3 +227,50 @@ def test_what_others_write_is_read_too(start: Path, tmp_path: Path, live: Live) 
         own = OwnEngine(served.model, served.tokenizer, nullcontext)
         expected = own([Asked((5, 6, 7), (0,))], sampling().model_copy(update={"seed": seeds[-1]}))
         same([found], expected)
+
+
+@pytest.mark.parametrize("status", [503, 429, None])
+def test_what_may_pass_is_asked_again(start: Path, tmp_path: Path, live: Live, status: int | None) -> None:
+    left = [3]
+
+    def change(path: str, answer: Any) -> Any:
+        left[0] -= 1
+        return status if left[0] >= 0 else answer
+
+    with between(live.address, change) as gate:
+        served = source(start, tmp_path, gate.address, patience_seconds=60.0, weights="fixed", importance_cap=2.0)
+        served.renew(0)
+        assert left[0] < 0
+        left[0] = 1
+        same(served(ASKED, sampling()), OwnEngine(served.model, served.tokenizer, nullcontext)(ASKED, sampling()))
+        assert len(gate.asked) == 1 + 2 + 2 + 1, "a look, at most 16 consecutive answers a request, one again"
+
+
+@pytest.mark.parametrize("status", [503, None])
+def test_patience_ends(start: Path, tmp_path: Path, live: Live, status: int | None) -> None:
+    with between(live.address) as gate:
+        served = source(start, tmp_path, gate.address, patience_seconds=0.3, weights="fixed", importance_cap=2.0)
+        served.renew(0)
+        gate.change = lambda path, answer: status
+        with pytest.raises(OutageError, match=r"again for 0.3 s .method.server.patience_seconds"):
+            served(ASKED, sampling())
+
+
+def test_who_is_not_there_is_named(start: Path, tmp_path: Path) -> None:
+    served = source(start, tmp_path, "http://127.0.0.1:9", patience_seconds=0.0)
+    with pytest.raises(OutageError, match=r"http://127\.0\.0\.1:9 does not answer"):
+        served.probe()
+
+
+def test_keys_come_from_the_environment(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = Live({"m": start}, Options(cache_bytes=4 << 20), key="secret")
+    try:
+        with pytest.raises(ConfigError, match="the environment has no OUR_KEY"):
+            source(start, tmp_path, live.address, api_key_env="OUR_KEY")
+        monkeypatch.setenv("OUR_KEY", "wrong")
+        with pytest.raises(ConfigError, match="says 401: the key is missing or wrong"):
+            source(start, tmp_path, live.address, api_key_env="OUR_KEY").probe()
+        monkeypatch.setenv("OUR_KEY", "secret")
+        source(start, tmp_path, live.address, api_key_env="OUR_KEY").probe()
+    finally:
+        live.stop()
