@@ -59,6 +59,10 @@ class MethodConfig(Config):
         """Whether the parameter of that name is trained, if the choice of what may move lets it."""
         return True
 
+    def as_learnt(self) -> MethodConfig:
+        """Itself without what a run may go on with otherwise, such as where a server listens."""
+        return self
+
     def kept(self, weights: int) -> tuple[Kept, ...]:
         """What is held beside the model, whose `weights` take so many bytes, as long as the run goes.
 

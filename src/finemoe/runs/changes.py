@@ -62,6 +62,8 @@ def _is_past(key: str) -> bool:
     table, _, field = key.partition(".")
     if key == "optimizer.kind":
         return True
+    if key.startswith("method.server."):
+        return field == "server.weights"
     if table == "training":
         return field in TrainingConfig.model_fields and field not in _TO_COME_OF_TRAINING
     return table in RunConfig.model_fields and table not in _TO_COME

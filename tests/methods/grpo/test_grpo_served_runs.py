@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from finemoe.core.errors import ConfigError, OutageError
+from finemoe.core.errors import ConfigError, OutageError, RunError
 from finemoe.runs.run import resume, train
 from methods.grpo.tiny_policy import base, practising
 from methods.grpo.tiny_servers import between, serving
@@ -99,9 +99,11 @@ def test_a_server_that_dies_leaves_the_run_saved(start: Path, tmp_path: Path, li
         way["training"]["checkpoint_every"] = 100
         with pytest.raises(OutageError, match=r"method.server.patience_seconds.*saved after step 2: `finemoe resume"):
             train(way, out=tmp_path / "torn", quiet=True)
-        gate.change, seen = lambda path, answer: answer, len(gate.asked)
-        resume(tmp_path / "torn", quiet=True)
-        asked = [path for path, _ in gate.asked[seen:]]
+    with between(live.address) as gate:  # which is now elsewhere
+        with pytest.raises(RunError, match=r"method.server.weights cannot be changed"):
+            resume(tmp_path / "torn", overrides=["method.server.weights=fixed"], quiet=True)
+        resume(tmp_path / "torn", overrides=[f"method.server.url={gate.address}"], quiet=True)
+        asked = [path for path, _ in gate.asked]
     assert asked.count(RENEW) == 1
     assert asked.count(COMPLETE) == 4, "looked at, given its weights, looked at again, and asked two prompts"
     assert are_alike(tmp_path / "torn", alone, 1e-5)

@@ -176,6 +176,11 @@ class GRPOConfig(MethodConfig):
         """An engine, and a reference."""
         return True
 
+    def as_learnt(self) -> GRPOConfig:
+        """Whose answers are learnt, and not where they are asked for."""
+        fixed = self.server is not None and self.server.weights == "fixed"
+        return self.model_copy(update={"server": ServerConfig(url="http://-", weights="fixed") if fixed else None})
+
     def moves(self, name: str) -> bool:
         """All but prediction modules."""
         return not name.startswith("mtp.")
