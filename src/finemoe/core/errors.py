@@ -37,7 +37,7 @@ class TrainingError(FinemoeError):
 
 
 class OutageError(FinemoeError):
-    """Something elsewhere that a run needs does not answer. What was trained is saved, and goes on when it is back."""
+    """Something elsewhere that a run needs does not answer, or no longer as it must. What was trained is saved."""
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from finemoe.core.errors import ConfigError, OutageError, RunError
+from finemoe.runs.planning.check import check
 from finemoe.runs.run import resume, train
 from methods.grpo.tiny_policy import base, practising
 from methods.grpo.tiny_servers import between, serving
@@ -88,6 +89,12 @@ def test_weights_that_stay_are_another_policy(start: Path, tmp_path: Path, live:
 def test_weights_that_stay_need_a_correction(start: Path, live: Live) -> None:
     with pytest.raises(ConfigError, match=r"another policy's .* importance_cap = 2, or off_policy_bound"):
         train(recipe(start, live.address, {"weights": "fixed"}), quiet=True)
+
+
+def test_a_check_asks_no_server(start: Path) -> None:
+    found = check(recipe(start, "http://127.0.0.1:9"), steps=1, quiet=True)
+    assert found.refused == ()
+    assert found.steps_measured == 1
 
 
 def test_a_server_that_dies_leaves_the_run_saved(start: Path, tmp_path: Path, live: Live, alone: Path) -> None:

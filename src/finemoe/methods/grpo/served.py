@@ -8,6 +8,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from finemoe.checkpoint.huggingface.exporting import export_hf
 from finemoe.checkpoint.run_state.state import RunState, save
-from finemoe.core.errors import ConfigError
+from finemoe.core.errors import ConfigError, OutageError
 from finemoe.core.logs import logger
 from finemoe.core.seeds import derive
 from finemoe.generation.config import SamplingConfig
@@ -90,6 +91,8 @@ class FromServer:
     _version: str | None = field(init=False, default=None)
     """What that is called."""
     _compared: bool = field(init=False, default=False)
+    _number: int = field(init=False, default=0)
+    """Of the rollout that was begun last."""
 
     def __post_init__(self) -> None:
         """Nothing is asked yet.
@@ -120,9 +123,6 @@ class FromServer:
             ConfigError: names what the server does not give, or what does not fit.
             OutageError: it does not answer.
         """
-        self._drawn_first()
-
-    def _drawn_first(self) -> Drawn:
         found = self._patiently(lambda: self._client.get("/v1/models"))
         cards = [one for one in found.get("data") or () if isinstance(one, dict) and isinstance(one.get("id"), str)]
         names = [card["id"] for card in cards]
@@ -131,12 +131,14 @@ class FromServer:
             raise ConfigError(f"method.server.url {self._own.url}: the server {said}: say which in method.server.model")
         self._name = self._own.model or names[0]
         self._ours = any(card["id"] == self._name and card.get("owned_by") == "finemoe" for card in cards)
-        room = min(_PROBED, self.sampling.max_new_tokens)
-        sampling = self.sampling.model_copy(update={"max_new_tokens": room})
-        part = next(_parts(self.first))
+        part, sampling = _Part(self.first.ids, range(self.first.streams[0], self.first.streams[0] + 1)), self._short()
         (drawn,) = self._patiently(lambda: self._answers(part, sampling))
         self._routed = bool(drawn.routes)
-        return drawn
+
+    def _short(self) -> SamplingConfig:
+        """As in the run, and not as long."""
+        room = min(_PROBED, self.sampling.max_new_tokens)
+        return self.sampling.model_copy(update={"max_new_tokens": room})
 
     def _compare(self) -> None:
         """Look whether the server has the weights that it should have.
@@ -144,7 +146,8 @@ class FromServer:
         Raises:
             ConfigError: its log-probabilities are not ours.
         """
-        drawn = self._drawn_first()
+        sampling = self._short()
+        ((drawn,),) = self._drawn([Asked(self.first.ids, self.first.streams[:1])], sampling)
         (own,) = self.says([drawn])
         apart = sum(abs(a - b) for a, b in zip(own.tolist(), drawn.logprobs, strict=True)) / len(drawn.logprobs)
         if apart > self._own.bound:
@@ -170,20 +173,30 @@ class FromServer:
 
         Raises:
             ConfigError: the server cannot, or then has other weights.
-            OutageError: it does not answer.
+            OutageError: it does not answer, or it is no longer the first rollout.
             RunError: the disk is full.
         """
-        if self._own.weights == "update":
-            path = self._written(number)
+        self._number = number
+        with self._in_time():
             if self._name is None:
-                self._drawn_first()
-            self._version = f"{number}-{secrets.token_hex(4)}"
-            self._patiently(lambda: self._give(path))
-            self._given = path
-        if self.compares and not self._compared:
-            self._compare()
-        elif self._name is None:
-            self._drawn_first()
+                self.probe()
+            if self._own.weights == "update":
+                path = self._written(number)
+                self._version = f"{number}-{secrets.token_hex(4)}"
+                self._patiently(lambda: self._give(path))
+                self._given = path
+            if self.compares and not self._compared:
+                self._compare()
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """What goes wrong before the first step is refused; later, what was trained is to be saved."""
+        try:
+            yield
+        except ConfigError as error:
+            if self._number:
+                raise OutageError(str(error)) from error
+            raise
 
     def _written(self, number: int) -> Path:
         """The policy as it is now, in a folder of the run."""
@@ -224,8 +237,13 @@ class FromServer:
 
         Raises:
             ConfigError: an answer cannot be learnt.
-            OutageError: the server does not answer.
+            OutageError: the server does not answer, or it is no longer the first rollout.
         """
+        with self._in_time():
+            return self._drawn(asked, sampling)
+
+    def _drawn(self, asked: Sequence[Asked], sampling: SamplingConfig) -> list[list[Drawn]]:
+        """Asked in rounds: what is lost in one is asked again in the next."""
         places = [(place, part) for place, one in enumerate(asked) for part in _parts(one)]
         found: dict[int, list[Drawn]] = {}
         patience = Patience(self._own.patience_seconds)
@@ -296,7 +314,8 @@ class FromServer:
         choices = said.get("choices")
         if not isinstance(choices, list) or len(choices) != len(part.streams):
             raise ConfigError(f"method.server.url {self._own.url}: it was asked for n = {len(part.streams)} answers")
-        return [self._reading.choice(said, one, part.ids, sampling.max_new_tokens) for one in choices]
+        ordered = sorted(choices, key=lambda one: one.get("index") or 0 if isinstance(one, dict) else 0)
+        return [self._reading.choice(said, one, part.ids, sampling.max_new_tokens) for one in ordered]
 
     def _patiently(self, work: Callable[[], T]) -> T:
         """What `work` gives, sooner or later.
