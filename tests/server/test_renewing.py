@@ -12,8 +12,10 @@ import httpx
 import pytest
 
 from finemoe.checkpoint.open import read_model_config
+from finemoe.core.errors import ConfigError
 from finemoe.model.size import measure
 from finemoe.server.models import Options
+from finemoe.server.run import serve
 from finemoe.text import Tokenizer
 from server.conftest import Live
 from server.talkers import write_run
@@ -145,6 +147,11 @@ def test_a_model_that_was_closed_is_opened_with_what_it_had_last(start: Callable
     assert [one.name for one in live.app.state.server.models.open] == ["b"]
     assert said(live, "a") == (pytest.approx(new[0], abs=1e-5), "other")
     assert old[0] != pytest.approx(new[0], abs=1e-3)
+
+
+def test_a_folder_that_is_not_there_is_told_at_the_start(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--weights-below .*there is no such folder"):
+        serve(str(folder / "own"), options=Options(weights_below=folder / "missing"), port=0)
 
 
 def test_the_key_guards_it(start: Callable[..., Live], folder: Path) -> None:

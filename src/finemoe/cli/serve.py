@@ -26,8 +26,6 @@ Below = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        exists=True,
-        file_okay=False,
         help="Let clients replace a model's weights (POST /update_weights_from_disk) by any of the same architecture "
         "and tokenizer that lie below this folder, and nowhere else. For a trainer whose answers come from here.",
         show_default="nobody may",

@@ -44,10 +44,12 @@ def serve(
         started: called with what can be told to stop (`should_exit = True`), before that.
 
     Raises:
-        FinemoeError: the address cannot be used, or something that is no model.
+        FinemoeError: the address cannot be used, something that is no model, or no folder for weights.
     """
     sources, options = named(str(model) for model in models), options or Options()
     _check_sources(sources)
+    if options.weights_below is not None and not options.weights_below.is_dir():
+        raise ConfigError(f"--weights-below {options.weights_below}: there is no such folder; make it, or name another")
     listening = _listen(host, port)
     try:
         opened = apart(lambda: prepare_all(sources, options)) if load else {}
