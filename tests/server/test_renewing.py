@@ -150,7 +150,7 @@ def test_a_model_that_was_closed_is_opened_with_what_it_had_last(start: Callable
 
 
 def test_a_folder_that_is_not_there_is_told_at_the_start(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="--weights-below .*there is no such folder"):
+    with pytest.raises(ConfigError, match=r"--weights-below .*there is no such folder"):
         serve(str(folder / "own"), options=Options(weights_below=folder / "missing"), port=0)
 
 
