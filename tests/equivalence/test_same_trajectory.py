@@ -17,7 +17,6 @@ from finemoe.model.config import Kernels
 from finemoe.runs import kernels as run_kernels
 from finemoe.runs import run as run_module
 from finemoe.runs.calibration import Chosen
-from finemoe.runs.config import RunConfig
 from finemoe.runs.run import resume, train
 from finemoe.training.method import Method
 from finemoe.training.optimizers import OPTIMIZERS
@@ -172,8 +171,8 @@ def test_what_draws_from_the_default_generator_resumes_where_it_was(
 
     original = run_module.build_method
 
-    def noisy(config: RunConfig) -> Method[Any]:
-        method = original(config)
+    def noisy(*given: Any) -> Method[Any]:
+        method = original(*given)
         return replace(method, before_update=(*method.before_update, noise))
 
     monkeypatch.setattr(run_module, "build_method", noisy)

@@ -16,7 +16,6 @@ from finemoe.core.errors import CheckpointError, RunError, TrainingError
 from finemoe.model.transformer import Transformer
 from finemoe.runs import run as run_module
 from finemoe.runs import saving
-from finemoe.runs.config import RunConfig
 from finemoe.runs.run import resume, train
 from finemoe.training.method import Figures, Group, Method, Saved
 from finemoe.training.trainer import Trainer
@@ -44,8 +43,8 @@ class Counter:
 def keep(monkeypatch: pytest.MonkeyPatch, original: Any, **parts: Counter) -> None:
     """Runs from here on have a method with these parts, which count its steps."""
 
-    def build(config: RunConfig) -> Method[Any]:
-        method = original(config)
+    def build(*given: Any) -> Method[Any]:
+        method = original(*given)
         return replace(method, before_update=(*method.before_update, *parts.values()), state=parts)
 
     monkeypatch.setattr(run_module, "build_method", build)
@@ -89,7 +88,7 @@ Build = Callable[[Method[Any]], Method[Any]]
 def method_with(monkeypatch: pytest.MonkeyPatch, change: Build) -> None:
     """Runs from here on train with their usual method, changed."""
     original = run_module.build_method
-    monkeypatch.setattr(run_module, "build_method", lambda config: change(original(config)))
+    monkeypatch.setattr(run_module, "build_method", lambda *given: change(original(*given)))
 
 
 def saved(directory: Path) -> list[dict[str, Any]]:
@@ -277,8 +276,8 @@ def test_other_parameters_than_the_checkpoint_s_are_refused(
 ) -> None:
     directory, _, original = stopped
 
-    def fewer(config: RunConfig) -> Method[Any]:
-        method = original(config)
+    def fewer(*given: Any) -> Method[Any]:
+        method = original(*given)
         parts = {"counter": Counter()}
         return replace(method, select=lambda name: None if "embedding" in name else Group(), state=parts)
 

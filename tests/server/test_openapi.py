@@ -20,6 +20,7 @@ def test_every_path_is_described(live: Live) -> None:
         "/v1/models",
         "/v1/models/{model}",
         "/v1/models/{model}/experts",
+        "/update_weights_from_disk",
         "/tokenize",
         "/detokenize",
         "/health",

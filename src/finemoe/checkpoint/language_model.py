@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from finemoe.checkpoint.kinds import kind_of
-from finemoe.checkpoint.open import load_chat_template, load_model, load_tokenizer
-from finemoe.core.errors import DataError, RunError
+from finemoe.checkpoint.open import load_chat_template, load_model, load_tokenizer, read_model_config
+from finemoe.core.errors import CheckpointError, DataError, RunError
 from finemoe.core.reading import decode_json
-from finemoe.model.config import Kernels
+from finemoe.model.config import Kernels, can_begin_with
 from finemoe.model.transformer import Transformer
 from finemoe.text.chat import ChatTemplate
 from finemoe.text.control import encode_chat
@@ -109,6 +110,21 @@ def open_language_model(
     length = data.get("sequence_length")  # of a file that an editor may have changed
     reach = (length if type(length) is int and length > 0 else None) if own else model.config.max_positions
     return LanguageModel(model, tokenizer, path, own, reach, data.get("packing") == "isolate")
+
+
+def weights_for(opened: LanguageModel, source: str | os.PathLike[str]) -> Mapping[str, Tensor]:
+    """The weights at `source`, on the CPU and in the types of `opened`, if they are of that very model.
+
+    Raises:
+        FinemoeError: no model, damaged, of another architecture, or with another tokenizer.
+    """
+    path, own = Path(source), opened.model.config
+    found = read_model_config(path).model_copy(update={"max_positions": own.max_positions})  # it has no weights
+    if not (can_begin_with(own, found) and can_begin_with(found, own)):
+        raise CheckpointError(f"{path} is of another architecture than the model whose weights it is to be")
+    if load_tokenizer(path).fingerprint() != opened.tokenizer.fingerprint():
+        raise CheckpointError(f"{path} has another tokenizer than the model whose weights it is to be")
+    return load_model(path, dtype=opened.model.embedding.weight.dtype).state_dict()
 
 
 def training_data(run: Path) -> dict[str, Any]:

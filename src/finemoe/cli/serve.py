@@ -22,6 +22,15 @@ Size = Annotated[str | None, typer.Option(metavar="SIZE", help="For weights and 
 Key = Annotated[
     Path | None, typer.Option("--api-key-file", metavar="FILE", help="Clients must send the key that it holds.")
 ]
+Below = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Let clients replace a model's weights (POST /update_weights_from_disk) by any of the same architecture "
+        "and tokenizer that lie below this folder, and nowhere else. For a trainer whose answers come from here.",
+        show_default="nobody may",
+    ),
+]
 
 
 def serve(
@@ -39,6 +48,7 @@ def serve(
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Change a limit (docs/howto/serve.md lists them).")
     ] = None,
+    weights_below: Below = None,
 ) -> None:
     """Serve models: a page to talk on, and OpenAI's API.
 
@@ -72,7 +82,8 @@ def serve(
         console().print(
             f"warning: everybody who reaches {host} can use this server: give it a key (--api-key-file)", style="yellow"
         )
-    options = Options(dtype, bytes_of(cache_size, "--cache-size"), bytes_of(memory, "--memory"), bounds)
+    sizes = bytes_of(cache_size, "--cache-size"), bytes_of(memory, "--memory")
+    options = Options(dtype, *sizes, bounds, weights_below)
     models = named(sources)
 
     def ready(address: str) -> None:

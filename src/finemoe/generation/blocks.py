@@ -116,6 +116,13 @@ class BlockPool:
                 self._forget(block)
                 self._empty.append(block)
 
+    def forget(self) -> None:
+        """Nothing is found by its text any more, as where the weights that read it have changed; no block is owned."""
+        for block in list(self._contents):
+            self._forget(block)
+        self._empty += self._kept
+        self._kept.clear()
+
     def _forget(self, block: int) -> None:
         content = self._contents.pop(block, None)
         self._numbers.pop(block, None)

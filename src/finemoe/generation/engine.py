@@ -213,6 +213,11 @@ class Engine:
         self._end(sequence, "cancelled")
         return True
 
+    def forget(self) -> None:
+        """Read every text anew from now on, as where weights have changed; nothing may run."""
+        assert not self.busy
+        self._pool.forget()
+
     def generate(self, prompts: Iterable[tuple[int, ...]], sampling: SamplingConfig) -> list[Sequence]:
         """Complete every prompt, in order. A prompt given n times is drawn n times, independently."""
         ids = self.submit_all(prompts, Request((), sampling))

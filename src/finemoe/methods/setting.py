@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from finemoe.core.config import Config
@@ -57,6 +58,10 @@ class MethodConfig(Config):
     def moves(self, name: str) -> bool:
         """Whether the parameter of that name is trained, if the choice of what may move lets it."""
         return True
+
+    def as_learnt(self) -> MethodConfig:
+        """Itself without what a run may go on with otherwise, such as where a server listens."""
+        return self
 
     def kept(self, weights: int) -> tuple[Kept, ...]:
         """What is held beside the model, whose `weights` take so many bytes, as long as the run goes.
@@ -120,6 +125,8 @@ class Setting:
     """With a rate, also where no router of the model has a bias that it would move."""
     mtp: MTPLossConfig
     """Of effect only where the model has modules for it."""
+    directory: Path | None = None
+    """Of the run, where there is one: a look at its data or its speed has none."""
 
 
 def numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -174,7 +174,8 @@ def _config_of(saved: RunState, checkpoints: Path) -> RunConfig:
 def _compare_configurations(directory: Path, config: RunConfig, saved: RunConfig, step: int) -> None:
     """An edited config.json: another model or corpus is refused, anything else is said, unless `--set` asked for it."""
     changed = [name for name in RunConfig.model_fields if getattr(config, name) != getattr(saved, name)]
-    if {"model", "data", "seed", "method", "trainable"} & set(changed) or config.optimizer.kind != saved.optimizer.kind:
+    fixed = {"model", "data", "seed", "trainable"} & set(changed)
+    if fixed or config.method.as_learnt() != saved.method.as_learnt() or config.optimizer.kind != saved.optimizer.kind:
         raise RunError(f"{directory}/config.json: {', '.join(changed)} differ from the checkpoint's; put them back")
     if changed and not was_changed(directory, step):
         logger.warning("%s differ from the checkpoint's: this is no longer the run that began here", ", ".join(changed))

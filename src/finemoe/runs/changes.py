@@ -68,6 +68,8 @@ def _is_past(key: str) -> bool:
         return True
     if key in _BOUNDS_OF_JUDGING:
         return False
+    if key.startswith("method.server."):
+        return field == "server.weights"
     if table == "training":
         return field in TrainingConfig.model_fields and field not in _TO_COME_OF_TRAINING
     return table in RunConfig.model_fields and table not in _TO_COME

@@ -89,9 +89,9 @@ def train(
             return _go_on(directory, None, quiet, world)
         world.first(lambda: require_free(directory, config))
         world.first(lambda: check_start(config, directory))
-        method = world.in_turn(lambda: build_method(config))
+        method = world.in_turn(lambda: build_method(config, directory))
         if (known := in_steps(config, method.data)) != config:
-            method = method if known.setting == config.setting else build_method(known)
+            method = method if known.setting == config.setting else build_method(known, directory)
             config = known
         with ExitStack() as held:
             held.enter_context(_told_where(directory, world))
@@ -185,7 +185,7 @@ def _go_on(directory: Path, changed: RunConfig | None, quiet: bool, world: World
 
 
 def _resume(directory: Path, before: RunConfig, config: RunConfig, quiet: bool, world: World) -> Run:
-    method = world.in_turn(lambda: build_method(config))
+    method = world.in_turn(lambda: build_method(config, directory))
     world.first(lambda: refuse_other_data(directory, method.data.report))
     saved = newest_state(directory, before, world)
     if config != before:

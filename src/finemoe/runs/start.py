@@ -147,13 +147,13 @@ def _changes(wanted: tuple[int, ...], got: tuple[int, ...]) -> tuple[int, ...]:
     return (apart[0], sum(apart), *got)
 
 
-def build_method(config: RunConfig) -> Method[Any]:
-    """How the run trains, with its data read and checked against the model.
+def build_method(config: RunConfig, directory: Path | None = None) -> Method[Any]:
+    """How the run trains, with its data read and checked against the model; `directory`: of the run, if it is one.
 
     Raises:
         ConfigError, DataError: it does not fit.
     """
-    method = build(config.method, config.trainable, config.setting)
+    method = build(config.method, config.trainable, replace(config.setting, directory=directory))
     ids = method.data.tokenizer.vocab_size
     if ids > config.model.vocab_size:
         raise ConfigError(

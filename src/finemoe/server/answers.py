@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from finemoe.generation.engine import Event
 from finemoe.generation.sequence import Likely
@@ -29,12 +33,17 @@ class Delta:
     """Of tokens, each with its alternatives, in the shape of chat answers."""
     tokens: list[dict[str, Any]] = field(default_factory=list)
     """With their experts, where they were asked for."""
+    ids: list[int] = field(default_factory=list)
+    """Of the tokens, where they were asked for."""
+    routed: str | None = None
+    """When it has ended: `packed` experts, where they were asked for."""
     finish_reason: str | None = None
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to send."""
-        return not (self.content or self.reasoning or self.calls or self.logprobs or self.tokens or self.finish_reason)
+        said = self.content or self.reasoning or self.calls or self.logprobs or self.tokens or self.ids
+        return not (said or self.finish_reason)
 
     def add(self, other: Delta) -> None:
         """Put what came later behind it."""
@@ -43,6 +52,8 @@ class Delta:
         self.calls += other.calls
         self.logprobs += other.logprobs
         self.tokens += other.tokens
+        self.ids += other.ids
+        self.routed = other.routed or self.routed
         self.finish_reason = other.finish_reason or self.finish_reason
 
 
@@ -50,7 +61,14 @@ class Choice:
     """One completion on its way to a client."""
 
     def __init__(
-        self, index: int, tokenizer: Tokenizer, *, splitter: Splitter | None, logprobs: bool, routing: bool
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        *,
+        splitter: Splitter | None,
+        logprobs: bool,
+        routing: bool,
+        ids: bool = False,
     ) -> None:
         """Begin.
 
@@ -58,11 +76,11 @@ class Choice:
             index: of the choice.
             tokenizer: of the model.
             splitter: for chat answers.
-            logprobs, routing: whether they were asked for.
+            logprobs, routing, ids: whether they were asked for.
         """
         self.index = index
         self._tokenizer, self._splitter = tokenizer, splitter
-        self._logprobs, self._routing = logprobs, routing
+        self._logprobs, self._routing, self._ids = logprobs, routing, ids
         self._calls = self._given = 0
         self._chat = splitter is not None
         self.scored: list[tuple[float, Likely]] | None = None
@@ -77,6 +95,8 @@ class Choice:
         ends = event.finish_reason == "stop" and event.sequence.stopped_by is None
         if self._logprobs and not (ends and self._chat):  # the token that ends an answer is no part of its content
             delta.logprobs.append(self.logprob(event.token_id, event.logprob, event.likely))
+        if self._ids:
+            delta.ids.append(event.token_id)
         if self._routing:
             token = {"id": event.token_id, "token": self.token(event.token_id), "logprob": event.logprob}
             delta.tokens.append({**token, **routes_of(event)})
@@ -90,6 +110,7 @@ class Choice:
             self._add(delta, part)
         reason = REASONS[written.finish_reason or "stop"]
         delta.finish_reason = "tool_calls" if self._calls and reason == "stop" else reason
+        delta.routed = packed(written.experts) if written.experts else None
         return delta
 
     def _said(self, text: str) -> Delta:
@@ -129,6 +150,21 @@ class Choice:
 def _finite(logprob: float) -> float:
     """JSON has no infinity: OpenAI's least."""
     return max(logprob, -9999.0)
+
+
+def packed(experts: Mapping[int, Sequence[Sequence[int]]]) -> str:
+    """Experts by layer, of tokens in order, as base64 of an .npy file: int16 [tokens, layers, k], best first.
+
+    Layers are those with experts, in order; where one chooses fewer than others, -1 follows.
+    """
+    layers = [experts[layer] for layer in sorted(experts)]
+    rows, width = min(map(len, layers)), max(len(chosen) for layer in layers for chosen in layer)
+    table = np.full((rows, len(layers), width), -1, dtype=np.int16)
+    for place, layer in enumerate(layers):
+        table[:, place, : len(layer[0])] = layer[:rows]
+    file = io.BytesIO()
+    np.save(file, table, allow_pickle=False)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def routes_of(event: Event) -> dict[str, Any]:

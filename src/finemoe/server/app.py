@@ -34,6 +34,7 @@ from finemoe.server.schema import (
     DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
+    WeightsRequest,
 )
 from finemoe.server.shapes import (
     ChatAnswer,
@@ -42,6 +43,7 @@ from finemoe.server.shapes import (
     Health,
     ModelCard,
     ModelList,
+    Renewed,
     TextAnswer,
     Tokens,
     Words,
@@ -54,6 +56,7 @@ _SAID: dict[int | str, dict[str, Any]] = {
     for status, said in {
         400: "The request cannot be understood or done; `param` names the field.",
         401: "The key is missing or wrong.",
+        403: "The server was not started for that.",
         404: "There is no such model.",
         413: "The request is too long.",
         429: "Too many requests wait already.",
@@ -97,7 +100,7 @@ class Server:
         if guess == "module" and not served.opened.model.mtp:
             raise ApiError(400, f"{request.model} has no prediction module to guess with", param="finemoe.guess")
         asked = await asyncio.to_thread(read, served)
-        if not self.models.holds(served):  # it was closed meanwhile, to make room for another
+        while not self.models.holds(served):  # it was closed meanwhile, to make room for another, or renewed
             served = await self.models.get(request.model)
             asked = await asyncio.to_thread(read, served)
         try:
@@ -151,6 +154,7 @@ def create_app(
     _add_errors(app)
     _add_writing(app)
     _add_models(app)
+    _add_renewing(app)
     _add_tokens(app)
     _add_page(app)
     described = app.openapi()  # of FastAPI's own refusal, 422, nothing is left: `invalid` answers 400
@@ -332,6 +336,18 @@ def _add_models(app: FastAPI) -> None:
             else:
                 server.metrics.closed(name)
         return Response(server.metrics.text(), media_type=CONTENT_TYPE)
+
+
+def _add_renewing(app: FastAPI) -> None:
+    @app.post("/update_weights_from_disk", response_model=Renewed, tags=["models"])
+    async def update_weights_from_disk(body: WeightsRequest) -> Any:
+        """Other weights for a model of the same architecture, where the server was started with --weights-below."""
+        server: Server = app.state.server
+        server.check()
+        name, path, version = asking.weights(body, server.models.names, server.models.weights_below)
+        await server.models.renew(name, path, version)
+        said = "the weights are there; requests from now on are answered by them"
+        return {"success": True, "message": said, "weight_version": version}
 
 
 def _add_tokens(app: FastAPI) -> None:

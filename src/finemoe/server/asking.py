@@ -6,11 +6,13 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from finemoe.checkpoint.language_model import LanguageModel
-from finemoe.core.errors import ConfigError, DataError
+from finemoe.checkpoint.open import text_home
+from finemoe.core.errors import CheckpointError, ConfigError, DataError
 from finemoe.generation.config import SamplingConfig
 from finemoe.generation.engine import Request
 from finemoe.generation.grammar import Grammar
@@ -30,6 +32,7 @@ from finemoe.server.schema import (
     Said,
     Sampling,
     SchemaFormat,
+    WeightsRequest,
     unicode,
 )
 
@@ -145,7 +148,10 @@ def completion(request: CompletionRequest, opened: LanguageModel, limits: Limits
     room = min(_room(len(ids), most, opened, limits, "prompt") for _, ids in prompts)
     scored = request.logprobs if request.echo else None
     sampling = _sampling(request, room, request.logprobs or 0, prompt_logprobs=scored)
-    like = Request((), sampling, grammar=_grammar(request, None), continues=True)
+    routed = bool(request.return_routed_experts)
+    if routed and not opened.model.moe_layers:
+        raise ApiError(400, f"{request.model} has no routed experts: leave it out", param="return_routed_experts")
+    like = Request((), sampling, grammar=_grammar(request, None), continues=True, experts=routed)
     return Asked(prompts, _requests(request, like, [ids for _, ids in prompts], opened, limits))
 
 
@@ -217,15 +223,24 @@ def _sampling(request: Sampling, room: int, logprobs: int, prompt_logprobs: int 
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         logit_bias=tuple(sorted((int(token), bias) for token, bias in (request.logit_bias or {}).items())),
-        seed=secrets.randbits(62) if request.seed is None else request.seed,
+        seed=_seed(request),
         max_new_tokens=room,
         min_new_tokens=min(own.min_new_tokens, room),
         stop=stop,
         stop_ids=tuple(own.stop_ids),
         ignore_end=own.ignore_end,
         logprobs=logprobs,
+        tempered_logprobs=own.tempered_logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def _seed(request: Sampling) -> int:
+    if request.finemoe.seed is None:
+        return secrets.randbits(62) if request.seed is None else request.seed
+    if request.seed is not None:
+        raise ApiError(400, "seed and finemoe.seed: give one of them", param="finemoe.seed")
+    return int(request.finemoe.seed)
 
 
 def _requests(
@@ -234,17 +249,10 @@ def _requests(
     """A request of the engine for each choice."""
     n = _check_choices(request, len(prompts), limits)
     constraint = constraint_of(request.finemoe.experts, opened)
-    routing, deadline = request.finemoe.routing, time.monotonic() + limits.max_seconds
-    found = []
-    for prompt in prompts:
-        for number in range(n):
-            found.append(
-                Request(
-                    prompt, like.sampling, number, None, constraint, like.grammar, continues=like.continues,
-                    deadline=deadline, routes=routing, guess=request.finemoe.guess,
-                )
-            )  # fmt: skip
-    return found
+    own, deadline = request.finemoe, time.monotonic() + limits.max_seconds
+    like = replace(like, constraint=constraint, deadline=deadline, routes=own.routing, guess=own.guess)
+    numbers = range(own.first, own.first + n)
+    return [replace(like, prompt=prompt, repetition=number) for prompt in prompts for number in numbers]
 
 
 def _check_choices(request: Sampling, prompts: int, limits: Limits) -> int:
@@ -276,6 +284,37 @@ def _grammar(request: Sampling, form: ResponseFormat | None) -> Grammar | None:
     if len(asked) > 1:
         raise ApiError(400, f"give one of {', '.join(sorted(asked))}: an answer has one form", param="finemoe")
     return Grammar(**asked)
+
+
+def weights(request: WeightsRequest, names: Sequence[str], below: Path | None) -> tuple[str, Path, str]:
+    """For which of the models `names`, where weights lie, and what they are called.
+
+    Args:
+        request: asks for them.
+        names: of all models that are served.
+        below: folder in which weights may lie, and the tokenizer that belongs to them; None: there is none.
+
+    Raises:
+        ApiError: it may not be done; of what lies elsewhere nothing is told, not even whether it is there.
+    """
+    if below is None:
+        raise ApiError(403, "weights stay as they are on this server: start it with --weights-below FOLDER")
+    if request.model is None and len(names) > 1:
+        raise ApiError(400, f"which model? This server has {', '.join(names)}", param="model")
+    folder, asked = below.resolve(), request.model_path
+    outside = ApiError(400, f"model_path must lie below {below}, as this server was started", param="model_path")
+    try:
+        path = (folder / asked).resolve()
+        if path == folder or not path.is_relative_to(folder):
+            raise outside
+        if not text_home(path).resolve().is_relative_to(folder):
+            said = f"the tokenizer of {asked} lies outside of {below}: start the server with the folder of the run"
+            raise ApiError(400, said, param="model_path")
+    except (OSError, ValueError, RuntimeError):  # a loop of links, a name too long, a zero byte
+        raise outside from None
+    except CheckpointError as error:
+        raise ApiError(400, str(error), param="model_path") from error
+    return request.model or names[0], path, request.weight_version or path.name
 
 
 def constraint_of(asked: ExpertsSchema | None, opened: LanguageModel) -> Constraint | None:

@@ -27,10 +27,12 @@ async def embed(request: EmbeddingRequest, served: Served) -> tuple[list[Tensor]
     given: Any = request.input
     whole = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     texts = await asyncio.to_thread(_encoded, whole, served)
-    vectors: list[Tensor] = []
-    for ids in texts:  # one at a time: others may take their turn between them
-        vectors.append(await served.worker.call(partial(_vector, served, ids, request.pooling)))
-    return vectors, sum(map(len, texts))
+    while True:
+        version, vectors = served.weight_version, list[Tensor]()
+        for ids in texts:  # one at a time: others may take their turn between them
+            vectors.append(await served.worker.call(partial(_vector, served, ids, request.pooling)))
+        if served.weight_version == version:  # else weights were renewed between two of them
+            return vectors, sum(map(len, texts))
 
 
 def _encoded(inputs: Sequence[Any], served: Served) -> list[list[int]]:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from finemoe.analysis.written import Cards, short_cards
-from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model
+from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model, weights_for
 from finemoe.checkpoint.open import read_model_config
 from finemoe.core.config import Config, did_you_mean
 from finemoe.core.errors import ConfigError, FinemoeError
@@ -29,6 +29,7 @@ from finemoe.server.errors import ApiError
 from finemoe.server.worker import Worker, apart
 
 _BYTES = {"fp32": 4, "bf16": 2, "stored": 4}
+_LOOK_SECONDS = 0.01
 
 
 class Limits(Config):
@@ -64,6 +65,8 @@ class Options:
     memory: int | None = None
     """[bytes] For weights and caches of all models; None: none of them ever goes."""
     limits: Limits = field(default_factory=Limits)
+    weights_below: Path | None = None
+    """Folder below which POST /update_weights_from_disk finds weights; None: it is refused."""
 
 
 @dataclass(eq=False)
@@ -76,6 +79,8 @@ class Served:
     dialect: Dialect
     bytes: int
     last_used: float = field(default_factory=time.monotonic)
+    weight_version: str = "default"
+    """What whoever renewed its weights calls them."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ class Models:
         self._cards = {name: Cards(path, self._configs[name]) for name, path in self._sources.items()}
         self._open: dict[str, Served] = {}
         self._sizes: dict[str, int] = {}
+        self._renewed: dict[str, tuple[Path, str]] = {}
         self._lock = asyncio.Lock()
         self.created = int(time.time())
 
@@ -222,6 +228,34 @@ class Models:
         """Whether it was not closed since."""
         return self._open.get(served.name) is served
 
+    async def renew(self, name: str, path: Path, version: str) -> None:
+        """Give a model the weights at `path`, which are then called `version`; another time that it is opened, too.
+
+        Requests in flight end with the old ones, those that come meanwhile wait for the new, and nothing that the old
+        ones read is found again.
+
+        Raises:
+            ApiError: there is no such model, or it cannot be opened.
+            FinemoeError: what is there is no model, damaged, or another one; the old weights stay.
+        """
+        self.check(name)
+        async with self._lock:
+            served = self._held(name) or await self._load(name)
+            del self._open[name]  # who comes now waits for the lock
+            try:
+                while served.worker.open:
+                    await asyncio.sleep(_LOOK_SECONDS)
+                fresh = await asyncio.to_thread(apart, lambda: weights_for(served.opened, path))
+                await served.worker.renew(lambda: served.opened.model.load_state_dict(fresh))
+                self._renewed[name], served.weight_version = (path, version), version
+            finally:
+                self._open[name] = served
+
+    @property
+    def weights_below(self) -> Path | None:
+        """Where weights may come from."""
+        return self._options.weights_below
+
     async def close(self) -> None:
         """End everything."""
         for served in list(self._open.values()):
@@ -233,7 +267,7 @@ class Models:
         if ready is None:
             await self._make_room(name, self._sizes.get(name) or self._estimate(name))
             try:
-                ready = await asyncio.to_thread(apart, lambda: prepare(name, self._sources[name], self._options))
+                ready = await asyncio.to_thread(apart, lambda: self._prepared(name))
             except (FinemoeError, OSError, MemoryError) as error:
                 logger.error("%s cannot be opened: %s", name, error)
                 raise ApiError(503, f"the model {name} cannot be opened now; the server's log says why") from error
@@ -247,8 +281,17 @@ class Models:
             observe=lambda seconds: self._observe(name, seconds),
         )
         served = Served(name, ready.opened, worker, ready.dialect, ready.bytes)
+        if name in self._renewed:
+            served.weight_version = self._renewed[name][1]
         self._open[name] = served
         return served
+
+    def _prepared(self, name: str) -> Ready:
+        """It, with the weights that it had last."""
+        ready = prepare(name, self._sources[name], self._options)
+        if name in self._renewed:
+            ready.opened.model.load_state_dict(weights_for(ready.opened, self._renewed[name][0]))
+        return ready
 
     def _estimate(self, name: str) -> int:
         weights = measure(self._configs[name], 1)
@@ -328,18 +371,6 @@ def _layer(number: int, config: ModelConfig) -> dict[str, Any]:
         "shared": layer.num_shared_experts,
     }
     return {"layer": number, "kind": "moe", **counts}
-
-
-def check_sources(sources: Mapping[str, Path]) -> None:
-    """Whether each of them is a model, before anything listens.
-
-    Raises:
-        FinemoeError: one is none, or none is given.
-    """
-    if not sources:
-        raise ConfigError("nothing to serve: name a run, a folder or a GGUF file")
-    for path in sources.values():
-        read_model_config(path)
 
 
 def named(sources: Iterable[str]) -> dict[str, Path]:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finemoe.checkpoint.open import read_model_config
 from finemoe.core.errors import ConfigError
 from finemoe.server.app import create_app
-from finemoe.server.models import Models, Options, check_sources, named, prepare_all
+from finemoe.server.models import Models, Options, named, prepare_all
 from finemoe.server.worker import apart
 
 if TYPE_CHECKING:
@@ -43,10 +44,12 @@ def serve(
         started: called with what can be told to stop (`should_exit = True`), before that.
 
     Raises:
-        FinemoeError: the address cannot be used, or something that is no model.
+        FinemoeError: the address cannot be used, something that is no model, or no folder for weights.
     """
     sources, options = named(str(model) for model in models), options or Options()
-    check_sources(sources)
+    _check_sources(sources)
+    if options.weights_below is not None and not options.weights_below.is_dir():
+        raise ConfigError(f"--weights-below {options.weights_below}: there is no such folder; make it, or name another")
     listening = _listen(host, port)
     try:
         opened = apart(lambda: prepare_all(sources, options)) if load else {}
@@ -68,6 +71,18 @@ def serve(
         server.run(sockets=[listening])
     except SystemExit as error:  # which uvicorn raises when the application could not start
         raise ConfigError("the server could not start; the log says why") from error
+
+
+def _check_sources(sources: Mapping[str, Path]) -> None:
+    """Whether each of them is a model, before anything listens.
+
+    Raises:
+        FinemoeError: one is none, or none is given.
+    """
+    if not sources:
+        raise ConfigError("nothing to serve: name a run, a folder or a GGUF file")
+    for path in sources.values():
+        read_model_config(path)
 
 
 def _server(app: Any, options: Options) -> uvicorn.Server:

@@ -106,6 +106,15 @@ class FinemoeFields(Schema):
     special: StrictBool = Field(
         default=False, description="Read control tokens that a prompt spells out as tokens, not as text."
     )
+    seed: Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,18})$")] | None = Field(
+        default=None, description="In the place of `seed`: digits of up to 63 bits, which not every JSON keeps."
+    )
+    first: Annotated[StrictInt, Field(ge=0, le=1 << 53), Whole] = Field(
+        default=0, description="Number of the first choice: with one seed, equal numbers of one prompt give equal text."
+    )
+    tempered_logprobs: StrictBool = Field(
+        default=False, description="Log-probabilities of the tokens are those at the temperature, not at 1."
+    )
 
 
 class StreamOptions(Schema):
@@ -161,6 +170,12 @@ class CompletionRequest(Sampling):
     )
     echo: StrictBool | None = Field(default=None, description="The prompt comes first, with its log-probabilities.")
     suffix: StrictStr | None = Field(default=None, description="What stands behind the gap that is to be filled.")
+    return_token_ids: StrictBool | None = Field(
+        default=None, description="Choices have `prompt_token_ids` and `token_ids`, the one that ended it among them."
+    )
+    return_routed_experts: StrictBool | None = Field(
+        default=None, description="Choices have `routed_experts`: of every token that was read, in all MoE layers."
+    )
 
     def check(self) -> None:
         """As `Sampling.check`."""
@@ -322,6 +337,16 @@ class EmbeddingRequest(Schema):
     user: StrictStr | None = None
     pooling: Literal["mean", "last"] = Field(
         default="mean", description="Of the last hidden states: their mean, or the last of them."
+    )
+
+
+class WeightsRequest(Schema):
+    """POST /update_weights_from_disk: other weights for a model that is served."""
+
+    model_path: StrictStr = Field(description="On the server's machine, below the folder that it was started with.")
+    model: StrictStr | None = Field(default=None, description="Which, where the server has several.")
+    weight_version: Annotated[AnyStr, Field(max_length=100), AfterValidator(unicode)] | None = Field(
+        default=None, description="What answers call these weights; left out, the last part of the path."
     )
 
 

@@ -21,6 +21,7 @@ class Facts(BaseModel):
 
     tokens_per_pass: float
     seconds: float
+    weight_version: str = Field(description="As POST /update_weights_from_disk called them; `default` before that.")
 
 
 class Head(BaseModel, ABC):
@@ -59,6 +60,15 @@ class TextChoice(TokenChoice):
     """A completion."""
 
     text: str
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
+    routed_experts: str | None = Field(
+        default=None,
+        description=(
+            "base64 of an .npy file: int16 [tokens, layers, k], best first, of all tokens but the last, the prompt's "
+            "included; layers are those with experts; -1 behind the experts of a layer that chooses fewer."
+        ),
+    )
 
 
 class TextAnswer(Head):
@@ -89,6 +99,14 @@ class ExpertsAnswer(BaseModel):
     """Cards by layer and expert."""
 
     experts: dict[str, dict[str, Any]]
+
+
+class Renewed(BaseModel):
+    """Of POST /update_weights_from_disk."""
+
+    success: Literal[True]
+    message: str
+    weight_version: str
 
 
 class Vector(BaseModel):

@@ -162,6 +162,19 @@ class Worker:
         finally:
             self.open -= 1
 
+    async def renew(self, change: Callable[[], object]) -> None:
+        """`change` the weights, in the thread; what was read before is forgotten. Nothing may run.
+
+        Raises:
+            FullError, StoppedError: as `call`.
+        """
+
+        def work() -> None:
+            change()
+            self.engine.forget()
+
+        await self.call(work)
+
     async def close(self) -> None:
         """End all that is open, and the thread."""
         with self._wake:

@@ -98,6 +98,7 @@ class Writing:
         return {
             "tokens_per_pass": round(tokens / passes, 3) if passes else 0.0,
             "seconds": round(time.monotonic() - self.started, 3),
+            "weight_version": self.served.weight_version,
         }
 
 
@@ -134,6 +135,7 @@ def begin(request: ChatRequest | CompletionRequest, served: Served, asked: Asked
             splitter=Splitter(dialect, tools=tools, thinking=asked.thinking) if chat else None,
             logprobs=bool(request.logprobs) if chat else request.logprobs is not None,
             routing=request.finemoe.routing,
+            ids=isinstance(request, CompletionRequest) and bool(request.return_token_ids),
         )
         for index in range(len(asked.requests))
     ]
@@ -163,9 +165,15 @@ class TextShape:
             if self._request.logprobs is not None:
                 scored = self._scored(delta.index)
                 entries, ids = [None, *scored, *entries], [*prompt, *ids]
+        more: dict[str, Any] = {}
+        if self._request.return_token_ids:
+            first = {} if delta.index in self._begun else {"prompt_token_ids": list(self._prompts[delta.index][1])}
+            more = {**first, "token_ids": delta.ids}
+        if delta.routed is not None:
+            more["routed_experts"] = delta.routed
         self._begun.add(delta.index)
         logprobs = self._logprobs[delta.index].shape(entries, ids) if self._request.logprobs is not None else None
-        return {"index": delta.index, "text": delta.content, **rest_of(delta, logprobs)}
+        return {"index": delta.index, "text": delta.content, **rest_of(delta, logprobs), **more}
 
     def _scored(self, index: int) -> list[dict[str, Any] | None]:
         """The prompt's tokens but the first; the engine has read all of it before it draws the first token."""

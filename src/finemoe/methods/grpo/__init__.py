@@ -1,6 +1,7 @@
 """Group-relative policy optimisation (DeepSeekMath, 2402.03300; R1, 2501.12948): a model learns from its own answers.
 
-By file: `config` what can be told; `prompts` what is asked; `source` who answers; `rollout` answers as data;
+By file: `config` what can be told; `prompts` what is asked; `source` who answers, `served` a server
+that does, `wire` what travels to it and back; `rollout` answers as data;
 `advantages` and `surrogate` the formulas; `objective` the loss on a batch; `scoring` what other policies say of it;
 `rollouts` the data, by position; `watch` what people should be told; `method` all of it together.
 """

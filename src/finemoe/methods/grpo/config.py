@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from finemoe.core.config import Config
 from finemoe.methods.grpo.advantages import Scale
 from finemoe.methods.rewards import AnswerReward, RewardsConfig
 from finemoe.methods.setting import Kept, MethodConfig
@@ -14,6 +15,31 @@ from finemoe.methods.setting import Kept, MethodConfig
 Normalize = Literal["sequence", "token", "constant"]
 Ratio = Literal["token", "sequence", "gspo"]
 Replay = Literal["off", "update", "rollout"]
+
+
+class ServerConfig(Config):
+    """An OpenAI-compatible server that answers in the place of the engine of this process: ids in, ids out."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/]+")]
+    """Where it listens, such as http://127.0.0.1:8000; with or without /v1."""
+    model: str | None = None
+    """What it calls the model. None: the one that it has."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds its key. None: it asks for none."""
+    weights: Literal["update", "fixed"] = "update"
+    """update: before every rollout the policy is written below the run's folder, and the server is told to load it;
+    fixed: its weights never change, so that answers are another policy's."""
+    form: Literal["finemoe", "huggingface"] = "finemoe"
+    """In which the policy is written: as a checkpoint, for `finemoe serve`, or as a Hugging Face folder."""
+    at_once: PositiveInt = 4
+    """[requests] Under way at the same time, each for up to 16 answers."""
+    timeout_seconds: PositiveFloat = 600.0
+    """[s] For one request, or for the loading of weights."""
+    patience_seconds: NonNegativeFloat = 300.0
+    """[s] That a server which cannot be reached, or is busy, is asked again; then the run is saved and ends."""
+    bound: PositiveFloat = 0.1
+    """[nats] Largest mean difference between its log-probabilities and our own, of one answer before anything is
+    trained: what differs more is another model."""
 
 
 class GRPOConfig(MethodConfig):
@@ -74,6 +100,8 @@ class GRPOConfig(MethodConfig):
     replay: Replay = "off"
     """Experts of a token when it is learnt: off: as the router chooses then; update: as it chose before the first step
     on the rollout (R2); rollout: as when the answer was written (R3)."""
+    server: ServerConfig | None = None
+    """Who answers. None: an engine in this process, on the weights that are trained."""
     mtp: Literal["freeze", "drop"] = "freeze"
     """What becomes of multi-token prediction modules: left as they are, or left out of the new model."""
     validation_prompts: PositiveInt = 128
@@ -94,6 +122,11 @@ class GRPOConfig(MethodConfig):
         if self.template is not None and "{prompt}" not in self.template:
             raise ValueError(
                 f'template {self.template!r} has no {{prompt}} in it: "{{prompt}}" alone is the text itself'
+            )
+        if self.server is not None and self.server.weights == "fixed" and not self._corrects:
+            raise ValueError(
+                'server.weights "fixed": its answers are another policy\'s from the first step on, and would be learnt '
+                'as if they were the model\'s own: set importance_cap = 2, or off_policy_bound, or weights = "update"'
             )
         if self.ratio != "token":
             if self.normalize != "sequence":
@@ -126,6 +159,11 @@ class GRPOConfig(MethodConfig):
         return self
 
     @property
+    def _corrects(self) -> bool:
+        """Whether it matters who wrote an answer."""
+        return self.importance_cap is not None or self.off_policy_bound is not None
+
+    @property
     def updates(self) -> int:
         """Steps on the answers of one rollout."""
         return self.steps_per_rollout * self.inner_epochs
@@ -139,6 +177,11 @@ class GRPOConfig(MethodConfig):
     def prepares(self) -> bool:
         """An engine, and a reference."""
         return True
+
+    def as_learnt(self) -> GRPOConfig:
+        """Whose answers are learnt, and not where they are asked for."""
+        fixed = self.server is not None and self.server.weights == "fixed"
+        return self.model_copy(update={"server": ServerConfig(url="http://-", weights="fixed") if fixed else None})
 
     def moves(self, name: str) -> bool:
         """All but prediction modules."""

@@ -139,4 +139,17 @@ def _sentences(config: GRPOConfig, prompts: Prompts, rewards: Rewards) -> tuple[
         "update": "experts stay for all steps on a rollout as they were before the first",
         "rollout": "experts are those that wrote the answer",
     }
-    return asked, f"reward: {rewards.sentence}", f"{per} on each rollout; {held}; {replayed[config.replay]}"
+    return (
+        asked,
+        *_answered(config),
+        f"reward: {rewards.sentence}",
+        f"{per} on each rollout; {held}; {replayed[config.replay]}",
+    )
+
+
+def _answered(config: GRPOConfig) -> tuple[str, ...]:
+    """By whom, where it is not this process."""
+    if config.server is None:
+        return ()
+    follows = "which is given every new policy" if config.server.weights == "update" else "whose weights never change"
+    return (f"answers come from {config.server.url}, {follows}; those to held-out prompts are written here",)

@@ -22,6 +22,7 @@ from finemoe.methods.grpo.objective import MISMATCH
 from finemoe.methods.grpo.prompts import Prompts
 from finemoe.methods.grpo.rollout import Answer, Drawn, Rollout, Routes, Scored, lines, restored, saved
 from finemoe.methods.grpo.scoring import Policies
+from finemoe.methods.grpo.served import FromServer
 from finemoe.methods.grpo.source import Asked, OwnEngine, Source
 from finemoe.methods.grpo.watch import Watch
 from finemoe.methods.rewards import Answer as Judgeable
@@ -76,6 +77,7 @@ class Rollouts:
         """
         self._config, self._prompts, self._rewards = config, prompts, rewards
         self._size, self._start_from = setting.sequences_per_step * config.steps_per_rollout, setting.start_from
+        self._directory, self._length = setting.directory, setting.data.sequence_length
         if self._size % config.group:
             raise ConfigError(
                 f"the {self._size} answers of a rollout are no whole groups of method.group {config.group}: a step has "
@@ -142,7 +144,12 @@ class Rollouts:
     # ---- of the run -----------------------------------------------------------------------------------------------
 
     def prepare(self, model: Transformer, begins: bool) -> None:
-        """Answer by `model` from now on, at the precision of training; keep a copy of it as the reference."""
+        """Answer by `model` from now on, at the precision of training, or by a server; keep a copy as the reference.
+
+        Raises:
+            ConfigError: the server cannot do what is needed.
+            OutageError: it does not answer.
+        """
         device = model.embedding.weight.device.type
         autocast: Callable[[], Any] = nullcontext
         if torch.is_autocast_enabled(device):
@@ -152,9 +159,18 @@ class Rollouts:
                 # Weights that autocast casts without gradients must not be those that the step then finds cast.
                 return torch.autocast(device, dtype=dtype, cache_enabled=False)
 
-        self._source = OwnEngine(model, self.tokenizer, autocast)
         ids = self.tokenizer.vocab_size
         self._policies = Policies(self._config, model, self._start_from, autocast, ids, begins=begins)
+        self._source = OwnEngine(model, self.tokenizer, autocast)
+        if self._config.server is not None and self._directory is not None:
+            server, says = self._config.server, self._policies.of_policy
+            first = Asked(self._prompts.sides["train"][0].ids, (0,))
+            follows = begins or server.weights == "update"
+            self._source = source = FromServer(
+                self._config, model, self.tokenizer, says, self._directory, first, self._sampling, self._length, follows
+            )
+            if begins:
+                source.probe()
 
     def state(self) -> Saved:
         """The rollout that is learnt from, and what is needed of the reference."""
@@ -214,6 +230,9 @@ class Rollouts:
         every = self._config.reference_every
         if every is not None and number and number % every == 0:
             self._policies.renew_reference()
+        began = time.perf_counter()
+        self._source.renew(number)
+        self._spent["time_rollout"] += time.perf_counter() - began
         wanted = self._size // self._config.group
         groups, rounds = list(self._ask(wanted, 0)), 0
         asked = wanted

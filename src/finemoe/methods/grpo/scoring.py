@@ -14,7 +14,7 @@ from finemoe.core.errors import CheckpointError
 from finemoe.methods.grpo.batch import packed
 from finemoe.methods.grpo.config import GRPOConfig
 from finemoe.methods.grpo.objective import read
-from finemoe.methods.grpo.rollout import Answer, Routes, Scored
+from finemoe.methods.grpo.rollout import Answer, Drawn, Routes, Scored
 from finemoe.model.logprobs import logprobs_and_entropy
 from finemoe.model.transformer import Transformer
 from finemoe.training.method import Saved
@@ -80,6 +80,12 @@ class Policies:
     def renew_reference(self) -> None:
         """The model as it is now is the reference (iterative GRPO, DeepSeekMath algorithm 1)."""
         self._reference, self._renewed = _copy(self._model, self._model.state_dict()), True
+
+    def of_policy(self, drawn: Sequence[Drawn]) -> list[Tensor]:
+        """[completion] of each: log-probabilities of the model as it is now, by the experts that it learns with."""
+        answers = [Answer(one, 0, 0, 0.0, (0.0,) * len(one.completion)) for one in drawn]
+        replay = [one.routes for one in drawn] if self._config.replay == "rollout" else None
+        return self._read(self._model, answers, replay)[0]
 
     def scores(self, answers: Sequence[Answer]) -> list[Scored]:
         """Of every answer what the steps need; those that do not count have empty columns."""

@@ -30,6 +30,10 @@ class Asked:
 class Source(Protocol):
     """Answers prompts as the policy."""
 
+    def renew(self, number: int) -> None:
+        """A rollout begins, of that number: what is asked from now on is answered by the policy as it is now."""
+        ...
+
     def __call__(self, asked: Sequence[Asked], sampling: SamplingConfig) -> list[list[Drawn]]:
         """The answers of each, in the order of its streams."""
         ...
@@ -46,6 +50,9 @@ class OwnEngine:
     """The precision of training."""
     at_once: int = 64
     """[answers] That are written at once."""
+
+    def renew(self, number: int) -> None:
+        """It has the very weights."""
 
     def __call__(self, asked: Sequence[Asked], sampling: SamplingConfig) -> list[list[Drawn]]:
         """As in `Source`. A prompt is read once for all of its answers; what is drawn depends on weights, sampling and
