@@ -53,7 +53,10 @@ def said(record: dict[str, Any]) -> str:
 def ended(teacher: LanguageModel, asked: Path, folder: Path) -> list[dict[str, Any]]:
     """All that is drawn and ends, as `sample` keeps it."""
     finemoe.sample(teacher, asked, folder / "ended.jsonl", keep="ended", **DRAWN)
-    return lines(folder / "ended.jsonl")
+    found = lines(folder / "ended.jsonl")
+    for record in found:
+        record["origin"].pop("logprob")  # a rejection has none: its last digit is not the same after an interruption
+    return found
 
 
 def first_of_each(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

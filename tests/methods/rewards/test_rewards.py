@@ -133,6 +133,20 @@ def test_two_of_one_kind_have_names(tmp_path: Path) -> None:
         Rewards([])
 
 
+def test_rewards_are_known_again_by_all_that_decides(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+
+    def identity(body: str, weight: float = 1.0) -> list[dict[str, Any]]:
+        path.write_text(f"def a(prompt, completion, record): return {body}\n")
+        with Rewards([FunctionReward(path=f"{path}:a"), AnswerReward(weight=weight)], workers=1) as found:
+            return found.identity()
+
+    first = identity("1")
+    assert json.loads(json.dumps(first)) == first == identity("1")
+    assert first != identity("2")
+    assert first != identity("1", weight=2.0)
+
+
 def test_a_recipe_names_rewards_by_kind() -> None:
     class Method(Config):
         rewards: tuple[RewardsConfig, ...] = Field(min_length=1)
@@ -181,5 +195,7 @@ def test_a_reward_model_reads_the_prompt_where_the_record_says_nothing(judge: Pa
     given = Answer("ant bee?", "ant.", True, 3, {"a": 1}, ())
     with Rewards([RewardModelReward(model=str(judge))]) as found:
         (said,) = found.score([given])
+        (known,) = found.identity()
+    assert len(known["model_sha256"]) == 64
     talk = [{"role": "user", "content": "ant bee?"}, {"role": "assistant", "content": "ant."}]
     assert said.value == pytest.approx(one_by_one(judge, [talk])[0], abs=1e-4)

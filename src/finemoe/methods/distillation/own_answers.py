@@ -173,7 +173,7 @@ class OwnAnswers:
             # Weights that autocast casts without gradients must not be those that the training pass then finds cast.
             return torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False)
 
-        source = OwnEngine(model, self.tokenizer, autocast)
+        source = OwnEngine(model, self.tokenizer, autocast, experts=False)
         sampling = SamplingConfig(seed=derive(self.seed, "own answers"), max_new_tokens=batch.room)
         asked = [Asked(ids, (stream,)) for ids, stream in zip(batch.prompts, batch.streams, strict=True)]
         return [answer.completion for (answer,) in source(asked, sampling)]

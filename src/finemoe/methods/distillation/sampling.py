@@ -2,7 +2,8 @@
 
 This is how DeepSeek-R1's small models came about (2501.12948 section 2.4). Answers are written in the order of the
 prompts, and a hidden file beside them says how far they are: what was interrupted goes on where it stopped, and comes
-to the same file. `rejection.py` draws in the same way, and keeps by rewards.
+to the same answers. (An engine rounds by what runs beside a request: once in some thousand lines the last digit of a
+`logprob` is another.) `rejection.py` draws in the same way, and keeps by rewards.
 """
 
 from __future__ import annotations
@@ -236,9 +237,8 @@ class Drawing:
             "seed": self.given["seed"],
             "temperature": self.given["temperature"],
             "tokens": len(one.completion),
-            "logprob": round(_mean(one), 4),
-            "finish_reason": one.finish_reason,
             **more,
+            "finish_reason": one.finish_reason,
         }
         return json.dumps(record, ensure_ascii=False)
 
@@ -270,7 +270,7 @@ class ByCheck:
         if self.best_of is not None and len(kept) > self.best_of:
             reasons["others are more probable"] += len(kept) - self.best_of
             kept = sorted(sorted(kept, key=lambda number: -_mean(completions[number]))[: self.best_of])
-        return Choice({number: {} for number in kept}, reasons)
+        return Choice({number: {"logprob": round(_mean(completions[number]), 4)} for number in kept}, reasons)
 
 
 def _check(n: int, best_of: int | None, path: Path) -> None:

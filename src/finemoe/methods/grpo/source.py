@@ -50,6 +50,8 @@ class OwnEngine:
     """The precision of training."""
     at_once: int = 64
     """[answers] That are written at once."""
+    experts: bool = True
+    """Tell those of every token."""
 
     def renew(self, number: int) -> None:
         """It has the very weights."""
@@ -78,7 +80,7 @@ class OwnEngine:
             max_sequences=min(self.at_once, len(lengths)),
             max_tokens=max(512, self.at_once),
         )
-        routed = bool(self.model.moe_layers)
+        routed = self.experts and bool(self.model.moe_layers)
         numbers: list[list[int]] = []
         for one in asked:
             first: int | None = None
