@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from finemoe.core.errors import ConfigError
+from finemoe.data.documents.document import SkipReport
+from finemoe.data.problems.corpus import ProblemsCorpus
 from finemoe.studies.stages import run_stages, stages_of
 from runs.tiny_runs import recipe
 
@@ -122,11 +124,27 @@ def test_a_stage_may_keep_by_rewards(corpus: Path, tmp_path: Path) -> None:
     assert run_stages(raw, out=tmp_path / "out", quiet=True) == done
 
 
+def test_a_stage_may_ask_a_corpus_and_only_what_is_trained_on(corpus: Path, tmp_path: Path) -> None:
+    raw = staged(corpus)
+    problems = {"kind": "problems", "problem": "running_sum", "count": 30, "validation_count": 30, "difficulty": 2}
+    raw["stage"] = raw["stage"][:2]
+    raw["stage"][1] = {**raw["stage"][1], "sample": {"corpus": problems, "n": 1, "keep": "all", "max_new_tokens": 4}}
+    (_, done) = run_stages(raw, out=tmp_path / "out", quiet=True)
+    texts = (tmp_path / "out" / "2-answers" / "answers.jsonl").read_text().splitlines()
+    asked = {json.loads(line)["messages"][0]["content"] for line in texts}
+    held = ProblemsCorpus(**problems).validation_documents(SkipReport(), whole=True)
+    assert held is not None
+    assert not asked & {json.loads(one.text)["prompt"] for one in held}
+    assert 0 < done["sampled"]["drawn"] < 25, "25 sums there are, and some are held out"
+
+
 @pytest.mark.parametrize(
     ("sample", "said"),
     [
         ({"prompts": []}, "prompts"),
         ({"prompts": ["a"], "keeps": 1}, "keeps"),
+        ({"n": 1}, "exactly one of prompts and corpus"),
+        ({"prompts": ["a"], "corpus": {"kind": "problems"}}, "exactly one of prompts and corpus"),
         ({"prompts": ["a"], "at_least": 1.0}, "at_least goes with rewards"),
         ({"prompts": ["a"], "keep": "all", "rewards": [{"kind": "answer"}]}, "leave keep out"),
         ({"prompts": ["a"], "rewards": [{"kind": "anwser"}]}, "did you mean `answer`"),

@@ -176,6 +176,8 @@ def test_a_prompt_is_put_in_other_words(teacher: LanguageModel, tmp_path: Path, 
     chat, put = lines(tmp_path / "chat.jsonl"), lines(tmp_path / "put.jsonl")
     assert {record["messages"][0]["content"] for record in [*chat, *put]} == {"3+4"}
     assert [said(record) for record in chat] != [said(record) for record in put]
+    assert {record["text"] for record in put} == {f"3+4={record['messages'][-1]['content']}" for record in put}
+    assert all("text" not in record for record in chat), "of a chat, what it is as a text is the template's affair"
 
 
 def test_rewards_are_found_where_people_have_them(tmp_path: Path) -> None:

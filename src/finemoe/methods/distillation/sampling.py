@@ -220,14 +220,14 @@ class Drawing:
             return Sampled(self.path, len(self.asked), *found, dict(self.skipped))
 
     def _line(self, asked: Asked, number: int, one: Completed | None, more: Mapping[str, Any]) -> str:
-        """A conversation as the method `sft` reads it, and where it comes from; of a model that knows no chat a prompt
-        as it was put, and its completion, which are a text when they are joined."""
+        """A conversation as the method `sft` reads it, and where it comes from; of a model that knows no chat also the
+        text that prompt and completion are together, which a base model reads."""
         assert one is not None
         assert one.text is not None
         question = asked.question
         record: dict[str, Any] = {"messages": [*question.messages, {"role": "assistant", "content": one.text.text}]}
         if self.wording is not None:
-            record = {"prompt": self.wording.replace("{prompt}", question.text), "completion": one.text.text}
+            record["text"] = self.wording.replace("{prompt}", question.text) + one.text.text
         if question.tools:
             record["tools"] = list(question.tools)
         record["origin"] = {
