@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from finemoe.core import config
+from finemoe.training.trainer import Trainer
 from runs.tiny_runs import write_corpus
 from studies.test_recipe_stages import staged
 
@@ -34,6 +35,25 @@ def test_stages_are_trained_one_after_the_other(
     assert "Next: finemoe show" in done.stdout
     again = command("train", path, "--out", tmp_path / "out", "--json")
     assert [one["stage"] for one in json.loads(again.stdout)["stages"]] == ["base", "answers", "learnt"]
+
+
+def test_a_stage_that_is_interrupted_says_how_to_go_on(
+    tmp_path: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "staged.json", tmp_path / "out"
+    path.write_text(json.dumps(staged(write_corpus(tmp_path / "corpus"))))
+    real = Trainer.step
+
+    def interrupted(self: Trainer, *given: Any) -> Any:
+        self.request_stop()
+        return real(self, *given)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    done = command("train", path, "--out", out, "--quiet", "--set", "seed=5")
+    assert done.exit_code == 130
+    assert "Interrupted, nothing is lost: stage base was interrupted and is saved" in done.stderr
+    assert f"goes on with it: finemoe train {path} --out {out} --set seed=5" in done.stderr
+    assert "error" not in done.stderr
 
 
 def test_stages_are_looked_at_where_their_beginning_is_there(tmp_path: Path, command: Callable[..., Any]) -> None:

@@ -378,3 +378,11 @@ def test_control_tokens_in_documents_are_text_and_said_unless_tokens_are_asked_f
     ]
     assert ends == [123, 126]
     assert prepare(config).report == data.report
+
+
+def test_a_few_thousand_tokens_do_not_read_as_none(config: DataConfig, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "finemoe"):
+        report = prepare(config).report
+    train, held = (report["tokens"][side] for side in ("train", "validation"))
+    (said,) = [one for one in caplog.messages if one.startswith("corpus: ")]
+    assert f" {train:,} + {held:,} tokens to train and validate on" in said

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from finemoe.core.errors import ConfigError
+from finemoe.core.errors import ConfigError, RunError
 from finemoe.data.documents.document import SkipReport
 from finemoe.data.problems.corpus import ProblemsCorpus
+from finemoe.runs.run import resume
 from finemoe.studies.stages import run_stages, stages_of
 from runs.tiny_runs import recipe
 
@@ -65,6 +66,27 @@ def test_overrides_are_of_all_stages_or_of_one(corpus: Path, tmp_path: Path) -> 
     configs = {name: json.loads((tmp_path / "out" / name / CONFIG).read_text()) for name in ("1-base", "3-learnt")}
     assert [one["training"]["steps"] for one in configs.values()] == [2, 3]
     assert {one["seed"] for one in configs.values()} == {5}
+
+
+def test_what_to_do_with_a_stage_that_was_trained_otherwise(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_stages(staged(corpus), out=out, quiet=True)
+
+    def refused(*overrides: str) -> str:
+        with pytest.raises(RunError) as error:
+            run_stages(staged(corpus), out=out, quiet=True, overrides=overrides)
+        return str(error.value)
+
+    longer = refused("stage.learnt.training.steps=3")
+    assert f"`finemoe resume {out / '3-learnt'} --set training.steps=3`" in longer
+    otherwise = refused("stage.learnt.optimizer.kind=muon")
+    assert "resume" not in otherwise, "what was trained cannot be trained with something else"
+    assert f'a recipe of its own with start_from = "{out / "1-base"}"' in otherwise
+    assert "finemoe resume" not in refused("stage.base.seed=9")
+    for wrong in ("stages.learnt.training.steps=3", "learnt.training.steps=3"):
+        with pytest.raises(ConfigError, match=r"did you mean `stage`, as in --set stage\.learnt\.training\.steps=3\?"):
+            run_stages(staged(corpus), out=out, quiet=True, overrides=[wrong])
+    assert resume(out / "3-learnt", overrides=["training.steps=3"], quiet=True).summary["steps"] == 3
 
 
 @pytest.mark.parametrize(

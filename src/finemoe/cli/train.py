@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,6 +80,7 @@ def _stages(recipe: Path, overrides: Sequence[str], out: Path | None, check: boo
 
     Raises:
         ConfigError: no --out, in which the same command would go on.
+        typer.Exit: 130 when a stage was interrupted, after saying how to go on; 1 where --check found something.
     """
     from finemoe.core.errors import ConfigError
 
@@ -90,9 +92,18 @@ def _stages(recipe: Path, overrides: Sequence[str], out: Path | None, check: boo
     if out is None:
         raise ConfigError(f"{recipe} has stages: say --out DIR, where the same command goes on after an interruption")
 
-    from finemoe.studies.stages import run_stages
+    from finemoe.studies.stages import StageInterruptedError, run_stages
 
-    done = run_stages(recipe, out=out, overrides=overrides, quiet=quiet)
+    try:
+        done = run_stages(recipe, out=out, overrides=overrides, quiet=quiet)
+    except StageInterruptedError as error:
+        from finemoe.core.logs import console
+
+        again = ["finemoe", "train", str(recipe), "--out", str(out)]
+        again += [word for override in overrides for word in ("--set", override)]
+        text = f"Interrupted, nothing is lost: {error}: {shlex.join(again)}"
+        console().print(text, markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
     if as_json:
         print_json({"out": str(out), "stages": done})
         return

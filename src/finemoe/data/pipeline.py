@@ -160,12 +160,17 @@ def prepare(config: DataConfig) -> PreparedData:
     _check_lengths(prepared)
     _say_control_tokens(**report["control_tokens"])
     logger.info(
-        "corpus: %s, %.2f M + %.2f M tokens to train and validate on, vocabulary of %d",
+        "corpus: %s, %s + %s tokens to train and validate on, vocabulary of %d",
         _documents(scan),
-        *(report["tokens"][side] / 1e6 for side in SIDES),
+        *(_millions(report["tokens"][side]) for side in SIDES),
         tokenizer.vocab_size,
     )
     return prepared
+
+
+def _millions(tokens: int) -> str:
+    """In millions where there are some, so that a few thousand do not read as none."""
+    return f"{tokens / 1e6:.2f} M" if tokens >= 100_000 else f"{tokens:,}"
 
 
 def _documents(scan: Scan) -> str:

@@ -38,7 +38,7 @@ def with_changes(directory: Path, config: RunConfig, overrides: Sequence[str]) -
             comparison.
     """
     asked = with_overrides({}, overrides)
-    if past := [key for key in _leaves(asked) if _is_past(key)]:
+    if past := [key for key in _leaves(asked) if is_past(key)]:
         raise RunError(
             f"{directory}: {', '.join(past)} cannot be changed any more: the steps so far were trained with another "
             "value. Start a new run, with `start_from` if it is to begin with these weights"
@@ -61,7 +61,7 @@ def _leaves(table: Mapping[str, Any], head: str = "") -> Iterator[str]:
             yield head + key
 
 
-def _is_past(key: str) -> bool:
+def is_past(key: str) -> bool:
     """Whether a key of the configuration says how the steps so far were trained; unknown ones are told elsewhere."""
     table, _, field = key.partition(".")
     if key == "optimizer.kind":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ from finemoe.methods.distillation.rejection import rejection
 from finemoe.methods.distillation.sampling import Sampled, sample
 from finemoe.methods.rewards import RewardsConfig
 from finemoe.parallel.seat import seat
+from finemoe.runs.changes import is_past
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
+from finemoe.runs.directory import holds_run
 from finemoe.runs.run import train
 from finemoe.training.directory import read_summary
 
@@ -104,6 +107,8 @@ class Stage:
     """Its recipe."""
     sampling: SampleConfig | None
     """Where it writes answers instead of training."""
+    overrides: tuple[str, ...] = ()
+    """Of --set, those that are laid on it, as of a recipe of its own."""
 
     @property
     def begun(self) -> bool:
@@ -139,7 +144,7 @@ def stages_of(raw: Mapping[str, Any], source: str, out: Path, overrides: Sequenc
         shared = {key: value for key, value in common.items() if key != "model" or "start_from" not in tables}
         laid, _ = read_recipe(merge({**shared, "name": name}, tables), everywhere)
         laid, _ = read_recipe(laid, own.get(name, ()))  # apart, since each may say how long the run is
-        found.append(Stage(name, folder, laid, None))
+        found.append(Stage(name, folder, laid, None, (*everywhere, *own.get(name, ()))))
     return found
 
 
@@ -251,12 +256,34 @@ def run_stage(stage: Stage, source: str, quiet: bool) -> dict[str, Any]:
         sampled = stage.sampling.draw(start, stage.folder / ANSWERS, stage.raw["seed"], quiet)
         return {**where, "sampled": sampled.to_dict()}
     config = resolve_run(dict(stage.raw), f"{source}, stage {stage.name}")
+    _refuse_another(stage, config)
     done = train(config, out=stage.folder, quiet=quiet, go_on=True)
     if done.interrupted:
         raise StageInterruptedError(
             f"stage {stage.name} was interrupted and is saved; the same command goes on with it"
         )
     return {**where, "summary": read_summary(stage.folder) or done.summary}
+
+
+def _refuse_another(stage: Stage, config: RunConfig) -> None:
+    """Refuse a folder with a run of this stage that is configured otherwise, and say what to do instead.
+
+    Raises:
+        RunError: it is one.
+    """
+    if not stage.begun or holds_run(stage.folder, config):
+        return
+    begins = stage.raw.get("start_from")
+    anew = "say another --out, which begins with the first stage again"
+    if begins is not None:
+        anew += f', or write this stage as a recipe of its own with start_from = "{begins}"'
+    keys = [one.partition("=")[0].strip() for one in stage.overrides]
+    if keys and not any(is_past(key) for key in keys):
+        words = ["finemoe", "resume", str(stage.folder), *(word for one in stage.overrides for word in ("--set", one))]
+        hint = f"to train that run so, `{shlex.join(words)}`; to begin another, {anew}"
+    else:
+        hint = f"leave it as it is by the recipe that it began with; to begin another, {anew}"
+    raise RunError(f"stage {stage.name}: {stage.folder} holds a run of another configuration: {hint}")
 
 
 def _placed(value: Any, known: Mapping[str, Path], where: str) -> Any:
@@ -291,6 +318,10 @@ def _by_stage(overrides: Sequence[str], names: Sequence[Any]) -> tuple[list[str]
     everywhere: list[str] = []
     own: dict[str, list[str]] = {}
     for one in overrides:
+        head = one.partition("=")[0].partition(".")[0].strip()
+        if head == "stages" or (head in names and head not in RunConfig.model_fields):
+            rest = one.removeprefix("stages.") if head == "stages" else one
+            raise ConfigError(f"--set {one}: unknown key `{head}`; did you mean `stage`, as in --set stage.{rest}?")
         if not one.startswith("stage."):
             everywhere.append(one)
             continue

@@ -29,14 +29,27 @@ def figures(results: Results) -> dict[str, Any]:
     return {name: chart for name, chart in made.items() if chart is not None}
 
 
-def _tokens(results: Results) -> tuple[float, alt.X]:
-    """What tokens are divided by, and the axis they are drawn on: the same for every figure of a run."""
-    points = [*results["steps"], *results["validations"]]
-    size, unit = unit_for(max(point["tokens"] for point in points), "tokens")
-    furthest = 1.01 * max(point["tokens"] for point in points) / size
-    scale = alt.Scale(domain=[0, furthest], nice=False)
-    title = "training tokens" + ("" if unit == "tokens" else f" ({unit})")
-    return size, alt.X("x:Q", title=title, scale=scale, axis=theme.FEW_TICKS)
+def answers_itself(results: Results) -> bool:
+    """Whether the run learns from answers of its own, of which no two steps have the same number of tokens."""
+    return (results["config"].get("method") or {}).get("kind") == "grpo"
+
+
+class _Along:
+    """What the figures of a run are drawn along: tokens; or steps, where the model writes the tokens itself."""
+
+    def __init__(self, results: Results) -> None:
+        points = [*results["steps"], *results["validations"]]
+        self._key = "step" if answers_itself(results) else "tokens"
+        most = max(point[self._key] for point in points)
+        self._size, unit = (1.0, "steps") if self._key == "step" else unit_for(most, "tokens")
+        scale = alt.Scale(domain=[0, 1.01 * most / self._size], nice=False)
+        self.title = "training steps" if self._key == "step" else "training tokens"
+        title = self.title + ("" if unit in ("tokens", "steps") else f" ({unit})")
+        self.x = alt.X("x:Q", title=title, scale=scale, axis=theme.FEW_TICKS)
+
+    def at(self, point: Mapping[str, Any]) -> float:
+        """Where a point of the run stands."""
+        return float(point[self._key] / self._size)
 
 
 def loss_chart(results: Results) -> Any | None:
@@ -44,9 +57,10 @@ def loss_chart(results: Results) -> Any | None:
     names = ("training", "validation")
     if not results["steps"]:
         return None
-    size, x = _tokens(results)
+    along = _Along(results)
+    x = along.x
     rows = [
-        {"x": point["tokens"] / size, "step": point["step"], "loss": value, "arm": name}
+        {"x": along.at(point), "step": point["step"], "loss": value, "arm": name}
         for name, points, key in (
             (names[0], results["steps"], "loss"), (names[1], results["validations"], "validation_loss")
         )
@@ -73,7 +87,7 @@ def loss_chart(results: Results) -> Any | None:
     last = {row["arm"]: row for row in rows}
     said = ", ".join(f"{name} {fixed(row['loss'])}" for name, row in last.items())
     return alt.layer(*layers).properties(
-        width=theme.WIDTH - 60, height=320, description=f"{LOSS} against training tokens. At the end: {said}."
+        width=theme.WIDTH - 60, height=320, description=f"{LOSS} against {along.title}. At the end: {said}."
     )
 
 
@@ -88,7 +102,8 @@ def balance_chart(results: Results) -> Any | None:
     found = [point for point in results["steps"] if point.get("max_vio_per_layer")]
     if not found:
         return None
-    size, x = _tokens(results)
+    along = _Along(results)
+    x = along.x
     layers = list(found[-1]["max_vio_per_layer"])
     y = alt.Y("value:Q", title="MaxVio", scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5))
     ends = ", ".join(f"layer {layer} {fixed(found[-1]['max_vio_per_layer'][layer], 2)}" for layer in layers)
@@ -98,12 +113,12 @@ def balance_chart(results: Results) -> Any | None:
         for point in found:
             values = [value for value in point["max_vio_per_layer"].values() if value is not None]
             middle = sum(values) / len(values)
-            rows.append({"x": point["tokens"] / size, "value": middle, "low": min(values), "high": max(values)})
+            rows.append({"x": along.at(point), "value": middle, "low": min(values), "high": max(values)})
         marks = theme.base(rows)
         band = marks.mark_area(opacity=0.18).encode(x, alt.Y("low:Q", title="MaxVio"), alt.Y2("high:Q"))
         return alt.layer(band, marks.mark_line(strokeWidth=1.8).encode(x, y)).properties(**about)
     rows = [
-        {"x": point["tokens"] / size, "value": value, "arm": f"layer {layer}", "step": point["step"]}
+        {"x": along.at(point), "value": value, "arm": f"layer {layer}", "step": point["step"]}
         for point in found
         for layer, value in point["max_vio_per_layer"].items()
     ]
@@ -148,13 +163,14 @@ def line_chart(results: Results, key: str, title: str, numbers: str = "~s") -> A
     found = [point for point in results["steps"] if finite(point.get(key)) is not None]
     if not found:
         return None
-    size, x = _tokens(results)
-    rows = [{"x": point["tokens"] / size, "value": point[key], "step": point["step"]} for point in found]
+    along = _Along(results)
+    x = along.x
+    rows = [{"x": along.at(point), "value": point[key], "step": point["step"]} for point in found]
     form = "~g" if key == "learning_rate" else numbers
     y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5, format=form))
     tips = [alt.Tooltip("step:Q"), alt.Tooltip("value:Q", title=title, format=".4~g")]
     chart = theme.base(rows).mark_line(strokeWidth=1.6).encode(x, y, tooltip=tips)
-    return chart.properties(width=260, height=170, description=f"{title} against training tokens.")
+    return chart.properties(width=260, height=170, description=f"{title} against {along.title}.")
 
 
 def figure_charts(results: Results, names: Mapping[str, str]) -> list[Any]:

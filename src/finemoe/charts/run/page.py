@@ -8,12 +8,12 @@ from typing import Any
 from finemoe.charts.comparison.page import MAX_VIO, flat
 from finemoe.charts.numbers import NOTHING, Results, clean, count, duration, fixed
 from finemoe.charts.page import Bullets, Card, Cards, Code, Details, Figure, Section, Table, Text, render_page
-from finemoe.charts.run.figures import balance_chart, figure_charts, line_chart, load_map, loss_chart
+from finemoe.charts.run.figures import answers_itself, balance_chart, figure_charts, line_chart, load_map, loss_chart
 from finemoe.charts.run.words import state, summary
 from finemoe.charts.words import footer
 
 _MOST_ALERTS = 8
-_MOST_ROWS = 8
+_MOST_ROWS = 16
 
 
 def run_page(results: Results) -> str:
@@ -45,8 +45,9 @@ def _state(results: Results) -> Section:
         rows = [
             ["Validation loss", fixed(found.get("final_validation_loss"), 4)],
             ["Validation reward", fixed(found.get("final_validation_reward"), 4)],
+            ["Answers that could not be judged", _percent(found.get("failed_share"))],
             ["Bits per byte", fixed(found.get("bits_per_byte"), 4)],
-            ["Training loss", NOTHING if _answers_itself(results) else fixed(found.get("final_training_loss"), 4)],
+            ["Training loss", NOTHING if answers_itself(results) else fixed(found.get("final_training_loss"), 4)],
             ["Tokens", count(found.get("tokens"))],
             ["Time", duration(found.get("seconds"))],
             ["Tokens per second", count(found.get("tokens_per_second"))],
@@ -58,9 +59,13 @@ def _state(results: Results) -> Section:
     return Section("Where it stands", blocks)
 
 
+def _percent(share: float | None) -> str:
+    return f"{share:.1%}" if share else NOTHING
+
+
 def _loss(results: Results) -> Section | None:
     chart = loss_chart(results)
-    if chart is None or _answers_itself(results):  # a policy gradient's loss says nothing of how good it is
+    if chart is None or answers_itself(results):  # a policy gradient's loss says nothing of how good it is
         return None
     every = results["steps_per_point"]
     joined = f"; a point is the mean of {every} steps" if every > 1 else ""
@@ -75,16 +80,15 @@ _ROLLOUTS = {
 }  # fmt: skip
 
 
-def _answers_itself(results: Results) -> bool:
-    return (results["config"].get("method") or {}).get("kind") == "grpo"
-
-
 def _rollouts(results: Results) -> Section | None:
     """What a model that learns from its own answers is rewarded for, how long they are, how far it has gone."""
-    if not _answers_itself(results) or not results["steps"]:
+    if not answers_itself(results) or not results["steps"]:
         return None
     last = results["steps"][-1].get("figures", {})
-    rewards = {name: f"of it: {name.removeprefix('reward_')}" for name in last if name.startswith("reward_")}
+    watched = {one.get("name") or one["kind"] for one in results["config"]["method"].get("rewards") or ()
+               if one.get("weight") == 0}  # fmt: skip
+    names = [name.removeprefix("reward_") for name in last if name.startswith("reward_")]
+    rewards = {f"reward_{name}": f"{'only watched' if name in watched else 'of it'}: {name}" for name in names}
     first, *others = _ROLLOUTS.items()
     shown = dict([first, *(rewards.items() if len(rewards) > 1 else ()), *others])
     charts = figure_charts(results, shown)
@@ -117,8 +121,9 @@ _OF_DOCUMENTS = {"kind", "step", "tokens", "seconds", "validation_loss", "bits_p
 def _measured(results: Results) -> Section | None:
     """What a method measures beside the loss, at a few steps."""
     found = results["validations"]
-    keys = [key for key, value in (found[-1] if found else {}).items()
+    each = [key for one in found for key, value in one.items()
             if key not in _OF_DOCUMENTS and isinstance(value, (int, float))]  # fmt: skip
+    keys = list(dict.fromkeys(each))
     if not keys:
         return None
     few = (
@@ -129,7 +134,8 @@ def _measured(results: Results) -> Section | None:
     keys = ["validation_loss", *keys] if "validation_loss" in found[-1] else keys
     columns = ["Step", *(key.removeprefix("validation_").replace("_", " ") for key in keys)]
     rows = [[f"{one['step']:,}", *(fixed(one.get(key), 3) for key in keys)] for one in few]
-    return Section("Measured on what was held out", [Table("", columns, rows, tuple(range(len(columns))))])
+    left_out = f"{len(few)} of {len(found)} measurements; all are in metrics.jsonl" if len(few) < len(found) else ""
+    return Section("Measured on what was held out", [Table(left_out, columns, rows, tuple(range(len(columns))))])
 
 
 def _answers(results: Results) -> Section | None:
