@@ -68,6 +68,12 @@ def test_a_recipe_is_the_same_run_by_every_layout_of_two(corpus: Path) -> None:
     ("table", "processes", "said"),
     [
         ({"shard": 2}, 1, "shard 2 x context 1 are 2 processes, and 1 is running: torchrun --nproc-per-node 2"),
+        (
+            {"replicate": 2, "shard": 2, "expert": 2},
+            1,
+            "such as --set parallel.shard=1 --set parallel.replicate=1 --set",
+        ),
+        ({"expert": 2}, 1, "does not divide shard x context = 1: --set parallel.expert=1"),
         ({"replicate": 3}, 4, "start a multiple of 3"),
         ({"shard": 4, "expert": 3}, 4, "parallel.expert 3 does not divide shard x context = 4: try one of 1, 2, 4"),
     ],
