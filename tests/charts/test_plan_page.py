@@ -25,7 +25,7 @@ PIPED = ("parallel.pipeline=4", "parallel.expert=8", "parallel.schedule=zbv")
 
 @pytest.fixture(scope="module")
 def piped() -> dict[str, Any]:
-    return plan(model_of(MEMORY_MODEL), 32, "h100", overrides=PIPED, tokens=1e12, recompute=True)
+    return plan(model_of(MEMORY_MODEL), 32, "h100", overrides=PIPED, tokens=1e12, recompute=True, refuse=False)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,7 @@ def test_a_page_has_all_that_a_plan_says(piped: dict[str, Any]) -> None:
     assert "Published run on this device" in page
     assert not re.search(r'(src|href)="https?:', page)
     assert "This layout does not fit" not in page
+    assert "finemoe does not train like that" in page, "a V and shards"
 
 
 def test_the_published_run_and_the_factor_are_told(alone: dict[str, Any]) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from finemoe.core.errors import ConfigError
+from finemoe.runs.config import read_recipe, resolve_run
 from finemoe.runs.planning import distribution
 from finemoe.runs.planning.measured import bandwidth, product_flops
 
+MIXTURE = '[model]\npreset = "tiny-moe"\n[model.feed_forward]\nnum_routed_experts = 64\n'
 V3 = (
     "plan", "deepseek-v3", "--gpus", "2048", "--device", "h800", "--precision", "fp8", "--tokens", "14.8T",
     "--set", "parallel.pipeline=16", "--set", "parallel.expert=64", "--set", "parallel.schedule=dualpipev",
@@ -59,7 +61,7 @@ def test_a_search_ranks_layouts_and_they_can_be_asked_for(command: Any) -> None:
 def test_a_recipe_brings_its_batch_length_and_layout(command: Any, tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text(
-        '[model]\npreset = "tiny-moe"\n[data]\nsequence_length = 128\n[kernels]\nrecompute = true\n'
+        f"{MIXTURE}[data]\nsequence_length = 128\n[kernels]\nrecompute = true\n"
         "[training]\nsteps = 100\ntokens_per_step = 8192\nmicro_batch_tokens = 256\n[parallel]\nexpert = 4\n"
     )
     found = json.loads(command("plan", recipe, "--gpus", "8", "--json").stdout)
@@ -69,6 +71,97 @@ def test_a_recipe_brings_its_batch_length_and_layout(command: Any, tmp_path: Pat
     assert found["tokens"] == 819_200
     over = json.loads(command("plan", recipe, "--gpus", "8", "--set", "parallel.expert=2", "--json").stdout)
     assert over["setup"]["expert"] == 2
+    own = json.loads(command("plan", recipe, "--gpus", "8", "--tokens-per-step", "4096", "--json").stdout)
+    assert own["setup"]["sequences"] == 32
+    assert own["tokens"] == 409_600
+
+
+def test_what_a_recipe_leaves_out_is_what_the_trainer_takes(command: Any, tmp_path: Path) -> None:
+    """8,192 tokens a step and up to 16,384 at once, or a process's whole share: a plan of less would not fit."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f"{MIXTURE}[training]\nsteps = 100\n")
+    config = resolve_run(*read_recipe(recipe))
+    found = json.loads(command("plan", recipe, "--gpus", "2", "--json").stdout)
+    setup = found["setup"]
+    assert (setup["sequences"], setup["seq_len"]) == (config.sequences_per_step, config.data.sequence_length)
+    assert (setup["micro_batch"], found["step"]["micro_batches"]) == (16, 1), "32 sequences, by two"
+    large = json.loads(command("plan", recipe, "--gpus", "2", "--tokens-per-step", "262144", "--json").stdout)
+    assert (large["setup"]["micro_batch"], large["step"]["micro_batches"]) == (64, 8), "16,384 tokens"
+    small = json.loads(
+        command("plan", recipe, "--gpus", "2", "--tokens-per-step", "262144", "--micro-batch", "1", "--json").stdout
+    )
+    assert (small["setup"]["micro_batch"], small["step"]["micro_batches"]) == (1, 512)
+    assert large["memory"]["peak"]["activations"] > 30 * small["memory"]["peak"]["activations"]
+    shown = " ".join(command("plan", recipe, "--gpus", "2").stdout.partition("it fits")[0].split())
+    assert (
+        "a batch of 32 sequences of 256 tokens, of which each process takes 16 at once (1 micro-batch a step)" in shown
+    )
+    bare = json.loads(command("plan", "tiny-moe", "--gpus", "2", "--json").stdout)["setup"]
+    assert (bare["sequences"], bare["micro_batch"]) == (16, 1)
+
+
+def test_a_last_micro_batch_may_be_smaller(command: Any, tmp_path: Path) -> None:
+    """As the trainer cuts a share of 9 by 8: what goes by tokens counts 9, and weights are gathered twice."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f"{MIXTURE}[training]\nsteps = 1\n[parallel]\nexpert = 2\n")
+    of = {
+        share: json.loads(
+            command(
+                "plan", recipe, "--gpus", "2", "--micro-batch", "8", "--tokens-per-step", str(512 * share), "--json"
+            ).stdout
+        )
+        for share in (8, 9, 16)
+    }
+    parts = {share: one["step"]["parts"] for share, one in of.items()}
+    moved = {share: {line["name"]: line["total"] for line in one["exchanges"]} for share, one in of.items()}
+    assert parts[9]["products"] == pytest.approx(9 / 8 * parts[8]["products"])
+    assert parts[9]["host"] == pytest.approx(2 * parts[8]["host"])
+    assert moved[9]["dispatch"] == pytest.approx(9 / 8 * moved[8]["dispatch"])
+    assert moved[9]["gather weights of blocks"] == moved[16]["gather weights of blocks"]
+
+
+ZBV = ("--set", "parallel.schedule=zbv", "--set", "parallel.pipeline=2")
+
+
+def test_a_plan_offers_what_finemoe_trains_by_and_nothing_else(command: Any) -> None:
+    refused = command("plan", "deepseek-moe-16b", "--gpus", "8", *ZBV)
+    assert refused.exit_code == 2
+    assert 'parallel.schedule = "zbv" with shard x context = 4: it computes gradients' in " ".join(
+        refused.stderr.split()
+    )
+    few = command(
+        "plan", "deepseek-moe-16b", "--gpus", "8", "--set", "parallel.pipeline=4", "--tokens-per-step", "8192"
+    )
+    assert "a step has 1 micro-batches for each rank" in " ".join(few.stderr.split())
+    ranked = json.loads(command("plan", "deepseek-moe-16b", "--gpus", "64", "--search", "--json").stdout)["search"]
+    assert ranked["impossible"] > 0
+    for row in ranked["ranked"]:
+        sizes = row["parallel"]
+        assert sizes["schedule"] in ("1f1b", "interleaved") or sizes["shard"] == 1
+
+
+def test_a_search_runs_the_trainers_refusals(command: Any, tmp_path: Path) -> None:
+    """Muon needs whole matrices; the pipeline of a whole share at once has one micro-batch, and is none."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'{MIXTURE}[training]\nsteps = 1\n[optimizer]\nkind = "muon"\n')
+    found = json.loads(command("plan", recipe, "--gpus", "4", "--search", "--json").stdout)["search"]
+    layouts = {(row["parallel"]["pipeline"], row["parallel"]["replicate"]) for row in found["ranked"]}
+    assert layouts == {(1, 4)}
+    assert all(row["parallel"]["shard"] == 1 for row in found["ranked"])
+
+
+def test_a_plan_of_others_software_is_marked(command: Any) -> None:
+    shown = " ".join(command(*V3).stdout.split())
+    assert "finemoe does not train like that. parallel.schedule" in shown
+    assert json.loads(command(*V3, "--json").stdout)["refused"].startswith('parallel.schedule = "dualpipev" with shard')
+    own = command("plan", "tiny-moe", "--gpus", "2", "--json")
+    assert json.loads(own.stdout)["refused"] is None
+
+
+def test_processes_that_are_planned_do_not_run(command: Any) -> None:
+    said = " ".join(command("plan", "tiny-moe", "--gpus", "8", "--set", "parallel.shard=2").stderr.split())
+    assert "are 2 processes, and 8 are planned for: --gpus 2, or other sizes, such as --set parallel.shard=8" in said
+    assert "running" not in said
 
 
 def test_a_page_with_its_figures(command: Any, tmp_path: Path) -> None:
@@ -105,9 +198,9 @@ def test_this_machine_is_measured(command: Any) -> None:
         (["--set", "parallel=3"], "parallel.expert=64"),
         (["--set", "parallel.expart=3"], "expart"),
         (["--set", "parallel.tensor=2"], "is not built"),
-        (["--tokens-per-step", "100"], "no multiple of sequences"),
+        (["--tokens-per-step", "100"], "is not a multiple of data.sequence_length"),
         (["--search", "--set", "parallel.expert=2"], "leave [parallel]"),
-        (["--set", "parallel.pipeline=64"], "pieces of a model"),
+        (["--set", "parallel.pipeline=64"], "needs 64 stages of a block or more"),
         (["--device", "a100", "--precision", "fp8"], "has no fp8"),
     ],
 )

@@ -15,6 +15,7 @@ from finemoe.core.config import merge
 from finemoe.core.errors import TrainingError
 from finemoe.parallel.config import Layout
 from finemoe.parallel.processes import Processes
+from finemoe.parallel.seat import resuming
 from finemoe.training.stopping import StopOnSignal, repeated
 from parallel.processes import run
 from parallel.test_restarts import steps_done, torchrun, wait_for, workers
@@ -98,3 +99,31 @@ def test_a_signal_that_comes_twice_saves_all_the_same(corpus: Path, tmp_path: Pa
     said = (tmp_path / "run.log").read_text()
     [saved] = (out / "checkpoints").glob("step-*")
     assert int(saved.name.removeprefix("step-")) == steps_done(out)[-1], said
+    assert f"Go on with: torchrun --nproc-per-node 2 -m finemoe resume {out}" in said, "one process alone is refused"
+
+
+@pytest.mark.parametrize(
+    ("processes", "here", "said"),
+    [
+        (None, None, "finemoe resume 'a run'"),
+        (1, 1, "finemoe resume 'a run'"),
+        (2, 2, "torchrun --nproc-per-node 2 -m finemoe resume 'a run'"),
+        (
+            32,
+            8,
+            "torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint n1:29500 -m finemoe resume "
+            "'a run'",
+        ),
+    ],
+)
+def test_the_way_to_go_on_starts_as_many_processes(
+    processes: int | None, here: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    if processes is not None:
+        told = {"RANK": 0, "WORLD_SIZE": processes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": here, "MASTER_PORT": 1}
+        for name, value in told.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_ADDR", "n1")
+    assert resuming("a run") == said

@@ -140,13 +140,16 @@ def test_words_of_the_cluster_are_single_words() -> None:
         kubernetes(ODD, image="a b")
 
 
+RECIPE = '[model]\npreset = "tiny-moe"\n[model.feed_forward]\nnum_routed_experts = 64\n'
+
+
 def test_a_plan_goes_with_it(tmp_path: Path) -> None:
     recipe = tmp_path / "Tiny Run.toml"
-    recipe.write_text('[model]\npreset = "tiny-moe"\n[training]\nsteps = 10\ntokens_per_step = 16384\n')
+    recipe.write_text(RECIPE + "[training]\nsteps = 10\ntokens_per_step = 16384\n")
     options: dict[str, Any] = {"nodes": 2, "gpus_per_node": 4, "out": "/data/run"}
     script = finemoe.launch("slurm", recipe, device="h100", overrides=["parallel.expert=2"], **options)
     assert bash(script).returncode == 0
-    assert "on 8 h100, shard 8, expert 2: it fits" in script
+    assert "on 8 h100, shard 8, expert 2, with a batch of 64 sequences of 256 tokens" in script
     assert "--job-name=finemoe-tiny-run" in script
     assert "--shutdown-timeout=300 " in script
     own = finemoe.launch("slurm", recipe, device="h100", overrides=["parallel.expert=2"], shutdown=77, **options)
@@ -156,3 +159,28 @@ def test_a_plan_goes_with_it(tmp_path: Path) -> None:
         finemoe.launch("slurm", recipe, device="h100", overrides=["parallel.expert=3"], **options)
     with pytest.raises(ConfigError, match="known are"):
         finemoe.launch("ray", recipe, **options)  # type: ignore[arg-type]
+
+
+def test_what_the_trainer_refuses_is_refused_before_it_waits_in_a_queue(tmp_path: Path) -> None:
+    """Where the recipe lies here, with a device and without one; in the trainer's words, and by this verb's options."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE + "[training]\nsteps = 10\ntokens_per_step = 16384\n")
+    options: dict[str, Any] = {"nodes": 2, "gpus_per_node": 4, "out": "/data/run"}
+    wanted = ["parallel.pipeline=2", "parallel.schedule=zbv", "model.num_layers=4"]
+    for device in (None, "h100"):
+        with pytest.raises(ConfigError, match='schedule = "zbv" with shard x context = 4: it computes gradients'):
+            finemoe.launch("slurm", recipe, device=device, overrides=wanted, **options)
+        with pytest.raises(ConfigError, match="asked for: --nodes times --gpus-per-node = 2, or other sizes"):
+            finemoe.launch("slurm", recipe, device=device, overrides=["parallel.shard=2"], **options)
+        with pytest.raises(ConfigError, match="is 4 sequences, which 8 processes cannot share"):
+            finemoe.launch("slurm", recipe, device=device, overrides=["training.tokens_per_step=1024"], **options)
+
+
+def test_a_recipe_that_cannot_be_looked_at_is_launched_all_the_same(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"nodes": 1, "gpus_per_node": 2, "out": "/data/run"}
+    assert "# Not checked: /data/r.toml does not lie" in finemoe.launch("slurm", "/data/r.toml", **options)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('start_from = "/data/model"\n[training]\nsteps = 1\n')
+    assert "# Not checked: /data/model" in finemoe.launch("slurm", recipe, **options)
+    recipe.write_text(RECIPE + "[[stage]]\nname = 'one'\n[stage.training]\nsteps = 1\n")
+    assert "# Not checked: a recipe of several stages" in finemoe.launch("slurm", recipe, **options)

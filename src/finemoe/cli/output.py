@@ -101,16 +101,15 @@ def report_run(run: Any, as_json: bool) -> None:
     """
     from finemoe.charts.numbers import count, duration, fixed
     from finemoe.core.logs import console
-    from finemoe.parallel.seat import speaks
+    from finemoe.parallel.seat import resuming, speaks
     from finemoe.runs.planning.machine import other_work
 
     if not speaks():  # one process of the run says it
         raise typer.Exit(130 if run.interrupted else 0)
-    directory = shlex.quote(str(run.directory))
     if as_json:
         print_json({"directory": str(run.directory), "interrupted": run.interrupted, **run.summary})
     if run.interrupted:
-        text = f"Interrupted, nothing is lost. Go on with: finemoe resume {directory}"
+        text = f"Interrupted, nothing is lost. Go on with: {resuming(run.directory)}"
         console().print(text, markup=False, soft_wrap=True)
         raise typer.Exit(130)
     if as_json:

@@ -22,10 +22,19 @@ _Device = Annotated[
     str, typer.Option("--device", metavar="NAME", help="a100 h100 h800 h200 b200 b300 gb200 gb300; or here.")
 ]
 _Step = Annotated[
-    int | None, typer.Option("--tokens-per-step", min=1, metavar="N", help="Default: 8 sequences a device.")
+    int | None,
+    typer.Option(
+        "--tokens-per-step",
+        min=1,
+        metavar="N",
+        help="Default: the recipe's; of a model alone 8 micro-batches a device.",
+    ),
 ]
 _Micro = Annotated[
-    int | None, typer.Option("--micro-batch", min=1, metavar="N", help="Sequences of a device at once. Default: 1.")
+    int | None,
+    typer.Option(
+        "--micro-batch", min=1, metavar="N", help="Sequences of a device at once. Default: the recipe's; else 1."
+    ),
 ]
 _Length = Annotated[
     int | None, typer.Option("--seq-len", min=1, metavar="N", help="Tokens per sequence; default: as in training.")
@@ -45,9 +54,9 @@ _Calibration = Annotated[
 ]
 _Layout = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Such as parallel.expert=64 or parallel.pipeline=16; repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Such as parallel.expert=64; of a recipe any key; repeatable."),
 ]
-_Search = Annotated[bool, typer.Option("--search", help="Rank the layouts that fit.")]
+_Search = Annotated[bool, typer.Option("--search", help="Rank the layouts that fit and that finemoe trains by.")]
 _Report = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for a page with figures.")]
 _CHOICES = {
     "--precision": ("fp32", "bf16", "fp8"),
@@ -78,7 +87,10 @@ def plan(
     From the configuration alone: memory of a rank at MaxVio 0 and 1, arithmetic, bytes that each
     exchange moves, bubble of the pipeline, time of a step and device-hours. Bytes and bubbles are
     counted; times come from constants that were fitted on half of the published runs, and each
-    stands with the interval that the other half asks for. A layout that does not fit is refused.
+    stands with the interval that the other half asks for. A recipe is planned as `finemoe train`
+    would run it, batch and micro-batch included. A layout that does not fit is refused, and one
+    that finemoe does not train by; with --calibration tuned or deepseek-v3, which is for others'
+    software, the latter is planned and marked.
 
     \b
     Examples:

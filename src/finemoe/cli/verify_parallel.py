@@ -30,9 +30,11 @@ def verify_parallel(
 
     Trains a few steps of a recipe by one process, and by every layout of processes that fits on
     this machine, with torchrun; then compares losses, gradient norms, the load of every expert,
-    and weights. They may differ by rounding: 5e-6 nats, 5e-5 of the norm, 1e-4 in a weight; loads
-    must be equal. Ends with status 1 where they differ by more. What a bug of a layout would cost
-    is a run of weeks whose curve looks fine.
+    and weights. All of it is in float64, where rounding is next to nothing: a loss, a norm or a
+    weight that differs by more than 1e-9, or one choice of an expert that differs, is an error of
+    the layout, and the verb ends with status 1. (In float32 right layouts part as well, after a
+    step or two: near-ties of routers go one way or the other.) What a bug of a layout would cost is
+    a run of weeks whose curve looks fine.
 
     \b
     Examples:
@@ -50,6 +52,8 @@ def verify_parallel(
         columns = ("Layout", "Loss", "Norm", "Weights", "Loads", "s/step", "")
         print_rich(number_table(columns, [_row(one) for one in found]))
         for one in found:
+            if one.loads_apart is not None:
+                typer.echo(f"\n{one.layout}: experts took other tokens: {one.loads_apart}")
             if one.failure is not None:
                 typer.echo(f"\n{one.layout} did not come to its end: {one.failure}")
     if not all(one.agrees for one in found):

@@ -19,7 +19,7 @@ _CHUNK_ELEMENTS_ELSEWHERE = 1 << 26
 
 
 def cross_entropy_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Sum over tokens of weight · -log p(target), in float32.
+    """Sum over tokens of weight · -log p(target), in float32, or in float64 where `hidden` is.
 
     Args:
         hidden: [tokens, hidden].
@@ -46,19 +46,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             cast_weight = head_weight
         grad_hidden = torch.empty_like(hidden) if wants_gradient else None
         # Accumulated in float32: hundreds of small chunks in bf16 would lose the smallest contributions.
-        grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if wants_gradient else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        grad_weight = torch.zeros_like(head_weight, dtype=wide) if wants_gradient else None
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         chunk = max(1, _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS_ELSEWHERE) // head_weight.shape[0])
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
-                logits = (hidden[part] @ cast_weight.t()).float()
+                logits = (hidden[part] @ cast_weight.t()).to(wide)
                 total += _chunk_loss(logits, targets[part], weights[part])
                 if grad_hidden is not None and grad_weight is not None:
                     _chunk_gradient(logits, targets[part], weights[part])
                     scores = logits.to(hidden.dtype)
                     torch.mm(scores, cast_weight, out=grad_hidden[part])
-                    if hidden.dtype == torch.float32:
+                    if hidden.dtype == wide:
                         grad_weight.addmm_(scores.t(), hidden[part])
                     else:
                         grad_weight += scores.t() @ hidden[part]

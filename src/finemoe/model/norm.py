@@ -1,4 +1,4 @@
-"""RMSNorm, computed in float32 whatever the input."""
+"""RMSNorm, computed in float32 whatever the input, but for float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from finemoe.model.backend import Backend
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`hidden [..., size]` divided by the root of its mean square, times `weight [size]`; same shape and dtype out."""
     # fp32 statistics: a mean of squares in bf16 loses three digits.
-    return F.rms_norm(hidden.float(), weight.shape, weight.float(), eps).to(hidden.dtype)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return F.rms_norm(hidden.to(wide), weight.shape, weight.to(wide), eps).to(hidden.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -13,6 +13,14 @@ from finemoe.core.config import Config
 from finemoe.core.errors import ConfigError
 
 Schedule = Literal["1f1b", "interleaved", "zbv", "dualpipev"]
+Start = Literal["torchrun", "plan", "launch"]
+"""Who says how many processes there are: torchrun, which runs them, or an option of a verb, which only asks."""
+
+_COUNTED: dict[Start, tuple[str, str]] = {
+    "torchrun": ("running", "torchrun --nproc-per-node {}"),
+    "plan": ("planned for", "--gpus {}"),
+    "launch": ("asked for", "--nodes times --gpus-per-node = {}"),
+}
 
 _NOT_BUILT = {
     "tensor": "products of small experts are too narrow to be cut, and a dense model of this size fits with shard",
@@ -57,8 +65,12 @@ class ParallelConfig(Config):
         shard = self.shard or self.expert // math.gcd(self.expert, self.context)
         return self.pipeline * self.replicate * shard * self.context
 
-    def layout(self, processes: int) -> Layout:
+    def layout(self, processes: int, start: Start = "torchrun") -> Layout:
         """What `processes` come to.
+
+        Args:
+            processes: all of them.
+            start: who says so, for the words of a refusal.
 
         Raises:
             ConfigError: they cannot be shared out like that; with numbers that can.
@@ -67,23 +79,34 @@ class ParallelConfig(Config):
         if self.shard is None and processes % fixed:
             raise ConfigError(
                 f"{processes} processes cannot be parallel.pipeline {self.pipeline} x replicate {self.replicate} x "
-                f"context {self.context}: start a multiple of {fixed}, or lower one of them"
+                f"context {self.context}: start a multiple of {fixed}, or take other sizes, such as "
+                f"{self._all_shard(processes)}"
             )
         shard = self.shard or processes // fixed
         if fixed * shard != processes:
+            counted, instead = _COUNTED[start]
             raise ConfigError(
                 f"parallel.pipeline {self.pipeline} x replicate {self.replicate} x shard {shard} x context "
                 f"{self.context} are {fixed * shard} processes, and {processes} {'is' if processes == 1 else 'are'} "
-                f"running: torchrun --nproc-per-node {fixed * shard}, or set other sizes, such as "
-                f"parallel.shard = {processes} with the others 1"
+                f"{counted}: {instead.format(fixed * shard)}, or other sizes, such as {self._all_shard(processes)}"
             )
         if shard * self.context % self.expert:
-            near = [n for n in range(1, shard * self.context + 1) if shard * self.context % n == 0]
+            near = [str(n) for n in range(1, shard * self.context + 1) if shard * self.context % n == 0]
+            instead = f"try one of {', '.join(near)}" if near[1:] else "--set parallel.expert=1"
             raise ConfigError(
-                f"parallel.expert {self.expert} does not divide shard x context = {shard * self.context}: "
-                f"try one of {', '.join(map(str, near))}"
+                f"parallel.expert {self.expert} does not divide shard x context = {shard * self.context}: {instead}"
             )
         return Layout(self.pipeline, self.replicate, shard, self.context, self.expert, self.schedule)
+
+    def _all_shard(self, processes: int) -> str:
+        """In options, what makes so many processes of these sizes, all of them shards."""
+        others = ("pipeline", "replicate", "context", "expert")
+        return " ".join(
+            [
+                f"--set parallel.shard={processes}",
+                *(f"--set parallel.{name}=1" for name in others if getattr(self, name) > 1),
+            ]
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 
 from finemoe.core.errors import ConfigError
@@ -46,6 +47,17 @@ def seat() -> Seat | None:
         raise ConfigError(f"the environment of torchrun holds what is no number: {error}") from error
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Seat(rank, processes, local_rank, local, os.environ["MASTER_ADDR"], port, hosted)
+
+
+def resuming(directory: str | os.PathLike[str]) -> str:
+    """The command that goes on with a run by as many processes as there are, quoted for a shell."""
+    here, own = seat(), f"finemoe resume {shlex.quote(os.fspath(directory))}"
+    if here is None or here.processes == 1:
+        return own
+    if here.local_processes == here.processes:
+        return f"torchrun --nproc-per-node {here.processes} -m {own}"
+    nodes = f"--nnodes {here.processes // here.local_processes} --nproc-per-node {here.local_processes}"
+    return f"torchrun {nodes} --rdzv-backend c10d --rdzv-endpoint {here.address}:29500 -m {own}"
 
 
 def speaks() -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from finemoe.core.seeds import derive
 from finemoe.model.config import Kernels
 from finemoe.model.size import measure
 from finemoe.parallel.meeting import meet
-from finemoe.parallel.seat import seat
+from finemoe.parallel.seat import resuming, seat
 from finemoe.parallel.world import SOLO, World
 from finemoe.runs.beginning import first_model, newest_state, refuse_other_data, require_agreement
 from finemoe.runs.calibration import Chosen
@@ -143,7 +142,7 @@ def _told_where(directory: Path, world: World) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if world.rank == 0 and (directory / "config.json").exists():
-            logger.warning("the run has begun: `finemoe resume %s` goes on", shlex.quote(str(directory)))
+            logger.warning("the run has begun: `%s` goes on", resuming(directory))
         raise
 
 

@@ -213,10 +213,12 @@ def refuse_layout(config: RunConfig, layout: Layout) -> None:
         assert isinstance(layer, MoEConfig)  # as `moe_layers` says
         experts = layer.num_routed_experts
         if experts % layout.expert:
-            fits = [n for n in range(1, layout.fsdp + 1) if experts % n == 0 and layout.fsdp % n == 0]
+            fits = [n for n in range(2, layout.fsdp + 1) if experts % n == 0 and layout.fsdp % n == 0]
+            instead = f"try one of 1, {', '.join(map(str, fits))}"
+            alone = f"no number of {layout.fsdp} processes does but 1: leave it out, or change num_routed_experts"
             raise ConfigError(
                 f"parallel.expert {layout.expert} does not divide the {experts} routed experts of layer {number}: "
-                f"try one of {', '.join(map(str, fits))}"
+                f"{instead if fits else alone}"
             )
     if layout.expert > 1 and not config.model.moe_layers:
         raise ConfigError(f"parallel.expert {layout.expert}: the model has no routed experts; leave it out")

@@ -43,7 +43,8 @@ def summary(results: Results) -> list[str]:
     peak, uneven = memory["peak"]["total"], memory["uneven"]["total"]
     fits = "fits" if memory["fits"] else "does not fit"
     lines = [
-        f"{results['model']} on {results['processes']:,} {device['name']}, {results['layout']}: it {fits}. The rank "
+        f"{results['model']} on {results['processes']:,} {device['name']}, {results['layout']}, with "
+        f"{results['batch']}: it {fits}. The rank "
         f"that takes most needs {gib(peak)} of {gib(memory['available'])} with evenly used experts (MaxVio 0), and "
         f"{gib(uneven)} where a process's experts receive twice their share (MaxVio 1)"
         + ("." if memory["fits_uneven"] or not memory["fits"] else ", which does not fit: watch the balance."),
@@ -51,6 +52,8 @@ def summary(results: Results) -> list[str]:
         f"{count(results['tokens_per_second']['value'])} tokens a second and device, "
         f"{fixed(100 * results['utilisation'], 1)} % of its peak; {fixed(100 * step['bubble'], 1)} % is bubble.",
     ]
+    if results["refused"] is not None:
+        lines.insert(1, f"This is a plan of others' software: finemoe does not train like that. {results['refused']}.")
     if results["device_hours"] is not None:
         lines.append(f"{count(results['tokens'])} tokens: {span(results['device_hours'])} device-hours.")
     return [*lines, certainty(results)]

@@ -106,6 +106,7 @@ class Plan:
             "device": {**asdict(self.device), "peak": dict(self.device.peak)},
             "setup": asdict(self.setup),
             "layout": str(self.setup),
+            "batch": self.setup.batch,
             "processes": self.setup.processes,
             "tokens_per_step": self.setup.tokens_per_step,
             "parameters": self.parameters,
@@ -212,9 +213,10 @@ def require_fit(made: Plan) -> None:
     largest = sorted(parts, key=lambda name: -parts[name])
     listed = ", ".join(f"{name.replace('_', ' ')} {parts[name] / GIB:.2f}" for name in largest)
     raise ConfigError(
-        f"{made.model} with {made.setup} does not fit {made.device.name}: rank {made.even.index(peak)} of the pipeline "
-        f"needs {peak.total / GIB:.2f} GiB ({peak.total:,} bytes), and there are {made.device.memory / GIB:.2f} "
-        f"({made.device.memory:,}). In GiB: {listed}. Try {_advice(made, largest[0])}, or --search"
+        f"{made.model} with {made.setup} and {made.setup.batch} does not fit {made.device.name}: rank "
+        f"{made.even.index(peak)} of the pipeline needs {peak.total / GIB:.2f} GiB ({peak.total:,} bytes), and there "
+        f"are {made.device.memory / GIB:.2f} ({made.device.memory:,}). In GiB: {listed}. Try "
+        f"{_advice(made, largest[0])}, or --search"
     )
 
 
@@ -222,9 +224,10 @@ def _advice(made: Plan, largest: str) -> str:
     """What lowers the largest part."""
     setup = made.setup
     if largest in ("activations", "exchange"):
-        return (
-            "--recompute" if not setup.recompute else "a smaller training.micro_batch_tokens, or more parallel.context"
+        smaller = (
+            f"--micro-batch {max(1, setup.micro_batch // 2)}" if setup.micro_batch > 1 else "more parallel.context"
         )
+        return smaller if setup.recompute else f"--recompute, or {smaller}"
     if largest in ("gathered", "whole_gradients"):
         return "more parallel.expert or parallel.pipeline, or weights gathered and gradients summed each micro-batch"
     return "more processes in parallel.shard, with fewer in parallel.replicate, or more --gpus"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from finemoe.core.errors import ConfigError
 from finemoe.model.config import ModelConfig
 from finemoe.model.moe.layer import MoEConfig
+from finemoe.parallel.config import Layout
 from finemoe.parallel.planner.calibration import CONSTANTS
 from finemoe.parallel.planner.devices import Device
 from finemoe.parallel.planner.memory import peak_memory
 from finemoe.parallel.planner.plan import Calibration, Plan, plan
 from finemoe.parallel.planner.schedules import Schedule
-from finemoe.parallel.planner.setup import Setup
+from finemoe.parallel.planner.setup import Setup, at_once
 from finemoe.parallel.planner.step_time import step_time
 
 _FASTER: tuple[Schedule, ...] = ("1f1b", "interleaved", "zbv", "dualpipev")
@@ -41,6 +43,7 @@ def search(
     tokens: float | None = None,
     calibration: Calibration = "torch",
     most: int = 10,
+    refuse: Callable[[Layout], None] = lambda layout: None,
 ) -> Found:
     """Rank the layouts of `processes`.
 
@@ -51,21 +54,23 @@ def search(
         processes: to be laid out.
         name, tokens, calibration: as of `plan`.
         most: plans returned.
+        refuse: raises ConfigError for a layout that is not to be among them, as one that finemoe does not train by.
 
     Raises:
-        ConfigError: no layout fits; says how near the nearest comes.
+        ConfigError: no layout fits; says how near the nearest comes, or why none can be.
     """
     own = CONSTANTS["hopper" if device.family == "here" else device.family]
     own = own.with_torch() if calibration == "torch" else own
     timed: list[tuple[float, Setup]] = []
     tried = impossible = 0
-    least, nearest = 0, ""
+    least, nearest, first = 0, "", ""
     for changes in _layouts(config, setup, processes):
         tried += 1
         try:
-            one = replace(setup, **changes, tensor=1, once_a_node=calibration != "torch")  # type: ignore[arg-type]
+            one = _laid(setup, changes, refuse, once_a_node=calibration != "torch")
             needed = peak_memory(config, one).total
-        except ConfigError:
+        except ConfigError as error:
+            first = first or str(error)
             impossible += 1
             continue
         if needed > device.memory:
@@ -73,17 +78,20 @@ def search(
                 least, nearest = needed, str(one)
             continue
         timed.append((step_time(config, one, device, own).total, one))
+    if not timed and not nearest:
+        raise ConfigError(f"{name}: none of {tried} layouts of {processes} processes can be. The first: {first}")
     if not timed:
+        smaller = ", a smaller --micro-batch" if setup.micro_batch > 1 else ""
         raise ConfigError(
             f"{name}: none of {tried} layouts of {processes} x {device.name} fits {device.memory / 2**30:.1f} GiB; the "
-            f"nearest, {nearest or 'none possible'}, needs {least / 2**30:.1f}: take more --gpus, or a smaller model"
+            f"nearest, {nearest}, needs {least / 2**30:.1f}: take more --gpus{smaller}, or a smaller model"
         )
     timed.sort(key=lambda pair: pair[0])
     best = (plan(config, one, device, name=name, tokens=tokens, calibration=calibration) for _, one in timed[:most])
     return Found(tuple(best), tried, len(timed), impossible)
 
 
-def _layouts(config: ModelConfig, setup: Setup, processes: int) -> Iterator[dict[str, object]]:
+def _layouts(config: ModelConfig, setup: Setup, processes: int) -> Iterator[dict[str, Any]]:
     experts = [
         block.feed_forward.num_routed_experts for block in config.blocks if isinstance(block.feed_forward, MoEConfig)
     ]
@@ -91,7 +99,7 @@ def _layouts(config: ModelConfig, setup: Setup, processes: int) -> Iterator[dict
         if processes % pipeline:
             continue
         left = processes // pipeline
-        for replicate in (1, 2, 4, 8):
+        for replicate in sorted({1, 2, 4, 8, left}):  # `left`: nothing sharded, which a V wants
             shard = left // replicate
             if left % replicate or not shard:
                 continue
@@ -105,7 +113,20 @@ def _layouts(config: ModelConfig, setup: Setup, processes: int) -> Iterator[dict
                     )  # fmt: skip
 
 
-def _ways(layout: dict[str, object]) -> Iterator[dict[str, object]]:
+def _laid(setup: Setup, changes: dict[str, Any], refuse: Callable[[Layout], None], once_a_node: bool) -> Setup:
+    """`setup` by another layout, with as many sequences at once as that leaves to a process.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    sizes = {name: changes[name] for name in ("pipeline", "replicate", "shard", "context", "expert", "schedule")}
+    layout = Layout(**sizes)
+    refuse(layout)
+    micro = at_once(setup.sequences, layout.data, setup.micro_batch)
+    return replace(setup, **changes, micro_batch=micro, tensor=1, once_a_node=once_a_node)
+
+
+def _ways(layout: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for recompute in (False, True):
         yield {**layout, "recompute": recompute}
 

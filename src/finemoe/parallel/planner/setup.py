@@ -17,6 +17,11 @@ from finemoe.parallel.planner.schedules import Schedule, require
 When = Literal["micro_batch", "step"]
 
 
+def at_once(sequences: int, data: int, most: int) -> int:
+    """Sequences of a micro-batch: `most`, or the share that a step's sequences leave to each of `data` processes."""
+    return min(most, max(1, sequences // data))
+
+
 @dataclass(frozen=True)
 class Setup:
     """One run: its layout, its batch, its precision."""
@@ -25,7 +30,7 @@ class Setup:
     """[sequences] A step, of all processes."""
     seq_len: int
     micro_batch: int = 1
-    """[sequences] Of one process at once."""
+    """[sequences] Of one process at once; the last of a step may have fewer."""
     precision: Precision = "bf16"
     """Of products. Weights, gradients and moments are kept in float32 whatever it is."""
     pipeline: int = 1
@@ -52,11 +57,11 @@ class Setup:
     """The host replays recorded launches (CUDA graphs), and computing never waits for it. finemoe does not."""
 
     def __post_init__(self) -> None:
-        if self.sequences % (self.data * self.micro_batch):
+        if self.sequences % self.data:
             raise ConfigError(
                 f"{self.sequences} sequences a step cannot be shared out: parallel.replicate {self.replicate} x shard "
-                f"{self.shard} x {self.micro_batch} sequences of a micro-batch are {self.data * self.micro_batch}; "
-                f"make training.tokens_per_step a multiple of {self.data * self.micro_batch * self.seq_len:,} tokens"
+                f"{self.shard} are {self.data} processes; make training.tokens_per_step a multiple of "
+                f"{self.data * self.seq_len:,} tokens"
             )
         if (self.fsdp * self.tensor) % self.expert:
             raise ConfigError(
@@ -96,7 +101,12 @@ class Setup:
     @property
     def micro_batches(self) -> int:
         """Of one process, a step."""
-        return self.sequences // (self.data * self.micro_batch)
+        return -(-self.sequences // (self.data * self.micro_batch))
+
+    @property
+    def full_micro_batches(self) -> float:
+        """How many whole ones of them hold as many tokens: fewer where the last is smaller."""
+        return self.sequences / (self.data * self.micro_batch)
 
     @property
     def tokens(self) -> int:
@@ -107,6 +117,16 @@ class Setup:
     def tokens_per_step(self) -> int:
         """Of all processes."""
         return self.sequences * self.seq_len
+
+    @property
+    def batch(self) -> str:
+        """In words: of a step, and of a process at once."""
+        pieces = "1 micro-batch" if self.micro_batches == 1 else f"{self.micro_batches:,} micro-batches"
+        many = "1 sequence" if self.sequences == 1 else f"{self.sequences:,} sequences"
+        return (
+            f"a batch of {many} of {self.seq_len:,} tokens, of which each process takes {self.micro_batch:,} at once "
+            f"({pieces} a step)"
+        )
 
     def __str__(self) -> str:
         """In words, those above 1."""

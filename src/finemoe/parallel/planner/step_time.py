@@ -116,13 +116,13 @@ def step_time(
     ranks = pieces_of_ranks(config, setup)
     busy = [_busy(config, setup, device, constants, held, max_vio) for held in ranks]
     slowest = max(range(len(ranks)), key=lambda rank: busy[rank].total)
-    worst, many = busy[slowest], setup.micro_batches
+    worst, many, full = busy[slowest], setup.micro_batches, setup.full_micro_batches
     waiting = waits(setup.schedule, setup.pipeline, _chunk(worst, setup)) if setup.pipeline > 1 else 0.0
     return StepTime(
-        products=many * worst.products,
-        experts=many * worst.experts,
-        scores=many * worst.scores,
-        memory=many * worst.memory,
+        products=full * worst.products,
+        experts=full * worst.experts,
+        scores=full * worst.scores,
+        memory=full * worst.memory,
         host=many * worst.host,
         exchange=many * worst.exchange,
         bubble=waiting,

@@ -116,7 +116,7 @@ def _experts(config: ModelConfig, setup: Setup, held: tuple[Piece, ...]) -> list
     return [
         Collective("counts of rows", ep, forward * setup.micro_batches, told),
         *(
-            Collective(name, ep, times[name] * setup.micro_batches, rows * config.hidden_size * width)
+            Collective(name, ep, times[name] * setup.full_micro_batches, rows * config.hidden_size * width)
             for name, width in sizes.items()
         ),
     ]
@@ -146,7 +146,7 @@ def _sends(config: ModelConfig, setup: Setup, held: tuple[Piece, ...]) -> list[C
         return []
     width = 4 if setup.precision == "fp32" else 2
     size = setup.tokens / setup.tensor * config.hidden_size * width
-    each = setup.micro_batches / (2 if setup.schedule == "dualpipe" else 1)  # half of them from each end
+    each = setup.full_micro_batches / (2 if setup.schedule == "dualpipe" else 1)  # half of them from each end
     forward = sum(not piece.first for piece in held) - _turns(setup, held)
     back = sum(not piece.last for piece in held) - _turns(setup, held)
     return [
@@ -174,10 +174,10 @@ def _contexts(config: ModelConfig, setup: Setup, held: tuple[Piece, ...]) -> lis
     numbers = sum(block.attention.cache_elements_per_token() for block in own)
     split = setup.tensor if all(isinstance(block.attention, GroupedQueryConfig) for block in own) else 1
     size = setup.tokens * numbers * width * (setup.context - 1) / split
-    forward = (1 + setup.recompute) * setup.micro_batches
+    forward = (1 + setup.recompute) * setup.full_micro_batches
     return [
         Collective("gather keys of the sequence", setup.context, forward, size),
-        Collective("sum gradients of keys", setup.context, setup.micro_batches, size),
+        Collective("sum gradients of keys", setup.context, setup.full_micro_batches, size),
     ]
 
 
@@ -188,7 +188,7 @@ def _products(config: ModelConfig, setup: Setup, held: tuple[Piece, ...]) -> lis
     width = 4 if setup.precision == "fp32" else 2
     layers = sum(len(piece.blocks) for piece in held) + len(config.mtp) * any(piece.last for piece in held)
     size = layers * setup.tokens * config.hidden_size * width * _share(setup.tensor)
-    return [Collective(SHARED_PRODUCTS, setup.tensor, (8 + 4 * setup.recompute) * setup.micro_batches, size)]
+    return [Collective(SHARED_PRODUCTS, setup.tensor, (8 + 4 * setup.recompute) * setup.full_micro_batches, size)]
 
 
 def rows_leaving(counts: Sequence[Sequence[int]], expert: int) -> list[int]:

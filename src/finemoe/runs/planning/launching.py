@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finemoe.charts.plan.words import summary
-from finemoe.core.errors import ConfigError, FinemoeError
+from finemoe.core.errors import CheckpointError, ConfigError, DataError, FinemoeError
 from finemoe.parallel.planner.launching import Launch, kubernetes, shutdown_seconds, slurm
+from finemoe.runs.config import read_recipe, resolve_run
 from finemoe.runs.planning.distribution import plan
+from finemoe.runs.start import refuse_layout
 
 _CHECKPOINT = 12  # bytes a parameter: the weight and two moments
 
@@ -46,7 +48,8 @@ def launch(
         options: of `parallel.planner.launching.slurm` or `kubernetes`: partition, time; image, claim.
 
     Raises:
-        ConfigError: no such kind, or values that no such file can hold.
+        ConfigError: no such kind, values that no such file can hold, or a recipe that finemoe would not train by so
+            many processes.
         FinemoeError: with `device`, what `plan` raises; a layout that does not fit is refused.
     """
     writers = {"slurm": slurm, "kubernetes": kubernetes}
@@ -58,6 +61,7 @@ def launch(
         name=name or _name(path), restarts=restarts, **({} if shutdown is None else {"shutdown": shutdown}),
     )  # fmt: skip
     notes = [f"finemoe launch {kind}: {asked.processes} processes on {nodes} nodes"]
+    notes += _checked(path, asked.processes, overrides)
     if device is not None:
         made = _planned(path, asked.processes, device, overrides)
         notes += summary(made)
@@ -72,8 +76,26 @@ def _name(recipe: str) -> str:
     return f"finemoe-{kept}"[:63].rstrip("-")
 
 
+def _checked(recipe: str, processes: int, overrides: Sequence[str]) -> list[str]:
+    """Refuse what the trainer would, where the recipe lies here; what could not be looked at.
+
+    Raises:
+        ConfigError: the recipe cannot work, or not by so many processes.
+    """
+    if not Path(recipe).exists():
+        return [f"Not checked: {recipe} does not lie where this was written."]
+    raw, source = read_recipe(recipe, overrides)
+    if "stage" in raw:
+        return ["Not checked: a recipe of several stages."]
+    try:
+        config = resolve_run(raw, source)
+    except (CheckpointError, DataError) as error:  # what it begins with may lie where only the nodes see it
+        return [f"Not checked: {error}"]
+    refuse_layout(config, config.parallel.layout(processes, "launch"))
+    return []
+
+
 def _planned(recipe: str, processes: int, device: str, overrides: Sequence[str]) -> dict[str, Any]:
-    known = [one for one in overrides if one.split(".")[0] in ("parallel",)]
     if not Path(recipe).exists():
         raise FinemoeError(f"{recipe}: no such recipe here, and --device plans it; leave --device out, or copy it here")
-    return plan(recipe, processes, device, overrides=known)
+    return plan(recipe, processes, device, overrides=overrides)

@@ -30,10 +30,13 @@ groups, groups per token, how many of a group's scores count, whether gates are 
 def float32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """`[tokens, experts]` from `hidden [tokens, hidden]` and centroids `weight [experts, hidden]`, never narrower.
 
+    Float64 stays what it is: it is there to tell an error from rounding.
+
     Whatever the model's precision: rounded logits change which experts win.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return hidden.float() @ weight.float().t()
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return hidden.to(wide) @ weight.to(wide).t()
 
 
 class GroupsConfig(Config, ABC):

@@ -1,0 +1,184 @@
+"""The run that a plan is of: a recipe's, resolved as the trainer does it; of a model alone, one that is made up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finemoe.core.config import with_overrides
+from finemoe.core.errors import ConfigError
+from finemoe.model.config import ModelConfig
+from finemoe.parallel.config import Layout, Start
+from finemoe.parallel.planner.devices import Precision
+from finemoe.parallel.planner.setup import Setup, When, at_once
+from finemoe.runs.config import RunConfig, read_recipe, resolve_run
+from finemoe.runs.planning.sizing import Described, describe
+from finemoe.runs.start import refuse_layout
+
+SEQUENCES_A_DEVICE = 8
+"""Micro-batches of a device in a step, of a model that no recipe says anything of."""
+_KEYS = {
+    "parallel": None,
+    "training": {"tokens_per_step", "micro_batch_tokens"},
+    "data": {"sequence_length"},
+    "kernels": {"recompute"},
+}
+_STATE_BYTES = {"adamw": 8, "muon": 4}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the options of a plan ask for; None: as the recipe says, or its defaults."""
+
+    tokens_per_step: int | None = None
+    micro_batch: int | None = None
+    seq_len: int | None = None
+    tokens: float | None = None
+    recompute: bool | None = None
+    precision: Precision | None = None
+    gather: When = "micro_batch"
+
+    @property
+    def overrides(self) -> list[str]:
+        """Those that a recipe has a key for, but the micro-batch, which is in sequences here."""
+        asked = {
+            "data.sequence_length": self.seq_len,
+            "training.tokens_per_step": self.tokens_per_step,
+            "kernels.recompute": None if self.recompute is None else str(self.recompute).lower(),
+        }
+        return [f"{key}={value}" for key, value in asked.items() if value is not None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A run to be planned."""
+
+    name: str
+    config: RunConfig
+    """As the trainer would have it."""
+    options: Options
+    tokens: float | None
+    """Of the whole run."""
+
+    def setup(self, layout: Layout) -> Setup:
+        """The question for the planner, with the micro-batches that the trainer would make.
+
+        Raises:
+            ConfigError: the planner knows no such run.
+        """
+        sequences, most = self.config.sequences_per_step, self.config.micro_batch_sequences
+        return Setup.of(
+            layout,
+            sequences=sequences,
+            seq_len=self.config.data.sequence_length,
+            micro_batch=at_once(sequences, layout.data, most),
+            precision=self._precision,
+            recompute=self.config.kernels.recompute,
+            gather=self.options.gather,
+            reduce=self.options.gather,
+            state_bytes=_STATE_BYTES.get(self.config.optimizer.kind, 8),
+        )
+
+    def layout(self, processes: int, start: Start = "plan") -> Layout:
+        """Of so many processes.
+
+        Raises:
+            ConfigError: as `ParallelConfig.layout`.
+        """
+        return self.config.parallel.layout(processes, start)
+
+    def refuse(self, layout: Layout) -> None:
+        """What the trainer says to a layout that it does not train by.
+
+        Raises:
+            ConfigError: in its own words.
+        """
+        refuse_layout(self.config, layout)
+
+    @property
+    def _precision(self) -> Precision:
+        return self.options.precision or ("fp32" if self.config.training.precision == "fp32" else "bf16")
+
+
+def question(
+    model: str | os.PathLike[str] | ModelConfig, processes: int, overrides: Sequence[str], options: Options
+) -> Question:
+    """What is to be planned.
+
+    Args:
+        model: what `finemoe.size` takes. A recipe, or a run, is resolved as `finemoe train` would; any other model is
+            given 8 micro-batches a process, of one sequence each.
+        processes: that will train it.
+        overrides: `a.b=c`; of a recipe any key, else of `[parallel]`, batch, length and recomputation.
+        options: win over both.
+
+    Raises:
+        ConfigError: no such model or key, or no run that could be.
+    """
+    described = describe(model, options.seq_len)
+    name = "model" if isinstance(model, ModelConfig) else os.fspath(model)
+    if described.recipe:
+        raw = _with_length({key: value for key, value in described.recipe.items() if key != "stage"}, overrides)
+    else:
+        raw = _made_up(described, processes, overrides, options)
+    raw, _ = read_recipe(raw, [*overrides, *options.overrides])
+    config = resolve_run(raw, name)
+    if options.micro_batch is not None:
+        tokens = options.micro_batch * config.data.sequence_length
+        training = config.training.model_copy(update={"micro_batch_tokens": tokens})
+        config = config.model_copy(update={"training": training})
+    return Question(name, config, options, options.tokens or _length(described.recipe, overrides, config))
+
+
+def _with_length(recipe: Mapping[str, Any], overrides: Sequence[str]) -> Mapping[str, Any]:
+    """A recipe that says no length has one of a step, which no figure of a step depends on."""
+    if not isinstance(recipe.get("training", {}), Mapping) or any(_lengths(recipe, overrides)):
+        return recipe
+    return {**recipe, "training": {**recipe.get("training", {}), "steps": 1}}
+
+
+def _lengths(recipe: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    """Keys that say how long the run is."""
+    for tables in (recipe, with_overrides({}, overrides)):
+        training = tables.get("training", {})
+        if isinstance(training, Mapping):
+            yield from {"tokens", "steps", "epochs"} & training.keys()
+
+
+def _length(recipe: Mapping[str, Any], overrides: Sequence[str], config: RunConfig) -> float | None:
+    """[tokens] Of the run, where it says so."""
+    training = config.training
+    if training.epochs is not None or not any(_lengths(recipe, overrides)):
+        return None
+    return training.tokens or training.total_steps * training.tokens_per_step
+
+
+def _made_up(described: Described, processes: int, overrides: Sequence[str], options: Options) -> dict[str, Any]:
+    """A run of a model that nothing says how to train."""
+    over = with_overrides({}, overrides)
+    _require_known(over)
+    length = options.seq_len or over.get("data", {}).get("sequence_length") or described.seq_len
+    asked = over.get("training", {})
+    micro = options.micro_batch or max(1, (asked.get("micro_batch_tokens") or length) // length)
+    return {
+        "model": described.config.model_dump(),
+        # Whose tokenizer does not matter here, and no size of one is refused.
+        "data": {"sequence_length": length, "tokenizer": "of the model", "vocab_size": 2048},
+        "training": {
+            "steps": 1,
+            "micro_batch_tokens": micro * length,
+            "tokens_per_step": SEQUENCES_A_DEVICE * micro * processes * length,
+        },
+    }
+
+
+def _require_known(over: Mapping[str, Any]) -> None:
+    for table, value in over.items():
+        keys = _KEYS.get(table, set())
+        if keys is not None and (not isinstance(value, Mapping) or set(value) - keys):
+            known = ", ".join(f"{name}.{key}" for name, inner in _KEYS.items() for key in sorted(inner or {"*"}))
+            raise ConfigError(f"--set {table}: a plan takes {known}; write all else into a recipe, and plan that")
+        if keys is None and not isinstance(value, Mapping):
+            raise ConfigError(f"--set {table}: write it as {table}.expert=64")
