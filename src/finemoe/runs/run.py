@@ -302,7 +302,7 @@ def _train(trainer: Trainer, save: Save, directory: Path) -> bool:
         if trainer.state.step:
             save.save(trainer)
         step = trainer.state.step
-        again = f"the run is saved after step {step}: `finemoe resume {shlex.quote(str(directory))}` goes on"
+        again = f"the run is saved after step {step}: `{resuming(directory)}` goes on"
         raise OutageError(f"{error}; {again}") from error
     except TrainingError as error:
         if trainer.method.state:  # it may have counted the refused step; the last regular checkpoint did not
