@@ -53,7 +53,10 @@ def test_the_published_run_and_the_factor_are_told(alone: dict[str, Any]) -> Non
 
 
 def test_a_search_stands_in_the_page() -> None:
-    page = plan_page(plan("deepseek-moe-16b", 8, "h100", search=True))
+    found = plan("deepseek-moe-16b", 8, "h100", search=True)
+    page = plan_page(found)
+    assert found["search"]["ranked"][0]["options"] in page
+    assert '<table class="wrap">' in page.partition("Layouts</h2>")[2].partition("</section")[0], "at 1000 px no bar"
     assert "The fastest" in page
     assert "layouts:" in page
 

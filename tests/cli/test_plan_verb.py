@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from finemoe.core.errors import ConfigError
+from finemoe.parallel.planner.setup import Setup
 from finemoe.runs.config import read_recipe, resolve_run
 from finemoe.runs.planning import distribution
 from finemoe.runs.planning.measured import bandwidth, product_flops
@@ -51,11 +52,27 @@ def test_a_search_ranks_layouts_and_they_can_be_asked_for(command: Any) -> None:
     found = json.loads(command("plan", "deepseek-moe-16b", "--gpus", "64", "--search", "--json").stdout)
     best = found["search"]["ranked"][0]
     assert best["layout"] == found["layout"]
-    words = [f"--set=parallel.{key}={value}" for key, value in best["parallel"].items()]
-    words += ["--recompute"] * best["recompute"] + [f"--gather={best['gather']}"]
+    shown = command("plan", "deepseek-moe-16b", "--gpus", "64", "--search").stdout
+    assert f"The first, for train, launch and plan:\n{best['options']}\n" in shown, "on one line, however long"
+    words = best["options"].split()
     again = json.loads(command("plan", "deepseek-moe-16b", "--gpus", "64", *words, "--json").stdout)
     assert again["step"]["seconds"]["value"] == pytest.approx(best["seconds"])
     assert again["memory"]["peak"]["total"] == best["memory"]
+
+
+def test_what_is_to_be_pasted_is_the_whole_layout(command: Any, tmp_path: Path) -> None:
+    """Schedule and recomputation too; and a step of less than a second is not 0 s."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f"{MIXTURE}[training]\nsteps = 1\ntokens_per_step = 16384\nmicro_batch_tokens = 2048\n")
+    wanted = Setup(
+        sequences=64, seq_len=256, micro_batch=8, pipeline=2, shard=2, expert=2, schedule="interleaved", virtual=2,
+        recompute=True,
+    )  # fmt: skip
+    words = [*distribution._as_options(wanted).split(), "--set", "model.num_layers=4", "--json"]
+    again = json.loads(command("plan", recipe, "--gpus", "4", *words).stdout)
+    assert again["layout"] == str(wanted) == "pipeline 2 (interleaved x 2), shard 2, expert 2, recompute"
+    shown = command("plan", recipe, "--gpus", "4", "--search").stdout
+    assert " ms " in shown.partition("Layout")[2].partition("The first")[0]
 
 
 def test_a_recipe_brings_its_batch_length_and_layout(command: Any, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finemoe.data.problems import Draws
+from finemoe.data.problems import Draws, problem_at
 from finemoe.judging.verdicts import Bounds
 from judging.judged import answer, judge
 
@@ -29,9 +29,30 @@ def test_the_function_of_the_page(tmp_path: Path) -> None:
     path.write_text(next(block for block in BLOCKS if "def score" in block))
     said = judge("function", path=f"{path}:score")
     right = said(answer("it is 42", record={"answer": "42"}))
-    assert (right.verdict, right.value, right.note) == ("right", 1, "3 words")
+    assert (right.verdict, right.value, right.note) == ("right", 1, "it says 42")
     assert said(answer("it is 41", record={"answer": "42"})).verdict == "wrong"
     assert said(answer(" ", record={"answer": "42"})).verdict == "unreadable"
+
+
+def test_the_function_of_the_page_judges_the_problems_of_the_recipe(tmp_path: Path) -> None:
+    """And both pages state the prompt to the letter."""
+    path = tmp_path / "my_rewards.py"
+    path.write_text(next(block for block in BLOCKS if "def score" in block))
+    said = judge("function", path=f"{path}:score")
+    for number in range(20):
+        problem = problem_at("running_sum", 2, number, 6)
+        for text in (problem.answer, problem.solution):
+            assert said(answer(text, record={"answer": problem.answer})).value == 1, text
+        wrong = f"{problem.solution[:-1]}{(int(problem.answer) + 1) % 5}"
+        assert said(answer(wrong, record={"answer": problem.answer})).value == 0
+    assert re.fullmatch(r"\d{6}=\n", problem.prompt)
+    for page in (PAGE, PAGE.with_name("teach-to-reason.md")):
+        assert r'"204130=\n"' in page.read_text(encoding="utf-8"), page.name
+    total, steps = 2, []
+    for digit in (0, 4, 1, 3, 0):
+        total = (total + digit) % 5
+        steps.append(f"{digit}{total}")
+    assert f"<{''.join(steps)}>{total}" in PAGE.with_name("teach-to-reason.md").read_text(encoding="utf-8")
 
 
 def test_the_call_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,8 +146,8 @@ def _tokens(text: str | None) -> float | None:
 def _print(results: Mapping[str, Any]) -> None:
     from rich.text import Text
 
-    from finemoe.charts.numbers import count, duration
-    from finemoe.charts.plan.words import gib, moved, summary
+    from finemoe.charts.numbers import count
+    from finemoe.charts.plan.words import gib, moved, summary, took
 
     memory, parts = results["memory"], results["step"]["parts"]
     held = [
@@ -155,17 +155,19 @@ def _print(results: Mapping[str, Any]) -> None:
         for key in memory["peak"]
         if memory["uneven"][key]
     ]
-    spent = [[key, f"{value:.3g} s", f"{100 * value / parts['total']:.1f} %"] for key, value in parts.items() if value]
+    spent = [[key, took(value), f"{100 * value / parts['total']:.1f} %"] for key, value in parts.items() if value]
     exchanged = [
         [one["name"], str(one["group"]), f"{one['times']:,.0f}", moved(one["total"])] for one in results["exchanges"]
     ]
     ranked = [
-        [row["layout"], duration(row["seconds"]), count(row["tokens_per_second"]), gib(row["memory"])]
+        [row["layout"], took(row["seconds"]), count(row["tokens_per_second"]), gib(row["memory"])]
         for row in results.get("search", {}).get("ranked", [])
     ]
     said: list[Any] = [*map(Text, summary(results)), ""]
     if ranked:
-        said += [number_table(("Layout", "Step", "Tokens/s", "Memory"), ranked), ""]
+        print_rich(*said, number_table(("Layout", "Step", "Tokens/s", "Memory"), ranked))
+        typer.echo(f"\nThe first, for train, launch and plan:\n{results['search']['ranked'][0]['options']}\n")
+        said = []
     said += [number_table(("Memory of a rank", "MaxVio 0", "MaxVio 1"), held), ""]
     said.append(number_table(("A step", "Time", "Share"), spent))
     if exchanged:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from finemoe.charts.numbers import NOTHING, Results, clean, count, duration, fixed, percent
+from finemoe.charts.numbers import NOTHING, Results, clean, count, fixed, percent
 from finemoe.charts.page import Bullets, Code, Details, Figure, Section, Table, Text, render_page
 from finemoe.charts.plan.figures import memory_bars, step_bar, time_line
-from finemoe.charts.plan.words import gib, moved, summary
+from finemoe.charts.plan.words import gib, moved, summary, took
 from finemoe.charts.words import footer
 
 MEANINGS = (
@@ -43,13 +43,18 @@ def _search(results: Results) -> Section | None:
     if not found:
         return None
     rows = [
-        [row["layout"], duration(row["seconds"]), count(row["tokens_per_second"]), gib(row["memory"]),
+        [row["layout"], took(row["seconds"]), count(row["tokens_per_second"]), gib(row["memory"]),
          f"{100 * row['bubble']:.1f} %"]
         for row in found["ranked"]
     ]  # fmt: skip
-    said = f"{found['tried']} layouts: {found['fitting']} fit, {found['impossible']} cannot be."
+    said = (
+        f"{found['tried']} layouts: {found['fitting']} fit, {found['impossible']} cannot be, or finemoe does not train "
+        "by them. The first, for train, launch and plan:"
+    )
+    first = Code(found["ranked"][0]["options"], "Options of the first layout")
     columns = ["Layout", "Step", "Tokens/s, device", "Memory", "Bubble"]
-    return Section("Layouts", [Text([said]), Table("The fastest", columns, rows, range(1, 5), strong=(0,))])
+    table = Table("The fastest", columns, rows, range(1, 5), strong=(0,), wrap=True)
+    return Section("Layouts", [Text([said]), first, table])
 
 
 def _memory(results: Results) -> Section:

@@ -17,7 +17,7 @@ from finemoe.parallel.planner.devices import Device, Precision, find_device
 from finemoe.parallel.planner.plan import Calibration, Plan, picture, published_beside, require_fit, v3_run
 from finemoe.parallel.planner.plan import plan as make_plan
 from finemoe.parallel.planner.search import search as search_layouts
-from finemoe.parallel.planner.setup import When
+from finemoe.parallel.planner.setup import Setup, When
 from finemoe.runs.planning.asked import Options, Question, question
 from finemoe.runs.planning.measured import HERE, here
 
@@ -133,6 +133,7 @@ def _searched(asked: Question, gpus: int, device: Device, calibration: Calibrati
                 key: getattr(one.setup, key)
                 for key in ("pipeline", "replicate", "shard", "expert", "context", "schedule")
             },
+            "options": _as_options(one.setup),
             "recompute": one.setup.recompute,
             "gather": one.setup.gather,
         }
@@ -140,6 +141,17 @@ def _searched(asked: Question, gpus: int, device: Device, calibration: Calibrati
     ]
     told = {"tried": found.tried, "fitting": found.fitting, "impossible": found.impossible, "ranked": rows}
     return {"search": told, "refused": None}, found.plans[0]
+
+
+def _as_options(setup: Setup) -> str:
+    """A layout as `train`, `launch` and `plan` take it."""
+    sizes = {name: getattr(setup, name) for name in ("pipeline", "replicate", "shard", "context", "expert")}
+    keys = {f"parallel.{name}": str(size) for name, size in sizes.items() if size > 1 or name == "shard"}
+    if setup.pipeline > 1:
+        keys["parallel.schedule"] = setup.schedule
+    if setup.recompute:
+        keys["kernels.recompute"] = "true"
+    return " ".join(f"--set {key}={value}" for key, value in keys.items())
 
 
 def _beside(config: ModelConfig, made: Plan) -> dict[str, Any]:
