@@ -102,6 +102,8 @@ def test_the_page_and_the_summary_tell_claims_and_stages(done: Paper) -> None:
     assert summary.startswith("Of 2 claims: ")
     assert "| What was trained more has taken more | reproduced |" in summary
     assert (done.directory / "figures" / "right.svg").exists()
+    share = next(one for one in done.results["stages"] if one["name"] == "base")["figures"]["right"]["mean"]
+    assert f"base {share:.0%}" in page, "the picture says in words what it shows"
 
 
 def test_given_again_it_does_nothing_again_and_more_seeds_are_added(

@@ -8,12 +8,12 @@ from typing import Any
 import altair as alt
 
 from finemoe.charts import theme
-from finemoe.charts.numbers import NOTHING, Results, clean, count, duration, fixed, percent, plus_minus, scientific
+from finemoe.charts.numbers import NOTHING, Results, clean, fixed, plus_minus, scientific
 from finemoe.charts.page import Bullets, Code, Figure, Section, Table, Text, render_page
 from finemoe.charts.paper.words import COLUMNS, claim_row, counted, every_claim
 from finemoe.charts.words import footer
 
-_SHARES = {"right": "at the temperature", "greedy": "greedily", "majority": "by majority", "any": "any of them"}
+_SHARES = {"right": "Pass@1", "greedy": "Greedy", "majority": "Maj@{k}", "any": "Pass@{k}"}
 _CLAIM_COLUMNS = tuple(column for column in COLUMNS if column != "On training text")
 
 
@@ -21,7 +21,8 @@ def stages_page(results: Results) -> str:
     """The whole report as one self-contained HTML document."""
     results = clean(results)
     sections = [_verdicts(results), *_abilities(results), _stages(results), *_tuning(results), _how(results)]
-    subtitle = f"{results['date'][:10]} · {len(results['seeds'])} seeds"
+    seeds = len(results["seeds"])
+    subtitle = f"{results['date'][:10]} · {seeds} seed{'s' * (seeds != 1)}"
     waiting = sum(claim["verdict"] == "not run" for claim in every_claim(results))
     banner = f"{waiting} claims are not judged: their stages have not finished." if waiting else ""
     return render_page(
@@ -64,7 +65,7 @@ def abilities(results: Results) -> Any:
     for stage in clean(results)["stages"]:
         if found := stage["figures"].get("right"):
             rows.append({"stage": stage["name"], "share": found["mean"], "low": found["low"], "high": found["high"],
-                         "text": percent(found["mean"])})  # fmt: skip
+                         "text": f"{found['mean']:.0%}"})  # fmt: skip
             seeds += [{"stage": stage["name"], "share": value} for value in found["seeds"].values()]
     if not rows:
         return None
@@ -88,24 +89,26 @@ def abilities(results: Results) -> Any:
 def _stages(results: Results) -> Section:
     others = list(dict.fromkeys(name for one in results["stages"] for name in one["figures"]))
     others = [name for name in others if name not in (*_SHARES, "flops", "all_flops", "length")]
-    columns = ("Stage", "From", *(f"Right {words}" for words in _SHARES.values()), "Tokens", *others, "FLOPs",
-               "With all before", "Time")  # fmt: skip
+    shares = (words.format(k=results["samples"]) for words in _SHARES.values())
+    columns = ("Stage", "From", *shares, "Tokens", *others, "FLOPs", "With all before")
     rows = []
     for one in results["stages"]:
         found = one["figures"]
         told = [plus_minus(found.get(name), 2) for name in (*_SHARES, "length", *others)]
         if one["kind"] == "sampled":
-            told = [f"{count(one['kept'])} of {count(one['drawn'])} answers", *[NOTHING] * (len(told) - 1)]
-        rows.append([one["name"], ", ".join(one["from"]) or NOTHING, *told, scientific(one["flops"]),
-                     scientific(one["all_flops"]), duration(one.get("seconds"))])  # fmt: skip
+            told = [f"{one['kept'] / max(1, one['drawn']):.0%} kept", *[NOTHING] * (len(told) - 1)]
+        begun = ", ".join(one["from"]) or NOTHING
+        rows.append([one["name"], begun, *told, scientific(one["flops"]), scientific(one["all_flops"])])
     note = (
         f"At most {results['questions']} held-out questions, {results['samples']} answers to each at temperature "
-        f"{results['temperature']:g}, and one greedily. By majority: the most frequent of them is right; any of them: "
-        "at least one is. FLOPs of training, and of what the method reads and writes beside it; with all before: of "
-        "every stage that it came from too. Times are of runs that shared the machine."
+        f"{results['temperature']:g}, and one greedily. Shares that are right: Pass@1 of one answer, Maj@K of the most "
+        "frequent of K, Pass@K of any of them. FLOPs of training, and of what the method reads and writes beside it; "
+        "with all before: of every stage that it came from too."
     )
     caption = "Means over seeds ± half the 95 % interval"
-    return Section("Stages", [Table(caption, columns, rows, numeric=tuple(range(2, len(columns))), note=note)])
+    return Section(
+        "Stages", [Table(caption, columns, rows, numeric=tuple(range(2, len(columns))), note=note, wrap=True)]
+    )
 
 
 def _tuning(results: Results) -> Iterator[Section]:
