@@ -129,11 +129,20 @@ def test_a_stage_that_fails_leaves_its_claims_without_a_verdict(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(module, "run_seeds", seeds_here)
+    stages = RECIPE.index("[study]")
+    base = RECIPE[RECIPE.index("[stage.data]") : RECIPE.index("[[stage]]", RECIPE.index('"base"'))]
+    more = "".join(f'[[stage]]\nname = "{name}"\nstart_from = "{start}"\n{base}' for name, start in
+                   (("apart", "base"), ("after", "zero")))  # fmt: skip
+    text = RECIPE[:stages] + more + RECIPE[stages:]
     found = study(
-        written(tmp_path), out=tmp_path / "out", quiet=True,
+        written(tmp_path, text), out=tmp_path / "out", quiet=True,
         overrides=["study.tuned=[]", "study.seeds=[0]", "stage.zero.method.group=7"],
     )  # fmt: skip
+    assert found.failures["seed 0"].startswith("stage zero: ")
     assert "method.group 7" in found.failures["seed 0"]
+    homes = {path.name for path in (found.directory / "seeds" / "seed-0").iterdir()}
+    assert "4-apart" in homes, "what does not come from it is run all the same"
+    assert "5-after" not in homes
     assert claim(found, "longer")["verdict"] == "not run"
     assert examined(found, 0, "base")["kind"] == "trained"
     assert "claims are not judged" in (found.directory / "report.html").read_text()

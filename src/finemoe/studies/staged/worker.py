@@ -1,6 +1,7 @@
 """One seed of a study of stages, in a process of its own: `python -m finemoe.studies.staged.worker JOB.json PARENT`.
 
-Every stage is run, and its model examined when it is done; what is done already is left as it is. Exit status as of
+Every stage is run, and its model examined when it is done; what is done already is left as it is. A stage that cannot
+be run leaves out those that come from it. Exit status as of
 `finemoe.studies.worker`.
 """
 
@@ -40,26 +41,38 @@ def run(job: Job) -> None:
     """Run what is not done.
 
     Raises:
-        FinemoeError: a stage cannot work, or was interrupted.
+        FinemoeError: a stage cannot work, which is said when all that do not come from it are done; or was interrupted.
     """
     import torch
 
     from finemoe.core.config import parse
+    from finemoe.core.errors import FinemoeError
     from finemoe.core.files import write_text
     from finemoe.studies.staged.config import StudyConfig
     from finemoe.studies.staged.examination import questions
-    from finemoe.studies.stages import run_stage, stages_of
+    from finemoe.studies.staged.family import line, parents
+    from finemoe.studies.stages import StageInterruptedError, run_stage, stages_of
 
     torch.set_num_threads(job.threads)
     out, config = Path(job.out), parse(StudyConfig, job.raw["study"], f"{job.source}: study")
-    asked = questions(config.examination)
+    asked, family = questions(config.examination), parents(job.raw["stage"])
+    failed: dict[str, FinemoeError] = {}
     for stage in stages_of(job.raw, job.source, out, [f"seed={job.seed}", *job.overrides]):
         path = examined(out, stage.name)
-        if path.exists():
+        if path.exists() or failed.keys() & set(line(stage.name, family)):
             continue
-        done = run_stage(stage, job.source, quiet=True)
+        try:
+            done = run_stage(stage, job.source, quiet=True)
+        except StageInterruptedError:
+            raise
+        except FinemoeError as error:  # stages that do not come from it can be run all the same
+            failed[stage.name] = error
+            continue
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(_record(stage, done, config, asked, job.seed), indent=1))
+    if failed:
+        name = next(iter(failed))
+        raise type(failed[name])(f"stage {name}: {failed[name]}")
 
 
 def _record(stage: Any, done: Mapping[str, Any], config: Any, asked: Any, seed: int) -> dict[str, Any]:
