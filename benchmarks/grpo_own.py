@@ -73,7 +73,6 @@ class Own:
             "seconds": seconds,
             "reward": figures["reward"],
             "answer_tokens": round(figures["length"] * self.answers),
-            "shares": {name: figures[name] for name in sorted(figures) if name.startswith("time_")},
         }
 
 

@@ -18,7 +18,7 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def worth(text: str, right: str) -> float:
-    """1 where the last number of `text` is that of `right`, else 0: finemoe's reward `number`, in a line."""
+    """1 where the last number of `text` is that of `right`, else 0: finemoe's reward `number`, for texts without letters."""
     numbers = NUMBER.findall(text)
     return float(bool(numbers) and float(numbers[-1]) == float(right))
 
@@ -60,6 +60,7 @@ def arguments(settings: Mapping[str, Any], seed: int, out: Path) -> dict[str, An
         "adam_beta1": settings["betas"][0], "adam_beta2": settings["betas"][1], "adam_epsilon": settings["eps"],
         "max_grad_norm": settings["max_gradient_norm"], "max_steps": settings["steps"], "seed": seed,
         "shuffle_dataset": False,  # finemoe asks in the order of the corpus, too
+        "generation_kwargs": {"use_cache": True},  # transformers' Trainer switches it off in the model's configuration
     }  # fmt: skip
     quiet = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     # Both of these are on by default there, and slow where the memory is enough and bf16 is emulated.
@@ -119,8 +120,8 @@ def main() -> None:
     versions = {one.__name__: one.__version__ for one in (torch, transformers, trl)}
     choices = {
         "attention": model.config._attn_implementation,
-        "use_cache": model.config.use_cache,
-        "optimizer": str(trainer.args.optim),
+        "use_cache": trainer.generation_config.use_cache,
+        "optimizer": trainer.args.optim.value,
         "loss_type": trainer.args.loss_type,
         "threads": torch.get_num_threads(),
     }
