@@ -18,7 +18,7 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def worth(text: str, right: str) -> float:
-    """1 where the last number of `text` is that of `right`, else 0: finemoe's reward `number`, for texts without letters."""
+    """1 where the last number of `text` is that of `right`, else 0: finemoe's `number`, for texts without letters."""
     numbers = NUMBER.findall(text)
     return float(bool(numbers) and float(numbers[-1]) == float(right))
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import grpo_speed as bench
 from benchmarks.grpo_own import Own, recipe
 from benchmarks.grpo_trl import Rewards, worth
 from benchmarks.grpo_trl import arguments as of_trl
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import grpo_speed as bench
 from finemoe.judging.comparing import NumberReward, number
 from finemoe.judging.verdicts import Answer, Bounds
 
