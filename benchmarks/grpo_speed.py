@@ -338,7 +338,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="of the rollouts, in turn; 7")
     parser.add_argument("--seeds", type=int, default=2, help="of the whole of GRPO; 2")
     parser.add_argument("--steps", type=int, default=300, help="at most, of each side and seed; 300")
-    parser.add_argument("--width", type=int, default=32, help="hidden size of the dense model; 32, as the recipe has it")
+    parser.add_argument("--width", type=int, default=32, help="hidden size of the dense model; 32, the recipe's")
     parser.add_argument("--runs", type=Path, default=Path("runs/grpo-speed"), help="where that model is kept")
     parser.add_argument("--out", type=Path, help=f"where to write; {RESULTS} of a whole run")
     wanted = parser.parse_args(given)
