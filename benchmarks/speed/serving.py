@@ -17,8 +17,8 @@ from typing import Any
 Operations = Mapping[str, Callable[..., dict[str, Any]]]
 
 
-def serve(operations: Operations, **ready: Any) -> None:
-    """Announce `ready`, then answer until stdin ends. What libraries print to stdout goes to stderr."""
+def answering() -> Callable[[Mapping[str, Any]], None]:
+    """What writes an answer to stdout. What libraries print there goes to stderr from now on."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -26,6 +26,12 @@ def serve(operations: Operations, **ready: Any) -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
+    return answer
+
+
+def serve(operations: Operations, **ready: Any) -> None:
+    """Announce `ready`, then answer until stdin ends. What libraries print to stdout goes to stderr."""
+    answer = answering()
     answer({**ready, **memory()})
     for line in sys.stdin:
         request = json.loads(line)
