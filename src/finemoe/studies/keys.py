@@ -20,6 +20,7 @@ from finemoe.studies.stages import SampleConfig
 
 ROOTS = {"run": "finemoe train", "study": "finemoe paper", "comparison": "finemoe compare"}
 """The kinds of recipe, and the verb that takes each; `finemoe paper` takes one for `finemoe train` that has stages."""
+_TITLES = {"run": "A run", "study": "A study of stages", "comparison": "A comparison"}
 
 _MEANINGS = {
     "run": "The keys above all tables of a recipe for `finemoe train`.",
@@ -190,7 +191,7 @@ def markdown() -> str:
     """The page of the reference."""
     lines = [_INTRODUCTION]
     for root, sections in recipe_sections().items():
-        lines.append(f"## {'A run' if root == 'run' else 'A comparison'}: `{ROOTS[root]} RECIPE`\n")
+        lines.append(f"## {_TITLES[root]}: `{ROOTS[root]} RECIPE`\n")
         if root == "comparison":
             lines.append("What is not here is as in a run: data, training, optimizer, schedule.\n")
         for section in sections:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from finemoe.core.errors import ConfigError, DataError, RunError
 from finemoe.model.size import measure
 from finemoe.studies.paper import Paper
 from finemoe.studies.staged import study as module
+from finemoe.studies.staged import tuning
 from finemoe.studies.staged.compute import sampled_flops, trained_flops
 from finemoe.studies.staged.study import study
 from studies.staged.tiny_study import RECIPE, seeds_here, written
@@ -24,8 +26,14 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Paper:
     """The tiny study, whole."""
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "run_seeds", seeds_here)
+        here(patch)
         return study(written(folder), out=folder / "out", quiet=True)
+
+
+def here(patch: pytest.MonkeyPatch) -> None:
+    """Runs in this process."""
+    for place in (module, tuning):
+        patch.setattr(place, "run_seeds", seeds_here)
 
 
 def claim(study: Paper, name: str) -> dict[str, Any]:
@@ -54,10 +62,10 @@ def test_the_best_value_of_the_trial_is_what_all_seeds_get(done: Paper) -> None:
     (tuned,) = done.results["tuning"]
     came_to = {float(value): got for value, got in tuned["came_to"].items()}
     assert set(came_to) == {1e-5, 1e-3}
-    best = max(came_to, key=lambda value: came_to[value])
+    chosen = tuning.best(came_to)
     for seed in (0, 1):
         config = json.loads((done.directory / "seeds" / f"seed-{seed}" / "3-zero" / "config.json").read_text())
-        assert config["optimizer"]["learning_rate"] == best
+        assert config["optimizer"]["learning_rate"] == chosen
     trial = json.loads((done.directory / "tuning" / "2-zero-0-0" / "config.json").read_text())
     assert trial["seed"] == 1000
     assert not (done.directory / "tuning" / "examined" / "answers.json").exists(), "nothing that is tuned comes of it"
@@ -88,6 +96,13 @@ def test_flops_of_a_stage_are_those_of_training_and_of_what_its_method_reads_and
     assert trained_flops(zero, summary) == pytest.approx(summary["training_flops"] * 5 / 3), (
         "writing, and the reference"
     )
+    shutil.copytree(zero, tmp_path / "more")
+    lines = [json.loads(one) for one in (zero / "metrics.jsonl").read_text().splitlines()]
+    for one in lines:
+        if one.get("figures"):
+            one["figures"]["prompts_asked"] *= 4  # in every rollout: a fourth of what was written is learnt
+    (tmp_path / "more" / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    assert trained_flops(tmp_path / "more", summary) == pytest.approx(summary["training_flops"] * 8 / 3)
     answers = tmp_path / "answers.jsonl"
     answers.write_text("".join(json.dumps({"origin": {"tokens": tokens}}) + "\n" for tokens in (4, 8)))
     size = measure(read_model_config(base), 7)
@@ -106,14 +121,53 @@ def test_the_page_and_the_summary_tell_claims_and_stages(done: Paper) -> None:
     assert f"base {share:.0%}" in page, "the picture says in words what it shows"
 
 
-def test_given_again_it_does_nothing_again_and_more_seeds_are_added(
+def test_the_best_value_is_that_of_the_highest_figure_and_the_first_of_equals() -> None:
+    assert tuning.best({1e-4: 0.2, 1e-3: 0.9, 1e-2: 0.4}) == 1e-3
+    assert tuning.best({1e-4: 0.2, 1e-3: 0.2}) == 1e-4
+
+
+def test_given_again_it_does_nothing_again_and_seeds_are_added(
     done: Paper, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(module, "run_seeds", seeds_here)
+    here(monkeypatch)
     before = {path: path.stat().st_mtime_ns for path in done.directory.rglob("*.safetensors")}
-    again = study(written(tmp_path), out=done.directory, overrides=["study.seeds=[0]", "study.claims=[]"], quiet=True)
-    assert again.results["seeds"] == [0]
-    assert before == {path: path.stat().st_mtime_ns for path in done.directory.rglob("*.safetensors")}
+    more = ["study.seeds=[0, 1, 2]", "study.claims=[]", "study.parallel=1"]
+    again = study(written(tmp_path), out=done.directory, overrides=more, quiet=True)
+    assert again.results["seeds"] == [0, 1, 2]
+    after = {path: path.stat().st_mtime_ns for path in done.directory.rglob("*.safetensors")}
+    assert before.items() < after.items(), "what was done is as it was, and a seed came to it"
+    assert all("seed-2" in str(path) for path in after.keys() - before.keys())
+
+
+def test_a_study_without_a_best_value_ends_before_its_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here(monkeypatch)
+    said = r"zero was not tried with every value of optimizer\.learning_rate.*method\.group 7"
+    with pytest.raises(RunError, match=said):
+        study(written(tmp_path), out=tmp_path / "out", quiet=True, overrides=["stage.zero.method.group=7"])
+    assert not (tmp_path / "out" / "seeds").exists()
+
+
+def test_overrides_reach_the_trials_of_a_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here(monkeypatch)
+    changes = ["study.seeds=[0]", "stage.answers.sample.n=2"]
+    changes += ["stage.zero.training.steps=3", "stage.base.training.steps=1"]
+    found = study(written(tmp_path), out=tmp_path / "out", quiet=True, overrides=changes)
+    assert not found.failures
+    for place, steps in (("tuning/2-zero-0-0", 3), ("tuning/1-base", 1), ("seeds/seed-0/3-zero", 3)):
+        config = json.loads((tmp_path / "out" / place / "config.json").read_text())
+        assert config["training"]["steps"] == steps
+
+
+def test_what_was_asked_and_trained_on_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here(monkeypatch)
+    corpus = "{ kind = 'problems', count = 200, validation_count = 20, difficulty = 3, seed = 5 }"
+    easier = f"stage.zero.data.corpus={corpus}"
+    found = study(
+        written(tmp_path), out=tmp_path / "out", quiet=True, overrides=["study.seeds=[0]", "study.tuned=[]", easier]
+    )
+    (note,) = found.results["notes"]
+    assert note.endswith("of the 6 questions are among what stage zero trains on.")
+    assert note in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_another_recipe_is_not_mixed_in(done: Paper, tmp_path: Path) -> None:
@@ -128,7 +182,7 @@ def test_another_recipe_is_not_mixed_in(done: Paper, tmp_path: Path) -> None:
 def test_a_stage_that_fails_leaves_its_claims_without_a_verdict(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(module, "run_seeds", seeds_here)
+    here(monkeypatch)
     stages = RECIPE.index("[study]")
     base = RECIPE[RECIPE.index("[stage.data]") : RECIPE.index("[[stage]]", RECIPE.index('"base"'))]
     more = "".join(f'[[stage]]\nname = "{name}"\nstart_from = "{start}"\n{base}' for name, start in
@@ -155,6 +209,7 @@ def test_a_stage_that_fails_leaves_its_claims_without_a_verdict(
         ('a = "zero.all_flops"', 'a = "answers.right"', "names no stage that trains"),
         ('a = "zero.all_flops"', 'a = "zero.wrong"', "names none of the figures right, greedy"),
         ("seeds = [0, 1]", "seeds = [0, 0]", "`seeds` has 0 twice"),
+        ('name = "zero"\n', 'name = "zero"\nseed = 4\n', "stage zero has a `seed`"),
         ("seeds = [0, 1]", "seeds = [0, 1000]", "tuning_seed 1000 is one of `seeds`"),
         ('stage = "zero"', 'stage = "zer"', "no stage that trains is called so"),
         ('id = "same"', 'id = "longer"', "`claims` has longer twice"),
@@ -168,6 +223,12 @@ def test_what_cannot_be_is_refused_before_anything_runs(tmp_path: Path, was: str
     with pytest.raises(ConfigError, match=said):
         study(written(tmp_path, RECIPE.replace(was, now)), out=tmp_path / "out", quiet=True)
     assert not list(tmp_path.rglob("*.json")), "nothing ran"
+
+
+@pytest.mark.parametrize("override", ["seed=7", "stage.zero.seed=7"])
+def test_a_seed_for_all_seeds_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=r"say study\.seeds"):
+        study(written(tmp_path), out=tmp_path / "out", quiet=True, overrides=[override])
 
 
 def test_questions_that_are_none_are_refused(tmp_path: Path) -> None:

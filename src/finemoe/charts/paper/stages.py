@@ -117,7 +117,9 @@ def _tuning(results: Results) -> Iterator[Section]:
         tried = ", ".join(f"{value}: {fixed(got, 3)}" for value, got in one["came_to"].items())
         items.append(f"{one['stage']}, {one['key']}, by {one['figure']}: {tried}")
     if items:
-        said = "Tried on a seed of its own; the best is what every seed got."
+        said = (
+            "Tried on a seed of its own, by the questions that claims are judged by; the best is what every seed got."
+        )
         yield Section("What was tried before", [Text([said]), Bullets(items)])
 
 
@@ -125,7 +127,7 @@ def _how(results: Results) -> Section:
     machine = results["machine"]
     text = [
         f"{machine.get('processor')}, {machine.get('cores')} cores, torch {machine.get('torch')}; "
-        f"{machine['parallel_runs']} seeds at once, {machine['threads_per_run']} threads each.",
+        f"{machine['parallel_runs']} seeds at once.",
         "A claim sets two figures of stages with the same seed against each other; the interval is Student's t over "
         "seeds. reproduced: the interval allows nothing else; contradicted: it excludes the claim; undecided: it "
         "allows both.",

@@ -120,7 +120,9 @@ def question(
     described = describe(model, options.seq_len)
     name = "model" if isinstance(model, ModelConfig) else os.fspath(model)
     if described.recipe:
-        raw = _with_length({key: value for key, value in described.recipe.items() if key != "stage"}, overrides)
+        raw = _with_length(
+            {key: value for key, value in described.recipe.items() if key not in ("stage", "study")}, overrides
+        )
     else:
         raw = _made_up(described, processes, overrides, options)
     raw, _ = read_recipe(raw, [*overrides, *options.overrides])

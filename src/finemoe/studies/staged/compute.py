@@ -23,12 +23,13 @@ def trained_flops(folder: Path, summary: Mapping[str, Any]) -> float:
     reference where there is one, and by the policy as it was before several steps.
     """
     training = float(summary["training_flops"])
-    method = read_config(folder / "config.json").method
+    run = read_config(folder / "config.json")
+    method = run.method
     if not isinstance(method, GRPOConfig):
         return training
-    asked = [one["figures"] for one in read_metrics(folder) if one["kind"] == "step" and one.get("figures")]
-    answers = [one["prompts_asked"] for one in asked]
-    more = statistics.fmean(answers) / min(answers) if answers else 1.0  # dynamic sampling asks more than it learns
+    learnt = run.training.tokens_per_step // run.data.sequence_length * method.steps_per_rollout / method.group
+    asked = [one["figures"]["prompts_asked"] for one in read_metrics(folder) if one.get("figures")]
+    more = statistics.fmean(asked) / learnt if asked else 1.0  # dynamic sampling asks more than it learns
     reads = more + bool(method.beta) + (method.updates > 1)
     return training * (1 + reads / 3 / method.inner_epochs)
 

@@ -23,20 +23,22 @@ from finemoe.core.environment import environment
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.files import sole_writer, write_text
 from finemoe.core.reading import read_object
+from finemoe.data.documents.document import SkipReport
+from finemoe.data.problems.corpus import ProblemsCorpus
 from finemoe.studies.paper import Paper
-from finemoe.studies.staged.config import ClaimConfig, StudyConfig, TunedConfig
+from finemoe.studies.staged.config import ClaimConfig, StudyConfig
 from finemoe.studies.staged.examination import questions
-from finemoe.studies.staged.family import line, parents
+from finemoe.studies.staged.family import parents
+from finemoe.studies.staged.records import records_of
 from finemoe.studies.staged.seeds import run_seeds
-from finemoe.studies.staged.worker import Job, examined
-from finemoe.studies.stages import stages_of
+from finemoe.studies.staged.tuning import expanded, tune
+from finemoe.studies.staged.worker import Job
+from finemoe.studies.stages import Stage, stages_of
 from finemoe.studies.statistics import CONFIDENCE, interval, points_against, verdict_on
 
 STUDY = "study.json"
 Records = Mapping[int, Mapping[str, Mapping[str, Any]]]
 """What is known of every stage that is done, by seed and name."""
-Trial = tuple[dict[str, Any], list[dict[float, str]]]
-"""Tables of a recipe, and for everything that is tuned the names of its stages by value."""
 
 
 def study(
@@ -64,28 +66,27 @@ def study(
     stages = stages_of(raw, str(path), directory, laid)
     config.check_stages([one.name for one in stages if one.sampling is None], str(path))
     questions(config.examination)
-    trial = _expanded(config.tuned, raw, str(path))
+    trial = expanded(config.tuned, raw, str(path))
     _require_same(directory, raw, laid)
     parallel = min(config.parallel or os.cpu_count() or 1, len(config.seeds))
-    threads = max(1, (os.cpu_count() or 1) // parallel)
-    common: list[str] = [*laid, *([] if "threads" in raw.get("training", {}) else [f"training.threads={threads}"])]
     with sole_writer(directory):
         write_text(directory / STUDY, json.dumps({"recipe": _identity(raw, laid)}, indent=1))
-        interrupted, failures, chosen, trials = _tune(config, trial, path, directory, common, quiet)
+        interrupted, failures, chosen, trials = tune(config, trial, path, directory, laid, quiet)
         if not interrupted:
             jobs = {
-                f"seed {seed}": Job(raw, str(path), str(_home(directory, seed)), seed, [*common, *chosen], threads)
+                f"seed {seed}": Job(raw, str(path), str(_home(directory, seed)), seed, [*laid, *chosen])
                 for seed in config.seeds
             }
             outcome = run_seeds(jobs, parallel, path.stem, quiet=quiet)
             interrupted, failures = outcome.interrupted, failures | outcome.failures
-        records = {seed: _records(_home(directory, seed), raw) for seed in config.seeds}
+        records = {seed: records_of(_home(directory, seed), raw) for seed in config.seeds}
         if not any(records.values()):
             if interrupted:
                 return Paper(directory, {}, True, failures)
             raise RunError(f"{directory}: no stage was done; first failure: {next(iter(failures.values()), 'none')}")
         command = _command(path, overrides, out)
-        results = _results(config, raw, records, trials, failures, command, threads, parallel)
+        results = _results(config, raw, records, trials, failures, command, parallel)
+        results["notes"] += _met_before(config, stages)
         write_results(results, directory)
     return Paper(directory, results, interrupted, failures)
 
@@ -107,6 +108,16 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[st
     own = [one for one in overrides if one.startswith("study.")]
     study = with_overrides({"study": raw["study"]}, own)["study"]
     laid = [one for one in overrides if not one.startswith("study.")]
+    for one in laid:
+        if one.split("=")[0].strip().split(".")[-1] == "seed" and "corpus" not in one:
+            raise ConfigError(f"--set {one}: a study runs by seeds of its own; say study.seeds=[...]")
+    for one in raw["stage"]:
+        if isinstance(one, Mapping) and "seed" in one:
+            raise ConfigError(
+                f"{path}: stage {one.get('name')} has a `seed`: a study runs by study.seeds; leave it out"
+            )
+    training = {"threads": 1, **raw.get("training", {})}  # so that no result depends on how many run at once
+    raw = {**raw, "training": training}
     return {**raw, "study": study}, laid, parse(StudyConfig, study, f"{path}: study")
 
 
@@ -126,55 +137,19 @@ def _require_same(directory: Path, raw: Mapping[str, Any], laid: Sequence[str]) 
         raise RunError(f"{directory} is not empty and not a study of stages; choose another --out")
 
 
-def _tune(
-    config: StudyConfig, trial: Trial, path: Path, directory: Path, common: Sequence[str], quiet: bool
-) -> tuple[bool, dict[str, str], list[str], list[dict[str, Any]]]:
-    """Try the values: interrupted, failures, overrides of the best, and what each came to."""
-    if not config.tuned:
-        return False, {}, [], []
-    expanded, names = trial
-    job = Job(expanded, str(path), str(directory / "tuning"), config.tuning_seed, common, os.cpu_count() or 1)
-    outcome = run_seeds({"tuning": job}, 1, "tuning", quiet=quiet)
-    done = _records(directory / "tuning", expanded)
-    chosen, trials = [], []
-    for number, one in enumerate(config.tuned):
-        came_to = {value: done[name]["figures"][one.figure] for value, name in names[number].items() if name in done}
-        trials.append({**one.model_dump(mode="json"), "came_to": {f"{value:g}": got for value, got in came_to.items()}})
-        if came_to:
-            chosen.append(f"stage.{one.stage}.{one.key}={max(came_to, key=lambda value: came_to[value])}")
-    return outcome.interrupted, dict(outcome.failures), chosen, trials
-
-
-def _expanded(tuned: Sequence[TunedConfig], raw: Mapping[str, Any], source: str) -> Trial:
-    """The recipe of the trials: what the tuned stages come from, and each once with every value; names by value."""
-    family = parents(raw["stage"])
-    first = {one.stage for one in tuned}
-    needed = {name for one in tuned for name in line(one.stage, family)} - first
-    tables = {str(one["name"]): one for one in raw["stage"]}
-    for one in tuned:
-        if wrong := [name for name in line(one.stage, family) if name in first and name != one.stage]:
-            raise ConfigError(f"{source}: study.tuned: {one.stage} comes from {wrong[0]}, which is tuned too")
-    stages, names = [table for name, table in tables.items() if name in needed], []
-    for number, one in enumerate(tuned):
-        names.append({value: f"{one.stage}-{number}-{place}" for place, value in enumerate(one.values)})
-        for value, name in names[-1].items():
-            stages.append({**with_overrides(tables[one.stage], [f"{one.key}={value}"]), "name": name})
-    return {**raw, "stage": stages}, names
-
-
-def _records(home: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of every stage that is done, with the FLOPs of all that it came from."""
-    mend = "remove it, and the same command writes it again"
-    family = parents(raw["stage"])
-    found: dict[str, Any] = {
-        name: read_object(examined(home, name), mend) for name in family if examined(home, name).exists()
-    }
-    for name, record in found.items():
-        own, every = record["flops"], sum(found[one]["flops"] for one in line(name, family) if one in found)
-        record["all_flops"] = every
-        if "figures" in record:
-            record["figures"] |= {"flops": own, "all_flops": every}
-    return found
+def _met_before(config: StudyConfig, stages: Sequence[Stage]) -> list[str]:
+    """Which stages train on questions that are examined, of problems that are made in code."""
+    asked = {one["prompt"] for one in questions(config.examination)}
+    said = []
+    for stage in stages:
+        given = stage.raw.get("data", {}).get("corpus", {}) if stage.sampling is None else {}
+        if isinstance(given, Mapping) and given.get("kind") == "problems":
+            corpus = parse(ProblemsCorpus, given, f"stage {stage.name}: data.corpus")
+            found = corpus.documents(SkipReport(quiet=True), whole=True)
+            met = asked & {json.loads(one.text)["prompt"] for one in found}
+            if met:
+                said.append(f"{len(met)} of the {len(asked)} questions are among what stage {stage.name} trains on.")
+    return said
 
 
 def _command(path: Path, overrides: Sequence[str], out: str | os.PathLike[str] | None) -> str:
@@ -189,7 +164,6 @@ def _results(
     trials: Sequence[Mapping[str, Any]],
     failures: Mapping[str, str],
     command: str,
-    threads: int,
     parallel: int,
 ) -> dict[str, Any]:
     here = environment()
@@ -204,7 +178,6 @@ def _results(
         "machine": {
             **machine,
             "torch": here["packages"]["torch"],
-            "threads_per_run": threads,
             "parallel_runs": parallel,
         },
         "recipe": raw,

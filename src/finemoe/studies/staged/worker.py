@@ -29,7 +29,6 @@ class Job:
     """Folder of the stages' folders, and of examined/STAGE.json."""
     seed: int
     overrides: Sequence[str]
-    threads: int
 
 
 def examined(out: Path, stage: str) -> Path:
@@ -53,7 +52,7 @@ def run(job: Job) -> None:
     from finemoe.studies.staged.family import line, parents
     from finemoe.studies.stages import StageInterruptedError, run_stage, stages_of
 
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(1)  # as its stages, unless they say otherwise
     out, config = Path(job.out), parse(StudyConfig, job.raw["study"], f"{job.source}: study")
     asked, family = questions(config.examination), parents(job.raw["stage"])
     failed: dict[str, FinemoeError] = {}
@@ -63,16 +62,17 @@ def run(job: Job) -> None:
             continue
         try:
             done = run_stage(stage, job.source, quiet=True)
+            record = _record(stage, done, config, asked, job.seed)
         except StageInterruptedError:
             raise
         except FinemoeError as error:  # stages that do not come from it can be run all the same
             failed[stage.name] = error
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(_record(stage, done, config, asked, job.seed), indent=1))
+        write_text(path, json.dumps(record, indent=1))
     if failed:
-        name = next(iter(failed))
-        raise type(failed[name])(f"stage {name}: {failed[name]}")
+        first = next(iter(failed.values()))
+        raise type(first)("; ".join(f"stage {name}: {error}" for name, error in failed.items()))
 
 
 def _record(stage: Any, done: Mapping[str, Any], config: Any, asked: Any, seed: int) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""What a key of a stage should be: each value tried on a seed that nothing is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finemoe.core.config import with_overrides
+from finemoe.core.errors import ConfigError, RunError
+from finemoe.studies.staged.config import StudyConfig, TunedConfig
+from finemoe.studies.staged.family import line, parents
+from finemoe.studies.staged.records import records_of
+from finemoe.studies.staged.seeds import run_seeds
+from finemoe.studies.staged.worker import Job
+
+Trial = tuple[dict[str, Any], list[dict[float, str]]]
+"""Tables of a recipe, and for everything that is tuned the names of its stages by value."""
+
+
+def tune(
+    config: StudyConfig, trial: Trial, path: Path, directory: Path, laid: Sequence[str], quiet: bool
+) -> tuple[bool, dict[str, str], list[str], list[dict[str, Any]]]:
+    """Try the values: interrupted, failures, overrides of the best, and what each came to.
+
+    Raises:
+        RunError: a value came to nothing, so that the best is not known.
+    """
+    if not config.tuned:
+        return False, {}, [], []
+    tables, names = trial
+    job = Job(tables, str(path), str(directory / "tuning"), config.tuning_seed, _for_trials(laid, config, trial))
+    outcome = run_seeds({"tuning": job}, 1, "tuning", quiet=quiet)
+    done = records_of(directory / "tuning", tables)
+    chosen, trials = [], []
+    for one, tried in zip(config.tuned, names, strict=True):
+        came_to = {value: done[name]["figures"][one.figure] for value, name in tried.items() if name in done}
+        trials.append({**one.model_dump(mode="json"), "came_to": {f"{value:g}": got for value, got in came_to.items()}})
+        if len(came_to) == len(tried):
+            chosen.append(f"stage.{one.stage}.{one.key}={best(came_to)}")
+        elif not outcome.interrupted:
+            why = next(iter(outcome.failures.values()), "it was not run")
+            raise RunError(
+                f"{directory}: {one.stage} was not tried with every value of {one.key}, so nobody knows the best: "
+                f"{why}. Mend it, or leave the value out; the same command goes on"
+            )
+    return outcome.interrupted, dict(outcome.failures), chosen, trials
+
+
+def best(came_to: Mapping[float, float]) -> float:
+    """The value of the highest figure; the first of equals."""
+    return max(came_to, key=lambda value: came_to[value])
+
+
+def _for_trials(laid: Sequence[str], config: StudyConfig, trial: Trial) -> list[str]:
+    """Overrides by the names that stages have among the trials."""
+    tables, names = trial
+    known = {str(one["name"]) for one in tables["stage"]}
+    tried: dict[str, list[str]] = {one.stage: [] for one in config.tuned}
+    for one, found in zip(config.tuned, names, strict=True):
+        tried[one.stage] += found.values()
+    put: list[str] = []
+    for override in laid:
+        name, _, rest = override.removeprefix("stage.").partition(".")
+        if not override.startswith("stage."):
+            put.append(override)
+        elif name in tried:
+            put += [f"stage.{other}.{rest}" for other in tried[name]]
+        elif name in known:
+            put.append(override)
+    return put
+
+
+def expanded(tuned: Sequence[TunedConfig], raw: Mapping[str, Any], source: str) -> Trial:
+    """The recipe of the trials: what the tuned stages come from, and each once with every value; names by value."""
+    family = parents(raw["stage"])
+    first = {one.stage for one in tuned}
+    needed = {name for one in tuned for name in line(one.stage, family)} - first
+    tables = {str(one["name"]): one for one in raw["stage"]}
+    for one in tuned:
+        if wrong := [name for name in line(one.stage, family) if name in first and name != one.stage]:
+            raise ConfigError(f"{source}: study.tuned: {one.stage} comes from {wrong[0]}, which is tuned too")
+    stages, names = [table for name, table in tables.items() if name in needed], []
+    for number, one in enumerate(tuned):
+        names.append({value: f"{one.stage}-{number}-{place}" for place, value in enumerate(one.values)})
+        for value, name in names[-1].items():
+            stages.append({**with_overrides(tables[one.stage], [f"{one.key}={value}"]), "name": name})
+    return {**raw, "stage": stages}, names
