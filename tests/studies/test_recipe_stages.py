@@ -170,6 +170,8 @@ def test_a_stage_may_ask_a_corpus_and_only_what_is_trained_on(corpus: Path, tmp_
         ({"prompts": ["a"], "at_least": 1.0}, "at_least goes with rewards"),
         ({"prompts": ["a"], "keep": "all", "rewards": [{"kind": "answer"}]}, "leave keep out"),
         ({"prompts": ["a"], "rewards": [{"kind": "anwser"}]}, "did you mean `answer`"),
+        ({"prompts": ["a"], "n": 2, "best_of": 2}, "best_of 2 of n = 2 answers leaves no choice"),
+        ({"prompts": ["a"], "rewards": [{"kind": "answer"}], "template": "Q: "}, "has no {prompt} in it"),
     ],
 )
 def test_a_sampling_that_cannot_be_is_refused(corpus: Path, tmp_path: Path, sample: dict[str, Any], said: str) -> None:
