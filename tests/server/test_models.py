@@ -17,7 +17,8 @@ from finemoe.checkpoint.open import read_model_config
 from finemoe.core.errors import ConfigError, FinemoeError
 from finemoe.model.size import measure
 from finemoe.server import asking, embeddings, models
-from finemoe.server.models import Limits, Models, Options, named
+from finemoe.server.models import Limits, Models, Options
+from finemoe.server.run import named
 from finemoe.server.worker import apart
 from server.conftest import Live
 from server.talkers import write_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -96,7 +97,8 @@ def test_what_was_read_before_is_forgotten(start: Callable[..., Live], folder: P
 def test_requests_in_flight_end_with_the_old_and_later_ones_have_the_new(
     start: Callable[..., Live], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    live = start({"m": folder / "own"}, Options(cache_bytes=CACHE, weights_below=folder / "below"))
+    sources = {"m": folder / "own", "n": folder / "own"}
+    live = start(sources, Options(cache_bytes=CACHE, weights_below=folder / "below"), load=False)
     fresh = start({"m": folder / "below" / "other"}, Options(cache_bytes=CACHE))
     old, new = said(live)[0], said(fresh)[0]
     engine, passes, go = live.engine("m"), [0], threading.Event()
@@ -110,7 +112,7 @@ def test_requests_in_flight_end_with_the_old_and_later_ones_have_the_new(
 
     monkeypatch.setattr(engine, "step", step)
     found: dict[str, Any] = {}
-    body = {"model_path": "other"}
+    body = {"model_path": "other", "model": "m"}
 
     def keep(name: str, work: Callable[[], Any]) -> threading.Thread:
         thread = threading.Thread(target=lambda: found.update({name: work()}))
@@ -126,6 +128,7 @@ def test_requests_in_flight_end_with_the_old_and_later_ones_have_the_new(
         time.sleep(0.01)
     threads.append(keep("later", lambda: said(live)))
     time.sleep(0.1)
+    assert said(live, "n")[1] == "default", "another model is opened meanwhile"
     assert not found
     go.set()
     for thread in threads:
@@ -141,12 +144,21 @@ def test_a_model_that_was_closed_is_opened_with_what_it_had_last(start: Callable
     memory = int(1.9 * (one + CACHE))
     live = start(sources, Options(cache_bytes=CACHE, memory=memory, weights_below=folder), load=False)
     assert live.post(PATH, model_path="below/other").json()["error"]["message"].startswith("which model?")
-    assert live.post(PATH, model_path="below/other", model="a").status_code == 200
+    for name in ("step-1", "step-2"):
+        shutil.copytree(folder / "below" / "other", folder / "below" / name)
+    assert live.post(PATH, model_path="below/step-1", model="a").status_code == 200
     new = said(live, "a")
     old = said(live, "b")
     assert [one.name for one in live.app.state.server.models.open] == ["b"]
-    assert said(live, "a") == (pytest.approx(new[0], abs=1e-5), "other")
+    assert said(live, "a") == (pytest.approx(new[0], abs=1e-5), "step-1")
     assert old[0] != pytest.approx(new[0], abs=1e-3)
+    said(live, "b")
+    shutil.rmtree(folder / "below" / "step-1")  # as a trainer does that has written the next
+    assert live.post(PATH, model_path="below/step-2", model="a").status_code == 200
+    assert said(live, "a") == (pytest.approx(new[0], abs=1e-5), "step-2")
+    said(live, "b")
+    shutil.rmtree(folder / "below" / "step-2")
+    assert said(live, "a") == (pytest.approx(old[0], abs=1e-5), "default"), "a trainer sees it, and gives them again"
 
 
 def test_a_folder_that_is_not_there_is_told_at_the_start(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from finemoe.core.errors import ConfigError, RunError
 from finemoe.data.documents.document import SkipReport
 from finemoe.data.problems.corpus import ProblemsCorpus
 from finemoe.runs.run import resume
-from finemoe.studies.stages import run_stages, stages_of
+from finemoe.studies.stages import StageInterruptedError, run_stages, stages_of
+from finemoe.training.trainer import Trainer
 from runs.tiny_runs import recipe
 
 CONFIG = "config.json"
@@ -87,6 +89,30 @@ def test_what_to_do_with_a_stage_that_was_trained_otherwise(corpus: Path, tmp_pa
         with pytest.raises(ConfigError, match=r"did you mean `stage`, as in --set stage\.learnt\.training\.steps=3\?"):
             run_stages(staged(corpus), out=out, quiet=True, overrides=[wrong])
     assert resume(out / "3-learnt", overrides=["training.steps=3"], quiet=True).summary["steps"] == 3
+    assert run_stages(staged(corpus), out=out, quiet=True)[2]["summary"]["steps"] == 3, "it is left as it was changed"
+    assert "training.steps=4" in refused("stage.learnt.training.steps=4")
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_stage_that_was_changed_before_its_end_goes_on_as_it_was_changed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    out, raw, original = tmp_path / "out", staged(corpus), Trainer.step
+    raw["stage"] = raw["stage"][:1]
+
+    def stopping(trainer: Trainer, *given: Any) -> Any:
+        if not done:
+            raise KeyboardInterrupt
+        trainer.request_stop()
+        return original(trainer, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", stopping)
+        with pytest.raises((StageInterruptedError, KeyboardInterrupt)):
+            run_stages(raw, out=out, quiet=True)
+        with suppress(KeyboardInterrupt):
+            assert resume(out / "1-base", overrides=["training.steps=4"], quiet=True).interrupted
+    assert run_stages(raw, out=out, quiet=True)[0]["summary"]["steps"] == 4
 
 
 @pytest.mark.parametrize(
@@ -170,6 +196,8 @@ def test_a_stage_may_ask_a_corpus_and_only_what_is_trained_on(corpus: Path, tmp_
         ({"prompts": ["a"], "at_least": 1.0}, "at_least goes with rewards"),
         ({"prompts": ["a"], "keep": "all", "rewards": [{"kind": "answer"}]}, "leave keep out"),
         ({"prompts": ["a"], "rewards": [{"kind": "anwser"}]}, "did you mean `answer`"),
+        ({"prompts": ["a"], "n": 2, "best_of": 2}, "best_of 2 of n = 2 answers leaves no choice"),
+        ({"prompts": ["a"], "rewards": [{"kind": "answer"}], "template": "Q: "}, "has no {prompt} in it"),
     ],
 )
 def test_a_sampling_that_cannot_be_is_refused(corpus: Path, tmp_path: Path, sample: dict[str, Any], said: str) -> None:

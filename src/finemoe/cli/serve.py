@@ -73,8 +73,8 @@ def serve(
 
     bounds = parse(Limits, with_overrides({}, limit or []), "--limit")
     require()
-    from finemoe.server.models import Options, named
-    from finemoe.server.run import LOOPBACK, key_from
+    from finemoe.server.models import Options
+    from finemoe.server.run import LOOPBACK, key_from, named
     from finemoe.server.run import serve as run
 
     key = key_from(api_key_file)

@@ -12,7 +12,7 @@ from finemoe.core.config import parse, to_json, with_overrides
 from finemoe.core.errors import RunError
 from finemoe.core.files import storage_error, write_text
 from finemoe.core.logs import logger
-from finemoe.runs.config import RunConfig, TrainingConfig
+from finemoe.runs.config import RunConfig, TrainingConfig, read_config
 from finemoe.training.directory import read_summary
 from finemoe.training.schedule import learning_rate_factor
 
@@ -104,7 +104,7 @@ def write_changes(directory: Path, old: RunConfig, new: RunConfig, done: int) ->
         RunError: the folder cannot be written.
     """
     kept = _kept(directory, done)
-    if done and not kept.exists():
+    if not kept.exists():
         write_text(kept, to_json(old))
     try:
         if (directory / "summary.json").exists():  # before config.json: a kill in between leaves a run to go on with
@@ -117,6 +117,16 @@ def write_changes(directory: Path, old: RunConfig, new: RunConfig, done: int) ->
 def was_changed(directory: Path, done: int) -> bool:
     """Whether the run was told to go on otherwise after `done` steps, and the checkpoint of that step is older."""
     return _kept(directory, done).exists()
+
+
+def began_as(directory: Path) -> RunConfig | None:
+    """What the run in `directory` was before it was changed for the first time; None: it never was.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    kept = sorted(directory.glob("config-*.json"), key=lambda path: (len(path.name), path.name))
+    return read_config(kept[0]) if kept else None
 
 
 def _kept(directory: Path, done: int) -> Path:

@@ -15,6 +15,7 @@ from finemoe.core.errors import RunError
 from finemoe.core.files import replacing, storage_error, write_text
 from finemoe.core.logs import logger, read_json_lines
 from finemoe.data.batch import Batch
+from finemoe.runs.changes import began_as
 from finemoe.runs.config import RunConfig, read_config
 from finemoe.runs.kernels import is_same_run
 from finemoe.text.files import COMPANIONS
@@ -41,10 +42,19 @@ def require_free(directory: Path, config: RunConfig) -> None:
 
 
 def holds_run(directory: Path, config: RunConfig) -> bool:
-    """Whether the run that `config` describes has begun there, by whatever number of processes."""
+    """Whether the run that `config` describes has begun there, by whatever number of processes.
+
+    One that went on otherwise (`finemoe resume --set`) is still the run that it began as.
+    """
     if not (directory / "config.json").exists():
         return False
-    found = read_config(directory / "config.json")
+    if _describes(config, read_config(directory / "config.json")):
+        return True
+    first = began_as(directory)
+    return first is not None and _describes(config, first)
+
+
+def _describes(config: RunConfig, found: RunConfig) -> bool:
     asked = config.model_copy(update={"parallel": found.parallel})
     if asked.training.epochs is not None:  # steps took their place as soon as the data was read
         length = {"epochs": None, "steps": found.training.steps}

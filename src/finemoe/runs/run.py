@@ -245,6 +245,7 @@ def _run(
     def conclude() -> dict[str, Any]:
         summary = _summary(config, trainer, last, metrics)
         write_text(directory / "summary.json", json.dumps(summary, indent=2))
+        method.finish()
         return summary
 
     return Run(directory, world.first(conclude), interrupted=False)

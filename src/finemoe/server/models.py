@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -166,7 +166,9 @@ class Models:
         self._open: dict[str, Served] = {}
         self._sizes: dict[str, int] = {}
         self._renewed: dict[str, tuple[Path, str]] = {}
-        self._lock = asyncio.Lock()
+        self._renewing: dict[str, Served] = {}
+        self._turns = {name: asyncio.Lock() for name in self._sources}  # one opens or renews a model at a time
+        self._lock = asyncio.Lock()  # and one makes room and fills it; whoever has both took a turn first
         self.created = int(time.time())
 
     @property
@@ -211,7 +213,7 @@ class Models:
         self.check(name)
         served = self._held(name)
         if served is None:
-            async with self._lock:
+            async with self._turns[name]:
                 served = self._held(name) or await self._load(name)
         served.last_used = time.monotonic()
         return served
@@ -232,16 +234,17 @@ class Models:
         """Give a model the weights at `path`, which are then called `version`; another time that it is opened, too.
 
         Requests in flight end with the old ones, those that come meanwhile wait for the new, and nothing that the old
-        ones read is found again.
+        ones read is found again. Other models are asked and opened meanwhile.
 
         Raises:
             ApiError: there is no such model, or it cannot be opened.
             FinemoeError: what is there is no model, damaged, or another one; the old weights stay.
         """
         self.check(name)
-        async with self._lock:
+        async with self._turns[name]:
             served = self._held(name) or await self._load(name)
-            del self._open[name]  # who comes now waits for the lock
+            del self._open[name]  # who comes now waits for a turn
+            self._renewing[name] = served
             try:
                 while served.worker.open:
                     await asyncio.sleep(_LOOK_SECONDS)
@@ -249,7 +252,7 @@ class Models:
                 await served.worker.renew(lambda: served.opened.model.load_state_dict(fresh))
                 self._renewed[name], served.weight_version = (path, version), version
             finally:
-                self._open[name] = served
+                self._open[name] = self._renewing.pop(name)
 
     @property
     def weights_below(self) -> Path | None:
@@ -263,6 +266,10 @@ class Models:
         self._open.clear()
 
     async def _load(self, name: str) -> Served:
+        async with self._lock:
+            return await self._loaded(name)
+
+    async def _loaded(self, name: str) -> Served:
         ready = self._ready.pop(name, None)
         if ready is None:
             await self._make_room(name, self._sizes.get(name) or self._estimate(name))
@@ -287,10 +294,15 @@ class Models:
         return served
 
     def _prepared(self, name: str) -> Ready:
-        """It, with the weights that it had last."""
+        """It, with the weights that it had last; where they are gone, as a trainer deletes old ones, with its own."""
         ready = prepare(name, self._sources[name], self._options)
         if name in self._renewed:
-            ready.opened.model.load_state_dict(weights_for(ready.opened, self._renewed[name][0]))
+            path, version = self._renewed[name]
+            try:
+                ready.opened.model.load_state_dict(weights_for(ready.opened, path))
+            except (FinemoeError, OSError) as error:
+                logger.warning("%s has its own weights again: %s cannot be read any more: %s", name, version, error)
+                del self._renewed[name]
         return ready
 
     def _estimate(self, name: str) -> int:
@@ -309,7 +321,9 @@ class Models:
         if self._sizes.get(name, 0) > self._options.memory:
             logger.error("%s takes %d bytes, and --memory allows %d", name, needed, self._options.memory)
             raise ApiError(503, f"the model {name} is larger than the memory that this server may use: give it more")
-        while sum(one.bytes for one in self._open.values()) + needed > self._options.memory and self._open:
+        while (held := [*self.open, *self._renewing.values()]) and (
+            sum(one.bytes for one in held) + needed > self._options.memory
+        ):
             idle = [one for one in self._open.values() if not one.worker.open]
             if not idle:
                 raise ApiError(503, f"there is no memory for {name} while the others are at work: try again later")
@@ -371,24 +385,3 @@ def _layer(number: int, config: ModelConfig) -> dict[str, Any]:
         "shared": layer.num_shared_experts,
     }
     return {"layer": number, "kind": "moe", **counts}
-
-
-def named(sources: Iterable[str]) -> dict[str, Path]:
-    """Names for models: `NAME=PATH`, or the last part of a path.
-
-    Raises:
-        ConfigError: two with the same name.
-    """
-    found: dict[str, Path] = {}
-    for source in sources:
-        name, _, path = source.partition("=") if "=" in source and not Path(source).exists() else ("", "", source)
-        whole = Path(path)
-        name = name or whole.resolve().name.removesuffix(".gguf")
-        if "/" in name:
-            raise ConfigError(
-                f"{source}: a name is a part of an address and has no slash: {name.replace('/', '-')}={path}"
-            )
-        if name in found:
-            raise ConfigError(f"two models are called {name}: give one of them another name, OTHER={source}")
-        found[name] = whole
-    return found

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finemoe.checkpoint.open import read_model_config
 from finemoe.core.errors import ConfigError
 from finemoe.server.app import create_app
-from finemoe.server.models import Models, Options, named, prepare_all
+from finemoe.server.models import Models, Options, prepare_all
 from finemoe.server.worker import apart
 
 if TYPE_CHECKING:
@@ -71,6 +71,27 @@ def serve(
         server.run(sockets=[listening])
     except SystemExit as error:  # which uvicorn raises when the application could not start
         raise ConfigError("the server could not start; the log says why") from error
+
+
+def named(sources: Iterable[str]) -> dict[str, Path]:
+    """Names for models: `NAME=PATH`, or the last part of a path.
+
+    Raises:
+        ConfigError: two with the same name.
+    """
+    found: dict[str, Path] = {}
+    for source in sources:
+        name, _, path = source.partition("=") if "=" in source and not Path(source).exists() else ("", "", source)
+        whole = Path(path)
+        name = name or whole.resolve().name.removesuffix(".gguf")
+        if "/" in name:
+            raise ConfigError(
+                f"{source}: a name is a part of an address and has no slash: {name.replace('/', '-')}={path}"
+            )
+        if name in found:
+            raise ConfigError(f"two models are called {name}: give one of them another name, OTHER={source}")
+        found[name] = whole
+    return found
 
 
 def _check_sources(sources: Mapping[str, Path]) -> None:

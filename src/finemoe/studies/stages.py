@@ -81,6 +81,13 @@ class SampleConfig(Config):
                     raise ValueError(
                         f'{name} goes with rewards: write rewards = [{{ kind = "answer" }}], or leave it out'
                     )
+        # What follows would be refused when the stage is reached, after all that was trained before it.
+        if self.best_of is not None and self.best_of >= self.n:
+            raise ValueError(f"best_of {self.best_of} of n = {self.n} answers leaves no choice: lower it, or raise n")
+        if self.template is not None and "{prompt}" not in self.template:
+            raise ValueError(
+                f'template {self.template!r} has no {{prompt}} in it: "{{prompt}}" alone is the text itself'
+            )
         return self
 
     def draw(self, model: str, out: Path, seed: int, quiet: bool) -> Sampled:

@@ -240,6 +240,11 @@ class Method(Generic[BatchT]):
     """Sentences about a step that people should read at once."""
     shows: tuple[str, ...] = ()
     """Terms and figures that the live line has in place of the loss, where it says little."""
+    hurry: Callable[[], object] = lambda: None
+    """When a person asks the run to end, in a signal handler, so it sets a flag at most: what waits for something
+    elsewhere that does not answer raises OutageError instead."""
+    finish: Callable[[], object] = lambda: None
+    """When the last step is done and the run is whole: what served the steps alone goes."""
     close: Callable[[], object] = lambda: None
     """When the run ends, well or not: processes that it started."""
     asks: Callable[[], Iterator[Prompt]] | None = None

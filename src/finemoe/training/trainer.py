@@ -387,5 +387,6 @@ class Trainer:
         return StopOnSignal(self.request_stop, repeated=repeated(self.world.size))
 
     def request_stop(self) -> None:
-        """End after the current step."""
+        """End after the current step, or before it where it waits for what does not answer."""
         self._stop = True
+        self.method.hurry()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -274,6 +276,28 @@ def test_who_is_not_there_is_named(start: Path, tmp_path: Path) -> None:
         served.probe()
 
 
+def test_who_ends_a_run_is_not_kept_by_a_server_that_hangs(start: Path, tmp_path: Path, live: Live) -> None:
+    going, main = threading.Event(), threading.main_thread().ident
+    assert main is not None
+
+    def hangs(path: str, answer: Any) -> Any:
+        signal.pthread_kill(main, signal.SIGINT)
+        going.wait(60)
+
+    with between(live.address) as gate:
+        served = source(start, tmp_path, gate.address, weights="fixed", importance_cap=2.0, at_once=1)
+        served.renew(0)
+        gate.change = hangs
+        with pytest.raises(KeyboardInterrupt):
+            served(ASKED, sampling())
+        asking = [thread for thread in threading.enumerate() if thread.name.startswith("asking")]
+        assert [thread.daemon for thread in asking] == [True], "others are waited for when the process ends"
+        count = len(gate.asked)
+        going.set()
+        asking[0].join(60)
+        assert len(gate.asked) == count, "what had not begun is not asked"
+
+
 def test_keys_come_from_the_environment(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     live = Live({"m": start}, Options(cache_bytes=4 << 20), key="secret")
     try:
@@ -282,7 +306,12 @@ def test_keys_come_from_the_environment(start: Path, tmp_path: Path, monkeypatch
         monkeypatch.setenv("OUR_KEY", "wrong")
         with pytest.raises(ConfigError, match="says 401: the key is missing or wrong"):
             source(start, tmp_path, live.address, api_key_env="OUR_KEY").probe()
-        monkeypatch.setenv("OUR_KEY", "secret")
+        for wrong in ("two\nlines", "\u20ac"):
+            monkeypatch.setenv("OUR_KEY", wrong)
+            with pytest.raises(ConfigError, match="OUR_KEY holds no key") as refused:
+                source(start, tmp_path, live.address, api_key_env="OUR_KEY")
+            assert wrong not in str(refused.value)
+        monkeypatch.setenv("OUR_KEY", "secret\n")
         source(start, tmp_path, live.address, api_key_env="OUR_KEY").probe()
     finally:
         live.stop()

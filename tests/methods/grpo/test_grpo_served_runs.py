@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,7 @@ def test_a_run_is_that_with_the_engine_in_process(start: Path, served: Path, alo
     assert answers(served) == answers(alone)
     assert len(answers(served)) == 16
     assert are_alike(served, alone, 1e-5)
+    assert not (served / "served").exists(), "a copy of the weights, which nobody reads any more"
     assert not are_alike(served, start, 1e-3)
 
 
@@ -116,9 +119,26 @@ def test_a_server_that_dies_leaves_the_run_saved(start: Path, tmp_path: Path, li
     assert are_alike(tmp_path / "torn", alone, 1e-5)
 
 
+def test_who_ends_a_run_does_not_wait_for_a_server_that_is_away(start: Path, tmp_path: Path, live: Live) -> None:
+    signals = [signal.SIGINT]  # a second one would end it anyhow
+
+    def change(path: str, answer: Any) -> Any:
+        if path == RENEW or [path for path, _ in gate.asked].count(RENEW) < 2:
+            return answer
+        if signals:
+            signal.pthread_kill(threading.main_thread().ident or 0, signals.pop())
+        return None
+
+    with between(live.address, change) as gate:
+        way = recipe(start, gate.address, {"patience_seconds": 60.0})
+        with pytest.raises(OutageError, match=r"since the run was asked to end; the run is saved after step 2"):
+            train(way, out=tmp_path / "run", quiet=True)
+    assert (tmp_path / "run" / "served").is_dir()
+
+
 def test_a_rollout_in_a_checkpoint_needs_no_server(served: Path, tmp_path: Path) -> None:
     """What is left to learn of it is learnt while the server is gone."""
     torn = tmp_path / "torn"
-    shutil.copytree(served, torn, ignore=shutil.ignore_patterns("summary.json", "step-00000004", "served"))
+    shutil.copytree(served, torn, ignore=shutil.ignore_patterns("summary.json", "step-00000004"))
     resume(torn, quiet=True)
     assert are_alike(torn, served, 0.0)

@@ -121,6 +121,8 @@ def build(config: GRPOConfig, setting: Setting) -> Method[RolloutBatch]:
         state={"rollouts": data},
         writes={"rollouts.jsonl": data.take_lines},
         warns=data.warns,
+        hurry=data.hurry,
+        finish=data.finish,
         close=rewards.close,
         shows=("reward", "length", "kl", "dead_groups", "time_rollout"),
         asks=lambda: (Prompt(one.ids, one.references) for one in data.asked()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from finemoe.methods.grpo.objective import MISMATCH
 from finemoe.methods.grpo.prompts import Prompts
 from finemoe.methods.grpo.rollout import Answer, Drawn, Rollout, Routes, Scored, lines, restored, saved
 from finemoe.methods.grpo.scoring import Policies
-from finemoe.methods.grpo.served import FromServer
+from finemoe.methods.grpo.served import FOLDER, FromServer
 from finemoe.methods.grpo.source import Asked, OwnEngine, Source
 from finemoe.methods.grpo.watch import Watch
 from finemoe.methods.rewards import Answer as Judgeable
@@ -96,7 +97,7 @@ class Rollouts:
         self._watch, self._told_of_trouble = Watch(config), False
         self._unwritten: list[dict[str, Any]] = []
         self._spent = {"time_rollout": 0.0, "time_reward": 0.0, "time_scoring": 0.0}
-        self._stepped = time.perf_counter()
+        self._stepped, self._ended = time.perf_counter(), False
 
     # ---- of the data ----------------------------------------------------------------------------------------------
 
@@ -167,10 +168,20 @@ class Rollouts:
             first = Asked(self._prompts.sides["train"][0].ids, (0,))
             follows = begins or server.weights == "update"
             self._source = source = FromServer(
-                self._config, model, self.tokenizer, says, self._directory, first, self._sampling, self._length, follows
-            )
+                self._config, model, self.tokenizer, says, self._directory, first, self._sampling, self._length,
+                follows, lambda: self._ended,
+            )  # fmt: skip
             if begins:
                 source.probe()
+
+    def hurry(self) -> None:
+        """A person asks the run to end: a server that does not answer is waited for no longer."""
+        self._ended = True
+
+    def finish(self) -> None:
+        """Nothing is asked any more: what lies there for a server is as large as the run's own weights."""
+        if self._config.server is not None and self._directory is not None:
+            shutil.rmtree(self._directory / FOLDER, ignore_errors=True)
 
     def state(self) -> Saved:
         """The rollout that is learnt from, and what is needed of the reference."""

@@ -6,11 +6,13 @@ import json
 import os
 import secrets
 import shutil
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar, final
 
 from torch import Tensor
@@ -60,6 +62,57 @@ def _parts(asked: Asked) -> Iterator[_Part]:
             begin = place
 
 
+def _key(name: str | None) -> str | None:
+    """The key in the environment variable `name`, without the line end of a file that it was read from.
+
+    Raises:
+        ConfigError: there is none, or it cannot be one; it is not shown.
+    """
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise ConfigError(f"method.server.api_key_env: the environment has no {name}; set it to the key")
+    if not key.isprintable() or any(ord(sign) > 255 for sign in key):
+        raise ConfigError(
+            f"method.server.api_key_env: {name} holds no key: set it to one line of letters, digits and signs"
+        )
+    return key
+
+
+def _abreast(work: Callable[[int], T], numbers: Sequence[int], at_once: int) -> dict[int, T]:
+    """What `work` gives of each number, `at_once` at a time.
+
+    Its threads end with the process, where those of an executor are waited for: who ends a run by Ctrl-C is not kept by
+    a server that does not answer. Whatever `work` raises is raised, and the rest is not begun.
+    """
+    waiting, done = deque(numbers), SimpleQueue[tuple[int, T] | Exception]()
+
+    def run() -> None:
+        while True:
+            try:
+                number = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                done.put((number, work(number)))
+            except Exception as error:
+                done.put(error)
+
+    for _ in range(min(at_once, len(numbers))):
+        threading.Thread(target=run, name="asking", daemon=True).start()
+    found: dict[int, T] = {}
+    try:
+        while len(found) < len(numbers):
+            outcome = done.get()
+            if isinstance(outcome, Exception):
+                raise outcome
+            found[outcome[0]] = outcome[1]
+    finally:
+        waiting.clear()
+    return found
+
+
 @final
 @dataclass(eq=False)
 class FromServer:
@@ -80,6 +133,8 @@ class FromServer:
     """[tokens] Longest prompt with its answer."""
     compares: bool
     """The server has, or is given, the policy of now, when it is first asked."""
+    ended: Callable[[], bool] = lambda: False
+    """A person asked the run to end: a server that does not answer is waited for no longer."""
     _client: Client = field(init=False)
     _reading: Reading = field(init=False)
     _name: str | None = field(init=False, default=None)
@@ -98,13 +153,10 @@ class FromServer:
         """Nothing is asked yet.
 
         Raises:
-            ConfigError: there is no key.
+            ConfigError: there is no key, or one that no header can carry.
         """
         own = self._own
-        key = None if own.api_key_env is None else os.environ.get(own.api_key_env)
-        if own.api_key_env is not None and not key:
-            raise ConfigError(f"method.server.api_key_env: the environment has no {own.api_key_env}; set it to the key")
-        self._client = Client(own.url, key, own.timeout_seconds)
+        self._client = Client(own.url, _key(own.api_key_env), own.timeout_seconds)
         stops = frozenset(self.tokenizer.stop_ids) | {self.tokenizer.end_of_text_id}
         replays = self.config.replay == "rollout" and bool(self.model.config.moe_layers)
         self._reading = Reading(own.url, self.model.config, self.tokenizer.vocab_size, stops, replays)
@@ -246,23 +298,20 @@ class FromServer:
         """Asked in rounds: what is lost in one is asked again in the next."""
         places = [(place, part) for place, one in enumerate(asked) for part in _parts(one)]
         found: dict[int, list[Drawn]] = {}
-        patience = Patience(self._own.patience_seconds)
-        pool = ThreadPoolExecutor(self._own.at_once, thread_name_prefix="asking")
-        try:
-            while left := [number for number in range(len(places)) if number not in found]:
-                outcomes = pool.map(lambda number: self._tried(places[number][1], sampling), left)
-                lost: list[LostError] = []
-                for number, outcome in zip(left, outcomes, strict=True):
-                    if isinstance(outcome, LostError):
-                        lost.append(outcome)
-                    else:
-                        found[number] = outcome
-                if len(lost) < len(left):
-                    patience.rewarded()
-                if lost:
-                    self._mend(lost, patience)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        patience = Patience(self._own.patience_seconds, self.ended)
+        while left := [number for number in range(len(places)) if number not in found]:
+            outcomes = _abreast(lambda number: self._tried(places[number][1], sampling), left, self._own.at_once)
+            lost: list[LostError] = []
+            for number in left:
+                outcome = outcomes[number]
+                if isinstance(outcome, LostError):
+                    lost.append(outcome)
+                else:
+                    found[number] = outcome
+            if len(lost) < len(left):
+                patience.rewarded()
+            if lost:
+                self._mend(lost, patience)
         answers: list[list[Drawn]] = [[] for _ in asked]
         for number, (place, _) in enumerate(places):
             answers[place] += found[number]
@@ -323,7 +372,7 @@ class FromServer:
         Raises:
             OutageError: it does not.
         """
-        patience = Patience(self._own.patience_seconds)
+        patience = Patience(self._own.patience_seconds, self.ended)
         while True:
             try:
                 return work()

@@ -16,7 +16,7 @@ import math
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 from urllib.parse import urlsplit
@@ -34,7 +34,7 @@ from finemoe.model.moe.layer import MoEConfig
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _LATER = (429, 502, 503, 504)
 """Statuses that may pass."""
-_FIRST_WAIT, _LONGEST_WAIT = 0.2, 30.0
+_FIRST_WAIT, _LONGEST_WAIT, _LOOK = 0.2, 30.0, 0.1
 _MAGIC = b"\x93NUMPY"
 _ENDS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"}
 
@@ -52,16 +52,16 @@ class LostError(Exception):
 class Patience:
     """How long somebody who is lost is asked again."""
 
-    def __init__(self, seconds: float) -> None:
-        """`seconds`: from the first loss on, as long as nothing comes."""
-        self._seconds, self._wait = seconds, _FIRST_WAIT
+    def __init__(self, seconds: float, ended: Callable[[], bool]) -> None:
+        """`seconds`: from the first loss on, as long as nothing comes; `ended`: a person wants no more waiting."""
+        self._seconds, self._ended, self._wait = seconds, ended, _FIRST_WAIT
         self._since: float | None = None
 
     def after(self, lost: LostError) -> None:
         """Wait, ever longer.
 
         Raises:
-            OutageError: it has been long enough.
+            OutageError: it has been long enough, or a person wants no more of it.
         """
         now = time.monotonic()
         if self._since is None:
@@ -70,7 +70,11 @@ class Patience:
         left = self._since + self._seconds - now
         if left <= 0:
             raise OutageError(f"{lost}; it was asked again for {self._seconds:g} s (method.server.patience_seconds)")
-        time.sleep(min(max(self._wait, lost.wait), left))
+        until = now + min(max(self._wait, lost.wait), left)
+        while (rest := until - time.monotonic()) > 0 and not self._ended():
+            time.sleep(min(rest, _LOOK))  # in pieces: a signal sets a flag and wakes nobody
+        if self._ended():
+            raise OutageError(f"{lost}; it is not asked again, since the run was asked to end")
         self._wait = min(2 * self._wait, _LONGEST_WAIT)
 
     def rewarded(self) -> None:
