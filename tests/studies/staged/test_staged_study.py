@@ -17,6 +17,7 @@ from finemoe.studies.paper import Paper
 from finemoe.studies.staged import study as module
 from finemoe.studies.staged import tuning
 from finemoe.studies.staged.compute import sampled_flops, trained_flops
+from finemoe.studies.staged.config import ClaimConfig
 from finemoe.studies.staged.study import study
 from studies.staged.tiny_study import RECIPE, seeds_here, written
 
@@ -240,3 +241,13 @@ def test_questions_that_are_none_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"study\.examination\.corpus"):
         study(written(tmp_path, text), out=tmp_path / "out", quiet=True)
+
+
+def test_both_sides_of_a_claim_are_of_the_seeds_that_both_have() -> None:
+    records = {
+        0: {"x": {"figures": {"right": 0.9}}, "y": {"figures": {"right": 0.8}}},
+        1: {"y": {"figures": {"right": 0.1}}},
+    }
+    judged = module._judged(ClaimConfig(id="c", statement="s", a="x.right", b="y.right"), records)
+    assert judged["seeds"] == [0]
+    assert judged["b"]["mean"] == 0.8, "not the mean over a seed that the other has not"

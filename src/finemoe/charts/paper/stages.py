@@ -90,15 +90,15 @@ def _stages(results: Results) -> Section:
     others = list(dict.fromkeys(name for one in results["stages"] for name in one["figures"]))
     others = [name for name in others if name not in (*_SHARES, "flops", "all_flops", "length")]
     shares = (words.format(k=results["samples"]) for words in _SHARES.values())
-    columns = ("Stage", "From", *shares, "Tokens", *others, "FLOPs", "With all before")
+    columns = ("Stage, and what it came from", *shares, "Tokens", *others, "FLOPs", "With all before")
     rows = []
     for one in results["stages"]:
         found = one["figures"]
         told = [plus_minus(found.get(name), 2) for name in (*_SHARES, "length", *others)]
         if one["kind"] == "sampled":
             told = [f"{one['kept'] / max(1, one['drawn']):.0%} kept", *[NOTHING] * (len(told) - 1)]
-        begun = ", ".join(one["from"]) or NOTHING
-        rows.append([one["name"], begun, *told, scientific(one["flops"]), scientific(one["all_flops"])])
+        name = " ← ".join([one["name"], *([", ".join(one["from"])] if one["from"] else [])])
+        rows.append([name, *told, scientific(one["flops"]), scientific(one["all_flops"])])
     note = (
         f"At most {results['questions']} held-out questions, {results['samples']} answers to each at temperature "
         f"{results['temperature']:g}, and one greedily. Shares that are right: Pass@1 of one answer, Maj@K of the most "
@@ -107,7 +107,7 @@ def _stages(results: Results) -> Section:
     )
     caption = "Means over seeds ± half the 95 % interval"
     return Section(
-        "Stages", [Table(caption, columns, rows, numeric=tuple(range(2, len(columns))), note=note, wrap=True)]
+        "Stages", [Table(caption, columns, rows, numeric=tuple(range(1, len(columns))), note=note, wrap=True)]
     )
 
 

@@ -224,6 +224,8 @@ def _judged(claim: ClaimConfig, records: Records) -> dict[str, Any]:
     """The claim with our figures and the verdict on it."""
     a, b = _values(claim.a, records), _values(claim.b, records)
     seeds = sorted(a.keys() & b.keys())
+    if seeds:  # a seed that only one of them has would make the two means of different seeds
+        a, b = {seed: a[seed] for seed in seeds}, {seed: b[seed] for seed in seeds}
     difference = interval([a[seed] - b[seed] for seed in seeds]) if seeds else None
     verdict, reason = verdict_on(claim.relation, difference, len(seeds), claim.margin)
     mean = difference.mean if difference is not None and verdict == "undecided" else None
