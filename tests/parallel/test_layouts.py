@@ -24,9 +24,9 @@ CUTS = {
     "averaged": (Case(steps=4, average=True), Layout(shard=2)),
 }
 """Other ways through a step; the last is wrong."""
-THREE_AT_ONCE = ("shard 2, context 2, experts 2", "pipeline 2, shard 2, experts 2")
-"""Of what others hold two of; their twenty steps are slow, and their gradients are not."""
-TWENTY = [pytest.param(name, marks=pytest.mark.slow if name in THREE_AT_ONCE else ()) for name in LAYOUTS]
+TOGETHER = ("replicate 2, shard 2", "shard 2, context 2, experts 2", "pipeline 2, shard 2, experts 2")
+"""Of what others hold one by one; their twenty steps are slow, and their gradients are not."""
+TWENTY = [pytest.param(name, marks=pytest.mark.slow if name in TOGETHER else ()) for name in LAYOUTS]
 
 
 def case_of(layout: Layout) -> Case:
@@ -47,7 +47,7 @@ def narrow(layout: Layout, kernels: str = "native") -> Case:
 @cache
 def all_by(processes: int) -> tuple[list[Any], list[Any] | AssertionError]:
     """Everything that so many processes do, in processes that are started once, whether it goes well or not."""
-    quick = [one for name, one in LAYOUTS.items() if name not in THREE_AT_ONCE]
+    quick = [one for name, one in LAYOUTS.items() if name not in TOGETHER]
     work: list[tuple[Any, ...]] = [(trained, case_of(one), one) for one in quick]
     work += [(gradients, narrow(one), one) for one in GATHERED.values()]
     work += [(trained, *cut) for cut in CUTS.values()]
@@ -89,7 +89,7 @@ def test_twenty_steps_are_those_of_one_process(name: str) -> None:
     expected, weights = alone(trained, case)
     assert len(expected) == 20
     layout = LAYOUTS[name]
-    by_itself = name in THREE_AT_ONCE
+    by_itself = name in TOGETHER
     results = run(4, trained, case, layout, deadline=300) if by_itself else together(trained, case, layout)
     for reports, _ in results:
         for ours, theirs in zip(reports, expected, strict=True):

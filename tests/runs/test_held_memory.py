@@ -105,7 +105,18 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = (
+    "prediction modules too",
+    "experts",
+    "lora on chosen experts",
+    "child, rows",
+    "child, weights",
+    "child, experts",
+)
+"""Of which others hold the parts."""
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in KINDS])
 def test_what_is_counted_is_what_is_held(base: Path, kind: str) -> None:
     method, moving, tables = KINDS[kind]
     if kind == "lora on chosen experts":

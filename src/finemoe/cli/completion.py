@@ -13,8 +13,8 @@ from pathlib import Path
 _MOST = 200  # offered; more helps nobody
 _DEPTH = 3  # folders below the current one in which recipes and runs are looked for
 _SECTIONS = (
-    "run model data training method trainable optimizer schedule kernels balancing mtp parallel stage comparison "
-    "matching routing budget tuning"
+    "run model data training method trainable optimizer schedule kernels balancing mtp parallel stage study "
+    "comparison matching routing budget tuning"
 )
 _TASKS = (
     "text lambada hellaswag piqa arc_easy arc_challenge openbookqa winogrande race_middle race_high mmlu ceval cmmlu "

@@ -46,7 +46,7 @@ def rejection(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Let a model answer prompts, judge the answers, and keep what is worth enough.
+    """Answer prompts, and keep what rewards find good.
 
     Rejection sampling: a model that has learnt to reason writes N answers to each prompt, rewards
     judge them as in GRPO, and conversations whose answers are worth at least R are written, one a
