@@ -197,7 +197,9 @@ def student(folder: Path, quick: bool, width: int) -> Path:
             one["training"] = {**one["training"], "steps": 5}
             one["data"] = {**one["data"], "corpus": {**one["data"]["corpus"], "count": 1000}}
     shared = {name: value for name, value in raw.items() if name not in ("stage", "study")}
-    done = run_stages({**shared, "stage": [first, second]}, out=folder / "stages", quiet=True)
+    # Of this seed's student 28 % of the answers still have steps; of seed 0's none, and RL has nothing to amplify.
+    told = ["seed=4"]
+    done = run_stages({**shared, "stage": [first, second]}, out=folder / "stages", overrides=told, quiet=True)
     export_hf(done[-1]["folder"], out, family="llama", quiet=True)
     return out
 
