@@ -44,7 +44,7 @@ def test_a_signal_ends_every_run_and_is_told(
         started.append(process)
         if len(started) == 2:
             threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
-        return fleet._Active(job, process, tmp_path / "log")
+        return fleet.Active(job, process, tmp_path / "log")
 
     monkeypatch.setattr(fleet, "_start", start)
     training = SimpleNamespace(total_steps=1)

@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -67,64 +67,90 @@ class Outcome:
             raise KeyboardInterrupt
 
 
+class Named(Protocol):
+    """What is run in a process of its own."""
+
+    @property
+    def name(self) -> str:
+        """What it is called where it fails."""
+        ...
+
+
+Work = TypeVar("Work", bound=Named)
+
+
 @dataclass
-class _Active:
-    job: Job
+class Active(Generic[Work]):
+    """A process at work."""
+
+    job: Work
     process: subprocess.Popen[bytes]
     log: Path
 
 
 def run_fleet(jobs: Sequence[Job], parallel: int, *, description: str, quiet: bool) -> Outcome:
-    """Run `jobs` in order, `parallel` at a time; finished ones are skipped, begun ones go on.
-
-    Ctrl-C, a closed terminal and what else asks a run to end (`POLITE`) end every active run after its step, saved, and
-    return with `interrupted`.
-    """
+    """Run `jobs` in order, `parallel` at a time; finished ones are skipped, begun ones go on: as of `run_processes`."""
     waiting = [job for job in jobs if not job.finished]
-    outcome = Outcome()
-    active: list[_Active] = []
     board = _Board(jobs, description, quiet)
-    with StopOnSignal(outcome.interrupt):
-        _run(waiting, active, parallel, outcome, board)
-    return outcome
-
-
-def _run(waiting: list[Job], active: list[_Active], parallel: int, outcome: Outcome, board: _Board) -> None:
     try:
-        while (waiting or active) and not outcome.interrupted:
-            while waiting and len(active) < parallel:
-                active.append(_start(waiting.pop(0)))
-            time.sleep(_POLL_SECONDS)
-            for one in [one for one in active if one.process.poll() is not None]:
-                active.remove(one)
-                _conclude(one, outcome, board)  # a worker that was told to stop interrupts the study too
-            board.refresh([one.job for one in active])
-    except KeyboardInterrupt:
-        outcome.interrupted = True
+        return run_processes(waiting, parallel, _start, finished=board.finished, refresh=board.refresh)
     finally:
-        for one in active:
-            one.process.terminate()
-        for one in active:
-            one.process.wait()
         board.close()
 
 
-def _start(job: Job) -> _Active:
+def run_processes(
+    jobs: Sequence[Work],
+    parallel: int,
+    start: Callable[[Work], Active[Work]],
+    *,
+    finished: Callable[[Work], object],
+    refresh: Callable[[Sequence[Work]], object],
+) -> Outcome:
+    """Start `jobs` in order, `parallel` at a time, and tell `finished` of each that ended well.
+
+    Ctrl-C, a closed terminal and what else asks a run to end (`POLITE`) end every active one after its step, saved, and
+    return with `interrupted`. `refresh` is told what is active, twice a second.
+    """
+    outcome, waiting, active = Outcome(), list(jobs), list[Active[Work]]()
+    with StopOnSignal(outcome.interrupt):
+        try:
+            while (waiting or active) and not outcome.interrupted:
+                while waiting and len(active) < parallel:
+                    active.append(start(waiting.pop(0)))
+                time.sleep(_POLL_SECONDS)
+                for one in [one for one in active if one.process.poll() is not None]:
+                    active.remove(one)
+                    if _conclude(one, outcome):  # a worker that was told to stop interrupts the study too
+                        finished(one.job)
+                refresh([one.job for one in active])
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+        finally:
+            for one in active:
+                one.process.terminate()
+            for one in active:
+                one.process.wait()
+    return outcome
+
+
+def _start(job: Job) -> Active[Job]:
     job.directory.parent.mkdir(parents=True, exist_ok=True)
     config = job.directory.with_name(f"{job.directory.name}.json")
-    log = job.directory.with_name(f"{job.directory.name}.log")
     write_text(config, to_json(job.config))
-    _wait_for_orphan(job.directory)
-    command = [sys.executable, "-m", "finemoe.studies.worker", str(config), str(job.directory), str(os.getpid())]
+    wait_for_orphan(job.directory)
+    log = job.directory.with_name(f"{job.directory.name}.log")
+    return Active(job, start_worker("finemoe.studies.worker", [str(config), str(job.directory)], log), log)
+
+
+def start_worker(module: str, arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """A module of ours in a process that is told who began it, and writes what it says to `log`."""
+    command = [sys.executable, "-m", module, *arguments, str(os.getpid())]
     with log.open("ab") as output:
         # A session of its own: a terminal's Ctrl-C reaches this process only, which then asks each run to save.
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-    return _Active(job, process, log)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
 
 
-def _wait_for_orphan(directory: Path) -> None:
+def wait_for_orphan(directory: Path) -> None:
     """Wait for the run that a killed study left behind: it was told to stop, and saves after its step."""
     if not directory.is_dir():
         return
@@ -139,17 +165,17 @@ def _wait_for_orphan(directory: Path) -> None:
         logger.debug("%s: %s", directory, error)
 
 
-def _conclude(one: _Active, outcome: Outcome, board: _Board) -> None:
+def _conclude(one: Active[Any], outcome: Outcome) -> bool:
+    """Whether it ended well."""
     status = one.process.returncode
-    if status == FINISHED:
-        board.finished(one.job)
-    elif status == INTERRUPTED:
+    if status == INTERRUPTED:
         outcome.interrupted = True
-    else:
+    elif status != FINISHED:
         lines = one.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         said = lines[-1] if status == FAILED and lines else ended(status)
         outcome.failures[one.job.name] = f"{said} (log: {one.log})"
         logger.error("%s failed: %s", one.job.name, outcome.failures[one.job.name])
+    return bool(status == FINISHED)
 
 
 def ended(status: int) -> str:
