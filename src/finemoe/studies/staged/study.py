@@ -140,15 +140,19 @@ def _require_same(directory: Path, raw: Mapping[str, Any], laid: Sequence[str]) 
 def _met_before(config: StudyConfig, stages: Sequence[Stage]) -> list[str]:
     """Which stages train on questions that are examined, of problems that are made in code."""
     asked = {one["prompt"] for one in questions(config.examination)}
+    met: dict[str, int] = {}
+    """By corpus: stages often read the same one."""
     said = []
     for stage in stages:
         given = stage.raw.get("data", {}).get("corpus", {}) if stage.sampling is None else {}
         if isinstance(given, Mapping) and given.get("kind") == "problems":
             corpus = parse(ProblemsCorpus, given, f"stage {stage.name}: data.corpus")
-            found = corpus.documents(SkipReport(quiet=True), whole=True)
-            met = asked & {json.loads(one.text)["prompt"] for one in found}
-            if met:
-                said.append(f"{len(met)} of the {len(asked)} questions are among what stage {stage.name} trains on.")
+            key = corpus.model_dump_json(exclude={"reasoned"})
+            if key not in met:
+                found = corpus.documents(SkipReport(quiet=True), whole=True)
+                met[key] = len(asked & {json.loads(one.text)["prompt"] for one in found})
+            if met[key]:
+                said.append(f"{met[key]} of the {len(asked)} questions are among what stage {stage.name} trains on.")
     return said
 
 
