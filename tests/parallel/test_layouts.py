@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finemoe.parallel.config import Layout
+from finemoe.parallel.processes import _buckets
 from parallel.processes import run, several
 from parallel.tiny_layouts import LAYOUTS, SEQUENCES, Case, gradients, trained
 
@@ -135,3 +136,20 @@ def test_gradients_before_the_clip_are_those_of_one_process(name: str, kernels: 
     for key, gradient in theirs.items():
         apart = (ours[key] - gradient).norm() / gradient.norm()
         assert apart < 1e-6, key
+
+
+def test_gradients_travel_together_by_type_up_to_a_bound() -> None:
+    mib = 1 << 18  # of float32
+    sizes = [mib, 20 * mib, 10 * mib, 100 * mib, 1, mib]
+    given = [torch.empty(size, device="meta") for size in sizes]
+    given.insert(1, torch.empty(3, dtype=torch.float64, device="meta"))
+    found = _buckets(given)
+    assert [[one.numel() for one in some] for some in found] == [
+        [mib, 20 * mib],
+        [10 * mib],
+        [100 * mib],
+        [1, mib],
+        [3],
+    ]
+    assert [some[0].dtype for some in found] == [torch.float32] * 4 + [torch.float64]
+    assert _buckets([]) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar, final
@@ -30,6 +30,9 @@ from finemoe.parallel.world import ROWS_FIGURE, Parts, in_words
 _A_DAY = timedelta(days=1)
 """How long meetings beside training wait. One may write or read a whole checkpoint before the others go on, which is no
 reason to end a run; one that dies closes its connections, and is noticed at once all the same."""
+
+_BUCKET_BYTES = 25 << 20
+"""Gradients that are summed at once, as torch's DistributedDataParallel has it: more would hold as much twice."""
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -118,12 +121,21 @@ class Processes:
         parameters = list(parameters)
         reached = [one.grad is not None for one in parameters]
         anywhere = [any(flags) for flags in zip(*self.everyone(reached), strict=True)]
+        gradients = []
         for parameter, wanted in zip(parameters, anywhere, strict=True):
             if not wanted:  # alone it would be passed over, and so is its momentum
                 continue
             if parameter.grad is None:  # a rank where nothing reached it still has to meet the others
                 parameter.grad = torch.zeros_like(parameter)
-            self._meet(partial(dist.all_reduce, parameter.grad, group=group))
+            gradients.append(parameter.grad)
+        for some in _buckets(gradients):
+            if len(some) == 1:
+                self._meet(partial(dist.all_reduce, some[0], group=group))
+                continue
+            flat = torch.cat([one.reshape(-1) for one in some])
+            self._meet(partial(dist.all_reduce, flat, group=group))
+            for one, summed in zip(some, flat.split([one.numel() for one in some]), strict=True):
+                one.copy_(summed.view_as(one))
 
     def spread(self, model: Transformer) -> None:
         """Stages of a pipeline first, then experts whole, then everything by FSDP2."""
@@ -286,6 +298,22 @@ class Processes:
     def _meet(self, collective: Callable[[], Any]) -> None:
         self._alive.count()
         collective()
+
+
+def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Those that are summed in one exchange, which costs about a millisecond however little it carries."""
+    found: list[list[Tensor]] = []
+    for dtype in dict.fromkeys(one.dtype for one in gradients):  # in one order everywhere
+        room = 0
+        for one in gradients:
+            if one.dtype != dtype:
+                continue
+            if one.nbytes > room:
+                found.append([])
+                room = _BUCKET_BYTES
+            found[-1].append(one)
+            room -= one.nbytes
+    return found
 
 
 def _meshes(layout: Layout, device: torch.device) -> tuple[DeviceMesh, DeviceMesh]:
