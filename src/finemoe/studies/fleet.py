@@ -181,7 +181,7 @@ def _conclude(one: Active[Any], outcome: Outcome) -> bool:
 def ended(status: int) -> str:
     """What to say of a process that left no word of its own."""
     if status == -signal.SIGKILL:
-        return "was killed, as processes are when memory runs out; fewer `parallel_runs` need less"
+        return "was killed, as processes are when memory runs out; fewer at a time need less"
     return f"was ended by signal {-status}" if status < 0 else f"ended with exit status {status}"
 
 

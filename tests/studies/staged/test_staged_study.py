@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from finemoe.checkpoint.open import read_model_config
 from finemoe.core.errors import ConfigError, DataError, RunError
 from finemoe.model.size import measure
+from finemoe.studies.fleet import Outcome
 from finemoe.studies.paper import Paper
 from finemoe.studies.staged import study as module
 from finemoe.studies.staged import tuning
@@ -142,10 +144,38 @@ def test_given_again_it_does_nothing_again_and_seeds_are_added(
 
 def test_a_study_without_a_best_value_ends_before_its_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     here(monkeypatch)
-    said = r"zero was not tried with every value of optimizer\.learning_rate.*method\.group 7"
+    said = r"the best optimizer\.learning_rate of zero is not known.*method\.group 7"
     with pytest.raises(RunError, match=said):
         study(written(tmp_path), out=tmp_path / "out", quiet=True, overrides=["stage.zero.method.group=7"])
     assert not (tmp_path / "out" / "seeds").exists()
+
+
+def test_a_value_that_cannot_be_trained_with_is_not_the_best(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here(monkeypatch)
+    text = RECIPE.replace("values = [1e-5, 1e-3]", "values = [-1.0, 1e-3]")
+    found = study(written(tmp_path, text), out=tmp_path / "out", quiet=True, overrides=["study.seeds=[0]"])
+    (tuned,) = found.results["tuning"]
+    assert tuned["came_to"]["-1"] is None
+    assert "learning_rate" in found.failures["tuning"]
+    config = json.loads((tmp_path / "out" / "seeds" / "seed-0" / "3-zero" / "config.json").read_text())
+    assert config["optimizer"]["learning_rate"] == 1e-3
+
+
+def test_trials_that_were_killed_are_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def killed(jobs: Any, *arguments: Any, **options: Any) -> Outcome:
+        stages = [one for one in jobs["tuning"].raw["stage"] if one["name"] != "zero-0-1"]
+        seeds_here({"tuning": replace(jobs["tuning"], raw={**jobs["tuning"].raw, "stage": stages})}, 1, "", quiet=True)
+        return Outcome(failures={"tuning": "was killed"})
+
+    monkeypatch.setattr(tuning, "run_seeds", killed)
+    with pytest.raises(RunError, match=r"the best optimizer\.learning_rate of zero is not known.*was killed"):
+        study(written(tmp_path), out=tmp_path / "out", quiet=True, overrides=["study.seeds=[0]"])
+
+
+@pytest.mark.parametrize("override", ["optimizer.learning_rate=0.5", "stage.zero.optimizer.learning_rate=0.5"])
+def test_a_key_that_is_tried_is_not_set(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=r"study\.tuned tries values of optimizer\.learning_rate for zero"):
+        study(written(tmp_path), out=tmp_path / "out", quiet=True, overrides=[override])
 
 
 def test_overrides_reach_the_trials_of_a_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

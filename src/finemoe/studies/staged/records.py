@@ -8,7 +8,7 @@ from typing import Any
 
 from finemoe.core.reading import read_object
 from finemoe.studies.staged.family import line, parents
-from finemoe.studies.staged.worker import examined
+from finemoe.studies.staged.worker import examined, failures_of
 
 
 def records_of(home: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,3 +24,9 @@ def records_of(home: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         if "figures" in record:
             record["figures"] |= {"flops": own, "all_flops": every}
     return found
+
+
+def failed_of(home: Path) -> dict[str, str]:
+    """Why stages could not be run, by name; those that come from them were left out."""
+    path = failures_of(home)
+    return read_object(path, "remove it, and the same command writes it again") if path.exists() else {}

@@ -31,7 +31,7 @@ from finemoe.studies.staged.examination import questions
 from finemoe.studies.staged.family import parents
 from finemoe.studies.staged.records import records_of
 from finemoe.studies.staged.seeds import run_seeds
-from finemoe.studies.staged.tuning import expanded, tune
+from finemoe.studies.staged.tuning import expanded, require_free, tune
 from finemoe.studies.staged.worker import Job
 from finemoe.studies.stages import Stage, stages_of
 from finemoe.studies.statistics import CONFIDENCE, interval, points_against, verdict_on
@@ -66,6 +66,7 @@ def study(
     stages = stages_of(raw, str(path), directory, laid)
     config.check_stages([one.name for one in stages if one.sampling is None], str(path))
     questions(config.examination)
+    require_free(config.tuned, laid)
     trial = expanded(config.tuned, raw, str(path))
     _require_same(directory, raw, laid)
     parallel = min(config.parallel or os.cpu_count() or 1, len(config.seeds))

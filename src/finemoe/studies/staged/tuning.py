@@ -10,7 +10,7 @@ from finemoe.core.config import with_overrides
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.studies.staged.config import StudyConfig, TunedConfig
 from finemoe.studies.staged.family import line, parents
-from finemoe.studies.staged.records import records_of
+from finemoe.studies.staged.records import failed_of, records_of
 from finemoe.studies.staged.seeds import run_seeds
 from finemoe.studies.staged.worker import Job
 
@@ -23,26 +23,32 @@ def tune(
 ) -> tuple[bool, dict[str, str], list[str], list[dict[str, Any]]]:
     """Try the values: interrupted, failures, overrides of the best, and what each came to.
 
+    A value that cannot be trained with, such as a rate that is too high, is not the best.
+
     Raises:
-        RunError: a value came to nothing, so that the best is not known.
+        RunError: the trials were killed, or none of a key's came to anything: the best is not known.
     """
     if not config.tuned:
         return False, {}, [], []
     tables, names = trial
     job = Job(tables, str(path), str(directory / "tuning"), config.tuning_seed, _for_trials(laid, config, trial))
     outcome = run_seeds({"tuning": job}, 1, "tuning", quiet=quiet)
-    done = records_of(directory / "tuning", tables)
+    done, failed = records_of(directory / "tuning", tables), failed_of(directory / "tuning")
     chosen, trials = [], []
     for one, tried in zip(config.tuned, names, strict=True):
         came_to = {value: done[name]["figures"][one.figure] for value, name in tried.items() if name in done}
-        trials.append({**one.model_dump(mode="json"), "came_to": {f"{value:g}": got for value, got in came_to.items()}})
-        if len(came_to) == len(tried):
+        failures = {value: failed[name] for value, name in tried.items() if name in failed and name not in done}
+        trials.append({
+            **one.model_dump(mode="json"),
+            "came_to": {f"{value:g}": came_to.get(value) for value in tried if value in came_to or value in failures},
+        })  # fmt: skip
+        if came_to and len(came_to) + len(failures) == len(tried):
             chosen.append(f"stage.{one.stage}.{one.key}={best(came_to)}")
         elif not outcome.interrupted:
-            why = next(iter(outcome.failures.values()), "it was not run")
+            why = next(iter(failures.values()), next(iter(outcome.failures.values()), "they were not run"))
             raise RunError(
-                f"{directory}: {one.stage} was not tried with every value of {one.key}, so nobody knows the best: "
-                f"{why}. Mend it, or leave the value out; the same command goes on"
+                f"{directory}: the best {one.key} of {one.stage} is not known, since trials came to nothing: {why}. "
+                "The same command goes on with them"
             )
     return outcome.interrupted, dict(outcome.failures), chosen, trials
 
@@ -50,6 +56,18 @@ def tune(
 def best(came_to: Mapping[float, float]) -> float:
     """The value of the highest figure; the first of equals."""
     return max(came_to, key=lambda value: came_to[value])
+
+
+def require_free(tuned: Sequence[TunedConfig], laid: Sequence[str]) -> None:
+    """Raises ConfigError where an override is of a key that is tried: it would take the place of every value."""
+    for override in laid:
+        key = override.partition("=")[0].strip()
+        for one in tuned:
+            if key in (one.key, f"stage.{one.stage}.{one.key}"):
+                raise ConfigError(
+                    f"--set {override}: study.tuned tries values of {one.key} for {one.stage}; leave it out, or take "
+                    "that trial out of study.tuned"
+                )
 
 
 def _for_trials(laid: Sequence[str], config: StudyConfig, trial: Trial) -> list[str]:

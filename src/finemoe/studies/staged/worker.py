@@ -36,6 +36,11 @@ def examined(out: Path, stage: str) -> Path:
     return out / "examined" / f"{stage}.json"
 
 
+def failures_of(out: Path) -> Path:
+    """Why stages could not be run, by name: written when all others are done."""
+    return out / "failed.json"
+
+
 def run(job: Job) -> None:
     """Run what is not done.
 
@@ -56,6 +61,8 @@ def run(job: Job) -> None:
     out, config = Path(job.out), parse(StudyConfig, job.raw["study"], f"{job.source}: study")
     asked, family = questions(config.examination), parents(job.raw["stage"])
     failed: dict[str, FinemoeError] = {}
+    out.mkdir(parents=True, exist_ok=True)
+    failures_of(out).unlink(missing_ok=True)
     for stage in stages_of(job.raw, job.source, out, [f"seed={job.seed}", *job.overrides]):
         path = examined(out, stage.name)
         if path.exists() or failed.keys() & set(line(stage.name, family)):
@@ -68,9 +75,10 @@ def run(job: Job) -> None:
         except FinemoeError as error:  # stages that do not come from it can be run all the same
             failed[stage.name] = error
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         write_text(path, json.dumps(record, indent=1))
     if failed:
+        write_text(failures_of(out), json.dumps({name: str(error) for name, error in failed.items()}, indent=1))
         first = next(iter(failed.values()))
         raise type(first)("; ".join(f"stage {name}: {error}" for name, error in failed.items()))
 
