@@ -300,11 +300,12 @@ def _train(trainer: Trainer, save: Save, directory: Path) -> bool:
     try:
         trainer.run()
     except OutageError as error:
-        if trainer.state.step:
-            save.save(trainer)
-        step = trainer.state.step
-        again = f"the run is saved after step {step}: `{resuming(directory)}` goes on"
-        raise OutageError(f"{error}; {again}") from error
+        if not trainer.stopping:
+            if trainer.state.step:
+                save.save(trainer)
+            again = f"the run is saved after step {trainer.state.step}: `{resuming(directory)}` goes on"
+            raise OutageError(f"{error}; {again}") from error
+        logger.warning("%s", error)
     except TrainingError as error:
         if trainer.method.state:  # it may have counted the refused step; the last regular checkpoint did not
             save.wait()

@@ -386,6 +386,11 @@ class Trainer:
     def _stop_on_signal(self) -> AbstractContextManager[Any]:
         return StopOnSignal(self.request_stop, repeated=repeated(self.world.size))
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to end."""
+        return self._stop
+
     def request_stop(self) -> None:
         """End after the current step, or before it where it waits for what does not answer."""
         self._stop = True

@@ -18,6 +18,7 @@ import torch
 from finemoe.checkpoint.open import load_model, load_tokenizer
 from finemoe.core.errors import ConfigError, OutageError
 from finemoe.generation.config import SamplingConfig
+from finemoe.methods.grpo import served as served_module
 from finemoe.methods.grpo.config import GRPOConfig
 from finemoe.methods.grpo.rollout import Drawn
 from finemoe.methods.grpo.scoring import Policies
@@ -296,6 +297,29 @@ def test_who_ends_a_run_is_not_kept_by_a_server_that_hangs(start: Path, tmp_path
         going.set()
         asking[0].join(60)
         assert len(gate.asked) == count, "what had not begun is not asked"
+
+
+def test_a_server_that_hangs_is_waited_for_a_little_when_the_run_is_asked_to_end(
+    start: Path, tmp_path: Path, live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_module, "_GRACE", 0.3)
+    going, asked_to_end = threading.Event(), threading.Event()
+
+    def hangs(path: str, answer: Any) -> Any:
+        asked_to_end.set()
+        going.wait(60)
+        return answer
+
+    with between(live.address) as gate:
+        served = source(start, tmp_path, gate.address, weights="fixed", importance_cap=2.0, at_once=1)
+        served.renew(0)
+        served.ended = asked_to_end.is_set
+        gate.change = hangs
+        with pytest.raises(OutageError, match="waited for no longer, since the run was asked to end"):
+            served(ASKED, sampling())
+        with pytest.raises(OutageError, match="waited for no longer"):
+            served._patiently(lambda: going.wait(60))
+        going.set()
 
 
 def test_keys_come_from_the_environment(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

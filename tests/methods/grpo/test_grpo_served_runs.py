@@ -131,8 +131,9 @@ def test_who_ends_a_run_does_not_wait_for_a_server_that_is_away(start: Path, tmp
 
     with between(live.address, change) as gate:
         way = recipe(start, gate.address, {"patience_seconds": 60.0})
-        with pytest.raises(OutageError, match=r"since the run was asked to end; the run is saved after step 2"):
-            train(way, out=tmp_path / "run", quiet=True)
+        done = train(way, out=tmp_path / "run", quiet=True)
+    assert done.interrupted, "as by any Ctrl-C, and no outage"
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
     assert (tmp_path / "run" / "served").is_dir()
 
 

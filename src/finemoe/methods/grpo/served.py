@@ -7,12 +7,13 @@ import os
 import secrets
 import shutil
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar, final
 
 from torch import Tensor
@@ -41,6 +42,8 @@ _LOADS = (
     'method.server.weights "update" needs a server that loads weights from a path of this machine, such as `finemoe '
     'serve MODEL --weights-below {}`, or SGLang; "fixed" needs none'
 )
+_LOOK, _GRACE = 0.1, 5.0
+"""[s] Between looks whether a person asked the run to end; how long the next answer is then waited for."""
 T = TypeVar("T")
 
 
@@ -80,11 +83,14 @@ def _key(name: str | None) -> str | None:
     return key
 
 
-def _abreast(work: Callable[[int], T], numbers: Sequence[int], at_once: int) -> dict[int, T]:
+def _abreast(work: Callable[[int], T], numbers: Sequence[int], at_once: int, ended: Callable[[], bool]) -> dict[int, T]:
     """What `work` gives of each number, `at_once` at a time.
 
     Its threads end with the process, where those of an executor are waited for: who ends a run by Ctrl-C is not kept by
     a server that does not answer. Whatever `work` raises is raised, and the rest is not begun.
+
+    Raises:
+        OutageError: a person asked the run to end, and for a while nothing came.
     """
     waiting, done = deque(numbers), SimpleQueue[tuple[int, T] | Exception]()
 
@@ -103,8 +109,15 @@ def _abreast(work: Callable[[int], T], numbers: Sequence[int], at_once: int) -> 
         threading.Thread(target=run, name="asking", daemon=True).start()
     found: dict[int, T] = {}
     try:
+        came = time.monotonic()
         while len(found) < len(numbers):
-            outcome = done.get()
+            try:
+                outcome = done.get(timeout=_LOOK)
+            except Empty:
+                if ended() and time.monotonic() - came > _GRACE:
+                    raise OutageError("the server is waited for no longer, since the run was asked to end") from None
+                continue
+            came = time.monotonic()
             if isinstance(outcome, Exception):
                 raise outcome
             found[outcome[0]] = outcome[1]
@@ -300,7 +313,8 @@ class FromServer:
         found: dict[int, list[Drawn]] = {}
         patience = Patience(self._own.patience_seconds, self.ended)
         while left := [number for number in range(len(places)) if number not in found]:
-            outcomes = _abreast(lambda number: self._tried(places[number][1], sampling), left, self._own.at_once)
+            at_once = self._own.at_once
+            outcomes = _abreast(lambda number: self._tried(places[number][1], sampling), left, at_once, self.ended)
             lost: list[LostError] = []
             for number in left:
                 outcome = outcomes[number]
@@ -375,6 +389,6 @@ class FromServer:
         patience = Patience(self._own.patience_seconds, self.ended)
         while True:
             try:
-                return work()
+                return _abreast(lambda _: work(), [0], 1, self.ended)[0]
             except LostError as lost:
                 patience.after(lost)
