@@ -134,7 +134,7 @@ def test_given_again_it_does_nothing_again_and_seeds_are_added(
 ) -> None:
     here(monkeypatch)
     before = {path: path.stat().st_mtime_ns for path in done.directory.rglob("*.safetensors")}
-    more = ["study.seeds=[0, 1, 2]", "study.claims=[]", "study.parallel=1"]
+    more = ["study.seeds=[0, 1, 2]", "study.claims=[]", "study.parallel=1", "study.examination.reward_seconds=20"]
     again = study(written(tmp_path), out=done.directory, overrides=more, quiet=True)
     assert again.results["seeds"] == [0, 1, 2]
     after = {path: path.stat().st_mtime_ns for path in done.directory.rglob("*.safetensors")}
@@ -192,13 +192,13 @@ def test_overrides_reach_the_trials_of_a_stage(monkeypatch: pytest.MonkeyPatch, 
 def test_what_was_asked_and_trained_on_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     here(monkeypatch)
     corpus = "{ kind = 'problems', count = 200, validation_count = 20, difficulty = 3, seed = 5 }"
-    easier = f"stage.zero.data.corpus={corpus}"
-    found = study(
-        written(tmp_path), out=tmp_path / "out", quiet=True, overrides=["study.seeds=[0]", "study.tuned=[]", easier]
-    )
-    (note,) = found.results["notes"]
-    assert note.endswith("of the 6 questions are among what stage zero trains on.")
-    assert note in (tmp_path / "out" / "report.html").read_text()
+    others = [f"stage.zero.data.corpus={corpus}", f"stage.answers.sample.corpus={corpus}"]
+    changes = ["study.seeds=[0]", "study.tuned=[]", *others]
+    found = study(written(tmp_path), out=tmp_path / "out", quiet=True, overrides=changes)
+    answered, trained = found.results["notes"]
+    assert answered.endswith("of the 6 questions are among what stage answers has its model answer.")
+    assert trained.endswith("of the 6 questions are among what stage zero trains on.")
+    assert all(note in (tmp_path / "out" / "report.html").read_text() for note in (answered, trained))
 
 
 def test_another_recipe_is_not_mixed_in(done: Paper, tmp_path: Path) -> None:
@@ -266,8 +266,8 @@ def test_questions_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("no records\n" * 50)
     text = RECIPE.replace(
         'corpus = { kind = "problems", problem = "running_sum", count = 50, validation_count = 20, difficulty = 3 }\n'
-        "prompts = 6",
-        f'corpus = {{ kind = "files", paths = ["{tmp_path}/text.txt"] }}\nprompts = 6',
+        "num_prompts = 6",
+        f'corpus = {{ kind = "files", paths = ["{tmp_path}/text.txt"] }}\nnum_prompts = 6',
     )
     with pytest.raises(DataError, match=r"study\.examination\.corpus"):
         study(written(tmp_path, text), out=tmp_path / "out", quiet=True)
