@@ -244,8 +244,8 @@ def _run(
 
     def conclude() -> dict[str, Any]:
         summary = _summary(config, trainer, last, metrics)
-        write_text(directory / "summary.json", json.dumps(summary, indent=2))
         method.finish()
+        write_text(directory / "summary.json", json.dumps(summary, indent=2))  # last: who finds it takes the run as done
         return summary
 
     return Run(directory, world.first(conclude), interrupted=False)
