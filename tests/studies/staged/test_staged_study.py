@@ -14,6 +14,7 @@ import pytest
 from finemoe.checkpoint.open import read_model_config
 from finemoe.core.errors import ConfigError, DataError, RunError
 from finemoe.model.size import measure
+from finemoe.runs.run import resume
 from finemoe.studies.fleet import Outcome
 from finemoe.studies.paper import Paper
 from finemoe.studies.staged import study as module
@@ -199,6 +200,16 @@ def test_what_was_asked_and_trained_on_is_said(monkeypatch: pytest.MonkeyPatch, 
     assert answered.endswith("of the 6 questions are among what stage answers has its model answer.")
     assert trained.endswith("of the 6 questions are among what stage zero trains on.")
     assert all(note in (tmp_path / "out" / "report.html").read_text() for note in (answered, trained))
+
+
+def test_a_run_that_was_changed_is_named_on_the_page(
+    done: Paper, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here(monkeypatch)
+    shutil.copytree(done.directory, tmp_path / "out")
+    resume(tmp_path / "out" / "seeds" / "seed-0" / "3-zero", overrides=["training.steps=3"], quiet=True)
+    notes = study(written(tmp_path), out=tmp_path / "out", quiet=True).results["notes"]
+    assert notes == ["seeds/seed-0/3-zero was changed by `finemoe resume --set`: training.steps."]
 
 
 def test_another_recipe_is_not_mixed_in(done: Paper, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from finemoe.core.reading import read_object
 from finemoe.data.conversations.questions import question_in
 from finemoe.data.documents.document import SkipReport
 from finemoe.data.problems.corpus import ProblemsCorpus
+from finemoe.runs.changes import began_as, changed_since
+from finemoe.runs.config import read_config
 from finemoe.studies.paper import Paper
 from finemoe.studies.staged.config import ClaimConfig, StudyConfig
 from finemoe.studies.staged.examination import questions
@@ -90,7 +92,7 @@ def study(
             raise RunError(f"{directory}: no stage was done; first failure: {next(iter(failures.values()), 'none')}")
         command = _command(path, overrides, out)
         results = _results(config, raw, records, trials, failures, command, parallel)
-        results["notes"] += _met_before(config, stages)
+        results["notes"] += [*_changed(directory), *_met_before(config, stages)]
         write_results(results, directory)
     return Paper(directory, results, interrupted, failures)
 
@@ -141,6 +143,16 @@ def _require_same(directory: Path, raw: Mapping[str, Any], laid: Sequence[str]) 
             raise RunError(f"{directory} holds a study of other stages; choose another --out")
     elif directory.is_dir() and any(not inside.name.startswith(".") for inside in directory.iterdir()):
         raise RunError(f"{directory} is not empty and not a study of stages; choose another --out")
+
+
+def _changed(directory: Path) -> list[str]:
+    """Which runs were changed since they began: what came of them is not what the recipe describes."""
+    said = []
+    for path in sorted([*directory.glob("tuning/*/config.json"), *directory.glob("seeds/*/*/config.json")]):
+        if (first := began_as(path.parent)) is not None:
+            keys = ", ".join(changed_since(first, read_config(path)))
+            said.append(f"{path.parent.relative_to(directory)} was changed by `finemoe resume --set`: {keys}.")
+    return said
 
 
 def _met_before(config: StudyConfig, stages: Sequence[Stage]) -> list[str]:
