@@ -96,7 +96,7 @@ def test_flops_of_a_stage_are_those_of_training_and_of_what_its_method_reads_and
 ) -> None:
     zero, base = done.directory / "seeds" / "seed-0" / "3-zero", done.directory / "seeds" / "seed-0" / "1-base"
     summary = json.loads((zero / "summary.json").read_text())
-    assert trained_flops(base, {"training_flops": 9.0}) == 9.0
+    assert trained_flops(base, {"training_flops": 9.0}) == 9.0, "what another method reads beside it is not counted"
     assert trained_flops(zero, summary) == pytest.approx(summary["training_flops"] * 5 / 3), (
         "writing, and the reference"
     )
@@ -116,7 +116,8 @@ def test_flops_of_a_stage_are_those_of_training_and_of_what_its_method_reads_and
 def test_the_page_and_the_summary_tell_claims_and_stages(done: Paper) -> None:
     page = (done.directory / "report.html").read_text()
     summary = (done.directory / "summary.md").read_text()
-    for text in ("What was trained more has taken more", "They are small.", "zero", "optimizer.learning_rate"):
+    for text in ("What was trained more has taken more", "They are small.", "zero", "optimizer.learning_rate",
+                 "of training, with those of the answers that GRPO writes and reads"):  # fmt: skip
         assert text in page
     assert summary.startswith("Of 2 claims: ")
     assert "| What was trained more has taken more | reproduced |" in summary
