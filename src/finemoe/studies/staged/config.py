@@ -93,7 +93,7 @@ class StudyConfig(Config):
     examination: ExaminationConfig = ExaminationConfig()
     """What every stage's model is asked."""
     tuned: tuple[TunedConfig, ...] = ()
-    """What is tried before."""
+    """What is tried before: all trials one after the other, in one process, whatever `parallel` says."""
     claims: tuple[ClaimConfig, ...] = ()
     """What is judged."""
 

@@ -77,10 +77,11 @@ def study(
     parallel = min(config.parallel or os.cpu_count() or 1, len(config.seeds))
     with sole_writer(directory):
         write_text(directory / STUDY, json.dumps({"recipe": _identity(raw, laid)}, indent=1))
-        interrupted, failures, chosen, trials = tune(config, trial, path, directory, laid, quiet)
+        tuned = tune(config, trial, path, directory, laid, quiet)
+        interrupted, failures = tuned.interrupted, dict(tuned.failures)
         if not interrupted:
             jobs = {
-                f"seed {seed}": Job(raw, str(path), str(_home(directory, seed)), seed, [*laid, *chosen])
+                f"seed {seed}": Job(raw, str(path), str(_home(directory, seed)), seed, [*laid, *tuned.chosen])
                 for seed in config.seeds
             }
             outcome = run_seeds(jobs, parallel, path.stem, quiet=quiet)
@@ -91,7 +92,7 @@ def study(
                 return Paper(directory, {}, True, failures)
             raise RunError(f"{directory}: no stage was done; first failure: {next(iter(failures.values()), 'none')}")
         command = _command(path, overrides, out)
-        results = _results(config, raw, records, trials, failures, command, parallel)
+        results = _results(config, raw, records, tuned.trials, failures, command, parallel)
         results["notes"] += [*_changed(directory), *_met_before(config, stages)]
         write_results(results, directory)
     return Paper(directory, results, interrupted, failures)
