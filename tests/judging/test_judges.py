@@ -99,6 +99,16 @@ def test_every_kind_is_judged_here_or_beside() -> None:
     assert {kind for kind, *_ in CASES} | {"function", "reasoning_gym"} == set(KINDS)
 
 
+def test_a_kind_says_whether_it_compares_with_the_records_answer() -> None:
+    """A study asks before it trains: what a kind does not say is met when the first stage is done."""
+    configs = {kind: config for kind, config, *_ in CASES}
+    lacks = {
+        kind for kind, config in configs.items()
+        if "no answer to compare with" in judge(kind, **config)(answer("42", record=CHECK | STEPS)).note
+    }  # fmt: skip
+    assert lacks == {kind for kind, one in KINDS.items() if one.compares}
+
+
 def test_a_comparison_that_takes_too_long_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finemoe.text.answers.comparison.shared_judge", Failing)
     monkeypatch.setattr("finemoe.text.answers.comparison.available", lambda: True)

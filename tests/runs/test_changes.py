@@ -163,6 +163,21 @@ def test_a_change_that_was_asked_for_is_no_surprise_after_a_kill(
     assert "no longer the run that began here" not in caplog.text
 
 
+def test_a_run_that_was_changed_is_gone_on_with_and_one_warning_says_what_differs(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = train(recipe(corpus, "dense"), out=tmp_path / "run", quiet=True).directory
+    resume(out, overrides=["training.steps=8", "optimizer.learning_rate=0.005"], quiet=True)
+    resume(out, overrides=["training.steps=9"], quiet=True)
+    with caplog.at_level(logging.WARNING, logger="finemoe"):
+        now = {"training": {"steps": 9}, "optimizer": {"learning_rate": 0.005}}
+        assert train(recipe(corpus, "dense", **now), out=out, quiet=True, go_on=True).summary["steps"] == 9
+        assert not caplog.messages, "it is the run that is described"
+        assert train(recipe(corpus, "dense"), out=out, quiet=True, go_on=True).summary["steps"] == 9
+    (said,) = [one for one in caplog.messages if "finemoe resume --set" in one]
+    assert "(training.steps, optimizer.learning_rate)" in said
+
+
 def test_of_two_that_change_a_run_at_once_the_second_is_told(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from finemoe.model.transformer import Transformer
 from finemoe.runs import run as run_module
 from finemoe.runs import saving
 from finemoe.runs.run import resume, train
+from finemoe.training.directory import read_summary
 from finemoe.training.method import Figures, Group, Method, Saved
 from finemoe.training.trainer import Trainer
 from runs.tiny_runs import assert_same_run, checkpoints, recipe, stop_after
@@ -311,3 +312,23 @@ def test_a_part_s_name_has_no_slash(corpus: Path) -> None:
     method = run_module.build_method(run_module.resolve_run(recipe(corpus, "dense"), "recipe"))
     with pytest.raises(ValueError, match="no NAME has a slash"):
         replace(method, state={"a/b": Counter()})
+
+
+def test_a_run_whose_method_cannot_finish_is_not_taken_as_done(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever finds summary.json leaves the run as it is: what finish was to do would never be done."""
+    asked: list[bool] = []
+
+    def finish() -> None:
+        asked.append((tmp_path / "run" / "summary.json").exists())
+        if len(asked) == 1:
+            raise OSError("the disk is gone")
+
+    method_with(monkeypatch, lambda method: replace(method, finish=finish))
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(recipe(corpus, "dense"), out=tmp_path / "run", quiet=True)
+    assert read_summary(tmp_path / "run") is None
+    done = resume(tmp_path / "run", quiet=True)
+    assert done.summary == read_summary(tmp_path / "run")
+    assert asked == [False, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
 import time
@@ -15,8 +16,9 @@ import pytest
 from finemoe.checkpoint.open import read_model_config
 from finemoe.core.errors import ConfigError
 from finemoe.model.size import measure
-from finemoe.server.models import Options
+from finemoe.server.models import Models, Options
 from finemoe.server.run import serve
+from finemoe.server.worker import StoppedError
 from finemoe.text import Tokenizer
 from server.conftest import Live
 from server.talkers import write_run
@@ -159,6 +161,26 @@ def test_a_model_that_was_closed_is_opened_with_what_it_had_last(start: Callable
     said(live, "b")
     shutil.rmtree(folder / "below" / "step-2")
     assert said(live, "a") == (pytest.approx(old[0], abs=1e-5), "default"), "a trainer sees it, and gives them again"
+
+
+def test_closing_ends_a_model_that_is_given_new_weights(folder: Path) -> None:
+    """Else its thread, and what waits for it, would be left when a server stops in the middle of a renewal."""
+
+    async def stopped() -> None:
+        models = Models({"m": folder / "own"}, Options(cache_bytes=CACHE))
+        served = await models.get("m")
+        served.worker.open += 1  # somebody is answered, whose end the new weights wait for
+        renewing = asyncio.create_task(models.renew("m", folder / "below" / "other", "other"))
+        while models.open:
+            await asyncio.sleep(0.01)
+        await models.close()
+        assert not served.worker._thread.is_alive()
+        served.worker.open -= 1
+        with pytest.raises(StoppedError):
+            await renewing
+        assert not models.open
+
+    asyncio.run(stopped())
 
 
 def test_a_folder_that_is_not_there_is_told_at_the_start(folder: Path) -> None:

@@ -47,7 +47,8 @@ def paper(
     Balancing's MaxVio, each claim with the printed figure, ours, an interval over seeds and a
     verdict. Runs that are finished are used again: add experiments one by one, interrupt and go
     on as you like. With a RECIPE that has [[stage]] tables and a table [study], its stages are run
-    once a seed, every stage's model is examined, and the recipe's own claims are judged.
+    once a seed, every stage's model is examined, and the recipe's own claims are judged. Seeds run
+    side by side; what [[study.tuned]] tries runs before them, one trial after the other in one process.
 
     \b
     Examples:

@@ -6,10 +6,10 @@ from finemoe.judging import comparing, custom, programs, shape, steps
 from finemoe.judging.verdicts import Kind
 
 KINDS: dict[str, Kind] = {
-    "answer": Kind(comparing.AnswerReward, comparing.answer),
-    "number": Kind(comparing.NumberReward, comparing.number),
-    "latex": Kind(comparing.LatexReward, comparing.latex),
-    "expression": Kind(comparing.ExpressionReward, comparing.expression),
+    "answer": Kind(comparing.AnswerReward, comparing.answer, compares=True),
+    "number": Kind(comparing.NumberReward, comparing.number, compares=True),
+    "latex": Kind(comparing.LatexReward, comparing.latex, compares=True),
+    "expression": Kind(comparing.ExpressionReward, comparing.expression, compares=True),
     "tests": Kind(programs.ProgramReward, programs.tests, supervised=True, may_fail=True),
     "steps": Kind(steps.StepsReward, steps.steps),
     "format": Kind(shape.FormatReward, shape.form),

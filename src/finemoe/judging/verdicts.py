@@ -95,3 +95,5 @@ class Kind:
     """It runs something in the sandbox, which keeps the deadline itself and knows whose fault the time is."""
     may_fail: bool = False
     """Making it may fail: a file of the user's, a package, or a sandbox that this system does not have."""
+    compares: bool = False
+    """It is an error of every answer to a question whose record does not say what would be right."""

@@ -129,6 +129,19 @@ def began_as(directory: Path) -> RunConfig | None:
     return read_config(kept[0]) if kept else None
 
 
+def changed_since(first: RunConfig, now: RunConfig) -> tuple[str, ...]:
+    """Keys, by table, in which a run's configuration is another than what it began with."""
+    old, new = first.model_dump(mode="json"), now.model_dump(mode="json")
+    found: list[str] = []
+    for table in (name for name in new if old[name] != new[name]):
+        was, became = old[table], new[table]
+        if isinstance(was, Mapping) and isinstance(became, Mapping):
+            found += [f"{table}.{key}" for key in {**was, **became} if was.get(key) != became.get(key)]
+        else:
+            found.append(table)
+    return tuple(found)
+
+
 def _kept(directory: Path, done: int) -> Path:
     return directory / f"config-{done:08d}.json"
 

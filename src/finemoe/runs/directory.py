@@ -15,7 +15,7 @@ from finemoe.core.errors import RunError
 from finemoe.core.files import replacing, storage_error, write_text
 from finemoe.core.logs import logger, read_json_lines
 from finemoe.data.batch import Batch
-from finemoe.runs.changes import began_as
+from finemoe.runs.changes import began_as, changed_since
 from finemoe.runs.config import RunConfig, read_config
 from finemoe.runs.kernels import is_same_run
 from finemoe.text.files import COMPANIONS
@@ -46,12 +46,21 @@ def holds_run(directory: Path, config: RunConfig) -> bool:
 
     One that went on otherwise (`finemoe resume --set`) is still the run that it began as.
     """
+    return went_on_otherwise(directory, config) is not None
+
+
+def went_on_otherwise(directory: Path, config: RunConfig) -> tuple[str, ...] | None:
+    """Keys that were changed (`finemoe resume --set`) in the run there since it began as `config` describes it.
+
+    None where it did not begin so; nothing where it is what `config` describes.
+    """
     if not (directory / "config.json").exists():
-        return False
-    if _describes(config, read_config(directory / "config.json")):
-        return True
+        return None
+    now = read_config(directory / "config.json")
+    if _describes(config, now):
+        return ()
     first = began_as(directory)
-    return first is not None and _describes(config, first)
+    return changed_since(first, now) if first is not None and _describes(config, first) else None
 
 
 def _describes(config: RunConfig, found: RunConfig) -> bool:

@@ -30,7 +30,7 @@ from finemoe.runs.beginning import first_model, newest_state, refuse_other_data,
 from finemoe.runs.calibration import Chosen
 from finemoe.runs.changes import say_length, with_changes, write_changes
 from finemoe.runs.config import RunConfig, read_config, read_recipe, resolve_run
-from finemoe.runs.directory import cut_lines, cut_metrics, describe, holds_run, require_free
+from finemoe.runs.directory import cut_lines, cut_metrics, describe, require_free, went_on_otherwise
 from finemoe.runs.kernels import kernels_for
 from finemoe.runs.observers import Evaluate, Log, Show, Warn, Write
 from finemoe.runs.result import Run
@@ -84,7 +84,9 @@ def train(
         raise ConfigError("a run can be gone on with only where it lies: say --out DIR too")
     with world_of(config) as world:
         directory = world.first(lambda: Path(out) if out is not None else default_directory(config.name))
-        if go_on and world.first(lambda: holds_run(directory, config)):
+        changed = world.first(lambda: went_on_otherwise(directory, config)) if go_on else None
+        if changed is not None:
+            world.first(lambda: _say_changed(directory, changed))
             return _go_on(directory, None, quiet, world)
         world.first(lambda: require_free(directory, config))
         world.first(lambda: check_start(config, directory))
@@ -100,6 +102,16 @@ def train(
             config = config.model_copy(update={"kernels": chosen.kernels})  # config.json is to compute the same again
             world.first(lambda: describe(directory, config, method.data))
             return _run(config, method, directory, chosen, None, quiet, world)
+
+
+def _say_changed(directory: Path, keys: Sequence[str]) -> None:
+    if keys:
+        logger.warning(
+            "%s was changed by `finemoe resume --set` since it began as it is described here (%s): it is taken as it "
+            "has become; another --out begins anew",
+            directory,
+            ", ".join(keys),
+        )
 
 
 def resume(directory: str | os.PathLike[str], *, overrides: Sequence[str] = (), quiet: bool = False) -> Run:
@@ -244,8 +256,9 @@ def _run(
 
     def conclude() -> dict[str, Any]:
         summary = _summary(config, trainer, last, metrics)
-        write_text(directory / "summary.json", json.dumps(summary, indent=2))
         method.finish()
+        # Last: who finds it takes the run as done.
+        write_text(directory / "summary.json", json.dumps(summary, indent=2))
         return summary
 
     return Run(directory, world.first(conclude), interrupted=False)

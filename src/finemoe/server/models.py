@@ -239,6 +239,7 @@ class Models:
         Raises:
             ApiError: there is no such model, or it cannot be opened.
             FinemoeError: what is there is no model, damaged, or another one; the old weights stay.
+            StoppedError: the server stops.
         """
         self.check(name)
         async with self._turns[name]:
@@ -252,7 +253,8 @@ class Models:
                 await served.worker.renew(lambda: served.opened.model.load_state_dict(fresh))
                 self._renewed[name], served.weight_version = (path, version), version
             finally:
-                self._open[name] = self._renewing.pop(name)
+                if self._renewing.pop(name, None) is not None:  # else all were closed meanwhile
+                    self._open[name] = served
 
     @property
     def weights_below(self) -> Path | None:
@@ -260,10 +262,12 @@ class Models:
         return self._options.weights_below
 
     async def close(self) -> None:
-        """End everything."""
-        for served in list(self._open.values()):
-            await served.worker.close()
+        """End everything, what is given new weights too."""
+        ending = [*self._open.values(), *self._renewing.values()]
         self._open.clear()
+        self._renewing.clear()
+        for served in ending:
+            await served.worker.close()
 
     async def _load(self, name: str) -> Served:
         async with self._lock:

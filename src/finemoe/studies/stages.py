@@ -22,6 +22,7 @@ from finemoe.checkpoint.kinds import CONFIG
 from finemoe.core.config import Config, merge, parse, read_tables, with_overrides
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.logs import logger
+from finemoe.data.conversations.wording import Wording
 from finemoe.data.corpora import CorpusConfig
 from finemoe.methods.distillation.rejection import rejection
 from finemoe.methods.distillation.sampling import Sampled, sample
@@ -61,7 +62,7 @@ class SampleConfig(Config):
     """[weighted sum] What an answer must be worth to be kept. None: 1."""
     best_of: PositiveInt | None = None
     """[answers] At most, of each prompt: of those that are kept, the most probable, or those worth most."""
-    template: str | None = None
+    template: Wording | None = None
     """With rewards: how a prompt is put to a model that knows no chat, with {prompt} in it. None: as the model's chat
     template has it."""
     temperature: PositiveFloat = 1.0
@@ -84,10 +85,6 @@ class SampleConfig(Config):
         # What follows would be refused when the stage is reached, after all that was trained before it.
         if self.best_of is not None and self.best_of >= self.n:
             raise ValueError(f"best_of {self.best_of} of n = {self.n} answers leaves no choice: lower it, or raise n")
-        if self.template is not None and "{prompt}" not in self.template:
-            raise ValueError(
-                f'template {self.template!r} has no {{prompt}} in it: "{{prompt}}" alone is the text itself'
-            )
         return self
 
     def draw(self, model: str, out: Path, seed: int, quiet: bool) -> Sampled:

@@ -212,7 +212,7 @@ def test_rewards_that_cannot_be_are_told(tmp_path: Path, text: str, said: str) -
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"at_least": float("nan")}, "at_least: nan"),
+        ({"at_least": float("nan")}, r"`at_least` must be a finite number \(got nan\)"),
         ({"template": "ask"}, "no {prompt}"),
         ({"best_of": 4}, "best_of"),
         ({"rewards": [{"kind": "answer"}] * 2}, "two rewards are called 'answer'"),

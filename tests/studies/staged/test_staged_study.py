@@ -14,6 +14,7 @@ import pytest
 from finemoe.checkpoint.open import read_model_config
 from finemoe.core.errors import ConfigError, DataError, RunError
 from finemoe.model.size import measure
+from finemoe.runs.run import resume
 from finemoe.studies.fleet import Outcome
 from finemoe.studies.paper import Paper
 from finemoe.studies.staged import study as module
@@ -95,7 +96,7 @@ def test_flops_of_a_stage_are_those_of_training_and_of_what_its_method_reads_and
 ) -> None:
     zero, base = done.directory / "seeds" / "seed-0" / "3-zero", done.directory / "seeds" / "seed-0" / "1-base"
     summary = json.loads((zero / "summary.json").read_text())
-    assert trained_flops(base, {"training_flops": 9.0}) == 9.0
+    assert trained_flops(base, {"training_flops": 9.0}) == 9.0, "what another method reads beside it is not counted"
     assert trained_flops(zero, summary) == pytest.approx(summary["training_flops"] * 5 / 3), (
         "writing, and the reference"
     )
@@ -115,7 +116,8 @@ def test_flops_of_a_stage_are_those_of_training_and_of_what_its_method_reads_and
 def test_the_page_and_the_summary_tell_claims_and_stages(done: Paper) -> None:
     page = (done.directory / "report.html").read_text()
     summary = (done.directory / "summary.md").read_text()
-    for text in ("What was trained more has taken more", "They are small.", "zero", "optimizer.learning_rate"):
+    for text in ("What was trained more has taken more", "They are small.", "zero", "optimizer.learning_rate",
+                 "of training, with those of the answers that GRPO writes and reads"):  # fmt: skip
         assert text in page
     assert summary.startswith("Of 2 claims: ")
     assert "| What was trained more has taken more | reproduced |" in summary
@@ -134,7 +136,7 @@ def test_given_again_it_does_nothing_again_and_seeds_are_added(
 ) -> None:
     here(monkeypatch)
     before = {path: path.stat().st_mtime_ns for path in done.directory.rglob("*.safetensors")}
-    more = ["study.seeds=[0, 1, 2]", "study.claims=[]", "study.parallel=1"]
+    more = ["study.seeds=[0, 1, 2]", "study.claims=[]", "study.parallel=1", "study.examination.reward_seconds=20"]
     again = study(written(tmp_path), out=done.directory, overrides=more, quiet=True)
     assert again.results["seeds"] == [0, 1, 2]
     after = {path: path.stat().st_mtime_ns for path in done.directory.rglob("*.safetensors")}
@@ -192,13 +194,23 @@ def test_overrides_reach_the_trials_of_a_stage(monkeypatch: pytest.MonkeyPatch, 
 def test_what_was_asked_and_trained_on_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     here(monkeypatch)
     corpus = "{ kind = 'problems', count = 200, validation_count = 20, difficulty = 3, seed = 5 }"
-    easier = f"stage.zero.data.corpus={corpus}"
-    found = study(
-        written(tmp_path), out=tmp_path / "out", quiet=True, overrides=["study.seeds=[0]", "study.tuned=[]", easier]
-    )
-    (note,) = found.results["notes"]
-    assert note.endswith("of the 6 questions are among what stage zero trains on.")
-    assert note in (tmp_path / "out" / "report.html").read_text()
+    others = [f"stage.zero.data.corpus={corpus}", f"stage.answers.sample.corpus={corpus}"]
+    changes = ["study.seeds=[0]", "study.tuned=[]", *others]
+    found = study(written(tmp_path), out=tmp_path / "out", quiet=True, overrides=changes)
+    answered, trained = found.results["notes"]
+    assert answered.endswith("of the 6 questions are among what stage answers has its model answer.")
+    assert trained.endswith("of the 6 questions are among what stage zero trains on.")
+    assert all(note in (tmp_path / "out" / "report.html").read_text() for note in (answered, trained))
+
+
+def test_a_run_that_was_changed_is_named_on_the_page(
+    done: Paper, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here(monkeypatch)
+    shutil.copytree(done.directory, tmp_path / "out")
+    resume(tmp_path / "out" / "seeds" / "seed-0" / "3-zero", overrides=["training.steps=3"], quiet=True)
+    notes = study(written(tmp_path), out=tmp_path / "out", quiet=True).results["notes"]
+    assert notes == ["seeds/seed-0/3-zero was changed by `finemoe resume --set`: training.steps."]
 
 
 def test_another_recipe_is_not_mixed_in(done: Paper, tmp_path: Path) -> None:
@@ -266,8 +278,8 @@ def test_questions_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("no records\n" * 50)
     text = RECIPE.replace(
         'corpus = { kind = "problems", problem = "running_sum", count = 50, validation_count = 20, difficulty = 3 }\n'
-        "prompts = 6",
-        f'corpus = {{ kind = "files", paths = ["{tmp_path}/text.txt"] }}\nprompts = 6',
+        "num_prompts = 6",
+        f'corpus = {{ kind = "files", paths = ["{tmp_path}/text.txt"] }}\nnum_prompts = 6',
     )
     with pytest.raises(DataError, match=r"study\.examination\.corpus"):
         study(written(tmp_path, text), out=tmp_path / "out", quiet=True)

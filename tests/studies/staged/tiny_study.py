@@ -73,7 +73,7 @@ note = "They are small."
 seeds = [0, 1]
 [study.examination]
 corpus = { kind = "problems", problem = "running_sum", count = 50, validation_count = 20, difficulty = 3 }
-prompts = 6
+num_prompts = 6
 samples = 4
 answer_tokens = 6
 [[study.examination.rewards]]

@@ -102,8 +102,9 @@ def _stages(results: Results) -> Section:
     note = (
         f"At most {results['questions']} held-out questions, {results['samples']} answers to each at temperature "
         f"{results['temperature']:g}, and one greedily. Shares that are right: Pass@1 of one answer, Maj@K of the most "
-        "frequent of K, Pass@K of any of them. FLOPs of training, and of what the method reads and writes beside it; "
-        "with all before: of every stage that it came from too."
+        "frequent of K, Pass@K of any of them. FLOPs of training, with those of the answers that GRPO writes "
+        "and reads; where a stage only answers, of its answers. What the reference or the teacher of another method "
+        "reads is not counted. With all before: of every stage that it came from too."
     )
     caption = "Means over seeds ± half the 95 % interval"
     return Section(

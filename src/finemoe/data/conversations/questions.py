@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finemoe.core.errors import DataError
 from finemoe.data.conversations.encode import NOTHING_ASKED, Item, encode_items, record_in
 from finemoe.data.conversations.forms import Said, read
 from finemoe.data.conversations.messages import FormError, Message
+from finemoe.data.conversations.wording import put
 from finemoe.text.chat import ChatTemplate
 from finemoe.text.tokenizer import Tokenizer
 
@@ -30,7 +31,7 @@ class Question:
     """Up to its last answer."""
     tools: tuple[dict[str, Any], ...]
     ids: tuple[int, ...]
-    """What a model reads."""
+    """What a model reads; of a question that was put to none, nothing."""
     references: tuple[str, ...]
     """What would be right; any of them."""
 
@@ -48,24 +49,37 @@ def encode_questions(
     `wording`: how the last message is put to a model that knows no chat, with {prompt} in it; None: by `template`.
     """
     if wording is not None:
-        return [_put(text, tokenizer, wording) for text in texts]
+        return [_worded(text, tokenizer, wording) for text in texts]
     return [
         _question(json.loads(text), item.said, item.segments[0].ids) if isinstance(item, Item) else item
         for text, item in zip(texts, encode_items(texts, "prompt", tokenizer, template), strict=True)
     ]
 
 
-def _put(text: str, tokenizer: Tokenizer, wording: str) -> Question | FormError:
+def question_in(text: str) -> Question:
+    """What a record asks, before anybody reads it: without ids.
+
+    Raises:
+        FormError: it asks nothing, or is no record.
+    """
+    record = record_in(text)
+    said = read(record)
+    if not said.question.messages:
+        raise FormError(NOTHING_ASKED)
+    return _question(record, said, ())
+
+
+def worded(question: Question, tokenizer: Tokenizer, wording: str) -> Question:
+    """It, with the ids that a model reads which knows no chat: those of its last message in `wording`."""
+    return replace(question, ids=tuple(tokenizer.encode_prompt(put(wording, question.text))))
+
+
+def _worded(text: str, tokenizer: Tokenizer, wording: str) -> Question | FormError:
     """A record without any template, which a model that knows no chat does not have."""
     try:
-        record = record_in(text)
-        said = read(record)
+        return worded(question_in(text), tokenizer, wording)
     except FormError as error:
         return error
-    asked = said.question.messages
-    if not asked:
-        return FormError(NOTHING_ASKED)
-    return _question(record, said, tokenizer.encode_prompt(wording.replace("{prompt}", asked[-1]["content"])))
 
 
 def _question(record: Mapping[str, Any], said: Said, ids: Sequence[int]) -> Question:

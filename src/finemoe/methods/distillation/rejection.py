@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.logs import logger
 from finemoe.core.reading import damage_of
 from finemoe.data.conversations.messages import Message
+from finemoe.data.conversations.wording import Wording
 from finemoe.generation.sequence import Sequence as Completed
 from finemoe.methods.distillation.sampling import TOO_LONG, Asked, Choice, Drawing, Prompts, Sampled
 from finemoe.methods.rewards import Answer, AnswerReward, Rewards, RewardsConfig, Scored
@@ -42,6 +42,13 @@ class RewardTables(Config):
     """[s] Deadline of one answer's rewards; what takes longer is an error, and the answer is left out."""
     reward_memory: PositiveInt = 2 << 30
     """[bytes] Most that a process which judges answers may take."""
+
+
+class _Settings(Config):
+    """What is asked for beside rewards, and how."""
+
+    at_least: float
+    template: Wording | None
 
 
 def rejection(
@@ -86,7 +93,7 @@ def rejection(
         RunError: `out` cannot be written, or somebody else is writing it.
     """
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
-    _check(at_least, template)
+    parse(_Settings, {"at_least": at_least, "template": template}, "rejection")
     tables = read_rewards(rewards)
     drawing = Drawing.of(model, prompts, out, n=n, best_of=best_of, given=given, dtype=dtype, wording=template)
     records = [one.question.record for one in drawing.asked]
@@ -103,13 +110,6 @@ def rejection(
         }
         choose = ByRewards(computing, drawing.opened.tokenizer, at_least, best_of, drawing.path)
         return drawing.write(choose, facts, quiet=quiet)
-
-
-def _check(at_least: float, template: str | None) -> None:
-    if not math.isfinite(at_least):
-        raise ConfigError(f"at_least: {at_least} is no bound; write a number, such as 1")
-    if template is not None and "{prompt}" not in template:
-        raise ConfigError(f'template: {template!r} has no {{prompt}} in it: "{{prompt}}" alone is the text itself')
 
 
 def read_rewards(given: str | os.PathLike[str] | Sequence[Mapping[str, Any] | Config] | None) -> RewardTables:

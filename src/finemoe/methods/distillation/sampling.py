@@ -26,6 +26,7 @@ from finemoe.core.logs import logger, progress
 from finemoe.data.conversations.forms import NO_FORM, known_forms
 from finemoe.data.conversations.prepare import reasons
 from finemoe.data.conversations.questions import Question, encode_questions
+from finemoe.data.conversations.wording import put
 from finemoe.data.corpora import CorpusConfig, FilesCorpus, read_corpus
 from finemoe.data.documents.document import Document, Skipped, SkipReport
 from finemoe.generation.config import SamplingConfig
@@ -227,7 +228,7 @@ class Drawing:
         question = asked.question
         record: dict[str, Any] = {"messages": [*question.messages, {"role": "assistant", "content": one.text.text}]}
         if self.wording is not None:
-            record["text"] = self.wording.replace("{prompt}", question.text) + one.text.text
+            record["text"] = put(self.wording, question.text) + one.text.text
         if question.tools:
             record["tools"] = list(question.tools)
         record["origin"] = {

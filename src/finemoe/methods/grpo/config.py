@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from finemoe.core.config import Config
+from finemoe.data.conversations.wording import Wording
 from finemoe.methods.grpo.advantages import Scale
 from finemoe.methods.rewards import AnswerReward, RewardsConfig
 from finemoe.methods.setting import Kept, MethodConfig
@@ -52,7 +53,7 @@ class GRPOConfig(MethodConfig):
     """[s] Deadline of one answer's rewards; what takes longer is an error, and the answer leaves its group."""
     reward_memory: PositiveInt = 2 << 30
     """[bytes] Most that a process which judges answers may take."""
-    template: str | None = None
+    template: Wording | None = None
     """How a prompt is put to a base model, with {prompt} in it: "{prompt}" alone, or R1-Zero's preamble. None: as the
     model's chat template has it."""
     order: Literal["shuffled", "given"] = "shuffled"
@@ -119,10 +120,6 @@ class GRPOConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.template is not None and "{prompt}" not in self.template:
-            raise ValueError(
-                f'template {self.template!r} has no {{prompt}} in it: "{{prompt}}" alone is the text itself'
-            )
         if self.server is not None and self.server.weights == "fixed" and not self._corrects:
             raise ValueError(
                 'server.weights "fixed": its answers are another policy\'s from the first step on, and would be learnt '

@@ -82,7 +82,8 @@ class Examination:
         )
         source = OwnEngine(model, self.prompts.tokenizer, nullcontext)
         drawn = [one for (one,) in source([Asked(one.ids, (number,)) for number, one in enumerate(asked)], sampling)]
-        judgeables = [judgeable(self.prompts, prompt, one) for prompt, one in zip(asked, drawn, strict=True)]
+        tokenizer = self.prompts.tokenizer
+        judgeables = [judgeable(tokenizer, prompt, one) for prompt, one in zip(asked, drawn, strict=True)]
         scored = self.rewards.score(judgeables)
         return [
             _Examined(prompt.text, one.asked, one.text, one.ended, one.num_tokens, judged.value, judged.by_name)

@@ -295,7 +295,7 @@ class Rollouts:
         drawn = self._source(asked, self._sampling)
         drew = time.perf_counter()
         judgeables = [
-            judgeable(self._prompts, train[item], one)
+            judgeable(self.tokenizer, train[item], one)
             for item, answers in zip(items, drawn, strict=True)
             for one in answers
         ]
@@ -332,16 +332,16 @@ class Rollouts:
         step = made.number * self._config.updates + 1
         whole = made.number % self._config.keep_rollouts == 0
         train = self._prompts.sides["train"]
-        said = [judgeable(self._prompts, train[one.item], one.drawn) for one in made.answers]
+        said = [judgeable(self.tokenizer, train[one.item], one.drawn) for one in made.answers]
         texts = [(one.prompt, one.asked, one.text) for one in said]
         self._unwritten += lines(made, step, texts, whole)
 
 
-def judgeable(prompts: Prompts, prompt: Any, drawn: Drawn) -> Judgeable:
+def judgeable(tokenizer: Tokenizer, prompt: Question, drawn: Drawn) -> Judgeable:
     """An answer as rewards read it; the token that ended it is no text."""
     ended = drawn.finish_reason == "stop"
-    text = prompts.tokenizer.decode(drawn.completion[:-1] if ended else drawn.completion)
-    asked = prompts.tokenizer.decode(drawn.prompt)
+    text = tokenizer.decode(drawn.completion[:-1] if ended else drawn.completion)
+    asked = tokenizer.decode(drawn.prompt)
     return Judgeable(prompt.text, text, ended, len(drawn.completion), prompt.record, prompt.references, asked)
 
 

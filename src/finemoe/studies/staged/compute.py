@@ -1,4 +1,4 @@
-"""FLOPs of a stage: training, and what its method computes beside it."""
+"""FLOPs of a stage: training, what GRPO computes beside it, and answers that are written for a later stage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def trained_flops(folder: Path, summary: Mapping[str, Any]) -> float:
     much as one that is read, since what was read before is kept.
 
     GRPO's are those of the tokens it learnt, and reads of the same ones: by the engine that wrote them, by the
-    reference where there is one, and by the policy as it was before several steps.
+    reference where there is one, and by the policy as it was before several steps. Of other methods nothing is added:
+    what a reference or a teacher reads beside them is not counted.
     """
     training = float(summary["training_flops"])
     run = read_config(folder / "config.json")

@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from finemoe.core.config import Config
 from finemoe.core.errors import ConfigError
+from finemoe.data.conversations.wording import Wording
 from finemoe.data.corpora import CorpusConfig
 from finemoe.data.problems.corpus import ProblemsCorpus
 from finemoe.methods.rewards import AnswerReward, RewardsConfig
@@ -24,9 +25,9 @@ class ExaminationConfig(Config):
 
     corpus: CorpusConfig = ProblemsCorpus()
     """Whose held-out records are asked."""
-    template: str = "{prompt}"
-    """How a prompt is put."""
-    prompts: PositiveInt = 200
+    template: Wording = "{prompt}"
+    """How a prompt is put, with {prompt} in it."""
+    num_prompts: PositiveInt = 200
     """[prompts] Held out that are asked, at most."""
     samples: Annotated[int, Field(ge=2)] = 16
     """[answers] To each: the K of Maj@K and Pass@K."""
@@ -36,6 +37,10 @@ class ExaminationConfig(Config):
     """[tokens] Longest answer."""
     rewards: Annotated[tuple[RewardsConfig, ...], Field(min_length=1)] = (AnswerReward(),)
     """The first says what is right; the others are told by name."""
+    reward_seconds: PositiveFloat = 10.0
+    """[s] Deadline of one answer's rewards; an answer that takes longer cannot be counted, and its stage fails."""
+    reward_memory: PositiveInt = 2 << 30
+    """[bytes] Most that a process which judges answers may take."""
 
 
 class TunedConfig(Config):
@@ -88,7 +93,7 @@ class StudyConfig(Config):
     examination: ExaminationConfig = ExaminationConfig()
     """What every stage's model is asked."""
     tuned: tuple[TunedConfig, ...] = ()
-    """What is tried before."""
+    """What is tried before: all trials one after the other, in one process, whatever `parallel` says."""
     claims: tuple[ClaimConfig, ...] = ()
     """What is judged."""
 

@@ -2,55 +2,62 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from finemoe.checkpoint.language_model import open_language_model
 from finemoe.core.errors import DataError
 from finemoe.core.seeds import derive
+from finemoe.data.conversations.forms import known_forms
+from finemoe.data.conversations.messages import FormError
+from finemoe.data.conversations.questions import Question, question_in, worded
 from finemoe.data.corpora import read_corpus
 from finemoe.data.documents.document import SkipReport
 from finemoe.generation.config import SamplingConfig
+from finemoe.judging import KINDS
+from finemoe.methods.grpo.rollouts import judgeable
 from finemoe.methods.grpo.source import Asked, OwnEngine
 from finemoe.methods.rewards import Answer, Rewards, Scored
 from finemoe.studies.staged.config import ExaminationConfig
 from finemoe.text.answers import boxed, final_number
-from finemoe.text.tokenizer import Tokenizer
 
 _SHARE = 0.05  # of a corpus that holds nothing out by itself, as of [data]
 
 
-def questions(config: ExaminationConfig) -> list[dict[str, Any]]:
-    """Records of the held-out side, in the corpus's order.
+def questions(config: ExaminationConfig) -> list[Question]:
+    """What records of the held-out side ask, in the corpus's order, in any form that GRPO asks; without ids.
 
     Raises:
-        DataError: there is none, or one has no `prompt` or no `answer`.
+        DataError: there is none, one asks nothing, or does not say what would be right where a reward needs it.
     """
-    found: list[dict[str, Any]] = []
+    found: list[Question] = []
     for item in read_corpus(config.corpus, _SHARE, SkipReport(quiet=True), whole=True):
-        if item.side == "validation" and len(found) < config.prompts:
-            found.append(_record(item.document.name, item.document.text))
+        if item.side == "validation" and len(found) < config.num_prompts:
+            found.append(_question(item.document.name, item.document.text, config))
     if not found:
         raise DataError("study.examination.corpus holds no record out: raise its validation_count")
     return found
 
 
-def _record(name: str, text: str) -> dict[str, Any]:
+def _question(name: str, text: str, config: ExaminationConfig) -> Question:
+    where = f"study.examination.corpus: {name}"
     try:
-        record = json.loads(text)
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or "answer" not in record:
-        raise DataError(f"study.examination.corpus: {name} is no record with `prompt` and `answer`")
-    return record
+        found = question_in(text)
+    except FormError as error:
+        raise DataError(f"{where}: {error}. {known_forms()}") from error
+    if not found.references:
+        for one in config.rewards:
+            if one.kind in KINDS and KINDS[one.kind].compares:
+                raise DataError(
+                    f"{where} has no answer for the reward {one.kind!r} to compare with: add a field `answer`"
+                )
+    return found
 
 
-def examine(folder: Path, config: ExaminationConfig, asked: Sequence[dict[str, Any]], seed: int) -> dict[str, float]:
+def examine(folder: Path, config: ExaminationConfig, asked: Sequence[Question], seed: int) -> dict[str, float]:
     """Of the model in `folder`: share of right answers at the temperature (Pass@1) and greedily, share of questions
     whose most frequent answer is right (Maj@K), of which any is (Pass@K), mean tokens, mean of every other reward.
 
@@ -65,31 +72,25 @@ def examine(folder: Path, config: ExaminationConfig, asked: Sequence[dict[str, A
     """
     opened = open_language_model(folder)
     source = OwnEngine(opened.model.eval(), opened.tokenizer, nullcontext)
-    ids = [tuple(opened.tokenizer.encode_prompt(config.template.replace("{prompt}", one["prompt"]))) for one in asked]
-    count = config.samples
-    with Rewards(config.rewards) as rewards:
+    put = [worded(one, opened.tokenizer, config.template) for one in asked]
+    with Rewards(config.rewards, deadline_seconds=config.reward_seconds, memory_bytes=config.reward_memory) as rewards:
         found = {}
-        for name, temperature, number in (("drawn", config.temperature, count), ("greedy", 0.0, 1)):
+        for name, temperature, number in (("drawn", config.temperature, config.samples), ("greedy", 0.0, 1)):
             sampling = SamplingConfig(
                 seed=derive(seed, "study"), temperature=temperature, max_new_tokens=config.answer_tokens
             )
             groups = source(
-                [Asked(one, tuple(range(place * number, (place + 1) * number))) for place, one in enumerate(ids)],
+                [Asked(one.ids, tuple(range(place * number, (place + 1) * number))) for place, one in enumerate(put)],
                 sampling,
             )
             answers = [
-                [_answer(opened.tokenizer, record, one.completion, one.finish_reason == "stop") for one in group]
-                for record, group in zip(asked, groups, strict=True)
+                [judgeable(opened.tokenizer, question, one) for one in group]
+                for question, group in zip(put, groups, strict=True)
             ]
             judged = iter(rewards.score([one for group in answers for one in group]))
             found[name] = [[(one, next(judged)) for one in group] for group in answers]
         first, *others = rewards.names
         return _counted(found["drawn"], found["greedy"], first, others)
-
-
-def _answer(tokenizer: Tokenizer, record: dict[str, Any], ids: Sequence[int], ended: bool) -> Answer:
-    text = tokenizer.decode(ids[:-1] if ended else ids)
-    return Answer(record["prompt"], text, ended, len(ids), record, (str(record["answer"]),))
 
 
 def _counted(
@@ -102,7 +103,10 @@ def _counted(
         for _, scored in group:
             for name, one in scored.by_name.items():
                 if one.verdict == "error":
-                    raise DataError(f"study.examination: the reward {name} failed: {one.note}")
+                    raise DataError(
+                        f"study.examination: the reward {name} failed: {one.note}. Mend it, or raise "
+                        "study.examination.reward_seconds; the same command goes on"
+                    )
     every = [one for group in drawn for one in group]
     right = [[one.by_name[first].verdict == "right" for _, one in group] for group in drawn]
     found = {

@@ -23,8 +23,11 @@ from finemoe.core.environment import environment
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.files import sole_writer, write_text
 from finemoe.core.reading import read_object
+from finemoe.data.conversations.questions import question_in
 from finemoe.data.documents.document import SkipReport
 from finemoe.data.problems.corpus import ProblemsCorpus
+from finemoe.runs.changes import began_as, changed_since
+from finemoe.runs.config import read_config
 from finemoe.studies.paper import Paper
 from finemoe.studies.staged.config import ClaimConfig, StudyConfig
 from finemoe.studies.staged.examination import questions
@@ -37,6 +40,8 @@ from finemoe.studies.stages import Stage, stages_of
 from finemoe.studies.statistics import CONFIDENCE, interval, points_against, verdict_on
 
 STUDY = "study.json"
+_BOUNDS_OF_JUDGING = ("reward_seconds", "reward_memory")
+"""What they were says nothing of a reward that was computed."""
 Records = Mapping[int, Mapping[str, Mapping[str, Any]]]
 """What is known of every stage that is done, by seed and name."""
 
@@ -72,10 +77,11 @@ def study(
     parallel = min(config.parallel or os.cpu_count() or 1, len(config.seeds))
     with sole_writer(directory):
         write_text(directory / STUDY, json.dumps({"recipe": _identity(raw, laid)}, indent=1))
-        interrupted, failures, chosen, trials = tune(config, trial, path, directory, laid, quiet)
+        tuned = tune(config, trial, path, directory, laid, quiet)
+        interrupted, failures = tuned.interrupted, dict(tuned.failures)
         if not interrupted:
             jobs = {
-                f"seed {seed}": Job(raw, str(path), str(_home(directory, seed)), seed, [*laid, *chosen])
+                f"seed {seed}": Job(raw, str(path), str(_home(directory, seed)), seed, [*laid, *tuned.chosen])
                 for seed in config.seeds
             }
             outcome = run_seeds(jobs, parallel, path.stem, quiet=quiet)
@@ -86,8 +92,8 @@ def study(
                 return Paper(directory, {}, True, failures)
             raise RunError(f"{directory}: no stage was done; first failure: {next(iter(failures.values()), 'none')}")
         command = _command(path, overrides, out)
-        results = _results(config, raw, records, trials, failures, command, parallel)
-        results["notes"] += _met_before(config, stages)
+        results = _results(config, raw, records, tuned.trials, failures, command, parallel)
+        results["notes"] += [*_changed(directory), *_met_before(config, stages)]
         write_results(results, directory)
     return Paper(directory, results, interrupted, failures)
 
@@ -123,8 +129,10 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[st
 
 
 def _identity(raw: Mapping[str, Any], laid: Sequence[str]) -> Any:
-    """What decides the runs: seeds may be added, and claims changed."""
+    """What decides the runs and their figures: seeds may be added, claims changed, and rewards given more time."""
     study = {key: raw["study"][key] for key in ("examination", "tuned", "tuning_seed") if key in raw["study"]}
+    if "examination" in study:
+        study["examination"] = {key: one for key, one in study["examination"].items() if key not in _BOUNDS_OF_JUDGING}
     return json.loads(json.dumps({**raw, "study": study, "overrides": list(laid)}, default=str))
 
 
@@ -138,23 +146,43 @@ def _require_same(directory: Path, raw: Mapping[str, Any], laid: Sequence[str]) 
         raise RunError(f"{directory} is not empty and not a study of stages; choose another --out")
 
 
+def _changed(directory: Path) -> list[str]:
+    """Which runs were changed since they began: what came of them is not what the recipe describes."""
+    said = []
+    for path in sorted([*directory.glob("tuning/*/config.json"), *directory.glob("seeds/*/*/config.json")]):
+        if (first := began_as(path.parent)) is not None:
+            keys = ", ".join(changed_since(first, read_config(path)))
+            said.append(f"{path.parent.relative_to(directory)} was changed by `finemoe resume --set`: {keys}.")
+    return said
+
+
 def _met_before(config: StudyConfig, stages: Sequence[Stage]) -> list[str]:
-    """Which stages train on questions that are examined, of problems that are made in code."""
-    asked = {one["prompt"] for one in questions(config.examination)}
+    """Which stages train on questions that are examined, or have them answered, of problems that are made in code."""
+    asked = {one.text for one in questions(config.examination)}
     met: dict[str, int] = {}
     """By corpus: stages often read the same one."""
     said = []
     for stage in stages:
-        given = stage.raw.get("data", {}).get("corpus", {}) if stage.sampling is None else {}
-        if isinstance(given, Mapping) and given.get("kind") == "problems":
-            corpus = parse(ProblemsCorpus, given, f"stage {stage.name}: data.corpus")
-            key = corpus.model_dump_json(exclude={"reasoned"})
-            if key not in met:
-                found = corpus.documents(SkipReport(quiet=True), whole=True)
-                met[key] = len(asked & {json.loads(one.text)["prompt"] for one in found})
-            if met[key]:
-                said.append(f"{met[key]} of the {len(asked)} questions are among what stage {stage.name} trains on.")
+        corpus, does = _problems_of(stage), "trains on" if stage.sampling is None else "has its model answer"
+        if corpus is None:
+            continue
+        key = corpus.model_dump_json(exclude={"reasoned"})
+        if key not in met:
+            found = corpus.documents(SkipReport(quiet=True), whole=True)
+            met[key] = len(asked & {question_in(one.text).text for one in found})
+        if met[key]:
+            said.append(f"{met[key]} of the {len(asked)} questions are among what stage {stage.name} {does}.")
     return said
+
+
+def _problems_of(stage: Stage) -> ProblemsCorpus | None:
+    """Those that a stage trains on, or has its model answer for a later one; None where it reads anything else."""
+    if stage.sampling is not None:
+        return stage.sampling.corpus if isinstance(stage.sampling.corpus, ProblemsCorpus) else None
+    given = stage.raw.get("data", {}).get("corpus", {})
+    if not isinstance(given, Mapping) or given.get("kind") != "problems":
+        return None
+    return parse(ProblemsCorpus, given, f"stage {stage.name}: data.corpus")
 
 
 def _command(path: Path, overrides: Sequence[str], out: str | os.PathLike[str] | None) -> str:
@@ -191,7 +219,7 @@ def _results(
         "notes": [f"Failed: {name}: {text}" for name, text in failures.items()],
         "tuning": list(trials),
         "samples": config.examination.samples,
-        "questions": config.examination.prompts,
+        "questions": config.examination.num_prompts,
         "temperature": config.examination.temperature,
         "stages": _stages(config, raw, records),
         "experiments": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,21 @@ Trial = tuple[dict[str, Any], list[dict[float, str]]]
 """Tables of a recipe, and for everything that is tuned the names of its stages by value."""
 
 
-def tune(
-    config: StudyConfig, trial: Trial, path: Path, directory: Path, laid: Sequence[str], quiet: bool
-) -> tuple[bool, dict[str, str], list[str], list[dict[str, Any]]]:
-    """Try the values: interrupted, failures, overrides of the best, and what each came to.
+@dataclass(frozen=True)
+class Tuned:
+    """What came of the trials."""
+
+    interrupted: bool = False
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Why trials failed, by the name of their process."""
+    chosen: tuple[str, ...] = ()
+    """Overrides of a recipe: the best value of every key."""
+    trials: tuple[dict[str, Any], ...] = ()
+    """Of every key what was tried, and what each value came to."""
+
+
+def tune(config: StudyConfig, trial: Trial, path: Path, directory: Path, laid: Sequence[str], quiet: bool) -> Tuned:
+    """Try the values, in one process.
 
     A value that cannot be trained with, such as a rate that is too high, is not the best.
 
@@ -29,7 +41,7 @@ def tune(
         RunError: the trials were killed, or none of a key's came to anything: the best is not known.
     """
     if not config.tuned:
-        return False, {}, [], []
+        return Tuned()
     tables, names = trial
     job = Job(tables, str(path), str(directory / "tuning"), config.tuning_seed, _for_trials(laid, config, trial))
     outcome = run_seeds({"tuning": job}, 1, "tuning", quiet=quiet)
@@ -50,7 +62,7 @@ def tune(
                 f"{directory}: the best {one.key} of {one.stage} is not known, since trials came to nothing: {why}. "
                 "The same command goes on with them"
             )
-    return outcome.interrupted, dict(outcome.failures), chosen, trials
+    return Tuned(outcome.interrupted, dict(outcome.failures), tuple(chosen), tuple(trials))
 
 
 def best(came_to: Mapping[float, float]) -> float:
