@@ -24,27 +24,28 @@ from benchmarks.smollm2 import reference_text
 from torch import Tensor
 
 from finemoe.checkpoint.conversion import export
-from finemoe.checkpoint.language_model import LanguageModel, open_language_model
+from finemoe.checkpoint.open import load_model, load_tokenizer
+from finemoe.model.transformer import Transformer
 
 RESULTS = Path(__file__).parent / "results" / "small-weights.json"
 WINDOW, WINDOWS = 256, 16
 
 
-def forms(source: Path, folder: Path) -> Iterator[tuple[str, LanguageModel]]:
+def forms(source: Path, folder: Path) -> Iterator[tuple[str, Transformer]]:
     """Each form of the model by name, one at a time."""
-    yield "float32", open_language_model(source, "fp32")
-    yield "int8", open_language_model(source, "int8")
-    yield "int4", open_language_model(source, "int4")
+    yield "float32", load_model(source)
+    yield "int8", load_model(source, small="int8")
+    yield "int4", load_model(source, small="int4")
     for kind in ("Q8_0", "Q4_0"):
         path = folder / f"{kind}.gguf"
-        export(source, path, dtype=kind.lower(), quiet=True)
-        yield f"ggml's {kind}", open_language_model(path)
+        export(source, path, dtype=kind.lower(), tokenizer=False, quiet=True)
+        yield f"ggml's {kind}", load_model(path, small="stored")
 
 
 @torch.inference_mode()
-def read(opened: LanguageModel, windows: Tensor) -> tuple[float, Tensor, float]:
+def read(model: Transformer, windows: Tensor) -> tuple[float, Tensor, float]:
     """Nats a token, the best next tokens, and seconds."""
-    model, total, best, started = opened.model, 0.0, [], time.perf_counter()
+    total, best, started = 0.0, [], time.perf_counter()
     for window in windows:
         hidden = model(window[None, :-1]).hidden[0]
         logits = model.logits(hidden).float()
@@ -56,21 +57,20 @@ def read(opened: LanguageModel, windows: Tensor) -> tuple[float, Tensor, float]:
 def measure(source: Path, text: str) -> dict[str, Any]:
     """Of every form: bytes of weights, loss, agreement with float32."""
     table: dict[str, Any] = {}
-    windows = best = None
+    ids = torch.tensor(load_tokenizer(source).encode(text)[: WINDOWS * (WINDOW + 1)])
+    windows = ids[: len(ids) // (WINDOW + 1) * (WINDOW + 1)].view(-1, WINDOW + 1)
+    best: Tensor | None = None
     with tempfile.TemporaryDirectory() as folder:
-        for name, opened in forms(source, Path(folder)):
-            if windows is None:
-                ids = torch.tensor(opened.encode(text)[: WINDOWS * (WINDOW + 1)])
-                windows = ids[: len(ids) // (WINDOW + 1) * (WINDOW + 1)].view(-1, WINDOW + 1)
-            loss, chosen, seconds = read(opened, windows)
+        for name, model in forms(source, Path(folder)):
+            loss, chosen, seconds = read(model, windows)
             best = chosen if best is None else best
             agreement = (chosen == best).float().mean().item()
-            nbytes = sum(tensor.nbytes for tensor in opened.model.state_dict().values())
+            nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
             table[name] = {"bytes": nbytes, "loss": loss, "agreement": agreement}
             print(
                 f"{name:>12}  {nbytes / 1e6:8.1f} MB  loss {loss:.4f}  same best token {agreement:.4f}  {seconds:.1f} s"
             )
-    return {"tokens": windows[:, 1:].numel() if windows is not None else 0, "forms": table}
+    return {"tokens": windows[:, 1:].numel(), "forms": table}
 
 
 def main() -> None:
