@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,29 @@ from finemoe.model.transformer import Transformer
 
 gguf = pytest.importorskip("gguf")
 FAMILIES = ["llama-tied-bias", "olmoe", "qwen2moe", "deepseek", "deepseek2-v2", "deepseek2-v3"]
+WIDE = {
+    "kind": "moe",
+    "num_routed_experts": 64,
+    "experts_per_token": 2,
+    "expert_hidden_size": 256,
+    "num_shared_experts": 0,
+    "router": {"kind": "softmax_topk"},
+}
+RESIDENT = """
+import re, sys, torch
+from finemoe.checkpoint.open import load_model
+
+def kibibytes():
+    areas = re.split(r"\\n(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read())
+    ours = [area for area in areas if sys.argv[1] in area.splitlines()[0]]
+    return [sum(int(re.search(f"\\n{key}: +(\\\\d+)", area)[1]) for area in ours) for key in ("Rss", "Size")]
+
+model = load_model(sys.argv[1], small="stored")
+before, mapped = kibibytes()
+with torch.inference_mode():
+    model(torch.tensor([[5, 9]]), cache=model.new_cache(1, 4))
+print(before, kibibytes()[0], mapped)
+"""
 TOKENS = torch.randint(288, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -246,3 +272,23 @@ def test_an_interrupted_call_goes_on_where_it_was(home: Path, tmp_path: Path, mo
     assert len(made) == sum(info.dtype is torch.uint8 for info in whole.tensors.values()) - (first - 1)
     again = TensorFolder.open(tmp_path / "out")
     assert all(torch.equal(whole.read(name), again.read(name)) for name in whole.tensors)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_experts_that_no_token_chooses_are_not_read(tmp_path: Path) -> None:
+    """A process of its own opens a file that nobody has in memory, and reads two tokens."""
+    model = random_model({**MODELS["mixtral"], "hidden_size": 256, "num_layers": 2, "feed_forward": WIDE})
+    finemoe.quantize(import_folder(tmp_path / "wide", model), tmp_path / "small", quiet=True)
+    with (tmp_path / "small" / "model.safetensors").open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            os.preadv(file.fileno(), [bytearray(1)], 1 << 20, os.RWF_NOWAIT)
+        except BlockingIOError:  # it has to be read from the disk
+            pass
+        else:
+            pytest.skip("the file stays in memory here")
+    program = [sys.executable, "-c", RESIDENT, str(tmp_path / "small")]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    before, after, mapped = map(int, done.stdout.split())
+    assert before < 0.05 * mapped, "opening reads nothing"
+    assert 0.05 * mapped < after < 0.5 * mapped, "two prompt tokens choose at most four of 64 experts a layer"
