@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[tuple[str, str], ...], ...] = (
     (
         ("methods", "what a way of training fills in"),
         ("analysis", "what the experts do"),
+        ("compression", "models made smaller"),
         ("evaluation", "tasks, judged and counted"),
     ),
     (("runs", "recipe, observers, checkpoints, summary"), ("server", "OpenAI's API, a page, talking")),

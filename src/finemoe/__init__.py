@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from finemoe.checkpoint.language_model import LanguageModel
     from finemoe.checkpoint.language_model import open_language_model as load
     from finemoe.checkpoint.open import load_chat_template, load_model, load_tokenizer
+    from finemoe.compression.quantize import quantize
     from finemoe.core.errors import FinemoeError
     from finemoe.evaluation.evaluate import evaluate
     from finemoe.generation.generate import Completion, generate
@@ -67,6 +68,7 @@ _VERBS = {
     "launch": "finemoe.runs.planning.launching:launch",
     "list_runs": "finemoe.runs.listing:list_runs",
     "merge": "finemoe.checkpoint.adapters.files:merge",
+    "quantize": "finemoe.compression.quantize:quantize",
     "new_recipe": "finemoe.runs.planning.starter:new_recipe",
     "paper": "finemoe.studies.paper:paper",
     "plan": "finemoe.runs.planning.distribution:plan",
@@ -138,6 +140,7 @@ __all__ = [
     "new_recipe",
     "paper",
     "plan",
+    "quantize",
     "recipe_keys",
     "rejection",
     "resume",

@@ -71,6 +71,7 @@ def test_public_names_are_pinned_and_resolve() -> None:
         "new_recipe",
         "paper",
         "plan",
+        "quantize",
         "recipe_keys",
         "rejection",
         "resume",

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from finemoe.checkpoint.kinds import kind_of
-from finemoe.checkpoint.open import load_chat_template, load_model, load_tokenizer, read_model_config
+from finemoe.checkpoint.open import (
+    load_chat_template,
+    load_model,
+    load_tokenizer,
+    read_model_config,
+    stored_small,
+)
 from finemoe.core.errors import CheckpointError, DataError, RunError
 from finemoe.core.reading import decode_json
 from finemoe.model.config import Kernels, can_begin_with
@@ -22,8 +28,9 @@ from finemoe.text.chat import ChatTemplate
 from finemoe.text.control import encode_chat
 from finemoe.text.tokenizer import Tokenizer
 
-Dtype = Literal["fp32", "bf16", "stored"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "stored": None}
+Weights = Literal["auto", "fp32", "bf16", "stored", "int8", "int4"]
+"""Of large products, and of all else but routers. auto: blocks of few bits stay what they are, which computes the same
+as float32, and everything else is float32; stored: as they are; int8, int4: made into blocks of so many bits."""
 
 
 @dataclass(frozen=True)
@@ -90,16 +97,16 @@ class LanguageModel:
 
 
 def open_language_model(
-    source: str | os.PathLike[str], dtype: Dtype = "fp32", kernels: Kernels | None = None
+    source: str | os.PathLike[str], weights: Weights = "auto", kernels: Kernels | None = None
 ) -> LanguageModel:
-    """The model at `source` on the fastest device here; `source` as in `load_model`.
+    """The model at `source` on the fastest device here, a small one on the CPU; `source` as in `load_model`.
 
     Raises:
         FinemoeError: nothing that can be opened, or a tokenizer that is another model's.
     """
     path = Path(source)
     own = kind_of(path) == "run"
-    model = load_model(path, kernels, dtype=_DTYPES[dtype]).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = _loaded(path, weights, kernels)
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise RunError(
@@ -110,6 +117,15 @@ def open_language_model(
     length = data.get("sequence_length")  # of a file that an editor may have changed
     reach = (length if type(length) is int and length > 0 else None) if own else model.config.max_positions
     return LanguageModel(model, tokenizer, path, own, reach, data.get("packing") == "isolate")
+
+
+def _loaded(path: Path, weights: Weights, kernels: Kernels | None) -> Transformer:
+    if weights == "int8" or weights == "int4":
+        return load_model(path, kernels, small=weights)
+    if weights in ("auto", "stored") and stored_small(path):
+        return load_model(path, kernels, small="stored")
+    dtype = None if weights == "stored" else torch.bfloat16 if weights == "bf16" else torch.float32
+    return load_model(path, kernels, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def weights_for(opened: LanguageModel, source: str | os.PathLike[str]) -> Mapping[str, Tensor]:

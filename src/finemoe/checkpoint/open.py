@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ from finemoe.checkpoint.huggingface.importing import Source, open_source
 from finemoe.checkpoint.kinds import CONFIG, STATE, kind_of
 from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.run_state import state as run_state
+from finemoe.checkpoint.storage.memory import mapped
 from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.checkpoint.weights.build import Part, build, fitting_shapes, one_by_one
 from finemoe.checkpoint.weights.imported import read_imported
+from finemoe.checkpoint.weights.small import Bits, formats_for, formats_in
 from finemoe.core.errors import CheckpointError, named
 from finemoe.core.logs import logger
 from finemoe.model.config import Kernels, ModelConfig
@@ -33,7 +36,11 @@ from finemoe.text.tokenizer import Tokenizer
 
 
 def load_model(
-    path: str | os.PathLike[str], kernels: Kernels | None = None, *, dtype: torch.dtype | None = torch.float32
+    path: str | os.PathLike[str],
+    kernels: Kernels | None = None,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    small: Bits | Literal["stored"] | None = None,
 ) -> Transformer:
     """The model at `path`, in eval mode.
 
@@ -42,16 +49,59 @@ def load_model(
             GGUF file.
         kernels: how to compute.
         dtype: of the weights; None keeps what is stored (FP8 becomes bf16). Routers are float32 all the same.
+        small: large products in blocks of few bits, made while they are read, or those that are stored so; all else is
+            float32, and nothing can be learnt. What `finemoe quantize` made is then mapped, not read.
 
     Raises:
         CheckpointError: nothing to open, damaged, or not exactly representable.
     """
     path = Path(path)
     kind = kind_of(path)
+    if small is not None:
+        return _load_small(path, kind, kernels, small)
     if kind == "run":
         return run_state.load_model(path, kernels, dtype=dtype)
-    config, stored, parts = _parts_of(path, kind)
-    return build(config, kernels, stored, parts, dtype)
+    config, stored, parts = parts_of(path, kind)
+    return build(config, kernels, _numbers(stored), parts, dtype)
+
+
+def _load_small(path: Path, kind: str, kernels: Kernels | None, small: Bits | Literal["stored"]) -> Transformer:
+    if small == "stored" and kind == "gguf":
+        file = gguf.open_gguf(path)
+        _warn(file.warnings)
+        formats = file.formats()
+        return build(file.config, kernels, file.dtypes(), file.parts(formats), torch.float32, formats)
+    if small == "stored" and kind == "imported":
+        imported = read_imported(path)
+        tensors = imported.tensors
+        stored = {name: info.dtype for name, info in tensors.tensors.items()}
+        formats = formats_in({name: info.shape for name, info in tensors.tensors.items() if info.dtype is torch.uint8})
+        as_they_lie = ((n, (), mapped(tensors.info(n)) if n in formats else tensors.read(n)) for n in tensors.tensors)
+        return build(imported.config, kernels, stored, as_they_lie, torch.float32, formats)
+    config, found, parts = parts_of(path, kind)
+    formats = {} if small == "stored" else formats_for(small, found)
+    return build(config, kernels, _numbers(found), parts, torch.float32, formats)
+
+
+def _numbers(stored: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Of blocks of bytes the type of what they stand for."""
+    return {name: torch.float32 if kind is torch.uint8 else kind for name, kind in stored.items()}
+
+
+def stored_small(path: str | os.PathLike[str]) -> bool:
+    """Whether large products of the model at `path` are stored in blocks that are multiplied by as they are; only
+    headers are read.
+
+    Raises:
+        CheckpointError: nothing to open, or damaged.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind == "gguf":
+        return bool(gguf.open_gguf(path).formats())
+    if kind != "imported":
+        return False
+    return any(info.dtype is torch.uint8 for info in read_imported(path).tensors.tensors.values())
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
@@ -61,11 +111,11 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[ModelConfig, Iterator[tu
         CheckpointError: as `load_model`, some of it only when a tensor's turn comes.
     """
     path = Path(path)
-    config, stored, parts = _parts_of(path, kind_of(path))
-    return config, one_by_one(fitting_shapes(config, stored), stored, parts, torch.float32)
+    config, stored, parts = parts_of(path, kind_of(path))
+    return config, one_by_one(fitting_shapes(config, stored), _numbers(stored), parts, torch.float32)
 
 
-def _parts_of(path: Path, kind: str) -> tuple[ModelConfig, Mapping[str, torch.dtype], Iterator[Part]]:
+def parts_of(path: Path, kind: str) -> tuple[ModelConfig, Mapping[str, torch.dtype], Iterator[Part]]:
     """What is stored there: of what model, in which types, and every part of it when its turn comes."""
     if kind == "gguf":
         file = gguf.open_gguf(path)

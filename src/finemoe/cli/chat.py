@@ -8,12 +8,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finemoe.cli.completion import complete_run
-from finemoe.cli.output import printable
+from finemoe.cli.output import WeightsOption, printable
 
 if TYPE_CHECKING:
     from finemoe.generation.engine import Event
@@ -46,7 +46,7 @@ def chat(
     top_p: Annotated[float | None, typer.Option(help="Draw among the fewest tokens that reach P.", metavar="P")] = 0.95,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens of an answer.")] = 512,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal answers.")] = 0,
-    dtype: Annotated[Literal["fp32", "bf16", "stored"], typer.Option(help="Weights in memory.")] = "fp32",
+    weights: WeightsOption = "auto",
 ) -> None:
     """Talk to a model, and see which experts wrote what.
 
@@ -65,7 +65,7 @@ def chat(
     from finemoe.server.conversation import chat as begin
 
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
-    talk = begin(source, system=system, dtype=dtype, **sampling)
+    talk = begin(source, system=system, weights=weights, **sampling)
     _say(_greeting(talk))
     with _history():
         _loop(talk)

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finemoe.cli.analyze.options import MODEL, Encoding, Report, Template, TextField, reading
 from finemoe.cli.completion import complete_run, complete_tasks
-from finemoe.cli.output import Json, Quiet, deliver, print_json, print_rich, printable
+from finemoe.cli.output import Json, Quiet, WeightsOption, deliver, print_json, print_rich, printable
 from finemoe.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ _Tasks = Annotated[
     str | None,
     typer.Option(metavar="NAME,...", help="What to ask; --list names all.", autocompletion=complete_tasks),
 ]
-_Dtype = Literal["fp32", "bf16", "stored"]
-_DtypeOption = Annotated[_Dtype, typer.Option(help="Weights in memory.")]
 _Batch = Annotated[
     int,
     typer.Option(
@@ -64,7 +62,7 @@ def evaluate(
     temperature: _Temperature = None,
     seed: Annotated[int, typer.Option(help="Of samples and of the bootstrap.")] = 0,
     batch: _Batch = 16,
-    dtype: _DtypeOption = "fp32",
+    weights: WeightsOption = "auto",
     out: Report = None,
     show: Annotated[bool, typer.Option("--show", help="Print the exact prompt of the first item; no model.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Name the tasks, with what is scored and by chance.")] = False,
@@ -107,7 +105,7 @@ def evaluate(
     with _told_what_is_kept(out):
         found = library.evaluate(
             models or [], names, sources, settings,
-            samples=samples, temperature=temperature, dtype=dtype, out=out, quiet=quiet, reading=given,
+            samples=samples, temperature=temperature, weights=weights, out=out, quiet=quiet, reading=given,
         )  # fmt: skip
     deliver(found, out, as_json, _print_results)
 

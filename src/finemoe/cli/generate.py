@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from finemoe.cli.completion import complete_run
-from finemoe.cli.output import Json, bytes_of, print_json, printable
+from finemoe.cli.output import Json, WeightsOption, bytes_of, print_json, printable
 
 if TYPE_CHECKING:
     from finemoe.checkpoint.language_model import LanguageModel
@@ -105,10 +105,7 @@ def generate(
     stop: Stops = None,
     min_new_tokens: MinNewTokens = 0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 0,
-    dtype: Annotated[
-        Literal["fp32", "bf16", "stored"],
-        typer.Option(help="Weights in memory; bf16 takes half, and is slower on most CPUs."),
-    ] = "fp32",
+    weights: WeightsOption = "auto",
     special: Special = False,
     samples: Samples = 1,
     logprobs: Logprobs = 0,
@@ -162,7 +159,7 @@ def _generate(texts: list[str], options: Mapping[str, Any], sampling: SamplingCo
         {**options, "json_schema": _schema(options["json_schema"]), "choice": options["choice"] or None}
     )
     cache_bytes = bytes_of(options["cache_size"], "--cache-size")
-    opened = open_language_model(options["source"], options["dtype"])
+    opened = open_language_model(options["source"], options["weights"])
     given = texts if chat is None else [chat, *([system] if system is not None else [])]
     texts, ids = _encoded(opened, texts, chat, system, options["special"])
     if not options["special"]:

@@ -30,6 +30,7 @@ from finemoe.cli.merge import merge
 from finemoe.cli.paper import paper
 from finemoe.cli.plan import plan
 from finemoe.cli.presets import presets
+from finemoe.cli.quantize import quantize
 from finemoe.cli.recipe import recipe
 from finemoe.cli.rejection import rejection
 from finemoe.cli.resume import resume
@@ -103,7 +104,7 @@ app = typer.Typer(
 )
 _VERBS = (
     train, resume, runs, show, generate, chat, serve, evaluate, compare, paper, trace, size, plan, presets, import_,
-    export, merge, upcycle, sample, rejection, rollouts, verify_parallel, doctor, env,
+    export, merge, quantize, upcycle, sample, rejection, rollouts, verify_parallel, doctor, env,
 )  # fmt: skip
 for verb in _VERBS:
     app.command(verb.__name__.rstrip("_").replace("_", "-"))(verb)  # `import` is a word of the language

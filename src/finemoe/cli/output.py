@@ -8,10 +8,18 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+WeightsOption = Annotated[
+    Literal["auto", "fp32", "bf16", "stored", "int8", "int4"],
+    typer.Option(
+        "--weights",
+        help="In memory: int8 and int4 make large products small; auto keeps small ones and has all else in fp32; "
+        "bf16 is slow on most CPUs.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 Overrides = Annotated[
     list[str] | None,

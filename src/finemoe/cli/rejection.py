@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from finemoe.cli.output import Json, Quiet, print_json
-from finemoe.cli.sample import Dtype, MaxNewTokens, Out, Prompts, Seed, Source, Temperature, TopK, TopP, show
+from finemoe.cli.output import Json, Quiet, WeightsOption, print_json
+from finemoe.cli.sample import MaxNewTokens, Out, Prompts, Seed, Source, Temperature, TopK, TopP, show
 
 Rewards = Annotated[
     Path | None,
@@ -42,7 +42,7 @@ def rejection(
     top_p: TopP = None,
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
-    dtype: Dtype = "fp32",
+    weights: WeightsOption = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -79,7 +79,7 @@ def rejection(
 
     done = draw(
         source, prompts, out, rewards=rewards, at_least=at_least, n=n, best_of=best_of, template=template,
-        temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype,
+        temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, weights=weights,
         quiet=quiet,
     )  # fmt: skip
     if as_json:

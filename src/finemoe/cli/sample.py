@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from finemoe.cli.completion import complete_run
-from finemoe.cli.output import Json, Quiet, print_json
+from finemoe.cli.output import Json, Quiet, WeightsOption, print_json
 
 if TYPE_CHECKING:
     from finemoe.methods.distillation.sampling import Sampled
@@ -37,10 +37,6 @@ TopK = Annotated[int | None, typer.Option(help="Draw among the K most probable t
 TopP = Annotated[float | None, typer.Option(help="Draw among the fewest tokens that reach P.", metavar="P")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens of a completion.")]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal answers.")]
-Dtype = Annotated[
-    Literal["fp32", "bf16", "stored"],
-    typer.Option(help="Weights in memory; bf16 takes half, and is slower on most CPUs."),
-]
 
 
 def sample(
@@ -61,7 +57,7 @@ def sample(
     top_p: TopP = None,
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
-    dtype: Dtype = "fp32",
+    weights: WeightsOption = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -87,7 +83,7 @@ def sample(
 
     done = draw(
         source, prompts, out, n=n, keep=keep, best_of=best_of, temperature=temperature, top_k=top_k, top_p=top_p,
-        max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, quiet=quiet,
+        max_new_tokens=max_new_tokens, seed=seed, weights=weights, quiet=quiet,
     )  # fmt: skip
     if as_json:
         print_json(done.to_dict())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from finemoe.cli.completion import complete_run
+from finemoe.cli.output import WeightsOption
 
 Sources = Annotated[
     list[str],
@@ -44,7 +45,7 @@ def serve(
         str | None,
         typer.Option(metavar="SIZE", help="Of each model's cache.", show_default="a quarter of the free memory"),
     ] = None,
-    dtype: Annotated[Literal["fp32", "bf16", "stored"], typer.Option(help="Weights in memory.")] = "fp32",
+    weights: WeightsOption = "auto",
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Change a limit (docs/howto/serve.md lists them).")
     ] = None,
@@ -83,7 +84,7 @@ def serve(
             f"warning: everybody who reaches {host} can use this server: give it a key (--api-key-file)", style="yellow"
         )
     sizes = bytes_of(cache_size, "--cache-size"), bytes_of(memory, "--memory")
-    options = Options(dtype, *sizes, bounds, weights_below)
+    options = Options(weights, *sizes, bounds, weights_below)
     models = named(sources)
 
     def ready(address: str) -> None:

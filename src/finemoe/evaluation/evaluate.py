@@ -14,7 +14,7 @@ from typing import Any
 from finemoe.charts.numbers import clean
 from finemoe.charts.report import require_report_folder, write_report
 from finemoe.checkpoint.kinds import kind_of
-from finemoe.checkpoint.language_model import Dtype, open_language_model
+from finemoe.checkpoint.language_model import Weights, open_language_model
 from finemoe.core.environment import command_line
 from finemoe.core.errors import ConfigError
 from finemoe.core.files import sole_writer
@@ -37,7 +37,7 @@ def evaluate(
     *,
     samples: int | None = None,
     temperature: float | None = None,
-    dtype: Dtype = "fp32",
+    weights: Weights = "auto",
     out: Source | None = None,
     quiet: bool = False,
     reading: Mapping[str, str] = MappingProxyType({}),
@@ -52,7 +52,7 @@ def evaluate(
         settings: how they are asked; as in the papers when None.
         samples: completions of each problem, of tasks that run code.
         temperature: of those samples; 0.8 for several when None.
-        dtype: of the weights in memory.
+        weights: what they are in memory.
         out: folder for the report, with items/MODEL/TASK.jsonl. answers/ in it keeps every answer as it comes: the same
             call goes on with them where it was interrupted.
         quiet: no progress on stderr.
@@ -81,7 +81,7 @@ def evaluate(
         done: list[Evaluated] = []
         found: dict[str, Any] = {}
         for name, path in zip(names, models, strict=True):
-            done.append(_ask_one(name, Path(path), chosen, loaded, settings, dtype, folder, quiet))
+            done.append(_ask_one(name, Path(path), chosen, loaded, settings, weights, folder, quiet))
             found = results(done, settings, command=command_line(), sandbox=confined, sampling=sampling)
             if folder is not None:  # after each model: an interruption loses nothing that was told
                 from finemoe.charts.evaluation.figures import figures
@@ -101,11 +101,11 @@ def _ask_one(
     tasks: Sequence[Task],
     loaded: Loaded,
     settings: Settings,
-    dtype: Dtype,
+    weights: Weights,
     out: Path | None,
     quiet: bool,
 ) -> Evaluated:
-    opened = open_language_model(path, dtype)
+    opened = open_language_model(path, weights)
     for task in tasks:
         require_middle(opened, task.name, loaded[task.name][0])
     key = fingerprint(opened)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model
+from finemoe.checkpoint.language_model import LanguageModel, Weights, open_language_model
 from finemoe.core.errors import ConfigError, FinemoeError
 from finemoe.core.logs import progress
 from finemoe.evaluation.runner import Answers, Settings, answer_all, fingerprint, request_key
@@ -29,7 +29,7 @@ _MOST_NEW_TOKENS = 256
 
 
 def harness_model(
-    path: str | Path, *, batch: int = _ROWS, dtype: Dtype = "fp32", answers: str | Path | None = None
+    path: str | Path, *, batch: int = _ROWS, weights: Weights = "auto", answers: str | Path | None = None
 ) -> Any:
     """The model at `path` as an `lm_eval.api.model.LM`.
 
@@ -40,7 +40,7 @@ def harness_model(
         ConfigError: lm_eval is not installed.
         FinemoeError: no model there.
     """
-    return _model_class()(path=str(path), batch=batch, dtype=dtype, answers=answers)
+    return _model_class()(path=str(path), batch=batch, weights=weights, answers=answers)
 
 
 class Answerer:
@@ -106,7 +106,7 @@ def _model_class() -> Any:
             self,
             path: str,
             batch: int | None = None,
-            dtype: Dtype = "fp32",
+            weights: Weights = "auto",
             answers: str | Path | None = None,
             batch_size: Any = None,
             max_batch_size: Any = None,
@@ -120,7 +120,7 @@ def _model_class() -> Any:
             said = int(batch_size) if str(batch_size).isdecimal() else 1
             rows = int(batch) if batch is not None else said if said > 1 else _ROWS
             kept = None if answers is None else Answers(Path(answers))
-            self.answerer = Answerer(open_language_model(path, dtype), rows, kept)
+            self.answerer = Answerer(open_language_model(path, weights), rows, kept)
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             """(log-likelihood, greedy) of each (context, continuation)."""

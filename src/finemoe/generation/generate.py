@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 
-from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model
+from finemoe.checkpoint.language_model import LanguageModel, Weights, open_language_model
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError
 from finemoe.core.logs import logger, progress
@@ -83,7 +83,7 @@ def generate(
     choice: Sequence[str] | None = None,
     guess: str | os.PathLike[str] | None = None,
     guess_tokens: int | None = None,
-    dtype: Dtype = "fp32",
+    weights: Weights = "auto",
     cache_dtype: Literal["fp32", "bf16", "fp8"] | None = None,
     cache_bytes: int | None = None,
     special: bool = False,
@@ -102,7 +102,7 @@ def generate(
         guess: where guesses of the next tokens come from: `text` (what came next the last time), `module` (the model's
             own multi-token prediction), or the path of a smaller model of the same tokenizer. The text stays the same.
         guess_tokens: at a time; None: 2 of the module, 4 of the others.
-        dtype: of the weights in memory.
+        weights: what they are in memory.
         cache_dtype, cache_bytes: of the cache; None: the weights', and a quarter of the free memory at most.
         special: read control tokens that a text spells out, such as <think>, as tokens and not as text.
         quiet: no progress on stderr.
@@ -121,7 +121,7 @@ def generate(
     drawn = parse(SamplingConfig, sampling, "generate")
     grammar = grammar_of({"json_schema": json_schema, "regex": regex, "choice": choice})
     check_counts(n, guess_tokens)
-    opened = model if isinstance(model, LanguageModel) else open_language_model(model, dtype)
+    opened = model if isinstance(model, LanguageModel) else open_language_model(model, weights)
     asked = [(text, opened.encode(text, special=special)) for text in texts]
     if messages is not None:
         asked = [opened.encode_chat(messages, special=special)]

@@ -19,6 +19,7 @@ from finemoe.core.memory import available_on
 from finemoe.generation.sequence import Constraint
 from finemoe.generation.steady import least_tokens, steady_rows
 from finemoe.model.attention.blocks import Group
+from finemoe.model.quantised.blocks import states_type
 from finemoe.model.transformer import Transformer
 
 BLOCK_SIZE = 32
@@ -240,7 +241,7 @@ def cache_bytes(model: Transformer, lengths: Iterable[int]) -> int:
     """What keys and values of sequences of `lengths` tokens take together, so that free memory does not matter."""
     blocks = sum(length // BLOCK_SIZE + 2 for length in lengths)
     numbers = sum(one.attention.cache_elements_per_token() for one in [*model.config.blocks, *model.config.mtp])
-    return blocks * BLOCK_SIZE * numbers * model.embedding.weight.dtype.itemsize
+    return blocks * BLOCK_SIZE * numbers * states_type(model.embedding.weight).itemsize
 
 
 def blocks_for(model: Transformer, size: int, dtype: torch.dtype | None, given: int | None) -> int:
@@ -251,7 +252,7 @@ def blocks_for(model: Transformer, size: int, dtype: torch.dtype | None, given: 
     """
     weight = model.embedding.weight
     numbers = sum(one.attention.cache_elements_per_token() for one in [*model.config.blocks, *model.config.mtp])
-    block = size * numbers * (dtype or weight.dtype).itemsize
+    block = size * numbers * (dtype or states_type(weight)).itemsize
     if given is None:
         room, most = int(_SHARE_OF_MEMORY * (available_on(weight.device) or 1 << 31)), _MOST_BLOCKS
     else:

@@ -10,16 +10,15 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from finemoe.model import norm, rope
 from finemoe.model.attention.kernels import reference, sdpa
 from finemoe.model.backend import Attend, Backend, Blocks, Decode, ExpertKernel, FusedExperts
 from finemoe.model.config import Kernels
 from finemoe.model.cross_entropy import cross_entropy_sum
-from finemoe.model.feed_forward import feed_forward
+from finemoe.model.feed_forward import feed_forward, linear
 from finemoe.model.moe.experts import grouped_mm, loop, sorted_slices
-from finemoe.model.native import decode, usable
+from finemoe.model.native import decode, reads, usable
 from finemoe.model.native.attention import attention as native_attention
 from finemoe.model.native.attention import in_blocks
 from finemoe.model.native.cross_entropy import cross_entropy_sum as native_cross_entropy_sum
@@ -28,13 +27,22 @@ from finemoe.model.native.experts import swiglu as native_swiglu
 from finemoe.model.native.linear import linear as native_linear
 from finemoe.model.native.norm import rms_norm as native_rms_norm
 from finemoe.model.native.rope import rotate as native_rotate
+from finemoe.model.quantised.blocks import in_float32, is_quantised
 from finemoe.model.rope import RopeLayout
 from finemoe.model.spans import Mask
 
 
+def _multiplies(states: Tensor, *weights: Tensor) -> bool:
+    """Whether C++ can multiply states by these weights. By blocks it cannot where a gradient is to flow back."""
+    if not (usable(states) and reads(*weights)):
+        return False
+    flows = torch.is_grad_enabled() and states.requires_grad
+    return not (flows and any(map(is_quantised, weights)))
+
+
 def native(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, limit: float | None = None) -> Tensor:
     """The C++ products, on a CPU in float32; `sorted_slices` for anything else."""
-    if not usable(rows, gate_up_proj, down_proj):
+    if not _multiplies(rows, gate_up_proj, down_proj):
         return sorted_slices(rows, counts, gate_up_proj, down_proj, limit)
     return native_experts(rows, None, None, counts, None, gate_up_proj, down_proj, limit)
 
@@ -58,8 +66,8 @@ ATTENTION_KERNELS: dict[str, Attend] = {"reference": reference, "sdpa": sdpa}
 
 
 def _linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not usable(states, weight, *(() if bias is None else (bias,))):
-        return F.linear(states, weight, bias)
+    if not _multiplies(states, weight) or (bias is not None and not usable(bias)):
+        return linear(states, weight, bias)
     output = native_linear(states, weight)
     return output if bias is None else output + bias
 
@@ -69,7 +77,8 @@ def _rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _swiglu(states: Tensor, gate: Tensor, up: Tensor, down: Tensor, limit: float | None) -> Tensor:
-    return (native_swiglu if usable(states, gate, up, down) else feed_forward)(states, gate, up, down, limit)
+    chosen = native_swiglu if _multiplies(states, gate, up, down) else feed_forward
+    return chosen(states, gate, up, down, limit)
 
 
 def _rotate(states: Tensor, cosine: Tensor, sine: Tensor, layout: RopeLayout, *, first: bool = False) -> Tensor:
@@ -87,14 +96,19 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float)
 
 
 def _cross_entropy_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    head_weight = in_float32(head_weight, hidden.shape[-1])
     chosen = native_cross_entropy_sum if usable(hidden, head_weight, weights) else cross_entropy_sum
     return chosen(hidden, head_weight, targets, weights)
 
 
-_FUSED = FusedExperts(usable, native_experts)
+def _fuses(hidden: Tensor, gate_weights: Tensor, weight: Tensor) -> bool:
+    return usable(gate_weights) and _multiplies(hidden, weight)
+
+
+_FUSED = FusedExperts(_fuses, native_experts)
 
 TORCH = Backend(
-    linear=F.linear,
+    linear=linear,
     rms_norm=norm.rms_norm,
     swiglu=feed_forward,
     rotate=rope.rotate,
@@ -111,7 +125,7 @@ NATIVE = Backend(
     attend=_attend,
     experts=automatic,
     cross_entropy_sum=_cross_entropy_sum,
-    decode=Decode(decode.takes, usable, decode.grouped_query, decode.latent, decode.blocks),
+    decode=Decode(decode.takes, reads, decode.grouped_query, decode.latent, decode.blocks),
     blocks=Blocks(usable, in_blocks),
     fused_experts=_FUSED,
 )
@@ -130,4 +144,4 @@ def backend_for(kernels: Kernels) -> Backend:
 def all_native(kernels: Kernels, *weights: Tensor) -> bool:
     """Whether every product of a model with these weights runs in C++."""
     chosen = kernels.products != "torch" and kernels.attention == "sdpa" and kernels.experts in ("auto", "native")
-    return chosen and usable(*weights)
+    return chosen and reads(*weights)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from finemoe.core.config import Config
 from finemoe.model.backend import Backend
 from finemoe.model.projection import Projection
+from finemoe.model.quantised.blocks import dequantise, is_quantised
 
 
 class DenseConfig(Config):
@@ -39,9 +40,16 @@ def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
     return F.silu(gate) * up
 
 
+def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`states [..., in]` times `weight [out, in]`, or blocks of it, transposed, plus `bias [out]`: `[..., out]`."""
+    if is_quantised(weight):
+        weight = dequantise(weight, states.shape[-1]).to(states.dtype)
+    return F.linear(states, weight, bias)
+
+
 def feed_forward(hidden: Tensor, gate: Tensor, up: Tensor, down: Tensor, limit: float | None) -> Tensor:
     """`hidden [..., hidden]` through the weights `gate` and `up [width, hidden]` and `down [hidden, width]`."""
-    return F.linear(swiglu(F.linear(hidden, gate), F.linear(hidden, up), limit), down)
+    return linear(swiglu(linear(hidden, gate), linear(hidden, up), limit), down)
 
 
 class SwiGLU(nn.Module):

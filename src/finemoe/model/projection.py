@@ -10,6 +10,7 @@ from typing import final
 from torch import Tensor, nn
 
 from finemoe.model.backend import Backend
+from finemoe.model.quantised.blocks import dequantise, is_quantised
 
 
 @final
@@ -31,6 +32,12 @@ class Projection(nn.Linear):
 @final
 class TokenEmbedding(nn.Embedding):
     """A look-up table with uninitialised weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[...]` ids to `[..., embedding_dim]`."""
+        if is_quantised(self.weight):
+            return dequantise(self.weight[input], self.embedding_dim)
+        return super().forward(input)
 
     def reset_parameters(self) -> None:
         """Nothing: see above."""

@@ -163,7 +163,7 @@ def _readable(text: str) -> str:
 
 
 def chat(
-    model: str | os.PathLike[str], *, system: str | None = None, dtype: Any = "fp32", **sampling: Any
+    model: str | os.PathLike[str], *, system: str | None = None, weights: Any = "auto", **sampling: Any
 ) -> Conversation:
     """Open `model` to talk to; `sampling` as in `finemoe.generate`.
 
@@ -173,4 +173,4 @@ def chat(
     from finemoe.core.config import parse
 
     drawn = parse(SamplingConfig, {"max_new_tokens": 512, **sampling}, "chat")
-    return Conversation(open_language_model(model, dtype), system=system, sampling=drawn)
+    return Conversation(open_language_model(model, weights), system=system, sampling=drawn)

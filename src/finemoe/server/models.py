@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from finemoe.analysis.written import Cards, short_cards
-from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model, weights_for
+from finemoe.checkpoint.language_model import LanguageModel, Weights, open_language_model, weights_for
 from finemoe.checkpoint.open import read_model_config
 from finemoe.core.config import Config, did_you_mean
 from finemoe.core.errors import ConfigError, FinemoeError
@@ -23,12 +23,13 @@ from finemoe.generation.runner import BLOCK_SIZE, blocks_for
 from finemoe.generation.scoring import reach_of
 from finemoe.generation.speculation import Chosen, FromModule, FromText
 from finemoe.model.config import ModelConfig
+from finemoe.model.quantised.blocks import states_type
 from finemoe.model.size import measure
 from finemoe.server.dialects import Dialect
 from finemoe.server.errors import ApiError
 from finemoe.server.worker import Worker, apart
 
-_BYTES = {"fp32": 4, "bf16": 2, "stored": 4}
+_BYTES = {"auto": 4, "fp32": 4, "bf16": 2, "stored": 4, "int8": 2, "int4": 1}
 _LOOK_SECONDS = 0.01
 
 
@@ -59,7 +60,7 @@ class Limits(Config):
 class Options:
     """How models are opened."""
 
-    dtype: Dtype = "fp32"
+    weights: Weights = "auto"
     cache_bytes: int | None = None
     """[bytes] Of a model's cache; None: a quarter of what is free, or of `memory`."""
     memory: int | None = None
@@ -101,7 +102,7 @@ def prepare(name: str, source: Path, options: Options) -> Ready:
         FinemoeError: it cannot be opened, or its cache has no room.
     """
     started = time.monotonic()
-    opened = open_language_model(source, options.dtype)
+    opened = open_language_model(source, options.weights)
     cache = _cache_bytes(opened, options)
     make = lambda: _engine(opened, cache, options.limits)  # noqa: E731
     engine = make()
@@ -115,7 +116,7 @@ def _cache_bytes(opened: LanguageModel, options: Options) -> int:
     """What is given, or a quarter of the free memory, and no more than all that run can fill."""
     config = opened.model.config
     numbers = sum(one.attention.cache_elements_per_token() for one in [*config.blocks, *config.mtp])
-    block = BLOCK_SIZE * numbers * opened.model.embedding.weight.element_size()
+    block = BLOCK_SIZE * numbers * states_type(opened.model.embedding.weight).itemsize
     most = options.limits.max_running * -(-(reach_of(opened) + BLOCK_SIZE) // BLOCK_SIZE)
     if options.cache_bytes is not None:
         return options.cache_bytes
@@ -312,7 +313,7 @@ class Models:
     def _estimate(self, name: str) -> int:
         weights = measure(self._configs[name], 1)
         numbers = weights.total_parameters + weights.mtp_parameters
-        return numbers * _BYTES[self._options.dtype] + (self._options.cache_bytes or 0)
+        return numbers * _BYTES[self._options.weights] + (self._options.cache_bytes or 0)
 
     async def _make_room(self, name: str, needed: int) -> None:
         """Close what was not used for longest, and is idle, until the new one has room.

@@ -13,7 +13,9 @@ from finemoe.checkpoint.doctor.subject import Held, Place, Subject
 from finemoe.checkpoint.huggingface.accounting import SCALE_SUFFIX
 from finemoe.checkpoint.huggingface.fp8 import BLOCK, FACTOR_TYPES, block_of, scale_shape
 from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES
+from finemoe.checkpoint.weights.small import small_shape
 from finemoe.core.errors import CheckpointError
+from finemoe.model.quantised.blocks import FORMATS
 
 _FP8 = "F8_E4M3"
 _FACTORS = frozenset(DTYPE_NAMES[dtype] for dtype in FACTOR_TYPES)
@@ -65,7 +67,10 @@ def account_for_keys(subject: Subject, found: Findings) -> dict[str, Any]:
 
 
 def _fits(subject: Subject, held: Held, place: Place) -> bool:
-    """Whether a tensor has its shape; some writers of GGUF files put a dimension of one before it."""
+    """Whether a tensor has its shape, or is blocks that stand for it; some writers of GGUF files put a dimension of one
+    before it."""
+    if held.dtype == "U8" and subject.kind == "imported":
+        return any(held.shape == small_shape(held.name, place.shape, kind) for kind in FORMATS.values())
     return held.shape == place.shape or (subject.kind == "gguf" and held.shape == (1, *place.shape))
 
 

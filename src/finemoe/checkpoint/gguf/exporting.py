@@ -33,6 +33,7 @@ from finemoe.core.config import did_you_mean
 from finemoe.core.encodings import in_utf8
 from finemoe.core.errors import CheckpointError, DataError, named
 from finemoe.core.logs import logger, mebibytes
+from finemoe.model.quantised.blocks import Format, dequantise
 from finemoe.text.settings import TOKENIZER_CONFIG
 
 _BLOCK = 32  # of Q8_0 and Q4_0
@@ -65,7 +66,8 @@ def export_gguf(
 ) -> GGUFReport:
     """Write an imported folder, or the newest checkpoint of a run, as one GGUF file.
 
-    Norms, biases and routers stay F32. In a Q4_0 file embedding and output matrix are Q8_0, which costs little and
+    Norms, biases and routers stay F32. What `finemoe quantize` made keeps its blocks to the byte, whatever `dtype` all
+    else has. In a Q4_0 file embedding and output matrix are Q8_0, which costs little and
     keeps much. The file appears when it is complete; interrupted, the work lies in `<out>.partial`, and the same call
     goes on with it. Holds at most one tensor in memory; of stacked experts one.
 
@@ -91,11 +93,11 @@ def export_gguf(
         description = describe(opened.config, opened.max_positions)
     metadata, missing = _tokenizer(opened, tokenizer)
     stored = list(stored_tensors(opened.config, description.variants))
-    plan, fallbacks = _plan(stored, description, dtype)
+    plan, fallbacks = _plan(stored, description, dtype, opened.small)
     values: dict[str, Any] = {
         "general.type": "model",
         "general.name": in_utf8(opened.path.resolve().name),
-        "general.file_type": FILE_TYPES[dtype],
+        "general.file_type": FILE_TYPES[_most(opened.small) or dtype],
         "general.quantization_version": _QUANTIZATION_VERSION,
         **description.values,
         **metadata,
@@ -114,6 +116,11 @@ def export_gguf(
         seconds=time.monotonic() - started,
         notes=(*description.notes, *fallbacks, *missing, *others),
     )
+
+
+def _most(small: Mapping[str, Format]) -> str | None:
+    """The format of most small tensors."""
+    return next((kind for kind, _ in Counter(one.name for one in small.values()).most_common(1)), None)
 
 
 def _place(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
@@ -139,7 +146,9 @@ def _tokenizer(opened: Exportable, wanted: bool) -> tuple[dict[str, Any], list[s
         raise DataError(f"{error}; {hint}") from error
 
 
-def _plan(stored: list[Stored], description: Description, dtype: str) -> tuple[list[Planned], list[str]]:
+def _plan(
+    stored: list[Stored], description: Description, dtype: str, small: Mapping[str, Format]
+) -> tuple[list[Planned], list[str]]:
     """The tensors as they will be stored, and a note on those whose rows do not fit blocks."""
     plan, narrow = [], []
     if description.rope_factors is not None:
@@ -148,6 +157,8 @@ def _plan(stored: list[Stored], description: Description, dtype: str) -> tuple[l
         kind = "F32" if tensor.precise else dtype
         if kind == "Q4_0" and tensor.name in (EMBEDDING, OUTPUT):
             kind = "Q8_0"
+        if tensor.source.ours in small:
+            kind = small[tensor.source.ours].name
         if kind in ("Q8_0", "Q4_0") and tensor.shape[-1] % _BLOCK:
             narrow.append(tensor.name)
             kind = "F16"
@@ -234,6 +245,14 @@ def _note(file: BinaryIO, lines: TextIO, number: int) -> int:
 
 def _write(file: BinaryIO, opened: Exportable, tensor: Stored, kind: str) -> None:
     for part in tensor.parts():
+        if part.ours in opened.small:
+            blocks = opened.tensors.read(part.ours, part.index)
+            if opened.small[part.ours].name == kind:
+                file.write(part.blocks_to_theirs(blocks).contiguous().numpy().data)
+            else:  # whose rows are no whole blocks
+                rows = part.to_theirs(dequantise(blocks, part.shape[-1]))
+                file.write(encode(rows, kind, tensor.name))
+            continue
         for piece in _pieces(opened, part):
             file.write(encode(piece, kind, tensor.name))
 

@@ -54,6 +54,19 @@ class Part:
             rows = rows.reshape(-1, self.head_dim // 2, 2, self._width).transpose(1, 2)
         return rows.reshape(self.shape)
 
+    def blocks_to_ours(self, rows: Tensor, size: int) -> Tensor:
+        """`[rows, bytes]` of theirs, not transposed, as blocks of `size` bytes of `shape`: rows are moved whole."""
+        if self.turn == "interleaved":
+            rows = rows.reshape(-1, self.head_dim // 2, 2, rows.shape[-1]).transpose(1, 2)
+        return rows.reshape(*self.shape[:-1], -1, size)
+
+    def blocks_to_theirs(self, blocks: Tensor) -> Tensor:
+        """The reverse: `[rows, bytes]`."""
+        rows = blocks.flatten(-2).reshape(self.rows, -1)
+        if self.turn == "interleaved":
+            rows = rows.view(-1, 2, self.head_dim // 2, rows.shape[-1]).transpose(1, 2).reshape(self.rows, -1)
+        return rows
+
     def to_theirs(self, part: Tensor) -> Tensor:
         """A part of `shape` as `[rows, columns]` of theirs."""
         if self.turn == "transposed":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
@@ -21,6 +21,7 @@ from finemoe.checkpoint.gguf.codec import PLAIN, decode
 from finemoe.checkpoint.gguf.config import Facts, read_model
 from finemoe.checkpoint.gguf.file import GGUFFile, StoredTensor, read_header
 from finemoe.checkpoint.gguf.keys import EMBEDDING, ROPE_FACTORS, Stored, Variants, stored_tensors
+from finemoe.checkpoint.gguf.keys import Part as Placed
 from finemoe.checkpoint.gguf.tokenizer import LISTS, companions_of, has_tokenizer, template_of, tokenizer_of
 from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.memory import check_finite
@@ -28,9 +29,11 @@ from finemoe.checkpoint.storage.workspace import check_apart, check_free, finger
 from finemoe.checkpoint.weights.build import Part, build
 from finemoe.checkpoint.weights.imported import ImportedWriter, ImportReport
 from finemoe.checkpoint.weights.shapes import model_shapes
+from finemoe.checkpoint.weights.small import may_be_small
 from finemoe.core.errors import CheckpointError
 from finemoe.core.logs import logger, mebibytes
 from finemoe.model.config import Kernels, ModelConfig
+from finemoe.model.quantised.blocks import FORMATS, Format, all_finite
 from finemoe.model.transformer import Transformer
 from finemoe.text.chat import ChatTemplate
 from finemoe.text.tokenizer import Tokenizer
@@ -163,8 +166,18 @@ class GGUFSource:
             found[ours] = torch.promote_types(found.get(ours, dtype), dtype)
         return found
 
-    def parts(self) -> Iterator[Part]:
-        """Every tensor of ours, part by part, each read and dequantised when its turn comes.
+    def formats(self) -> dict[str, Format]:
+        """Of those of our tensors whose blocks can stay as they are: large, of one known format, and not transposed."""
+        kinds: dict[str, set[str]] = {}
+        for name, stored in self.account.items():
+            for part in stored.parts():
+                fits = may_be_small(part.ours) and part.turn != "transposed"
+                kinds.setdefault(part.ours, set()).add(self.tensors[name].kind.name if fits else "")
+        one = {ours: found.pop() for ours, found in kinds.items() if len(found) == 1}
+        return {ours: FORMATS[name] for ours, name in one.items() if name in FORMATS}
+
+    def parts(self, small: Collection[str] = ()) -> Iterator[Part]:
+        """Every tensor of ours, part by part, each read when its turn comes, and dequantised unless it is in `small`.
 
         Raises:
             CheckpointError: the file was cut short, or holds a number that is none.
@@ -173,10 +186,21 @@ class GGUFSource:
         for name, stored in self.account.items():
             tensor, row = self.tensors[name], 0
             for part in stored.parts():
-                values = decode(tensor.raw(row, part.rows), tensor.kind, tensor.shape[-1])
-                check_finite(values, f"{self.path}: {name}")
-                yield part.ours, part.index, part.to_ours(values)
+                raw = tensor.raw(row, part.rows)
+                if part.ours in small:
+                    yield part.ours, part.index, self._blocks(name, part, raw)
+                else:
+                    values = decode(raw, tensor.kind, tensor.shape[-1])
+                    check_finite(values, f"{self.path}: {name}")
+                    yield part.ours, part.index, part.to_ours(values)
                 row += part.rows
+
+    def _blocks(self, name: str, part: Placed, raw: bytearray) -> Tensor:
+        rows = torch.frombuffer(raw, dtype=torch.uint8).view(part.rows, -1)
+        blocks = part.blocks_to_ours(rows, self.tensors[name].kind.block_bytes)
+        if not all_finite(blocks):
+            raise CheckpointError(f"{self.path}: {name}: scales are NaN or infinite")
+        return blocks
 
     def zeros(self) -> Iterator[Part]:
         """Selection biases that the file leaves out."""

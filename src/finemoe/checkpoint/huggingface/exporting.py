@@ -107,6 +107,11 @@ def export_hf(
     if dtype is not None and dtype not in _TORCH_NAMES:
         raise CheckpointError(f"dtype {dtype!r} is not written{did_you_mean(dtype, EXPORT_DTYPES)}")
     opened = open_exportable(Path(source))
+    if opened.small:
+        raise CheckpointError(
+            f"{opened.path} was made small, in blocks that no Hugging Face class reads: export it as OUT.gguf, or "
+            "export the model that it was made of"
+        )
     plan = _plan(opened, family, None if dtype is None else _TORCH_NAMES[dtype], fp8)
     nbytes = sum(spec.nbytes for spec in plan.specs) + sum(len(data) for data in opened.companions.values())
     mark = fingerprint("export", opened.tensors.files, opened.tensors.headers(), [plan.family, dtype, fp8, plan.raw])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from finemoe.core.errors import CheckpointError
+from finemoe.checkpoint.storage.safetensors import TensorInfo
+from finemoe.core.errors import CheckpointError, RunError
 from finemoe.core.memory import use_huge_pages
 
 _ROUTER = ".router."
@@ -28,6 +30,26 @@ def empty_tensors(wanted: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> di
         made[name] = whole[first : first + sizes[name]].view(dtype).view(tuple(shape))
         first += -(-sizes[name] // _ALIGNED) * _ALIGNED
     return made
+
+
+def mapped(info: TensorInfo) -> Tensor:
+    """The bytes of a whole tensor where they lie: none is read before it is used, and the system may give a page back
+    and read it again. A file that is cut short meanwhile ends the process.
+
+    Raises:
+        CheckpointError: the file has gone.
+        RunError: it cannot be mapped.
+    """
+    first = info.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    try:
+        with info.path.open("rb") as file:
+            length = info.offset - first + info.nbytes
+            pages = mmap.mmap(file.fileno(), length, offset=first, access=mmap.ACCESS_COPY)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{info.path}: has gone since it was opened") from error
+    except (OSError, ValueError) as error:  # ValueError: the file is shorter by now
+        raise RunError(f"{info.path}: cannot be mapped: {error}; try again") from error
+    return torch.frombuffer(pages, dtype=torch.uint8, offset=info.offset - first, count=info.nbytes).view(info.shape)
 
 
 def wanted_type(name: str, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:

@@ -6,12 +6,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finemoe.checkpoint.storage.memory import empty_tensors, wanted_type
 from finemoe.checkpoint.weights.shapes import model_shapes
+from finemoe.checkpoint.weights.small import small_shape
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import Kernels, ModelConfig
+from finemoe.model.quantised.blocks import Format, dequantise, is_quantised
+from finemoe.model.quantised.making import quantise
 from finemoe.model.transformer import Transformer
 
 Part = tuple[str, tuple[int | slice, ...], Tensor]
@@ -24,27 +27,52 @@ def build(
     stored: Mapping[str, torch.dtype],
     parts: Iterable[Part],
     dtype: torch.dtype | None,
+    small: Mapping[str, Format] | None = None,
 ) -> Transformer:
     """A model filled part by part, so that nothing is held twice.
 
     Args:
         config: the model.
         kernels: how to compute.
-        stored: element type of each tensor as it is stored; must name every tensor of the model.
+        stored: element type of each tensor as it is stored, of bytes what they stand for unless they stay; must name
+            every tensor of the model.
         parts: together they fill every tensor.
-        dtype: as in `load_model`.
+        dtype: as in `load_model`; of what is not small.
+        small: the format of each tensor that becomes, or already is, blocks of few bits. Such a model learns nothing. A
+            tensor that is stored as bytes comes whole and is taken as it comes: it may lie in a mapped file.
 
     Raises:
         CheckpointError: `stored` names other tensors than the model has.
     """
-    shapes = fitting_shapes(config, stored)
+    shapes, small = fitting_shapes(config, stored), small or {}
     with torch.device("meta"):
         model = Transformer(config, kernels)
-    state = empty_tensors({name: (shape, wanted_type(name, stored[name], dtype)) for name, shape in shapes.items()})
+        for name, kind in small.items():
+            _exchange(model, name, torch.empty(small_shape(name, shapes[name], kind), dtype=torch.uint8))
+    model.requires_grad_(not small)
+    wanted = {name: (shape, wanted_type(name, stored[name], dtype)) for name, shape in shapes.items()}
+    wanted |= {name: (small_shape(name, shapes[name], kind), torch.uint8) for name, kind in small.items()}
+    as_it_is = {name for name in small if stored[name] is torch.uint8}
+    state = empty_tensors({name: what for name, what in wanted.items() if name not in as_it_is})
     for name, index, tensor in parts:
-        state[name][index].copy_(tensor)
+        if name in as_it_is:
+            state[name] = tensor
+        else:
+            state[name][index].copy_(_as_wanted(tensor, small.get(name), shapes[name][-1]))
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
+
+
+def _as_wanted(tensor: Tensor, kind: Format | None, columns: int) -> Tensor:
+    """A part as numbers, or as blocks of `kind`."""
+    if kind is None:
+        return dequantise(tensor, columns) if is_quantised(tensor) else tensor
+    return tensor if is_quantised(tensor) else quantise(tensor, kind)
+
+
+def _exchange(model: nn.Module, name: str, tensor: Tensor) -> None:
+    home, _, last = name.rpartition(".")
+    model.get_submodule(home).register_parameter(last, nn.Parameter(tensor, requires_grad=False))
 
 
 def fitting_shapes(config: ModelConfig, stored: Mapping[str, torch.dtype]) -> dict[str, tuple[int, ...]]:
@@ -78,7 +106,7 @@ def one_by_one(
         if name not in begun:
             begun[name] = torch.empty(shapes[name], dtype=wanted_type(name, stored[name], dtype))
         target = begun[name][index]
-        target.copy_(tensor)
+        target.copy_(_as_wanted(tensor, None, shapes[name][-1]))
         left[name] -= target.numel()
         if not left[name]:
             yield name, begun.pop(name)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from finemoe.checkpoint.kinds import CONFIG, is_imported
 from finemoe.checkpoint.own_config import model_of
@@ -15,8 +17,10 @@ from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.checkpoint.storage.untrusted import TOKENIZER_BYTES, folder_file, parse_json, read_bytes, read_json
 from finemoe.checkpoint.weights.imported import read_imported
 from finemoe.checkpoint.weights.shapes import model_shapes
+from finemoe.checkpoint.weights.small import formats_in, small_shape
 from finemoe.core.errors import CheckpointError, named
 from finemoe.model.config import ModelConfig
+from finemoe.model.quantised.blocks import Format
 from finemoe.text import Tokenizer, exported_tokenizer_config
 from finemoe.text.files import COMPANIONS
 
@@ -45,6 +49,8 @@ class Exportable:
     carried: TensorFolder = field(default_factory=lambda: TensorFolder({}))
     max_positions: int | None = None
     """Sequence length of the training."""
+    small: Mapping[str, Format] = field(default_factory=dict)
+    """The formats of tensors that are blocks of few bits."""
     token_ids: Mapping[str, Any] = field(default_factory=dict)
     """`bos_token_id`, `eos_token_id`, `pad_token_id`, where known."""
 
@@ -58,6 +64,9 @@ def open_exportable(path: Path) -> Exportable:
     opened = _open_imported(path) if is_imported(path) else _open_run(path)
     with named(path):
         shapes = model_shapes(opened.config)
+        bytes_of = {name: info.shape for name, info in opened.tensors.tensors.items() if info.dtype is torch.uint8}
+        small = formats_in(bytes_of)
+        shapes |= {name: small_shape(name, shapes[name], kind) for name, kind in small.items() if name in shapes}
     found = {name: info.shape for name, info in opened.tensors.tensors.items()}
     if shapes != found:
         name = min(name for name in {**shapes, **found} if shapes.get(name) != found.get(name))
@@ -65,7 +74,7 @@ def open_exportable(path: Path) -> Exportable:
             f"{path}: the weights do not fit the configuration: {name} is {_shape(found.get(name))} "
             f"instead of {_shape(shapes.get(name))}"
         )
-    return opened
+    return replace(opened, small=small)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

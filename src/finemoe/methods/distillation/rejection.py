@@ -17,7 +17,7 @@ from typing import Annotated, Any, final
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from finemoe.checkpoint.language_model import Dtype, LanguageModel
+from finemoe.checkpoint.language_model import LanguageModel, Weights
 from finemoe.core.config import Config, parse, read_tables
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.logs import logger
@@ -66,7 +66,7 @@ def rejection(
     top_p: float | None = None,
     max_new_tokens: int = 512,
     seed: int = 0,
-    dtype: Dtype = "fp32",
+    weights: Weights = "auto",
     quiet: bool = False,
 ) -> Sampled:
     """Have `model` answer prompts, and write what rewards find worth learning as conversations.
@@ -85,7 +85,7 @@ def rejection(
         best_of: at most so many of each prompt, those worth most, of equal ones the first drawn; None: all.
         template: how a prompt is put to a model that knows no chat, with {prompt} in it, as GRPO's; None: as the
             model's chat template has it.
-        temperature, top_k, top_p, max_new_tokens, seed, dtype, quiet: as of `sample`.
+        temperature, top_k, top_p, max_new_tokens, seed, weights, quiet: as of `sample`.
 
     Raises:
         ConfigError: settings or rewards that cannot be, or other ones than `out` was begun with.
@@ -95,7 +95,7 @@ def rejection(
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
     parse(_Settings, {"at_least": at_least, "template": template}, "rejection")
     tables = read_rewards(rewards)
-    drawing = Drawing.of(model, prompts, out, n=n, best_of=best_of, given=given, dtype=dtype, wording=template)
+    drawing = Drawing.of(model, prompts, out, n=n, best_of=best_of, given=given, weights=weights, wording=template)
     records = [one.question.record for one in drawing.asked]
     with Rewards(
         tables.rewards, deadline_seconds=tables.reward_seconds, memory_bytes=tables.reward_memory

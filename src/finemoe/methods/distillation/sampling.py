@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, final
 
 from finemoe.checkpoint.fingerprint import fingerprint
-from finemoe.checkpoint.language_model import Dtype, LanguageModel, open_language_model
+from finemoe.checkpoint.language_model import LanguageModel, Weights, open_language_model
 from finemoe.core.config import parse
 from finemoe.core.errors import ConfigError, DataError
 from finemoe.core.logs import logger, progress
@@ -114,7 +114,7 @@ def sample(
     top_p: float | None = None,
     max_new_tokens: int = 512,
     seed: int = 0,
-    dtype: Dtype = "fp32",
+    weights: Weights = "auto",
     quiet: bool = False,
 ) -> Sampled:
     """Have `model` answer prompts, and write what is worth learning as conversations.
@@ -128,7 +128,7 @@ def sample(
         keep: which of them, see `Keep`.
         best_of: at most so many of each prompt, those of the highest mean log-probability of a token; None: all.
         temperature, top_k, top_p, max_new_tokens, seed: as in `SamplingConfig`.
-        dtype: of the weights in memory.
+        weights: what they are in memory.
         quiet: no progress on stderr.
 
     Raises:
@@ -139,7 +139,7 @@ def sample(
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
     if keep not in ("all", "ended", "answer"):
         raise ConfigError(f"keep: {keep!r} is none of all, ended, answer")
-    drawing = Drawing.of(model, prompts, out, n=n, best_of=best_of, given=given, dtype=dtype)
+    drawing = Drawing.of(model, prompts, out, n=n, best_of=best_of, given=given, weights=weights)
     if keep == "answer" and not any(one.question.references for one in drawing.asked):
         raise DataError(
             'keep "answer" compares with the answer of the record, and no record has one: add a field `answer`, or use '
@@ -173,7 +173,7 @@ class Drawing:
         n: int,
         best_of: int | None,
         given: Mapping[str, Any],
-        dtype: Dtype,
+        weights: Weights,
         wording: str | None = None,
     ) -> Drawing:
         """Check the settings, then open the model and read the prompts: as of `sample`.
@@ -184,7 +184,7 @@ class Drawing:
         """
         sampling, path = parse(SamplingConfig, given, "sample"), Path(out)
         _check(n, best_of, path)
-        opened = model if isinstance(model, LanguageModel) else open_language_model(model, dtype)
+        opened = model if isinstance(model, LanguageModel) else open_language_model(model, weights)
         asked, skipped = read_prompts(prompts, opened, n, wording)
         return Drawing(opened, asked, skipped, path, n, given, sampling, wording)
 

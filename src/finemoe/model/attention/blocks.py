@@ -18,6 +18,7 @@ from torch import Tensor
 
 from finemoe.model.backend import Backend
 from finemoe.model.native import exact
+from finemoe.model.quantised.blocks import states_type
 from finemoe.model.spans import Spans, up_to_own
 
 
@@ -66,8 +67,8 @@ class Group:
 
 
 def zeros(shape: tuple[int, ...], beside: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Zeros beside another tensor, in its type where none is given; on a CPU memory is taken only as it is written."""
-    kind = dtype or beside.dtype
+    """Zeros beside a weight, in the type of its states unless given; on a CPU memory is taken only as it is written."""
+    kind = dtype or states_type(beside)
     if beside.device.type != "cpu":
         return beside.new_zeros(shape, dtype=kind)
     memory = np.zeros(math.prod(shape) * kind.itemsize, dtype=np.uint8)  # calloc; torch would write every zero

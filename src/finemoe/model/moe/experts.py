@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from finemoe.model.backend import Backend
-from finemoe.model.feed_forward import swiglu
+from finemoe.model.feed_forward import linear, swiglu
 from finemoe.model.moe.dispatch import Ticket
+from finemoe.model.quantised.blocks import is_quantised
 
 
 def loop(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, limit: float | None = None) -> Tensor:
@@ -27,8 +28,8 @@ def loop(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, 
     outputs = []
     weights = zip(rows.split(counts.tolist()), gate_up_proj.unbind(), down_proj.unbind(), strict=True)
     for x, gate_up, down in weights:
-        gate, up = (x @ gate_up.t()).chunk(2, dim=-1)
-        outputs.append(swiglu(gate, up, limit) @ down.t())
+        gate, up = linear(x, gate_up).chunk(2, dim=-1)
+        outputs.append(linear(swiglu(gate, up, limit), down))
     return torch.cat(outputs)
 
 
@@ -36,6 +37,8 @@ def sorted_slices(
     rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, limit: float | None = None
 ) -> Tensor:
     """The same products written straight into shared buffers, with a gradient by hand: no per-expert graph nodes."""
+    if is_quantised(gate_up_proj):
+        return loop(rows, counts, gate_up_proj, down_proj, limit)
     return _SortedSlices.apply(rows, gate_up_proj, down_proj, counts.tolist(), limit)
 
 
@@ -110,6 +113,7 @@ def _grouped_mm_takes(rows: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> 
     sizes = (gate_up_proj.shape[2], down_proj.shape[2])
     return (
         "grouped_mm" in vars(F)
+        and not is_quantised(gate_up_proj)
         and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and len(rows) > 0
         and not any(size * rows.element_size() % 16 for size in sizes)

@@ -1,7 +1,8 @@
-"""C++ kernels for float32 on a CPU, compiled at first use. Everything here has a path in plain torch that always works.
+"""C++ kernels for a CPU, compiled at first use. Everything here has a path in plain torch that always works.
 
 `experts.cpp` whole MoE layers and SwiGLUs, `linear.cpp` linear layers, `cross_entropy.cpp` the loss, on the products of
-`gemm.h`; `norm.cpp`, `rope.cpp`, `attention.cpp` what lies between.
+`gemm.h`, and of `matrix.h` where weights are blocks of bytes; all else is float32. `norm.cpp`, `rope.cpp`,
+`attention.cpp` what lies between.
 """
 
 from __future__ import annotations
@@ -34,8 +35,17 @@ def available() -> bool:
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels can take these tensors: plain float32 on the CPU, outside autocast."""
+    return _can_take((torch.float32,), tensors)
+
+
+def reads(*weights: Tensor) -> bool:
+    """Whether the kernels can multiply by these: as `usable`, or blocks of bytes (`model.quantised`)."""
+    return _can_take((torch.float32, torch.uint8), weights)
+
+
+def _can_take(kinds: tuple[torch.dtype, ...], tensors: tuple[Tensor, ...]) -> bool:
     for tensor in tensors:
-        if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+        if tensor.dtype not in kinds or tensor.device.type != "cpu":
             return False
         if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:  # such as distributed tensors
             return False

@@ -7,11 +7,14 @@
 
 #include "experts.h"
 #include "linear.h"
+#include "weights.h"
 
 namespace {
 
 using at::Tensor;
+using finemoe::bytes_apart;
 using finemoe::Experts;
+using finemoe::matrix;
 
 const float* numbers(const Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_cpu() && tensor.is_contiguous(), name,
@@ -48,18 +51,16 @@ Experts describe(const Tensor& states, const std::optional<Tensor>& order, const
                  const std::optional<Tensor>& counts, const std::optional<Tensor>& gates, const Tensor& gate,
                  const Tensor& up, const Tensor& down, double limit) {
   Experts x{};
-  TORCH_CHECK(states.dim() == 2 && down.dim() == 3, "states must be a matrix, down_weight one for each expert");
+  TORCH_CHECK(states.dim() == 2 && gate.dim() > 2 && down.dim() > 2,
+              "states must be a matrix, the weights one for each expert");
   x.states = numbers(states, "states");
   x.tokens = states.size(0), x.hidden = states.size(1);
-  x.gate_weight = stacked(gate, "gate_weight");
-  x.up_weight = stacked(up, "up_weight");
-  x.down_weight = numbers(down, "down_weight");
-  x.count = down.size(0), x.width = down.size(2);
-  x.up_stride = gate.stride(0);
-  TORCH_CHECK(gate.sizes() == up.sizes() && (x.count < 2 || up.stride(0) == gate.stride(0)) &&
-                  gate.size(0) == x.count && gate.size(1) == x.width && gate.size(2) == x.hidden &&
-                  down.size(1) == x.hidden,
-              "the shapes of gate_weight, up_weight, down_weight and states do not go together");
+  x.count = down.size(0), x.width = gate.size(1);
+  x.gate_weight = matrix(gate, "gate_weight", {x.count, x.width}, x.hidden);
+  x.up_weight = matrix(up, "up_weight", {x.count, x.width}, x.hidden);
+  x.down_weight = matrix(down, "down_weight", {x.count, x.hidden}, x.width);
+  x.up_stride = bytes_apart(gate), x.down_stride = bytes_apart(down);
+  TORCH_CHECK(x.count < 2 || up.stride(0) == gate.stride(0), "gate_weight and up_weight must be laid out alike");
   x.limit = static_cast<float>(limit);
   x.k = 1;
   x.begin.assign(1, 0);
@@ -104,6 +105,8 @@ void experts_backward(const Tensor& grad, const Tensor& gate_up, const Tensor& s
       const_cast<float*>(stacked(grad_gate, "grad_gate")), const_cast<float*>(stacked(grad_up, "grad_up")),
       writable(grad_down, "grad_down")};
   const Experts x = describe(states, order, slots, counts, gates, gate, up, down, limit);
+  TORCH_CHECK(gate.scalar_type() == at::kFloat && down.scalar_type() == at::kFloat && down.is_contiguous(),
+              "only float32 weights have gradients");
   check_size(gate_up, "gate_up", x.rows() * 2 * x.width), check_size(grad, "grad", x.tokens * x.hidden);
   check_size(grad_states, "grad_states", x.tokens * x.hidden), check_size(grad_gates, "grad_gates", x.tokens * x.k);
   check_size(grad_down, "grad_down", down.numel());
@@ -120,9 +123,9 @@ void check_linear(const Tensor& x, const Tensor& weight, const Tensor& out) {
 }
 
 void linear_forward(const Tensor& x, const Tensor& weight, Tensor out) {
-  check_linear(x, weight, out);
-  finemoe::linear_forward(x.size(0), weight.size(0), x.size(1), numbers(x, "x"), numbers(weight, "weight"),
-                          writable(out, "out"));
+  TORCH_CHECK(x.dim() == 2 && out.dim() == 2 && x.size(0) == out.size(0), "x and its product must be matrices");
+  finemoe::linear_forward(x.size(0), out.size(1), x.size(1), numbers(x, "x"),
+                          matrix(weight, "weight", {out.size(1)}, x.size(1)), writable(out, "out"));
 }
 
 void linear_grad_input(const Tensor& grad, const Tensor& weight, Tensor out) {

@@ -78,7 +78,7 @@ double cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const a
   if (out_weight && tokens == 0) std::memset(out_weight, 0, vocab * shared * sizeof(float));
   for (int64_t first = 0; first < tokens; first += chunk) {
     const int64_t rows = std::min(chunk, tokens - first);
-    linear_forward(rows, vocab, shared, x + first * shared, w, scores.get());
+    linear_forward(rows, vocab, shared, x + first * shared, floats(w, shared), scores.get());
     share_range(rows, 4, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r)
         losses[first + r] = softmax_gradient(scores.get() + r * vocab, vocab, target[first + r],

@@ -9,6 +9,7 @@
 #include "linear.h"
 #include "norm.h"
 #include "rope.h"
+#include "weights.h"
 
 namespace {
 
@@ -25,14 +26,15 @@ const float* numbers(const Tensor& tensor, const char* name) {
 }
 
 struct Weight {
-  const float *base, *bias;
+  Matrix matrix;
+  const float* bias;
   int64_t outputs, inputs;
 };
 
-Weight weight(const Tensor& tensor, const char* name, const Optional& bias = {}) {
-  TORCH_CHECK(tensor.dim() == 2, name, " must be a matrix");
+Weight weight(const Tensor& tensor, const char* name, int64_t inputs, const Optional& bias = {}) {
+  TORCH_CHECK(tensor.dim() > 1, name, " must be a matrix");
   TORCH_CHECK(!bias || bias->numel() == tensor.size(0), "the bias of ", name, " has another size");
-  return {numbers(tensor, name), bias ? numbers(*bias, "bias") : nullptr, tensor.size(0), tensor.size(1)};
+  return {matrix(tensor, name, {tensor.size(0)}, inputs), bias ? numbers(*bias, "bias") : nullptr, tensor.size(0), inputs};
 }
 
 // Rows of x through several weights, results side by side in rows of `out`; all threads read one part of each.
@@ -50,7 +52,7 @@ void project(const float* x, int64_t stride, int64_t rows, std::initializer_list
       for (int64_t j = std::max(first, start); j < std::min(last, start + w.outputs); j += kPart) {
         const int64_t count = std::min({kPart, last - j, start + w.outputs - j});
         for (int64_t r = 0; r < rows; ++r) result[r] = out + r * all + j;
-        few_rows(in, rows, w.base + (j - start) * inputs, count, inputs, result);
+        few_rows(in, rows, w.matrix.row(j - start), count, inputs, result);
         for (int64_t r = 0; w.bias && r < rows; ++r)
           for (int64_t i = 0; i < count; ++i) result[r][i] += w.bias[j - start + i];
       }
@@ -112,10 +114,10 @@ Heads cache_heads(const Tensor& cache, const Optional& index, const char* name, 
   return {cache.mutable_data_ptr<float>(), cache.stride(0), cache.stride(1), cache.stride(2)};
 }
 
-void output(const float* mixed, int64_t rows, const Tensor& o_proj, Tensor& out) {
-  const Weight o = weight(o_proj, "o_proj");
+void output(const float* mixed, int64_t rows, int64_t width, const Tensor& o_proj, Tensor& out) {
+  const Weight o = weight(o_proj, "o_proj", width);
   TORCH_CHECK(out.numel() == rows * o.outputs, "out does not fit o_proj");
-  project(mixed, o.inputs, rows, {o}, const_cast<float*>(numbers(out, "out")));
+  project(mixed, width, rows, {o}, const_cast<float*>(numbers(out, "out")));
 }
 
 }  // namespace
@@ -128,17 +130,16 @@ void decode_grouped_query(const Tensor& hidden, const Tensor& q_proj, const Tens
                           Tensor values, double scale, const Tensor& o_proj, const Tensor& cosine, const Tensor& sine,
                           const Tensor& positions, const Optional& index, Tensor out) {
   const Tokens tokens(hidden, positions, cosine, sine, interleaved, index ? index->size(1) : keys.size(2));
-  const Weight q = weight(q_proj, "q_proj", q_bias), k = weight(k_proj, "k_proj", k_bias);
-  const Weight v = weight(v_proj, "v_proj", v_bias);
-  const int64_t rows = tokens.count(), inputs = hidden.size(2), stride = q.outputs + k.outputs + v.outputs;
+  const int64_t rows = tokens.count(), inputs = hidden.size(2);
+  const Weight q = weight(q_proj, "q_proj", inputs, q_bias), k = weight(k_proj, "k_proj", inputs, k_bias);
+  const Weight v = weight(v_proj, "v_proj", inputs, v_bias);
+  const int64_t stride = q.outputs + k.outputs + v.outputs;
   Attention x{};
   x.batch = tokens.batch, x.queries = tokens.seq, x.keys = tokens.keys, x.kv_heads = keys.size(1);
   x.width = x.value_width = keys.size(3);
   x.heads = q.outputs / x.width;
-  TORCH_CHECK(q.inputs == inputs && k.inputs == inputs && v.inputs == inputs && k.outputs == x.kv_heads * x.width &&
-                  v.outputs == k.outputs && q.outputs == x.heads * x.width && x.heads % x.kv_heads == 0 &&
-                  2 * tokens.pairs <= x.width && values.sizes() == keys.sizes() &&
-                  o_proj.size(1) == q.outputs,
+  TORCH_CHECK(k.outputs == x.kv_heads * x.width && v.outputs == k.outputs && q.outputs == x.heads * x.width &&
+                  x.heads % x.kv_heads == 0 && 2 * tokens.pairs <= x.width && values.sizes() == keys.sizes(),
               "the shapes of hidden, weights and cache do not go together");
   x.key = cache_heads(keys, index, "keys", x.batch), x.value = cache_heads(values, index, "values", x.batch);
   const Buffer made = buffer(rows * stride), mixed = buffer(rows * q.outputs);
@@ -159,7 +160,7 @@ void decode_grouped_query(const Tensor& hidden, const Tensor& q_proj, const Tens
   x.last = tokens.last.data();
   x.scale = static_cast<float>(scale);
   attention_forward(x);
-  output(mixed.get(), rows, o_proj, out);
+  output(mixed.get(), rows, q.outputs, o_proj, out);
 }
 
 namespace {
@@ -211,14 +212,14 @@ void decode_latent(const Tensor& hidden, const Optional& q_down_proj, const Opti
                    const Tensor& sine, const Tensor& positions, const Optional& index, Tensor out) {
   TORCH_CHECK(states.dim() == 3, "states must be [batch, capacity, width]");
   const Tokens tokens(hidden, positions, cosine, sine, interleaved, index ? index->size(1) : states.size(1));
-  const Weight first = weight(q_down_proj ? *q_down_proj : q_proj, "query projection"), q = weight(q_proj, "q_proj");
-  const Weight down = weight(kv_down_proj, "kv_down_proj"), up = weight(kv_up_proj, "kv_up_proj");
-  const int64_t rows = tokens.count(), latent = kv_norm.numel(), rotary = 2 * tokens.pairs;
+  const int64_t rows = tokens.count(), inputs = hidden.size(2), latent = kv_norm.numel(), rotary = 2 * tokens.pairs;
+  const Weight first = weight(q_down_proj ? *q_down_proj : q_proj, "query projection", inputs);
+  const Weight q = weight(q_proj, "q_proj", q_down_proj ? first.outputs : inputs);
+  const Weight down = weight(kv_down_proj, "kv_down_proj", inputs), up = weight(kv_up_proj, "kv_up_proj", latent);
   const int64_t plain = q.outputs / heads - rotary, value = up.outputs / heads - plain;
-  TORCH_CHECK(first.inputs == hidden.size(2) && down.inputs == hidden.size(2) && down.outputs == latent + rotary &&
-                  q.inputs == (q_down_proj ? first.outputs : hidden.size(2)) && up.inputs == latent &&
+  TORCH_CHECK(down.outputs == latent + rotary && up.matrix.format == Format::kFloat &&
                   q.outputs == heads * (plain + rotary) && up.outputs == heads * (plain + value) && plain > 0 &&
-                  value > 0 && states.size(2) == down.outputs && o_proj.size(1) == heads * value,
+                  value > 0 && states.size(2) == down.outputs,
               "the shapes of hidden, weights and cache do not go together");
   const int64_t stride = first.outputs + down.outputs;
   const Buffer made = buffer(rows * stride), compressed = buffer(q_down_proj ? rows * q.outputs : 0);
@@ -241,7 +242,7 @@ void decode_latent(const Tensor& hidden, const Optional& q_down_proj, const Opti
     tokens.turn(t, fresh + latent);
     std::copy_n(fresh, x.width, x.key.at(t / x.queries, 0, tokens.place[t]));
   }
-  const Absorbed absorbed{tokens, heads, plain, rotary, latent, value, up.base};
+  const Absorbed absorbed{tokens, heads, plain, rotary, latent, value, up.matrix.floats()};
   const Buffer queries = buffer(rows * heads * x.width), mixed = buffer(rows * heads * latent);
   const Buffer result = buffer(rows * heads * value);
   absorbed.queries(query, query_stride, queries.get());
@@ -251,7 +252,7 @@ void decode_latent(const Tensor& hidden, const Optional& q_down_proj, const Opti
   x.scale = static_cast<float>(scale);
   attention_forward(x);
   absorbed.values(mixed.get(), result.get());
-  output(result.get(), rows, o_proj, out);
+  output(result.get(), rows, heads * value, o_proj, out);
 }
 
 }  // namespace finemoe

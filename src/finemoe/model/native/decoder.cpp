@@ -14,6 +14,7 @@
 #include "linear.h"
 #include "norm.h"
 #include "routing.h"
+#include "weights.h"
 
 namespace {
 
@@ -113,14 +114,14 @@ void attend(Parts& parts, Pass& pass) {
 }
 
 Experts experts(const Pass& pass, const Tensor& gate_up, const Tensor& down, double limit) {
-  TORCH_CHECK(down.dim() == 3, "down_proj must be one matrix for each expert");
+  TORCH_CHECK(gate_up.dim() > 2 && down.dim() > 2, "weights must be one matrix for each expert");
   Experts x{};
-  x.tokens = pass.rows, x.hidden = pass.width, x.count = down.size(0), x.width = down.size(2), x.k = 1;
+  x.tokens = pass.rows, x.hidden = pass.width, x.count = down.size(0), x.width = gate_up.size(1) / 2, x.k = 1;
   x.states = pass.normed.const_data_ptr<float>();
-  x.gate_weight = numbers(gate_up, "gate_up_proj", x.count * 2 * x.width * x.hidden);
-  x.up_weight = x.gate_weight + x.width * x.hidden;
-  x.up_stride = 2 * x.width * x.hidden;
-  x.down_weight = numbers(down, "down_proj", x.count * x.width * x.hidden);
+  x.gate_weight = matrix(gate_up, "gate_up_proj", {x.count, 2 * x.width}, x.hidden);
+  x.up_weight = x.gate_weight.row(x.width);
+  x.down_weight = matrix(down, "down_proj", {x.count, x.hidden}, x.width);
+  x.up_stride = bytes_apart(gate_up), x.down_stride = bytes_apart(down);
   x.limit = static_cast<float>(limit);
   x.begin.assign(1, 0);
   return x;
@@ -131,11 +132,11 @@ std::unique_ptr<float[]> buffer(int64_t count) { return std::unique_ptr<float[]>
 void dense(Parts& parts, const Pass& pass, float* out) {
   const Tensor gate = parts.tensor(), up = parts.tensor(), down = parts.tensor();
   Experts x{};
-  x.tokens = pass.rows, x.hidden = pass.width, x.count = 1, x.width = down.size(1), x.k = 1;
+  x.tokens = pass.rows, x.hidden = pass.width, x.count = 1, x.width = gate.size(0), x.k = 1;
   x.states = pass.normed.const_data_ptr<float>();
-  x.gate_weight = numbers(gate, "gate_proj", x.width * x.hidden);
-  x.up_weight = numbers(up, "up_proj", x.width * x.hidden);
-  x.down_weight = numbers(down, "down_proj", x.width * x.hidden);
+  x.gate_weight = matrix(gate, "gate_proj", {x.width}, x.hidden);
+  x.up_weight = matrix(up, "up_proj", {x.width}, x.hidden);
+  x.down_weight = matrix(down, "down_proj", {x.hidden}, x.width);
   x.limit = static_cast<float>(parts.real());
   x.begin = {0, x.tokens};
   experts_forward(x, buffer(x.tokens * 2 * x.width).get(), out);
@@ -165,7 +166,7 @@ Tensor mixture(Parts& parts, Pass& pass) {
   dense(parts, pass, shared.get());
   if (const Optional weight = parts.perhaps()) {
     Tensor gate = at::empty({pass.rows, 1}, at::kFloat);
-    linear_forward(pass.rows, 1, pass.width, x.states, numbers(*weight, "shared_gate", pass.width),
+    linear_forward(pass.rows, 1, pass.width, x.states, floats(numbers(*weight, "shared_gate", pass.width), pass.width),
                    gate.mutable_data_ptr<float>());
     gate = gate.sigmoid();
     for (int64_t i = 0; i < pass.rows; ++i)
@@ -175,11 +176,13 @@ Tensor mixture(Parts& parts, Pass& pass) {
   return routes.counts;
 }
 
-// What the kernels can take: all numbers float32, all counts int64, here and in one piece.
+// What the kernels can take: all numbers float32 or blocks of bytes, all counts int64, here and in one piece.
 bool plain(const Optionals& tensors) {
-  for (const Optional& tensor : tensors)
-    if (tensor && !(tensor->is_cpu() && (tensor->scalar_type() == at::kFloat || tensor->scalar_type() == at::kLong)))
-      return false;
+  for (const Optional& tensor : tensors) {
+    if (!tensor) continue;
+    const at::ScalarType kind = tensor->scalar_type();
+    if (!tensor->is_cpu() || (kind != at::kFloat && kind != at::kLong && kind != at::kByte)) return false;
+  }
   return true;
 }
 

@@ -58,20 +58,17 @@ void gather_sum(const Experts& x, const float* rows, const float* weights, float
 
 void forward_piece(const Experts& x, const Piece& piece, float* gate_up, float* output) {
   const int64_t rows = piece.last - piece.first, e = piece.expert;
-  const float* gate_weight = x.gate_weight + e * x.up_stride;
-  const float* up_weight = x.up_weight + e * x.up_stride;
-  const float* down_weight = x.down_weight + e * x.hidden * x.width;
   const Buffer activated = buffer(rows * x.width);
   const PackRows states{token_rows(x, x.states, piece.first)};
   float* gate = gate_up + piece.first * 2 * x.width;
-  gemm(rows, x.width, x.hidden, states, PackTransposed{gate_weight, x.hidden}, gate, 2 * x.width, false);
-  gemm(rows, x.width, x.hidden, states, PackTransposed{up_weight, x.hidden}, gate + x.width, 2 * x.width, false);
+  times_transposed(rows, x.width, x.hidden, states, x.gate(e), gate, 2 * x.width);
+  times_transposed(rows, x.width, x.hidden, states, x.up(e), gate + x.width, 2 * x.width);
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = gate + r * 2 * x.width;
     swiglu_row(row, row + x.width, x.width, x.limit, activated.get() + r * x.width);
   }
-  gemm(rows, x.hidden, x.width, PackRows{{activated.get(), x.width}}, PackTransposed{down_weight, x.width},
-       output + piece.first * x.hidden, x.hidden, false);
+  times_transposed(rows, x.hidden, x.width, PackRows{{activated.get(), x.width}}, x.down(e),
+                   output + piece.first * x.hidden, x.hidden);
 }
 
 struct Flows {
@@ -85,7 +82,7 @@ void backward_piece(const Experts& x, const Piece& piece, const float* gate_up, 
   const int64_t rows = piece.last - piece.first, e = piece.expert;
   const Buffer flow = buffer(rows * x.width);
   gemm(rows, x.width, x.hidden, PackRows{token_rows(x, grad, piece.first)},
-       PackStraight{{x.down_weight + e * x.hidden * x.width, x.width}}, flow.get(), x.width, false);
+       PackStraight{{x.down(e).floats(), x.width}}, flow.get(), x.width, false);
   float* flow_gate = flows.gate_up + piece.first * 2 * x.width;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = piece.first + r, assignment = x.order ? x.order[row] : row;
@@ -100,9 +97,9 @@ void backward_piece(const Experts& x, const Piece& piece, const float* gate_up, 
   float* out = flows.states + piece.first * x.hidden;
   const int64_t stride = x.hidden;
   gemm(rows, x.hidden, x.width, PackRows{{flow_gate, 2 * x.width}},
-       PackStraight{{x.gate_weight + e * x.up_stride, x.hidden}}, out, stride, false);
+       PackStraight{{x.gate(e).floats(), x.hidden}}, out, stride, false);
   gemm(rows, x.hidden, x.width, PackRows{{flow_gate + x.width, 2 * x.width}},
-       PackStraight{{x.up_weight + e * x.up_stride, x.hidden}}, out, stride, true);
+       PackStraight{{x.up(e).floats(), x.hidden}}, out, stride, true);
 }
 
 // Rows [from, to) of an expert's weight gradients: of the gate, then up, then (transposed in meaning) down projection.
@@ -114,7 +111,7 @@ void weight_gradient(const Experts& x, const WeightTask& task, const float* grad
                      const Flows& flows) {
   const int64_t e = task.expert, first = x.begin[e], rows = x.begin[e + 1] - first, height = task.to - task.from;
   if (task.matrix < 2) {
-    float* out = (task.matrix ? wanted.up_weight : wanted.gate_weight) + e * x.up_stride + task.from * x.hidden;
+    float* out = (task.matrix ? wanted.up_weight : wanted.gate_weight) + e * x.up_stride / static_cast<int64_t>(sizeof(float)) + task.from * x.hidden;
     const float* flow = flows.gate_up + first * 2 * x.width + task.matrix * x.width + task.from;
     const int64_t left = (2 - task.matrix) * x.width - task.from;
     gemm(height, x.hidden, rows, PackColumns{{flow, 2 * x.width}, left}, PackStraight{token_rows(x, x.states, first)}, out,
@@ -155,8 +152,8 @@ void forward_few(const Experts& x, float* gate_up, float* output) {
       gate[r] = gate_up + (first + r) * 2 * x.width + j;
       up[r] = gate[r] + x.width;
     }
-    few_rows(in, rows, x.gate_weight + e * x.up_stride + j * x.hidden, n, x.hidden, gate);
-    few_rows(in, rows, x.up_weight + e * x.up_stride + j * x.hidden, n, x.hidden, up);
+    few_rows(in, rows, x.gate(e).row(j), n, x.hidden, gate);
+    few_rows(in, rows, x.up(e).row(j), n, x.hidden, up);
     for (int64_t r = 0; r < rows; ++r)
       swiglu_row(gate[r], up[r], n, x.limit, activated.get() + (first + r) * x.width + j);
   });
@@ -169,7 +166,7 @@ void forward_few(const Experts& x, float* gate_up, float* output) {
       in[r] = activated.get() + (first + r) * x.width;
       out[r] = output + (first + r) * x.hidden + j;
     }
-    few_rows(in, rows, x.down_weight + e * x.hidden * x.width + j * x.width, n, x.width, out);
+    few_rows(in, rows, x.down(e).row(j), n, x.width, out);
   });
 }
 

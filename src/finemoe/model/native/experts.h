@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "matrix.h"
+
 namespace finemoe {
 
 struct Experts {
@@ -15,13 +17,20 @@ struct Experts {
   int64_t k;
   std::vector<int64_t> begin;  // [count + 1] first row of each expert
   const float* gates;          // [tokens * k]; null: every weight is 1
-  const float* gate_weight;    // of expert 0: [width, hidden]
-  const float* up_weight;
-  int64_t up_stride;         // numbers between the gate (or up) weights of two experts
-  const float* down_weight;  // [count, hidden, width]
+  Matrix gate_weight;          // of expert 0: [width, hidden]
+  Matrix up_weight;
+  int64_t up_stride;    // bytes between the gate (or up) weights of two experts
+  Matrix down_weight;   // of expert 0: [hidden, width]
+  int64_t down_stride;  // bytes
   float limit;
 
   int64_t rows() const { return begin.back(); }
+  Matrix gate(int64_t expert) const { return of(gate_weight, expert * up_stride); }
+  Matrix up(int64_t expert) const { return of(up_weight, expert * up_stride); }
+  Matrix down(int64_t expert) const { return of(down_weight, expert * down_stride); }
+
+ private:
+  static Matrix of(Matrix first, int64_t bytes) { return {first.base + bytes, first.stride, first.format}; }
 };
 
 // gate_up [rows, 2 width] is kept for the backward pass; output [tokens, hidden].

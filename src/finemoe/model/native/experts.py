@@ -28,12 +28,12 @@ def experts(
         slots: [tokens · k] the row of each assignment, -1 where dropped; None with `order`.
         counts: [experts] rows of each expert.
         gates: [tokens, k]; None with `order`.
-        gate_up_proj: [experts, 2 · width, hidden]; down_proj: [experts, hidden, width].
+        gate_up_proj: [experts, 2 · width, hidden]; down_proj: [experts, hidden, width]; or blocks of them.
         limit: of the SwiGLU.
     """
     states, gates = states.contiguous(), None if gates is None else gates.contiguous()
     gate_up_proj, down_proj = gate_up_proj.contiguous(), down_proj.contiguous()
-    width = down_proj.shape[2]
+    width = gate_up_proj.shape[1] // 2
     gate, up = gate_up_proj[:, :width], gate_up_proj[:, width:]
     index = (order, slots, counts)
     bound = math.inf if limit is None else limit
@@ -66,7 +66,7 @@ def _forward(
     states: Tensor, index: Index, gates: Tensor | None, gate: Tensor, up: Tensor, down: Tensor, limit: float
 ) -> tuple[Tensor, Tensor]:
     rows = len(states) if index[0] is None else len(index[0])
-    gate_up, output = states.new_empty(rows, 2 * down.shape[2]), torch.empty_like(states)
+    gate_up, output = states.new_empty(rows, 2 * gate.shape[1]), torch.empty_like(states)
     torch.ops.finemoe.experts_forward(states, *index, gates, gate, up, down, limit, gate_up, output)
     return output, gate_up
 

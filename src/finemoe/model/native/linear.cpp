@@ -1,6 +1,5 @@
 #include "linear.h"
 
-#include "gemm.h"
 #include "parallel.h"
 
 namespace finemoe {
@@ -21,11 +20,10 @@ void share_tiles(int64_t m, int64_t n, const Work& work) {
 
 }  // namespace
 
-void linear_forward(int64_t rows, int64_t n, int64_t shared, const float* x, const float* weight, float* out) {
+void linear_forward(int64_t rows, int64_t n, int64_t shared, const float* x, const Matrix& weight, float* out) {
   if (rows >= kFewRows) {
     share_tiles(rows, n, [&](int64_t i, int64_t height, int64_t j, int64_t width) {
-      gemm(height, width, shared, PackRows{{x + i * shared, shared}}, PackTransposed{weight + j * shared, shared},
-           out + i * n + j, n, false);
+      times_transposed(height, width, shared, PackRows{{x + i * shared, shared}}, weight.row(j), out + i * n + j, n);
     });
     return;
   }
@@ -36,7 +34,7 @@ void linear_forward(int64_t rows, int64_t n, int64_t shared, const float* x, con
       in[r] = x + r * shared;
       result[r] = out + r * n + first;
     }
-    few_rows(in, rows, weight + first * shared, last - first, shared, result);
+    few_rows(in, rows, weight.row(first), last - first, shared, result);
   });
 }
 

@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 
 
 def linear(states: Tensor, weight: Tensor) -> Tensor:
-    """`states [..., in]` times `weight [out, in]` transposed: `[..., out]`."""
-    flat, weight = states.reshape(-1, weight.shape[1]).contiguous(), weight.contiguous()
+    """`states [..., in]` times `weight [out, in]`, or blocks of it, transposed: `[..., out]`."""
+    flat, weight = states.reshape(-1, states.shape[-1]).contiguous(), weight.contiguous()
     if torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad):
         output: Tensor = _Linear.apply(flat, weight)
     else:

@@ -1,0 +1,125 @@
+"""Making a model small: large products in blocks of 8 or 4 bits, made part by part and written as they come."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finemoe.checkpoint.gguf.opening import open_gguf
+from finemoe.checkpoint.gguf.tokenizer import companions_of
+from finemoe.checkpoint.huggingface.importing import companion_of
+from finemoe.checkpoint.kinds import kind_of
+from finemoe.checkpoint.open import load_tokenizer, parts_of, stored_small, text_home
+from finemoe.checkpoint.storage.layout import TensorSpec
+from finemoe.checkpoint.storage.workspace import check_apart, check_free, fingerprint, workspace
+from finemoe.checkpoint.weights.exportable import open_exportable
+from finemoe.checkpoint.weights.imported import ImportedWriter
+from finemoe.checkpoint.weights.shapes import model_shapes
+from finemoe.checkpoint.weights.small import Bits, formats_for, small_shape
+from finemoe.core.errors import CheckpointError, ConfigError
+from finemoe.core.logs import progress
+from finemoe.model.config import ModelConfig
+from finemoe.model.quantised.blocks import Format
+from finemoe.model.quantised.making import quantise
+from finemoe.text.files import COMPANIONS
+
+BITS: tuple[Bits, ...] = ("int8", "int4")
+
+
+def quantize(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], weights: Bits = "int8", *, quiet: bool = False
+) -> dict[str, Any]:
+    """Make a folder of `model` with its large products in blocks of 8 or 4 bits, which opens where it lies.
+
+    Blocks are those of GGUF's Q8_0 and Q4_0: 32 numbers of a row share a scale. Routers, norms and latents stay what
+    they are, and words in and out keep 8 bits. One part of a tensor is held at a time. `out` is used, served and
+    evaluated like any model; what is trained from it begins with the numbers that the blocks stand for.
+
+    Args:
+        model: a run, a checkpoint of one, an imported or a Hugging Face folder, a GGUF file; never written to.
+        out: folder to make; it appears when all is done, and an interrupted call goes on where it was.
+        weights: "int8" or "int4".
+        quiet: no progress on stderr.
+
+    Returns:
+        What `finemoe quantize --json` prints.
+
+    Raises:
+        ConfigError: `weights` is neither, or a number that no block can hold.
+        CheckpointError: nothing to open, it is small already, or `out` exists; nothing was written.
+        RunError: the disk is full or unwritable.
+    """
+    started, model = time.monotonic(), Path(model)
+    if weights not in BITS:
+        raise ConfigError(f"weights must be one of {', '.join(BITS)}, not {weights!r}")
+    kind = kind_of(model)
+    check_apart(model, out)
+    place = check_free(Path(out))
+    if stored_small(model):
+        raise CheckpointError(
+            f"{model} has products in blocks already and opens small as it is; rounding twice loses more: quantize the "
+            "model that it was made of, or what `finemoe import` makes of it, if there is none"
+        )
+    config, stored, parts = parts_of(model, kind)
+    formats, shapes = formats_for(weights, stored), model_shapes(config)
+    specs = [_spec(name, shape, stored[name], formats.get(name)) for name, shape in shapes.items()]
+    numbers = sum(map(math.prod, shapes.values()))
+    nbytes = sum(spec.nbytes for spec in specs)
+    mark = fingerprint("quantize", [], {}, [str(model.resolve()), weights])
+    with workspace(place, mark, nbytes, tensors=len(specs)) as folder, ImportedWriter(folder, specs, []) as writer:
+        with nullcontext(lambda _: None) if quiet else progress("quantising", numbers, "numbers") as advance:
+            for name, index, tensor in parts:
+                if writer.weights.facts(name, index) is None:
+                    made = quantise(tensor, formats[name]) if name in formats else tensor.to(stored[name])
+                    writer.weights.write(name, made, index)
+                advance(tensor.numel())
+        _finish(writer, _with_length(config, model, kind), model, weights, quiet)
+    return {
+        "source": str(model),
+        "weights": weights,
+        "tensors": len(specs),
+        "small": len(formats),
+        "bytes": nbytes,
+        "bytes_before": sum(_spec(name, shape, stored[name], None).nbytes for name, shape in shapes.items()),
+        "path": str(place),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _spec(name: str, shape: tuple[int, ...], stored: torch.dtype, kind: Format | None) -> TensorSpec:
+    return (
+        TensorSpec(name, stored, shape)
+        if kind is None
+        else TensorSpec(name, torch.uint8, small_shape(name, shape, kind))
+    )
+
+
+def _finish(writer: ImportedWriter, config: ModelConfig, model: Path, weights: Bits, quiet: bool) -> None:
+    tokenizer = load_tokenizer(model)
+    ends = {"eos_token_id": list(tokenizer.stop_ids)} if tokenizer.stop_ids else {}
+    record = {"config": {"quantised": {"model": str(model), "weights": weights}, **ends}, "tensors": {}}
+    about = {"family": "quantised", "format": weights}
+    writer.finish(config, about, record, _companions(model), quiet=quiet)
+
+
+def _companions(model: Path) -> Mapping[str, bytes]:
+    """Tokenizer, chat template and the like, as they are."""
+    if kind_of(model) == "gguf":
+        file = open_gguf(model)
+        return companions_of(file.metadata, str(file.path))[0]
+    home = text_home(model)
+    return {name: companion_of(home, name) for name in COMPANIONS if (home / name).exists()}
+
+
+def _with_length(config: ModelConfig, model: Path, kind: str) -> ModelConfig:
+    """A run knows from its data how long a sequence may be; what is made of it can only know it from its model."""
+    if config.max_positions is not None or kind != "run":
+        return config
+    return config.model_copy(update={"max_positions": open_exportable(model).max_positions})

@@ -1,0 +1,76 @@
+"""Numbers as blocks of few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from finemoe.core.errors import ConfigError
+from finemoe.model.quantised.blocks import Format
+
+
+def quantise(values: Tensor, kind: Format) -> Tensor:
+    """`values [..., columns]` as blocks `[..., blocks, bytes]` of Q8_0 or Q4_0; other formats are only read.
+
+    Q8_0: the largest number of a block is 127 steps. Q4_0 has eight steps on one side of zero and seven on the other:
+    of several scales around the one that maps the largest number to a whole step, the one with the least squares wins.
+
+    Raises:
+        ConfigError: a number that is none, or too large for a scale in float16.
+    """
+    make = _MAKERS[kind.name]
+    rows = values.detach().float().reshape(-1, values.shape[-1])
+    filled = -(-rows.shape[1] // kind.size) * kind.size
+    blocks = torch.nn.functional.pad(rows, (0, filled - rows.shape[1])).view(-1, kind.size)
+    made = torch.cat([make(part) for part in blocks.split(_PIECE)]) if len(blocks) else blocks.new_empty(0)
+    return made.to(torch.uint8).view(*values.shape[:-1], filled // kind.size, kind.bytes)
+
+
+_PIECE = 1 << 16
+"""Blocks that are made at once: several copies of them are held meanwhile."""
+_TRIED = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 1.03, 1.06)
+"""Scales of Q4_0, as shares of the one that maps the largest number to a whole step; the first of equally good wins."""
+
+
+def _to_q8_0(blocks: Tensor) -> Tensor:
+    scale = _half(blocks.abs().amax(dim=1, keepdim=True) / 127)
+    steps = _steps(blocks, scale).clamp_(-127, 127)
+    return torch.cat((_bytes(scale), steps.to(torch.int8).view(torch.uint8)), dim=1)
+
+
+def _to_q4_0(blocks: Tensor) -> Tensor:
+    largest = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
+    best = scale = _half(largest / -8)
+    least = torch.full_like(largest, torch.inf)
+    for share in _TRIED:
+        scale = _half(largest / (-8 * share))
+        steps = _steps(blocks, scale).clamp_(-8, 7)
+        error = (steps * scale - blocks).square().sum(dim=1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    steps = (_steps(blocks, best).clamp_(-8, 7) + 8).to(torch.uint8)
+    return torch.cat((_bytes(best), steps[:, :16] | steps[:, 16:] << 4), dim=1)
+
+
+def _steps(blocks: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 0, blocks / scale).round_()
+
+
+def _half(scale: Tensor) -> Tensor:
+    """Scales as float16 has them, in float32.
+
+    Raises:
+        ConfigError: one that it cannot have.
+    """
+    rounded = scale.half().float()
+    if not bool(rounded.isfinite().all()):
+        raise ConfigError("a weight is no finite number, or too large for the float16 scale of its block")
+    return rounded
+
+
+def _bytes(scale: Tensor) -> Tensor:
+    return scale.half().view(torch.uint8)
+
+
+_MAKERS: dict[str, Callable[[Tensor], Tensor]] = {"Q8_0": _to_q8_0, "Q4_0": _to_q4_0}

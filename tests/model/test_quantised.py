@@ -1,0 +1,98 @@
+"""Blocks of few bits against the package that defines them, and what quantising loses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from finemoe.core.errors import ConfigError
+from finemoe.model.quantised.blocks import FORMATS, Format, all_finite, dequantise, format_of
+from finemoe.model.quantised.making import quantise
+
+ALL = list(FORMATS.values())
+MADE = [FORMATS[name] for name in ("Q8_0", "Q4_0")]
+
+
+def drawn_blocks(kind: Format, *shape: int) -> Tensor:
+    """Any bytes, and scales that are numbers."""
+    data = torch.randint(0, 256, (*shape, kind.bytes), dtype=torch.uint8)
+    for first in kind.halves:
+        data[..., first : first + 2] = torch.randn(*shape, 1).half().view(torch.uint8)
+    return data
+
+
+def by_package(blocks: Tensor) -> Tensor:
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType[format_of(blocks).name]
+    return torch.from_numpy(gguf.quants.dequantize(blocks.flatten(-2).numpy(), kind))
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+def test_blocks_stand_for_what_the_package_says(kind: Format) -> None:
+    torch.manual_seed(0)
+    blocks = drawn_blocks(kind, 5, 3)
+    assert torch.equal(dequantise(blocks, 3 * kind.size), by_package(blocks))
+    stack = drawn_blocks(kind, 2, 5, 3)
+    cut = 3 * kind.size - 7
+    assert torch.equal(dequantise(stack, cut)[1], by_package(stack[1])[:, :cut])
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 100, 256])
+def test_eight_bits_are_within_half_a_step(columns: int) -> None:
+    torch.manual_seed(columns)
+    values = torch.randn(3, 4, columns)
+    values[0, 0] = 0
+    found = dequantise(quantise(values, FORMATS["Q8_0"]), columns)
+    step = torch.nn.functional.pad(values, (0, -columns % 32)).unflatten(-1, (-1, 32)).abs().amax(-1) / 127
+    allowed = (0.5 + 127 * 2**-11) * step.repeat_interleave(32, -1)[..., :columns]  # the scale is rounded, too
+    assert bool(((found - values).abs() <= allowed).all())
+    assert not found[0, 0].any()
+
+
+def test_four_bits_lose_less_than_by_the_package() -> None:
+    torch.manual_seed(0)
+    gguf = pytest.importorskip("gguf")
+    values = torch.randn(256, 64)
+    theirs = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType.Q4_0)
+    theirs = torch.from_numpy(gguf.quants.dequantize(theirs, gguf.GGMLQuantizationType.Q4_0))
+    ours = dequantise(quantise(values, FORMATS["Q4_0"]), 64)
+    by_block = [(one - values).view(-1, 32).square().sum(1) for one in (ours, theirs)]
+    assert bool((by_block[0] <= by_block[1] + 1e-5).all())
+    assert by_block[0].mean() < 0.95 * by_block[1].mean()
+
+
+@pytest.mark.parametrize("kind", MADE, ids=lambda kind: kind.name)
+def test_numbers_that_fit_come_back(kind: Format) -> None:
+    """What is a whole step of its block's scale, the largest one at an end."""
+    torch.manual_seed(0)
+    low, high = (-127, 127) if kind.name == "Q8_0" else (-8, 7)
+    steps = torch.randint(low, high + 1, (6, 96)).float()
+    steps[:, ::32] = low
+    assert torch.equal(dequantise(quantise(0.25 * steps, kind), 96), 0.25 * steps)
+
+
+@pytest.mark.parametrize("kind", MADE, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e9])
+def test_what_no_block_can_hold_is_refused(kind: Format, wrong: float) -> None:
+    values = torch.ones(2, 64)
+    values[1, 40] = wrong
+    with pytest.raises(ConfigError, match="no finite number, or too large for the float16 scale"):
+        quantise(values, kind)
+
+
+def test_blocks_of_unknown_bytes_or_of_other_rows_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"blocks of 35 bytes; known: 34 \(Q8_0\), 18 \(Q4_0\)"):
+        dequantise(torch.zeros(2, 1, 35, dtype=torch.uint8), 32)
+    with pytest.raises(ConfigError, match="rows of 2 blocks of Q8_0 are up to 64 numbers, not 65"):
+        dequantise(torch.zeros(2, 2, 34, dtype=torch.uint8), 65)
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+def test_scales_that_are_no_numbers_are_seen(kind: Format) -> None:
+    blocks = drawn_blocks(kind, 3, 2)
+    assert all_finite(blocks)
+    for first in kind.halves:
+        broken = blocks.clone()
+        broken[2, 1, first : first + 2] = torch.tensor([float("inf")]).half().view(torch.uint8)
+        assert not all_finite(broken)
