@@ -1,7 +1,7 @@
 """C++ kernels for float32 on a CPU, compiled at first use. Everything here has a path in plain torch that always works.
 
 `experts.cpp` whole MoE layers and SwiGLUs, `linear.cpp` linear layers, `cross_entropy.cpp` the loss, on the products of
-`gemm.h`; `norm.cpp`, `rope.cpp`, `attention.cpp` what lies between.
+`gemm.h`; `norm.cpp`, `rope.cpp`, `attention.cpp` what lies between; `adamw.cpp` the update of a training step.
 """
 
 from __future__ import annotations
