@@ -14,7 +14,7 @@ from torch import Tensor
 import finemoe
 from finemoe.checkpoint.run_state.state import MODEL, OPTIMIZER, read_part
 from finemoe.core import memory
-from finemoe.core.errors import ConfigError
+from finemoe.core.errors import ConfigError, RunError
 from finemoe.runs.config import read_config, resolve_run
 from finemoe.runs.footprint import footprint
 from finemoe.runs.planning.distribution import plan
@@ -125,3 +125,17 @@ def test_memory_disk_and_plan_count_four_bytes_a_parameter_less(
     refused = [finemoe.check(raw, quiet=True).refused for raw in raws]
     assert "memory" in refused[0][0]
     assert refused[1] == ()
+
+
+def test_where_moments_are_much_the_advice_names_them(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"hidden_size": 256, "num_layers": 4}
+    training = {"tokens_per_step": 16, "micro_batch_tokens": 16}
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    for table, told in ((BF16, False), ({"betas": [0.9, 0.999]}, False), ({"kind": "muon"}, False), ({}, True)):
+        raw = recipe(corpus, "dense", model={**model, "feed_forward": {"ffn_hidden_size": 4096}}, training=training)
+        raw["optimizer"] |= table
+        with pytest.raises(RunError, match="Try a smaller model") as found:
+            train(raw, out=tmp_path / "run", quiet=True)
+        assert ("optimizer.moments=bf16" in str(found.value)) == told, table

@@ -366,6 +366,7 @@ def _advice(config: RunConfig, found: Footprint, at_once: int, activations: bool
         advice.append("a shorter data.sequence_length or a smaller model")
     if found.before <= found.stepping:
         advice += [one.lower for one in found.kept if one.nbytes > found.needed / 20]
+        advice += ["optimizer.moments=bf16"] * (config.optimizer.may_be_smaller and found.optimizer > found.needed / 10)
     if fitting is not None:
         advice.insert(0, in_keys(fitting) + f" with {fitting.processes} processes, which fits")
     if at_once > 1:

@@ -53,6 +53,11 @@ class AdamWConfig(Config):
         """[bytes] The same: no parameter has more."""
         return self.state_bytes
 
+    @property
+    def may_be_smaller(self) -> bool:
+        """Whether `moments` could be bf16 and is not."""
+        return self.moments == "fp32" and max(self.betas) <= LARGEST_BETA
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         slow = [beta for beta in self.betas if beta > LARGEST_BETA]
@@ -95,6 +100,11 @@ class MuonConfig(Config):
     def most_state_bytes(self) -> int:
         """[bytes] Of AdamW's two moments, a parameter of those that are no matrix."""
         return 8
+
+    @property
+    def may_be_smaller(self) -> bool:
+        """Not by a key."""
+        return False
 
 
 Local = Callable[[Tensor], Tensor]
