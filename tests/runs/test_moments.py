@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import finemoe
+from finemoe.checkpoint.doctor.examine import examine
 from finemoe.checkpoint.run_state.state import MODEL, OPTIMIZER, read_part
 from finemoe.core import memory
 from finemoe.core.errors import ConfigError, RunError
@@ -42,6 +43,7 @@ def test_checkpoints_hold_them_in_two_bytes_and_weights_in_four(unbroken: Path) 
     assert {one.dtype for one in moments.values()} == {torch.bfloat16}
     assert {one.dtype for one in weights.values()} == {torch.float32}
     assert any(one.abs().max() > 0 for one in moments.values())
+    assert examine(unbroken, deep=True).problems == ()
     assert json.loads((unbroken / "config.json").read_text())["optimizer"]["moments"] == "bf16"
 
 
