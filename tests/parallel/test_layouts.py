@@ -22,6 +22,7 @@ CUTS = {
     "computed again": (Case(steps=4, recompute=True), Layout(shard=2, expert=2)),
     "tied": (Case(steps=4, mtp=0, tied=True), Layout(shard=4, expert=2)),
     "six experts on four": (Case(steps=4, num_experts=6), Layout(shard=4)),
+    "moments in bf16": (Case(steps=4, moments="bf16"), Layout(shard=2, expert=2)),
     "averaged": (Case(steps=4, average=True), Layout(shard=2)),
 }
 """Other ways through a step; the last is wrong."""

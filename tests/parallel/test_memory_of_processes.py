@@ -66,9 +66,10 @@ def held(raw: dict[str, Any]) -> tuple[int, int, int]:
         return tuple(sum(world.local(one).nbytes for one in found) for found in (parameters, gradients, moments))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_what_is_counted_is_what_the_fullest_process_holds(corpus: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "moments"), [*((name, "fp32") for name in LAYOUTS), ("shard", "bf16")])
+def test_what_is_counted_is_what_the_fullest_process_holds(corpus: Path, name: str, moments: str) -> None:
     raw, (size, _) = recipe(corpus, name), LAYOUTS[name]
+    raw = merge(raw, {"optimizer": {"moments": moments}})
     config = resolve_run(raw, "recipe")
     found = footprint(config, layout=config.parallel.layout(size))
     fullest = max(run(size, held, raw, met=False))

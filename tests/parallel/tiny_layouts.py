@@ -54,6 +54,7 @@ class Case:
     tied: bool = False
     recompute: bool = False
     num_experts: int = 8
+    moments: str = "fp32"
     average: bool = False
     """Gradients as FSDP leaves them unless it is told: the mean over processes."""
 
@@ -98,7 +99,8 @@ def trainer(case: Case, world: Any) -> Trainer:
         after_update=(MoveBiases(BalancingConfig(rate=0.01)),),
     )
     plan = Plan(case.steps, SEQUENCES, case.micro, torch.device("cpu"), bf16=False)
-    made = Trainer(model, method, OPTIMIZER, MultiStepConfig(warmup_share=0.1), plan, world=world)
+    optimizer = OPTIMIZER.model_copy(update={"moments": case.moments})
+    made = Trainer(model, method, optimizer, MultiStepConfig(warmup_share=0.1), plan, world=world)
     if case.average:
         for module in pieces(model):
             module.set_gradient_divide_factor(float(world.size))

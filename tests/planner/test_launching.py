@@ -133,6 +133,16 @@ def test_the_time_for_saving_follows_from_the_plan() -> None:
     assert shutdown_seconds(30, 1e15) == 60_000
 
 
+def test_moments_in_two_bytes_make_a_checkpoint_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "r.toml").write_text(RECIPE + "[training]\nsteps = 10\ntokens_per_step = 16384\n")
+    seen: list[float] = []
+    monkeypatch.setattr("finemoe.runs.planning.launching.shutdown_seconds", lambda step, saved: seen.append(saved) or 1)
+    for moments in ("fp32", "bf16"):
+        how: dict[str, Any] = {"nodes": 2, "gpus_per_node": 4, "out": "/data/run", "device": "h100"}
+        finemoe.launch("slurm", tmp_path / "r.toml", overrides=[f"optimizer.moments={moments}"], **how)
+    assert seen[1] * 12 == seen[0] * 8
+
+
 def test_words_of_the_cluster_are_single_words() -> None:
     with pytest.raises(ConfigError, match="--partition"):
         slurm(ODD, partition="a\n#SBATCH --mail")

@@ -65,6 +65,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "training": {"tokens_per_step": 256, "micro_batch_tokens": 256},
     },
 }
+MODELS["mostly weights, moments in bf16"] = {**MODELS["mostly weights"], "optimizer": {"moments": "bf16"}}
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="asks Linux for the height of a process")

@@ -38,8 +38,6 @@ _BESIDE = 1.25
 """Times what is kept: what is made and dropped on the way, and what lies unused between tensors."""
 _AT_ANY_RATE = 48 << 20
 """Of threads, libraries and buffers that the first step loads."""
-_STATE_OF = {"adamw": 8, "muon": 4}
-"""Bytes of optimizer state a parameter; Muon keeps a momentum alone, and AdamW's two for the few that are no matrix."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ def _places(config: RunConfig, bf16: bool, layout: Layout) -> list[_Place]:
 
 
 def _in_place(config: RunConfig, bf16: bool, place: _Place, whole: Mapping[str, tuple[int, ...]]) -> Footprint:
-    model, state = config.model, _STATE_OF.get(config.optimizer.kind, 8)
+    model, state = config.model, config.optimizer.state_bytes
     shapes, tokens = place.shapes(whole), place.setup.tokens
     moving = {name: shape for name, shape in shapes.items() if config.method.moves(name)}
     held: Held = config.trainable.held(moving, config.setting)
@@ -368,6 +366,7 @@ def _advice(config: RunConfig, found: Footprint, at_once: int, activations: bool
         advice.append("a shorter data.sequence_length or a smaller model")
     if found.before <= found.stepping:
         advice += [one.lower for one in found.kept if one.nbytes > found.needed / 20]
+        advice += ["optimizer.moments=bf16"] * (config.optimizer.may_be_smaller and found.optimizer > found.needed / 10)
     if fitting is not None:
         advice.insert(0, in_keys(fitting) + f" with {fitting.processes} processes, which fits")
     if at_once > 1:

@@ -57,10 +57,11 @@ def default_directory(name: str) -> Path:
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """What a run holds on disk at most: checkpoints kept and one being written, weights and two moments each."""
+    """What a run holds on disk at most: checkpoints kept and one being written, weights and moments each."""
     size = measure(config.model, config.data.sequence_length)
     parameters = size.total_parameters + size.mtp_parameters
-    return 12 * parameters * (config.training.keep_checkpoints + 1) + (16 << 20)
+    each = 4 + config.optimizer.most_state_bytes
+    return each * parameters * (config.training.keep_checkpoints + 1) + (16 << 20)
 
 
 def check_start(config: RunConfig, directory: Path, copies: int = 1, at_once: int = 1) -> None:

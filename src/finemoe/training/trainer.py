@@ -144,7 +144,7 @@ class Trainer:
         selected = self._select()
         self.parameters: dict[str, nn.Parameter] = {one.name: one.parameter for one in selected}
         self.peak_learning_rate: float = optimizer.learning_rate
-        self.optimizers = build_optimizers(optimizer, selected)
+        self.optimizers = build_optimizers(optimizer, selected, world.local)
         self._stop = False
 
     def _select(self) -> list[Selected]:

@@ -53,7 +53,9 @@ def double_model(config: ModelConfig | None = None) -> Transformer:
     return build_model(config or small_config(), products="torch", experts="loop").double()
 
 
-def tuned(model: Transformer, micro: int = SEQUENCES, select: Any = None, **table: Any) -> Trainer:
+def tuned(
+    model: Transformer, micro: int = SEQUENCES, select: Any = None, moments: str = "fp32", **table: Any
+) -> Trainer:
     """A trainer of `model`; `table` as in a recipe."""
     setting = setting_of(model.config)
     method: Method[Any] = Method(
@@ -65,7 +67,8 @@ def tuned(model: Transformer, micro: int = SEQUENCES, select: Any = None, **tabl
     )
     plan = Plan(5, SEQUENCES, micro, torch.device("cpu"), bf16=False)
     config = ChildConfig(share=SHARE, **table)
-    made = Trainer(model, build(config, method, setting), OPTIMIZER, ConstantConfig(warmup_share=0.0), plan)
+    optimizer = OPTIMIZER.model_copy(update={"moments": moments})
+    made = Trainer(model, build(config, method, setting), optimizer, ConstantConfig(warmup_share=0.0), plan)
     made.model.train()
     return made
 
@@ -156,9 +159,15 @@ def masks_of_steps(model: Transformer, mode: str, granularity: str, **fisher: An
 
 
 def official(
-    model: Transformer, masks: Iterator[dict[str, Tensor]], steps: int, granularity: str, scale: float, held: bool
+    model: Transformer,
+    masks: Iterator[dict[str, Tensor]],
+    steps: int,
+    granularity: str,
+    scale: float,
+    held: bool,
+    kept: torch.dtype = torch.float64,
 ) -> None:
-    """Clip, mask, scale, AdamW as its paper has it; a vector does not decay."""
+    """Clip, mask, scale, AdamW as its paper has it, its moments `kept` from step to step; a vector does not decay."""
     trained = {name: one for name, one in model.named_parameters() if not frozen(name, granularity)}
     moments = {name: (torch.zeros_like(one), torch.zeros_like(one)) for name, one in trained.items()}
     for step in range(1, steps + 1):
@@ -175,3 +184,4 @@ def official(
             if held and name in mask:
                 new = torch.where(mask[name], new, one.detach())
             one.data.copy_(new)
+            moments[name] = (first.to(kept).double(), second.to(kept).double())

@@ -19,17 +19,20 @@ MODES: list[dict[str, Any]] = [
 # ---- the update ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("masked", ["published", "held"])
+@pytest.mark.parametrize(
+    ("moments", "masked"), [("fp32", "published"), ("fp32", "held"), ("bf16", "published"), ("bf16", "held")]
+)
 @pytest.mark.parametrize("table", MODES, ids=lambda table: " ".join(table.values()))
-def test_five_steps_are_the_official_update(table: dict[str, Any], masked: str) -> None:
+def test_five_steps_are_the_official_update(table: dict[str, Any], masked: str, moments: str) -> None:
     ours, theirs = double_model(), double_model()
     granularity = table.get("granularity", "parameter")
     fisher = {"fisher": table["fisher"]} if "fisher" in table else {}
     masks = masks_of_steps(theirs, table["mode"], granularity, **fisher)
-    made = tuned(ours, masked=masked, **table)
+    made = tuned(ours, masked=masked, moments=moments, **table)
     norms = [made.step(made.micro_batches()).gradient_norm for _ in range(5)]
     assert min(norms) > NORM  # clipping has something to do in every step
-    official(theirs, masks, 5, granularity, 1 / SHARE if table["mode"] == "F" else 1.0, masked == "held")
+    kept = torch.bfloat16 if moments == "bf16" else torch.float64
+    official(theirs, masks, 5, granularity, 1 / SHARE if table["mode"] == "F" else 1.0, masked == "held", kept)
     others = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter, others[name], rtol=1e-9, atol=1e-10, msg=name)

@@ -11,8 +11,9 @@ from finemoe.charts.plan.words import gib, moved, summary, took
 from finemoe.charts.words import footer
 
 MEANINGS = (
-    "State (weights, gradients, moments) is exact, in float32, spread as the layout says. Activations are counted as "
-    "what each product, norm and attention keeps. Beside: an allowance for context and libraries.",
+    "State (weights, gradients, moments) is exact, in float32 but for moments that a recipe has in bf16, spread as the "
+    "layout says. Activations are counted as what each product, norm and attention keeps. Beside: an allowance for "
+    "context and libraries.",
     "MaxVio: (largest − mean) ÷ mean of the rows that a process's experts receive. Memory is told at 0 and at 1.",
     "FLOPs: 6 for each active weight of a product and three forwards of the causal half of attention's scores.",
     "Exchanges: bytes that reach one rank, as counted from the layout; of a ring of n, (n−1)/n of the whole.",

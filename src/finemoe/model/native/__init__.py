@@ -2,7 +2,7 @@
 
 `experts.cpp` whole MoE layers and SwiGLUs, `linear.cpp` linear layers, `cross_entropy.cpp` the loss, on the products of
 `gemm.h`, and of `matrix.h` where weights are blocks of bytes; all else is float32. `norm.cpp`, `rope.cpp`,
-`attention.cpp` what lies between.
+`attention.cpp` what lies between; `adamw.cpp` the update of a training step.
 """
 
 from __future__ import annotations

@@ -1,6 +1,11 @@
-"""Moving and ordering: nothing is rounded, so that there is nothing to choose, and C++ runs wherever it can."""
+"""What comes to the same bits in C++ and in torch, so that there is nothing to choose, and C++ runs wherever it can.
+
+Moving and ordering round nothing, and the optimizer's update rounds each operation as torch does.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +60,21 @@ def store_in_blocks(
         native_store(states, positions, store, index)
     else:
         bits(store)[blocks, :, places] = bits(states.transpose(1, 2).to(store.dtype).contiguous())
+
+
+def adamw_step(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, numbers: Sequence[float]) -> bool:
+    """AdamW's update in place, where C++ takes these tensors; whether it did.
+
+    Args:
+        weight, gradient: of one shape, in float32.
+        first, second: moments of that shape, in bfloat16.
+        numbers: keep, beta1, beta2, eps, rate and root of `training.adamw.Step`, whose `advance` is the plain path.
+    """
+    whole = all(one.is_contiguous() for one in (weight, gradient, first, second))
+    if not whole or not usable(weight, gradient):
+        return False
+    torch.ops.finemoe.adamw(weight, gradient, first, second, *numbers)
+    return True
 
 
 _BITS = {1: torch.uint8, 2: torch.int16}

@@ -1,8 +1,9 @@
 """Memory of a rank at the height of a step, part by part, for evenly used experts and for uneven ones.
 
-State is exact: float32 weights, gradients and two moments, each spread as the layout says, which reproduces five
-published figures from one (`published.MEMORY`). Activations are counted layer by layer, as what each product, norm and
-attention keeps for its backward. What a process takes at any rate, `BESIDE`, is an allowance and no count.
+State is exact: float32 weights and gradients, and two moments in float32 or as `Setup.state_bytes` has them, each
+spread as the layout says, which reproduces five published figures from one (`published.MEMORY`). Activations are
+counted layer by layer, as what each product, norm and attention keeps for its backward. What a process takes at any
+rate, `BESIDE`, is an allowance and no count.
 """
 
 from __future__ import annotations

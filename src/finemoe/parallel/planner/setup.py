@@ -32,7 +32,7 @@ class Setup:
     micro_batch: int = 1
     """[sequences] Of one process at once; the last of a step may have fewer."""
     precision: Precision = "bf16"
-    """Of products. Weights, gradients and moments are kept in float32 whatever it is."""
+    """Of products. Weights and gradients are kept in float32 whatever it is, moments as `state_bytes` says."""
     pipeline: int = 1
     replicate: int = 1
     shard: int = 1
@@ -50,7 +50,7 @@ class Setup:
     reduce: When = "micro_batch"
     """How often gradients are summed over processes: after each micro-batch, or kept whole until the step's end."""
     state_bytes: int = 8
-    """[bytes] Of the optimizer, a parameter: two moments in float32."""
+    """[bytes] Of the optimizer, a parameter: 8 for two moments in float32, 4 for two in bfloat16 or one in float32."""
     once_a_node: bool = False
     """A row crosses the network once for all its experts on a node (DeepEP and its kind). finemoe sends every copy."""
     graphs: bool = False

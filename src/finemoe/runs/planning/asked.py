@@ -24,8 +24,8 @@ _KEYS = {
     "training": {"tokens_per_step", "micro_batch_tokens"},
     "data": {"sequence_length"},
     "kernels": {"recompute"},
+    "optimizer": {"moments"},
 }
-_STATE_BYTES = {"adamw": 8, "muon": 4}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Question:
             recompute=self.config.kernels.recompute,
             gather=self.options.gather,
             reduce=self.options.gather,
-            state_bytes=_STATE_BYTES.get(self.config.optimizer.kind, 8),
+            state_bytes=self.config.optimizer.state_bytes,
         )
 
     def layout(self, processes: int, start: Start = "plan") -> Layout:
@@ -111,7 +111,8 @@ def question(
         model: what `finemoe.size` takes. A recipe, or a run, is resolved as `finemoe train` would; any other model is
             given 8 micro-batches a process, of one sequence each.
         processes: that will train it.
-        overrides: `a.b=c`; of a recipe any key, else of `[parallel]`, batch, length and recomputation.
+        overrides: `a.b=c`; of a recipe any key, else of `[parallel]`, batch, length, recomputation and the
+            moments' precision.
         options: win over both.
 
     Raises:

@@ -15,7 +15,7 @@ from finemoe.runs.config import read_recipe, resolve_run
 from finemoe.runs.planning.distribution import plan
 from finemoe.runs.start import refuse_layout
 
-_CHECKPOINT = 12  # bytes a parameter: the weight and two moments
+_WEIGHT = 4  # bytes a parameter in a checkpoint, beside the optimizer's
 
 
 def launch(
@@ -66,7 +66,8 @@ def launch(
         made = _planned(path, asked.processes, device, overrides)
         notes += summary(made)
         if shutdown is None:
-            seconds = shutdown_seconds(made["step"]["seconds"]["high"], _CHECKPOINT * made["parameters"])
+            nbytes = (_WEIGHT + made["setup"]["state_bytes"]) * made["parameters"]
+            seconds = shutdown_seconds(made["step"]["seconds"]["high"], nbytes)
             asked = replace(asked, shutdown=seconds)
     return writers[kind](asked, notes, **options)
 

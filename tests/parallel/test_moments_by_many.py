@@ -1,0 +1,53 @@
+"""Moments in bfloat16 where two processes share the weights: saved either way, gone on with to the bit, by one too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finemoe.core.config import merge
+from finemoe.runs import run as running
+from parallel.processes import run
+from parallel.test_run_by_many import losses, resume_all, tables, train_all
+from parallel.test_sharded_checkpoints import at, copy_at, require_same, tensors
+from runs.tiny_runs import corpus
+
+__all__ = ["corpus"]
+
+ALONE = ["parallel.shard=1"]
+
+
+def recipe(corpus: Path, layout: str = "shard 2", **training: Any) -> dict[str, Any]:
+    return merge(tables(corpus, layout), {"optimizer": {"moments": "bf16"}, "training": training})
+
+
+@pytest.fixture(scope="module")
+def written(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in either format, and each from the third step on once more."""
+    folder = tmp_path_factory.mktemp("moments")
+    raws = {"whole": recipe(corpus), "pieces": recipe(corpus, checkpoint_format="sharded")}
+    run(2, train_all, [(raw, folder / name) for name, raw in raws.items()], met=False)
+    again = [copy_at(folder / name, 3, folder / f"{name} again") for name in raws]
+    run(2, resume_all, [(one, []) for one in again], met=False)
+    return folder
+
+
+def test_both_formats_hold_the_same_moments_and_go_on_with_them(written: Path) -> None:
+    for step in (3, 6):
+        require_same(at(written / "pieces", step), at(written / "whole", step))
+    for name in ("whole", "pieces"):
+        require_same(at(written / f"{name} again", 6), at(written / name, 6))
+    moments = {name: one for name, one in tensors(at(written / "pieces", 6)).items() if "exp_avg" in name}
+    assert {one.dtype for one in moments.values()} == {torch.bfloat16}
+
+
+def test_it_is_the_run_of_one_process_who_goes_on_with_it_too(corpus: Path, written: Path, tmp_path: Path) -> None:
+    alone = running.train(recipe(corpus, "one"), out=tmp_path / "one", quiet=True).directory
+    assert losses(written / "whole") == pytest.approx(losses(alone), abs=2e-5)
+    for name in ("whole", "pieces"):
+        running.resume(copy_at(written / name, 3, tmp_path / name), overrides=ALONE, quiet=True)
+        assert losses(tmp_path / name) == pytest.approx(losses(alone), abs=2e-5)
+    require_same(at(tmp_path / "whole", 6), at(tmp_path / "pieces", 6))
