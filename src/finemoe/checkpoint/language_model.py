@@ -21,8 +21,11 @@ from finemoe.checkpoint.open import (
     stored_small,
 )
 from finemoe.core.errors import CheckpointError, DataError, RunError
+from finemoe.core.logs import logger
 from finemoe.core.reading import decode_json
 from finemoe.model.config import Kernels, can_begin_with
+from finemoe.model.quantised.blocks import format_of, is_quantised
+from finemoe.model.quantised.making import MADE, quantise
 from finemoe.model.transformer import Transformer
 from finemoe.text.chat import ChatTemplate
 from finemoe.text.control import encode_chat
@@ -123,6 +126,8 @@ def _loaded(path: Path, weights: Weights, kernels: Kernels | None) -> Transforme
     if weights == "int8" or weights == "int4":
         return load_model(path, kernels, small=weights)
     if weights in ("auto", "stored") and stored_small(path):
+        if torch.cuda.is_available():
+            logger.info("%s: blocks of few bits are computed with on the CPU; weights in fp32 go to the GPU", path)
         return load_model(path, kernels, small="stored")
     dtype = None if weights == "stored" else torch.bfloat16 if weights == "bf16" else torch.float32
     return load_model(path, kernels, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,7 +145,30 @@ def weights_for(opened: LanguageModel, source: str | os.PathLike[str]) -> Mappin
         raise CheckpointError(f"{path} is of another architecture than the model whose weights it is to be")
     if load_tokenizer(path).fingerprint() != opened.tokenizer.fingerprint():
         raise CheckpointError(f"{path} has another tokenizer than the model whose weights it is to be")
-    return load_model(path, dtype=opened.model.embedding.weight.dtype).state_dict()
+    held = opened.model.state_dict()
+    if not any(map(is_quantised, held.values())):
+        return load_model(path, dtype=opened.model.embedding.weight.dtype).state_dict()
+    fresh = load_model(path, small="stored" if stored_small(path) else None).state_dict()
+    return {name: _like(tensor, fresh[name], f"{path}: {name}") for name, tensor in held.items()}
+
+
+def _like(held: Tensor, fresh: Tensor, name: str) -> Tensor:
+    """`fresh` in the type of `held`, or in blocks of its format.
+
+    Raises:
+        CheckpointError: blocks of a format that is only read.
+    """
+    if not is_quantised(held):
+        return fresh.to(held.dtype)
+    if fresh.shape == held.shape and is_quantised(fresh):
+        return fresh
+    kind = format_of(held)
+    if is_quantised(fresh) or kind.name not in MADE:
+        raise CheckpointError(
+            f"{name} is to become blocks of {kind.name}, as the model that is open has them, and cannot: open it "
+            "with --weights int8 or fp32"
+        )
+    return quantise(fresh, kind)
 
 
 def training_data(run: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.checkpoint.weights.build import Part, build, fitting_shapes, one_by_one
 from finemoe.checkpoint.weights.imported import read_imported
 from finemoe.checkpoint.weights.small import Bits, formats_for, formats_in
-from finemoe.core.errors import CheckpointError, named
+from finemoe.core.errors import CheckpointError, ConfigError, named
 from finemoe.core.logs import logger
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.transformer import Transformer
@@ -54,10 +54,13 @@ def load_model(
 
     Raises:
         CheckpointError: nothing to open, damaged, or not exactly representable.
+        ConfigError: `small` and another `dtype`, or a number that no block can hold.
     """
     path = Path(path)
     kind = kind_of(path)
     if small is not None:
+        if dtype is not torch.float32:
+            raise ConfigError(f"dtype={dtype} with small={small!r}: what is not small is float32, leave dtype out")
         return _load_small(path, kind, kernels, small)
     if kind == "run":
         return run_state.load_model(path, kernels, dtype=dtype)
@@ -76,10 +79,14 @@ def _load_small(path: Path, kind: str, kernels: Kernels | None, small: Bits | Li
         tensors = imported.tensors
         stored = {name: info.dtype for name, info in tensors.tensors.items()}
         formats = formats_in({name: info.shape for name, info in tensors.tensors.items() if info.dtype is torch.uint8})
-        as_they_lie = ((n, (), mapped(tensors.info(n)) if n in formats else tensors.read(n)) for n in tensors.tensors)
-        return build(imported.config, kernels, stored, as_they_lie, torch.float32, formats)
+        lying = mapped(tensors.info(name) for name in formats)
+        as_they_lie = ((n, (), lying[n] if n in formats else tensors.read(n)) for n in tensors.tensors)
+        with named(path):
+            return build(imported.config, kernels, stored, as_they_lie, torch.float32, formats)
     config, found, parts = parts_of(path, kind)
     formats = {} if small == "stored" else formats_for(small, found)
+    if formats and stored_small(path):
+        logger.warning("%s has products in blocks already, which are rounded a second time: auto keeps them", path)
     return build(config, kernels, _numbers(found), parts, torch.float32, formats)
 
 

@@ -133,7 +133,7 @@ def rewards_of(model: Transformer, batch: PackedBatch, label_ids: tuple[int, int
     batch = batch.to(model.embedding.weight.device)
     rows, ends = batch.rows, Places.of(batch)
     output = model(rows.tokens, positions=rows.positions, documents=rows.documents)
-    logits = output.hidden[0, ends.index].float() @ model.head_weight[list(label_ids)].float().t()
+    logits = output.hidden[0, ends.index].float() @ model.head_rows(label_ids).float().t()
     return (logits[:, 0] - logits[:, 1]).cpu()
 
 
@@ -234,7 +234,7 @@ def rewards(
     for messages in conversations:
         turns = encode_turns(opened.template, opened.tokenizer, messages)
         hidden = opened.model(torch.tensor([turns.ids], device=opened.device)).hidden[0, -1].float()
-        logits = opened.model.head_weight[list(ids)].float() @ hidden
+        logits = opened.model.head_rows(ids).float() @ hidden
         value = float(logits[0] - logits[1])
         assert math.isfinite(value)
         found.append(value)

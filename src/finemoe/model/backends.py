@@ -95,14 +95,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float)
     return native_attention(query, key, value, first, last, scale)
 
 
+def _plain_cross_entropy_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    return cross_entropy_sum(hidden, in_float32(head_weight, hidden.shape[-1]), targets, weights)
+
+
 def _cross_entropy_sum(hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     head_weight = in_float32(head_weight, hidden.shape[-1])
     chosen = native_cross_entropy_sum if usable(hidden, head_weight, weights) else cross_entropy_sum
     return chosen(hidden, head_weight, targets, weights)
 
 
-def _fuses(hidden: Tensor, gate_weights: Tensor, weight: Tensor) -> bool:
-    return usable(gate_weights) and _multiplies(hidden, weight)
+def _fuses(hidden: Tensor, gate_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> bool:
+    return usable(gate_weights) and _multiplies(hidden, gate_up_proj, down_proj)
 
 
 _FUSED = FusedExperts(_fuses, native_experts)
@@ -114,7 +118,7 @@ TORCH = Backend(
     rotate=rope.rotate,
     attend=sdpa,
     experts=sorted_slices,
-    cross_entropy_sum=cross_entropy_sum,
+    cross_entropy_sum=_plain_cross_entropy_sum,
 )
 """Plain torch throughout."""
 NATIVE = Backend(

@@ -22,6 +22,7 @@ from finemoe.model.moe.layer import MoELayer
 from finemoe.model.norm import RMSNorm
 from finemoe.model.one_call import Parts, in_one_call
 from finemoe.model.projection import Projection, TokenEmbedding
+from finemoe.model.quantised.blocks import in_float32
 from finemoe.model.sequences import Context, Sequences
 
 
@@ -166,6 +167,11 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         """[vocab, hidden]: the output matrix, which is the embedding when tied."""
         return self.embedding.weight if self.head is None else self.head.weight
+
+    def head_rows(self, ids: Sequence[int] | slice) -> Tensor:
+        """Rows of the output matrix, `[ids, hidden]`: numbers, also where it is blocks."""
+        rows = self.head_weight[ids if isinstance(ids, slice) else list(ids)]
+        return in_float32(rows, self.config.hidden_size)
 
     @property
     def moe_layers(self) -> dict[int, MoELayer]:

@@ -29,6 +29,7 @@ from finemoe.checkpoint.weights.exportable import Exportable, open_exportable
 from finemoe.checkpoint.weights.imported import Imported, read_imported
 from finemoe.core.errors import CheckpointError
 from finemoe.core.logs import mebibytes
+from finemoe.model.quantised.blocks import dequantise
 
 _Check = tuple[str, int, Callable[[], bool]]
 """Name of a tensor, its bytes, and whether both sides agree on it."""
@@ -216,7 +217,15 @@ def _gguf_exported(opened: Exportable, path: Path) -> Iterator[_Check]:
         def agree(name: str = name, parts: tuple[Part, ...] = tuple(stored.parts())) -> bool:
             tensor, row = written.tensors[name], 0
             for part in parts:
-                values = part.to_theirs(opened.tensors.read(part.ours, part.index)).to(torch.float32)
+                kept = opened.tensors.read(part.ours, part.index)
+                if part.ours in opened.small:
+                    if opened.small[part.ours].name == tensor.kind.name:
+                        if part.blocks_to_theirs(kept).contiguous().numpy().tobytes() != tensor.raw(row, part.rows):
+                            return False
+                        row += part.rows
+                        continue
+                    kept = dequantise(kept, part.shape[-1])
+                values = part.to_theirs(kept).to(torch.float32)
                 if encode(values, tensor.kind.name, name) != tensor.raw(row, part.rows):
                     return False
                 row += part.rows

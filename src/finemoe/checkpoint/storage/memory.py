@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,24 +33,32 @@ def empty_tensors(wanted: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> di
     return made
 
 
-def mapped(info: TensorInfo) -> Tensor:
-    """The bytes of a whole tensor where they lie: none is read before it is used, and the system may give a page back
-    and read it again. A file that is cut short meanwhile ends the process.
+def mapped(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
+    """The bytes of whole tensors where they lie, one mapping a file: none is read before it is used, and the system may
+    give a page back and read it again. A file that is cut short meanwhile ends the process.
 
     Raises:
-        CheckpointError: the file has gone.
+        CheckpointError: a file has gone.
         RunError: it cannot be mapped.
     """
-    first = info.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    pages: dict[Path, mmap.mmap] = {}
+    found = {}
+    for info in infos:
+        if info.path not in pages:
+            pages[info.path] = _pages(info.path)
+        bytes_ = torch.frombuffer(pages[info.path], dtype=torch.uint8, offset=info.offset, count=info.nbytes)
+        found[info.name] = bytes_.view(info.shape)
+    return found
+
+
+def _pages(path: Path) -> mmap.mmap:
     try:
-        with info.path.open("rb") as file:
-            length = info.offset - first + info.nbytes
-            pages = mmap.mmap(file.fileno(), length, offset=first, access=mmap.ACCESS_COPY)
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{info.path}: has gone since it was opened") from error
-    except (OSError, ValueError) as error:  # ValueError: the file is shorter by now
-        raise RunError(f"{info.path}: cannot be mapped: {error}; try again") from error
-    return torch.frombuffer(pages, dtype=torch.uint8, offset=info.offset - first, count=info.nbytes).view(info.shape)
+        raise CheckpointError(f"{path}: has gone since it was opened") from error
+    except (OSError, ValueError) as error:  # ValueError: it is empty by now
+        raise RunError(f"{path}: cannot be mapped: {error}; try again") from error
 
 
 def wanted_type(name: str, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from finemoe.checkpoint.storage.memory import empty_tensors, wanted_type
 from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.checkpoint.weights.small import small_shape
-from finemoe.core.errors import CheckpointError
+from finemoe.core.errors import CheckpointError, ConfigError
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.quantised.blocks import Format, dequantise, is_quantised
 from finemoe.model.quantised.making import quantise
@@ -56,18 +56,29 @@ def build(
     state = empty_tensors({name: what for name, what in wanted.items() if name not in as_it_is})
     for name, index, tensor in parts:
         if name in as_it_is:
+            if tensor.shape != wanted[name][0]:
+                raise CheckpointError(f"tensor {name!r} is {list(tensor.shape)} instead of {list(wanted[name][0])}")
             state[name] = tensor
         else:
-            state[name][index].copy_(_as_wanted(tensor, small.get(name), shapes[name][-1]))
+            state[name][index].copy_(_as_wanted(tensor, small.get(name), shapes[name][-1], name))
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
 
-def _as_wanted(tensor: Tensor, kind: Format | None, columns: int) -> Tensor:
-    """A part as numbers, or as blocks of `kind`."""
-    if kind is None:
-        return dequantise(tensor, columns) if is_quantised(tensor) else tensor
-    return tensor if is_quantised(tensor) else quantise(tensor, kind)
+def _as_wanted(tensor: Tensor, kind: Format | None, columns: int, name: str) -> Tensor:
+    """A part as numbers, or as blocks of `kind`.
+
+    Raises:
+        CheckpointError: blocks of no format, or of other rows; or a number that no block can hold.
+    """
+    try:
+        if is_quantised(tensor):
+            if kind is not None and tensor.shape[-1] == kind.bytes:
+                return tensor
+            tensor = dequantise(tensor, columns)
+        return tensor if kind is None else quantise(tensor, kind)
+    except ConfigError as error:
+        raise CheckpointError(f"tensor {name!r}: {error}") from error
 
 
 def _exchange(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -106,7 +117,7 @@ def one_by_one(
         if name not in begun:
             begun[name] = torch.empty(shapes[name], dtype=wanted_type(name, stored[name], dtype))
         target = begun[name][index]
-        target.copy_(_as_wanted(tensor, None, shapes[name][-1]))
+        target.copy_(_as_wanted(tensor, None, shapes[name][-1], name))
         left[name] -= target.numel()
         if not left[name]:
             yield name, begun.pop(name)

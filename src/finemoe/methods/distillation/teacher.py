@@ -71,7 +71,7 @@ class Beside:
         """As in `Teacher`; no gradient."""
         with torch.no_grad():
             hidden = reading.through(self.model).hidden.flatten(0, 1)[places]
-        return WholeTeacher(hidden, self.model.head_weight.detach()[: self.vocab])
+        return WholeTeacher(hidden, self.model.head_rows(slice(self.vocab)).detach())
 
     def prepare(self, model: Transformer, begins: bool) -> None:
         """Go where the student is."""

@@ -88,7 +88,7 @@ class RewardModel:
         model = self._opened.model
         hidden = model(tokens, positions=positions, documents=documents).hidden[0]
         ends = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1].float()
-        logits = ends @ model.head_weight[list(self._labels)].float().t()
+        logits = ends @ model.head_rows(self._labels).float().t()
         for number, value in zip(group, (logits[:, 0] - logits[:, 1]).tolist(), strict=True):
             finite = math.isfinite(value)
             verdict: Any = "right" if value > 0 else "wrong"

@@ -37,7 +37,7 @@ def sorted_slices(
     rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, limit: float | None = None
 ) -> Tensor:
     """The same products written straight into shared buffers, with a gradient by hand: no per-expert graph nodes."""
-    if is_quantised(gate_up_proj):
+    if is_quantised(gate_up_proj) or is_quantised(down_proj):
         return loop(rows, counts, gate_up_proj, down_proj, limit)
     return _SortedSlices.apply(rows, gate_up_proj, down_proj, counts.tolist(), limit)
 
@@ -113,7 +113,7 @@ def _grouped_mm_takes(rows: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> 
     sizes = (gate_up_proj.shape[2], down_proj.shape[2])
     return (
         "grouped_mm" in vars(F)
-        and not is_quantised(gate_up_proj)
+        and not (is_quantised(gate_up_proj) or is_quantised(down_proj))
         and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and len(rows) > 0
         and not any(size * rows.element_size() % 16 for size in sizes)
@@ -159,7 +159,7 @@ class GroupedExperts(nn.Module):
     def fuses(self, hidden: Tensor, gate_weights: Tensor) -> bool:
         """Whether `fused` can take these."""
         whole = self.backend.fused_experts
-        return whole is not None and whole.takes(hidden, gate_weights, self.gate_up_proj)
+        return whole is not None and whole.takes(hidden, gate_weights, self.gate_up_proj, self.down_proj)
 
     def fused(self, hidden: Tensor, ticket: Ticket, gate_weights: Tensor) -> Tensor:
         """Copying out, experts, weighing and adding in one call: `[tokens, hidden]` in and out, gates `[tokens, k]`."""

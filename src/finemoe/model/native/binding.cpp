@@ -60,7 +60,8 @@ Experts describe(const Tensor& states, const std::optional<Tensor>& order, const
   x.up_weight = matrix(up, "up_weight", {x.count, x.width}, x.hidden);
   x.down_weight = matrix(down, "down_weight", {x.count, x.hidden}, x.width);
   x.up_stride = bytes_apart(gate), x.down_stride = bytes_apart(down);
-  TORCH_CHECK(x.count < 2 || up.stride(0) == gate.stride(0), "gate_weight and up_weight must be laid out alike");
+  TORCH_CHECK(x.count < 2 || (x.gate_weight.format == x.up_weight.format && up.stride(0) == gate.stride(0)),
+              "gate_weight and up_weight must be laid out alike");
   x.limit = static_cast<float>(limit);
   x.k = 1;
   x.begin.assign(1, 0);

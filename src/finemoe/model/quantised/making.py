@@ -73,4 +73,6 @@ def _bytes(scale: Tensor) -> Tensor:
     return scale.half().view(torch.uint8)
 
 
+MADE = ("Q8_0", "Q4_0")
+"""The formats that are made; all others are only read."""
 _MAKERS: dict[str, Callable[[Tensor], Tensor]] = {"Q8_0": _to_q8_0, "Q4_0": _to_q4_0}
