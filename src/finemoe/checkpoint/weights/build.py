@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finemoe.checkpoint.storage.memory import empty_tensors, wanted_type
 from finemoe.checkpoint.weights.shapes import model_shapes
-from finemoe.checkpoint.weights.small import small_shape
+from finemoe.checkpoint.weights.small import of_tensor, small_shape
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.quantised.blocks import Format, dequantise, is_quantised
@@ -42,7 +42,7 @@ def build(
             tensor that is stored as bytes comes whole and is taken as it comes: it may lie in a mapped file.
 
     Raises:
-        CheckpointError: `stored` names other tensors than the model has.
+        CheckpointError: `stored` names other tensors than the model has, or a number is none that blocks can hold.
     """
     shapes, small = fitting_shapes(config, stored), small or {}
     with torch.device("meta"):
@@ -58,7 +58,8 @@ def build(
         if name in as_it_is:
             state[name] = tensor
         else:
-            state[name][index].copy_(_as_wanted(tensor, small.get(name), shapes[name][-1]))
+            with of_tensor(name):
+                state[name][index].copy_(_as_wanted(tensor, small.get(name), shapes[name][-1]))
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
