@@ -13,17 +13,25 @@ import torch
 import finemoe
 from checkpoint.adapters.tuned_runs import base_of
 from checkpoint.gguf.gguf_files import MODELS, companions, import_folder, random_model
+from finemoe.checkpoint.doctor import values
+from finemoe.checkpoint.doctor.examine import examine
 from finemoe.checkpoint.gguf.exporting import export_gguf
 from finemoe.checkpoint.gguf.opening import open_gguf
-from finemoe.checkpoint.language_model import open_language_model
+from finemoe.checkpoint.language_model import Weights, open_language_model
 from finemoe.checkpoint.open import load_model
 from finemoe.checkpoint.run_state.state import newest_checkpoint
+from finemoe.checkpoint.sizes import bytes_in_memory
+from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.checkpoint.storage.workspace import partial_of
+from finemoe.checkpoint.weights.small import may_be_small
+from finemoe.cli.doctor import _exports
 from finemoe.compression import quantize as quantising
 from finemoe.core.errors import CheckpointError, DataError
+from finemoe.evaluation.runner import describe_model
 from finemoe.model.quantised.making import quantise
 
 pytest.importorskip("gguf")
+WEIGHTS: tuple[Weights, ...] = ("auto", "stored", "fp32", "bf16", "int8", "int4")
 
 
 def interrupted(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,3 +148,61 @@ def test_a_gguf_file_of_it_says_what_one_of_the_model_says(tmp_path: Path, kind:
         for key in ("general.name", "general.file_type"):
             del found[key]
     assert facts[0] == facts[1]
+
+
+def test_the_doctor_says_where_blocks_go_and_looks_into_them(tmp_path: Path) -> None:
+    folder = import_folder(tmp_path / "imported", random_model(MODELS["olmoe"]))
+    finemoe.quantize(folder, tmp_path / "small", "int4", quiet=True)
+    facts = examine(tmp_path / "small", deep=True, quiet=True).facts
+    assert [one["format"] for one in facts["exports"] if one["possible"]] == ["gguf"]
+    tensors = TensorFolder.open(tmp_path / "small").tensors
+    assert facts["values"]["looked_at"] == facts["values"]["of"] == len(tensors)
+    said = " ".join(_exports(facts["exports"]).split())
+    assert "Hugging Face: no, it was made small, in blocks of few bits that no Hugging Face class reads" in said
+    info = tensors["blocks.1.feed_forward.experts.down_proj"]
+    with info.path.open("r+b") as file:
+        file.seek(info.offset + 5 * info.shape[-1])
+        file.write(b"\x00\x7e")  # NaN of float16
+    for deep in (False, True):
+        problems = [one.text for one in examine(tmp_path / "small", deep=deep, quiet=True).problems]
+        assert f"1 tensor holds NaN or infinity: {info.name} (scales of its blocks)" in problems
+
+
+def test_large_blocks_are_left_to_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = import_folder(tmp_path / "imported", random_model(MODELS["llama"]))
+    finemoe.quantize(folder, tmp_path / "small", quiet=True)
+    monkeypatch.setattr(values, "_SMALL", 1 << 10)
+    tensors = TensorFolder.open(tmp_path / "small").tensors.values()
+    facts = examine(tmp_path / "small", deep=False, quiet=True).facts["values"]
+    assert facts["of"] == len(tensors)
+    assert facts["looked_at"] == sum(one.nbytes <= 1 << 10 for one in tensors) < len(tensors)
+
+
+@pytest.mark.parametrize("name", ["llama-tied-bias", "olmoe", "deepseek2-v3"])
+def test_a_result_says_how_many_numbers_there_are_and_in_which_form(tmp_path: Path, name: str) -> None:
+    folder = import_folder(tmp_path / "imported", random_model(MODELS[name]))
+    whole = open_language_model(folder)
+    parameters = sum(one.numel() for one in whole.model.parameters())
+    described = describe_model(whole, "k")
+    assert (described["parameters"], described["dtype"]) == (parameters, "float32")
+    for weights, form in (("int8", "Q8_0"), ("int4", "Q4_0"), ("bf16", "bfloat16")):
+        described = describe_model(open_language_model(folder, weights), "k")  # type: ignore[arg-type]
+        assert (described["parameters"], described["dtype"]) == (parameters, form)
+    small = open_language_model(folder, "int4")
+    largest = max((one for one in small.model.state_dict() if may_be_small(one)), key=lambda one: one.startswith("bl"))
+    shape = whole.model.state_dict()[largest].shape
+    home, _, last = largest.rpartition(".")
+    setattr(small.model.get_submodule(home), last, torch.nn.Parameter(torch.zeros(shape), requires_grad=False))
+    assert describe_model(small, "k")["dtype"] == "mixed"
+
+
+@pytest.mark.parametrize("name", ["llama-tied-bias", "mixtral", "deepseek2-v3"])
+def test_room_is_made_for_what_is_opened(tmp_path: Path, name: str) -> None:
+    folder = import_folder(tmp_path / "imported", random_model(MODELS[name]))
+    finemoe.quantize(folder, tmp_path / "small", "int4", quiet=True)
+    export_gguf(folder, tmp_path / "model.gguf", dtype="Q8_0", quiet=True)
+    for path in (folder, tmp_path / "small", tmp_path / "model.gguf"):
+        for weights in WEIGHTS[:4] if path.name == "small" else WEIGHTS:
+            model = open_language_model(path, weights).model
+            held = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+            assert bytes_in_memory(path, weights) == held, (path.name, weights)
