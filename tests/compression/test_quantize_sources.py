@@ -29,6 +29,7 @@ from finemoe.compression import quantize as quantising
 from finemoe.core.errors import CheckpointError, DataError
 from finemoe.evaluation.runner import describe_model
 from finemoe.model.quantised.making import quantise
+from finemoe.server.models import Models, Options
 
 pytest.importorskip("gguf")
 WEIGHTS: tuple[Weights, ...] = ("auto", "stored", "fp32", "bf16", "int8", "int4")
@@ -206,3 +207,4 @@ def test_room_is_made_for_what_is_opened(tmp_path: Path, name: str) -> None:
             model = open_language_model(path, weights).model
             held = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
             assert bytes_in_memory(path, weights) == held, (path.name, weights)
+            assert Models({"m": path}, Options(weights, cache_bytes=1000))._estimate("m") == held + 1000

@@ -278,7 +278,8 @@ class Models:
         ready = self._ready.pop(name, None)
         if ready is None:
             try:
-                await self._make_room(name, self._sizes.get(name) or await asyncio.to_thread(self._estimate, name))
+                needed = self._sizes[name] if name in self._sizes else await asyncio.to_thread(self._estimate, name)
+                await self._make_room(name, needed)
                 ready = await asyncio.to_thread(apart, lambda: self._prepared(name))
             except (FinemoeError, OSError, MemoryError) as error:
                 logger.error("%s cannot be opened: %s", name, error)
