@@ -62,14 +62,7 @@ def quantize(
     if weights not in BITS:
         raise ConfigError(f"weights must be one of {', '.join(BITS)}, not {weights!r}")
     kind = kind_of(model)
-    check_apart(model, out)
-    place = check_free(Path(out))
-    if stored_small(model):
-        raise CheckpointError(
-            f"{model} has products in blocks already and opens small as it is; rounding twice loses more: quantize the "
-            "model that it was made of, or what `finemoe import` makes of it, if there is none"
-        )
-    files = _companions(model)
+    place, files = _place(model, out), _companions(model)
     source = run_state.newest_checkpoint(model) if kind == "run" else model  # a run may go on meanwhile
     config, stored, parts = parts_of(source, kind)
     formats, shapes = formats_for(weights, stored), model_shapes(config)
@@ -85,11 +78,8 @@ def quantize(
                         made = quantise(tensor, formats[name]) if name in formats else tensor.to(stored[name])
                     writer.weights.write(name, made, index)
                 advance(tensor.numel())
-        record = {
-            "config": {"quantised": {"model": str(model), "weights": weights}, **_ends(model, kind)},
-            "tensors": {},
-        }
-        about = {"family": "quantised", "format": weights}
+        made_of = {"quantised": {"model": str(model), "weights": weights}, **_ends(model, kind)}
+        about, record = {"family": "quantised", "format": weights}, {"config": made_of, "tensors": {}}
         writer.finish(config, about, record, files, _data(model, kind), quiet=quiet)
     return {
         "source": str(model),
@@ -101,6 +91,22 @@ def quantize(
         "path": str(place),
         "seconds": time.monotonic() - started,
     }
+
+
+def _place(model: Path, out: str | os.PathLike[str]) -> Path:
+    """Where the folder will be.
+
+    Raises:
+        CheckpointError: something is there, or there is nothing to make small.
+    """
+    check_apart(model, out)
+    place = check_free(Path(out))
+    if stored_small(model):
+        raise CheckpointError(
+            f"{model} has products in blocks already and opens small as it is; rounding twice loses more: quantize the "
+            "model that it was made of, or what `finemoe import` makes of it, if there is none"
+        )
+    return place
 
 
 def _spec(name: str, shape: tuple[int, ...], stored: torch.dtype, kind: Format | None) -> TensorSpec:
