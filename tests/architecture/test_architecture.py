@@ -50,7 +50,7 @@ INNER_FLOORS = {
         {"huggingface", "gguf"},
         {"open.py", "through_import.py", "portability.py"},
         {"language_model.py", "selection.py", "fingerprint.py", "doctor", "proof"},
-        {"adapters"},
+        {"adapters", "sizes.py"},
         {"conversion.py"},
     ),
 }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from finemoe.core.errors import ConfigError
+from finemoe.model.quantised import making
 from finemoe.model.quantised.blocks import FORMATS, Format, all_finite, dequantise, format_of
 from finemoe.model.quantised.making import quantise
 
@@ -96,3 +97,23 @@ def test_scales_that_are_no_numbers_are_seen(kind: Format) -> None:
         broken = blocks.clone()
         broken[2, 1, first : first + 2] = torch.tensor([float("inf")]).half().view(torch.uint8)
         assert not all_finite(broken)
+
+
+@pytest.mark.parametrize("kind", MADE, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("shape", [(3, 50, 96), (150, 33), (7, 300), (0, 64)])
+def test_only_a_few_rows_are_float32_at_a_time(
+    kind: Format, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the tensor holds, in the same bytes as all at once; a row is never cut."""
+    torch.manual_seed(0)
+    values = torch.randn(shape).bfloat16()
+    wanted, held = quantise(values, kind), []
+    turned = values.transpose(0, -1).contiguous().transpose(0, -1)  # the same numbers, lying otherwise
+    ordinary = making._MAKERS[kind.name]
+    monkeypatch.setitem(making._MAKERS, kind.name, lambda blocks: (held.append(blocks.numel()), ordinary(blocks))[1])
+    monkeypatch.setattr(making, "_PIECE", 8)
+    assert torch.equal(quantise(values, kind), wanted)
+    assert torch.equal(quantise(turned, kind), wanted)
+    row = -(-shape[-1] // kind.size) * kind.size
+    assert max(held, default=0) <= max(8 * kind.size, row)
+    assert sum(held) == 2 * row * (values.numel() // shape[-1])

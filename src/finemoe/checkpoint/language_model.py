@@ -108,7 +108,9 @@ def open_language_model(
         FinemoeError: nothing that can be opened, or a tokenizer that is another model's.
     """
     path = Path(source)
-    own = kind_of(path) == "run"
+    kind = kind_of(path)
+    data = training_data(path) if kind in ("run", "imported") else {}
+    own = kind == "run" or bool(data)  # a run that was made small is an imported folder that keeps its data table
     model = _loaded(path, weights, kernels)
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -116,7 +118,6 @@ def open_language_model(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids and the model only "
             f"{model.config.vocab_size}: they do not belong together, put the model's own tokenizer.json back"
         )
-    data = training_data(path) if own else {}
     length = data.get("sequence_length")  # of a file that an editor may have changed
     reach = (length if type(length) is int and length > 0 else None) if own else model.config.max_positions
     return LanguageModel(model, tokenizer, path, own, reach, data.get("packing") == "isolate")
@@ -172,7 +173,7 @@ def _like(held: Tensor, fresh: Tensor, name: str) -> Tensor:
 
 
 def training_data(run: Path) -> dict[str, Any]:
-    """The data table of the run's configuration; empty where the run does not say: only hints hang on it."""
+    """The data table in the configuration of a run, or of a run made small; empty where it does not say."""
     # A checkpoint lies two folders below its run.
     candidates = [folder / "config.json" for folder in (run, *run.resolve().parents[:2])]
     config = next((path for path in candidates if path.exists()), candidates[0])

@@ -254,6 +254,8 @@ def _exports(exports: list[Mapping[str, Any]]) -> str:
         said = [f"{entry['family']}: no, {entry['reason']}" for entry in exports]
     elif not exports[-1]["possible"]:
         said.append(f"GGUF: no, {exports[-1]['reason']}")
+    elif len(reasons := {entry["reason"] for entry in exports[:-1]}) == 1 and None not in reasons:
+        said.append(f"Hugging Face: no, {reasons.pop()}")
     return "\n".join(said)
 
 

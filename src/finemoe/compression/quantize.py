@@ -14,18 +14,18 @@ import torch
 
 from finemoe.checkpoint.gguf.opening import open_gguf
 from finemoe.checkpoint.gguf.tokenizer import companions_of
-from finemoe.checkpoint.huggingface.importing import companion_of
+from finemoe.checkpoint.huggingface.importing import companion_of, open_source
 from finemoe.checkpoint.kinds import kind_of
+from finemoe.checkpoint.language_model import training_data
 from finemoe.checkpoint.open import load_tokenizer, parts_of, stored_small, text_home
+from finemoe.checkpoint.run_state import state as run_state
 from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.workspace import check_apart, check_free, fingerprint, workspace
-from finemoe.checkpoint.weights.exportable import open_exportable
-from finemoe.checkpoint.weights.imported import ImportedWriter
+from finemoe.checkpoint.weights.imported import ENDS, ImportedWriter, read_imported
 from finemoe.checkpoint.weights.shapes import model_shapes
-from finemoe.checkpoint.weights.small import Bits, formats_for, small_shape
-from finemoe.core.errors import CheckpointError, ConfigError
+from finemoe.checkpoint.weights.small import Bits, formats_for, of_tensor, small_shape
+from finemoe.core.errors import CheckpointError, ConfigError, named
 from finemoe.core.logs import progress
-from finemoe.model.config import ModelConfig
 from finemoe.model.quantised.blocks import Format
 from finemoe.model.quantised.making import quantise
 from finemoe.text.files import COMPANIONS
@@ -52,35 +52,35 @@ def quantize(
         What `finemoe quantize --json` prints.
 
     Raises:
-        ConfigError: `weights` is neither, or a number that no block can hold.
-        CheckpointError: nothing to open, it is small already, or `out` exists; nothing was written.
+        ConfigError: `weights` is neither.
+        CheckpointError: nothing to open, it is small already, `out` exists, a number that no block can hold, or the
+            work that was interrupted had other weights; nothing is left behind.
+        DataError: no tokenizer; nothing was written.
         RunError: the disk is full or unwritable.
     """
     started, model = time.monotonic(), Path(model)
     if weights not in BITS:
         raise ConfigError(f"weights must be one of {', '.join(BITS)}, not {weights!r}")
     kind = kind_of(model)
-    check_apart(model, out)
-    place = check_free(Path(out))
-    if stored_small(model):
-        raise CheckpointError(
-            f"{model} has products in blocks already and opens small as it is; rounding twice loses more: quantize the "
-            "model that it was made of, or what `finemoe import` makes of it, if there is none"
-        )
-    config, stored, parts = parts_of(model, kind)
+    place, files = _place(model, out), _companions(model)
+    source = run_state.newest_checkpoint(model) if kind == "run" else model  # a run may go on meanwhile
+    config, stored, parts = parts_of(source, kind)
     formats, shapes = formats_for(weights, stored), model_shapes(config)
     specs = [_spec(name, shape, stored[name], formats.get(name)) for name, shape in shapes.items()]
     numbers = sum(map(math.prod, shapes.values()))
     nbytes = sum(spec.nbytes for spec in specs)
-    mark = fingerprint("quantize", [], {}, [str(model.resolve()), weights])
+    mark = fingerprint("quantize", _files(source, kind), [str(source.resolve()), weights, config.model_dump_json()])
     with workspace(place, mark, nbytes, tensors=len(specs)) as folder, ImportedWriter(folder, specs, []) as writer:
         with nullcontext(lambda _: None) if quiet else progress("quantising", numbers, "numbers") as advance:
             for name, index, tensor in parts:
                 if writer.weights.facts(name, index) is None:
-                    made = quantise(tensor, formats[name]) if name in formats else tensor.to(stored[name])
+                    with named(model), of_tensor(name):
+                        made = quantise(tensor, formats[name]) if name in formats else tensor.to(stored[name])
                     writer.weights.write(name, made, index)
                 advance(tensor.numel())
-        _finish(writer, _with_length(config, model, kind), model, weights, quiet)
+        made_of = {"quantised": {"model": str(model), "weights": weights}, **_ends(model, kind)}
+        about, record = {"family": "quantised", "format": weights}, {"config": made_of, "tensors": {}}
+        writer.finish(config, about, record, files, _data(model, kind), quiet=quiet)
     return {
         "source": str(model),
         "weights": weights,
@@ -93,6 +93,22 @@ def quantize(
     }
 
 
+def _place(model: Path, out: str | os.PathLike[str]) -> Path:
+    """Where the folder will be.
+
+    Raises:
+        CheckpointError: something is there, or there is nothing to make small.
+    """
+    check_apart(model, out)
+    place = check_free(Path(out))
+    if stored_small(model):
+        raise CheckpointError(
+            f"{model} has products in blocks already and opens small as it is; rounding twice loses more: quantize the "
+            "model that it was made of, or what `finemoe import` makes of it, if there is none"
+        )
+    return place
+
+
 def _spec(name: str, shape: tuple[int, ...], stored: torch.dtype, kind: Format | None) -> TensorSpec:
     return (
         TensorSpec(name, stored, shape)
@@ -101,16 +117,22 @@ def _spec(name: str, shape: tuple[int, ...], stored: torch.dtype, kind: Format |
     )
 
 
-def _finish(writer: ImportedWriter, config: ModelConfig, model: Path, weights: Bits, quiet: bool) -> None:
-    tokenizer = load_tokenizer(model)
-    ends = {"eos_token_id": list(tokenizer.stop_ids)} if tokenizer.stop_ids else {}
-    record = {"config": {"quantised": {"model": str(model), "weights": weights}, **ends}, "tensors": {}}
-    about = {"family": "quantised", "format": weights}
-    writer.finish(config, about, record, _companions(model), quiet=quiet)
+def _files(source: Path, kind: str) -> tuple[Path, ...]:
+    """Those that hold the weights."""
+    if kind == "run":
+        return run_state.open_part(source, run_state.MODEL).files
+    if kind == "imported":
+        return read_imported(source).tensors.files
+    return tuple(open_gguf(source).files) if kind == "gguf" else open_source(source).tensors.files
 
 
 def _companions(model: Path) -> Mapping[str, bytes]:
-    """Tokenizer, chat template and the like, as they are."""
+    """Tokenizer, chat template and the like, as they are.
+
+    Raises:
+        DataError, CheckpointError: no tokenizer, or a damaged one.
+    """
+    load_tokenizer(model)
     if kind_of(model) == "gguf":
         file = open_gguf(model)
         return companions_of(file.metadata, str(file.path))[0]
@@ -118,8 +140,14 @@ def _companions(model: Path) -> Mapping[str, bytes]:
     return {name: companion_of(home, name) for name in COMPANIONS if (home / name).exists()}
 
 
-def _with_length(config: ModelConfig, model: Path, kind: str) -> ModelConfig:
-    """A run knows from its data how long a sequence may be; what is made of it can only know it from its model."""
-    if config.max_positions is not None or kind != "run":
-        return config
-    return config.model_copy(update={"max_positions": open_exportable(model).max_positions})
+def _ends(model: Path, kind: str) -> dict[str, Any]:
+    """The ends of texts that the model's own config.json names, beside those in its companions."""
+    if kind in ("run", "gguf"):
+        return {}
+    known = read_imported(model).source()["config"] if kind == "imported" else open_source(model).raw
+    return {key: known[key] for key in (ENDS,) if known.get(key) is not None}
+
+
+def _data(model: Path, kind: str) -> dict[str, Any] | None:
+    """What a run trained on, and how: by that its model is asked otherwise than a foreign one."""
+    return training_data(model) or {"sequence_length": None} if kind == "run" else None

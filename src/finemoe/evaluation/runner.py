@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from finemoe.checkpoint.language_model import LanguageModel
+from finemoe.checkpoint.weights.shapes import parameter_shapes
+from finemoe.checkpoint.weights.small import may_be_small
 from finemoe.core.errors import ConfigError
 from finemoe.core.files import make_folder, writing
 from finemoe.core.logs import JsonLines, logger, progress, read_json_lines
@@ -46,6 +49,8 @@ from finemoe.generation.scoring import (
     score,
     text_windows,
 )
+from finemoe.model.quantised.blocks import format_of, is_quantised
+from finemoe.model.transformer import Transformer
 from finemoe.text.fill_in_the_middle import middle_marks
 
 _FORMAT = 1
@@ -373,10 +378,20 @@ def describe_model(opened: LanguageModel, key: str) -> dict[str, Any]:
     return {
         "path": str(opened.source),
         "fingerprint": key[:16],
-        "parameters": sum(parameter.numel() for parameter in opened.model.parameters()),
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "parameters": sum(map(math.prod, parameter_shapes(opened.model.config).values())),
+        "dtype": _stored_as(opened.model),
         "device": weight.device.type,
         "reach": reach_of(opened),
         "first_token": opened.first_id,
         "batch_invariant": steady(opened.model),
     }
+
+
+def _stored_as(model: Transformer) -> str:
+    """What the large products are: float32, Q8_0 ..., or mixed; words in and out, which may be wider, set aside."""
+    kinds = {
+        format_of(one).name if is_quantised(one) else str(one.dtype).removeprefix("torch.")
+        for name, one in model.state_dict().items()
+        if may_be_small(name) and not name.startswith(("embedding.", "head."))
+    }
+    return kinds.pop() if len(kinds) == 1 else "mixed"

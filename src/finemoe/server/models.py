@@ -15,6 +15,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from finemoe.analysis.written import Cards, short_cards
 from finemoe.checkpoint.language_model import LanguageModel, Weights, open_language_model, weights_for
 from finemoe.checkpoint.open import read_model_config
+from finemoe.checkpoint.sizes import bytes_in_memory
 from finemoe.core.config import Config, did_you_mean
 from finemoe.core.errors import ConfigError, FinemoeError
 from finemoe.core.logs import logger
@@ -29,7 +30,6 @@ from finemoe.server.dialects import Dialect
 from finemoe.server.errors import ApiError
 from finemoe.server.worker import Worker, apart
 
-_BYTES = {"auto": 4, "fp32": 4, "bf16": 2, "stored": 4, "int8": 2, "int4": 1}
 _LOOK_SECONDS = 0.01
 
 
@@ -277,8 +277,9 @@ class Models:
     async def _loaded(self, name: str) -> Served:
         ready = self._ready.pop(name, None)
         if ready is None:
-            await self._make_room(name, self._sizes.get(name) or self._estimate(name))
             try:
+                needed = self._sizes[name] if name in self._sizes else await asyncio.to_thread(self._estimate, name)
+                await self._make_room(name, needed)
                 ready = await asyncio.to_thread(apart, lambda: self._prepared(name))
             except (FinemoeError, OSError, MemoryError) as error:
                 logger.error("%s cannot be opened: %s", name, error)
@@ -311,9 +312,7 @@ class Models:
         return ready
 
     def _estimate(self, name: str) -> int:
-        weights = measure(self._configs[name], 1)
-        numbers = weights.total_parameters + weights.mtp_parameters
-        return numbers * _BYTES[self._options.weights] + (self._options.cache_bytes or 0)
+        return bytes_in_memory(self._sources[name], self._options.weights) + (self._options.cache_bytes or 0)
 
     async def _make_room(self, name: str, needed: int) -> None:
         """Close what was not used for longest, and is idle, until the new one has room.

@@ -199,8 +199,8 @@ def _companions(folder: Path) -> dict[str, bytes]:
 
 
 def _with_length(config: ModelConfig, base: Path) -> ModelConfig:
-    """A run knows from its data how long a sequence may be; what is made of it can only know it from its model."""
-    if config.max_positions is not None or kind_of(base) != "run":
+    """A run, made small or not, knows from its data how long a sequence may be; what is made of it, from its model."""
+    if config.max_positions is not None or kind_of(base) not in ("run", "imported"):
         return config
     return config.model_copy(update={"max_positions": open_exportable(base).max_positions})
 

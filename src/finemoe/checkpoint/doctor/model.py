@@ -21,6 +21,7 @@ from finemoe.model.rope import LinearScaling, Llama3Scaling, RopeConfig, YarnSca
 from finemoe.model.size import measure
 from finemoe.text.files import COMPANIONS
 
+_IN_BLOCKS = "it was made small, in blocks of few bits that no Hugging Face class reads and GGUF files alone hold"
 _SLACK = 1.01
 _CONTEXT = 4096  # where a model does not say; changes FLOPs alone, which are not shown
 
@@ -170,6 +171,9 @@ def exports_of(subject: Subject) -> list[dict[str, Any]]:
     always = ["no optimizer state"] if subject.kind in ("run", "checkpoint") else []
     facts = []
     for name, family in FAMILIES.items():
+        if subject.blocks():
+            facts.append(_export(name, "huggingface", reason=_IN_BLOCKS))
+            continue
         try:
             family.from_config(config, max_positions=1)
         except CheckpointError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from finemoe.checkpoint.doctor.files import check_manifest
@@ -28,11 +29,14 @@ from finemoe.checkpoint.storage.safetensors import DTYPE_NAMES, TensorFolder
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.checkpoint.weights.imported import CARRIED
 from finemoe.checkpoint.weights.shapes import model_shapes
+from finemoe.checkpoint.weights.small import may_be_small
 from finemoe.core.errors import FinemoeError
 from finemoe.model.config import ModelConfig
+from finemoe.model.quantised.blocks import FORMATS
 
 _OWN_JSON_BYTES = 256 << 20
 _ROWS_BYTES = 64 << 20
+_BLOCK_BYTES = {one.bytes for one in FORMATS.values()}
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,13 @@ class Subject:
     """False where some of the files could not be read, so that missing tensors say nothing."""
     checkpoints: tuple[str, ...] = ()
     """Of a run, newest first."""
+
+    def blocks(self) -> set[str]:
+        """Names of what was made small: tensors of ours that are blocks of few bits."""
+        if self.kind != "imported":
+            return set()
+        small = {name: held.shape for name, held in self.held.items() if held.dtype == DTYPE_NAMES[torch.uint8]}
+        return {name for name, shape in small.items() if may_be_small(name) and shape and shape[-1] in _BLOCK_BYTES}
 
 
 def open_subject(path: Path, found: Findings, *, deep: bool, quiet: bool) -> Subject:

@@ -13,6 +13,7 @@ from finemoe.checkpoint.doctor.findings import Findings, few, number
 from finemoe.checkpoint.doctor.subject import Held, Subject
 from finemoe.checkpoint.huggingface.accounting import SCALE_SUFFIX
 from finemoe.core.logs import mebibytes
+from finemoe.model.quantised.blocks import all_finite
 
 _SMALL = 1 << 20
 _SMALL_IN_ALL = 512 << 20
@@ -24,15 +25,22 @@ _ENOUGH = (*_PRECISE, "BF16", "F16")
 def check_values(subject: Subject, found: Findings, *, deep: bool, quiet: bool) -> dict[str, Any]:
     """Look for NaN and infinity in the small tensors, or in all; there for matrices of nothing but zeros too."""
     # FP8 factors have been looked at with their matrices.
-    tensors = [held for held in subject.held.values() if held.floating and not held.name.endswith(SCALE_SUFFIX)]
+    blocks = subject.blocks()
+    tensors = [
+        held
+        for held in subject.held.values()
+        if (held.floating or held.name in blocks) and not held.name.endswith(SCALE_SUFFIX)
+    ]
     chosen = tensors if deep else _small(tensors)
     broken: list[str] = []
     empty: list[str] = []
     with mebibytes(f"reading {subject.path.name}", sum(held.nbytes for held in chosen), quiet or not deep) as advance:
         for held in chosen:
             with found.guard("weights"):
-                bad, zeros = _look_at(held)
-                if bad:
+                bad, zeros = (0, False) if held.name in blocks else _look_at(held)
+                if held.name in blocks and not all(map(all_finite, held.chunks())):
+                    broken.append(f"{held.name} (scales of its blocks)")
+                elif bad:
                     broken.append(f"{held.name} ({number(bad, 'element')})")
                 elif zeros and len(held.shape) > 1:
                     empty.append(held.name)

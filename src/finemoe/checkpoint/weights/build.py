@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from finemoe.checkpoint.storage.memory import empty_tensors, wanted_type
 from finemoe.checkpoint.weights.shapes import model_shapes
-from finemoe.checkpoint.weights.small import small_shape
-from finemoe.core.errors import CheckpointError, ConfigError
+from finemoe.checkpoint.weights.small import of_tensor, small_shape
+from finemoe.core.errors import CheckpointError
 from finemoe.model.config import Kernels, ModelConfig
 from finemoe.model.quantised.blocks import Format, dequantise, is_quantised
 from finemoe.model.quantised.making import quantise
@@ -42,7 +42,7 @@ def build(
             tensor that is stored as bytes comes whole and is taken as it comes: it may lie in a mapped file.
 
     Raises:
-        CheckpointError: `stored` names other tensors than the model has.
+        CheckpointError: `stored` names other tensors than the model has, or a number is none that blocks can hold.
     """
     shapes, small = fitting_shapes(config, stored), small or {}
     with torch.device("meta"):
@@ -60,25 +60,19 @@ def build(
                 raise CheckpointError(f"tensor {name!r} is {list(tensor.shape)} instead of {list(wanted[name][0])}")
             state[name] = tensor
         else:
-            state[name][index].copy_(_as_wanted(tensor, small.get(name), shapes[name][-1], name))
+            with of_tensor(name):
+                state[name][index].copy_(_as_wanted(tensor, small.get(name), shapes[name][-1]))
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
 
-def _as_wanted(tensor: Tensor, kind: Format | None, columns: int, name: str) -> Tensor:
-    """A part as numbers, or as blocks of `kind`.
-
-    Raises:
-        CheckpointError: blocks of no format, or of other rows; or a number that no block can hold.
-    """
-    try:
-        if is_quantised(tensor):
-            if kind is not None and tensor.shape[-1] == kind.bytes:
-                return tensor
-            tensor = dequantise(tensor, columns)
-        return tensor if kind is None else quantise(tensor, kind)
-    except ConfigError as error:
-        raise CheckpointError(f"tensor {name!r}: {error}") from error
+def _as_wanted(tensor: Tensor, kind: Format | None, columns: int) -> Tensor:
+    """A part as numbers, or as blocks of `kind`."""
+    if is_quantised(tensor):
+        if kind is not None and tensor.shape[-1] == kind.bytes:
+            return tensor
+        tensor = dequantise(tensor, columns)
+    return tensor if kind is None else quantise(tensor, kind)
 
 
 def _exchange(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -117,7 +111,8 @@ def one_by_one(
         if name not in begun:
             begun[name] = torch.empty(shapes[name], dtype=wanted_type(name, stored[name], dtype))
         target = begun[name][index]
-        target.copy_(_as_wanted(tensor, None, shapes[name][-1], name))
+        with of_tensor(name):
+            target.copy_(_as_wanted(tensor, None, shapes[name][-1]))
         left[name] -= target.numel()
         if not left[name]:
             yield name, begun.pop(name)

@@ -15,7 +15,7 @@ from finemoe.checkpoint.own_config import model_of
 from finemoe.checkpoint.run_state import state as run_state
 from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.checkpoint.storage.untrusted import TOKENIZER_BYTES, folder_file, parse_json, read_bytes, read_json
-from finemoe.checkpoint.weights.imported import read_imported
+from finemoe.checkpoint.weights.imported import DATA, read_imported
 from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.checkpoint.weights.small import formats_in, small_shape
 from finemoe.core.errors import CheckpointError, named
@@ -104,6 +104,7 @@ def _open_imported(path: Path) -> Exportable:
         raw=source["config"] if from_hub else {},
         account=source["tensors"] if from_hub else {},
         carried=imported.carried,
+        max_positions=_length(imported.data),
         token_ids={key: known[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in known},
     )
 
@@ -126,12 +127,16 @@ def _open_run(path: Path) -> Exportable:
     raw = read_json(folder_file(folder, CONFIG))
     config = model_of(raw, folder / CONFIG)
     tensors = run_state.open_part(folder, run_state.MODEL)
-    data = raw.get("data")
-    length = data.get("sequence_length") if isinstance(data, dict) else None
     homes = [home for home in (path, *path.absolute().parents[:2]) if (home / _TOKENIZER).exists()]
     companions, ids = _tokenizer_of_run(homes[0]) if homes else ({}, {})
     notes = () if homes else (f"{path}: no {_TOKENIZER} beside the run, so none is written",)
-    return Exportable(path, config, tensors, companions, notes, max_positions=length, token_ids=ids)
+    return Exportable(path, config, tensors, companions, notes, max_positions=_length(raw.get(DATA)), token_ids=ids)
+
+
+def _length(data: Any) -> int | None:
+    """Of the sequences of a run, by its data table."""
+    length = data.get("sequence_length") if isinstance(data, Mapping) else None
+    return length if type(length) is int and length > 0 else None
 
 
 def _tokenizer_of_run(home: Path) -> tuple[dict[str, bytes], dict[str, Any]]:

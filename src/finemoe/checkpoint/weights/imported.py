@@ -1,6 +1,7 @@
 """The imported folder: our weights, what the source brought along, and a manifest that makes it complete.
 
-`config.json` holds the ModelConfig, where it came from, and the ends of texts that the source's config.json names;
+`config.json` holds the ModelConfig, where it came from, the ends of texts that the source's config.json names, and the
+data table of a run that the weights were trained in;
 `model*.safetensors` the weights under our names; `carried.safetensors` source tensors kept verbatim; `source.json` the
 source's configuration and an account of each of its tensors; `manifest.json`, written last, size and SHA-256 of every
 other file.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, final
 
@@ -26,7 +27,8 @@ from finemoe.model.config import ModelConfig
 
 CARRIED = "carried"
 _FORMAT = 1
-_ENDS = "eos_token_id"  # where generation_config.json says none, a tokenizer looks for it in config.json
+DATA = "data"
+ENDS = "eos_token_id"  # where generation_config.json says none, a tokenizer looks for it in config.json
 _OWN_JSON_BYTES = 256 << 20  # source.json has a line for each source tensor, manifest.json one for each file
 
 
@@ -48,6 +50,8 @@ class Imported:
     """Under the names of `Transformer.state_dict()`."""
     carried: TensorFolder
     """Under the source's names."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """The data table of the run that the weights were trained in; empty where they come from elsewhere."""
 
     def source(self) -> dict[str, Any]:
         """source.json: `config` of the source, and `tensors` by name: status, dtype, shape, sha256.
@@ -111,7 +115,9 @@ def read_imported(path: Path, *, checksums: bool = False) -> Imported:
         raise CheckpointError(f"{path / CONFIG}: `source` must name `family` and `format`; import again")
     carried = f"{CARRIED}.safetensors"
     extra = TensorFolder.of_files([folder_file(path, carried)] if carried in names else [])
-    return Imported(path, model_of(raw, path / CONFIG), family, kind, TensorFolder.open(path), extra)
+    data = raw.get(DATA)
+    config, tensors = model_of(raw, path / CONFIG), TensorFolder.open(path)
+    return Imported(path, config, family, kind, tensors, extra, data if isinstance(data, dict) else {})
 
 
 def _check_manifest(path: Path, checksums: bool) -> set[str]:
@@ -163,6 +169,7 @@ class ImportedWriter:
         source: Mapping[str, str],
         record: Mapping[str, Any],
         files: Mapping[str, bytes],
+        data: Mapping[str, Any] | None = None,
         *,
         quiet: bool = True,
     ) -> list[WrittenFile]:
@@ -173,6 +180,7 @@ class ImportedWriter:
             source: `family` and `format`.
             record: what `Imported.source` gives back.
             files: tokenizer and the like, verbatim, by name.
+            data: table of the run that the weights were trained in; None: they were not trained here.
             quiet: no progress.
 
         Raises:
@@ -181,7 +189,8 @@ class ImportedWriter:
         """
         written = [file for store in self._stores() for file in store.finish(quiet=quiet)]
         small: dict[str, bytes] = dict(files)
-        ends = {key: record["config"][key] for key in (_ENDS,) if record["config"].get(key) is not None}
+        ends = {key: record["config"][key] for key in (ENDS,) if record["config"].get(key) is not None}
+        ends |= {} if data is None else {DATA: dict(data)}
         small[CONFIG] = _json({"model": config.model_dump(mode="json"), "source": dict(source), **ends})
         small[SOURCE] = _json(record)
         written += [write_file(self._folder / name, data) for name, data in small.items()]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Literal
 
-from finemoe.core.errors import CheckpointError
+from finemoe.core.errors import CheckpointError, ConfigError
 from finemoe.model.quantised.blocks import FORMATS, Format
 
 Bits = Literal["int8", "int4"]
@@ -26,6 +27,19 @@ def formats_for(bits: Bits, names: Collection[str]) -> dict[str, Format]:
     the tokens' own numbers before and behind it."""
     inner = FORMATS["Q8_0" if bits == "int8" else "Q4_0"]
     return {name: FORMATS["Q8_0"] if _ENDS.match(name) else inner for name in names if may_be_small(name)}
+
+
+@contextlib.contextmanager
+def of_tensor(name: str) -> Iterator[None]:
+    """Say of which tensor the numbers are that no block can hold.
+
+    Raises:
+        CheckpointError: in place of a ConfigError that is raised inside.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise CheckpointError(f"tensor {name!r}: {error}") from error
 
 
 def small_shape(name: str, shape: tuple[int, ...], kind: Format) -> tuple[int, ...]:

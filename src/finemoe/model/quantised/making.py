@@ -16,20 +16,25 @@ def quantise(values: Tensor, kind: Format) -> Tensor:
 
     Q8_0: the largest number of a block is 127 steps. Q4_0 has eight steps on one side of zero and seven on the other:
     of several scales around the one that maps the largest number to a whole step, the one with the least squares wins.
+    Beside `values` and the result only pieces of a few rows are held.
 
     Raises:
         ConfigError: a number that is none, or too large for a scale in float16.
     """
-    make = _MAKERS[kind.name]
-    rows = values.detach().float().reshape(-1, values.shape[-1])
-    filled = -(-rows.shape[1] // kind.size) * kind.size
-    blocks = torch.nn.functional.pad(rows, (0, filled - rows.shape[1])).view(-1, kind.size)
-    made = torch.cat([make(part) for part in blocks.split(_PIECE)]) if len(blocks) else blocks.new_empty(0)
-    return made.to(torch.uint8).view(*values.shape[:-1], filled // kind.size, kind.bytes)
+    columns, blocks = values.shape[-1], -(-values.shape[-1] // kind.size)
+    made = torch.empty((*values.shape[:-1], blocks, kind.bytes), dtype=torch.uint8, device=values.device)
+    rows, target = values.detach().reshape(-1, columns), made.view(-1, blocks, kind.bytes)
+    at_once = max(1, _PIECE // max(1, blocks))
+    for first in range(0, len(rows), at_once):
+        piece = rows[first : first + at_once].float()
+        if columns % kind.size:
+            piece = torch.nn.functional.pad(piece, (0, -columns % kind.size))
+        target[first : first + at_once] = _MAKERS[kind.name](piece.reshape(-1, kind.size)).view(-1, blocks, kind.bytes)
+    return made
 
 
 _PIECE = 1 << 16
-"""Blocks that are made at once: several copies of them are held meanwhile."""
+"""Blocks that are made at once, or those of one row: several copies of them are held meanwhile, in float32."""
 _TRIED = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 1.03, 1.06)
 """Scales of Q4_0, as shares of the one that maps the largest number to a whole step; the first of equally good wins."""
 
