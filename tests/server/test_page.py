@@ -87,7 +87,7 @@ def test_a_conversation_is_written_and_is_there_after_reloading(page: Any) -> No
 def test_a_long_answer_is_stopped_and_asked_for_again(page: Any, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = live.engine("talker")
     ordinary = engine.step
-    monkeypatch.setattr(engine, "step", lambda: time.sleep(0.2) or ordinary())  # as a large model
+    monkeypatch.setattr(engine, "step", lambda: time.sleep(0.05) or ordinary())  # as a large model
     set_up(page, 128, 1.5)
     say(page, "Hello there")
     written = page.locator("#log .message.assistant .message-body")
