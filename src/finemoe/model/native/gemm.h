@@ -36,15 +36,28 @@ inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(
 inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 inline Vector splat(float x) { return Vector{} + x; }
 
+// The lanes so numbered of a, and from kLanes on of b.
+template <int... lane>
+inline Vector pick_lanes(Vector a, Vector b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  return __builtin_shuffle(a, b, IntVector{lane...});
+#endif
+}
+
+template <int kStep, int... lane>
+inline Vector turned(Vector v, std::integer_sequence<int, lane...>) {
+  return pick_lanes<(lane + kStep) % kLanes...>(v, v);
+}
+
 // The sum of all lanes, in halves: one after the other, each addition would wait for the one before.
 inline float total(Vector v) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof lanes);
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+  if constexpr (kLanes > 8) v += turned<8>(v, lanes);
+  if constexpr (kLanes > 4) v += turned<4>(v, lanes);
+  v += turned<2>(v, lanes);
+  return v[0] + v[1];
 }
 
 // Row r of a matrix whose rows are looked up: `rows[r] / divisor` when there is a list, r itself when not.
@@ -116,16 +129,6 @@ struct PackStraight {
     }
   }
 };
-
-// The lanes so numbered of a, and from kLanes on of b.
-template <int... lane>
-inline Vector pick_lanes(Vector a, Vector b) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, lane...);
-#else
-  return __builtin_shuffle(a, b, IntVector{lane...});
-#endif
-}
 
 template <int kStep, int... lane>
 inline void swap_lanes(Vector& low, Vector& high, std::integer_sequence<int, lane...>) {
