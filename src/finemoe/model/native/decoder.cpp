@@ -13,6 +13,7 @@
 #include "gemm.h"
 #include "linear.h"
 #include "norm.h"
+#include "parallel.h"
 #include "routing.h"
 #include "weights.h"
 
@@ -196,17 +197,19 @@ std::vector<Tensor> decode_blocks(const Tensor& hidden, int64_t count, const Opt
   Parts parts{tensors, integers, reals, places};
   Pass pass(hidden);
   std::vector<Tensor> loads;
-  for (int64_t block = 0; block < count; ++block) {
-    pass.norm(parts.tensor(), parts.real());
-    attend(parts, pass);
-    pass.add();
-    pass.norm(parts.tensor(), parts.real());
-    if (parts.integer() == 0)
-      dense(parts, pass, pass.made.mutable_data_ptr<float>());
-    else
-      loads.push_back(mixture(parts, pass));
-    pass.add();
-  }
+  with_team([&] {
+    for (int64_t block = 0; block < count; ++block) {
+      pass.norm(parts.tensor(), parts.real());
+      attend(parts, pass);
+      pass.add();
+      pass.norm(parts.tensor(), parts.real());
+      if (parts.integer() == 0)
+        dense(parts, pass, pass.made.mutable_data_ptr<float>());
+      else
+        loads.push_back(mixture(parts, pass));
+      pass.add();
+    }
+  });
   parts.check_used_up();
   loads.insert(loads.begin(), pass.hidden);
   return loads;
