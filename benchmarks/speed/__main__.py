@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.speed import around, decoding, engine, layers, memory, server, steps, sweeps
+from benchmarks.speed import around, decoding, engine, layers, memory, server, small, steps, sweeps
 from benchmarks.speed.context import Context
 from benchmarks.speed.process import PeerError
 from benchmarks.speed.progress import Watch
@@ -49,6 +49,8 @@ PARTS = {
     "memory": Part("peak memory beside transformers", memory.memory, 100),
     "decode-llama": Part("generating, Llama shape, beside transformers and llama.cpp", decoding.llama, 120),
     "decode-v3": Part("generating, V3 shape", decoding.deepseek, 150),
+    "small-llama": Part("weights of 8 and 4 bits beside llama.cpp, Llama shape", small.llama, 90),
+    "small-v3": Part("the same, V3 shape", small.deepseek, 120),
     "batch-llama": Part("8 and 32 sequences at once, Llama shape", engine.batches_llama, 180),
     "batch-v3": Part("the same, V3 shape", engine.batches_v3, 240),
     "requests": Part("a newcomer, shared beginnings, mixed lengths (--before)", engine.requests, 240),

@@ -34,9 +34,9 @@ class Own:
         self.device = "cpu"
         self.engine = EngineOperations()
 
-    def open(self, path: str, device: str = "cpu") -> dict[str, Any]:
-        """Load a run, as `finemoe generate` does."""
-        self.model = self.engine.model = load_model(Path(path)).to(device)
+    def open(self, path: str, device: str = "cpu", small: str | None = None) -> dict[str, Any]:
+        """Load a run, as `finemoe generate` does; `small`: its `--weights`."""
+        self.model = self.engine.model = load_model(Path(path), small=small).to(device)
         self.device = device
         return {}
 
