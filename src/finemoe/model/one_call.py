@@ -7,6 +7,7 @@ arithmetic of a small model. Whatever was exchanged since is noticed, and the bl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, Protocol
 
 import torch
@@ -35,14 +36,16 @@ class Parts:
         holders: list[dict[str, Any]] = [
             held for one in modules for held in (one._parameters, one._buffers, one._modules)
         ]
-        self._seen = [(held, name, value) for held in holders for name, value in held.items()]
+        seen = [(held, name, value) for held in holders for name, value in held.items()]
         own = [one.__dict__ for one in modules]
-        self._seen += [(held, name, held[name]) for held in own for name in _SAYS_HOW if name in held]
+        seen += [(held, name, held[name]) for held in own for name in _SAYS_HOW if name in held]
+        self._seen = tuple(zip(*seen, strict=True))
 
     @property
     def still_hold(self) -> bool:
         """Whether nothing was exchanged since."""
-        return all(held.get(name) is value for held, name, value in self._seen)
+        held, names, values = self._seen
+        return all(map(is_, map(dict.get, held, names), values))
 
     @property
     def usable(self) -> bool:

@@ -5,7 +5,7 @@
 
 #include <initializer_list>
 
-#include "matrix.h"
+#include "formats.h"
 
 namespace finemoe {
 
