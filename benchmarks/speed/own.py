@@ -93,11 +93,12 @@ class Own:
         forget_peak(self.device)
         return {**self.step(trainer), **device_memory(self.device)}
 
-    def generate(self, prompt: list[int], count: int) -> dict[str, Any]:
-        """Greedy decoding: seconds to the first token, and seconds of one of the `count` that follow."""
+    def generate(self, prompt: list[int], count: int, temperature: float = 0.0, seed: int = 0) -> dict[str, Any]:
+        """Decoding, greedy if not told otherwise: seconds to the first token, and of one of the `count` that follow."""
         engine = Engine(self.model)
+        sampling = SamplingConfig(temperature=temperature, max_new_tokens=1 + count, seed=seed)
         started = time.perf_counter()
-        engine.submit(Request(tuple(prompt), SamplingConfig(temperature=0.0, max_new_tokens=1 + count)))
+        engine.submit(Request(tuple(prompt), sampling))
         times, ids = [], []
         for event in engine.events():
             times.append(time.perf_counter())

@@ -23,6 +23,8 @@ from finemoe.checkpoint.run_state.state import newest_checkpoint
 from finemoe.checkpoint.sizes import bytes_in_memory
 from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.checkpoint.storage.workspace import partial_of
+from finemoe.checkpoint.weights.imported import read_imported
+from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.checkpoint.weights.small import may_be_small
 from finemoe.cli.doctor import _exports
 from finemoe.compression import quantize as quantising
@@ -208,3 +210,16 @@ def test_room_is_made_for_what_is_opened(tmp_path: Path, name: str) -> None:
             held = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
             assert bytes_in_memory(path, weights) == held, (path.name, weights)
             assert Models({"m": path}, Options(weights, cache_bytes=1000))._estimate("m") == held + 1000
+
+
+@pytest.mark.parametrize("name", ["olmoe", "llama", "deepseek2-v3"])
+def test_the_doctor_counts_the_tensors_that_an_export_to_gguf_makes_wider(name: str, tmp_path: Path) -> None:
+    folder = import_folder(tmp_path / "imported", random_model(MODELS[name]))
+    finemoe.quantize(folder, tmp_path / "small", "int4", quiet=True)
+    (entry,) = [e for e in examine(tmp_path / "small", quiet=True).facts["exports"] if e["format"] == "gguf"]
+    said = [text for text in entry["lost"] if "F16" in text]
+    shapes = model_shapes(read_imported(tmp_path / "small").config)
+    odd = sum(may_be_small(tensor) and shape[-1] % 32 > 0 for tensor, shape in shapes.items())
+    report = export_gguf(tmp_path / "small", tmp_path / "small.gguf", dtype="F32", quiet=True)
+    assert bool(said) == (report.kinds["F16"] > 0) == (odd > 0)
+    assert said == ([f"{odd} tensors in F16, with rows that are no multiple of 32"] if odd > 1 else said)

@@ -36,7 +36,8 @@ from finemoe.core.logs import logger, mebibytes
 from finemoe.model.quantised.blocks import Format, dequantise
 from finemoe.text.settings import TOKENIZER_CONFIG
 
-_BLOCK = 32  # of Q8_0 and Q4_0
+ROW_BLOCK = 32
+"""Of Q8_0 and Q4_0: rows that are no multiple of it cannot be either, and become F16."""
 _QUANTIZATION_VERSION = 2
 _HEADER, _JOURNAL = ".header", ".written"
 _SYNC_BYTES = 256 << 20  # written between two syncs; after a kill these are written again
@@ -84,11 +85,15 @@ def export_gguf(
         RunError: the disk is full or unwritable.
         ConfigError: the `gguf` package is not installed.
     """
-    started = time.monotonic()
     if dtype not in FILE_TYPES:
         raise CheckpointError(f"dtype {dtype!r} is not written{did_you_mean(dtype, list(FILE_TYPES))}")
     place = _place(source, out)
-    opened = open_exportable(Path(source))
+    return write_gguf(open_exportable(Path(source)), place, dtype, tokenizer=tokenizer, quiet=quiet)
+
+
+def write_gguf(opened: Exportable, place: Path, dtype: str, *, tokenizer: bool, quiet: bool) -> GGUFReport:
+    """As `export_gguf`, of what is open already; nothing is at `place`."""
+    started = time.monotonic()
     with named(opened.path):
         description = describe(opened.config, opened.max_positions)
     metadata, missing = _tokenizer(opened, tokenizer)
@@ -159,13 +164,13 @@ def _plan(
             kind = "Q8_0"
         if tensor.source.ours in small:
             kind = small[tensor.source.ours].name
-        if kind in ("Q8_0", "Q4_0") and tensor.shape[-1] % _BLOCK:
+        if kind in ("Q8_0", "Q4_0") and tensor.shape[-1] % ROW_BLOCK:
             narrow.append(tensor.name)
             kind = "F16"
         plan.append(Planned(tensor.name, tensor.shape, kind))
     if not narrow:
         return plan, []
-    return plan, [f"{len(narrow)} tensors have rows that are no multiple of {_BLOCK} and are F16: {narrow[0]} ..."]
+    return plan, [f"{len(narrow)} tensors have rows that are no multiple of {ROW_BLOCK} and are F16: {narrow[0]} ..."]
 
 
 def _fill(
