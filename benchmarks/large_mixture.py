@@ -49,6 +49,8 @@ from finemoe.model.size import measure
 
 RESULTS = Path(__file__).parent / "results" / "large-mixture.json"
 PRESET, STD = "deepseek-moe-16b", 0.006
+APART = 100
+"""How much larger the words' own numbers are: tokens stay apart, so that they need other experts, as learnt ones do."""
 PROMPT, TOKENS, REPEATS = 32, 32, 5
 GROUP = Path("/sys/fs/cgroup/memory")
 """Where groups with a bound on memory are made, as the first version of control groups has them."""
@@ -95,9 +97,10 @@ class Drawn(TensorFolder):
             drawn = random.standard_normal(math.prod(shape), dtype=np.float32)
             one = torch.from_numpy(drawn).view(shape)
             return one * STD if len(shape) > 1 else torch.ones(shape)
+        std = STD * (APART if key.startswith("embedding") else 1)
         blocks = torch.frombuffer(bytearray(random.bytes(math.prod(shape))), dtype=torch.uint8).view(shape)
         steps = 256 if kind.name == "Q8_0" else 16  # as often each: their deviation is this over the root of 12
-        scale = torch.tensor([STD * 12**0.5 / steps], dtype=torch.float16)
+        scale = torch.tensor([std * 12**0.5 / steps], dtype=torch.float16)
         blocks[..., :2] = scale.view(torch.uint8)
         return blocks
 
