@@ -185,7 +185,7 @@ def _compile(compiler: str, sources: Sequence[Path], flags: Sequence[str], libra
     """
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    logger.info("compiling the CPU kernels, once for this machine (half a minute on two cores) ...")
+    logger.info("compiling the CPU kernels, once for this machine (about a minute on two cores) ...")
     started = time.perf_counter()
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     common = [compiler, *flags, abi, "-fPIC", *(f"-isystem{path}" for path in include_paths())]
