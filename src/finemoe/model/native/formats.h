@@ -52,14 +52,15 @@ inline IntVector signed_bytes(const uint8_t* p) { return widened<int8_t>(p); }
 
 inline Vector as_floats(IntVector v) { return __builtin_convertvector(v, Vector); }
 
-// ---- the blocks: `unpack` writes the kSize numbers of one ------------------------------------------------------------
+// ---- the blocks: `unpack` gives `out(v, numbers)` the kSize numbers of one, a vector at a time and in their order ------
 
 struct Q8_0 {  // scale, 32 signed bytes
   static constexpr int kSize = 32, kBytes = 34;
-  static void unpack(const uint8_t* block, Vector* out) {
+  template <typename Out>
+  static void unpack(const uint8_t* block, const Out& out) {
     const float scale = half(block);
 #pragma GCC unroll 8
-    for (int v = 0; v < kSize / kLanes; ++v) out[v] = scale * as_floats(signed_bytes(block + 2 + v * kLanes));
+    for (int v = 0; v < kSize / kLanes; ++v) out(v, scale * as_floats(signed_bytes(block + 2 + v * kLanes)));
   }
 };
 
@@ -82,19 +83,21 @@ struct Nibbles {
 };
 
 // 16 bytes: the low halves are the first 16 numbers, the high ones the others.
-template <typename Make>
-inline void halves(const uint8_t* p, Vector* out, const Make& make) {
+template <typename Out, typename Make>
+inline void halves(const uint8_t* p, const Out& out, const Make& make) {
   const Nibbles<Make> nibbles(make);
+  constexpr int kParts = 16 / kLanes;
+  IntVector both[kParts];
 #pragma GCC unroll 4
-  for (int v = 0; v < 16 / kLanes; ++v) {
-    const IntVector both = bytes(p + v * kLanes);
-    out[v] = nibbles.low(both), out[16 / kLanes + v] = nibbles.high(both);
-  }
+  for (int v = 0; v < kParts; ++v) out(v, nibbles.low(both[v] = bytes(p + v * kLanes)));
+#pragma GCC unroll 4
+  for (int v = 0; v < kParts; ++v) out(kParts + v, nibbles.high(both[v]));
 }
 
 struct Q4_0 {  // scale, 32 halves of bytes around 8
   static constexpr int kSize = 32, kBytes = 18;
-  static void unpack(const uint8_t* block, Vector* out) {
+  template <typename Out>
+  static void unpack(const uint8_t* block, const Out& out) {
     const float scale = half(block);
     halves(block + 2, out, [&](Vector x) { return scale * (x - 8.0f); });
   }
@@ -102,7 +105,8 @@ struct Q4_0 {  // scale, 32 halves of bytes around 8
 
 struct Q4_1 {  // scale, least, 32 halves of bytes
   static constexpr int kSize = 32, kBytes = 20;
-  static void unpack(const uint8_t* block, Vector* out) {
+  template <typename Out>
+  static void unpack(const uint8_t* block, const Out& out) {
     const float scale = half(block), least = half(block + 2);
     halves(block + 4, out, [&](Vector x) { return scale * x + least; });
   }
@@ -110,7 +114,8 @@ struct Q4_1 {  // scale, least, 32 halves of bytes
 
 struct Q4_K {  // scales of scales and of minima, 8 of both in 6 bits each, 256 halves of bytes
   static constexpr int kSize = 256, kBytes = 144;
-  static void unpack(const uint8_t* block, Vector* out) {
+  template <typename Out>
+  static void unpack(const uint8_t* block, const Out& out) {
     const float scale = half(block), least = half(block + 2);
     const uint8_t *sixths = block + 4, *from = block + 16;
     constexpr int kParts = 32 / kLanes;
@@ -126,34 +131,40 @@ struct Q4_K {  // scales of scales and of minima, 8 of both in 6 bits each, 256 
       const auto second = [&](Vector x) { return scales[1] * x - minima[1]; };
       const Nibbles<decltype(first)> low(first);
       const Nibbles<decltype(second)> high(second);
+      IntVector both[kParts];
 #pragma GCC unroll 8
-      for (int v = 0; v < kParts; ++v) {
-        const IntVector both = bytes(from + v * kLanes);
-        out[2 * group * kParts + v] = low.low(both), out[(2 * group + 1) * kParts + v] = high.high(both);
-      }
+      for (int v = 0; v < kParts; ++v) out(2 * group * kParts + v, low.low(both[v] = bytes(from + v * kLanes)));
+#pragma GCC unroll 8
+      for (int v = 0; v < kParts; ++v) out((2 * group + 1) * kParts + v, high.high(both[v]));
     }
   }
 };
 
 struct Q6_K {  // 128 bytes of low halves, 64 of two higher bits, 16 scales, a scale of those
   static constexpr int kSize = 256, kBytes = 210;
-  static void unpack(const uint8_t* block, Vector* out) {
+  template <typename Out>
+  static void unpack(const uint8_t* block, const Out& out) {
     const float scale = half(block + 208);
     const uint8_t *low = block, *high = block + 128;
     const int8_t* scales = reinterpret_cast<const int8_t*>(block + 192);
     constexpr int kParts = 32 / kLanes;
-    for (int side = 0; side < 2; ++side, low += 64, high += 32, scales += 8, out += 4 * kParts)
+    for (int side = 0; side < 2; ++side, low += 64, high += 32, scales += 8) {
+      IntVector found[4][kParts];
 #pragma GCC unroll 8
       for (int v = 0; v < kParts; ++v) {
         const IntVector near = bytes(low + v * kLanes), far = bytes(low + 32 + v * kLanes);
         const IntVector more = bytes(high + v * kLanes);
-        const IntVector found[4] = {(near & 15) | (more & 3) << 4, (far & 15) | (more >> 2 & 3) << 4,
-                                    near >> 4 | (more >> 4 & 3) << 4, far >> 4 | more >> 6 << 4};
-        for (int quarter = 0; quarter < 4; ++quarter) {
-          const float by = scale * static_cast<float>(scales[2 * quarter + v * kLanes / 16]);
-          out[quarter * kParts + v] = by * as_floats(found[quarter] - 32);
-        }
+        found[0][v] = (near & 15) | (more << 4 & 48), found[1][v] = (far & 15) | (more << 2 & 48);
+        found[2][v] = near >> 4 | (more & 48), found[3][v] = far >> 4 | (more >> 2 & 48);
       }
+#pragma GCC unroll 4
+      for (int quarter = 0; quarter < 4; ++quarter)
+#pragma GCC unroll 8
+        for (int v = 0; v < kParts; ++v) {
+          const float by = scale * static_cast<float>(scales[2 * quarter + v * kLanes / 16]);
+          out((4 * side + quarter) * kParts + v, by * as_floats(found[quarter][v] - 32));
+        }
+    }
   }
 };
 

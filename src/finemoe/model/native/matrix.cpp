@@ -18,10 +18,7 @@ float* unpacked(int64_t count) {
 template <typename Block>
 void unpack_blocks(const uint8_t* from, int64_t count, float* to) {
   for (int64_t b = 0; b < count; ++b, from += Block::kBytes, to += Block::kSize) {
-    Vector numbers[Block::kSize / kLanes];
-    Block::unpack(from, numbers);
-#pragma GCC unroll 16
-    for (int v = 0; v < Block::kSize / kLanes; ++v) store(to + v * kLanes, numbers[v]);
+    Block::unpack(from, [&](int v, Vector numbers) { store(to + v * kLanes, numbers); });
   }
 }
 
@@ -35,7 +32,7 @@ void dot_blocks(const float* const* x, const Matrix& weight, int64_t shared, flo
   for (int i = 0; i < kTall; ++i)
 #pragma GCC unroll 8
     for (int c = 0; c < kAcross; ++c) sum[i][c] = Vector{};
-  constexpr int kParts = Block::kSize / kLanes, kLine = 64;
+  constexpr int kLine = 64;
   const int64_t whole = shared / Block::kSize;
   for (int64_t b = 0; b < whole; ++b) {
 #pragma GCC unroll 8
@@ -43,12 +40,10 @@ void dot_blocks(const float* const* x, const Matrix& weight, int64_t shared, flo
       const uint8_t* block = weight.base + c * weight.stride + b * Block::kBytes;
 #pragma GCC unroll 4
       for (int byte = 0; byte < Block::kBytes; byte += kLine) __builtin_prefetch(block + ahead + byte, 0, 2);
-      Vector part[kParts];
-      Block::unpack(block, part);
-#pragma GCC unroll 16
-      for (int v = 0; v < kParts; ++v)
+      Block::unpack(block, [&](int v, Vector part) {
 #pragma GCC unroll 8
-        for (int i = 0; i < kTall; ++i) sum[i][c] += part[v] * load(x[i] + b * Block::kSize + v * kLanes);
+        for (int i = 0; i < kTall; ++i) sum[i][c] += part * load(x[i] + b * Block::kSize + v * kLanes);
+      });
     }
   }
   const int64_t left = shared - whole * Block::kSize;
@@ -82,7 +77,7 @@ DotBlocks<Block> pick_dot_blocks(int64_t rows, std::integer_sequence<int, tall..
 template <typename Block>
 void few_rows_of_blocks(const float* const* x, int64_t rows, const Matrix& weight, int64_t n, int64_t shared,
                         float* const* out) {
-  constexpr int kUnpackedAgain = Block::kSize > 32 ? kHigh : 4 * kHigh;  // large blocks do not fit beside the sums
+  constexpr int kUnpackedAgain = 4 * kHigh;
   if (rows <= kUnpackedAgain) {
     constexpr auto heights = std::make_integer_sequence<int, kHigh>{};
     const int64_t tiles = (rows + kHigh - 1) / kHigh;
