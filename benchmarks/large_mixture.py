@@ -4,9 +4,10 @@ PYTHONPATH=src python -m benchmarks.large_mixture [--folder DIR] [--peer PYTHON]
 
 Weights are drawn as blocks, by the names of their tensors, so that whatever form they are written in they are the
 same: first the folder that `finemoe quantize` would make, which is decoded where it lies, as a whole and with less
-memory than it has (a control group, which root may make); then a GGUF file, which finemoe and llama.cpp open, one after
-the other, and decode in turn. Ten gigabytes of disk are needed, twice that of memory for the file. Figures go to
-benchmarks/results/large-mixture.json; --scale 0.1 is a tenth of the layers, to see that it works, and writes nothing.
+memory than it has (a control group; root alone may make one, and empty the system's cache of files); then a GGUF
+file, which finemoe and llama.cpp open, one after the other, and decode in turn. Ten gigabytes of disk are needed, twice
+that of memory for the file. Figures go to benchmarks/results/large-mixture.json where all of it was measured;
+--scale 0.1 is a tenth of the layers, to see that it works, and writes nothing.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def decode(peers: dict[str, Peer], prompt: list[int], drawn: bool) -> dict[str, 
     rates: dict[str, list[float]] = {name: [] for name in peers}
     for repeat in range(REPEATS + 1):
         how = {"temperature": 1.0, "seed": repeat} if drawn else {}
-        for name, peer in peers.items():
+        for name, peer in list(peers.items())[:: 1 if repeat % 2 else -1]:
             seconds = peer.ask("generate", prompt=prompt, count=TOKENS, **how)["seconds"]
             if repeat:  # the first reads what was never read
                 rates[name].append(1 / seconds)
@@ -187,6 +188,8 @@ def main() -> None:
     options = parser.parse_args()
     layers = max(2, round(options.scale * find_preset(PRESET).model["num_layers"]))
     config = expand(resolve({"preset": PRESET, "num_layers": layers}, "the benchmark"))
+    if not os.access("/proc/sys/vm/drop_caches", os.W_OK):
+        parser.error("the system's cache of files must be emptied between measurements, which only root may do")
     size, drawn = measure(config, PROMPT + TOKENS), Drawn(config)
     prompt = shapes.token_ids(config, 1, PROMPT)[0]
     context = Context(REPEATS, False, torch.get_num_threads(), options.peer)
@@ -228,7 +231,7 @@ def main() -> None:
         "found": found,
     }
     print(json.dumps({key: value for key, value in record.items() if key not in ("environment", "found")}, indent=1))
-    if options.scale == 1:
+    if options.scale == 1 and options.memory and "llama.cpp" in found["file"]:
         RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

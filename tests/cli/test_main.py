@@ -98,7 +98,7 @@ def test_an_impossible_way_to_draw_is_one_message(
         (["export", "nosuch", "out"], "nosuch: there is nothing here"),
         (["import", "nosuch", "out"], "nosuch: no such file or folder"),
         (["doctor", "nosuch"], "nosuch: no such file or folder"),
-        (["doctor", "half"], "half: no such file or folder; an interrupted import lies in half.partial"),
+        (["doctor", "half"], "half: no such file or folder; interrupted work lies in half.partial"),
     ],
     ids=" ".join,
 )

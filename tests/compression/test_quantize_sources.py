@@ -23,12 +23,10 @@ from finemoe.checkpoint.run_state.state import newest_checkpoint
 from finemoe.checkpoint.sizes import bytes_in_memory
 from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.checkpoint.storage.workspace import partial_of
-from finemoe.checkpoint.weights.imported import read_imported
-from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.checkpoint.weights.small import may_be_small
 from finemoe.cli.doctor import _exports
 from finemoe.compression import quantize as quantising
-from finemoe.core.errors import CheckpointError, DataError
+from finemoe.core.errors import CheckpointError, ConfigError, DataError
 from finemoe.evaluation.runner import describe_model
 from finemoe.model.quantised.making import quantise
 from finemoe.server.models import Models, Options
@@ -212,14 +210,45 @@ def test_room_is_made_for_what_is_opened(tmp_path: Path, name: str) -> None:
             assert Models({"m": path}, Options(weights, cache_bytes=1000))._estimate("m") == held + 1000
 
 
-@pytest.mark.parametrize("name", ["olmoe", "llama", "deepseek2-v3"])
-def test_the_doctor_counts_the_tensors_that_an_export_to_gguf_makes_wider(name: str, tmp_path: Path) -> None:
-    folder = import_folder(tmp_path / "imported", random_model(MODELS[name]))
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("mixtral", {"hidden_size": 80}), ("llama", {"hidden_size": 80}), ("mixtral", {})],
+    ids=str,
+)
+def test_the_doctor_counts_the_tensors_that_an_export_to_gguf_makes_wider(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Those of the file: what is one tensor here may be two there."""
+    folder = import_folder(tmp_path / "imported", random_model({**MODELS[name], **changes}))
     finemoe.quantize(folder, tmp_path / "small", "int4", quiet=True)
     (entry,) = [e for e in examine(tmp_path / "small", quiet=True).facts["exports"] if e["format"] == "gguf"]
     said = [text for text in entry["lost"] if "F16" in text]
-    shapes = model_shapes(read_imported(tmp_path / "small").config)
-    odd = sum(may_be_small(tensor) and shape[-1] % 32 > 0 for tensor, shape in shapes.items())
-    report = export_gguf(tmp_path / "small", tmp_path / "small.gguf", dtype="F32", quiet=True)
-    assert bool(said) == (report.kinds["F16"] > 0) == (odd > 0)
-    assert said == ([f"{odd} tensors in F16, with rows that are no multiple of 32"] if odd > 1 else said)
+    report = export_gguf(tmp_path / "small", tmp_path / "small.gguf", quiet=True)
+    wider = report.kinds["F16"]
+    assert said == ([f"{wider} tensors in F16, with rows that are no multiple of 32"] if wider else [])
+    assert bool(wider) == bool(changes)
+
+
+def test_a_type_that_is_asked_for_is_for_all_that_is_not_blocks(tmp_path: Path) -> None:
+    folder = import_folder(tmp_path / "imported", random_model(MODELS["deepseek2-v3"]))
+    finemoe.quantize(folder, tmp_path / "small", quiet=True)
+    plain = export_gguf(tmp_path / "small", tmp_path / "plain.gguf", quiet=True)
+    asked = export_gguf(tmp_path / "small", tmp_path / "asked.gguf", dtype="BF16", quiet=True)
+    assert asked.kinds["BF16"] > 0 == plain.kinds["BF16"]
+    assert asked.kinds["Q8_0"] == plain.kinds["Q8_0"]
+    said = "keep the blocks that `finemoe quantize` made of them; BF16 is for all else"
+    assert [said in note for note in asked.notes].count(True) == 1
+    assert not any(said in note for note in plain.notes)
+
+
+def test_a_folder_is_not_named_like_a_file(tmp_path: Path) -> None:
+    folder = import_folder(tmp_path / "imported", random_model(MODELS["llama"]))
+    with pytest.raises(CheckpointError, match="quantize makes a folder, of which `finemoe export FOLDER small"):
+        finemoe.quantize(folder, tmp_path / "small.gguf", quiet=True)
+    assert not (tmp_path / "small.gguf").exists()
+
+
+def test_weights_of_no_known_kind_are_refused(tmp_path: Path) -> None:
+    folder = import_folder(tmp_path / "imported", random_model(MODELS["llama"]))
+    with pytest.raises(ConfigError, match="weights must be one of auto, fp32, bf16, stored, int8, int4, not 'int2'"):
+        finemoe.load(folder, "int2")  # type: ignore[arg-type]

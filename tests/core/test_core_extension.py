@@ -100,7 +100,9 @@ def test_any_usual_name_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @NEEDS_COMPILER
 def test_a_library_cut_short_is_built_again(tmp_path: Path, cache: Path) -> None:
     folder = sources(tmp_path / "src", SOURCE.replace("NAME", "short"))
-    built = extension._home("sample", [folder / "one.cpp"], FLAGS, str(shutil.which("c++"))) / "sample.so"
+    compiler = str(shutil.which("c++"))
+    flags = extension._flags(FLAGS, compiler)
+    built = extension._home("sample", [folder / "one.cpp"], flags, compiler) / "sample.so"
     built.parent.mkdir(parents=True)
     built.write_bytes(b"\x7fELF")
     assert extension.load("sample", folder, FLAGS) is None

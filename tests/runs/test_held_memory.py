@@ -112,6 +112,9 @@ SLOW = (
     "child, rows",
     "child, weights",
     "child, experts",
+    "child, drawn and held",
+    "names",
+    "teacher beside",
 )
 """Of which others hold the parts."""
 

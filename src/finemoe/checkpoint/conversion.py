@@ -107,7 +107,7 @@ def export(
         out: folder to make; a name that ends in .gguf makes a GGUF file.
         format: what to write; as the name of `out` says when None.
         family: Hugging Face `model_type`; as imported, or the first that fits, when None.
-        dtype: bf16, fp16 or fp32; GGUF also q8_0 and q4_0. As stored, and in GGUF f16, when None.
+        dtype: bf16, fp16 or fp32; GGUF also q8_0 and q4_0. As stored, and in GGUF f16, beside blocks fp32, when None.
         fp8: Hugging Face: matrices as block-scaled FP8, as in V3.
         tokenizer: GGUF: write it along.
         adapter: of a run that tuned low-rank adapters or chosen experts: write these alone, see `export_adapter`.

@@ -142,4 +142,8 @@ def require_there(path: Path) -> None:
 
 def _unfinished(path: Path) -> str:
     partial = Path(f"{path}.partial")
-    return f"; an interrupted import lies in {partial}: import again to finish it" if partial.exists() else ""
+    return (
+        f"; interrupted work lies in {partial}: give the command that began it again to finish it"
+        if partial.exists()
+        else ""
+    )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from finemoe.checkpoint.open import (
     read_model_config,
     stored_small,
 )
-from finemoe.core.errors import CheckpointError, DataError, RunError
+from finemoe.core.errors import CheckpointError, ConfigError, DataError, RunError
 from finemoe.core.logs import logger
 from finemoe.core.reading import decode_json
 from finemoe.model.config import Kernels, can_begin_with
@@ -105,8 +105,11 @@ def open_language_model(
     """The model at `source` on the fastest device here, a small one on the CPU; `source` as in `load_model`.
 
     Raises:
+        ConfigError: no such `weights`.
         FinemoeError: nothing that can be opened, or a tokenizer that is another model's.
     """
+    if weights not in get_args(Weights):
+        raise ConfigError(f"weights must be one of {', '.join(get_args(Weights))}, not {weights!r}")
     path = Path(source)
     kind = kind_of(path)
     data = training_data(path) if kind in ("run", "imported") else {}

@@ -82,6 +82,17 @@ class Verbs(TyperGroup):
             elif _HAVE_MET in sys.modules and not (isinstance(error, FinemoeError) and error.everywhere):
                 _say(f"error on rank {os.environ['RANK']}: ", "bold red", ctx.params["debug"], said)
             raise typer.Exit(2) from error
+        except Exception as error:
+            if getattr(error, "option_name", None) == "--dtype":
+                _name_weights(error)
+            raise
+
+
+def _name_weights(error: Any) -> None:
+    """Where an option is unknown that the release before had under another name, the new one is suggested alone."""
+    known = [name for parameter in error.ctx.command.params for name in parameter.opts] if error.ctx else []
+    if "--weights" in known:
+        error.possibilities = ["--weights"]
 
 
 def _say(label: str, style: str, debug: bool, message: str = "") -> None:

@@ -53,8 +53,8 @@ def quantize(
 
     Raises:
         ConfigError: `weights` is neither.
-        CheckpointError: nothing to open, it is small already, `out` exists, a number that no block can hold, or the
-            work that was interrupted had other weights; nothing is left behind.
+        CheckpointError: nothing to open, it is small already, `out` exists or ends in .gguf, a number that no block can
+            hold, or the work that was interrupted had other weights; nothing is left behind.
         DataError: no tokenizer; nothing was written.
         RunError: the disk is full or unwritable.
     """
@@ -101,10 +101,15 @@ def _place(model: Path, out: str | os.PathLike[str]) -> Path:
     """
     check_apart(model, out)
     place = check_free(Path(out))
+    if place.suffix.lower() == ".gguf":
+        raise CheckpointError(
+            f"{place}: quantize makes a folder, of which `finemoe export FOLDER {place.name}` makes a GGUF file: "
+            "leave .gguf out"
+        )
     if stored_small(model):
         raise CheckpointError(
             f"{model} has products in blocks already and opens small as it is; rounding twice loses more: quantize the "
-            "model that it was made of, or what `finemoe import` makes of it, if there is none"
+            "model that it was made of, or, if there is none, what `finemoe import` makes of its GGUF file"
         )
     return place
 

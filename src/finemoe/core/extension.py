@@ -26,6 +26,9 @@ from finemoe.core.locks import exclusive_lock
 from finemoe.core.logs import logger
 
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+_FUSED = "--param=avoid-fma-max-bits=0"
+"""For GCC, which on Zen 2 and 3 makes some sums of products without FMA, and the same sums elsewhere with it: a row
+would depend on its neighbours."""
 _PATIENCE = 300.0  # seconds to wait for another process that compiles
 _COMPILERS = ("c++", "g++", "clang++")
 _PASSING = ("No space left on device", "Disk quota exceeded", "Cannot allocate memory", "out of memory", "Killed")
@@ -50,12 +53,12 @@ def load(name: str, folder: Path, flags: Sequence[str] | None = None) -> str | N
 
     Returns why it cannot be used, in words; None when it is loaded and its operators are in `torch.ops`.
     """
-    flags = FLAGS if flags is None else flags
     sources = _sources(folder)
     compiler = find_compiler()
     if compiler is None:
         return _no_compiler()
     try:
+        flags = _flags(FLAGS if flags is None else flags, compiler)
         library = _home(name, sources, flags, compiler) / f"{name}.so"
         library.parent.mkdir(parents=True, exist_ok=True)
         if not library.exists():
@@ -111,7 +114,8 @@ def state_of(package: str, name: str) -> str:
     if spec is None or spec.origin is None:
         return f"there is no package {package}"
     try:
-        library = _home(name, _sources(Path(spec.origin).parent), FLAGS, compiler) / f"{name}.so"
+        flags = _flags(FLAGS, compiler)
+        library = _home(name, _sources(Path(spec.origin).parent), flags, compiler) / f"{name}.so"
     except (OSError, subprocess.SubprocessError) as error:
         return f"{compiler} cannot be run: {error}"
     if library.exists():
@@ -128,9 +132,18 @@ def _home(name: str, sources: Sequence[Path], flags: Sequence[str], compiler: st
     return cache_folder() / "extensions" / f"{name}-{_fingerprint(sources, flags, compiler)}"
 
 
-def _fingerprint(sources: Sequence[Path], flags: Sequence[str], compiler: str) -> str:
+def _flags(flags: Sequence[str], compiler: str) -> tuple[str, ...]:
+    gnu = "Free Software Foundation" in _about(compiler)
+    return (*flags, _FUSED) if gnu else tuple(flags)
+
+
+def _about(compiler: str) -> str:
     asked = [compiler, "--version"]
-    about = subprocess.run(asked, capture_output=True, errors="replace", timeout=30, check=True).stdout
+    return subprocess.run(asked, capture_output=True, text=True, errors="replace", timeout=30, check=True).stdout
+
+
+def _fingerprint(sources: Sequence[Path], flags: Sequence[str], compiler: str) -> str:
+    about = _about(compiler)
     parts = [torch.__version__, sys.version, platform.machine(), compiler, about, *flags, instruction_sets()]
     digest = hashlib.sha256("\n".join(parts).encode(errors="surrogateescape"))
     for source in sources:

@@ -13,7 +13,7 @@ from finemoe.model.attention.blocks import Group
 from finemoe.model.config import expand
 from finemoe.model.initialize import initialize
 from finemoe.model.presets import resolve
-from finemoe.model.transformer import Transformer
+from finemoe.model.transformer import Block, Transformer
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 
@@ -25,9 +25,9 @@ WIDE = {
     "leading": {"count": 1, "feed_forward": {"kind": "dense", "ffn_hidden_size": 700}},
     "feed_forward": {
         "kind": "moe",
-        "num_routed_experts": 8,
+        "num_routed_experts": 64,
         "experts_per_token": 3,
-        "expert_hidden_size": 300,
+        "expert_hidden_size": 100,
         "num_shared_experts": 1,
         "router": {"kind": "softmax_topk"},
     },
@@ -60,30 +60,38 @@ def made(request: pytest.FixtureRequest) -> Transformer:
 
 
 @torch.inference_mode()
-def run(made: Transformer, threads: int) -> torch.Tensor:
-    """What comes of five sequences' next tokens."""
+def run(made: Transformer, threads: int, sequences: int = 5) -> torch.Tensor:
+    """What comes of some sequences' next tokens."""
     torch.set_num_threads(threads)
-    positions = torch.arange(5)[:, None]
-    groups = [Group(0, positions, torch.arange(10).view(5, 2), 8)]
-    tokens = torch.arange(5)[None] * 7
-    return made(tokens, positions=positions.view(1, -1), cache=made.new_blocks(10, 8), groups=groups).hidden
+    positions = torch.arange(sequences)[:, None]
+    groups = [Group(0, positions, torch.arange(2 * sequences).view(sequences, 2), 8)]
+    tokens = torch.arange(sequences)[None] * 7 % 50
+    cache = made.new_blocks(2 * sequences, 8)
+    return made(tokens, positions=positions.view(1, -1), cache=cache, groups=groups).hidden
 
 
-@pytest.mark.parametrize("threads", [2, 3, 8])
-def test_bits_are_those_of_one_thread(threads: int, made: Transformer) -> None:
-    expected = run(made, 1)
-    assert all(torch.equal(run(made, threads), expected) for _ in range(30))
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_one_call_is_what_single_operations_are(
+    threads: int, made: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The router's product too, which torch shares among threads by itself."""
+    found = [run(made, threads, sequences) for sequences in range(1, 12)]
+    monkeypatch.setattr(Block, "where", lambda *_: None)
+    for sequences, one in enumerate(found, 1):
+        assert torch.equal(run(made, threads, sequences), one), sequences
+    monkeypatch.undo()
+    assert all(torch.equal(run(made, threads), found[4]) for _ in range(30))
 
 
 def test_several_callers_at_once_have_teams_of_their_own(made: Transformer) -> None:
-    expected = run(made, 1)
+    expected = run(made, 3)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: run(made, 3), range(40)))
     assert all(torch.equal(one, expected) for one in found)
 
 
 def test_a_team_ends_with_an_error_and_the_next_one_works(made: Transformer) -> None:
-    expected = run(made, 1)
+    expected = run(made, 3)
     for _ in range(5):
         torch.set_num_threads(3)
         with pytest.raises(RuntimeError, match="the blocks want more"):

@@ -7,12 +7,12 @@ from typing import Any
 from finemoe.checkpoint.doctor.findings import Findings, number
 from finemoe.checkpoint.doctor.subject import Subject
 from finemoe.checkpoint.gguf.exporting import ROW_BLOCK
+from finemoe.checkpoint.gguf.keys import stored_tensors
 from finemoe.checkpoint.gguf.metadata import describe
 from finemoe.checkpoint.gguf.tokenizer import metadata_of
 from finemoe.checkpoint.huggingface.families import FAMILIES
 from finemoe.checkpoint.huggingface.layers import training_only
 from finemoe.checkpoint.storage.untrusted import TOKENIZER_BYTES, folder_file, read_bytes
-from finemoe.checkpoint.weights.shapes import model_shapes
 from finemoe.core.errors import CheckpointError, DataError, FinemoeError
 from finemoe.model.attention.grouped_query import GroupedQueryConfig
 from finemoe.model.attention.latent import LatentConfig
@@ -206,8 +206,9 @@ def _gguf_export(subject: Subject, config: ModelConfig, always: list[str]) -> di
         except FinemoeError as error:
             return _export("gguf", "gguf", reason=str(error).partition(": ")[2] or str(error))
     training = [f"no {text} (training)" for text in training_only(config)]
-    shapes = model_shapes(config)
-    odd = [name for name in subject.blocks() if name in shapes and shapes[name][-1] % ROW_BLOCK]
+    blocks = subject.blocks()
+    stored = stored_tensors(config, described.variants)
+    odd = [one.name for one in stored if one.source.ours in blocks and one.shape[-1] % ROW_BLOCK]
     wider = [f"{number(len(odd), 'tensor')} in F16, with rows that are no multiple of {ROW_BLOCK}"] if odd else []
     return _export(described.architecture, "gguf", lost=[*always, *training, *described.notes, *wider, *missing])
 

@@ -129,7 +129,7 @@ def _open_unknown(subject: Subject, found: Findings, deep: bool, quiet: bool) ->
         return
     if path.name.endswith(".partial") or (path / JOURNAL).exists():
         out = str(path).removesuffix(".partial")
-        found.problem("files", f"an interrupted import or export; give its command again to finish {out}")
+        found.problem("files", f"an interrupted import, export or the like; give its command again to finish {out}")
         return
     ggufs = sorted(file.name for file in path.glob("*.gguf"))
     if ggufs:

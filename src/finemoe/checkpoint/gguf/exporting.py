@@ -61,7 +61,7 @@ def export_gguf(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    dtype: str = "F16",
+    dtype: str | None = None,
     tokenizer: bool = True,
     quiet: bool = False,
 ) -> GGUFReport:
@@ -75,7 +75,7 @@ def export_gguf(
     Args:
         source: imported folder, run directory, or one checkpoint of a run.
         out: the file to make; absent.
-        dtype: F32, F16, BF16, Q8_0 or Q4_0.
+        dtype: F32, F16, BF16, Q8_0 or Q4_0. None: F16, and F32 beside blocks that `finemoe quantize` made.
         tokenizer: write it along; False: programs must be given token ids.
         quiet: no progress on stderr.
 
@@ -85,15 +85,16 @@ def export_gguf(
         RunError: the disk is full or unwritable.
         ConfigError: the `gguf` package is not installed.
     """
-    if dtype not in FILE_TYPES:
+    if dtype is not None and dtype not in FILE_TYPES:
         raise CheckpointError(f"dtype {dtype!r} is not written{did_you_mean(dtype, list(FILE_TYPES))}")
     place = _place(source, out)
     return write_gguf(open_exportable(Path(source)), place, dtype, tokenizer=tokenizer, quiet=quiet)
 
 
-def write_gguf(opened: Exportable, place: Path, dtype: str, *, tokenizer: bool, quiet: bool) -> GGUFReport:
+def write_gguf(opened: Exportable, place: Path, dtype: str | None, *, tokenizer: bool, quiet: bool) -> GGUFReport:
     """As `export_gguf`, of what is open already; nothing is at `place`."""
     started = time.monotonic()
+    asked, dtype = dtype, dtype or ("F32" if opened.small else "F16")
     with named(opened.path):
         description = describe(opened.config, opened.max_positions)
     metadata, missing = _tokenizer(opened, tokenizer)
@@ -119,13 +120,20 @@ def write_gguf(opened: Exportable, place: Path, dtype: str, *, tokenizer: bool, 
         kinds=Counter(planned.kind for planned in plan),
         nbytes=nbytes,
         seconds=time.monotonic() - started,
-        notes=(*description.notes, *fallbacks, *missing, *others),
+        notes=(*description.notes, *_kept(opened.small, asked), *fallbacks, *missing, *others),
     )
 
 
 def _most(small: Mapping[str, Format]) -> str | None:
     """The format of most small tensors."""
     return next((kind for kind, _ in Counter(one.name for one in small.values()).most_common(1)), None)
+
+
+def _kept(small: Mapping[str, Format], asked: str | None) -> list[str]:
+    """What is said to somebody who wants another type for what is blocks already."""
+    if not small or asked is None:
+        return []
+    return [f"{len(small)} tensors keep the blocks that `finemoe quantize` made of them; {asked} is for all else"]
 
 
 def _place(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:

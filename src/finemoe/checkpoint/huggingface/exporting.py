@@ -109,8 +109,8 @@ def export_hf(
     opened = open_exportable(Path(source))
     if opened.small:
         raise CheckpointError(
-            f"{opened.path} was made small, in blocks that no Hugging Face class reads: export it as OUT.gguf, or "
-            "export the model that it was made of"
+            f"{opened.path} was made small, in blocks that no Hugging Face class reads: export the model that it was "
+            "made of, or, if there is none, export it as OUT.gguf, and that file as a folder of what it stands for"
         )
     plan = _plan(opened, family, None if dtype is None else _TORCH_NAMES[dtype], fp8)
     nbytes = sum(spec.nbytes for spec in plan.specs) + sum(len(data) for data in opened.companions.values())

@@ -219,8 +219,8 @@ def _check_mark(partial: Path, source: str) -> None:
     if mark.is_file():
         if mark.read_bytes() not in (source.encode(), b""):
             raise CheckpointError(
-                f"{partial}: was left by an interrupted conversion of another source, or with other options; "
-                "finish that one, or remove the folder"
+                f"{partial}: was left by an interrupted conversion of another source, of one that has changed, or "
+                "with other options; finish that one, or remove the folder"
             )
     elif any(path.name not in (_LOCK, _MOVED) for path in partial.iterdir()):
         raise CheckpointError(f"{partial}: is in the way; remove it")

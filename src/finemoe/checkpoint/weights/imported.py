@@ -131,9 +131,9 @@ def _check_manifest(path: Path, checksums: bool) -> set[str]:
         file = folder_file(path, name)
         size = file.stat().st_size
         if size != entry["bytes"]:
-            raise CheckpointError(f"{file}: damaged: it has {size} bytes, not {entry['bytes']}; import again")
+            raise CheckpointError(f"{file}: damaged: it has {size} bytes, not {entry['bytes']}; make it again")
         if checksums and sha256(file) != entry.get("sha256"):
-            raise CheckpointError(f"{file}: damaged: it does not have its recorded checksum; import again")
+            raise CheckpointError(f"{file}: damaged: it does not have its recorded checksum; make it again")
     return set(files)
 
 

@@ -29,6 +29,11 @@ const float* numbers(const Tensor& tensor, const char* name, int64_t count) {
   return tensor.const_data_ptr<float>();
 }
 
+struct Chosen {
+  Routes routes;
+  int64_t experts, k;
+};
+
 // What the blocks are made of, in the order in which they use it, and of each where its tokens stand: cosines, sines,
 // positions and the index of its cache.
 struct Parts {
@@ -143,8 +148,9 @@ void dense(Parts& parts, const Pass& pass, float* out) {
   experts_forward(x, buffer(x.tokens * 2 * x.width).get(), out);
 }
 
-// Returns how many tokens each expert got.
-Tensor mixture(Parts& parts, Pass& pass) {
+// By nobody but this thread: torch shares the router's product among threads by itself, and sums in another order where
+// it cannot.
+Chosen chosen(Parts& parts, Pass& pass) {
   Router router;
   router.weight = parts.tensor();
   router.bias = parts.perhaps();
@@ -152,12 +158,17 @@ Tensor mixture(Parts& parts, Pass& pass) {
   router.k = parts.integer(), router.groups = parts.integer(), router.groups_per_token = parts.integer();
   router.best = parts.integer(), router.normalize = parts.integer() != 0, router.scale = parts.real();
   const Tensor flat = pass.normed.view({pass.rows, pass.width});
-  const Routes routes = route(flat, router);
+  return {route(flat, router), router.weight.size(0), router.k};
+}
+
+// Returns how many tokens each expert got.
+Tensor mixture(Parts& parts, Pass& pass, const Chosen& by) {
+  const Routes& routes = by.routes;
   const Tensor gate_up = parts.tensor(), down = parts.tensor();
   Experts x = experts(pass, gate_up, down, parts.real());
-  TORCH_CHECK(x.count == router.weight.size(0), "the router has another number of experts than there are");
+  TORCH_CHECK(x.count == by.experts, "the router has another number of experts than there are");
   for (int64_t e = 0; e < x.count; ++e) x.begin.push_back(x.begin.back() + routes.counts.const_data_ptr<int64_t>()[e]);
-  x.k = router.k;
+  x.k = by.k;
   x.order = routes.order.const_data_ptr<int64_t>(), x.slots = routes.slots.const_data_ptr<int64_t>();
   x.gates = numbers(routes.gates, "gates", x.tokens * x.k);
   float* out = pass.made.mutable_data_ptr<float>();
@@ -197,19 +208,23 @@ std::vector<Tensor> decode_blocks(const Tensor& hidden, int64_t count, const Opt
   Parts parts{tensors, integers, reals, places};
   Pass pass(hidden);
   std::vector<Tensor> loads;
-  with_team([&] {
-    for (int64_t block = 0; block < count; ++block) {
-      pass.norm(parts.tensor(), parts.real());
-      attend(parts, pass);
-      pass.add();
-      pass.norm(parts.tensor(), parts.real());
-      if (parts.integer() == 0)
-        dense(parts, pass, pass.made.mutable_data_ptr<float>());
-      else
-        loads.push_back(mixture(parts, pass));
-      pass.add();
-    }
-  });
+  std::optional<Chosen> by;
+  for (int64_t block = 0; block < count || by;) {
+    bool routes = false;
+    with_team([&] {
+      if (by) loads.push_back(mixture(parts, pass, *by)), pass.add();
+      for (; block < count && !routes; ++block) {
+        pass.norm(parts.tensor(), parts.real());
+        attend(parts, pass);
+        pass.add();
+        pass.norm(parts.tensor(), parts.real());
+        routes = parts.integer() != 0;
+        if (!routes) dense(parts, pass, pass.made.mutable_data_ptr<float>()), pass.add();
+      }
+    });
+    by.reset();
+    if (routes) by = chosen(parts, pass);
+  }
   parts.check_used_up();
   loads.insert(loads.begin(), pass.hidden);
   return loads;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>
@@ -44,8 +45,11 @@ class Team {
     with_ = &work;
     tasks_.store(count, std::memory_order_relaxed);
     next_.store(0, std::memory_order_relaxed);
-    const Open open(*this);
-    work_off();
+    {
+      const Open open(*this);
+      work_off();
+    }
+    TORCH_CHECK(!failed_.load(std::memory_order_relaxed), "another thread could not do its part of a pass");
   }
 
   // `work()` by this thread, which leads.
@@ -92,7 +96,12 @@ class Team {
       std::atomic<int>& state;
       ~Seat() { state.fetch_sub(1, std::memory_order_release); }
     } seat{state_};
-    work_off();
+    try {
+      work_off();
+    } catch (...) {
+      failed_.store(true, std::memory_order_relaxed);  // what it has not done is missing
+      throw;
+    }
     return true;
   }
 
@@ -105,7 +114,7 @@ class Team {
   const void* with_ = nullptr;
   std::atomic<int64_t> tasks_{0}, next_{0};
   std::atomic<int> state_{0};
-  std::atomic<bool> over_{false};
+  std::atomic<bool> over_{false}, failed_{false};
 };
 
 // `work()`, and what it shares is shared with threads that stand by meanwhile.
@@ -136,6 +145,7 @@ void share_range(int64_t n, int64_t grain, const Work& work) {
   grain = std::max<int64_t>(grain, 1);
   Team* team = Team::mine();
   if (!team) return at::parallel_for(0, n, grain, work);
+  if (n <= 0) return;
   constexpr int64_t kEach = 4;  // so that a thread that comes late, or is slow, is not waited for long
   const int64_t parts = std::clamp<int64_t>(n / grain, 1, kEach * team->threads);
   team->share(parts, [&](int64_t part) { work(n * part / parts, n * (part + 1) / parts); });
