@@ -214,3 +214,14 @@ def test_paper_lists_what_there_is(command: Any) -> None:
         assert experiment["arms"]
         assert experiment["claims"]
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate", "serve", "quantize", "sample"])
+def test_an_option_that_was_renamed_is_suggested_alone(command: Any, verb: str) -> None:
+    result = command(verb, "model", "--dtype", "int8")
+    assert result.exit_code == 2
+    assert "No such option: --dtype (Possible options: --weights)" in result.stderr
+
+
+def test_a_verb_that_has_no_weights_does_not_suggest_them(command: Any) -> None:
+    assert "--weights" not in command("train", "recipe.toml", "--dtype", "int8").stderr

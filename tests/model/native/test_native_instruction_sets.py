@@ -12,7 +12,12 @@ import pytest
 
 from finemoe.core.extension import FLAGS
 
-SETS = {"AVX2": "-mavx2 -mfma", "SSE2": "-mno-avx", "sizes of ARM": "-mno-avx -DFINEMOE_SIZES_OF_ARM"}
+SETS = {
+    "AVX2": "-mavx2 -mfma",
+    "tuned for Zen 3": "-mavx2 -mfma -mf16c -mtune=znver3",
+    "SSE2": "-mno-avx",
+    "sizes of ARM": "-mno-avx -DFINEMOE_SIZES_OF_ARM",
+}
 TESTS = Path(__file__).parents[2]
 CODE = """
 import sys
