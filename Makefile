@@ -39,7 +39,7 @@ check: setup  ## formatting, lint, types, floors and budgets
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
-	$(BIN)/pytest -q tests/architecture
+	$(BIN)/pytest -q -n auto tests/architecture
 
 golden: setup  ## re-record the golden trajectories; review the difference before committing it
 	$(BIN)/python tests/golden/record.py
