@@ -60,7 +60,7 @@ def programs(context: Context, config: ModelConfig) -> Iterator[dict[str, Peer]]
 def _generating(context: Context, key: str, name: str, config: ModelConfig) -> list[Row]:
     with programs(context, config) as running:
         short, long = shapes.token_ids(config, 1, PROMPT)[0], shapes.token_ids(config, 1, READ)[0]
-        _same_logits(context, key, running, short)
+        same_logits(context, key, running, short)
         count = _TOKENS // 2 if context.quick else _TOKENS
         decoded = timed(context, running, "generate", prompt=short, count=count)
         read = timed(context, running, "prefill", prompt=long)
@@ -78,7 +78,9 @@ def timed(context: Context, running: Mapping[str, Peer], do: str, **request: obj
     return interleave(contestants, context.repeats, budget=context.seconds(_SECONDS), watch=watch)
 
 
-def _same_logits(context: Context, key: str, running: Mapping[str, Peer], prompt: list[int]) -> None:
+def same_logits(
+    context: Context, key: str, running: Mapping[str, Peer], prompt: list[int], tolerance: float = _TOLERANCE
+) -> None:
     """All compute the same, or nothing is compared.
 
     Raises:
@@ -89,7 +91,7 @@ def _same_logits(context: Context, key: str, running: Mapping[str, Peer], prompt
     for name, found in logits.items():
         difference = float(np.abs(found - ours).max() / np.abs(ours).max())
         context.checks[f"{key}: relative difference of logits, {name}"] = difference
-        if difference > _TOLERANCE:
+        if difference > tolerance:
             raise PeerError(f"{name}: its logits differ from ours by {difference:.1e} of the largest")
 
 

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
 from benchmarks.speed import shapes
 from benchmarks.speed.context import Context
-from benchmarks.speed.decoding import PROMPT, READ, timed
-from benchmarks.speed.process import Peer, PeerError
+from benchmarks.speed.decoding import PROMPT, READ, same_logits, timed
+from benchmarks.speed.process import Peer
 from benchmarks.speed.table import Measured, Row
 from benchmarks.speed.timing import Samples, ratios
 
@@ -55,24 +54,13 @@ def _generating(context: Context, key: str, name: str, config: ModelConfig) -> l
     short, long = shapes.token_ids(config, 1, PROMPT)[0], shapes.token_ids(config, 1, READ)[0]
     for form, bits in FORMATS.items():
         with programs(context, config, form) as (running, size):
-            _about_the_same(context, f"{key} {form}", running, short)
+            same_logits(context, f"{key} {form}", running, short, _TOLERANCE)
             decoded = timed(
                 context, running, "generate", prompt=short, count=_TOKENS // 2 if context.quick else _TOKENS
             )
             read = timed(context, running, "prefill", prompt=long)
         rows += _rows(key, f"{name}, {bits}", decoded, read, f"{form}: a file of {size / 1e6:.0f} MB")
     return rows
-
-
-def _about_the_same(context: Context, key: str, running: dict[str, Peer], prompt: list[int]) -> None:
-    """Both compute about the same, or nothing is compared."""
-    logits = {name: np.array(peer.ask("logits", prompt=prompt)["logits"]) for name, peer in running.items()}
-    ours = logits.pop("finemoe")
-    for name, found in logits.items():
-        difference = float(np.abs(found - ours).max() / np.abs(ours).max())
-        context.checks[f"{key}: relative difference of logits, {name}"] = difference
-        if difference > _TOLERANCE:
-            raise PeerError(f"{name}: its logits differ from ours by {difference:.1e} of the largest")
 
 
 def _rows(key: str, name: str, decoded: Samples, read: Samples, note: str) -> list[Row]:
