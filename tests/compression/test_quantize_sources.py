@@ -186,7 +186,7 @@ def test_a_result_says_how_many_numbers_there_are_and_in_which_form(tmp_path: Pa
     parameters = sum(one.numel() for one in whole.model.parameters())
     described = describe_model(whole, "k")
     assert (described["parameters"], described["dtype"]) == (parameters, "float32")
-    for weights, form in (("int8", "Q8_0"), ("int4", "Q4_0"), ("bf16", "bfloat16")):
+    for weights, form in (("int8", "Q8_0"), ("int4", "Q4_0"), ("bf16", "BF16")):
         described = describe_model(open_language_model(folder, weights), "k")  # type: ignore[arg-type]
         assert (described["parameters"], described["dtype"]) == (parameters, form)
     small = open_language_model(folder, "int4")

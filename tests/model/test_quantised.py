@@ -12,11 +12,14 @@ from finemoe.model.quantised.blocks import FORMATS, Format, all_finite, dequanti
 from finemoe.model.quantised.making import quantise
 
 ALL = list(FORMATS.values())
-MADE = [FORMATS[name] for name in ("Q8_0", "Q4_0")]
+MADE = [FORMATS[name] for name in ("Q8_0", "Q4_0", "BF16")]
+SCALED = MADE[:2]
 
 
 def drawn_blocks(kind: Format, *shape: int) -> Tensor:
-    """Any bytes, and scales that are numbers."""
+    """Any bytes, and scales that are numbers; of bfloat16, numbers."""
+    if not kind.halves:
+        return torch.randn(*shape, kind.size).bfloat16().view(torch.uint8)
     data = torch.randint(0, 256, (*shape, kind.bytes), dtype=torch.uint8)
     for first in kind.halves:
         data[..., first : first + 2] = torch.randn(*shape, 1).half().view(torch.uint8)
@@ -63,7 +66,7 @@ def test_four_bits_lose_less_than_by_the_package() -> None:
     assert by_block[0].mean() < 0.95 * by_block[1].mean()
 
 
-@pytest.mark.parametrize("kind", MADE, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", SCALED, ids=lambda kind: kind.name)
 def test_numbers_that_fit_come_back(kind: Format) -> None:
     """What is a whole step of its block's scale, the largest one at an end."""
     torch.manual_seed(0)
@@ -73,12 +76,25 @@ def test_numbers_that_fit_come_back(kind: Format) -> None:
     assert torch.equal(dequantise(quantise(0.25 * steps, kind), 96), 0.25 * steps)
 
 
+@pytest.mark.parametrize("columns", [1, 32, 45, 256])
+def test_sixteen_bits_are_torchs_own(columns: int) -> None:
+    torch.manual_seed(columns)
+    values = torch.randn(3, 4, columns) * 10.0 ** torch.randint(-30, 30, (3, 4, columns))
+    blocks = quantise(values, FORMATS["BF16"])
+    assert torch.equal(dequantise(blocks, columns), values.bfloat16().float())
+    assert torch.equal(quantise(values.bfloat16(), FORMATS["BF16"]), blocks)
+    whole = columns - columns % 32
+    lying = blocks.flatten(-2)[..., : 2 * columns].contiguous().view(torch.bfloat16)
+    assert torch.equal(lying, values.bfloat16())
+    assert not blocks[..., whole // 32 :, :].flatten(-2)[..., 2 * (columns - whole) :].any()
+
+
 @pytest.mark.parametrize("kind", MADE, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e9])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 3.4e38])
 def test_what_no_block_can_hold_is_refused(kind: Format, wrong: float) -> None:
     values = torch.ones(2, 64)
     values[1, 40] = wrong
-    with pytest.raises(ConfigError, match="no finite number, or too large for the float16 scale"):
+    with pytest.raises(ConfigError, match=r"no finite number, or too large for (bfloat16|the float16 scale)"):
         quantise(values, kind)
 
 
@@ -93,10 +109,12 @@ def test_blocks_of_unknown_bytes_or_of_other_rows_are_refused() -> None:
 def test_scales_that_are_no_numbers_are_seen(kind: Format) -> None:
     blocks = drawn_blocks(kind, 3, 2)
     assert all_finite(blocks)
-    for first in kind.halves:
-        broken = blocks.clone()
-        broken[2, 1, first : first + 2] = torch.tensor([float("inf")]).half().view(torch.uint8)
-        assert not all_finite(broken)
+    half = torch.half if kind.halves else torch.bfloat16
+    for first in kind.halves or (0, 30, 62):
+        for wrong in (float("inf"), float("-inf"), float("nan")):
+            broken = blocks.clone()
+            broken[2, 1, first : first + 2] = torch.tensor([wrong]).to(half).view(torch.uint8)
+            assert not all_finite(broken)
 
 
 @pytest.mark.parametrize("kind", MADE, ids=lambda kind: kind.name)

@@ -18,6 +18,7 @@ from finemoe.checkpoint.open import (
     load_model,
     load_tokenizer,
     read_model_config,
+    stored_in_halves,
     stored_small,
 )
 from finemoe.core.errors import CheckpointError, ConfigError, DataError, RunError
@@ -32,8 +33,8 @@ from finemoe.text.control import encode_chat
 from finemoe.text.tokenizer import Tokenizer
 
 Weights = Literal["auto", "fp32", "bf16", "stored", "int8", "int4"]
-"""Of large products, and of all else but routers. auto: blocks of few bits stay what they are, which computes the same
-as float32, and everything else is float32; stored: as they are; int8, int4: made into blocks of so many bits."""
+"""Of large products; on a CPU all else is float32. auto: blocks of few bits stay what they are, which computes the same
+as float32, and everything else is float32; stored: as they are; bf16, int8, int4: made into so many bits."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,17 @@ def open_language_model(
 
 
 def _loaded(path: Path, weights: Weights, kernels: Kernels | None) -> Transformer:
-    if weights == "int8" or weights == "int4":
+    gpu = torch.cuda.is_available()
+    if weights == "int8" or weights == "int4" or (weights == "bf16" and not gpu):
         return load_model(path, kernels, small=weights)
+    if weights == "stored" and not gpu and stored_in_halves(path):
+        return load_model(path, kernels, small="stored")
     if weights in ("auto", "stored") and stored_small(path):
-        if torch.cuda.is_available():
+        if gpu:
             logger.info("%s: blocks of few bits are computed with on the CPU; weights in fp32 go to the GPU", path)
         return load_model(path, kernels, small="stored")
     dtype = None if weights == "stored" else torch.bfloat16 if weights == "bf16" else torch.float32
-    return load_model(path, kernels, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    return load_model(path, kernels, dtype=dtype).to("cuda" if gpu else "cpu")
 
 
 def weights_for(opened: LanguageModel, source: str | os.PathLike[str]) -> Mapping[str, Tensor]:

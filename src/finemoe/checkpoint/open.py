@@ -26,7 +26,7 @@ from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.checkpoint.weights.build import Part, build, fitting_shapes, one_by_one
 from finemoe.checkpoint.weights.imported import read_imported
-from finemoe.checkpoint.weights.small import Bits, formats_for, formats_in
+from finemoe.checkpoint.weights.small import Bits, as_stored, formats_for, formats_in
 from finemoe.core.errors import CheckpointError, ConfigError, named
 from finemoe.core.logs import logger
 from finemoe.model.config import Kernels, ModelConfig
@@ -49,8 +49,8 @@ def load_model(
             GGUF file.
         kernels: how to compute.
         dtype: of the weights; None keeps what is stored (FP8 becomes bf16). Routers are float32 all the same.
-        small: large products in blocks of few bits, made while they are read, or those that are stored so; all else is
-            float32, and nothing can be learnt. What `finemoe quantize` made is then mapped, not read.
+        small: large products in blocks of few bits, made while they are read, or those that are stored so, in bfloat16
+            too; all else is float32, and nothing can be learnt. In a folder of ours they are then mapped, not read.
 
     Raises:
         CheckpointError: nothing to open, damaged, or not exactly representable.
@@ -75,24 +75,46 @@ def _load_small(path: Path, kind: str, kernels: Kernels | None, small: Bits | Li
         formats = file.formats()
         return build(file.config, kernels, file.dtypes(), file.parts(formats), torch.float32, formats)
     if small == "stored" and kind == "imported":
-        imported = read_imported(path)
-        tensors = imported.tensors
-        stored = {name: info.dtype for name, info in tensors.tensors.items()}
-        formats = formats_in({name: info.shape for name, info in tensors.tensors.items() if info.dtype is torch.uint8})
-        lying = mapped(tensors.info(name) for name in formats)
-        as_they_lie = ((n, (), lying[n] if n in formats else tensors.read(n)) for n in tensors.tensors)
-        with named(path):
-            return build(imported.config, kernels, stored, as_they_lie, torch.float32, formats)
+        return _mapped(path, kernels)
     config, found, parts = parts_of(path, kind)
-    formats = {} if small == "stored" else formats_for(small, found)
+    formats = as_stored(found) if small == "stored" else formats_for(small, found)
     if formats and stored_small(path):
         logger.warning("%s has products in blocks already, which are rounded a second time: auto keeps them", path)
     return build(config, kernels, _numbers(found), parts, torch.float32, formats)
 
 
+def _mapped(path: Path, kernels: Kernels | None) -> Transformer:
+    """An imported folder with its blocks where they lie, and bfloat16 in whole blocks."""
+    imported = read_imported(path)
+    infos = imported.tensors.tensors
+    stored = {name: info.dtype for name, info in infos.items()}
+    formats = formats_in({name: info.shape for name, info in infos.items() if info.dtype is torch.uint8})
+    halves = as_stored(stored)
+    whole = {name for name, kind in halves.items() if infos[name].shape[-1] % kind.size == 0 and not infos[name].pieces}
+    lying = mapped(infos[name] for name in (*formats, *whole))
+    lying |= {name: lying[name].unflatten(-1, (-1, halves[name].bytes)) for name in whole}
+    as_they_lie = ((name, (), lying[name] if name in lying else imported.tensors.read(name)) for name in infos)
+    with named(path):
+        return build(
+            imported.config, kernels, stored | dict.fromkeys(whole, torch.uint8), as_they_lie, torch.float32,
+            formats | halves,
+        )  # fmt: skip
+
+
 def _numbers(stored: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
     """Of blocks of bytes the type of what they stand for."""
     return {name: torch.float32 if kind is torch.uint8 else kind for name, kind in stored.items()}
+
+
+def stored_in_halves(path: str | os.PathLike[str]) -> bool:
+    """Whether large products of the model at `path` are stored in bfloat16, in a file of another kind than GGUF; only
+    headers are read.
+
+    Raises:
+        CheckpointError: nothing to open, or damaged.
+    """
+    kind = kind_of(Path(path))
+    return kind != "gguf" and bool(as_stored(parts_of(Path(path), kind)[1]))
 
 
 def stored_small(path: str | os.PathLike[str]) -> bool:

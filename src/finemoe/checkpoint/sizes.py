@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from finemoe.checkpoint.gguf.opening import open_gguf
 from finemoe.checkpoint.kinds import kind_of
 from finemoe.checkpoint.language_model import Weights
-from finemoe.checkpoint.open import read_model_config
+from finemoe.checkpoint.open import parts_of, read_model_config
 from finemoe.checkpoint.storage.memory import wanted_type
 from finemoe.checkpoint.weights.imported import read_imported
 from finemoe.checkpoint.weights.shapes import model_shapes
-from finemoe.checkpoint.weights.small import formats_for, small_shape
+from finemoe.checkpoint.weights.small import as_stored, formats_for, small_shape
 
 
 def bytes_in_memory(path: str | os.PathLike[str], weights: Weights) -> int:
@@ -29,18 +30,32 @@ def bytes_in_memory(path: str | os.PathLike[str], weights: Weights) -> int:
     path = Path(path)
     if weights in ("auto", "stored") and kind_of(path) == "gguf":
         return _of_gguf(path)
-    if weights in ("auto", "stored") and kind_of(path) == "imported":
-        tensors = read_imported(path).tensors.tensors.values()
-        return sum(one.nbytes if one.dtype is torch.uint8 else 4 * math.prod(one.shape) for one in tensors)
+    if weights == "auto" or weights == "stored":
+        return _as_stored(path, weights)
     shapes = model_shapes(read_model_config(path))
-    if weights == "bf16":
-        return sum(
-            math.prod(shape) * wanted_type(name, torch.float32, torch.bfloat16).itemsize
-            for name, shape in shapes.items()
-        )
-    formats = formats_for(weights, shapes) if weights == "int8" or weights == "int4" else {}
+    formats = {} if weights == "fp32" else formats_for(weights, shapes)
     blocks = sum(math.prod(small_shape(name, shapes[name], kind)) for name, kind in formats.items())
     return blocks + 4 * sum(math.prod(shape) for name, shape in shapes.items() if name not in formats)
+
+
+def _as_stored(path: Path, weights: Literal["auto", "stored"]) -> int:
+    kind = kind_of(path)
+    if kind == "imported":
+        infos = read_imported(path).tensors.tensors
+        stored, shapes = {name: one.dtype for name, one in infos.items()}, {n: one.shape for n, one in infos.items()}
+    else:
+        config, given, _ = parts_of(path, kind)
+        stored, shapes = dict(given), model_shapes(config)
+    halves, total = as_stored(stored) if weights == "stored" else {}, 0
+    small = bool(halves) or torch.uint8 in stored.values()
+    for name, dtype in stored.items():
+        if name in halves:
+            total += math.prod(small_shape(name, shapes[name], halves[name]))
+        else:
+            as_float32 = (small or weights == "auto") and dtype is not torch.uint8
+            wide = torch.float32 if as_float32 else wanted_type(name, dtype, None)
+            total += math.prod(shapes[name]) * wide.itemsize
+    return total
 
 
 def _of_gguf(path: Path) -> int:

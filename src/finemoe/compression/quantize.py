@@ -30,7 +30,7 @@ from finemoe.model.quantised.blocks import Format
 from finemoe.model.quantised.making import quantise
 from finemoe.text.files import COMPANIONS
 
-BITS: tuple[Bits, ...] = ("int8", "int4")
+BITS: tuple[Bits, ...] = ("int8", "int4", "bf16")
 
 
 def quantize(

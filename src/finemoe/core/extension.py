@@ -14,14 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from finemoe.core.environment import cache_folder
+from finemoe.core.environment import cache_folder, processor
 from finemoe.core.locks import exclusive_lock
 from finemoe.core.logs import logger
 
@@ -34,22 +34,31 @@ _COMPILERS = ("c++", "g++", "clang++")
 _PASSING = ("No space left on device", "Disk quota exceeded", "Cannot allocate memory", "out of memory", "Killed")
 """What a compiler says of a machine that was full or busy, not of the sources: next time it may be well."""
 
+Tune = Callable[[str, Sequence[str]], Sequence[str]]
+"""More flags, found by measuring, for a compiler and the flags that it gets."""
+
 
 def switched_off() -> bool:
     """Whether the environment says FINEMOE_NATIVE=0."""
     return os.environ.get("FINEMOE_NATIVE") == "0"
 
 
-def load_from(package: str, name: str) -> str | None:
+def load_from(package: str, name: str, tune: Tune | None = None) -> str | None:
     """`load` the C++ files that lie in a Python package, under `name`."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         return f"there is no package {package}"
-    return load(name, Path(spec.origin).parent)
+    return load(name, Path(spec.origin).parent, tune=tune)
 
 
-def load(name: str, folder: Path, flags: Sequence[str] | None = None) -> str | None:
+def load(name: str, folder: Path, flags: Sequence[str] | None = None, tune: Tune | None = None) -> str | None:
     """Load the library made of all `*.cpp` in `folder`, compiled first where that has not been done.
+
+    Args:
+        name: of the library.
+        folder: of the sources.
+        flags: of the compiler. None: FLAGS.
+        tune: called once, before the library is compiled; what it finds is kept with it, as `tuned.txt`.
 
     Returns why it cannot be used, in words; None when it is loaded and its operators are in `torch.ops`.
     """
@@ -62,12 +71,12 @@ def load(name: str, folder: Path, flags: Sequence[str] | None = None) -> str | N
         library = _home(name, sources, flags, compiler) / f"{name}.so"
         library.parent.mkdir(parents=True, exist_ok=True)
         if not library.exists():
-            _build(compiler, sources, flags, library)
+            _build(compiler, sources, flags, library, tune)
         found = library.stat()
         try:
             torch.ops.load_library(library)
         except OSError:  # cut short, say, when the machine lost its power
-            _build(compiler, sources, flags, library, unlike=found)
+            _build(compiler, sources, flags, library, tune, unlike=found)
             _load_or_give_up(library)
     except (OSError, RuntimeError, TimeoutError, subprocess.SubprocessError) as error:
         said = str(error.__cause__ or error).strip()  # torch names the file, and its cause what is wrong with it
@@ -89,6 +98,10 @@ def _load_or_give_up(library: Path) -> None:
 
 def _failure(library: Path) -> Path:
     return library.with_name("failure.txt")
+
+
+def _tuned(library: Path) -> Path:
+    return library.with_name("tuned.txt")
 
 
 def find_compiler() -> str | None:
@@ -119,7 +132,9 @@ def state_of(package: str, name: str) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         return f"{compiler} cannot be run: {error}"
     if library.exists():
-        return "built"
+        tuned = _tuned(library)
+        found = tuned.read_text(encoding="utf-8").strip() if tuned.exists() else ""
+        return f"built, by measuring with {found}" if found else "built"
     failure = _failure(library)
     return f"cannot be built: {failure} says why" if failure.exists() else "not built yet: the first run does it"
 
@@ -144,7 +159,8 @@ def _about(compiler: str) -> str:
 
 def _fingerprint(sources: Sequence[Path], flags: Sequence[str], compiler: str) -> str:
     about = _about(compiler)
-    parts = [torch.__version__, sys.version, platform.machine(), compiler, about, *flags, instruction_sets()]
+    machine = [platform.machine(), processor(), instruction_sets()]
+    parts = [torch.__version__, sys.version, *machine, compiler, about, *flags]
     digest = hashlib.sha256("\n".join(parts).encode(errors="surrogateescape"))
     for source in sources:
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -161,7 +177,12 @@ def instruction_sets() -> str:
 
 
 def _build(
-    compiler: str, sources: Sequence[Path], flags: Sequence[str], library: Path, unlike: os.stat_result | None = None
+    compiler: str,
+    sources: Sequence[Path],
+    flags: Sequence[str],
+    library: Path,
+    tune: Tune | None,
+    unlike: os.stat_result | None = None,
 ) -> None:
     """Compile by one process at a time, unless another has done it meanwhile, or it is known to fail.
 
@@ -176,7 +197,10 @@ def _build(
         if failure.exists():
             raise RuntimeError(_given_up(failure))
         if not library.exists() or (unlike is not None and os.path.samestat(library.stat(), unlike)):
-            _compile(compiler, sources, flags, library)
+            logger.info("compiling the CPU kernels, once for this machine (about a minute on two cores) ...")
+            more = tuple(tune(compiler, flags)) if tune is not None else ()
+            _tuned(library).write_text(" ".join(more) + "\n", encoding="utf-8")
+            _compile(compiler, sources, (*flags, *more), library)
 
 
 def _say_waiting() -> None:
@@ -198,7 +222,6 @@ def _compile(compiler: str, sources: Sequence[Path], flags: Sequence[str], libra
     """
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    logger.info("compiling the CPU kernels, once for this machine (about a minute on two cores) ...")
     started = time.perf_counter()
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     common = [compiler, *flags, abi, "-fPIC", *(f"-isystem{path}" for path in include_paths())]

@@ -17,6 +17,7 @@ SETS = {
     "tuned for Zen 3": "-mavx2 -mfma -mf16c -mtune=znver3",
     "SSE2": "-mno-avx",
     "sizes of ARM": "-mno-avx -DFINEMOE_SIZES_OF_ARM",
+    "the other tile": "-march=native -DFINEMOE_TILE=1 -DFINEMOE_BLOCK=256",
 }
 TESTS = Path(__file__).parents[2]
 CODE = """

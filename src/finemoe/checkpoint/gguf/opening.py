@@ -171,8 +171,12 @@ class GGUFSource:
         kinds: dict[str, set[str]] = {}
         for name, stored in self.account.items():
             for part in stored.parts():
-                fits = may_be_small(part.ours) and part.turn != "transposed"
-                kinds.setdefault(part.ours, set()).add(self.tensors[name].kind.name if fits else "")
+                kind, columns = self.tensors[name].kind.name, self.tensors[name].shape[-1]
+                whole = (
+                    kind not in FORMATS or columns % FORMATS[kind].size == 0
+                )  # rows of bfloat16 may be of any length
+                fits = whole and may_be_small(part.ours) and part.turn != "transposed"
+                kinds.setdefault(part.ours, set()).add(kind if fits else "")
         one = {ours: found.pop() for ours, found in kinds.items() if len(found) == 1}
         return {ours: FORMATS[name] for ours, name in one.items() if name in FORMATS}
 
@@ -197,9 +201,9 @@ class GGUFSource:
 
     def _blocks(self, name: str, part: Placed, raw: bytearray) -> Tensor:
         rows = torch.frombuffer(raw, dtype=torch.uint8).view(part.rows, -1)
-        blocks = part.blocks_to_ours(rows, self.tensors[name].kind.block_bytes)
+        blocks = part.blocks_to_ours(rows, FORMATS[self.tensors[name].kind.name].bytes)
         if not all_finite(blocks):
-            raise CheckpointError(f"{self.path}: {name}: scales are NaN or infinite")
+            raise CheckpointError(f"{self.path}: {name}: numbers or scales are NaN or infinite")
         return blocks
 
     def zeros(self) -> Iterator[Part]:

@@ -34,8 +34,8 @@ def empty_tensors(wanted: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> di
 
 
 def mapped(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
-    """The bytes of whole tensors where they lie, one mapping a file: none is read before it is used, and the system may
-    give a page back and read it again. A file that is cut short meanwhile ends the process.
+    """The bytes of whole tensors where they lie, in their rows, one mapping a file: none is read before it is used, and
+    the system may give a page back and read it again. A file that is cut short meanwhile ends the process.
 
     Raises:
         CheckpointError: a file has gone.
@@ -47,7 +47,7 @@ def mapped(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
         if info.path not in pages:
             pages[info.path] = _pages(info.path)
         bytes_ = torch.frombuffer(pages[info.path], dtype=torch.uint8, offset=info.offset, count=info.nbytes)
-        found[info.name] = bytes_.view(info.shape)
+        found[info.name] = bytes_.view(*info.shape[:-1], info.shape[-1] * info.dtype.itemsize)
     return found
 
 

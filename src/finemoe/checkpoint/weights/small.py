@@ -7,13 +7,18 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Literal
 
+import torch
+
 from finemoe.core.errors import CheckpointError, ConfigError
 from finemoe.model.quantised.blocks import FORMATS, Format
 
-Bits = Literal["int8", "int4"]
+Bits = Literal["bf16", "int8", "int4"]
 _LARGE = re.compile(r"^(embedding|head)\.weight$|\.((q|k|v|o|gate|up|down|q_down)_proj\.weight|(gate_up|down)_proj)$")
 """Every large product, routed experts above all. Routers choose, and norms and latents scale, what all else works on:
 they are small, and stay float32."""
+_FORMATS: dict[Bits, tuple[str, str]] = {"bf16": ("BF16", "BF16"), "int8": ("Q8_0", "Q8_0"), "int4": ("Q8_0", "Q4_0")}
+"""Of words in and out, and of all else."""
+_BF16 = FORMATS["BF16"]
 _ENDS = re.compile(r"^(embedding|head)\.weight$")
 
 
@@ -25,8 +30,13 @@ def may_be_small(name: str) -> bool:
 def formats_for(bits: Bits, names: Collection[str]) -> dict[str, Format]:
     """The format of each tensor that becomes blocks of `bits`; words in and out keep 8 bits, and every product of 4 has
     the tokens' own numbers before and behind it."""
-    inner = FORMATS["Q8_0" if bits == "int8" else "Q4_0"]
-    return {name: FORMATS["Q8_0"] if _ENDS.match(name) else inner for name in names if may_be_small(name)}
+    ends, inner = (FORMATS[name] for name in _FORMATS[bits])
+    return {name: ends if _ENDS.match(name) else inner for name in names if may_be_small(name)}
+
+
+def as_stored(stored: Mapping[str, torch.dtype]) -> dict[str, Format]:
+    """The format of each tensor that is stored in bfloat16 and may stay so."""
+    return {name: _BF16 for name, kind in stored.items() if kind is torch.bfloat16 and may_be_small(name)}
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 `experts.cpp` whole MoE layers and SwiGLUs, `linear.cpp` linear layers, `cross_entropy.cpp` the loss, on the products of
 `gemm.h`, and of `matrix.h` where weights are blocks of bytes; all else is float32. `norm.cpp`, `rope.cpp`,
-`attention.cpp` what lies between; `adamw.cpp` the update of a training step.
+`attention.cpp` what lies between; `adamw.cpp` the update of a training step. `tile.py` chooses how products are cut.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from finemoe.core import extension
 from finemoe.core.logs import logger
+from finemoe.model.native.tile import fastest
 
 LIBRARY = "finemoe_native"
 """Its name in the cache."""
@@ -27,7 +28,7 @@ def available() -> bool:
     """
     if extension.switched_off():
         return False
-    reason = extension.load_from(__name__, LIBRARY)
+    reason = extension.load_from(__name__, LIBRARY, fastest)
     if reason is not None:
         logger.warning("the CPU kernels cannot be used, plain torch runs instead, more slowly: %s", reason)
     return reason is None

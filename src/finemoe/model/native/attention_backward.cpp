@@ -6,10 +6,11 @@ namespace {
 constexpr int64_t kKeys = 128 / kRows * kRows;  // of one block
 constexpr int64_t kTrips = 400 * 1024 / 4;      // most numbers of the four packed copies of a block of queries
 
-// Queries in one block.
+// Queries in one block: as many whatever the tile is, since sums over queries are cut there.
 int64_t block_size(const Attention& x) {
-  const int64_t fitting = kTrips / (2 * (x.width + x.value_width)) / kColumns * kColumns;
-  return std::clamp<int64_t>(fitting, kColumns, kDepth);
+  constexpr int64_t kWhole = std::max(kColumns, 4 * kLanes);
+  const int64_t fitting = kTrips / (2 * (x.width + x.value_width)) / kWhole * kWhole;
+  return std::clamp<int64_t>(fitting, kWhole, kDepth);
 }
 
 // a b + c, rounded as in the products: once, where the machine can.

@@ -31,6 +31,9 @@ inline IntVector bytes(const uint8_t* p) {
 inline IntVector signed_bytes(const uint8_t* p) {
   return IntVector(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+inline IntVector pairs_of_bytes(const uint8_t* p) {
+  return IntVector(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
 #elif defined(__AVX2__)
 inline IntVector bytes(const uint8_t* p) {
   return IntVector(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -38,16 +41,20 @@ inline IntVector bytes(const uint8_t* p) {
 inline IntVector signed_bytes(const uint8_t* p) {
   return IntVector(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+inline IntVector pairs_of_bytes(const uint8_t* p) {
+  return IntVector(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 #else
-template <typename Byte>
+template <typename Number>
 inline IntVector widened(const uint8_t* p) {
-  typedef Byte Some __attribute__((vector_size(kLanes)));
+  typedef Number Some __attribute__((vector_size(kLanes * sizeof(Number))));
   Some found;
   std::memcpy(&found, p, sizeof found);
   return __builtin_convertvector(found, IntVector);
 }
 inline IntVector bytes(const uint8_t* p) { return widened<uint8_t>(p); }
 inline IntVector signed_bytes(const uint8_t* p) { return widened<int8_t>(p); }
+inline IntVector pairs_of_bytes(const uint8_t* p) { return widened<uint16_t>(p); }
 #endif
 
 inline Vector as_floats(IntVector v) { return __builtin_convertvector(v, Vector); }
@@ -168,6 +175,15 @@ struct Q6_K {  // 128 bytes of low halves, 64 of two higher bits, 16 scales, a s
   }
 };
 
+struct BF16 {  // 32 numbers, of which each is the upper half of a float32
+  static constexpr int kSize = 32, kBytes = 64;
+  template <typename Out>
+  static void unpack(const uint8_t* block, const Out& out) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kSize / kLanes; ++v) out(v, Vector(pairs_of_bytes(block + 2 * v * kLanes) << 16));
+  }
+};
+
 // `work.operator()<Block>()` for the blocks of a format that has some.
 template <typename Work>
 inline void with_blocks(Format format, const Work& work) {
@@ -178,6 +194,7 @@ inline void with_blocks(Format format, const Work& work) {
     case Format::kQ4_1: return work.template operator()<Q4_1>();
     case Format::kQ4_K: return work.template operator()<Q4_K>();
     case Format::kQ6_K: return work.template operator()<Q6_K>();
+    case Format::kBF16: return work.template operator()<BF16>();
   }
 }
 

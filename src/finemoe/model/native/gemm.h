@@ -14,7 +14,16 @@
 
 namespace finemoe {
 
-#if defined(__AVX512F__)
+#ifndef FINEMOE_TILE  // which of several tiles, and how many columns at once: chosen by measuring (tile.py)
+#define FINEMOE_TILE 0
+#endif
+#ifndef FINEMOE_BLOCK
+#define FINEMOE_BLOCK 512
+#endif
+
+#if defined(__AVX512F__) && FINEMOE_TILE == 1
+constexpr int kLanes = 16, kVectors = 4, kRows = 6;
+#elif defined(__AVX512F__)
 constexpr int kLanes = 16, kVectors = 2, kRows = 14;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kVectors = 2, kRows = 6;
@@ -25,7 +34,7 @@ constexpr int kLanes = 4, kVectors = 2, kRows = 5;
 #endif
 constexpr int kColumns = kLanes * kVectors;  // of the tile that the registers hold
 constexpr int64_t kDepth = 384;              // most of the shared dimension that is packed at once
-constexpr int64_t kBlock = 512;              // columns of B that are packed at once; a multiple of kColumns
+constexpr int64_t kBlock = FINEMOE_BLOCK;    // columns of B that are packed at once; a multiple of kColumns
 constexpr int64_t kPanelStride = kDepth + 16;  // not a power of two: rows of A must not share one cache set
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));

@@ -6,7 +6,7 @@
 
 namespace finemoe {
 
-enum class Format { kFloat, kQ8_0, kQ4_0, kQ4_1, kQ4_K, kQ6_K };
+enum class Format { kFloat, kQ8_0, kQ4_0, kQ4_1, kQ4_K, kQ6_K, kBF16 };
 
 // Rows, `stride` bytes apart, each contiguous.
 struct Matrix {

@@ -20,7 +20,7 @@ inline Layout layout_of(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.scalar_type() == at::kByte && tensor.dim() > 2, name, " must be float32, or blocks of bytes");
   static constexpr Layout known[] = {{Format::kQ8_0, Q8_0::kSize, Q8_0::kBytes}, {Format::kQ4_0, Q4_0::kSize, Q4_0::kBytes},
                                      {Format::kQ4_1, Q4_1::kSize, Q4_1::kBytes}, {Format::kQ4_K, Q4_K::kSize, Q4_K::kBytes},
-                                     {Format::kQ6_K, Q6_K::kSize, Q6_K::kBytes}};
+                                     {Format::kQ6_K, Q6_K::kSize, Q6_K::kBytes}, {Format::kBF16, BF16::kSize, BF16::kBytes}};
   for (const Layout& one : known)
     if (one.bytes == tensor.size(-1)) return one;
   TORCH_CHECK(false, name, " has blocks of ", tensor.size(-1), " bytes, which are of no format that is known");

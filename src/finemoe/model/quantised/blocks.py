@@ -2,7 +2,8 @@
 
 A quantised matrix `[out, in]` is a uint8 tensor `[out, blocks, bytes]`; a stack of them has more in front. The bytes of
 a block tell its format, so that such a tensor explains itself, in a model, in a safetensors file and to C++. Rows are
-filled up with zeros to whole blocks. Formats: ggml's, as its `ggml-common.h` lays them out.
+filled up with zeros to whole blocks. Formats: ggml's, as its `ggml-common.h` lays them out; and 32 bfloat16 numbers,
+which nothing scales, in their order.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Format:
     values: Callable[[Tensor], Tensor]
     """Blocks `[blocks, bytes]` as float32 `[blocks, size]`."""
     halves: tuple[int, ...] = (0,)
-    """Where in a block its float16 numbers begin."""
+    """Where in a block its float16 numbers begin; none of numbers that are bfloat16 themselves."""
 
 
 def is_quantised(weight: Tensor) -> bool:
@@ -73,6 +74,8 @@ def all_finite(weight: Tensor) -> bool:
     """Whether every number that a quantised weight stands for is one: whether the float16 ones of its blocks are."""
     kind = format_of(weight)
     data = weight.reshape(-1, kind.bytes)
+    if not kind.halves:
+        return bool(((data.contiguous().view(torch.int16) & _EXPONENT) != _EXPONENT).all())
     return all(bool(_halves(data, first, 1).isfinite().all()) for first in kind.halves)
 
 
@@ -83,6 +86,14 @@ def in_float32(weight: Tensor, columns: int) -> Tensor:
 
 def _halves(data: Tensor, first: int, count: int) -> Tensor:
     return data[:, first : first + 2 * count].contiguous().view(torch.float16).float()
+
+
+_EXPONENT = 0x7F80
+"""Bits that are all set in a bfloat16 that is no finite number."""
+
+
+def _bf16(data: Tensor) -> Tensor:
+    return data.contiguous().view(torch.bfloat16).float()
 
 
 def _signed(data: Tensor) -> Tensor:
@@ -132,6 +143,7 @@ FORMATS: dict[str, Format] = {
         Format("Q4_1", 32, 20, _q4_1, (0, 2)),
         Format("Q4_K", 256, 144, _q4_k, (0, 2)),
         Format("Q6_K", 256, 210, _q6_k, (208,)),
+        Format("BF16", 32, 64, _bf16, ()),
     )
 }
 """By the name that GGUF has for them: those that C++ multiplies by as they are."""

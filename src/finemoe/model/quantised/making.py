@@ -12,14 +12,15 @@ from finemoe.model.quantised.blocks import Format
 
 
 def quantise(values: Tensor, kind: Format) -> Tensor:
-    """`values [..., columns]` as blocks `[..., blocks, bytes]` of Q8_0 or Q4_0; other formats are only read.
+    """`values [..., columns]` as blocks `[..., blocks, bytes]` of Q8_0, Q4_0 or BF16; other formats are only read.
 
-    Q8_0: the largest number of a block is 127 steps. Q4_0 has eight steps on one side of zero and seven on the other:
-    of several scales around the one that maps the largest number to a whole step, the one with the least squares wins.
+    BF16: every number rounded by itself, and not at all where it is one already. Q8_0: the largest number of a block is
+    127 steps. Q4_0 has eight steps on one side of zero and seven on the other: of several scales around the one that
+    maps the largest number to a whole step, the one with the least squares wins.
     Beside `values` and the result only pieces of a few rows are held.
 
     Raises:
-        ConfigError: a number that is none, or too large for a scale in float16.
+        ConfigError: a number that is none, or too large for bfloat16, or for a scale in float16.
     """
     columns, blocks = values.shape[-1], -(-values.shape[-1] // kind.size)
     made = torch.empty((*values.shape[:-1], blocks, kind.bytes), dtype=torch.uint8, device=values.device)
@@ -58,6 +59,13 @@ def _to_q4_0(blocks: Tensor) -> Tensor:
     return torch.cat((_bytes(best), steps[:, :16] | steps[:, 16:] << 4), dim=1)
 
 
+def _to_bf16(blocks: Tensor) -> Tensor:
+    rounded = blocks.bfloat16()
+    if not bool(rounded.isfinite().all()):
+        raise ConfigError("a weight is no finite number, or too large for bfloat16")
+    return rounded.view(torch.uint8)
+
+
 def _steps(blocks: Tensor, scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0, blocks / scale).round_()
 
@@ -78,6 +86,6 @@ def _bytes(scale: Tensor) -> Tensor:
     return scale.half().view(torch.uint8)
 
 
-MADE = ("Q8_0", "Q4_0")
+MADE = ("Q8_0", "Q4_0", "BF16")
 """The formats that are made; all others are only read."""
-_MAKERS: dict[str, Callable[[Tensor], Tensor]] = {"Q8_0": _to_q8_0, "Q4_0": _to_q4_0}
+_MAKERS: dict[str, Callable[[Tensor], Tensor]] = {"Q8_0": _to_q8_0, "Q4_0": _to_q4_0, "BF16": _to_bf16}

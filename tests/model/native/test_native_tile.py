@@ -1,0 +1,139 @@
+"""Which tile the products get: the fastest where that is clear, and the same bits by any of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from finemoe.core import extension
+from finemoe.model.native import tile
+
+pytestmark = pytest.mark.skipif(extension.find_compiler() is None, reason="no C++ compiler")
+GEMM = Path(tile.__file__).parent / "gemm.h"
+PRODUCTS = """
+#include <cstdio>
+#include <vector>
+#include "GEMM"
+using namespace finemoe;
+
+int main() {
+  for (int64_t m : {1, 5, 14, 31, 85})
+    for (int64_t n : {1, 16, 47, 64, 600, 1100})
+      for (int64_t k : {1, 17, 384, 801}) {
+        std::vector<float> a(m * k), b(n * k), c(m * n, 0.5f), d(m * n);
+        for (int64_t i = 0; i < m * k; ++i) a[i] = 1.0f / (i % 97 + 3) - 0.1f;
+        for (int64_t i = 0; i < n * k; ++i) b[i] = 1.0f / (i % 89 + 7) - 0.05f;
+        gemm(m, n, k, PackRows{{a.data(), k}}, PackTransposed{b.data(), k}, c.data(), n, true);
+        gemm(m, n, k, PackColumns{{a.data(), m}, m}, PackStraight{{b.data(), n}}, d.data(), n, false);
+        std::fwrite(c.data(), 4, c.size(), stdout);
+        std::fwrite(d.data(), 4, d.size(), stdout);
+      }
+}
+"""
+STEP = """
+import hashlib, sys
+from finemoe.core import extension
+
+extension.FLAGS = (*extension.FLAGS, *sys.argv[1:])
+import torch
+from finemoe.model import native
+from finemoe.model.config import expand
+from finemoe.model.initialize import initialize
+from finemoe.model.presets import resolve
+from finemoe.model.transformer import Transformer
+from model.native.test_native_team import LATENT, WIDE
+
+assert native.available()
+torch.set_num_threads(2)
+digest = hashlib.sha256()
+for table in (WIDE, {**WIDE, "attention": LATENT}):
+    model = Transformer(expand(resolve(table, "the test")))
+    initialize(model, seed=3)
+    tokens = torch.arange(2 * 700).view(2, 700) * 13 % 50
+    hidden = model(tokens).hidden.flatten(0, 1)
+    model.backend.cross_entropy_sum(hidden, model.head_weight, tokens.flatten(), torch.ones(len(hidden))).backward()
+    digest.update(hidden.detach().numpy().tobytes())
+    for parameter in model.parameters():
+        digest.update(parameter.grad.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def compiled(flags: Sequence[str], folder: Path) -> Path:
+    compiler = extension.find_compiler()
+    assert compiler is not None
+    source, program = folder / "products.cpp", folder / "products"
+    source.write_text(PRODUCTS.replace("GEMM", str(GEMM)))
+    subprocess.run([compiler, *extension._flags(extension.FLAGS, compiler), *flags, source, "-o", program], check=True)
+    return program
+
+
+def test_every_tile_makes_the_same_bits(tmp_path: Path) -> None:
+    """Two that share neither tile nor columns; odd shapes, both ways to pack."""
+    made = []
+    for flags in ((), ("-DFINEMOE_TILE=1", "-DFINEMOE_BLOCK=256")):
+        made.append(subprocess.run([compiled(flags, tmp_path)], stdout=subprocess.PIPE, check=True).stdout)
+    assert len(made[0]) > 5_000_000
+    assert made[0] == made[1]
+
+
+@pytest.mark.slow
+def test_a_training_step_is_the_same_by_the_other_tile() -> None:
+    """Attention and its backward pass too, whose blocks hold whole tiles."""
+    digests = set()
+    for flags in ((), ("-DFINEMOE_TILE=1", "-DFINEMOE_BLOCK=256")):
+        command = [sys.executable, "-c", STEP, *flags]
+        tests = str(Path(__file__).parents[2])
+        path = {**os.environ, "PYTHONPATH": f"{tests}:{tests}/../src"}
+        digests.add(subprocess.run(command, env=path, stdout=subprocess.PIPE, check=True, timeout=900).stdout)
+    assert len(digests) == 1
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, seconds: Sequence[float], flags: Sequence[str] = ()) -> tuple[str, ...]:
+    """What is chosen where the tiles take so long; nothing is compiled."""
+    monkeypatch.setattr(tile, "_compiled", lambda *_: None)
+    return tile.fastest("c++", flags, lambda programs: seconds[: len(programs)])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "number"),
+    [([1.0, 0.8, 0.9, 0.7, 1.1, 0.9], 3), ([1.0, 0.8, 0.9, 1.2, 1.1, 0.9], 1), ([1.0] * 5 + [0.5], 5)],
+)
+def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch, seconds: list[float], number: int) -> None:
+    assert chosen(monkeypatch, seconds) == tile.TILES[number]
+
+
+@pytest.mark.parametrize("seconds", [[1.0] * 6, [1.0, 0.93, 0.95, 1, 1, 0.94], [0.5] + [1.0] * 5, [float("nan")] * 6])
+def test_the_usual_one_stays_where_none_is_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch, seconds: list[float]
+) -> None:
+    assert chosen(monkeypatch, seconds) == ()
+
+
+def test_flags_that_name_a_tile_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(monkeypatch, [1.0, 0.1, 1, 1, 1, 1], ["-O3", "-DFINEMOE_TILE=0"]) == ()
+
+
+def test_what_cannot_be_compiled_or_run_costs_the_choice_alone(tmp_path: Path) -> None:
+    assert tile.fastest(str(tmp_path / "no-compiler"), ()) == ()
+
+    def fails(programs: Sequence[Path]) -> list[float]:
+        raise subprocess.CalledProcessError(1, str(programs[0]))
+
+    assert tile.fastest("true", (), fails) == ()
+    assert tile.fastest("true", (), lambda programs: tile.in_turns([Path("/bin/echo")])) == ()  # says no number
+
+
+def test_programs_say_how_long_they_took(tmp_path: Path) -> None:
+    program = tmp_path / "says"
+    program.write_text(
+        "#!/bin/sh\nread n < count; echo $((n - 1)) > count; echo 0.$n\n".replace("count", f"{tmp_path}/count")
+    )
+    program.chmod(0o755)
+    (tmp_path / "count").write_text("9\n")
+    assert tile.in_turns([program]) == [0.3]  # the least of seven
