@@ -227,18 +227,22 @@ class _Findings:
         config, training = self.config, self.config.training
         size = measure(config.model, config.data.sequence_length)
         parameters = size.total_parameters + size.mtp_parameters
-        validations = -(-training.total_steps // evaluate_every(config))
+        tokens = training.total_tokens
+        steps = -(-tokens // training.tokens_per_step)
+        validations = -(-steps // evaluate_every(config))
+        if steps < training.total_steps:
+            most = f"{training.total_steps:,}"
+            self.add(notes=(f"training.max_tokens ends it; of steps that are not full it takes more, at most {most}",))
         facts = self.facts
         if facts.get("tokens_per_second"):
-            tokens = training.total_steps * training.tokens_per_step
             facts["seconds"] = tokens / facts["tokens_per_second"] + validations * facts["validation_seconds"]
         return Check(
             recipe=self.source,
             refused=tuple(self.refused),
             total_parameters=size.total_parameters,
             active_parameters=size.active_parameters,
-            steps=training.total_steps,
-            tokens=training.total_steps * training.tokens_per_step,
+            steps=steps,
+            tokens=tokens,
             validations=validations,
             checkpoint_copy_bytes=12 * parameters,
             disk_bytes=checkpoint_bytes(config),
