@@ -193,7 +193,11 @@ def test_a_check_counts_as_far_as_the_bound(corpus: Path) -> None:
     found = finemoe.check(bounded(corpus, 5 * STEP - 1), quiet=True)
     assert (found.steps, found.tokens, found.validations) == (5, 5 * STEP - 1, 2)
     (note,) = [one for one in found.notes if "max_tokens" in one]
-    assert note.endswith("it takes more, at most 50")
+    assert note == "training.max_tokens ends it before all of its 50 steps, if they stay as long as the first ones"
+    assert found.seconds is not None
+    assert found.tokens_per_second is not None
+    assert found.validation_seconds is not None
+    assert found.seconds == pytest.approx(5 * STEP / found.tokens_per_second + 2 * found.validation_seconds)
     free = finemoe.check(bounded(corpus, 99 * STEP), quiet=True)
     assert (free.steps, free.tokens) == (50, 50 * STEP)
     assert not [one for one in free.notes if "max_tokens" in one]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import statistics
@@ -228,14 +229,16 @@ class _Findings:
         size = measure(config.model, config.data.sequence_length)
         parameters = size.total_parameters + size.mtp_parameters
         tokens = training.total_tokens
-        steps = -(-tokens // training.tokens_per_step)
+        each = min(self.facts.pop("tokens_a_step", math.inf), training.tokens_per_step)  # GRPO's answers may be short
+        steps = min(training.total_steps, math.ceil(tokens / each))
         validations = -(-steps // evaluate_every(config))
         if steps < training.total_steps:
-            most = f"{training.total_steps:,}"
-            self.add(notes=(f"training.max_tokens ends it; of steps that are not full it takes more, at most {most}",))
+            most = f"all of its {training.total_steps:,} steps"
+            self.add(notes=(f"training.max_tokens ends it before {most}, if they stay as long as the first ones",))
         facts = self.facts
         if facts.get("tokens_per_second"):
-            facts["seconds"] = tokens / facts["tokens_per_second"] + validations * facts["validation_seconds"]
+            pace = training.tokens_per_step / facts["tokens_per_second"]
+            facts["seconds"] = steps * pace + validations * facts["validation_seconds"]
         return Check(
             recipe=self.source,
             refused=tuple(self.refused),
@@ -313,6 +316,7 @@ def _measured(config: RunConfig, method: Method[Any], steps: int, seconds: float
         return {
             "steps_measured": len(pace.seconds),
             "losses": tuple(pace.losses),
+            "tokens_a_step": trainer.state.tokens / len(pace.seconds),
             "tokens_per_second": config.training.tokens_per_step / pace.seconds_a_step(),
             "validation_seconds": validation,
             "memory_bytes": peak,
