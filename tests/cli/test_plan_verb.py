@@ -86,8 +86,9 @@ def test_a_recipe_brings_its_batch_length_and_layout(command: Any, tmp_path: Pat
     assert (setup["seq_len"], setup["micro_batch"], setup["sequences"]) == (128, 2, 64)
     assert (setup["expert"], setup["shard"], setup["recompute"]) == (4, 8, True)
     assert found["tokens"] == 819_200
-    over = json.loads(command("plan", recipe, "--gpus", "8", "--set", "parallel.expert=2", "--json").stdout)
-    assert over["setup"]["expert"] == 2
+    changed = ("--set", "parallel.expert=2", "--set", "training.max_tokens=400_000")
+    over = json.loads(command("plan", recipe, "--gpus", "8", *changed, "--json").stdout)
+    assert (over["setup"]["expert"], over["tokens"]) == (2, 400_000)
     own = json.loads(command("plan", recipe, "--gpus", "8", "--tokens-per-step", "4096", "--json").stdout)
     assert own["setup"]["sequences"] == 32
     assert own["tokens"] == 409_600

@@ -193,6 +193,8 @@ def test_a_plain_name_becomes_a_folder_in_runs(name: str) -> None:
     ("override", "said"),
     [
         ("tokens=5", "it belongs to [training], as `training.tokens`"),
+        ("max_tokens=5", "it belongs to [training], as `training.max_tokens`"),
+        ("training.token_budget=5", "did you mean `max_tokens`?"),
         ("lr=1", "here it is `optimizer.learning_rate`"),
         ("training.learning_rate=1", "it belongs to [optimizer], as `optimizer.learning_rate`"),
         ("model.num_experts=8", "here it is `model.feed_forward.num_routed_experts`"),

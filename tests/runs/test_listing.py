@@ -63,6 +63,11 @@ def test_states(tmp_path: Path) -> None:
     assert (begun.state, begun.done, begun.loss) == ("stopped", 0, None)
     longer = make(tmp_path / "longer", summary={"steps": 4, "final_validation_loss": 2.0})
     assert look_at(longer).state == "stopped"  # config.json asks for more since
+    bound = {**CONFIG, "training": {"steps": 90, "tokens_per_step": 1000, "max_tokens": 4000}}
+    for tokens, state, planned in ((4100, "finished", 4), (4000, "finished", 4), (3999, "stopped", 90)):
+        figures = {"steps": 4, "tokens": tokens, "final_validation_loss": 2.0}
+        found = look_at(make(tmp_path / f"bound-{tokens}", config=bound, summary=figures))
+        assert (found.state, found.done, found.planned) == (state, 4, planned)
     with sole_writer(tmp_path / "begun"):
         assert look_at(tmp_path / "begun").state == "running"
     assert look_at(tmp_path / "begun").state == "stopped"

@@ -76,6 +76,11 @@ def test_an_unknown_key_at_any_level_suggests_the_one_that_was_meant(override: s
     [
         (["training.tokens=9000", "training.steps=3"], "exactly one of `tokens`, `steps` and `epochs`"),
         (
+            ["training.tokens=9000", "training.max_tokens=8500"],
+            "`tokens` 9000 and `max_tokens` 8500 exclude each other",
+        ),
+        (["training.max_tokens=0"], "`training.max_tokens` must be greater than 0"),
+        (
             ["training.tokens_per_step=1000"],
             "tokens_per_step 1000 is not a multiple of data.sequence_length 256: try 768",
         ),
@@ -181,6 +186,19 @@ def test_a_length_that_is_set_replaces_that_of_the_recipe(length: dict[str, Any]
         assert lengths == {key: float(value)}
         assert training["threads"] == 1
     assert raw["training"] == {**length, "threads": 1}  # whose it is, it stays
+
+
+@pytest.mark.parametrize(
+    ("given", "most"), [("training.steps=2", 5), ("training.epochs=1.5", 5), ("training.tokens=16384", None)]
+)
+def test_a_length_in_tokens_alone_takes_the_place_of_a_bound(given: str, most: int | None) -> None:
+    raw = {**MINIMAL, "training": {"steps": 10, "max_tokens": 5}}
+    training = resolve_run(*read_recipe(raw, [given])).training
+    assert training.max_tokens == most
+    assert training.epochs is not None or training.total_tokens == (most or 16384)
+    assert resolve_run(*read_recipe(raw, [given.replace("tokens", "steps"), "training.max_tokens=9"])).training == (
+        training.model_copy(update={"max_tokens": 9, **({"tokens": None, "steps": 16384} if most is None else {})})
+    )
 
 
 def test_two_lengths_at_once_are_refused_still() -> None:

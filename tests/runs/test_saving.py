@@ -248,15 +248,15 @@ def test_ctrl_c_beside_a_checkpoint_leaves_both(
 ) -> None:
     """The step of a checkpoint that is being written is not written again."""
     out, written = tmp_path / "run", []
-    original = Trainer._stop_on_signal
+    original = Trainer.run
 
-    def keep(trainer: Trainer) -> Any:
+    def keep(trainer: Trainer) -> bool:
         trainers.append(trainer)
         return original(trainer)
 
     trainers: list[Trainer] = []
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_stop_on_signal", keep)
+        patched.setattr(Trainer, "run", keep)
         in_save(patched, lambda step: (written.append(step), time.sleep(0.2)))
         after_step(patched, lambda step: trainers[0].request_stop() if step == stop else None)
         assert train(recipe(corpus, training=KEEP_ALL), out=out, quiet=True).interrupted

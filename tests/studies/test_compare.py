@@ -328,6 +328,7 @@ def test_a_base_of_a_few_keys_changes_the_default_one() -> None:
         ({"seeds": []}, "seeds must be a list of different entries"),
         ({"learning_rates": {"gshard": 0.1}}, "learning_rates names 'gshard', which is not among the arms"),
         ({"training": {"steps": 5}}, r"training\.steps: a comparison's length is \[budget\] kind and value"),
+        ({"training": {"max_tokens": 5}}, r"training\.max_tokens: a comparison's length is \[budget\] kind and value"),
         ({"base": {"feed_forward": {"kind": "moe"}}}, "feed_forward"),
         ({"arm": ["dense"]}, "unknown key `arm`, did you mean `arms`?"),
         ({"budget": {"tokens": 5}}, "unknown key `budget.tokens`"),

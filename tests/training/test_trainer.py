@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -202,6 +203,18 @@ def test_run_until_stops_there_and_goes_on() -> None:
     assert trained.state.step == 2
     assert trained.run()
     assert trained.state.step == 5
+
+
+@pytest.mark.parametrize(("most", "steps"), [(1, 1), (48, 1), (49, 2), (96, 2), (10_000, 5)])
+def test_the_step_by_which_the_tokens_are_read_is_the_last(most: int, steps: int) -> None:
+    trained = trainer(build(small_config()), micro=3)
+    trained.plan = replace(trained.plan, max_tokens=most)
+    assert not trained.done
+    assert trained.run()
+    assert (trained.state.step, trained.state.tokens) == (steps, steps * SEQUENCES * LENGTH)
+    assert trained.done
+    assert trained.run(until=5)
+    assert trained.state.step == steps
 
 
 def test_a_request_to_stop_ends_after_the_step() -> None:

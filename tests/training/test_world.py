@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import OPTIMIZER, SCHEDULE, SEQUENCES, batch_at, method_of
+from test_trainer import LENGTH, OPTIMIZER, SCHEDULE, SEQUENCES, batch_at, method_of
 from torch import Tensor, nn
 
 from finemoe.core.errors import ConfigError, TrainingError
@@ -283,6 +283,18 @@ def test_a_figure_of_one_rank_alone_stops_the_others_too() -> None:
     first, second = together(run)
     assert first == second
     assert first.startswith("step 1 is not finite: mine (sequences")
+
+
+def test_a_bound_of_tokens_is_of_all_ranks_together() -> None:
+    """A rank reads half of a step, and would go on twice as long by its own count."""
+
+    def run(world: World) -> tuple[int, int, bool]:
+        trainer = made("dense", world, 2)
+        trainer.plan = replace(trainer.plan, max_tokens=3 * SEQUENCES * LENGTH - 1)
+        finished = trainer.run()
+        return trainer.state.step, trainer.state.tokens, finished and trainer.done
+
+    assert together(run) == [(3, 3 * SEQUENCES * LENGTH, True)] * 2
 
 
 def test_alone_every_answer_is_the_question() -> None:

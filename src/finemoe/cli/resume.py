@@ -37,10 +37,11 @@ def resume(
     It continues from its newest undamaged checkpoint, with the configuration it began with. Of a
     comparison, every run that is not finished goes on, and the report is made again.
 
-    With --set training.tokens=N (or training.steps) a run goes on to another length, finished or
-    not. From there on the schedule is that of the new length: a run that had decayed its learning
-    rate raises it again. --set may also change schedule, learning rate, kernels, and how often a
-    run is measured and saved; what the steps so far were trained on, and with, is refused.
+    With --set training.tokens=N (or training.steps, training.max_tokens) a run goes on to another
+    length, finished or not. From there on the schedule is that of the new length: a run that had
+    decayed its learning rate raises it again. --set may also change schedule, learning rate,
+    kernels, and how often a run is measured and saved; what the steps so far were trained on, and
+    with, is refused.
 
     \b
     Examples:

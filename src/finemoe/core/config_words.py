@@ -154,8 +154,9 @@ training.micro_batch_tokens = micro_batch_size device_batch_size per_device_trai
     gradient_accumulation_steps grad_accum gradient_accumulation accumulation_steps
 training.steps = steps max_steps num_steps max_iters train_iters train_steps total_steps n_steps iters
 training.epochs = epochs num_epochs num_train_epochs n_epochs epoch
-training.tokens = tokens total_tokens train_tokens max_tokens
+training.tokens = tokens total_tokens train_tokens
     num_tokens
+training.max_tokens = max_tokens token_budget tokens_budget max_train_tokens
 training.evaluate_every = eval_every eval_interval eval_steps validate_every val_every
 training.checkpoint_every = save_every save_interval save_steps checkpoint_interval ckpt_every
 training.keep_checkpoints = save_total_limit keep_last

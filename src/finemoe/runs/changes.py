@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from finemoe.checkpoint.kinds import COMPARISON
+from finemoe.checkpoint.kinds import COMPARISON, STATE
 from finemoe.checkpoint.run_state.state import checkpoint_folders
 from finemoe.core.config import parse, to_json, with_overrides
 from finemoe.core.errors import RunError
 from finemoe.core.files import storage_error, write_text
 from finemoe.core.logs import logger
+from finemoe.core.reading import damage_of, read_object, require_numbers
 from finemoe.runs.config import RunConfig, TrainingConfig, read_config
 from finemoe.training.directory import read_summary
 from finemoe.training.schedule import learning_rate_factor
@@ -19,7 +21,7 @@ from finemoe.training.schedule import learning_rate_factor
 _TO_COME = ("schedule", "optimizer", "kernels", "balancing", "mtp", "parallel")
 """Tables that say what the next steps do, and nothing of the steps that were."""
 _TO_COME_OF_TRAINING = (
-    "tokens", "steps", "micro_batch_tokens", "evaluate_every", "checkpoint_every", "checkpoint_minutes",
+    "tokens", "steps", "max_tokens", "micro_batch_tokens", "evaluate_every", "checkpoint_every", "checkpoint_minutes",
     "checkpoint_format", "keep_checkpoints", "device", "precision", "trackers", "memory_check",
 )  # fmt: skip
 """Not the threads: sums are cut by them, and a run keeps the number it had."""
@@ -48,6 +50,8 @@ def with_changes(directory: Path, config: RunConfig, overrides: Sequence[str]) -
     training = asked.get("training")
     if isinstance(training, Mapping) and len({"tokens", "steps"} & set(training)) == 1:  # the other one gives way
         raw["training"] |= {"tokens": None, "steps": None}
+        if "tokens" in training:  # a length in tokens says all
+            raw["training"]["max_tokens"] = None
     new = parse(RunConfig, with_overrides(raw, overrides), f"{directory}/config.json with --set")
     _require_steps(directory, config, new)
     return new
@@ -85,16 +89,37 @@ def _refuse_arms(directory: Path) -> None:
 
 
 def _require_steps(directory: Path, old: RunConfig, new: RunConfig) -> None:
-    """Check that something is left to train."""
-    summary = read_summary(directory)
-    folders = checkpoint_folders(directory / "checkpoints")
-    done = summary["steps"] if summary is not None else int(folders[0].name.partition("-")[2]) if folders else 0
+    """Check that something is left to train.
+
+    Raises:
+        RunError: all steps were done, or all tokens read.
+    """
+    done, read = _trained(directory)
     if new.training.total_steps <= done:
         length, unit = (done, "steps") if new.training.steps else (done * old.training.tokens_per_step, "tokens")
         raise RunError(
             f"{directory} has done {done:,} steps, which leaves nothing to train: with training.{unit} above "
             f"{length:_} it goes on"
         )
+    if new.training.max_tokens is not None and new.training.max_tokens <= read:
+        raise RunError(
+            f"{directory} has read {read:,} tokens, and training.max_tokens {new.training.max_tokens:,} leaves nothing "
+            f"to train: above {read:_} it goes on"
+        )
+
+
+def _trained(directory: Path) -> tuple[int, int]:
+    """Steps and tokens of a finished run, or of the checkpoint that one goes on from."""
+    summary = read_summary(directory)
+    if summary is not None:
+        return summary["steps"], summary["tokens"]
+    for folder in checkpoint_folders(directory / "checkpoints"):
+        with suppress(RunError):  # a damaged one is passed over, which the log says when it is to be opened
+            state = read_object(folder / STATE, "remove that checkpoint")
+            with damage_of(folder / STATE, "remove that checkpoint"):
+                require_numbers(state, ("step", "tokens"))
+            return state["step"], state["tokens"]
+    return 0, 0
 
 
 def write_changes(directory: Path, old: RunConfig, new: RunConfig, done: int) -> None:
@@ -147,7 +172,12 @@ def _kept(directory: Path, done: int) -> Path:
 
 
 def say_length(old: RunConfig, new: RunConfig, done: int) -> None:
-    """What a changed number of steps does to the schedule."""
+    """What a changed number of steps does to the schedule, and where a changed bound of tokens lies."""
+    if new.training.max_tokens != old.training.max_tokens:
+        most = (
+            "any number of" if one is None else f"{one:,}" for one in (new.training.max_tokens, old.training.max_tokens)
+        )
+        logger.info("at most %s tokens instead of %s", *most)
     before, after = old.training.total_steps, new.training.total_steps
     if before == after:
         return

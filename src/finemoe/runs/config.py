@@ -49,6 +49,9 @@ class TrainingConfig(Config):
     """[steps] Length of the run in optimizer steps; give this, `tokens` or `epochs`."""
     epochs: Annotated[float, Field(gt=0, le=100_000)] | None = None
     """[epochs] Length of the run in passes over the data; `steps` takes its place as soon as the data is read."""
+    max_tokens: PositiveInt | None = None
+    """[tokens] The run ends with the step by which it has read so many, even if `steps` are not done: for equal compute
+    where steps differ in length, as those of GRPO do. Schedules count steps: this wants one that is constant."""
     tokens_per_step: PositiveInt = 8192
     """[tokens] Batch of one optimizer step; a multiple of the sequence length."""
     micro_batch_tokens: PositiveInt | None = None
@@ -81,6 +84,11 @@ class TrainingConfig(Config):
     def _check(self) -> Self:
         if sum(length is not None for length in (self.tokens, self.steps, self.epochs)) != 1:
             raise ValueError("give exactly one of `tokens`, `steps` and `epochs`: it is the length of the run")
+        if self.tokens is not None and self.max_tokens is not None:
+            raise ValueError(
+                f"`tokens` {self.tokens} and `max_tokens` {self.max_tokens} exclude each other: `tokens` stands for "
+                "steps of tokens_per_step each; give `steps` or `epochs` beside `max_tokens`, or leave `max_tokens` out"
+            )
         return self
 
     @property
@@ -93,6 +101,16 @@ class TrainingConfig(Config):
         if self.epochs is not None:
             raise ConfigError("training.epochs: how many steps that is depends on the data; give training.steps here")
         return self.steps if self.steps is not None else (self.tokens or 0) // self.tokens_per_step
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the run where every step is full; at most `max_tokens`, behind which no step begins.
+
+        Raises:
+            ConfigError: as of `total_steps`.
+        """
+        tokens = self.total_steps * self.tokens_per_step
+        return tokens if self.max_tokens is None else min(tokens, self.max_tokens)
 
     @property
     def steps_between_checkpoints(self) -> int:
@@ -241,7 +259,8 @@ def _laid_over(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
     asked, training = with_overrides({}, overrides).get("training"), tables.get("training")
     given = _LENGTHS & asked.keys() if isinstance(asked, Mapping) else set()
     if len(given) == 1 and isinstance(training, Mapping):
-        kept = {key: value for key, value in training.items() if key not in _LENGTHS}
+        gone = _LENGTHS | ({"max_tokens"} if "tokens" in given else set())  # a length in tokens says all
+        kept = {key: value for key, value in training.items() if key not in gone}
         tables = {**tables, "training": kept}
     return with_overrides(tables, overrides)
 

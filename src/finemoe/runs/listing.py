@@ -36,7 +36,7 @@ class RunInfo:
     done: int | None
     """Steps of a run; finished runs of a comparison."""
     planned: int | None
-    """The same, when it is finished."""
+    """The same, when it is finished; of a run that was ended by `training.max_tokens`, what it had done."""
     loss: float | None
     """As it was measured last; of a comparison, that of its best run."""
     bytes: int
@@ -108,6 +108,8 @@ def look_at(run: Path) -> RunInfo:
     step, validation = newest_records(run / "metrics.jsonl")
     planned = _total_steps(config.get("training"))
     done = _whole(summary.get("steps")) or _whole(step.get("step")) or 0
+    if summary and _has_read_all(config.get("training"), summary):
+        planned = done
     state: State = "stopped"
     if is_held(run / ".lock"):
         state = "running"
@@ -203,6 +205,12 @@ def _total_steps(training: Any) -> int | None:
         return None
     steps, tokens, per_step = (_whole(training.get(key)) for key in ("steps", "tokens", "tokens_per_step"))
     return steps or (tokens // per_step if tokens and per_step else None)
+
+
+def _has_read_all(training: Any, summary: Mapping[str, Any]) -> bool:
+    """Whether a bound of tokens has ended the run."""
+    most = _whole(training.get("max_tokens")) if isinstance(training, Mapping) else None
+    return most is not None and (_whole(summary.get("tokens")) or 0) >= most
 
 
 def _whole(value: Any) -> int | None:

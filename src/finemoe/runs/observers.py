@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from finemoe.runs.trackers import Tracker
 from finemoe.training.alerts import RECOVERED_WORD, Watch
 from finemoe.training.method import Measured
 from finemoe.training.report import StepReport
-from finemoe.training.trainer import Trainer
+from finemoe.training.trainer import Plan, Trainer
 
 Record = dict[str, Any]
 
@@ -33,7 +34,7 @@ class Evaluate:
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Measure when it is time."""
-        if report.step % self.every and report.step != trainer.plan.total_steps:
+        if report.step % self.every and not trainer.done:
             return
         self._measure(trainer, report.step, report.tokens, report.seconds)
 
@@ -192,7 +193,6 @@ class Show:
 
     def __init__(self, evaluate: Evaluate, total_steps: int) -> None:
         self._evaluate = evaluate
-        self._total = total_steps
         self._last = time.monotonic()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -210,19 +210,20 @@ class Show:
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Refresh."""
         validation = self._evaluate.latest
+        total = _steps_in_all(trainer.plan, report)
         if self._progress is not None:
             if self._task is None:
                 self._progress.start()
-                self._task = self._progress.add_task("", total=self._total)
+                self._task = self._progress.add_task("", total=total)
             figures = _fitting(_short(report, validation, trainer.method.shows), self._room)
-            self._progress.update(self._task, completed=report.step, description=figures)
-        elif time.monotonic() - self._last > 10 or report.step == self._total:
+            self._progress.update(self._task, completed=report.step, total=total, description=figures)
+        elif time.monotonic() - self._last > 10 or trainer.done:
             self._last = time.monotonic()
-            left = report.seconds / report.step * (self._total - report.step)
+            left = report.seconds / report.step * (total - report.step)
             logger.info(
                 "step %d/%d  %s  %.0f s left",
                 report.step,
-                self._total,
+                total,
                 _long(report, validation, trainer.method.shows),
                 left,
             )
@@ -231,6 +232,14 @@ class Show:
         """Leave the last line on the screen."""
         if self._progress is not None:
             self._progress.stop()
+
+
+def _steps_in_all(plan: Plan, report: StepReport) -> int:
+    """Of the run; where a bound of tokens will end it first, as many as it allows if steps stay as long as so far."""
+    if plan.max_tokens is None or not report.tokens:
+        return plan.total_steps
+    left = max(0, plan.max_tokens - report.tokens)
+    return min(plan.total_steps, report.step + math.ceil(left * report.step / report.tokens))
 
 
 def _short(report: StepReport, validation: Measured | None, shows: Sequence[str]) -> list[str]:

@@ -59,6 +59,7 @@ def run_results(directory: Path, *, refresh: int | None = None, samples: int = 0
         "running": running,
         "failure": _failure(directory, of["step"]) if summary is None and not running else None,
         "total_steps": _total_steps(config.get("training") or {}),
+        "max_tokens": _max_tokens(config.get("training") or {}),
         "steps_per_point": each,
         "steps": thinned(of["step"], each),
         "validations": [{key: value for key, value in one.items() if key != "load"} for one in of["validation"]],
@@ -175,6 +176,7 @@ def _config(path: Path) -> dict[str, Any]:
     found = read_object(path, mend)
     with damage_of(path, mend):
         _total_steps(found.get("training") or {})
+        _max_tokens(found.get("training") or {})
     return found
 
 
@@ -190,6 +192,11 @@ def _total_steps(training: Mapping[str, Any]) -> int:
     """As `TrainingConfig.total_steps`, without the second that its imports take."""
     steps, tokens, per_step = (training.get(key) for key in ("steps", "tokens", "tokens_per_step"))
     return int(steps or (tokens or 0) // (per_step or 1))
+
+
+def _max_tokens(training: Mapping[str, Any]) -> int | None:
+    most = training.get("max_tokens")
+    return None if most is None else int(most)
 
 
 def _load(

@@ -143,7 +143,9 @@ def _finished(directory: Path) -> Run | None:
     summary = summary_if_whole(directory)
     if summary is None:
         return None
-    logger.info("%s is finished: %d steps; --set training.tokens=... trains it longer", directory, summary["steps"])
+    most = read_config(directory / "config.json").training.max_tokens
+    key = "tokens" if most is None or summary["tokens"] < most else "max_tokens"
+    logger.info("%s is finished: %d steps; --set training.%s=... trains it longer", directory, summary["steps"], key)
     return Run(directory, summary, interrupted=False)
 
 
@@ -294,6 +296,7 @@ def _trainer(
         sequences_per_micro_batch=config.micro_batch_sequences,
         device=device,
         bf16=bf16,
+        max_tokens=config.training.max_tokens,
     )
     trainer = Trainer(
         model, method, config.optimizer, config.schedule, plan, world=world, begins=saved is None, fill=fill
@@ -329,10 +332,9 @@ def _train(trainer: Trainer, save: Save, directory: Path) -> bool:
         saved = TrainingError(f"{error} {trainer.world.first(lambda: _what_is_saved(trainer, directory))}")
         saved.everywhere = error.everywhere
         raise saved from error
-    finished = trainer.state.step >= trainer.plan.total_steps
-    if not finished:
+    if not trainer.done:
         save.save(trainer)
-    return finished
+    return trainer.done
 
 
 def _what_is_saved(trainer: Trainer, directory: Path) -> str:

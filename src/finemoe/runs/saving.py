@@ -93,7 +93,7 @@ class Save:
         """
         if self._writing is not None and self._is_written(self._writing):
             self._finish()
-        if report.step == trainer.plan.total_steps:
+        if trainer.done:
             self.save(trainer)
         elif trainer.world.any(self._is_time(report.step)):
             self._save_behind(trainer)

@@ -319,6 +319,8 @@ def _length(config: RunConfig) -> str:
     training = config.training
     total = training.total_steps * training.tokens_per_step
     said = f"{training.total_steps} steps of {training.tokens_per_step} tokens"
+    if training.max_tokens is not None:
+        return f"at most {said}, and at most {training.max_tokens:,} tokens: the step that reaches them is the last"
     if training.tokens is None or total == training.tokens:
         return said
     return f"{said}: {total:,} of the {training.tokens:,} tokens asked for, as steps are whole"

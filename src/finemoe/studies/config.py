@@ -123,7 +123,7 @@ def resolve_comparison(raw: Mapping[str, Any], source: str) -> CompareConfig:
             raise ConfigError(f"{source}: `{table}` must be a table (got {raw[table]!r})")
     raw = with_defaults(raw)
     training = raw.get("training", {})
-    for field in ("tokens", "steps"):
+    for field in ("tokens", "steps", "max_tokens"):
         if field in training or field in raw:
             place = f"training.{field}" if field in training else field
             raise ConfigError(f"{source}: {place}: a comparison's length is [budget] kind and value")

@@ -61,6 +61,8 @@ class Plan:
     device: torch.device
     bf16: bool
     """Matrix products in bfloat16 under autocast; weights stay float32."""
+    max_tokens: int | None = None
+    """Of all ranks together: the step by which so many were read is the last, even if it is not `total_steps`."""
 
 
 class Observer(Protocol):
@@ -168,11 +170,11 @@ class Trainer:
         Raises:
             TrainingError: a loss or gradient is not finite. The weights are those before that step.
         """
-        until = self.plan.total_steps if until is None else min(until, self.plan.total_steps)
+        until = self.plan.total_steps if until is None else until
         self.model.train()
         try:
-            with self._stop_on_signal():
-                while self.state.step < until and not self.world.any(self._stop):
+            with StopOnSignal(self.request_stop, repeated=repeated(self.world.size)):
+                while self.state.step < until and not self.done and not self.world.any(self._stop):
                     started = time.perf_counter()
                     report = self.step(self.micro_batches(), started)
                     for observer in self.observers:
@@ -273,6 +275,12 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.plan.device.type, dtype=torch.bfloat16)
 
+    @property
+    def done(self) -> bool:
+        """Whether the run has come to its end: its last step, or the tokens that it may read."""
+        most = self.plan.max_tokens
+        return self.state.step >= self.plan.total_steps or (most is not None and self.state.tokens >= most)
+
     def progress(self) -> float:
         """Share of the run done before the next step."""
         return self.state.step / self.plan.total_steps
@@ -291,12 +299,8 @@ class Trainer:
         rate = self._learning_rate()
         first = self.state.position
         tokens = self._advance(batches, time.perf_counter() - started, skipped=1)
-        logger.warning(
-            "step %d is passed over: sequences %d to %d hold nothing to count, as all their weights are zero",
-            self.state.step,
-            first,
-            self.state.position - 1,
-        )
+        said = "step %d is passed over: sequences %d to %d hold nothing to count, as all their weights are zero"
+        logger.warning(said, self.state.step, first, self.state.position - 1)
         return StepReport(
             step=self.state.step,
             tokens=self.state.tokens,
@@ -382,9 +386,6 @@ class Trainer:
         if self.world.size == 1:
             return ""
         return " on every rank" if len(ranks) == self.world.size else f" on {in_words(ranks)}"
-
-    def _stop_on_signal(self) -> AbstractContextManager[Any]:
-        return StopOnSignal(self.request_stop, repeated=repeated(self.world.size))
 
     @property
     def stopping(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import finemoe
 from finemoe.core.errors import RunError
 from finemoe.judging.pool import Pool
-from methods.grpo.tiny_policy import base, practising
+from methods.grpo.tiny_policy import LENGTH, base, practising
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,17 @@ def test_steps_are_measured_with_rewards_that_end_with_it(start: Path, started: 
     assert found.tokens_per_second is not None
     assert started
     assert all(one.poll() is not None for one in started)
+
+
+def test_short_answers_need_more_steps_to_read_what_they_may(start: Path, tmp_path: Path) -> None:
+    most, length = 6 * 8 * LENGTH, {"steps": 300, "evaluate_every": 300}
+    found = finemoe.check(practising(start, training={**length, "max_tokens": most}), quiet=True, steps=4)
+    run = finemoe.train(practising(start, training={"steps": 4}), out=tmp_path / "run", quiet=True)
+    assert found.steps == math.ceil(most / (run.summary["tokens"] / 4)) > 6
+    assert found.tokens == most
+    assert found.validations == 1
+    plain = finemoe.check(practising(start, training=length), quiet=True, steps=1)
+    assert (plain.steps, plain.tokens) == (300, 300 * 8 * LENGTH)
 
 
 def test_where_nothing_is_measured_nothing_is_started(

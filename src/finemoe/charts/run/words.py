@@ -17,8 +17,8 @@ def summary(results: Results) -> list[str]:
     steps, validations = results["steps"], results["validations"]
     if not steps:
         return ["No step is done yet."]
-    last, total = steps[-1], results["total_steps"]
-    lines = [f"Step {last['step']:,} of {total:,}, {count(last['tokens'])} tokens in {duration(last['seconds'])}."]
+    last = steps[-1]
+    lines = [_how_far(results)]
     if validations and finite(validations[-1].get("validation_loss")) is None:
         first, newest = validations[0], validations[-1]
         said = f"Reward of held-out questions {fixed(newest.get('validation_reward'))} at step {newest['step']:,}"
@@ -31,7 +31,7 @@ def summary(results: Results) -> list[str]:
             + ("." if best is newest else f"; the lowest was {fixed(best.get('validation_loss'))} at {best['step']:,}.")
         )
     if state(results) in ("training", "stopped"):
-        left = (total - last["step"]) * last["seconds"] / last["step"]
+        left = _left(results) * last["seconds"]
         lines.append(f"About {duration(left)} of training left at the speed so far.")
     if failure := results["failure"]:
         lines.append(f"It stopped: {failure.get('message')}")
@@ -39,3 +39,20 @@ def summary(results: Results) -> list[str]:
     said = "1 alert" if len(alarming) == 1 else f"{len(alarming)} alerts"
     lines.append(f"{said} about its experts: see below." if alarming else "No alerts.")
     return lines
+
+
+def _how_far(results: Results) -> str:
+    last, total, most = results["steps"][-1], results["total_steps"], results.get("max_tokens")
+    done = f"{count(last['tokens'])} tokens in {duration(last['seconds'])}"
+    if most is None:
+        return f"Step {last['step']:,} of {total:,}, {done}."
+    if last["tokens"] < most:
+        return f"Step {last['step']:,} of at most {total:,}, {done}; it ends with {count(most)} tokens."
+    return f"Step {last['step']:,} of at most {total:,}, {done}: it has read the {count(most)} that it may."
+
+
+def _left(results: Results) -> float:
+    """What is left to train, as a multiple of what was trained: of steps, or of tokens where those end it sooner."""
+    last, most = results["steps"][-1], results.get("max_tokens")
+    left = results["total_steps"] / last["step"] - 1
+    return left if most is None or not last["tokens"] else max(0.0, min(left, most / last["tokens"] - 1))

@@ -155,7 +155,7 @@ def _length(recipe: Mapping[str, Any], overrides: Sequence[str], config: RunConf
     training = config.training
     if training.epochs is not None or not any(_lengths(recipe, overrides)):
         return None
-    return training.tokens or training.total_steps * training.tokens_per_step
+    return training.tokens or training.total_tokens
 
 
 def _made_up(described: Described, processes: int, overrides: Sequence[str], options: Options) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import statistics
@@ -227,18 +228,24 @@ class _Findings:
         config, training = self.config, self.config.training
         size = measure(config.model, config.data.sequence_length)
         parameters = size.total_parameters + size.mtp_parameters
-        validations = -(-training.total_steps // evaluate_every(config))
+        tokens = training.total_tokens
+        each = min(self.facts.pop("tokens_a_step", math.inf), training.tokens_per_step)  # GRPO's answers may be short
+        steps = min(training.total_steps, math.ceil(tokens / each))
+        validations = -(-steps // evaluate_every(config))
+        if steps < training.total_steps:
+            most = f"all of its {training.total_steps:,} steps"
+            self.add(notes=(f"training.max_tokens ends it before {most}, if they stay as long as the first ones",))
         facts = self.facts
         if facts.get("tokens_per_second"):
-            tokens = training.total_steps * training.tokens_per_step
-            facts["seconds"] = tokens / facts["tokens_per_second"] + validations * facts["validation_seconds"]
+            pace = training.tokens_per_step / facts["tokens_per_second"]
+            facts["seconds"] = steps * pace + validations * facts["validation_seconds"]
         return Check(
             recipe=self.source,
             refused=tuple(self.refused),
             total_parameters=size.total_parameters,
             active_parameters=size.active_parameters,
-            steps=training.total_steps,
-            tokens=training.total_steps * training.tokens_per_step,
+            steps=steps,
+            tokens=tokens,
             validations=validations,
             checkpoint_copy_bytes=12 * parameters,
             disk_bytes=checkpoint_bytes(config),
@@ -309,6 +316,7 @@ def _measured(config: RunConfig, method: Method[Any], steps: int, seconds: float
         return {
             "steps_measured": len(pace.seconds),
             "losses": tuple(pace.losses),
+            "tokens_a_step": trainer.state.tokens / len(pace.seconds),
             "tokens_per_second": config.training.tokens_per_step / pace.seconds_a_step(),
             "validation_seconds": validation,
             "memory_bytes": peak,
