@@ -77,14 +77,8 @@ def test_a_hugging_face_folder_in_bfloat16(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("raw", [MODELS["deepseek2-v3"], ODD], ids=["v3", "odd"])
 def test_a_gguf_file_in_bfloat16(raw: dict[str, object], tmp_path: Path) -> None:
-    """It opens small by itself, where its rows are whole blocks; and what was made small writes the same file."""
-    folder = in_halves(tmp_path / "halves", raw)
-    export_gguf(folder, tmp_path / "plain.gguf", dtype="BF16", quiet=True)
-    finemoe.quantize(folder, tmp_path / "small", "bf16", quiet=True)
-    export_gguf(tmp_path / "small", tmp_path / "small.gguf", dtype="BF16", quiet=True)
-    ours, theirs = stored(tmp_path / "small.gguf"), stored(tmp_path / "plain.gguf")
-    assert ours.keys() == theirs.keys()
-    assert all((ours[name] == theirs[name]).all() for name in ours)
+    """It opens small by itself, where its rows are whole blocks."""
+    export_gguf(in_halves(tmp_path / "halves", raw), tmp_path / "plain.gguf", dtype="BF16", quiet=True)
     opened = open_language_model(tmp_path / "plain.gguf")
     assert kinds(opened.model) == ({"BF16", ""} if raw is ODD else {"BF16"})
     assert torch.equal(scores(opened.model), scores(load_model(tmp_path / "plain.gguf")))

@@ -126,7 +126,7 @@ def test_large_products_are_small_and_nothing_else(home: Path, name: str) -> Non
     assert not any(one.requires_grad for one in model.parameters())
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "bf16"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_what_is_written_opens_where_it_lies(home: Path, weights: str) -> None:
     folder = quantised(home, "deepseek2-v3", weights)
     assert stored_small(folder)
@@ -214,7 +214,7 @@ def test_a_run_is_made_small(tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_refused_and_nothing_written(home: Path, tmp_path: Path) -> None:
     folder = source(home, "llama-tied-bias")
-    with pytest.raises(ConfigError, match="weights must be one of int8, int4, bf16, not 'int3'"):
+    with pytest.raises(ConfigError, match="weights must be one of int8, int4, not 'int3'"):
         finemoe.quantize(folder, tmp_path / "out", "int3")  # type: ignore[arg-type]
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("mine")

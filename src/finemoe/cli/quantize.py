@@ -23,17 +23,16 @@ def quantize(
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.", show_default=False)],
-    weights: Annotated[Literal["int8", "int4", "bf16"], typer.Option(help="Of every large product.")] = "int8",
+    weights: Annotated[Literal["int8", "int4"], typer.Option(help="Of every large product.")] = "int8",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Make a model small: its large products in 8 or 4 bits, or in 16.
+    """Make a model small: its large products in 8 or 4 bits.
 
     Experts, attention and dense layers become blocks of 32 numbers that share a scale: 8.5 or 4.5
-    bits a weight, where float32 takes 32. bf16 takes 16, and loses nothing of a model that is stored
-    so. Routers, norms and latents stay as they are, and words in and out keep 8 bits. One part is
-    held at a time, so that a model larger than memory can be made small. OUT opens in no time: its
-    file is mapped, and experts that no token chooses are not read.
+    bits a weight, where float32 takes 32. Routers, norms and latents stay as they are, and words in
+    and out keep 8 bits. One part is held at a time, so that a model larger than memory can be made
+    small. OUT opens in no time: its file is mapped, and experts that no token chooses are not read.
 
     \b
     Examples:
@@ -42,7 +41,7 @@ def quantize(
       finemoe evaluate small/base imported/base --tasks arc-easy --data DIR
 
     Then: finemoe generate OUT, chat, serve, evaluate. Any model is made small for one of these alone
-    by its option --weights int8, int4 or bf16. Interrupted, the same command goes on where it was.
+    by its option --weights int8 or int4. Interrupted, the same command goes on where it was.
     """
     from finemoe.checkpoint.kinds import kind_of
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,18 +23,22 @@ from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.workspace import check_apart, check_free, fingerprint, workspace
 from finemoe.checkpoint.weights.imported import ENDS, ImportedWriter, read_imported
 from finemoe.checkpoint.weights.shapes import model_shapes
-from finemoe.checkpoint.weights.small import Bits, formats_for, of_tensor, small_shape
+from finemoe.checkpoint.weights.small import formats_for, of_tensor, small_shape
 from finemoe.core.errors import CheckpointError, ConfigError, named
 from finemoe.core.logs import progress
 from finemoe.model.quantised.blocks import Format
 from finemoe.model.quantised.making import quantise
 from finemoe.text.files import COMPANIONS
 
-BITS: tuple[Bits, ...] = ("int8", "int4", "bf16")
+BITS: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
 
 
 def quantize(
-    model: str | os.PathLike[str], out: str | os.PathLike[str], weights: Bits = "int8", *, quiet: bool = False
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    weights: Literal["int8", "int4"] = "int8",
+    *,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Make a folder of `model` with its large products in blocks of 8 or 4 bits, which opens where it lies.
 

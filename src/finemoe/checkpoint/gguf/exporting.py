@@ -260,8 +260,7 @@ def _write(file: BinaryIO, opened: Exportable, tensor: Stored, kind: str) -> Non
     for part in tensor.parts():
         if part.ours in opened.small:
             blocks = opened.tensors.read(part.ours, part.index)
-            own = opened.small[part.ours]
-            if own.name == kind and part.shape[-1] % own.size == 0:
+            if opened.small[part.ours].name == kind:
                 file.write(part.blocks_to_theirs(blocks).contiguous().numpy().data)
             else:  # whose rows are no whole blocks
                 rows = part.to_theirs(dequantise(blocks, part.shape[-1]))

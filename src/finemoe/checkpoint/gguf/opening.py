@@ -172,10 +172,8 @@ class GGUFSource:
         for name, stored in self.account.items():
             for part in stored.parts():
                 kind, columns = self.tensors[name].kind.name, self.tensors[name].shape[-1]
-                whole = (
-                    kind not in FORMATS or columns % FORMATS[kind].size == 0
-                )  # rows of bfloat16 may be of any length
-                fits = whole and may_be_small(part.ours) and part.turn != "transposed"
+                fits = may_be_small(part.ours) and part.turn != "transposed"
+                fits &= kind not in FORMATS or columns % FORMATS[kind].size == 0  # BF16 fills up no row
                 kinds.setdefault(part.ours, set()).add(kind if fits else "")
         one = {ours: found.pop() for ours, found in kinds.items() if len(found) == 1}
         return {ours: FORMATS[name] for ours, name in one.items() if name in FORMATS}
