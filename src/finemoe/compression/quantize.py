@@ -30,15 +30,12 @@ from finemoe.model.quantised.blocks import Format
 from finemoe.model.quantised.making import quantise
 from finemoe.text.files import COMPANIONS
 
-BITS: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
+Few = Literal["int8", "int4"]
+BITS: tuple[Few, ...] = ("int8", "int4")
 
 
 def quantize(
-    model: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    weights: Literal["int8", "int4"] = "int8",
-    *,
-    quiet: bool = False,
+    model: str | os.PathLike[str], out: str | os.PathLike[str], weights: Few = "int8", *, quiet: bool = False
 ) -> dict[str, Any]:
     """Make a folder of `model` with its large products in blocks of 8 or 4 bits, which opens where it lies.
 

@@ -16,6 +16,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,8 +36,21 @@ _COMPILERS = ("c++", "g++", "clang++")
 _PASSING = ("No space left on device", "Disk quota exceeded", "Cannot allocate memory", "out of memory", "Killed")
 """What a compiler says of a machine that was full or busy, not of the sources: next time it may be well."""
 
-Tune = Callable[[str, Sequence[str]], Sequence[str]]
-"""More flags, found by measuring, for a compiler and the flags that it gets."""
+_ROUNDS = 7
+_CLEARLY = 0.9  # of the first variant's time: less of a gain is noise, or not worth a word
+
+Timer = Callable[[Sequence[Path]], Sequence[float]]
+"""Seconds of each of several programs."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A program that prints how many seconds it took, to be compiled with several sets of flags."""
+
+    source: str
+    """Its path, from the folder of the library's own."""
+    variants: tuple[tuple[str, ...], ...]
+    """The first is what the sources have without any."""
 
 
 def switched_off() -> bool:
@@ -43,22 +58,22 @@ def switched_off() -> bool:
     return os.environ.get("FINEMOE_NATIVE") == "0"
 
 
-def load_from(package: str, name: str, tune: Tune | None = None) -> str | None:
+def load_from(package: str, name: str, probe: Probe | None = None) -> str | None:
     """`load` the C++ files that lie in a Python package, under `name`."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         return f"there is no package {package}"
-    return load(name, Path(spec.origin).parent, tune=tune)
+    return load(name, Path(spec.origin).parent, probe=probe)
 
 
-def load(name: str, folder: Path, flags: Sequence[str] | None = None, tune: Tune | None = None) -> str | None:
+def load(name: str, folder: Path, flags: Sequence[str] | None = None, probe: Probe | None = None) -> str | None:
     """Load the library made of all `*.cpp` in `folder`, compiled first where that has not been done.
 
     Args:
         name: of the library.
         folder: of the sources.
         flags: of the compiler. None: FLAGS.
-        tune: called once, before the library is compiled; what it finds is kept with it, as `tuned.txt`.
+        probe: run once, before the library is compiled, which gets the flags of the fastest; they are kept beside it.
 
     Returns why it cannot be used, in words; None when it is loaded and its operators are in `torch.ops`.
     """
@@ -70,6 +85,7 @@ def load(name: str, folder: Path, flags: Sequence[str] | None = None, tune: Tune
         flags = _flags(FLAGS if flags is None else flags, compiler)
         library = _home(name, sources, flags, compiler) / f"{name}.so"
         library.parent.mkdir(parents=True, exist_ok=True)
+        tune = partial(_more_flags, compiler, flags, probe, folder)
         if not library.exists():
             _build(compiler, sources, flags, library, tune)
         found = library.stat()
@@ -133,8 +149,7 @@ def state_of(package: str, name: str) -> str:
         return f"{compiler} cannot be run: {error}"
     if library.exists():
         tuned = _tuned(library)
-        found = tuned.read_text(encoding="utf-8").strip() if tuned.exists() else ""
-        return f"built, by measuring with {found}" if found else "built"
+        return f"built, by measuring with {tuned.read_text(encoding='utf-8')}" if tuned.exists() else "built"
     failure = _failure(library)
     return f"cannot be built: {failure} says why" if failure.exists() else "not built yet: the first run does it"
 
@@ -181,7 +196,7 @@ def _build(
     sources: Sequence[Path],
     flags: Sequence[str],
     library: Path,
-    tune: Tune | None,
+    tune: Callable[[], tuple[str, ...]],
     unlike: os.stat_result | None = None,
 ) -> None:
     """Compile by one process at a time, unless another has done it meanwhile, or it is known to fail.
@@ -198,9 +213,10 @@ def _build(
             raise RuntimeError(_given_up(failure))
         if not library.exists() or (unlike is not None and os.path.samestat(library.stat(), unlike)):
             logger.info("compiling the CPU kernels, once for this machine (about a minute on two cores) ...")
-            more = tuple(tune(compiler, flags)) if tune is not None else ()
-            _tuned(library).write_text(" ".join(more) + "\n", encoding="utf-8")
+            more = tune()
             _compile(compiler, sources, (*flags, *more), library)
+            if more:
+                _tuned(library).write_text(" ".join(more), encoding="utf-8")
 
 
 def _say_waiting() -> None:
@@ -247,6 +263,63 @@ def _run_together(commands: Sequence[Sequence[str]]) -> str:
     """What those that failed said; empty when all went well. As many at once as there are cores: each takes 0.6 GB."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return "\n".join(said for said in pool.map(_said, commands) if said)
+
+
+def _more_flags(compiler: str, flags: Sequence[str], probe: Probe | None, folder: Path) -> tuple[str, ...]:
+    return () if probe is None else fastest(compiler, flags, probe, folder)
+
+
+def fastest(
+    compiler: str, flags: Sequence[str], probe: Probe, folder: Path, timer: Timer | None = None
+) -> tuple[str, ...]:
+    """Flags of a probe's fastest variant, beside `flags`; none where those begin with a variant's own, where none is
+    clearly faster than the first, or where it cannot be measured.
+
+    Args:
+        compiler: path of a C++ compiler.
+        flags: with which the library is compiled.
+        probe: what is measured.
+        folder: of the library's sources.
+        timer: measures; tests give their own.
+    """
+    named = {one.partition("=")[0] for variant in probe.variants for one in variant}
+    if any(flag.partition("=")[0] in named for flag in flags):
+        return ()
+    try:
+        with tempfile.TemporaryDirectory(prefix="finemoe-probe-", ignore_cleanup_errors=True) as work:
+            programs = [Path(work) / f"probe-{number}" for number in range(len(probe.variants))]
+            said = _run_together([
+                [compiler, *flags, *variant, str(folder / probe.source), "-o", str(program)]
+                for variant, program in zip(probe.variants, programs, strict=True)
+            ])  # fmt: skip
+            if said:
+                raise RuntimeError(said)
+            seconds = (timer or in_turns)(programs)
+    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.debug("%s was not measured: %s", probe.source, error)
+        return ()
+    best = min(range(len(seconds)), key=lambda number: seconds[number])
+    for variant, one in zip(probe.variants, seconds, strict=True):
+        logger.debug("%s: %.4g ms", " ".join(variant), one * 1e3)
+    if not seconds[best] <= _CLEARLY * seconds[0]:
+        return ()
+    chosen = probe.variants[best]
+    logger.info("with %s it takes %.2f of the usual time here", " ".join(chosen), seconds[best] / seconds[0])
+    return chosen
+
+
+def in_turns(programs: Sequence[Path]) -> list[float]:
+    """The least that each says of itself, run in turns, so that a busy moment meets all of them.
+
+    Raises:
+        OSError, ValueError, subprocess.SubprocessError: one does not run, or says no number.
+    """
+    best = [float("inf")] * len(programs)
+    for _ in range(_ROUNDS):
+        for number, program in enumerate(programs):
+            done = subprocess.run([program], stdout=subprocess.PIPE, check=True, timeout=_PATIENCE)
+            best[number] = min(best[number], float(done.stdout))
+    return best
 
 
 def _said(command: Sequence[str]) -> str:

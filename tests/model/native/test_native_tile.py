@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from finemoe.core import extension
-from finemoe.model.native import tile
+from finemoe.model import native
+from finemoe.model.native.tile import PRODUCTS
 
 pytestmark = pytest.mark.skipif(extension.find_compiler() is None, reason="no C++ compiler")
-GEMM = Path(tile.__file__).parent / "gemm.h"
-PRODUCTS = """
+HERE = Path(native.__file__).parent
+GEMM = HERE / "gemm.h"
+SOURCE = """
 #include <cstdio>
 #include <vector>
 #include "GEMM"
@@ -68,7 +70,7 @@ def compiled(flags: Sequence[str], folder: Path) -> Path:
     compiler = extension.find_compiler()
     assert compiler is not None
     source, program = folder / "products.cpp", folder / "products"
-    source.write_text(PRODUCTS.replace("GEMM", str(GEMM)))
+    source.write_text(SOURCE.replace("GEMM", str(GEMM)))
     subprocess.run([compiler, *extension._flags(extension.FLAGS, compiler), *flags, source, "-o", program], check=True)
     return program
 
@@ -94,46 +96,58 @@ def test_a_training_step_is_the_same_by_the_other_tile() -> None:
     assert len(digests) == 1
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, seconds: Sequence[float], flags: Sequence[str] = ()) -> tuple[str, ...]:
+def chosen(seconds: Sequence[float], flags: Sequence[str] = ()) -> tuple[str, ...]:
     """What is chosen where the tiles take so long; nothing is compiled."""
-    monkeypatch.setattr(tile, "_compiled", lambda *_: None)
-    return tile.fastest("c++", flags, lambda programs: seconds[: len(programs)])
+    return extension.fastest("true", flags, PRODUCTS, HERE, lambda programs: seconds[: len(programs)])
 
 
 @pytest.mark.parametrize(
     ("seconds", "number"),
     [([1.0, 0.8, 0.9, 0.7, 1.1, 0.9], 3), ([1.0, 0.8, 0.9, 1.2, 1.1, 0.9], 1), ([1.0] * 5 + [0.5], 5)],
 )
-def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch, seconds: list[float], number: int) -> None:
-    assert chosen(monkeypatch, seconds) == tile.TILES[number]
+def test_the_fastest_is_taken(seconds: list[float], number: int) -> None:
+    assert chosen(seconds) == PRODUCTS.variants[number]
 
 
 @pytest.mark.parametrize("seconds", [[1.0] * 6, [1.0, 0.93, 0.95, 1, 1, 0.94], [0.5] + [1.0] * 5, [float("nan")] * 6])
-def test_the_usual_one_stays_where_none_is_clearly_faster(
-    monkeypatch: pytest.MonkeyPatch, seconds: list[float]
-) -> None:
-    assert chosen(monkeypatch, seconds) == ()
+def test_the_usual_one_stays_where_none_is_clearly_faster(seconds: list[float]) -> None:
+    assert chosen(seconds) == ()
 
 
-def test_flags_that_name_a_tile_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chosen(monkeypatch, [1.0, 0.1, 1, 1, 1, 1], ["-O3", "-DFINEMOE_TILE=0"]) == ()
+def test_flags_that_name_a_tile_are_left_alone() -> None:
+    assert chosen([1.0, 0.1, 1, 1, 1, 1], ["-O3", "-DFINEMOE_TILE=0"]) == ()
 
 
 def test_what_cannot_be_compiled_or_run_costs_the_choice_alone(tmp_path: Path) -> None:
-    assert tile.fastest(str(tmp_path / "no-compiler"), ()) == ()
+    assert extension.fastest(str(tmp_path / "no-compiler"), (), PRODUCTS, HERE) == ()
+    assert extension.fastest("false", (), PRODUCTS, HERE, lambda programs: [1.0, 0.1, 1, 1, 1, 1]) == ()
 
     def fails(programs: Sequence[Path]) -> list[float]:
         raise subprocess.CalledProcessError(1, str(programs[0]))
 
-    assert tile.fastest("true", (), fails) == ()
-    assert tile.fastest("true", (), lambda programs: tile.in_turns([Path("/bin/echo")])) == ()  # says no number
+    assert extension.fastest("true", (), PRODUCTS, HERE, fails) == ()
+    says_no_number = Path("/bin/echo")
+    assert extension.fastest("true", (), PRODUCTS, HERE, lambda programs: extension.in_turns([says_no_number])) == ()
 
 
 def test_programs_say_how_long_they_took(tmp_path: Path) -> None:
-    program = tmp_path / "says"
-    program.write_text(
-        "#!/bin/sh\nread n < count; echo $((n - 1)) > count; echo 0.$n\n".replace("count", f"{tmp_path}/count")
-    )
+    program, count = tmp_path / "says", tmp_path / "count"
+    program.write_text(f"#!/bin/sh\nread n < {count}; echo $((n - 1)) > {count}; echo 0.$n\n")
     program.chmod(0o755)
-    (tmp_path / "count").write_text("9\n")
-    assert tile.in_turns([program]) == [0.3]  # the least of seven
+    count.write_text("9\n")
+    assert extension.in_turns([program]) == [0.3]  # the least of seven
+
+
+def test_what_was_chosen_is_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a library that is not torch's, so that it compiles in no time."""
+    monkeypatch.setenv("FINEMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(extension, "_compile", lambda compiler, sources, flags, library: library.write_text(str(flags)))
+    monkeypatch.setattr(extension.torch.ops, "load_library", lambda library: None)
+    monkeypatch.setattr(extension, "in_turns", lambda programs: [1.0, 0.5, 1, 1, 1, 1])
+    monkeypatch.setattr(extension, "FLAGS", ("-O1", "-std=c++20"))
+    assert extension.load_from("finemoe.model.native", "sample", PRODUCTS) is None
+    (library,) = tmp_path.glob("extensions/sample-*/sample.so")
+    assert all(flag in library.read_text() for flag in PRODUCTS.variants[1])
+    assert extension.state_of("finemoe.model.native", "sample").endswith(" ".join(PRODUCTS.variants[1]))
+    monkeypatch.setattr(extension, "in_turns", lambda programs: 1 / 0)  # measured once
+    assert extension.load_from("finemoe.model.native", "sample", PRODUCTS) is None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from finemoe.core import extension
 from finemoe.core.logs import logger
-from finemoe.model.native.tile import fastest
+from finemoe.model.native.tile import PRODUCTS
 
 LIBRARY = "finemoe_native"
 """Its name in the cache."""
@@ -28,7 +28,7 @@ def available() -> bool:
     """
     if extension.switched_off():
         return False
-    reason = extension.load_from(__name__, LIBRARY, fastest)
+    reason = extension.load_from(__name__, LIBRARY, PRODUCTS)
     if reason is not None:
         logger.warning("the CPU kernels cannot be used, plain torch runs instead, more slowly: %s", reason)
     return reason is None
