@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.speed import around, decoding, engine, layers, memory, server, small, steps, sweeps
+from benchmarks.speed import around, decoding, engine, layers, memory, operations, server, small, steps, sweeps
 from benchmarks.speed.context import Context
 from benchmarks.speed.process import PeerError
 from benchmarks.speed.progress import Watch
@@ -44,6 +44,7 @@ class Part:
 PARTS = {
     "layer-512": Part("an MoE layer of width 512 beside a dense one", layers.wide, 30),
     "layer-128": Part("the same at width 128", layers.narrow, 20),
+    "operations": Part("attention, norms, loss and products beside plain torch", operations.operations, 75),
     "step": Part("a training step beside transformers, and validation", steps.training, 180),
     "dense-x16": Part("a step beside that of a dense model of the same size", steps.same_size, 60),
     "memory": Part("peak memory beside transformers", memory.memory, 100),

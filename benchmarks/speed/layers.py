@@ -124,12 +124,12 @@ def rows_of(key: str, samples: Samples, goals: tuple[float, float]) -> list[Row]
 
 def wide(context: Context) -> list[Row]:
     """Width 512."""
-    return rows_of("layer-512", measure(_smaller(WIDE, context), context), (1.15, 1.05))
+    return rows_of("layer-512", measure(_smaller(WIDE, context), context), (1.10, 1.05))
 
 
 def narrow(context: Context) -> list[Row]:
     """Width 128."""
-    return rows_of("layer-128", measure(_smaller(NARROW, context), context), (1.5, 1.2))
+    return rows_of("layer-128", measure(_smaller(NARROW, context), context), (1.20, 1.12))
 
 
 def _smaller(shape: LayerShape, context: Context) -> LayerShape:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from benchmarks.speed.device import device_memory, forget_peak
@@ -46,6 +46,7 @@ class Own:
         kernels: dict[str, dict[str, Any] | None],
         bf16: bool = False,
         compiled: Sequence[str] = (),
+        moments: Literal["fp32", "bf16"] = "fp32",
     ) -> dict[str, Any]:
         """Get ready for training: one trainer for each choice of kernels, on the same weights and optimizer state.
 
@@ -63,7 +64,7 @@ class Own:
             if name in compiled:
                 for block in model.blocks:
                     block.compile()
-            self.trainers[name] = make_trainer(model, self.batch, bf16)
+            self.trainers[name] = make_trainer(model, self.batch, bf16, moments)
         first = next(iter(self.trainers.values()))
         for trainer in self.trainers.values():
             trainer.optimizers = first.optimizers  # the parameters are the same objects

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 import torch
 from benchmarks.speed.device import settle
@@ -47,7 +48,9 @@ class _Same:
         return self._batch
 
 
-def make_trainer(model: Transformer, batch: TokenBatch, bf16: bool = False) -> Trainer:
+def make_trainer(
+    model: Transformer, batch: TokenBatch, bf16: bool = False, moments: Literal["fp32", "bf16"] = "fp32"
+) -> Trainer:
     """A trainer whose every step is on `batch`, where the model is."""
     plan = Plan(
         total_steps=1_000_000,
@@ -58,7 +61,8 @@ def make_trainer(model: Transformer, batch: TokenBatch, bf16: bool = False) -> T
     )
     method = Method(_Same(batch), OBJECTIVE, lambda model: Figures({}), before_update=(Clip(1.0),))
     schedule = MultiStepConfig(warmup_share=0.0, milestones=())
-    return Trainer(model.train(), method, AdamWConfig(learning_rate=LEARNING_RATE), schedule, plan)
+    optimizer = AdamWConfig(learning_rate=LEARNING_RATE, moments=moments)
+    return Trainer(model.train(), method, optimizer, schedule, plan)
 
 
 @torch.no_grad()

@@ -189,10 +189,10 @@ def test_decoding_is_a_share_of_bandwidth_and_a_ratio_of_speeds() -> None:
 
 
 def test_memory_is_compared_above_the_imports() -> None:
-    rows = memory.rows_of({"finemoe": [(100, 600)], "transformers": [(200, 1200)]})
-    assert [row.values for row in rows] == [[0.5], [0.5]]
-    assert [row.ours.samples for row in rows] == [[500], [600]]
-    assert memory.rows_of({"finemoe": [(100, 600)], "transformers": []})[0].peer is None
+    rows = memory.rows_of({"finemoe": [(100, 600)], memory.HALVES: [(100, 350)], "transformers": [(200, 1200)]})
+    assert [row.values for row in rows] == [[0.5], [0.25], [0.5]]
+    assert [row.ours.samples for row in rows] == [[500], [250], [600]]
+    assert memory.rows_of({"finemoe": [(100, 600)], memory.HALVES: [(100, 350)], "transformers": []})[0].peer is None
 
 
 def test_stalls_are_of_checkpoints_in_the_background_and_writing_of_the_last() -> None:
