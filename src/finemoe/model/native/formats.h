@@ -10,9 +10,7 @@
 
 namespace finemoe {
 
-inline float half(const uint8_t* p) {
-  uint16_t bits;
-  std::memcpy(&bits, p, sizeof bits);
+inline float half_of(uint16_t bits) {
 #if defined(__F16C__)
   return _cvtsh_ss(bits);
 #else
@@ -21,6 +19,22 @@ inline float half(const uint8_t* p) {
   const float value = number ? std::bit_cast<float>(rest) * 0x1p112f : std::bit_cast<float>(rest | 0x7f800000u);
   return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | sign);
 #endif
+}
+
+// All of them. One that is looked up is spread over a register as it is loaded; one that is converted would be by the
+// unit that unpacks blocks, which has enough to do.
+struct Halves {
+  float of[1 << 16];
+  Halves() {
+    for (int bits = 0; bits < 1 << 16; ++bits) of[bits] = half_of(static_cast<uint16_t>(bits));
+  }
+};
+inline const Halves kHalves;
+
+inline float half(const uint8_t* p) {
+  uint16_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return kHalves.of[bits];
 }
 
 // kLanes bytes as numbers. GCC 12 converts vectors of bytes one by one, so that it is told how.

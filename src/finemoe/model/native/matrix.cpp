@@ -72,11 +72,28 @@ DotBlocks<Block> pick_dot_blocks(int64_t rows, std::integer_sequence<int, tall..
   return kernels[rows - 1];
 }
 
+// Rows of the weight that one row of x meets at once: short blocks leave the processor idle between them.
+template <typename Block>
+constexpr int kAlone = Block::kBytes <= 34 ? 2 * kWide : kWide;
+
+template <typename Block>
+void one_row_of_blocks(const float* const* x, const Matrix& weight, int64_t n, int64_t shared, float* const* out) {
+  constexpr int kMost = kAlone<Block>;
+  for (int64_t j = 0, width; j < n; j += width) {
+    width = n - j >= kMost ? kMost : n - j >= kWide ? kWide : 1;
+    const auto dot = width == kMost ? dot_blocks<Block, 1, kMost>
+                     : width == kWide ? dot_blocks<Block, 1, kWide>
+                                      : dot_blocks<Block, 1, 1>;
+    dot(x, weight.row(j), shared, out, j, width * weight.stride);
+  }
+}
+
 // As `few_rows`. Rows of x that the registers hold share what is unpacked; of many rows, a few rows of the weight are
 // unpacked into memory, which all of them read.
 template <typename Block>
 void few_rows_of_blocks(const float* const* x, int64_t rows, const Matrix& weight, int64_t n, int64_t shared,
                         float* const* out) {
+  if (rows == 1) return one_row_of_blocks<Block>(x, weight, n, shared, out);
   constexpr int kUnpackedAgain = 4 * kHigh;
   if (rows <= kUnpackedAgain) {
     constexpr auto heights = std::make_integer_sequence<int, kHigh>{};
