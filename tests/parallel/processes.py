@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import gc
 import os
 import pickle
 import socket
@@ -92,6 +93,7 @@ def _free_port() -> int:
 def _work(
     connection: Connection, work: bytes, rank: int, world_size: int, meeting: Path | int, deadline: float
 ) -> None:
+    gc.freeze()  # else the first collection goes through all that was imported, and copies its memory
     warnings.simplefilter("error")
     faulthandler.dump_traceback_later(0.9 * deadline, file=sys.__stderr__)  # says where a rank waits for ever
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

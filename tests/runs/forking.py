@@ -5,6 +5,7 @@ A module that sets its own list of imports would take the others' away, as there
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -59,6 +60,7 @@ def finemoe(
 
 
 def _command(words: list[str], streams: list[Path], errors: str) -> None:
+    gc.freeze()  # what was imported: a collection would go through it, and copy its memory
     for number, path in enumerate(streams):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.stdin = open(0, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115  # multiprocessing put an empty one there

@@ -88,6 +88,11 @@ def put(target: Tensor, whole: Parts) -> None:
         target.copy_(whole[...])
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What lies here, in the same memory: the tensor itself where it was not cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def rows(tensor: DTensor) -> slice:
     """Which rows of the whole tensor lie here; everything that is cut is cut by rows.
 
