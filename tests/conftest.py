@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -12,17 +13,28 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import settings
 
+gc.disable()  # while modules are loaded, of which nothing is garbage: a third of the time to collect tests
 pytest.register_assert_rewrite("runs.tiny_runs")  # it asserts, and many folders import it
-torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that puts the tests in the background has their Ctrl-C ignored, and every process they start inherits it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("suite", deadline=None, max_examples=25, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=500, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is looked for again, among what tests make, and torch has one thread.
+
+    Loaded above, it would make `pytest -n 2` wait for it once more: in the process that hands out tests.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, where it is installed
@@ -36,6 +48,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _fixed_random_state() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 

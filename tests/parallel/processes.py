@@ -22,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from runs.forking import CONTEXT
+from runs.forking import CONTEXT, settle
 
 
 def run(world_size: int, function: Callable[..., Any], *args: Any, deadline: float = 60, met: bool = True) -> list[Any]:
@@ -92,6 +92,7 @@ def _free_port() -> int:
 def _work(
     connection: Connection, work: bytes, rank: int, world_size: int, meeting: Path | int, deadline: float
 ) -> None:
+    settle()
     warnings.simplefilter("error")
     faulthandler.dump_traceback_later(0.9 * deadline, file=sys.__stderr__)  # says where a rank waits for ever
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

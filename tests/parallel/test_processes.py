@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 
 import pytest
 import torch
 from torch import distributed
 
+from finemoe.parallel.config import Layout
+from finemoe.parallel.processes import _ROOM, Processes
 from parallel.processes import run
 
 
@@ -37,3 +40,21 @@ def test_an_error_of_one_rank_is_told_at_once() -> None:
 def test_a_rank_that_waits_for_ever_is_ended() -> None:
     with pytest.raises(AssertionError, match=r"ranks \[0, 1\] of 2 are not done after 2 seconds"):
         run(2, fail_on, 5, deadline=2)
+
+
+def said(lengths: list[int], late: bool) -> list[list[str]]:
+    """What everybody says who says as much as `lengths`, or rank 1 who says little else."""
+    world = Processes(Layout(replicate=2), torch.device("cpu"))
+    letter = "ab"[world.rank]
+    return [world.everyone(letter * (1 if late and world.rank == 0 else length)) for length in lengths]
+
+
+def test_what_everyone_says_comes_whole_however_long_it_is() -> None:
+    """As long as there is room for in one exchange, a letter more, and many more; all alike, or one of them alone."""
+    fits = _ROOM - len(pickle.dumps("a" * 300)) + 300
+    lengths = [0, fits, fits + 1, 5 * _ROOM, 1]
+    assert len(pickle.dumps("a" * fits)) == _ROOM
+    for found in run(2, said, lengths, False):
+        assert found == [["a" * length, "b" * length] for length in lengths]
+    for found in run(2, said, lengths, True):
+        assert found == [["a", "b" * length] for length in lengths]

@@ -24,7 +24,7 @@ from finemoe.runs import run as running
 from finemoe.training.report import StepReport
 from finemoe.training.trainer import Trainer
 from parallel.processes import run
-from runs.forking import CONTEXT
+from runs.forking import CONTEXT, settle
 from runs.tiny_runs import corpus, recipe
 
 __all__ = ["corpus"]
@@ -161,6 +161,7 @@ def killed_at_five(recipe: str, out: str) -> None:
 
 def agent(*arguments: str) -> None:
     """What torchrun does, with workers that are forked and not started anew."""
+    settle()
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     place = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "run_id": "one"}
     place |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 1, "start_method": "fork"}

@@ -34,6 +34,7 @@ def tables(corpus: Path, name: str) -> dict[str, Any]:
     """Six steps, saved at three. Each of two processes passes one micro-batch, and those of a pipeline two."""
     size, parallel = LAYOUTS[name]
     training = {"steps": 6, "checkpoint_every": 3, "keep_checkpoints": 5, "threads": 1, "tokens_per_step": 128}
+    training["evaluate_every"] = 3
     training["micro_batch_tokens"] = 32 if size == 4 else 64
     changes = {"training": training, "parallel": parallel, "optimizer": {"learning_rate": 0.004}}
     return merge(recipe(corpus, "v3", training={}), {**changes, "model": {"mtp_depth": 1}})

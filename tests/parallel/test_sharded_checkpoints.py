@@ -24,7 +24,7 @@ from finemoe.parallel.config import Layout
 from finemoe.parallel.processes import Processes
 from finemoe.parallel.shard import rows, whole
 from finemoe.runs import run as running
-from parallel.processes import run
+from parallel.processes import run, several
 from parallel.tiny_layouts import Case, trainer
 from runs.tiny_runs import corpus, recipe
 
@@ -45,6 +45,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 def tables(corpus: Path, layout: str, **training: Any) -> dict[str, Any]:
     """Six steps, saved at three and at the end."""
     own = {"steps": 6, "checkpoint_every": 3, "keep_checkpoints": 9, "tokens_per_step": 128, "micro_batch_tokens": 32}
+    own["evaluate_every"] = 3
     changes = {"training": {**own, **training}, "parallel": LAYOUTS[layout], "optimizer": {"learning_rate": 0.004}}
     return merge(recipe(corpus, "v3", training={}), changes)
 
@@ -114,8 +115,11 @@ TWO = [f"{part}-rank0000{rank}.safetensors" for part in ("model", "optimizer") f
 def written(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run by two processes twice: `whole`, and in `pieces`."""
     folder = tmp_path_factory.mktemp("sharded")
-    run(2, train, tables(corpus, "shard 2"), folder / "whole", met=False)
-    run(2, train_in_pieces, tables(corpus, "shard 2", **SHARDED), folder / "pieces", met=False)
+    work = [
+        (train, tables(corpus, "shard 2"), folder / "whole"),
+        (train_in_pieces, tables(corpus, "shard 2", **SHARDED), folder / "pieces"),
+    ]
+    run(2, several, work, met=False)
     return folder
 
 

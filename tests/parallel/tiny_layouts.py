@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -108,9 +109,15 @@ def trainer(case: Case, world: Any) -> Trainer:
     return made
 
 
+@cache
+def world_of(layout: Layout | None) -> Any:
+    """One for all that a process does by a layout: groups of gloo have threads that never sleep for long."""
+    return SOLO if layout is None else Processes(layout, torch.device("cpu"))
+
+
 def trained(case: Case, layout: Layout | None) -> tuple[list[StepReport], dict[str, Tensor]]:
     """Reports of all steps, and whole weights (on rank 0)."""
-    world = SOLO if layout is None else Processes(layout, torch.device("cpu"))
+    world = world_of(layout)
     one = trainer(case, world)
     reports = [replace(one.step(one.micro_batches()), seconds=0.0) for _ in range(case.steps)]
     return reports, world.gathered(one.model.state_dict())
@@ -118,7 +125,7 @@ def trained(case: Case, layout: Layout | None) -> tuple[list[StepReport], dict[s
 
 def gradients(case: Case, layout: Layout | None) -> dict[str, Tensor]:
     """Whole gradients after one backward pass over a step, before the clip (on rank 0)."""
-    world = SOLO if layout is None else Processes(layout, torch.device("cpu"))
+    world = world_of(layout)
     one = trainer(case, world)
     batches = one.micro_batches()
     counts: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -22,7 +23,7 @@ from finemoe.parallel.context import Pieces
 from finemoe.parallel.passes import Execute, OneAfterAnother
 from finemoe.parallel.pipeline import Pipeline
 from finemoe.parallel.relay import Relay
-from finemoe.parallel.shard import put, rows, settle, spread, whole
+from finemoe.parallel.shard import local, put, rows, settle, spread, whole
 from finemoe.parallel.signs import SILENT, SignsOfLife
 from finemoe.parallel.stages import Cut, keep_only
 from finemoe.parallel.world import ROWS_FIGURE, Parts, in_words
@@ -33,6 +34,9 @@ reason to end a run; one that dies closes its connections, and is noticed at onc
 
 _BUCKET_BYTES = 25 << 20
 """Gradients that are summed at once, as torch's DistributedDataParallel has it: more would hold as much twice."""
+
+_ROOM = 504
+"""[bytes] Of what each process says in one exchange: counts, terms and flags of a step are shorter."""
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -117,7 +121,7 @@ class Processes:
         """Over copies of the whole model; where weights are cut, the backward pass has done it."""
         if self.sharded or self.layout.replicate == 1:
             return
-        group = self.dense["replicate"].get_group()
+        group = self.dense.get_group("replicate")
         parameters = list(parameters)
         reached = [one.grad is not None for one in parameters]
         anywhere = [any(flags) for flags in zip(*self.everyone(reached), strict=True)]
@@ -160,19 +164,20 @@ class Processes:
 
     def _along(self) -> dist.ProcessGroup:
         """The processes of this one's pipeline."""
-        return self.dense["pipeline"].get_group()
+        return self.dense.get_group("pipeline")
 
     def settle(self, model: Transformer) -> None:
         """FSDP leaves the outermost weights whole."""
         settle(model)
 
+    @torch.no_grad()  # in which a piece is an attribute, and not a function with a backward pass
     def norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         """Root of the squares of all pieces; copies are counted once."""
         counted = parameters if self._pipeline is None else self._pipeline.counted(parameters)
         gradients = [self.local(p.grad) for p in counted.values() if p.grad is not None]
         squared = torch.nn.utils.get_total_norm(gradients).double().square().to(self.device)
         if self.sharded:
-            self._meet(lambda: dist.all_reduce(squared, group=self.dense["fsdp"].get_group()))
+            self._meet(lambda: dist.all_reduce(squared, group=self.dense.get_group("fsdp")))
         if self.stages > 1:
             self._meet(partial(dist.all_reduce, squared, group=self._along()))
         first = next(iter(parameters.values()), None)
@@ -180,7 +185,7 @@ class Processes:
 
     def local(self, tensor: Tensor) -> Tensor:
         """Of a DTensor, what lies here."""
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return local(tensor)
 
     def first_row(self, tensor: Tensor) -> int:
         """Of a DTensor, which is cut by rows."""
@@ -286,9 +291,9 @@ class Processes:
         self._alive.stop()
 
     def everyone(self, value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
-        """Pickled, and so small things only."""
+        """Pickled, and so small things only: most fit into one exchange, of which a step has several."""
         found: list[Any] = [None] * self.size
-        self._meet(lambda: dist.all_gather_object(found, value, group=group))
+        self._meet(lambda: _all_gather(found, value, group))
         return found
 
     def _shares(self, found: list[Value]) -> list[Value]:
@@ -298,6 +303,26 @@ class Processes:
     def _meet(self, collective: Callable[[], Any]) -> None:
         self._alive.count()
         collective()
+
+
+def _all_gather(found: list[Any], value: Any, group: dist.ProcessGroup | None) -> None:
+    """`dist.all_gather_object` on the CPU, which would first ask everybody how long theirs is.
+
+    Each sends the length and as much as there is room for; what is longer anywhere follows in a second exchange.
+    """
+    data = pickle.dumps(value)
+    came = _exchange(len(data).to_bytes(8, "little") + data[:_ROOM].ljust(_ROOM), len(found), group)
+    lengths = [int.from_bytes(one[:8], "little") for one in came]
+    longest = max(lengths)
+    came = [one[8:] for one in came] if longest <= _ROOM else _exchange(data.ljust(longest), len(found), group)
+    found[:] = [pickle.loads(one[:length]) for one, length in zip(came, lengths, strict=True)]
+
+
+def _exchange(own: bytes, processes: int, group: dist.ProcessGroup | None) -> list[bytes]:
+    """Bytes of all, as many from each."""
+    came = [torch.empty(len(own), dtype=torch.uint8) for _ in range(processes)]
+    dist.all_gather(came, torch.frombuffer(bytearray(own), dtype=torch.uint8), group=group)
+    return [one.numpy().tobytes() for one in came]
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -88,6 +89,11 @@ def put(target: Tensor, whole: Parts) -> None:
         target.copy_(whole[...])
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What lies here, in the same memory: the tensor itself where it was not cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def rows(tensor: DTensor) -> slice:
     """Which rows of the whole tensor lie here; everything that is cut is cut by rows.
 
@@ -112,4 +118,12 @@ def rows(tensor: DTensor) -> slice:
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """All pieces together, on every process: a meeting point where `tensor` is cut."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh = tensor.device_mesh
+    if tensor.placements != (Shard(0),) or tensor.shape[0] % mesh.size():
+        return tensor.full_tensor()
+    # As many rows everywhere: one exchange, without the plan of many that a DTensor makes first.
+    together = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    dist.all_gather(list(together.chunk(mesh.size())), tensor.to_local().contiguous(), group=mesh.get_group())
+    return together

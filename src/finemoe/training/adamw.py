@@ -1,4 +1,4 @@
-"""AdamW whose two moments are kept in bfloat16, as DeepSeek-V3 trains (2412.19437, section 3.3).
+"""AdamW whose two moments are kept in bfloat16, as DeepSeek-V3 trains (2412.19437, section 3.3); AdamW of pieces.
 
 Weights and gradients stay in float32, and a step computes in float32: moments are read, moved on, used as they are
 then, and rounded to nearest, ties to even, when they are written. At no time is there a copy of all of them in float32.
@@ -18,6 +18,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from finemoe.model.native.exact import adamw_step
 
@@ -89,6 +90,61 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(one.split(max(1, most // row)) for one in tensors), strict=True)
 
 
+def _begun(state: dict[str, Tensor], parameter: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A parameter's state, with moments in `dtype`, under torch's own names."""
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+    return state
+
+
+@final
+class AdamWOfPieces(torch.optim.Optimizer):
+    """torch's fused AdamW over what lies here of parameters that are cut over processes, with the same bits.
+
+    torch's own steps them too, and works out anew at every step how hundreds of tensors are cut, in Python; moments
+    are cut as the parameters are.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        learning_rate: float,
+        betas: tuple[float, float],
+        eps: float,
+        local: Callable[[Tensor], Tensor],
+    ) -> None:
+        """`local`: of a tensor that is cut over processes, the piece that lies here."""
+        super().__init__(groups, {"lr": learning_rate, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self._local = local
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            found = [one for one in group["params"] if one.grad is not None]
+            states = [_begun(self.state[one], one, one.dtype) for one in found]
+            beta1, beta2 = group["betas"]
+            adamw(
+                [self._local(one) for one in found],
+                [self._local(one.grad) for one in found],
+                [self._local(state["exp_avg"]) for state in states],
+                [self._local(state["exp_avg_sq"]) for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
 @final
 class CompactAdamW(torch.optim.Optimizer):
     """AdamW with decoupled decay over parameters in float32; its state is called as torch's own is, for checkpoints."""
@@ -113,18 +169,10 @@ class CompactAdamW(torch.optim.Optimizer):
         found = [(one, group) for group in self.param_groups for one in group["params"] if one.grad is not None]
         if not found:
             return
-        counts = [self._begun(parameter)["step"] for parameter, _ in found]
+        counts = [_begun(self.state[one], one, torch.bfloat16)["step"] for one, _ in found]
         torch._foreach_add_(counts, 1)
         for (parameter, group), count in zip(found, torch.stack(counts).tolist(), strict=True):  # a GPU waits once
             self._update(parameter, Step.of(group, count))
-
-    def _begun(self, parameter: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-        return state
 
     def _update(self, parameter: Tensor, step: Step) -> None:
         state = self.state[parameter]

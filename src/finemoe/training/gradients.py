@@ -22,7 +22,10 @@ class Clip:
             if all(type(one) is Tensor for one in gradients):
                 torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.max_norm, norm)
             else:  # pieces, perhaps of several meshes, which no operation takes together
+                from finemoe.parallel.shard import local  # torch.distributed, which is loaded where there are pieces
+
                 factor = (self.max_norm / (norm + 1e-6)).item()
-                for one in gradients:
-                    one.mul_(factor)
+                with torch.no_grad():
+                    for one in gradients:
+                        local(one).mul_(factor)
         return {}

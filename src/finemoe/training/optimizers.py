@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finemoe.core.config import Config, union_of
 from finemoe.core.logs import logger
 from finemoe.parallel.world import SOLO, Parts
-from finemoe.training.adamw import LARGEST_BETA, MOMENTS, CompactAdamW
+from finemoe.training.adamw import LARGEST_BETA, MOMENTS, AdamWOfPieces, CompactAdamW
 from finemoe.training.method import Group, Selected
 from finemoe.training.muon import Muon
 
@@ -114,9 +114,11 @@ def _adamw(config: AdamWConfig, selected: Sequence[Selected], local: Local) -> t
     groups = _groups(selected, config.weight_decay)
     if not groups:
         return ()
+    rest: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "local": local}
     if config.moments == "bf16":
-        rest: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "local": local}
         return (CompactAdamW(groups, learning_rate=config.learning_rate, **rest),)
+    if any(local(one.parameter) is not one.parameter for one in selected):
+        return (AdamWOfPieces(groups, learning_rate=config.learning_rate, **rest),)
     # fused: one pass over the weights instead of a dozen
     return (torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True),)
 

@@ -25,6 +25,8 @@ from finemoe.training.report import StepReport
 from finemoe.training.schedule import learning_rate_factor
 from finemoe.training.stopping import StopOnSignal, repeated
 
+_DROPPED = "dropped assignments"  # beside terms while ranks add them up, none of whose names has a space in it
+
 
 def _generator_states() -> dict[str, Tensor]:
     """State of torch's default generator of each kind of device that is in use here."""
@@ -291,8 +293,8 @@ class Trainer:
         objective = self.method.objective
         done = self.execute(objective, batches, counts, objective.weights(self.progress()), self.autocast)
         load = {layer: one.cpu() for layer, one in self.world.sum_tensors(done.load).items()}
-        dropped = self.world.sum({"dropped": float(done.dropped)})["dropped"]
-        return _Accumulated(self.world.sum(done.terms), load, int(dropped))
+        terms = self.world.sum({**done.terms, _DROPPED: float(done.dropped)})
+        return _Accumulated(terms, load, dropped=int(terms.pop(_DROPPED)))
 
     def _pass_over(self, batches: Sequence[Batch], started: float, processor: float) -> StepReport:
         """Count a step that held nothing to learn from; its sequences are read, and not read again."""
