@@ -26,7 +26,7 @@ from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.checkpoint.weights.build import Part, build, fitting_shapes, one_by_one
 from finemoe.checkpoint.weights.imported import read_imported
-from finemoe.checkpoint.weights.small import Bits, as_stored, formats_for, formats_in
+from finemoe.checkpoint.weights.small import BF16, Bits, as_stored, formats_for, formats_in
 from finemoe.core.errors import CheckpointError, ConfigError, named
 from finemoe.core.logs import logger
 from finemoe.model.config import Kernels, ModelConfig
@@ -107,18 +107,7 @@ def _numbers(stored: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
 
 
 def stored_in_halves(path: str | os.PathLike[str]) -> bool:
-    """Whether large products of the model at `path` are stored in bfloat16, in a file of another kind than GGUF; only
-    headers are read.
-
-    Raises:
-        CheckpointError: nothing to open, or damaged.
-    """
-    kind = kind_of(Path(path))
-    return kind != "gguf" and bool(as_stored(parts_of(Path(path), kind)[1]))
-
-
-def stored_small(path: str | os.PathLike[str]) -> bool:
-    """Whether large products of the model at `path` are stored in blocks that are multiplied by as they are; only
+    """Whether large products of the model at `path` are stored in bfloat16, of a GGUF file in whole blocks; only
     headers are read.
 
     Raises:
@@ -127,7 +116,21 @@ def stored_small(path: str | os.PathLike[str]) -> bool:
     path = Path(path)
     kind = kind_of(path)
     if kind == "gguf":
-        return bool(gguf.open_gguf(path).formats())
+        return BF16 in gguf.open_gguf(path).formats().values()
+    return bool(as_stored(parts_of(path, kind)[1]))
+
+
+def stored_small(path: str | os.PathLike[str]) -> bool:
+    """Whether large products of the model at `path` are stored in blocks of few bits that are multiplied by as they
+    are; only headers are read. Bfloat16 is none: nothing is lost that would be rounded a second time.
+
+    Raises:
+        CheckpointError: nothing to open, or damaged.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind == "gguf":
+        return any(one != BF16 for one in gguf.open_gguf(path).formats().values())
     if kind != "imported":
         return False
     return any(info.dtype is torch.uint8 for info in read_imported(path).tensors.tensors.values())

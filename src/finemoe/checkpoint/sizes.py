@@ -16,7 +16,7 @@ from finemoe.checkpoint.open import parts_of, read_model_config
 from finemoe.checkpoint.storage.memory import wanted_type
 from finemoe.checkpoint.weights.imported import read_imported
 from finemoe.checkpoint.weights.shapes import model_shapes
-from finemoe.checkpoint.weights.small import as_stored, formats_for, small_shape
+from finemoe.checkpoint.weights.small import BF16, as_stored, formats_for, small_shape
 
 
 def bytes_in_memory(path: str | os.PathLike[str], weights: Weights) -> int:
@@ -61,6 +61,8 @@ def _as_stored(path: Path, weights: Literal["auto", "stored"]) -> int:
 def _of_gguf(path: Path) -> int:
     file = open_gguf(path)
     formats, total = file.formats(), 0
+    if torch.cuda.is_available() and set(formats.values()) == {BF16}:  # nothing keeps it from the GPU, in float32
+        formats = {}
     for name, stored in file.account.items():
         kind, columns = file.tensors[name].kind, file.tensors[name].shape[-1]
         for part in stored.parts():
