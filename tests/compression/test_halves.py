@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -69,12 +70,19 @@ def test_nothing_is_copied_where_rows_are_whole_blocks(tmp_path: Path, monkeypat
     assert made
 
 
-def test_a_hugging_face_folder_in_bfloat16(tmp_path: Path) -> None:
+def test_a_hugging_face_folder_in_bfloat16(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = in_halves(tmp_path / "halves", MODELS["qwen2moe"])
     finemoe.export(folder, tmp_path / "theirs", dtype="bf16", quiet=True)
     opened = open_language_model(tmp_path / "theirs", "stored")
     assert kinds(opened.model) == {"BF16"}
     assert torch.equal(scores(opened.model), scores(open_language_model(folder).model))
+    file = tmp_path / "theirs" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 285}))
+    assert not caplog.messages
+    bytes_in_memory(tmp_path / "theirs", "stored")
+    open_language_model(tmp_path / "theirs", "stored")
+    (said,) = caplog.messages  # once, though headers are read several times
+    assert "`vocab_size` is 285" in said
 
 
 @pytest.mark.parametrize("raw", [MODELS["deepseek2-v3"], ODD], ids=["v3", "odd"])

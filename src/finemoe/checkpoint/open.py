@@ -117,7 +117,7 @@ def stored_in_halves(path: str | os.PathLike[str]) -> bool:
     kind = kind_of(path)
     if kind == "gguf":
         return BF16 in gguf.open_gguf(path).formats().values()
-    return bool(as_stored(parts_of(path, kind)[1]))
+    return bool(as_stored(types_of(path, kind)[1]))
 
 
 def stored_small(path: str | os.PathLike[str]) -> bool:
@@ -149,24 +149,34 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[ModelConfig, Iterator[tu
 
 def parts_of(path: Path, kind: str) -> tuple[ModelConfig, Mapping[str, torch.dtype], Iterator[Part]]:
     """What is stored there: of what model, in which types, and every part of it when its turn comes."""
+    config, stored, parts, warnings = _opened(path, kind)
+    _warn(warnings)
+    return config, stored, parts
+
+
+def types_of(path: Path, kind: str) -> tuple[ModelConfig, Mapping[str, torch.dtype]]:
+    """What is stored there, by headers alone: of what model, and in which types. Warnings are left to who opens it."""
+    return _opened(path, kind)[:2]
+
+
+def _opened(path: Path, kind: str) -> tuple[ModelConfig, Mapping[str, torch.dtype], Iterator[Part], Sequence[str]]:
+    """As `parts_of`, and what is to be warned of."""
     if kind == "gguf":
         file = gguf.open_gguf(path)
-        _warn(file.warnings)
-        return file.config, file.dtypes(), file.parts()
+        return file.config, file.dtypes(), file.parts(), file.warnings
     if kind in ("run", "imported"):
         if kind == "run":
             config, tensors = run_state.open_weights(path)
         else:
             imported = read_imported(path)
             config, tensors = imported.config, imported.tensors
-        return config, {name: info.dtype for name, info in tensors.tensors.items()}, _own_parts(tensors)
+        return config, {name: info.dtype for name, info in tensors.tensors.items()}, _own_parts(tensors), ()
     source = open_source(path)
-    _warn(source.warnings)
     stored: dict[str, torch.dtype] = {}
     for name, placement in source.account.loaded.items():
         found = our_dtype(source.tensors.info(name).dtype)
         stored[placement.ours] = torch.promote_types(stored.get(placement.ours, found), found)
-    return source.config, stored, _foreign_parts(source)
+    return source.config, stored, _foreign_parts(source), source.warnings
 
 
 def _warn(warnings: Sequence[str]) -> None:
