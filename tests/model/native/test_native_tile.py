@@ -163,3 +163,8 @@ def test_what_was_chosen_is_kept_and_told(tmp_path: Path, monkeypatch: pytest.Mo
     assert extension.state_of("finemoe.model.native", "sample").endswith(" ".join(PRODUCTS.variants[1]))
     monkeypatch.setattr(extension, "in_turns", lambda programs: 1 / 0)  # measured once
     assert extension.load_from("finemoe.model.native", "sample", PRODUCTS) is None
+    library.unlink()
+    monkeypatch.setattr(extension, "in_turns", lambda programs: [1.0] * 6)
+    assert extension.load_from("finemoe.model.native", "sample", PRODUCTS) is None
+    assert not any(flag in library.read_text() for flag in PRODUCTS.variants[1])
+    assert extension.state_of("finemoe.model.native", "sample") == "built"
