@@ -26,7 +26,7 @@ from finemoe.checkpoint.storage.safetensors import TensorFolder
 from finemoe.checkpoint.storage.untrusted import folder_file, read_json
 from finemoe.checkpoint.weights.build import Part, build, fitting_shapes, one_by_one
 from finemoe.checkpoint.weights.imported import read_imported
-from finemoe.checkpoint.weights.small import Bits, as_stored, formats_for, formats_in
+from finemoe.checkpoint.weights.small import BF16, Bits, as_stored, formats_for, formats_in
 from finemoe.core.errors import CheckpointError, ConfigError, named
 from finemoe.core.logs import logger
 from finemoe.model.config import Kernels, ModelConfig
@@ -107,18 +107,7 @@ def _numbers(stored: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
 
 
 def stored_in_halves(path: str | os.PathLike[str]) -> bool:
-    """Whether large products of the model at `path` are stored in bfloat16, in a file of another kind than GGUF; only
-    headers are read.
-
-    Raises:
-        CheckpointError: nothing to open, or damaged.
-    """
-    kind = kind_of(Path(path))
-    return kind != "gguf" and bool(as_stored(parts_of(Path(path), kind)[1]))
-
-
-def stored_small(path: str | os.PathLike[str]) -> bool:
-    """Whether large products of the model at `path` are stored in blocks that are multiplied by as they are; only
+    """Whether large products of the model at `path` are stored in bfloat16, of a GGUF file in whole blocks; only
     headers are read.
 
     Raises:
@@ -127,7 +116,21 @@ def stored_small(path: str | os.PathLike[str]) -> bool:
     path = Path(path)
     kind = kind_of(path)
     if kind == "gguf":
-        return bool(gguf.open_gguf(path).formats())
+        return BF16 in gguf.open_gguf(path).formats().values()
+    return bool(as_stored(types_of(path, kind)[1]))
+
+
+def stored_small(path: str | os.PathLike[str]) -> bool:
+    """Whether large products of the model at `path` are stored in blocks of few bits that are multiplied by as they
+    are; only headers are read. Bfloat16 is none: nothing is lost that would be rounded a second time.
+
+    Raises:
+        CheckpointError: nothing to open, or damaged.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind == "gguf":
+        return any(one != BF16 for one in gguf.open_gguf(path).formats().values())
     if kind != "imported":
         return False
     return any(info.dtype is torch.uint8 for info in read_imported(path).tensors.tensors.values())
@@ -146,24 +149,34 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[ModelConfig, Iterator[tu
 
 def parts_of(path: Path, kind: str) -> tuple[ModelConfig, Mapping[str, torch.dtype], Iterator[Part]]:
     """What is stored there: of what model, in which types, and every part of it when its turn comes."""
+    config, stored, parts, warnings = _opened(path, kind)
+    _warn(warnings)
+    return config, stored, parts
+
+
+def types_of(path: Path, kind: str) -> tuple[ModelConfig, Mapping[str, torch.dtype]]:
+    """What is stored there, by headers alone: of what model, and in which types. Warnings are left to who opens it."""
+    return _opened(path, kind)[:2]
+
+
+def _opened(path: Path, kind: str) -> tuple[ModelConfig, Mapping[str, torch.dtype], Iterator[Part], Sequence[str]]:
+    """As `parts_of`, and what is to be warned of."""
     if kind == "gguf":
         file = gguf.open_gguf(path)
-        _warn(file.warnings)
-        return file.config, file.dtypes(), file.parts()
+        return file.config, file.dtypes(), file.parts(), file.warnings
     if kind in ("run", "imported"):
         if kind == "run":
             config, tensors = run_state.open_weights(path)
         else:
             imported = read_imported(path)
             config, tensors = imported.config, imported.tensors
-        return config, {name: info.dtype for name, info in tensors.tensors.items()}, _own_parts(tensors)
+        return config, {name: info.dtype for name, info in tensors.tensors.items()}, _own_parts(tensors), ()
     source = open_source(path)
-    _warn(source.warnings)
     stored: dict[str, torch.dtype] = {}
     for name, placement in source.account.loaded.items():
         found = our_dtype(source.tensors.info(name).dtype)
         stored[placement.ours] = torch.promote_types(stored.get(placement.ours, found), found)
-    return source.config, stored, _foreign_parts(source)
+    return source.config, stored, _foreign_parts(source), source.warnings
 
 
 def _warn(warnings: Sequence[str]) -> None:

@@ -12,11 +12,11 @@ import torch
 from finemoe.checkpoint.gguf.opening import open_gguf
 from finemoe.checkpoint.kinds import kind_of
 from finemoe.checkpoint.language_model import Weights
-from finemoe.checkpoint.open import parts_of, read_model_config
+from finemoe.checkpoint.open import read_model_config, types_of
 from finemoe.checkpoint.storage.memory import wanted_type
 from finemoe.checkpoint.weights.imported import read_imported
 from finemoe.checkpoint.weights.shapes import model_shapes
-from finemoe.checkpoint.weights.small import as_stored, formats_for, small_shape
+from finemoe.checkpoint.weights.small import BF16, as_stored, formats_for, small_shape
 
 
 def bytes_in_memory(path: str | os.PathLike[str], weights: Weights) -> int:
@@ -44,7 +44,7 @@ def _as_stored(path: Path, weights: Literal["auto", "stored"]) -> int:
         infos = read_imported(path).tensors.tensors
         stored, shapes = {name: one.dtype for name, one in infos.items()}, {n: one.shape for n, one in infos.items()}
     else:
-        config, given, _ = parts_of(path, kind)
+        config, given = types_of(path, kind)
         stored, shapes = dict(given), model_shapes(config)
     halves, total = as_stored(stored) if weights == "stored" else {}, 0
     small = bool(halves) or torch.uint8 in stored.values()
@@ -61,6 +61,8 @@ def _as_stored(path: Path, weights: Literal["auto", "stored"]) -> int:
 def _of_gguf(path: Path) -> int:
     file = open_gguf(path)
     formats, total = file.formats(), 0
+    if torch.cuda.is_available() and set(formats.values()) == {BF16}:  # nothing keeps it from the GPU, in float32
+        formats = {}
     for name, stored in file.account.items():
         kind, columns = file.tensors[name].kind, file.tensors[name].shape[-1]
         for part in stored.parts():

@@ -214,9 +214,10 @@ def _build(
         if not library.exists() or (unlike is not None and os.path.samestat(library.stat(), unlike)):
             logger.info("compiling the CPU kernels, once for this machine (about a minute on two cores) ...")
             more = tune()
-            _compile(compiler, sources, (*flags, *more), library)
-            if more:
+            _tuned(library).unlink(missing_ok=True)
+            if more:  # before the library: what ends this process between the two leaves no library without its flags
                 _tuned(library).write_text(" ".join(more), encoding="utf-8")
+            _compile(compiler, sources, (*flags, *more), library)
 
 
 def _say_waiting() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,24 @@ for table in (WIDE, {**WIDE, "attention": LATENT}):
 print(digest.hexdigest())
 """
 
+ATTENTION = """
+import hashlib, sys
+from pathlib import Path
+import torch
+from finemoe.core import extension
+
+assert extension.load("attention", Path(sys.argv[1]), (*extension.FLAGS, *sys.argv[2:])) is None
+from finemoe.model.native.attention import attention
+
+digest = hashlib.sha256()
+for queries in (1, 3, 8, 12, 13, 20, 28, 29, 90):
+    torch.manual_seed(queries)
+    query, key, value = torch.randn(1, 4, queries, 32), torch.randn(1, 2, 600, 32), torch.randn(1, 2, 600, 32)
+    last = torch.arange(601 - queries, 601).view(1, queries)
+    digest.update(attention(query, key, value, None, last, 0.2).contiguous().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
 
 def compiled(flags: Sequence[str], folder: Path) -> Path:
     compiler = extension.find_compiler()
@@ -71,6 +90,20 @@ def test_a_training_step_is_the_same_by_the_other_tile() -> None:
         command = [sys.executable, "-c", STEP, *flags]
         tests = str(Path(__file__).parents[2])
         path = {**os.environ, "PYTHONPATH": f"{tests}:{tests}/../src"}
+        digests.add(subprocess.run(command, env=path, stdout=subprocess.PIPE, check=True, timeout=900).stdout)
+    assert len(digests) == 1
+
+
+@pytest.mark.slow
+def test_a_few_queries_over_many_keys_meet_them_in_the_same_parts(tmp_path: Path) -> None:
+    """As where a text is gone on with: how many queries are few must not hang on the tile."""
+    sources, digests = tmp_path / "sources", set()
+    sources.mkdir()
+    for source in (*HERE.glob("*.h"), *HERE.glob("attention*.cpp")):
+        shutil.copyfile(source, sources / source.name)
+    path = {**os.environ, "PYTHONPATH": str(HERE.parents[2]), "FINEMOE_CACHE": str(tmp_path / "cache")}
+    for tile in (0, 1):
+        command = [sys.executable, "-c", ATTENTION, str(sources), f"-DFINEMOE_TILE={tile}"]
         digests.add(subprocess.run(command, env=path, stdout=subprocess.PIPE, check=True, timeout=900).stdout)
     assert len(digests) == 1
 
@@ -130,3 +163,8 @@ def test_what_was_chosen_is_kept_and_told(tmp_path: Path, monkeypatch: pytest.Mo
     assert extension.state_of("finemoe.model.native", "sample").endswith(" ".join(PRODUCTS.variants[1]))
     monkeypatch.setattr(extension, "in_turns", lambda programs: 1 / 0)  # measured once
     assert extension.load_from("finemoe.model.native", "sample", PRODUCTS) is None
+    library.unlink()
+    monkeypatch.setattr(extension, "in_turns", lambda programs: [1.0] * 6)
+    assert extension.load_from("finemoe.model.native", "sample", PRODUCTS) is None
+    assert not any(flag in library.read_text() for flag in PRODUCTS.variants[1])
+    assert extension.state_of("finemoe.model.native", "sample") == "built"

@@ -18,7 +18,7 @@ _LARGE = re.compile(r"^(embedding|head)\.weight$|\.((q|k|v|o|gate|up|down|q_down
 they are small, and stay float32."""
 _FORMATS: dict[Bits, tuple[str, str]] = {"bf16": ("BF16", "BF16"), "int8": ("Q8_0", "Q8_0"), "int4": ("Q8_0", "Q4_0")}
 """Of words in and out, and of all else."""
-_BF16 = FORMATS["BF16"]
+BF16 = FORMATS["BF16"]
 _ENDS = re.compile(r"^(embedding|head)\.weight$")
 
 
@@ -36,7 +36,7 @@ def formats_for(bits: Bits, names: Collection[str]) -> dict[str, Format]:
 
 def as_stored(stored: Mapping[str, torch.dtype]) -> dict[str, Format]:
     """The format of each tensor that is stored in bfloat16 and may stay so."""
-    return {name: _BF16 for name, kind in stored.items() if kind is torch.bfloat16 and may_be_small(name)}
+    return {name: BF16 for name, kind in stored.items() if kind is torch.bfloat16 and may_be_small(name)}
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kKeys = 256;  // of one block: packed, with their values, they stay in the second cache
 constexpr int64_t kDirect = 16;  // up to this many rows, packing would cost more than it saves
+constexpr int64_t kFew = 28;     // up to this many queries the keys, and sums over them, are cut: whatever the tile is
 constexpr int64_t kMostRows = std::max<int64_t>(kRows, kDirect);
 static_assert(kKeys <= kDepth && kKeys % kColumns == 0);
 
@@ -282,7 +283,7 @@ void forward(const Attention& x, bool direct) {
   if (x.batch * x.heads * x.queries == 0) return;
   if (x.queries == 1 && x.group() > 1) return forward(Folded(x).x, direct);
   const int64_t pairs = x.batch * x.kv_heads;
-  if (x.queries <= 2 * kRows && pairs < 4 && x.keys > kKeys)
+  if (x.queries <= kFew && pairs < 4 && x.keys > kKeys)
     return forward_in_parts(x, std::min<int64_t>(8, (x.keys + kKeys - 1) / kKeys), direct);
   const std::vector<Task> tasks = cut(x);
   share_tasks(tasks.size(), [&](int64_t task) { run(x, tasks[task], direct); });
