@@ -67,7 +67,7 @@ def test_blocks_that_are_only_read_are_refused_before_anything_changes(tmp_path:
     path = rewritten(plain, tmp_path / "q41.gguf", {}, packed, kinds)
     opened = open_language_model(path)
     before = scores(opened.model)
-    with pytest.raises(CheckpointError, match=r"is to become blocks of Q4_1.*open it with"):
+    with pytest.raises(CheckpointError, match=r"is to become Q4_1.*open that model with"):
         weights_for(opened, plain)
     assert torch.equal(scores(opened.model), before)
 

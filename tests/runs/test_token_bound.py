@@ -38,6 +38,14 @@ def bounded(corpus: Path, most: int | None, length: int = 50, **tables: Any) -> 
     return raw
 
 
+@pytest.mark.parametrize("kind", ["constant", "cosine"])
+def test_a_schedule_that_will_not_come_to_its_end_is_told(
+    kind: str, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(bounded(corpus, 1) | {"schedule": {"kind": kind}}, out=tmp_path / "run")
+    assert ("may end the run before its schedule does, which counts 50 steps" in caplog.text) == (kind != "constant")
+
+
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 

@@ -174,8 +174,8 @@ def _like(held: Tensor, fresh: Tensor, name: str) -> Tensor:
     kind = format_of(held)
     if is_quantised(fresh) or kind.name not in MADE:
         raise CheckpointError(
-            f"{name} is to become blocks of {kind.name}, as the model that is open has them, and cannot: open it "
-            "with --weights int8 or fp32"
+            f"{name} is to become {kind.name}, as the model that is open has it, and cannot: open that model with "
+            "--weights fp32, which takes any"
         )
     return quantise(fresh, kind)
 

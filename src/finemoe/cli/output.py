@@ -17,7 +17,7 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         help="In memory: int8 and int4 make large products small; auto keeps small ones and has all else in fp32; "
-        "bf16 halves them, and loses nothing that is stored so; stored: as they are in the file.",
+        "bf16 takes half of fp32, and loses nothing that is stored so; stored: as they are in the file.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]

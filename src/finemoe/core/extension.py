@@ -148,8 +148,8 @@ def state_of(package: str, name: str) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         return f"{compiler} cannot be run: {error}"
     if library.exists():
-        tuned = _tuned(library)
-        return f"built, by measuring with {tuned.read_text(encoding='utf-8')}" if tuned.exists() else "built"
+        found = _tuned(library).read_text(encoding="utf-8").strip() if _tuned(library).exists() else ""
+        return f"built, by measuring with {found}" if found else "built"
     failure = _failure(library)
     return f"cannot be built: {failure} says why" if failure.exists() else "not built yet: the first run does it"
 

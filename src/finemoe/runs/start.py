@@ -299,6 +299,12 @@ def announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str) 
     if reason:
         logger.info("kernels chosen by measuring: %s", reason)
     logger.info("%s", _length(config))
+    if config.training.max_tokens is not None and config.schedule.kind != "constant":
+        logger.warning(
+            "training.max_tokens may end the run before its schedule does, which counts %d steps: "
+            'schedule.kind = "constant" does not mind',
+            config.training.total_steps,
+        )
     if (nbytes := checkpoint_bytes(config)) > _MUCH:
         logger.info(
             "checkpoints take up to %.1f GiB on the disk: the last %d are kept, and one is written beside them; "

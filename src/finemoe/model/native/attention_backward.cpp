@@ -4,6 +4,9 @@ namespace finemoe {
 namespace {
 
 constexpr int64_t kKeys = 128 / kRows * kRows;  // of one block
+#if defined(__AVX512F__)
+static_assert(kKeys == 126);  // whatever the tile, since sums over keys are cut there
+#endif
 constexpr int64_t kTrips = 400 * 1024 / 4;      // most numbers of the four packed copies of a block of queries
 
 // Queries in one block: as many whatever the tile is, since sums over queries are cut there.

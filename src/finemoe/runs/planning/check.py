@@ -229,7 +229,7 @@ class _Findings:
         size = measure(config.model, config.data.sequence_length)
         parameters = size.total_parameters + size.mtp_parameters
         tokens = training.total_tokens
-        each = min(self.facts.pop("tokens_a_step", math.inf), training.tokens_per_step)  # GRPO's answers may be short
+        each = min(self.facts.pop("tokens_a_step", 0) or math.inf, training.tokens_per_step)  # GRPO's may be short
         steps = min(training.total_steps, math.ceil(tokens / each))
         validations = -(-steps // evaluate_every(config))
         if steps < training.total_steps:
