@@ -22,6 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from finemoe.model import native
 from runs.forking import CONTEXT, settle
 
 
@@ -35,6 +36,7 @@ def run(world_size: int, function: Callable[..., Any], *args: Any, deadline: flo
     Raises:
         AssertionError: a rank failed, with its traceback, or is not done after `deadline` seconds; no process is left.
     """
+    native.available()  # compiled where they never were, for which no deadline of a test is long enough
     work = pickle.dumps((function, args))
     free_port = _free_port()
     with tempfile.TemporaryDirectory() as folder:
