@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -214,7 +213,7 @@ def test_a_run_is_made_small(tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_refused_and_nothing_written(home: Path, tmp_path: Path) -> None:
     folder = source(home, "llama-tied-bias")
-    with pytest.raises(ConfigError, match="weights must be one of int8, int4, not 'int3'"):
+    with pytest.raises(ConfigError, match="weights must be one of int8, int4, stored, not 'int3'"):
         finemoe.quantize(folder, tmp_path / "out", "int3")  # type: ignore[arg-type]
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("mine")
@@ -235,17 +234,6 @@ def test_a_folder_that_was_cut_short_is_refused(home: Path, tmp_path: Path) -> N
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="truncated"):
         load_model(folder, small="stored")
-
-
-def test_scales_of_a_gguf_file_that_are_no_numbers_are_refused(home: Path, tmp_path: Path) -> None:
-    path = exported(tmp_path, random_model(MODELS["llama"]), "Q8_0")
-    reader = gguf.GGUFReader(path)
-    tensor = next(one for one in reader.tensors if one.name == "blk.1.ffn_up.weight")
-    data = bytearray(path.read_bytes())
-    data[tensor.data_offset + 34 : tensor.data_offset + 36] = np.float16(np.nan).tobytes()
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"blk\.1\.ffn_up\.weight: numbers or scales are NaN or infinite"):
-        load_model(path, small="stored")
 
 
 def test_an_interrupted_call_goes_on_where_it_was(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,8 +131,8 @@ def _loaded(path: Path, weights: Weights, kernels: Kernels | None) -> Transforme
     gpu = torch.cuda.is_available()
     if weights == "int8" or weights == "int4" or (weights == "bf16" and not gpu):
         return load_model(path, kernels, small=weights)
-    halves = weights == "stored" or (weights == "auto" and kind_of(path) == "gguf")
-    if halves and not gpu and stored_in_halves(path):
+    in_file = weights == "auto" and kind_of(path) == "gguf"  # whatever is in no blocks becomes float32
+    if not gpu and (in_file or (weights == "stored" and stored_in_halves(path))):
         return load_model(path, kernels, small="stored")
     if weights in ("auto", "stored") and stored_small(path):
         if gpu:

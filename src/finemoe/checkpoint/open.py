@@ -73,7 +73,9 @@ def _load_small(path: Path, kind: str, kernels: Kernels | None, small: Bits | Li
         file = gguf.open_gguf(path)
         _warn(file.warnings)
         formats = file.formats()
-        return build(file.config, kernels, file.dtypes(), file.parts(formats), torch.float32, formats)
+        lying = file.lying(formats)
+        stored = file.dtypes() | dict.fromkeys(lying, torch.uint8)
+        return build(file.config, kernels, stored, file.parts(formats, lying), torch.float32, formats)
     if small == "stored" and kind == "imported":
         return _mapped(path, kernels)
     config, found, parts = parts_of(path, kind)

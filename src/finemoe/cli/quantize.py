@@ -23,7 +23,10 @@ def quantize(
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.", show_default=False)],
-    weights: Annotated[Literal["int8", "int4"], typer.Option(help="Of every large product.")] = "int8",
+    weights: Annotated[
+        Literal["int8", "int4", "stored"],
+        typer.Option(help="Of every large product; stored keeps the blocks of a GGUF file."),
+    ] = "int8",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -33,11 +36,13 @@ def quantize(
     bits a weight, where float32 takes 32. Routers, norms and latents stay as they are, and words in
     and out keep 8 bits. One part is held at a time, so that a model larger than memory can be made
     small. OUT opens in no time: its file is mapped, and experts that no token chooses are not read.
+    The blocks of a GGUF file in few bits stay what they are under --weights stored.
 
     \b
     Examples:
       finemoe quantize imported/v2-lite small/v2-lite --weights int4
       finemoe quantize runs/base small/base
+      finemoe quantize mixtral.Q4_K_M.gguf small/mixtral --weights stored
       finemoe evaluate small/base imported/base --tasks arc-easy --data DIR
 
     Then: finemoe generate OUT, chat, serve, evaluate. Any model is made small for one of these alone
@@ -56,10 +61,11 @@ def quantize(
     from finemoe.cli.conversion import print_lines
     from finemoe.cli.doctor import nbytes
 
+    what = "blocks as they are" if weights == "stored" else f"large products in {weights}"
     share = facts["bytes"] / facts["bytes_before"]
     print_lines(
         [
-            ("Quantised", f"{facts['source']} into {out}, large products in {weights}"),
+            ("Quantised", f"{facts['source']} into {out}, {what}"),
             ("Small", f"{facts['small']:,} of {facts['tensors']:,} tensors"),
             ("Written", f"{nbytes(facts['bytes'])}, {share:.0%} of what it was, in {facts['seconds']:.1f} s"),
         ]

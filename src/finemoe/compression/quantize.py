@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from finemoe.checkpoint.gguf.opening import open_gguf
 from finemoe.checkpoint.gguf.tokenizer import companions_of
@@ -21,17 +22,19 @@ from finemoe.checkpoint.open import load_tokenizer, parts_of, stored_small, text
 from finemoe.checkpoint.run_state import state as run_state
 from finemoe.checkpoint.storage.layout import TensorSpec
 from finemoe.checkpoint.storage.workspace import check_apart, check_free, fingerprint, workspace
+from finemoe.checkpoint.weights.build import Part
 from finemoe.checkpoint.weights.imported import ENDS, ImportedWriter, read_imported
 from finemoe.checkpoint.weights.shapes import model_shapes
-from finemoe.checkpoint.weights.small import formats_for, of_tensor, small_shape
+from finemoe.checkpoint.weights.small import BF16, formats_for, of_tensor, small_shape
 from finemoe.core.errors import CheckpointError, ConfigError, named
-from finemoe.core.logs import progress
-from finemoe.model.quantised.blocks import Format
+from finemoe.core.logs import logger, progress
+from finemoe.model.config import ModelConfig
+from finemoe.model.quantised.blocks import Format, is_quantised
 from finemoe.model.quantised.making import quantise
 from finemoe.text.files import COMPANIONS
 
-Few = Literal["int8", "int4"]
-BITS: tuple[Few, ...] = ("int8", "int4")
+Few = Literal["int8", "int4", "stored"]
+BITS: tuple[Few, ...] = ("int8", "int4", "stored")
 
 
 def quantize(
@@ -39,21 +42,22 @@ def quantize(
 ) -> dict[str, Any]:
     """Make a folder of `model` with its large products in blocks of 8 or 4 bits, which opens where it lies.
 
-    Blocks are those of GGUF's Q8_0 and Q4_0: 32 numbers of a row share a scale. Routers, norms and latents stay what
+    Blocks are those of GGUF's Q8_0 and Q4_0: 32 numbers of a row share a scale; or those of a GGUF file as they are, in
+    finemoe's order, so that nothing is copied of a mixture larger than memory. Routers, norms and latents stay what
     they are, and words in and out keep 8 bits. One part of a tensor is held at a time. `out` is used, served and
     evaluated like any model; what is trained from it begins with the numbers that the blocks stand for.
 
     Args:
         model: a run, a checkpoint of one, an imported or a Hugging Face folder, a GGUF file; never written to.
         out: folder to make; it appears when all is done, and an interrupted call goes on where it was.
-        weights: "int8" or "int4".
+        weights: "int8" or "int4", or "stored" for the blocks of a GGUF file, of which no number changes.
         quiet: no progress on stderr.
 
     Returns:
         What `finemoe quantize --json` prints.
 
     Raises:
-        ConfigError: `weights` is neither.
+        ConfigError: `weights` is none of them, or "stored" of what has no blocks.
         CheckpointError: nothing to open, it is small already, `out` exists or ends in .gguf, a number that no block can
             hold, or the work that was interrupted had other weights; nothing is left behind.
         DataError: no tokenizer; nothing was written.
@@ -63,10 +67,10 @@ def quantize(
     if weights not in BITS:
         raise ConfigError(f"weights must be one of {', '.join(BITS)}, not {weights!r}")
     kind = kind_of(model)
-    place, files = _place(model, out), _companions(model)
+    place, files = _place(model, out, weights), _companions(model)
     source = run_state.newest_checkpoint(model) if kind == "run" else model  # a run may go on meanwhile
-    config, stored, parts = parts_of(source, kind)
-    formats, shapes = formats_for(weights, stored), model_shapes(config)
+    config, stored, parts, formats = _opened(source, kind, weights)
+    shapes = model_shapes(config)
     specs = [_spec(name, shape, stored[name], formats.get(name)) for name, shape in shapes.items()]
     numbers = sum(map(math.prod, shapes.values()))
     nbytes = sum(spec.nbytes for spec in specs)
@@ -76,9 +80,8 @@ def quantize(
             for name, index, tensor in parts:
                 if writer.weights.facts(name, index) is None:
                     with named(model), of_tensor(name):
-                        made = quantise(tensor, formats[name]) if name in formats else tensor.to(stored[name])
-                    writer.weights.write(name, made, index)
-                advance(tensor.numel())
+                        writer.weights.write(name, _made(tensor, formats.get(name), stored[name]), index)
+                advance(math.prod(tensor.shape[:-2]) * shapes[name][-1] if is_quantised(tensor) else tensor.numel())
         made_of = {"quantised": {"model": str(model), "weights": weights}, **_ends(model, kind)}
         about, record = {"family": "quantised", "format": weights}, {"config": made_of, "tensors": {}}
         writer.finish(config, about, record, files, _data(model, kind), quiet=quiet)
@@ -94,10 +97,31 @@ def quantize(
     }
 
 
-def _place(model: Path, out: str | os.PathLike[str]) -> Path:
+def _opened(
+    source: Path, kind: str, weights: Few
+) -> tuple[ModelConfig, Mapping[str, torch.dtype], Iterator[Part], Mapping[str, Format]]:
+    """Of what model, in which types, every part of it when its turn comes, and what becomes blocks of which format."""
+    if weights != "stored":
+        config, stored, parts = parts_of(source, kind)
+        return config, stored, parts, formats_for(weights, stored)
+    file = open_gguf(source)
+    for text in file.warnings:
+        logger.warning("%s", text)
+    formats = {name: one for name, one in file.formats().items() if one != BF16}  # a folder has its own element type
+    return file.config, file.dtypes(), file.parts(formats), formats
+
+
+def _made(tensor: Tensor, kind: Format | None, stored: torch.dtype) -> Tensor:
+    if kind is None:
+        return tensor.to(stored)
+    return tensor if is_quantised(tensor) else quantise(tensor, kind)
+
+
+def _place(model: Path, out: str | os.PathLike[str], weights: Few) -> Path:
     """Where the folder will be.
 
     Raises:
+        ConfigError: there are no blocks to keep.
         CheckpointError: something is there, or there is nothing to make small.
     """
     check_apart(model, out)
@@ -107,10 +131,17 @@ def _place(model: Path, out: str | os.PathLike[str]) -> Path:
             f"{place}: quantize makes a folder, of which `finemoe export FOLDER {place.name}` makes a GGUF file: "
             "leave .gguf out"
         )
-    if stored_small(model):
+    if weights == "stored":
+        if kind_of(model) != "gguf" or not stored_small(model):
+            raise ConfigError(
+                f"weights='stored' keeps the blocks of a GGUF file, and {model} has none of a format that is known: "
+                "make them, with int8 or int4"
+            )
+    elif stored_small(model):
+        keeps = ", or --weights stored, which keeps its blocks" if kind_of(model) == "gguf" else ""
         raise CheckpointError(
             f"{model} has products in blocks already and opens small as it is; rounding twice loses more: quantize the "
-            "model that it was made of, or, if there is none, what `finemoe import` makes of its GGUF file"
+            f"model that it was made of, or, if there is none, what `finemoe import` makes of its GGUF file{keeps}"
         )
     return place
 

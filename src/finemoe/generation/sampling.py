@@ -91,7 +91,10 @@ def alternatives(logits: Tensor, count: int, contexts: Sequence[Context] = ()) -
 def _checked(logits: Tensor) -> Tensor:
     logits = logits.float().cpu()
     if not all(edge.isfinite().all() for edge in logits.aminmax(dim=-1)):
-        raise CheckpointError("the model's logits are not finite: its weights are damaged or its training diverged")
+        raise CheckpointError(
+            "the model's logits are not finite: its weights are damaged (`finemoe doctor MODEL --deep` says which), or "
+            "its training diverged"
+        )
     return logits
 
 

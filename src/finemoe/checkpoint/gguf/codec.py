@@ -22,6 +22,8 @@ PLAIN: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF
 """Types whose elements PyTorch holds as they are; all others become F32."""
 FILE_TYPES: dict[str, int] = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}
 """Types that a file is written in, with the number that `general.file_type` has for them."""
+KEPT_TYPES = FILE_TYPES | {"Q4_1": 3, "Q4_K": 15, "Q6_K": 18}
+"""The same, and types whose blocks are passed on as they are."""
 
 _F16_MAX = 65504.0
 _PIECE = 1 << 22  # elements that are dequantised at once

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TextIO
 import torch
 from torch import Tensor
 
-from finemoe.checkpoint.gguf.codec import FILE_TYPES, Planned, encode, write_header
+from finemoe.checkpoint.gguf.codec import FILE_TYPES, KEPT_TYPES, Planned, encode, write_header
 from finemoe.checkpoint.gguf.keys import EMBEDDING, OUTPUT, ROPE_FACTORS, Part, Stored, stored_tensors
 from finemoe.checkpoint.gguf.metadata import Description, describe
 from finemoe.checkpoint.gguf.tokenizer import metadata_of
@@ -103,7 +103,7 @@ def write_gguf(opened: Exportable, place: Path, dtype: str | None, *, tokenizer:
     values: dict[str, Any] = {
         "general.type": "model",
         "general.name": in_utf8(opened.path.resolve().name),
-        "general.file_type": FILE_TYPES[_most(opened.small) or dtype],
+        "general.file_type": KEPT_TYPES[_most(opened.small) or dtype],
         "general.quantization_version": _QUANTIZATION_VERSION,
         **description.values,
         **metadata,

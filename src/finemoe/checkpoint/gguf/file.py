@@ -209,6 +209,20 @@ class _Header:
     def _string(self, most: int) -> str:
         return self._take(self._count(most, 1, "bytes in a text")).decode("utf-8")
 
+    def _strings(self, count: int) -> list[str]:
+        """As `_string`, so many times: a vocabulary has hundreds of thousands, and takes longest."""
+        read, left, found = self._file.read, self._size - self._at, []
+        for _ in range(count):
+            length = int.from_bytes(read(8), "little")
+            left -= 8 + length
+            if left < 0 or length > _MAX_TEXT:
+                raise CheckpointError(f"{self._path}: truncated, or not GGUF: the file ends within its header")
+            found.append(read(length).decode("utf-8"))
+        self._at = self._size - left
+        if self._file.tell() != self._at:
+            raise CheckpointError(f"{self._path}: ends while it is read")
+        return found
+
     def _value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
             return self._string(_MAX_TEXT)
@@ -224,7 +238,7 @@ class _Header:
         count = self._count(_MAX_ELEMENTS - self._elements, size, f"elements in {key}")
         self._elements += count
         if inner == _STRING:
-            return [self._string(_MAX_TEXT) for _ in range(count)]
+            return self._strings(count)
         return self._values(inner, self._take(count * size), key)
 
     def _values(self, kind: int, data: bytes, key: str) -> list[Any]:

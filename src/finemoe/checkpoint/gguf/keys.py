@@ -126,6 +126,14 @@ class Stored:
         else:
             yield from self.source.parts(self.shape)
 
+    @property
+    def lies_whole(self) -> bool:
+        """Whether its rows are those of a whole tensor of ours, in their order."""
+        source = self.source
+        if isinstance(source, Part):
+            return source.turn == "same" and not source.index
+        return source.turn == "same" and not source.whole and source.first is None
+
 
 @dataclass(frozen=True)
 class Variants:

@@ -24,7 +24,8 @@ from finemoe.checkpoint.gguf.keys import EMBEDDING, ROPE_FACTORS, Stored, Varian
 from finemoe.checkpoint.gguf.keys import Part as Placed
 from finemoe.checkpoint.gguf.tokenizer import LISTS, companions_of, has_tokenizer, template_of, tokenizer_of
 from finemoe.checkpoint.storage.layout import TensorSpec
-from finemoe.checkpoint.storage.memory import check_finite
+from finemoe.checkpoint.storage.memory import check_finite, mapped
+from finemoe.checkpoint.storage.safetensors import TensorInfo
 from finemoe.checkpoint.storage.workspace import check_apart, check_free, fingerprint, workspace
 from finemoe.checkpoint.weights.build import Part, build
 from finemoe.checkpoint.weights.imported import ImportedWriter, ImportReport
@@ -178,14 +179,34 @@ class GGUFSource:
         one = {ours: found.pop() for ours, found in kinds.items() if len(found) == 1}
         return {ours: FORMATS[name] for ours, name in one.items() if name in FORMATS}
 
-    def parts(self, small: Collection[str] = ()) -> Iterator[Part]:
-        """Every tensor of ours, part by part, each read when its turn comes, and dequantised unless it is in `small`.
+    def lying(self, small: Mapping[str, Format]) -> dict[str, Tensor]:
+        """The blocks of those in `small` that lie in the file as they do in ours, mapped: as `storage.memory.mapped`
+        says, and nobody looks whether they are numbers.
+
+        Raises:
+            CheckpointError, RunError: as `mapped`.
+        """
+        infos = []
+        for name, stored in self.account.items():
+            ours, their = stored.source.ours, self.tensors[name]
+            if stored.lies_whole and ours in small:
+                shape = (*self.shapes[ours][:-1], their.kind.row_bytes(their.shape[-1]))
+                infos.append(TensorInfo(ours, torch.uint8, shape, their.path, their.offset, their.nbytes))
+        return {ours: rows.unflatten(-1, (-1, small[ours].bytes)) for ours, rows in mapped(infos).items()}
+
+    def parts(self, small: Collection[str] = (), lying: Mapping[str, Tensor] | None = None) -> Iterator[Part]:
+        """Every tensor of ours, part by part, each read when its turn comes, and dequantised unless it is in `small`;
+        those of `lying` whole, as they are there.
 
         Raises:
             CheckpointError: the file was cut short, or holds a number that is none.
         """
+        lying = lying or {}
         yield from self.zeros()
+        yield from ((ours, (), tensor) for ours, tensor in lying.items())
         for name, stored in self.account.items():
+            if stored.source.ours in lying:
+                continue
             tensor, row = self.tensors[name], 0
             for part in stored.parts():
                 raw = tensor.raw(row, part.rows)

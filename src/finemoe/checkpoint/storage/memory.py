@@ -38,7 +38,7 @@ def mapped(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
     the system may give a page back and read it again. A file that is cut short meanwhile ends the process.
 
     Raises:
-        CheckpointError: a file has gone.
+        CheckpointError: a file has gone, or was cut short since its header was read.
         RunError: it cannot be mapped.
     """
     pages: dict[Path, mmap.mmap] = {}
@@ -46,6 +46,8 @@ def mapped(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
     for info in infos:
         if info.path not in pages:
             pages[info.path] = _pages(info.path)
+        if len(pages[info.path]) < info.offset + info.nbytes:
+            raise CheckpointError(f"{info.path}: ends within tensor {info.name!r}; it was cut short")
         bytes_ = torch.frombuffer(pages[info.path], dtype=torch.uint8, offset=info.offset, count=info.nbytes)
         found[info.name] = bytes_.view(*info.shape[:-1], info.shape[-1] * info.dtype.itemsize)
     return found
