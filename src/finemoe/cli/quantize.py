@@ -35,15 +35,14 @@ def quantize(
     Experts, attention and dense layers become blocks of 32 numbers that share a scale: 8.5 or 4.5
     bits a weight, where float32 takes 32. Routers, norms and latents stay as they are, and words in
     and out keep 8 bits. One part is held at a time, so that a model larger than memory can be made
-    small. OUT opens in no time: its file is mapped, and experts that no token chooses are not read.
-    The blocks of a GGUF file in few bits stay what they are under --weights stored.
+    small. OUT is mapped when it opens, and experts that no token chooses are not read. Under
+    --weights stored the blocks of a GGUF file stay what they are.
 
     \b
     Examples:
       finemoe quantize imported/v2-lite small/v2-lite --weights int4
-      finemoe quantize runs/base small/base
       finemoe quantize mixtral.Q4_K_M.gguf small/mixtral --weights stored
-      finemoe evaluate small/base imported/base --tasks arc-easy --data DIR
+      finemoe evaluate small/v2-lite imported/v2-lite --tasks arc-easy --data DIR
 
     Then: finemoe generate OUT, chat, serve, evaluate. Any model is made small for one of these alone
     by its option --weights int8 or int4. Interrupted, the same command goes on where it was.
@@ -61,16 +60,15 @@ def quantize(
     from finemoe.cli.conversion import print_lines
     from finemoe.cli.doctor import nbytes
 
-    what = "blocks as they are" if weights == "stored" else f"large products in {weights}"
+    what = "their blocks as they were" if weights == "stored" else weights
     share = facts["bytes"] / facts["bytes_before"]
     print_lines(
         [
-            ("Quantised", f"{facts['source']} into {out}, {what}"),
+            ("Quantised", f"{facts['source']} into {out}, large products in {what}"),
             ("Small", f"{facts['small']:,} of {facts['tensors']:,} tensors"),
             ("Written", f"{nbytes(facts['bytes'])}, {share:.0%} of what it was, in {facts['seconds']:.1f} s"),
         ]
     )
     place = shlex.quote(str(out))
-    typer.echo(
-        f"\nNext: finemoe generate {place} --prompt TEXT\n      finemoe evaluate {place} --tasks NAME --data DIR"
-    )
+    typer.echo(f"\nNext: finemoe generate {place} --prompt TEXT")
+    typer.echo(f"      finemoe evaluate {place} --tasks NAME --data DIR")
