@@ -18,6 +18,7 @@ from finemoe.checkpoint.open import load_model
 from finemoe.core.memory import keep_freed_pages
 from finemoe.data.batch import TokenBatch
 from finemoe.generation import Engine, Request, SamplingConfig
+from finemoe.model import native
 from finemoe.model.config import Kernels
 from finemoe.model.transformer import Transformer
 from finemoe.training.trainer import Trainer
@@ -53,6 +54,7 @@ class Own:
         None: what `finemoe train` chooses. `compiled`: those whose blocks go through torch.compile.
         """
         keep_freed_pages()
+        native.pass_pages_on()  # as `finemoe train`
         self.batch = batch_of(tokens).to(torch.device(self.device))
         weights = self.model.state_dict(keep_vars=True)
         config = self.model.config

@@ -21,6 +21,7 @@ from finemoe.core.errors import ConfigError, OutageError, RunError, TrainingErro
 from finemoe.core.files import sole_writer, write_text
 from finemoe.core.logs import logger
 from finemoe.core.seeds import derive
+from finemoe.model import native
 from finemoe.model.config import Kernels
 from finemoe.model.size import measure
 from finemoe.parallel.meeting import meet
@@ -285,8 +286,10 @@ def _trainer(
     config: RunConfig, method: Method[Any], directory: Path, kernels: Kernels, saved: RunState | None, world: World
 ) -> Trainer:
     """The trainer where the run stands."""
-    memory.keep_freed_pages()
     device, bf16 = resolve_device(config.training)
+    memory.keep_freed_pages()
+    if device.type == "cpu":
+        native.pass_pages_on()
     starts = saved is None or method.keeps_base
     model, fill = first_model(config, method, kernels, starts=starts, world=world, device=device)
     torch.manual_seed(derive(config.seed, "torch"))  # for whatever draws from the default generator during training

@@ -3,6 +3,7 @@
 `experts.cpp` whole MoE layers and SwiGLUs, `linear.cpp` linear layers, `cross_entropy.cpp` the loss, on the products of
 `gemm.h`, and of `matrix.h` where weights are blocks of bytes; all else is float32. `norm.cpp`, `rope.cpp`,
 `attention.cpp` what lies between; `adamw.cpp` the update of a training step. `tile.py` chooses how products are cut.
+`pages.cpp` is where large tensors lie.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ def available() -> bool:
     if reason is not None:
         logger.warning("the CPU kernels cannot be used, plain torch runs instead, more slowly: %s", reason)
     return reason is None
+
+
+def pass_pages_on() -> bool:
+    """Have large tensors of this process lie in pages of 2 MiB that go from one to the next, for good.
+
+    What a step frees then always has room for what it makes, which the gaps of a heap have not: a sixth of the memory
+    of a training step of AdamW. True where that can be done: on Linux, with the kernels.
+    """
+    return available() and bool(torch.ops.finemoe.pass_pages_on())
 
 
 def usable(*tensors: Tensor) -> bool:
