@@ -86,6 +86,21 @@ def test_states_are_those_of_whole_sequences(model: Transformer, schedule: list[
                 torch.testing.assert_close(torch.cat(states[number]), whole, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("preset", ["tiny-moe", "tiny-v3"])
+@pytest.mark.parametrize("counts", [(1, 1, 1), (9, 1, 4), (60, 30, 9)], ids=["decoding", "mixed", "prompts"])
+def test_experts_alone_are_those_of_the_slower_way(preset: str, counts: tuple[int, ...]) -> None:
+    """Few tokens go through whole blocks in one call, which tells no more than who was chosen."""
+    model = make(preset)
+    feeds = [Texts(8).part(n, text(n), 0, count) for n, count in enumerate(counts)]
+    told, slow = (Runner(model, 64, 8).run(feeds, **{how: True}) for how in ("experts", "routes"))
+    for ours, theirs in zip(told, slow, strict=True):
+        assert torch.equal(ours.all, theirs.all)
+        assert ours.experts == {layer: one.experts.tolist() for layer, one in theirs.routes.items()}
+        assert set(ours.experts) == {layer for layer, block in enumerate(model.blocks) if block.routes}
+        assert not ours.routes
+    assert not Runner(model, 64, 8).run(feeds)[0].experts
+
+
 def test_a_constraint_is_that_of_its_sequence_alone() -> None:
     model = make("tiny-moe")
     layers = list(model.moe_layers)

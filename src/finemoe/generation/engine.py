@@ -269,14 +269,14 @@ class Engine:
         if not feeds:
             return []
         asked = [self._requests[feed.sequence.id] for feed in feeds]
-        states = self._runner.run(feeds, routes=any(request.experts or request.routes for request in asked))
+        told = {"routes": any(one.routes for one in asked), "experts": any(one.experts for one in asked)}
+        states = self._runner.run(feeds, **told)
         events, kept = self._draw(feeds, states)
         for feed, found, count in zip(feeds, states, kept, strict=True):
             if feed.sequence.sampling.prompt_logprobs is not None and feed.start < len(feed.sequence.prompt):
                 score_prompt(self._model, feed.sequence, feed.start, found.all, self._vocab_size)
             if self._requests[feed.sequence.id].experts:
-                chosen = {layer: routes.experts[:count] for layer, routes in found.routes.items()}
-                feed.sequence.remember(feed.start, chosen)
+                feed.sequence.remember(feed.start, {layer: ids[:count] for layer, ids in found.experts.items()})
         if self._guesses is not None:
             self._guesses.learn(self._runner, feeds, states, kept)
         for feed, count in zip(feeds, kept, strict=True):

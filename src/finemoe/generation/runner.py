@@ -91,6 +91,8 @@ class States:
     """[tokens, hidden]: of every token."""
     routes: Mapping[int, Routes] = field(default_factory=dict)
     """By layer, where they were asked for."""
+    experts: Mapping[int, list[list[int]]] = field(default_factory=dict)
+    """By layer, where they alone were asked for: of every token, best first."""
 
 
 class Runner:
@@ -123,12 +125,13 @@ class Runner:
         self._rows = steady_rows(model) if steady else 0
 
     @torch.inference_mode()
-    def run(self, feeds: Sequence[Feed], *, routes: bool = False) -> list[States]:
+    def run(self, feeds: Sequence[Feed], *, routes: bool = False, experts: bool = False) -> list[States]:
         """All of `feeds`; those under one constraint share their passes.
 
         Args:
             feeds: of different sequences.
-            routes: report which experts were chosen.
+            routes: report which experts were chosen, and how their outputs were weighed: the slower way.
+            experts: report which experts were chosen.
         """
         for feed in feeds:
             for source, target in feed.copies:
@@ -137,7 +140,7 @@ class Runner:
         found: dict[int, States] = {}
         for numbers in self._passes(feeds):
             part = [feeds[number] for number in numbers]
-            found.update(zip(numbers, self._pass(part, routes), strict=True))
+            found.update(zip(numbers, self._pass(part, routes, experts), strict=True))
         return [found[number] for number in range(len(feeds))]
 
     @torch.inference_mode()
@@ -170,7 +173,7 @@ class Runner:
             yield from ([number] for number in numbers if number not in set(single))
             yield from (single[first : first + self._rows] for first in range(0, len(single), self._rows))
 
-    def _pass(self, feeds: Sequence[Feed], routes: bool) -> list[States]:
+    def _pass(self, feeds: Sequence[Feed], routes: bool, experts: bool) -> list[States]:
         """One forward pass over feeds sorted by length."""
         tokens, groups = self._filled(feeds)
         device = self.model.head_weight.device
@@ -186,6 +189,10 @@ class Runner:
         hidden = output.hidden[0]
         ends = list(accumulate(len(feed.tokens) for feed in feeds))
         logits = self._logits(hidden, feeds, ends)
+        taken: dict[int, list[list[int]]] = {}
+        if experts:  # all at once: a tensor for each sequence would take longer than the numbers
+            by_layer = output.routing.items()
+            taken = {layer: one.expert_ids.tolist() for layer, one in by_layer if one.expert_ids is not None}
         found, first = [], 0
         for last, rows in zip(ends, logits, strict=True):
             chosen = {
@@ -197,7 +204,8 @@ class Runner:
                 for layer, record in output.routing.items()
                 if record.decision is not None
             }
-            found.append(States(rows, hidden[first:last], chosen))
+            own = {layer: ids[first:last] for layer, ids in taken.items()}
+            found.append(States(rows, hidden[first:last], chosen, own))
             first = last
         return found
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from finemoe.core import seeds
 from finemoe.generation.config import SamplingConfig
@@ -97,12 +96,12 @@ class Sequence:
         """What was held back of the text, as nothing follows any more."""
         return "" if self.text is None else self.text.finish()
 
-    def remember(self, start: int, experts: Mapping[int, Tensor]) -> None:
-        """Which experts `[tokens, k]` the tokens from `start` on chose; of a text read again, the last time."""
+    def remember(self, start: int, experts: Mapping[int, list[list[int]]]) -> None:
+        """Which experts, by layer and token, the tokens from `start` on chose; of a text read again, the last time."""
         for layer, chosen in experts.items():
             known = self.experts.setdefault(layer, [])
             known += [[] for _ in range(start - len(known))]  # what was found in the cache chose nothing here
-            known[start : start + len(chosen)] = chosen.tolist()
+            known[start : start + len(chosen)] = chosen
 
     def take_experts(self, parent: Sequence) -> None:
         """Those of the prompt that `parent` read for both."""

@@ -89,6 +89,10 @@ def in_one_call(
     found = decode.blocks(places.apart(hidden), len(blocks), tensors, integers, reals, stands)
     if not found:
         return None
-    counts, dropped = iter(found[1:]), torch.zeros((), dtype=torch.int64)
-    routed = [RoutingRecord(next(counts), dropped, {}, None) if block.routes else None for block in blocks]
+    chosen, none = iter(zip(found[1::2], found[2::2], strict=True)), torch.zeros((), dtype=torch.int64)
+    routed = [_record(*next(chosen), none) if block.routes else None for block in blocks]
     return found[0].view_as(hidden), routed
+
+
+def _record(counts: Tensor, expert_ids: Tensor, dropped: Tensor) -> RoutingRecord:
+    return RoutingRecord(counts, dropped, {}, None, expert_ids=expert_ids)

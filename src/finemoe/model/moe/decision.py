@@ -65,3 +65,5 @@ class RoutingRecord:
     """[tokens] when asked for: length of what the shared experts add, over that and the routed experts' together."""
     unconstrained: Tensor | None = None
     """[tokens, k] int64 when asked for, under replay: what the router would have chosen by itself."""
+    expert_ids: Tensor | None = None
+    """[tokens, k] int64, best first; None where another process routed."""

@@ -225,7 +225,8 @@ class MoELayer(nn.Module):
         if self.training:
             sequences = sequences or Sequences(hidden.shape[0])
             balance = balance_terms(self.config.balance, decision, sequences, self.config.layout)
-        return output, RoutingRecord(decision.load(), dropped, balance, decision if record else None, share, own)
+        whole = decision if record else None
+        return output, RoutingRecord(decision.load(), dropped, balance, whole, share, own, decision.expert_ids)
 
     def _kept(self, decision: RoutingDecision, tokens: Tensor) -> Tensor | None:
         """[tokens, k] bool: assignments within capacity; None where nothing is dropped."""

@@ -43,8 +43,8 @@ def blocks(
 ) -> list[Tensor]:
     """`hidden [batch, seq, hidden]` through `count` whole blocks, in the order in which they use what they are given.
 
-    Returns the same shape, and for each mixture the tokens of each of its experts, `[experts]` int64; nothing where the
-    weights are not all float32.
+    Returns the same shape, and for each mixture the tokens of each of its experts, `[experts]` int64, and the experts
+    of each token, `[tokens, k]` int64; nothing where the weights are not all float32.
     """
     found: list[Tensor] = torch.ops.finemoe.decode_blocks(hidden, count, tensors, integers, reals, places)
     return found

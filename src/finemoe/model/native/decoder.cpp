@@ -161,8 +161,7 @@ Chosen chosen(Parts& parts, Pass& pass) {
   return {route(flat, router), router.weight.size(0), router.k};
 }
 
-// Returns how many tokens each expert got.
-Tensor mixture(Parts& parts, Pass& pass, const Chosen& by) {
+void mixture(Parts& parts, Pass& pass, const Chosen& by) {
   const Routes& routes = by.routes;
   const Tensor gate_up = parts.tensor(), down = parts.tensor();
   Experts x = experts(pass, gate_up, down, parts.real());
@@ -173,7 +172,7 @@ Tensor mixture(Parts& parts, Pass& pass, const Chosen& by) {
   x.gates = numbers(routes.gates, "gates", x.tokens * x.k);
   float* out = pass.made.mutable_data_ptr<float>();
   experts_forward(x, buffer(x.rows() * 2 * x.width).get(), out);
-  if (!parts.integer()) return routes.counts;
+  if (!parts.integer()) return;
   const auto shared = buffer(pass.rows * pass.width);
   dense(parts, pass, shared.get());
   if (const Optional weight = parts.perhaps()) {
@@ -185,7 +184,6 @@ Tensor mixture(Parts& parts, Pass& pass, const Chosen& by) {
       for (int64_t j = 0; j < pass.width; ++j) shared[i * pass.width + j] *= gate.const_data_ptr<float>()[i];
   }
   for (int64_t i = 0; i < pass.rows * pass.width; ++i) out[i] += shared[i];
-  return routes.counts;
 }
 
 // What the kernels can take: all numbers float32 or blocks of bytes, all counts int64, here and in one piece.
@@ -198,7 +196,8 @@ bool plain(const Optionals& tensors) {
   return true;
 }
 
-// Empty where a tensor is none that the kernels can take.
+// What comes out, and of each mixture how many tokens each expert got and which experts each token; empty where a tensor
+// is none that the kernels can take.
 std::vector<Tensor> decode_blocks(const Tensor& hidden, int64_t count, const Optionals& tensors,
                                   c10::IntArrayRef integers, c10::ArrayRef<double> reals, const Optionals& places) {
   TORCH_CHECK(hidden.dim() == 3 && hidden.scalar_type() == at::kFloat && hidden.is_cpu() &&
@@ -207,12 +206,12 @@ std::vector<Tensor> decode_blocks(const Tensor& hidden, int64_t count, const Opt
   if (!plain(tensors)) return {};
   Parts parts{tensors, integers, reals, places};
   Pass pass(hidden);
-  std::vector<Tensor> loads;
+  std::vector<Tensor> found{Tensor()};
   std::optional<Chosen> by;
   for (int64_t block = 0; block < count || by;) {
     bool routes = false;
     with_team([&] {
-      if (by) loads.push_back(mixture(parts, pass, *by)), pass.add();
+      if (by) mixture(parts, pass, *by), pass.add();
       for (; block < count && !routes; ++block) {
         pass.norm(parts.tensor(), parts.real());
         attend(parts, pass);
@@ -223,11 +222,14 @@ std::vector<Tensor> decode_blocks(const Tensor& hidden, int64_t count, const Opt
       }
     });
     by.reset();
-    if (routes) by = chosen(parts, pass);
+    if (routes) {
+      by = chosen(parts, pass);
+      found.insert(found.end(), {by->routes.counts, by->routes.ids});
+    }
   }
   parts.check_used_up();
-  loads.insert(loads.begin(), pass.hidden);
-  return loads;
+  found[0] = pass.hidden;
+  return found;
 }
 
 }  // namespace
