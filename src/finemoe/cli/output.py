@@ -127,7 +127,7 @@ def report_run(run: Any, as_json: bool) -> None:
     total, active = count(summary["total_parameters"]), count(summary["active_parameters"])
     lines = [
         *((title_of(key), _measured(key, summary)) for key in measured_keys(summary) if not _is_bound(key, summary)),
-        ("Training loss", fixed(summary["final_training_loss"], 4)),
+        *([("Training loss", fixed(loss, 4))] if (loss := training_loss(summary)) is not None else []),
         ("Parameters", f"{total}, {active} active"),
         ("Trained on", f"{count(summary['tokens'])} tokens in {summary['steps']:,} steps"),
         *([("Passed over", f"{passed} steps that held nothing to count")] if passed else []),
@@ -183,6 +183,12 @@ IN_NATS = ("final_validation_loss",)
 def measured_keys(summary: Mapping[str, Any]) -> list[str]:
     """The figures of the last measurement in a summary: those of pre-training, or whatever a method measures."""
     return [key for key in summary if key.startswith("final_") and key != "final_training_loss"]
+
+
+def training_loss(summary: Mapping[str, Any]) -> float | None:
+    """Of a summary; None of a run that is rewarded: a policy gradient's loss says nothing of how good it is."""
+    loss: float | None = summary["final_training_loss"]
+    return None if "final_validation_reward" in summary else loss
 
 
 def title_of(key: str) -> str:
