@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import re
+import statistics
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +94,17 @@ def test_shares_of_a_step_are_of_the_step_alone(corpus: Path, tmp_path: Path, mo
     measured = observers.Evaluate.after_step
 
     def slow(self: observers.Evaluate, trainer: Any, report: Any) -> None:
-        time.sleep(0.3)
+        time.sleep(1.0 if report.step == 3 else 0.0)
         measured(self, trainer, report)
 
     monkeypatch.setattr(observers.Evaluate, "after_step", slow)
     run = train(practising(base(corpus, tmp_path)), out=tmp_path / "run", quiet=True)
-    records = [one for one in read_metrics(run.directory) if one["kind"] == "step"]
-    found = [one["figures"] for one in records]
-    took = [later["seconds"] - sooner["seconds"] for sooner, later in pairwise(records)]
-    for figures, seconds in zip(found[1:], took, strict=True):
-        shares = [figures[f"time_{name}"] for name in ("rollout", "reward", "update")]
-        assert sum(shares) == pytest.approx(1.0)
-        assert figures["time_update"] * seconds < 0.25, "what was slept is no part of it"
+    found = [one["figures"] for one in read_metrics(run.directory) if one["kind"] == "step"]
+    for figures in found:
+        assert sum(figures[f"time_{name}"] for name in ("rollout", "reward", "update")) == pytest.approx(1.0)
         assert figures["time_scoring"] <= figures["time_update"]
+    usual = statistics.median(figures["time_rollout"] for figures in found)
+    assert found[3]["time_rollout"] > usual / 3, "what was waited for before a step is no part of it"
 
 
 @pytest.mark.parametrize(

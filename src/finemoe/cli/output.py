@@ -137,7 +137,7 @@ def report_run(run: Any, as_json: bool) -> None:
     width = max(16, *(len(label) for label, _ in lines)) + 2
     print_rich(*(f"{label:<{width}}{text}" for label, text in lines))
     typer.echo(f"{'Directory':<{width}}{run.directory}")
-    typer.echo(f"\nNext: {_next_step(run.directory)}")
+    typer.echo(f"\nNext: {_next_step(run.directory)}{and_rollouts(run.directory)}")
 
 
 def _next_step(run: Path) -> str:
@@ -148,6 +148,11 @@ def _next_step(run: Path) -> str:
     if (run / CHAT_TEMPLATE).exists():
         return f"finemoe chat {directory}"
     return f'finemoe generate {directory} --prompt "..."'
+
+
+def and_rollouts(run: Path) -> str:
+    """One more line of what to do next, where a run has written what it learnt from; else nothing."""
+    return f"\n      finemoe rollouts {shlex.quote(str(run))}" if (run / "rollouts.jsonl").exists() else ""
 
 
 def _method_of(run: Path) -> Any:
