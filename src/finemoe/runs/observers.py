@@ -195,7 +195,7 @@ class Write:
 _BAR = 10
 _CLOCK = 12
 """Columns of the stroke between step and steps, of the time that is left, and of the blanks in between."""
-_LONG_CLOCK = 14  # the same, of a run that may take days
+_LONG_CLOCK = 12  # the same without a bar, of a run that may take days
 
 
 class Show:
@@ -254,7 +254,7 @@ class _Live:
 
     def show(self, step: int, total: int, figures: Sequence[str]) -> None:
         """Put figures there, those that matter most at first."""
-        first, *others = _flow(figures, self._rooms)
+        first, *others = flow(figures, self._rooms)
         self._second = others[0] if others else ""
         self._progress.update(self._task, completed=step, total=total, description=first)
 
@@ -277,14 +277,13 @@ def _steps_in_all(plan: Plan, report: StepReport) -> int:
 def _short(report: StepReport, validation: Measured | None, shows: Sequence[Shown]) -> list[str]:
     """Figures for the live line, those that matter most at first."""
     shown = f"val {_headline(validation, 3)}"
-    if shows:
-        first, *others = shown_figures(report, shows) or ["-"]
-        return [first, shown, *others]
+    if shows:  # what was measured stands above already
+        return [*shown_figures(report, shows), shown]
     speed = f"{report.tokens_per_second / 1000:.1f}k/s"
     return [f"loss {_loss(report, 3)}", shown, f"grad {report.gradient_norm:.2f}", *_vio(report), speed]
 
 
-def _flow(figures: Sequence[str], rooms: Sequence[int]) -> list[str]:
+def flow(figures: Sequence[str], rooms: Sequence[int]) -> list[str]:
     """Lines of at most `rooms` [characters], with as many of `figures` as fit, in their order, each of them whole."""
     lines, place = [""] * len(rooms), 0
     for one in figures:
@@ -301,16 +300,12 @@ def _joined(line: str, one: str) -> str:
 
 
 def _sample(validation: Measured, step: int, width: int) -> list[str]:
-    """One of the answers that were measured after `step`, always to the same question: two lines of `width` columns."""
-    record = validation.to_record()
-    if not record.get("samples"):
-        return []
-    one = record["samples"][0]
-    worth = "" if one.get("value") is None else f" worth {one['value']:g}"
-    said = (
-        f"step {step}: validation {_headline(validation, 3)}; asked {_quoted(one.get('asked', one['prompt']))}",
-        f"  answer{worth}: {_quoted(one['answer'])}",
-    )
+    """What was measured after `step`, and one of the answers, always to the same question: lines of `width` columns."""
+    said = [f"step {step}: validation {_headline(validation, 3)}"]
+    for one in validation.to_record().get("samples", ())[:1]:
+        worth = "" if one.get("value") is None else f" worth {one['value']:g}"
+        said[0] += f"; asked {_quoted(one.get('asked', one['prompt']))}"
+        said.append(f"  answer{worth}: {_quoted(one['answer'])}")
     lines = [Text(line) for line in said]
     for line in lines:
         line.truncate(width, overflow="ellipsis")

@@ -125,13 +125,13 @@ def build(config: GRPOConfig, setting: Setting) -> Method[RolloutBatch]:
         hurry=data.hurry,
         finish=data.finish,
         close=rewards.close,
-        shows=_shown(config),
+        shows=shown_of(config),
         asks=lambda: (Prompt(one.ids, one.references) for one in data.asked()),
         notes=(*_sentences(config, prompts, rewards), f"added to the loss: {', '.join(live) or 'nothing'}"),
     )
 
 
-def _shown(config: GRPOConfig) -> tuple[Shown, ...]:
+def shown_of(config: GRPOConfig) -> tuple[Shown, ...]:
     """Figures of the live line; a reward that says whether the form is right is the share of answers that keep it."""
     forms = [one.name or one.kind for one in config.rewards if one.kind == "format"]
     titles = ["format"] if len(forms) == 1 else forms
