@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from charts.test_run_page import HOSTILE, step, text_of, write_run
-from finemoe.charts.run.figures import figure_charts, figures
+from finemoe.charts.run.figures import figures
 from finemoe.charts.run.page import run_page
+from finemoe.charts.run.rewarded import charts
+from finemoe.charts.run.words import summary
+from finemoe.core.errors import ConfigError
 from finemoe.runs.report import run_results
+from finemoe.runs.result import Run
 
 
 def rewarded(folder: Path) -> Path:
@@ -60,15 +65,91 @@ def test_the_run_is_drawn_along_its_steps(tmp_path: Path) -> None:
     assert [row["x"] for row in data] == list(range(1, 21))
 
 
-def test_what_is_only_watched_is_no_part_of_the_reward(tmp_path: Path) -> None:
-    folder = rewarded(tmp_path / "run")
+def changed(folder: Path, **figures: float) -> dict[str, Any]:
+    """Results of the run with other figures in each step, and a reward that is only watched."""
     config = json.loads((folder / "config.json").read_text())
     config["method"]["rewards"] = [{"kind": "answer"}, {"kind": "format", "name": "steps", "weight": 0.0}]
     (folder / "config.json").write_text(json.dumps(config))
-    page = run_page(run_results(folder))
-    assert "only watched: steps" in page
-    assert "of it: answer" in page
-    assert "of it: steps" not in page
+    results = run_results(folder)
+    for point in results["steps"]:
+        point["figures"] |= figures
+    return results
+
+
+def titles(results: dict[str, Any]) -> list[str]:
+    return [json.loads(json.dumps(one.to_dict()))["encoding"]["y"]["title"] for one in charts(results)[0]]
+
+
+def test_what_is_only_watched_is_no_part_of_the_reward(tmp_path: Path) -> None:
+    results = changed(rewarded(tmp_path / "run"), reward_answer=0.25)
+    assert "only watched: steps" in titles(results)
+    assert "of it: answer" in titles(results)
+    assert "of it: steps" not in titles(results)
+
+
+def test_a_single_reward_is_drawn_once(tmp_path: Path) -> None:
+    """Its own chart was that of the reward again."""
+    results = changed(rewarded(tmp_path / "run"))
+    assert titles(results) == ["tokens of an answer", "only watched: steps", "divergence from the reference"]
+    assert figures(results)["reward"].to_dict()["layer"]
+
+
+def test_what_is_0_all_the_time_is_a_sentence_and_no_axis(tmp_path: Path) -> None:
+    """Rounding was drawn from 0 to -8e-10, as if something had happened."""
+    nothing = {"off_policy_kl": -8e-10, "clip_share": 0.0, "unreadable_answer": 0.0}
+    results = changed(rewarded(tmp_path / "run"), **nothing)
+    drawn, flat = charts(results)
+    assert flat == ["tokens that are clipped", "off-policy KL", "nothing to judge: answer"]
+    page = text_of(run_page(results))
+    assert "0 in every step: tokens that are clipped, off-policy KL and nothing to judge: answer." in page
+    some = changed(rewarded(tmp_path / "other"), off_policy_kl=2e-5, unreadable_answer=0.5, dead_groups=0.004)
+    axes = {one.to_dict()["encoding"]["y"]["title"]: one.to_dict()["encoding"]["y"] for one in charts(some)[0]}
+    assert axes["off-policy KL"]["scale"]["domain"] == [0, 1e-3]
+    assert axes["groups without spread"]["scale"]["domain"] == [0, 0.01]
+    assert axes["nothing to judge: answer"]["axis"]["format"] == "~%"
+    assert "domain" not in axes["nothing to judge: answer"]["scale"]
+    assert len(axes) == len(drawn) + 3
+
+
+def test_where_there_is_no_reference_nothing_is_said_of_one(tmp_path: Path) -> None:
+    results = changed(rewarded(tmp_path / "run"))
+    for point in results["steps"]:
+        del point["figures"]["kl"]
+    assert "divergence" not in text_of(run_page(results))
+    assert "divergence from the reference" not in titles(results)
+
+
+def test_where_the_time_went_is_one_chart(tmp_path: Path) -> None:
+    results = changed(rewarded(tmp_path / "run"), time_rollout=0.6, time_reward=0.1)
+    assert "share of a step's time" not in titles(results), "an earlier version did not say what else there was"
+    results = changed(rewarded(tmp_path / "other"), time_rollout=0.6, time_reward=0.1, time_update=0.3)
+    assert titles(results)[-1] == "share of a step's time"
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [([None], "1 alert: see below."), (["note"], "No alerts."), ([None, None], "2 alerts: see below."),
+     ([None, "note"], "1 alert: see below.")],
+)  # fmt: skip
+def test_an_alert_of_a_method_is_not_about_experts(tmp_path: Path, levels: list[str | None], said: str) -> None:
+    results = run_results(rewarded(tmp_path / "run"))
+    results["alerts"] = [
+        {"kind": "warning", "step": 9, "message": "it", **({"level": level} if level else {})} for level in levels
+    ]
+    assert summary(results)[-1] == said
+
+
+def test_held_out_figures_are_called_as_in_the_charts_and_zeros_are_left_out(tmp_path: Path) -> None:
+    """A narrow window showed nothing of what mattered, behind columns of zeros."""
+    results = changed(rewarded(tmp_path / "run"))
+    for one in results["validations"]:
+        one |= {"validation_reward_answer": one["validation_reward"], "validation_greedy_reward_answer": 0.5,
+                "validation_reward_steps": 0.75, "validation_failed_share": 0.0}  # fmt: skip
+    page = text_of(run_page(results))
+    table = page[page.index("Measured on what was held out</h2>") :]
+    head = re.findall(r"<th scope=\"col\"[^>]*>([^<]*)</th>", table[: table.index("</thead>")])
+    assert head == ["Step", "reward", "tokens of an answer", "greedily: answer", "only watched: steps"]
+    assert "0 every time: answers not judged." in table
 
 
 @pytest.mark.parametrize(("count", "said"), [(16, None), (40, "16 of 40 measurements; all are in metrics.jsonl")])
@@ -86,10 +167,32 @@ def test_measurements_that_are_left_out_are_counted(tmp_path: Path, count: int, 
     assert ">reward<" in table[: table.index("</table>")], "it was measured once"
 
 
+def test_a_plot_of_such_a_run_is_its_reward(tmp_path: Path) -> None:
+    """It was the surrogate's loss, under a legend that named a line which was not there."""
+    run = Run(rewarded(tmp_path / "run"), {}, interrupted=True)
+    assert run.plot().name == "reward"
+    plain = Run(write_run(tmp_path / "plain"), {}, interrupted=True)
+    assert plain.plot().name == "loss"
+    with pytest.raises(ConfigError, match="no figure 'loss'"):
+        run.plot("loss")
+    with pytest.raises(ConfigError, match="no figure 'loss'"):
+        Run(write_run(tmp_path / "begun", steps=0), {}, interrupted=True).plot()
+
+
+def test_a_legend_names_what_is_drawn(tmp_path: Path) -> None:
+    results = run_results(write_run(tmp_path / "run", steps=10))
+    said = json.dumps(figures(results)["loss"].to_dict())
+    assert '"domain": ["training"]' in said
+
+
 def test_figures_are_means_of_the_steps_of_a_point(tmp_path: Path) -> None:
     results = run_results(rewarded(tmp_path / "run"))
     assert results["steps"][-1]["figures"]["reward"] == 1.0
-    charts = figure_charts(results, {"reward": "reward", "length": "tokens", "absent": "absent"})
-    assert len(charts) == 2
-    (data,) = charts[0].to_dict()["datasets"].values()
-    assert [row["value"] for row in data] == [number / 20 for number in range(1, 21)]
+    length, *_ = charts(results)[0]
+    (data,) = length.to_dict()["datasets"].values()
+    assert [row["value"] for row in data] == [3.0 + number for number in range(1, 21)]
+    made = figures(results)
+    assert "loss" not in made, "a policy gradient's loss says nothing"
+    (data,) = made["reward"].to_dict()["datasets"].values()
+    assert [row["value"] for row in data if row["arm"] == "training"] == [number / 20 for number in range(1, 21)]
+    assert [(row["x"], row["value"]) for row in data if row["arm"] == "held out"] == [(0, 0.2), (20, 0.9)]

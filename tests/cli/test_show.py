@@ -107,6 +107,27 @@ def test_runs_in_every_state_stand_side_by_side(
     assert (shown[0]["state"], shown[0]["steps"], shown[0]["planned_steps"]) == ("failed", 7, 20)
 
 
+def test_a_run_that_was_interrupted_shows_its_rewards_and_its_size(
+    run_directory: Path, tmp_path: Path, command: Any
+) -> None:
+    run = tmp_path / "own"
+    shutil.copytree(run_directory, run)
+    measured = {"kind": "validation", "step": 2, "validation_reward": 0.5, "validation_length": 7.25, "samples": []}
+    step = {"kind": "step", "step": 3, "loss": 4e-4, "tokens": 7, "seconds": 7.0, "tokens_per_second": 1.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (measured, step)))
+    rows = {line[:24].strip(): line[24:].split() for line in command("show", run).stdout.splitlines()}
+    assert rows["State"] == ["stopped"]
+    assert rows["Validation reward"] == ["0.5000"]
+    assert rows["Validation length"] == ["7.2500"]
+    assert rows["Training loss"] == ["–"], "a policy gradient's loss says nothing"
+    assert rows["Parameters, total"] != ["–"]
+    shown = json.loads(command("show", run, "--json").stdout)[0]
+    assert shown["total_parameters"] >= shown["active_parameters"] > 0
+    assert "reward 0.500" in command("runs", run).stdout
+    (run / "config.json").write_text("{")
+    assert "Parameters, total" in command("show", run).stdout
+
+
 def test_a_comparison_is_known_wherever_a_model_is_asked_for(run_directory: Path, tmp_path: Path, command: Any) -> None:
     home = tmp_path / "demo"
     arm = home / "arms" / "deepseek-moe" / "seed-0"

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from finemoe.cli.output import and_rollouts
+from finemoe.cli.train import _came_to
 from finemoe.core import config
 from finemoe.training.trainer import Trainer
 from runs.tiny_runs import write_corpus
@@ -79,5 +81,39 @@ def test_stages_are_looked_at_where_their_beginning_is_there(tmp_path: Path, com
     shutil.rmtree(out / "3-learnt")
     again = command("train", path, "--check", "--out", out, "--quiet")
     assert again.exit_code == 0, again.stderr
-    assert f"Not checked: {out / '1-base'} holds it already" in again.stdout
+    assert f"Not checked: {out / '1-base'} holds it already" in " ".join(again.stdout.split())
+    names_a_path = [line for line in again.stdout.splitlines() if str(out) in line]
+    assert all(len(line) <= 80 for line in again.stdout.splitlines() if line not in names_a_path)
     assert "Training    256 tokens in 2 steps" in again.stdout.split("Stage 3 of 3: learnt")[1]
+
+
+FIRST = {"validation_reward": 0.28, "validation_reward_answer": 0.276, "validation_length": 3.447}
+LAST = {"final_validation_reward": 0.98, "final_validation_reward_answer": 0.985, "final_validation_length": 14.0,
+        "final_validation_failed_share": 0.0, "final_training_loss": 0.1, "seconds": 32.4}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "said"),
+    [
+        (FIRST, LAST, "right 28 % -> 98 %, length 3.45 -> 14"),
+        ({}, LAST, "right 98 %, length 14"),
+        (FIRST, {name: value for name, value in LAST.items() if "answer" not in name},
+         "reward 0.280 -> 0.980, length 3.45 -> 14"),
+        ({"validation_loss": 3.5}, {"final_validation_loss": 1.016, "seconds": 32.4}, "loss 3.500 -> 1.016"),
+        ({"validation_loss": None}, {"final_validation_loss": 1.016, "seconds": 32.4}, "loss 1.016"),
+    ],
+)  # fmt: skip
+def test_a_stage_came_from_somewhere(tmp_path: Path, first: Any, last: Any, said: str) -> None:
+    """`reward 0.995, reward answer 0.995, greedy reward answer 0.995` told one thing three times, and not the gain."""
+    begun = {"step": 0, **first} if first else {"step": 10, **FIRST}
+    record = {"kind": "validation", "tokens": 0, "seconds": 0.0, **begun}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert _came_to({"stage": "zero", "folder": str(tmp_path), "summary": last}) == ["zero", said, "32 s"]
+    (tmp_path / "metrics.jsonl").unlink()
+    assert "->" not in _came_to({"stage": "zero", "folder": str(tmp_path), "summary": last})[1]
+
+
+def test_what_was_learnt_from_is_there_to_be_read(tmp_path: Path) -> None:
+    assert and_rollouts(tmp_path) == ""
+    (tmp_path / "rollouts.jsonl").touch()
+    assert and_rollouts(tmp_path) == f"\n      finemoe rollouts {tmp_path}"

@@ -42,7 +42,7 @@ def test_a_run_that_was_trained(corpus: Path, tmp_path: Path) -> None:
     [found] = list_runs(tmp_path / "runs")
     assert (found.kind, found.state, found.done, found.planned) == ("run", "finished", 6, 6)
     assert found.model == "2×16, 7 of 15+1"
-    assert found.loss == run.summary["final_validation_loss"]
+    assert (found.loss, found.measures) == (run.summary["final_validation_loss"], "loss")
     assert found.bytes > 10_000
     assert abs(found.changed - (run.directory / "metrics.jsonl").stat().st_mtime) < 1
     json.dumps(found.to_dict())
@@ -112,6 +112,25 @@ def test_a_comparison_stands_for_its_runs_and_its_folder_lists_them(tmp_path: Pa
     assert [one.state for one in arms] == ["finished", "finished"]
     [whole] = list_runs(tmp_path / "runs")
     assert whole.loss == 2.0
+
+
+def test_a_reward_is_no_loss(tmp_path: Path) -> None:
+    """A column of both told neither; and of rewards the largest is the best."""
+    home = tmp_path / "runs" / "demo"
+    for seed, reward in enumerate((0.25, 0.75)):
+        summary = {
+            "steps": 6,
+            "final_training_loss": 0.1,
+            "final_validation_reward": reward,
+            "final_validation_length": 3,
+        }
+        make(home / "arms" / "own" / f"seed-{seed}", summary=summary)
+    (home / "compare.json").write_text(json.dumps({"name": "demo", "arms": ["own"], "seeds": [0, 1]}))
+    assert [(one.measures, one.loss) for one in list_runs(home)] == [("reward", 0.25), ("reward", 0.75)]
+    [whole] = list_runs(tmp_path / "runs")
+    assert (whole.measures, whole.loss) == ("reward", 0.75)
+    begun = look_at(make(tmp_path / "begun"))
+    assert begun.measures is None
 
 
 def test_folders_within_folders_and_what_is_no_run(tmp_path: Path) -> None:

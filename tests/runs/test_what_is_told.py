@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from finemoe.runs import start as start_module
 from finemoe.runs.observers import Warn
 from finemoe.runs.run import resume, train
 from finemoe.training.alerts import Knobs, Watch
+from finemoe.training.method import Note
 from finemoe.training.report import StepReport
 from runs.tiny_runs import recipe
 
@@ -60,6 +62,16 @@ def test_a_process_that_receives_most_rows_for_long_is_told_once(caplog: pytest.
         warn.after_step(trainer, report)  # type: ignore[arg-type]  # asks the report, and the method for its own words
     [told] = caplog.messages
     assert told.startswith("step 20: for 10 steps the experts of one process have received more than 2 times")
+
+
+def test_what_is_good_to_know_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    written: list[dict[str, Any]] = []
+    warn = Warn(Watch({}, 100, Knobs(0.1, None)), written.append)
+    trainer = SimpleNamespace(method=SimpleNamespace(warns=lambda report: (Note("it is done"), "it is not well")))
+    with caplog.at_level(logging.INFO, "finemoe"):
+        warn.after_step(trainer, StepReport(7, 7, 1.0, {}, 1.0, 0.1, 1.0, 1.0, 1.0, {}, 0))  # type: ignore[arg-type]
+    assert [one.levelname for one in caplog.records] == ["INFO", "WARNING"]
+    assert [one.get("level") for one in written] == ["note", None]
 
 
 @pytest.mark.parametrize("nbytes", [2**30, 5 * 2**29])

@@ -127,7 +127,7 @@ def report_run(run: Any, as_json: bool) -> None:
     total, active = count(summary["total_parameters"]), count(summary["active_parameters"])
     lines = [
         *((title_of(key), _measured(key, summary)) for key in measured_keys(summary) if not _is_bound(key, summary)),
-        ("Training loss", fixed(summary["final_training_loss"], 4)),
+        *([("Training loss", fixed(loss, 4))] if (loss := training_loss(summary)) is not None else []),
         ("Parameters", f"{total}, {active} active"),
         ("Trained on", f"{count(summary['tokens'])} tokens in {summary['steps']:,} steps"),
         *([("Passed over", f"{passed} steps that held nothing to count")] if passed else []),
@@ -137,7 +137,7 @@ def report_run(run: Any, as_json: bool) -> None:
     width = max(16, *(len(label) for label, _ in lines)) + 2
     print_rich(*(f"{label:<{width}}{text}" for label, text in lines))
     typer.echo(f"{'Directory':<{width}}{run.directory}")
-    typer.echo(f"\nNext: {_next_step(run.directory)}")
+    typer.echo(f"\nNext: {_next_step(run.directory)}{and_rollouts(run.directory)}")
 
 
 def _next_step(run: Path) -> str:
@@ -148,6 +148,11 @@ def _next_step(run: Path) -> str:
     if (run / CHAT_TEMPLATE).exists():
         return f"finemoe chat {directory}"
     return f'finemoe generate {directory} --prompt "..."'
+
+
+def and_rollouts(run: Path) -> str:
+    """One more line of what to do next, where a run has written what it learnt from; else nothing."""
+    return f"\n      finemoe rollouts {shlex.quote(str(run))}" if (run / "rollouts.jsonl").exists() else ""
 
 
 def _method_of(run: Path) -> Any:
@@ -183,6 +188,12 @@ IN_NATS = ("final_validation_loss",)
 def measured_keys(summary: Mapping[str, Any]) -> list[str]:
     """The figures of the last measurement in a summary: those of pre-training, or whatever a method measures."""
     return [key for key in summary if key.startswith("final_") and key != "final_training_loss"]
+
+
+def training_loss(summary: Mapping[str, Any]) -> float | None:
+    """Of a summary; None of a run that is rewarded: a policy gradient's loss says nothing of how good it is."""
+    loss: float | None = summary["final_training_loss"]
+    return None if "final_validation_reward" in summary else loss
 
 
 def title_of(key: str) -> str:

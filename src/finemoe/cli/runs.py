@@ -29,8 +29,9 @@ def runs(
     """List runs, comparisons and imports: how far they are.
 
     A run is finished, running (some process is at work there), stopped (`finemoe resume` goes
-    on), or failed (a loss was not finite). Of a comparison, steps are its runs, and the loss is
-    that of the best one; name its folder to list them. A narrow window shows fewer columns.
+    on), or failed (a loss was not finite). What was measured last on held-out data is a loss, in
+    nats, a reward, or what else the method measures. Of a comparison, steps are its runs, and the
+    loss is that of the best one; name its folder to list them. A narrow window shows fewer columns.
 
     \b
     Examples:
@@ -52,7 +53,7 @@ def runs(
 def _print_table(folder: Path, found: Sequence[RunInfo]) -> None:
     from rich.text import Text
 
-    from finemoe.charts.numbers import fixed
+    from finemoe.charts.numbers import NOTHING, fixed
 
     rows = [
         {
@@ -60,7 +61,7 @@ def _print_table(folder: Path, found: Sequence[RunInfo]) -> None:
             "Kind": Text(one.kind),
             "Model": Text(one.model),
             "Steps": Text(_steps(one)),
-            "Held out": Text(fixed(one.loss, 3)),
+            "Held out": Text(f"{one.measures} {fixed(one.loss, 3)}" if one.measures else NOTHING),
             "State": Text(one.state, style=_COLOURS[one.state]),
             "Size": Text(_bytes(one)),
             "Date": Text(_date(one)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from finemoe.cli.completion import complete_resumable
-from finemoe.cli.output import IN_NATS, Json, measured_keys, plain_table, print_json, print_rich, title_of
+from finemoe.cli.output import (
+    IN_NATS,
+    Json,
+    measured_keys,
+    plain_table,
+    print_json,
+    print_rich,
+    title_of,
+    training_loss,
+)
 
 
 def show(
@@ -119,13 +129,36 @@ def _summary(directory: Path) -> dict[str, Any]:
         return {**state, **summary}
     step, validation = newest_records(directory / "metrics.jsonl")
     figures = ("tokens", "seconds", "tokens_per_second")
+    measured = {
+        key: value for key, value in validation.items()
+        if (key.startswith("validation_") or key.endswith(("loss", "accuracy"))) and isinstance(value, (int, float))
+    }  # fmt: skip
     return {
         **state,
-        **{f"final_{key}": value for key, value in validation.items() if key.endswith(("loss", "accuracy"))},
+        **{f"final_{key}": value for key, value in measured.items()},
         **{key: validation[key] for key in ("bits_per_byte", "max_vio", "dead_experts") if key in validation},
         "final_training_loss": step.get("loss"),
         **{key: step[key] for key in figures if key in step},
+        **_size(directory),
     }
+
+
+def _size(directory: Path) -> dict[str, int]:
+    """Parameters of a run that is not finished, from its configuration; nothing where that cannot be read."""
+    from finemoe.core.errors import FinemoeError
+    from finemoe.model.config import ModelConfig
+    from finemoe.model.size import measure
+    from finemoe.training.directory import read_if_there
+
+    with contextlib.suppress(FinemoeError, LookupError, TypeError, ValueError):
+        found = read_if_there(directory / "config.json") or {}
+        size = measure(ModelConfig.model_validate(found["model"]), 1)  # parameters are those of any length
+        return {
+            "total_parameters": size.total_parameters,
+            "active_parameters": size.active_parameters,
+            "cache_elements_per_token": size.cache_elements_per_token,
+        }
+    return {}
 
 
 def _print_table(runs: dict[str, dict[str, Any]]) -> None:
@@ -138,7 +171,7 @@ def _print_table(runs: dict[str, dict[str, Any]]) -> None:
         ("Steps", _steps),
         *((title_of(key) + ", nats" * (key in IN_NATS), _measured(key)) for key in _measured_keys(runs)),
         ("Bits per byte", lambda s: fixed(s.get("bits_per_byte"), 4)),
-        ("Training loss", lambda s: fixed(s["final_training_loss"], 4)),
+        ("Training loss", lambda s: fixed(training_loss(s), 4)),
         ("Tokens", lambda s: count(s["tokens"])),
         ("Time", lambda s: duration(s["seconds"])),
         ("Tokens per second", lambda s: count(s["tokens_per_second"])),

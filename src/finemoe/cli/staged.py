@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def check_stages(recipe: Path, overrides: Sequence[str], out: Path | None, quiet
             typer.secho(f"Stage {number} of {len(stages)}: {stage.name}", bold=True)
         if why is not None:
             found.append({"stage": stage.name, "check": None, "why": why})
-            said = f"Not checked: {why}."
+            said = textwrap.fill(f"Not checked: {why}.", 80, break_long_words=False, break_on_hyphens=False)
         else:
             config = resolve_run(dict(stage.raw), f"{recipe}, stage {stage.name}")
             one = check(config, out=stage.folder, quiet=quiet)

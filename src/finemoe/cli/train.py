@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from finemoe.cli.output import (
     Out,
     Overrides,
     Quiet,
+    and_rollouts,
     check_recipe,
     plain_table,
     print_json,
@@ -113,19 +115,48 @@ def _stages(recipe: Path, overrides: Sequence[str], out: Path | None, check: boo
     for one in done:
         table.add_row(*_came_to(one))
     print_rich(table)
-    typer.echo(f"\nNext: finemoe show {done[-1]['folder']} --out page")
+    last = Path(done[-1]["folder"])
+    typer.echo(f"\nNext: finemoe show {shlex.quote(str(last))} --out page" + and_rollouts(last))
 
 
 def _came_to(stage: Mapping[str, Any]) -> list[str]:
-    """Name, what was measured at last, and time, of a stage."""
+    """Name, what was measured, first and last where it was measured before the first step, and time, of a stage."""
     if "sampled" in stage:
         found = stage["sampled"]
         return [stage["stage"], f"{found['kept']:,} of {found['drawn']:,} answers kept", ""]
     summary = stage["summary"]
     measured = {name.removeprefix("final_validation_"): value for name, value in summary.items()
                 if name.startswith("final_validation_") and isinstance(value, (int, float))}  # fmt: skip
-    said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in list(measured.items())[:3])
-    return [stage["stage"], said, f"{summary['seconds']:.0f} s"]
+    before = _before(Path(stage["folder"]))
+    if "reward" in measured:
+        kept = [name for name in ("reward_answer", "length") if name in measured]
+        names = kept if "reward_answer" in kept else ["reward", *kept]
+    else:
+        names = list(measured)[:3]
+    said = (_first_and_last(name, before.get(f"validation_{name}"), measured[name]) for name in names)
+    return [stage["stage"], ", ".join(said), f"{summary['seconds']:.0f} s"]
+
+
+def _before(run: Path) -> Mapping[str, Any]:
+    """What was measured before the first step; nothing where a run begins from nothing, or its file cannot be read."""
+    from finemoe.core.errors import FinemoeError
+    from finemoe.training.directory import read_metrics
+
+    with contextlib.suppress(FinemoeError, OSError):
+        return next((one for one in read_metrics(run) if one["kind"] == "validation" and not one["step"]), {})
+    return {}
+
+
+def _first_and_last(name: str, first: Any, last: float) -> str:
+    """`right 28 % -> 99 %`, `length 3.4 -> 14`, `loss 1.016`."""
+
+    def shown(value: float) -> str:
+        if name == "reward_answer":
+            return f"{100 * value:.0f} %"
+        return f"{value:.3g}" if name == "length" else f"{value:.3f}"
+
+    title = "right" if name == "reward_answer" else name.replace("_", " ")
+    return f"{title} {shown(first)} -> {shown(last)}" if isinstance(first, (int, float)) else f"{title} {shown(last)}"
 
 
 def _check(recipe: Path, overrides: Sequence[str], out: Path | None, quiet: bool, as_json: bool) -> None:

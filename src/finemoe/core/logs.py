@@ -107,6 +107,19 @@ def speak() -> None:
         logger.setLevel(logging.INFO)
 
 
+@contextmanager
+def said_above(screen: Console) -> Iterator[None]:
+    """For as long as `screen` has a live line: what is logged is written by it too, so that the line makes room."""
+    led = [(one, one.console) for one in logger.handlers if isinstance(one, RichHandler)]
+    for handler, _ in led:
+        handler.console = screen
+    try:
+        yield
+    finally:
+        for handler, own in led:
+            handler.console = own
+
+
 class _Plain(logging.Handler):
     """Lines on stderr, wherever that points now; not wrapped, as a pipe has no width."""
 

@@ -38,7 +38,9 @@ class RunInfo:
     planned: int | None
     """The same, when it is finished; of a run that was ended by `training.max_tokens`, what it had done."""
     loss: float | None
-    """As it was measured last; of a comparison, that of its best run."""
+    """What was measured last on what was held out; of a comparison, that of its best run."""
+    measures: str | None
+    """What that is: `loss` in nats, `reward`, or another figure of the method's; None where nothing was measured."""
     bytes: int
     """On the disk, checkpoints included."""
     changed: float
@@ -89,7 +91,7 @@ def describe(path: Path) -> RunInfo | None:
         return _comparison(path)
     if is_imported(path):
         words = model_words(_object(path / "config.json").get("model"))
-        return RunInfo(path, "imported", words, "finished", None, None, None, _size(path), _changed(path))
+        return RunInfo(path, "imported", words, "finished", None, None, None, None, _size(path), _changed(path))
     config = _object(path / "config.json")
     made = (path / "checkpoints").is_dir() or (path / "summary.json").is_file()
     if made or isinstance(config.get("training"), Mapping):
@@ -117,6 +119,7 @@ def look_at(run: Path) -> RunInfo:
         state = "finished"
     elif (_whole(failure.get("step")) or 0) > done:
         state = "failed"
+    measures, value = _measured(summary, "final_") if summary else _measured(validation)
     return RunInfo(
         path=run,
         kind="run",
@@ -124,7 +127,8 @@ def look_at(run: Path) -> RunInfo:
         state=state,
         done=done,
         planned=planned,
-        loss=_measured(summary, "final_") if summary else _measured(validation),
+        loss=value,
+        measures=measures,
         bytes=_size(run),
         changed=_changed(run / "metrics.jsonl", run / "config.json", run),
         message=str(failure.get("message", "")) if state == "failed" else None,
@@ -144,7 +148,9 @@ def _comparison(path: Path) -> RunInfo:
         state = "finished"
     elif any(run.state == "failed" for run in runs):
         state = "failed"
-    losses = [run.loss for run in finished if run.loss is not None]
+    values = [run.loss for run in finished if run.loss is not None]
+    measures = next((run.measures for run in finished if run.loss is not None), None)
+    best = max if measures == "reward" else min
     failed = next((run for run in runs if run.state == "failed"), None)
     return RunInfo(
         path=path,
@@ -153,7 +159,8 @@ def _comparison(path: Path) -> RunInfo:
         state=state,
         done=len(finished),
         planned=planned,
-        loss=min(losses, default=None),
+        loss=best(values, default=None),
+        measures=measures,
         bytes=_size(path),
         changed=_changed(path / "results.json", *(run.path / "metrics.jsonl" for run in runs), path / COMPARISON),
         message=f"{failed.path}: {failed.message}" if failed is not None and state == "failed" else None,
@@ -217,13 +224,14 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _measured(record: Mapping[str, Any], prefix: str = "") -> float | None:
-    """The headline of a measurement, whatever the method calls it: the loss, or its first figure, which may be unknown
-    where others are known."""
+def _measured(record: Mapping[str, Any], prefix: str = "") -> tuple[str | None, float | None]:
+    """The headline of a measurement, whatever the method calls it, and its value: the loss, or its first figure, which
+    may be unknown where others are known."""
     named = [f"{prefix}validation_loss", *(key for key in record if key.startswith(prefix) and key not in _HEAD)]
-    values = (record[key] for key in named if key in record and key != "final_training_loss")
-    first = next((one for one in values if one is None or type(one) in (int, float)), None)
-    return None if first is None else float(first)
+    values = ((key, record[key]) for key in named if key in record and key != "final_training_loss")
+    key, first = next(((key, one) for key, one in values if one is None or type(one) in (int, float)), ("", None))
+    name = key.removeprefix(prefix).removeprefix("validation_").replace("_", " ")
+    return (None, None) if first is None else (name, float(first))
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from finemoe.core.files import storage_error, sync
-from finemoe.core.logs import JsonLines, console, logger
+from finemoe.core.logs import JsonLines, console, logger, said_above
 from finemoe.parallel.world import ROWS_FIGURE
 from finemoe.runs.trackers import Tracker
 from finemoe.training.alerts import RECOVERED_WORD, Watch
-from finemoe.training.method import Measured
+from finemoe.training.method import Measured, Note, Shown
 from finemoe.training.report import StepReport
 from finemoe.training.trainer import Plan, Trainer
 
@@ -31,6 +35,8 @@ class Evaluate:
     every: int
     emit: Callable[[Record], None]
     latest: Measured | None = None
+    step: int = 0
+    """After which that was found."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Measure when it is time."""
@@ -43,7 +49,7 @@ class Evaluate:
         self._measure(trainer, 0, 0, 0.0)
 
     def _measure(self, trainer: Trainer, step: int, tokens: int, seconds: float) -> None:
-        self.latest = trainer.measure()
+        self.latest, self.step = trainer.measure(), step
         head = {"kind": "validation", "step": step, "tokens": tokens, "seconds": round(seconds, 4)}
         self.emit({**head, **self.latest.to_record()})
 
@@ -102,6 +108,8 @@ class Log:
             raise storage_error(self._path, error) from error
 
 
+NOTE_WORD = "note"
+"""The level of a record of kind warning that warns of nothing."""
 _SHOWN_ALERTS = 3  # of one step: a deep model may collapse in every layer at once
 
 
@@ -130,8 +138,9 @@ class Warn:
         if more := alerts[_SHOWN_ALERTS:]:
             logger.warning("and %d more layers: see the records of kind alert in metrics.jsonl", len(more))
         for said in trainer.method.warns(report):
-            self.emit({"kind": "warning", "step": report.step, "message": said})
-            logger.warning("step %d: %s", report.step, said)
+            note = {"level": NOTE_WORD} if isinstance(said, Note) else {}
+            self.emit({"kind": "warning", "step": report.step, **note, "message": said})
+            (logger.info if note else logger.warning)("step %d: %s", report.step, said)
         rows = report.figures.get(ROWS_FIGURE, 0.0)
         self._uneven = self._uneven + 1 if rows > _MOST_ROWS else 0
         if self._uneven == _LONG:
@@ -186,52 +195,75 @@ class Write:
 _BAR = 10
 _CLOCK = 12
 """Columns of the stroke between step and steps, of the time that is left, and of the blanks in between."""
+_LONG_CLOCK = 12  # the same without a bar, of a run that may take days
 
 
 class Show:
-    """A live line on a terminal; on a pipe one plain line every ten seconds."""
+    """A live line on a terminal, two for a method with figures of its own; on a pipe plain lines.
+
+    Those come every ten seconds, or, of a method that has figures of its own, after every step. When such a method has
+    measured what was held out, one of the answers is shown.
+    """
 
     def __init__(self, evaluate: Evaluate, total_steps: int) -> None:
-        self._evaluate = evaluate
+        self._evaluate, self._total = evaluate, total_steps
         self._last = time.monotonic()
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        screen = console()
-        if screen.is_terminal:
-            columns = (  # where it stands comes first: what does not fit is a figure
-                BarColumn(bar_width=_BAR),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._progress = Progress(*columns, console=screen)
-            self._room = screen.width - (_BAR + 2 * len(str(total_steps)) + _CLOCK)
+        self._told: Measured | None = None
+        self._screen = console()
+        self._live: _Live | None = None
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Refresh."""
-        validation = self._evaluate.latest
+        validation, shows = self._evaluate.latest, trainer.method.shows
         total = _steps_in_all(trainer.plan, report)
-        if self._progress is not None:
-            if self._task is None:
-                self._progress.start()
-                self._task = self._progress.add_task("", total=total)
-            figures = _fitting(_short(report, validation, trainer.method.shows), self._room)
-            self._progress.update(self._task, completed=report.step, total=total, description=figures)
-        elif time.monotonic() - self._last > 10 or trainer.done:
+        if self._screen.is_terminal and self._live is None:
+            self._live = _Live(self._screen, self._total, several=bool(shows))
+        if shows and validation is not None and validation is not self._told:
+            self._told = validation
+            for line in _sample(validation, self._evaluate.step, self._screen.width - 2):
+                logger.info("%s", line)
+        if self._live is not None:
+            self._live.show(report.step, total, _short(report, validation, shows))
+        elif shows or time.monotonic() - self._last > 10 or trainer.done:
             self._last = time.monotonic()
             left = report.seconds / report.step * (total - report.step)
-            logger.info(
-                "step %d/%d  %s  %.0f s left",
-                report.step,
-                total,
-                _long(report, validation, trainer.method.shows),
-                left,
-            )
+            logger.info("step %d/%d  %s  %.0f s left", report.step, total, _long(report, validation, shows), left)
 
     def close(self) -> None:
         """Leave the last line on the screen."""
-        if self._progress is not None:
-            self._progress.stop()
+        if self._live is not None:
+            self._live.close()
+
+
+class _Live:
+    """Lines at the foot of a terminal: where the run stands comes first, what does not fit is a figure."""
+
+    def __init__(self, screen: Console, total_steps: int, *, several: bool) -> None:
+        """`several`: a second line; the bar gives way to figures then."""
+        columns = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
+        bar = () if several else (BarColumn(bar_width=_BAR),)
+        steps = 2 * len(str(total_steps))
+        first = screen.width - steps - (_LONG_CLOCK if several else _BAR + _CLOCK)
+        self._rooms = [first, screen.width] if several else [first]
+        self._progress, self._second = Progress(*bar, *columns, console=screen), ""
+        self._task = self._progress.add_task("", total=total_steps)
+        self._lines = Live(get_renderable=self._drawn, console=screen)
+        self._held = ExitStack()
+        self._held.enter_context(said_above(screen))
+        self._held.enter_context(self._lines)
+
+    def show(self, step: int, total: int, figures: Sequence[str]) -> None:
+        """Put figures there, those that matter most at first."""
+        first, *others = flow(figures, self._rooms)
+        self._second = others[0] if others else ""
+        self._progress.update(self._task, completed=step, total=total, description=first)
+
+    def close(self) -> None:
+        """Leave them on the screen."""
+        self._held.close()
+
+    def _drawn(self) -> RenderableType:
+        return Group(self._progress, Text(self._second, no_wrap=True)) if self._second else self._progress
 
 
 def _steps_in_all(plan: Plan, report: StepReport) -> int:
@@ -242,30 +274,53 @@ def _steps_in_all(plan: Plan, report: StepReport) -> int:
     return min(plan.total_steps, report.step + math.ceil(left * report.step / report.tokens))
 
 
-def _short(report: StepReport, validation: Measured | None, shows: Sequence[str]) -> list[str]:
+def _short(report: StepReport, validation: Measured | None, shows: Sequence[Shown]) -> list[str]:
     """Figures for the live line, those that matter most at first."""
     shown = f"val {_headline(validation, 3)}"
-    if shows:
-        first, *others = _figures(report, shows) or ["-"]
-        return [first, shown, *others]
+    if shows:  # what was measured stands above already
+        return [*shown_figures(report, shows), shown]
     speed = f"{report.tokens_per_second / 1000:.1f}k/s"
     return [f"loss {_loss(report, 3)}", shown, f"grad {report.gradient_norm:.2f}", *_vio(report), speed]
 
 
-def _fitting(figures: Sequence[str], room: int) -> str:
-    """As many of them as there are columns for."""
-    line = ""
+def flow(figures: Sequence[str], rooms: Sequence[int]) -> list[str]:
+    """Lines of at most `rooms` [characters], with as many of `figures` as fit, in their order, each of them whole."""
+    lines, place = [""] * len(rooms), 0
     for one in figures:
-        longer = f"{line} {one}" if line else one
-        if len(longer) > room:
+        while place < len(rooms) and len(_joined(lines[place], one)) > rooms[place]:
+            place += 1
+        if place == len(rooms):
             break
-        line = longer
-    return line
+        lines[place] = _joined(lines[place], one)
+    return lines
 
 
-def _long(report: StepReport, validation: Measured | None, shows: Sequence[str]) -> str:
+def _joined(line: str, one: str) -> str:
+    return f"{line} {one}" if line else one
+
+
+def _sample(validation: Measured, step: int, width: int) -> list[str]:
+    """What was measured after `step`, and one of the answers, always to the same question: lines of `width` columns."""
+    said = [f"step {step}: validation {_headline(validation, 3)}"]
+    for one in validation.to_record().get("samples", ())[:1]:
+        worth = "" if one.get("value") is None else f" worth {one['value']:g}"
+        said[0] += f"; asked {_quoted(one.get('asked', one['prompt']))}"
+        said.append(f"  answer{worth}: {_quoted(one['answer'])}")
+    lines = [Text(line) for line in said]
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+    return [line.plain for line in lines]
+
+
+def _quoted(text: str) -> str:
+    """On one line, and without control characters, which a model may write by chance."""
+    return json.dumps("".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text),
+                      ensure_ascii=False)  # fmt: skip
+
+
+def _long(report: StepReport, validation: Measured | None, shows: Sequence[Shown]) -> str:
     shown = _headline(validation, 4)
-    first = "  ".join(_figures(report, shows)) if shows else f"loss {_loss(report, 4)}"
+    first = "  ".join(shown_figures(report, shows)) if shows else f"loss {_loss(report, 4)}"
     vio = "".join(f" {one}" for one in _vio(report))
     return (
         f"{first}  validation {shown}  gradient {report.gradient_norm:.2f}  "
@@ -282,10 +337,24 @@ def _loss(report: StepReport, digits: int) -> str:
     return "-" if report.loss is None else f"{report.loss:.{digits}f}"
 
 
-def _figures(report: StepReport, shows: Sequence[str]) -> list[str]:
-    """Those that there are, three digits each."""
+def shown_figures(report: StepReport, shows: Sequence[Shown]) -> list[str]:
+    """Those that there are."""
     known = {**report.terms, **report.figures}
-    return [f"{name.replace('_', ' ')} {known[name]:.3g}" for name in shows if name in known]
+    return [
+        f"{one.title} {'/'.join(_number(known[name], one) for name in one.names)}{' %' * one.percent}"
+        for one in shows
+        if all(name in known for name in one.names)
+    ]
+
+
+def _number(value: float, shown: Shown) -> str:
+    """Three digits; of a share two, and whole percents of several that belong together."""
+    if not shown.percent:
+        return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+    share = 100 * value
+    if len(shown.names) > 1 or share >= 9.95 or not share:
+        return f"{share:.0f}"
+    return "<0.1" if share < 0.05 else f"{share:.1f}"
 
 
 def _vio(report: StepReport) -> list[str]:

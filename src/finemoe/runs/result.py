@@ -51,14 +51,15 @@ class Run:
         names = list(dict.fromkeys(name for row in rows for name in row))
         return pa.table({name: [row.get(name) for row in rows] for name in names})
 
-    def plot(self, figure: str = "loss") -> Drawing:
+    def plot(self, figure: str | None = None) -> Drawing:
         """A figure of the run's page, which notebooks show; `.save("loss.png")` writes it, `.chart` is altair's.
 
         Args:
-            figure: loss, balance, load, speed, learning_rate or gradient, where there is one.
+            figure: loss (where a model learns from its own answers, reward), balance, load, speed, learning_rate or
+                gradient, where there is one. None: the first of them.
 
         Raises:
-            ConfigError: there is no such figure.
+            ConfigError: there is no such figure, or none at all yet.
             RunError: the run cannot be read.
         """
         from finemoe.charts.drawing import Drawing
@@ -66,6 +67,7 @@ class Run:
         from finemoe.runs.report import run_results
 
         made = figures(run_results(self.directory))
+        figure = figure or next(iter(made), "loss")
         if figure not in made:
             raise ConfigError(f"plot: there is no figure {figure!r}{did_you_mean(figure, list(made))}")
         return Drawing(figure, made[figure])

@@ -213,6 +213,24 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """What the live line has in place of the loss, where that says little."""
+
+    title: str
+    names: tuple[str, ...]
+    """Terms or figures of a step; of several, the numbers follow each other: 71/2/27 %. A step that lacks one of them
+    shows nothing."""
+    percent: bool = False
+    """They are shares."""
+
+
+class Note(str):
+    """A sentence of `Method.warns` that is good to know, and warns of nothing."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
 class Method(Generic[BatchT]):
     """A way of training: what the trainer asks, in the order of a run."""
 
@@ -237,9 +255,9 @@ class Method(Generic[BatchT]):
     writes: Mapping[str, Callable[[], Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
     """By the name of a .jsonl file of the run: what came up since it was last asked for, each with its `step`."""
     warns: Callable[[StepReport], Sequence[str]] = nothing
-    """Sentences about a step that people should read at once."""
-    shows: tuple[str, ...] = ()
-    """Terms and figures that the live line has in place of the loss, where it says little."""
+    """Sentences about a step that people should read at once: warnings, or a `Note`."""
+    shows: tuple[Shown, ...] = ()
+    """What the live line has in place of the loss, where it says little; what matters most comes first."""
     hurry: Callable[[], object] = lambda: None
     """When a person asks the run to end, in a signal handler, so it sets a flag at most: what waits for something
     elsewhere that does not answer raises OutageError instead."""

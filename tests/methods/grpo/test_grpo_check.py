@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import finemoe
 from finemoe.core.errors import RunError
 from finemoe.judging.pool import Pool
+from finemoe.methods.grpo.source import OwnEngine
 from methods.grpo.tiny_policy import LENGTH, base, practising
 
 
@@ -43,6 +45,34 @@ def test_steps_are_measured_with_rewards_that_end_with_it(start: Path, started: 
     assert found.tokens_per_second is not None
     assert started
     assert all(one.poll() is not None for one in started)
+
+
+def test_the_writing_of_answers_is_part_of_a_step(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check promised ten times the real speed, as it timed what comes after the answers alone."""
+    writing = OwnEngine.__call__
+
+    def slow(self: OwnEngine, *arguments: Any) -> Any:
+        time.sleep(0.3)
+        return writing(self, *arguments)
+
+    monkeypatch.setattr(OwnEngine, "__call__", slow)
+    found = finemoe.check(practising(start, RULE, training={"steps": 40}), quiet=True, steps=3)
+    assert found.seconds_a_step is not None
+    assert found.seconds is not None
+    assert found.seconds_a_step > 0.3
+    assert found.seconds > 40 * 0.3
+    assert list(found.shares) == ["writing answers", "judging them", "all else"]
+    assert sum(found.shares.values()) == pytest.approx(1.0)
+    assert found.shares["writing answers"] > 0.3
+    assert found.tokens_per_second is not None
+    assert found.tokens_per_second < 8 * LENGTH / found.seconds_a_step, "answers are shorter than what they may be"
+    assert (found.losses, len(found.rewards)) == ((), 3)
+    text = " ".join(str(found).split())
+    assert f"Training at most {40 * 8 * LENGTH / 1000:.1f}K tokens in 40 steps" in text
+    assert "s a step, " in text
+    assert "a step's time: writing answers " in text
+    assert "reward 0.000 at first" in text
+    assert "answers may grow longer while it learns" in text
 
 
 def test_short_answers_need_more_steps_to_read_what_they_may(start: Path, tmp_path: Path) -> None:

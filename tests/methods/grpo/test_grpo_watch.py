@@ -8,6 +8,7 @@ import pytest
 
 from finemoe.methods.grpo.config import GRPOConfig
 from finemoe.methods.grpo.watch import Watch
+from finemoe.training.method import Note
 
 SOUND = {
     "reward": 0.4,
@@ -45,6 +46,25 @@ def test_trouble_is_told_once_after_five_rollouts(name: str) -> None:
     found = said(30, **figures)
     assert len(found) == 1
     assert knob in found[0]
+
+
+@pytest.mark.parametrize(
+    ("right", "knob", "is_note"),
+    [(0.98, "stop here, or ask harder ones", True), (0.01, "begin with easier prompts", False),
+     (0.4, "make prompts easier or harder", False)],
+)  # fmt: skip
+def test_where_nothing_is_left_to_learn_that_is_no_trouble(right: float, knob: str, is_note: bool) -> None:
+    """A run that has learnt its task ends with groups of right answers, and nobody is to mend that."""
+    (found,) = said(30, dead_groups=0.95, reward=right, reward_answer=right)
+    assert knob in found
+    assert isinstance(found, Note) is is_note
+    assert found.startswith("95% of the groups teach nothing, as ")
+
+
+def test_what_a_users_function_gives_says_nothing_of_right_and_wrong() -> None:
+    watch = Watch(GRPOConfig.model_validate({"rewards": [{"kind": "function", "path": "rules.py:score"}]}))
+    found = [one for _ in range(8) for one in watch.after({**SOUND, "dead_groups": 1.0, "reward_function": 1.0})]
+    assert ["make prompts easier or harder" in one for one in found] == [True]
 
 
 def test_sound_runs_are_left_alone() -> None:

@@ -17,8 +17,9 @@ from finemoe.core import memory
 from finemoe.core.errors import ConfigError
 from finemoe.runs.config import resolve_run
 from finemoe.runs.footprint import footprint
-from finemoe.runs.planning.check import Check, _Pace
+from finemoe.runs.planning.check import Check
 from finemoe.runs.planning.machine import other_work
+from finemoe.runs.planning.pace import Pace
 from finemoe.training.trainer import Trainer
 from runs.tiny_runs import LENGTH, recipe, steps, write_corpus
 
@@ -54,10 +55,10 @@ def test_ten_steps_are_measured_and_the_first_do_not_count(corpus: Path) -> None
     found = finemoe.check(recipe(corpus), overrides=["training.steps=400"], quiet=True)
     assert (found.steps, found.steps_measured, len(found.losses)) == (400, 10, 10)
     assert found.validations == 10
-    pace = _Pace(lambda _: None, [9.0, 5.0, 1.0, 1.0, 3.0])
+    pace = Pace(lambda _: None, [9.0, 5.0, 1.0, 1.0, 3.0])
     assert pace.seconds_a_step() == 1.0
-    assert _Pace(lambda _: None, [9.0]).seconds_a_step() == 9.0
-    assert _Pace(lambda _: None, [9.0, 5.0]).seconds_a_step() == 5.0
+    assert Pace(lambda _: None, [9.0]).seconds_a_step() == 9.0
+    assert Pace(lambda _: None, [9.0, 5.0]).seconds_a_step() == 5.0
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_ten_steps_are_measured_and_the_first_do_not_count(corpus: Path) -> None
 )
 def test_slow_steps_are_not_waited_for(seconds: list[float], enough: bool) -> None:
     """Two steps where they fit, one that is slower than the limit, and no step that would pass it."""
-    assert _Pace(lambda _: None, seconds).is_enough(60.0) == enough
+    assert Pace(lambda _: None, seconds).is_enough(60.0) == enough
 
 
 def test_a_check_says_on_how_many_steps_it_rests(corpus: Path) -> None:

@@ -1,4 +1,4 @@
-"""The figures of one run: loss, balance, the load of every expert, speed, learning rate and gradient.
+"""The figures of one run: loss, balance, the load of every expert, and single figures of its steps.
 
 Each function takes the results of `finemoe show RUN --out` and returns a chart, or None with nothing to show.
 """
@@ -20,9 +20,10 @@ _HEIGHT = 240
 
 
 def figures(results: Results) -> dict[str, Any]:
-    """Every figure that the run can fill, by file name."""
+    """Every figure that the run can fill, by file name; the reward instead of the loss where it learns from its own."""
     results = clean(results)
-    made = {"loss": loss_chart(results), "balance": balance_chart(results), "load": load_map(results),
+    first = {"reward": reward_chart(results)} if answers_itself(results) else {"loss": loss_chart(results)}
+    made = {**first, "balance": balance_chart(results), "load": load_map(results),
             "speed": line_chart(results, "tokens_per_second", "tokens per second"),
             "learning_rate": line_chart(results, "learning_rate", "learning rate"),
             "gradient": line_chart(results, "gradient_norm", "gradient norm")}  # fmt: skip
@@ -57,10 +58,8 @@ def loss_chart(results: Results) -> Any | None:
     names = ("training", "validation")
     if not results["steps"]:
         return None
-    along = _Along(results)
-    x = along.x
     rows = [
-        {"x": along.at(point), "step": point["step"], "loss": value, "arm": name}
+        {"tokens": point["tokens"], "step": point["step"], "value": value, "arm": name}
         for name, points, key in (
             (names[0], results["steps"], "loss"), (names[1], results["validations"], "validation_loss")
         )
@@ -69,25 +68,61 @@ def loss_chart(results: Results) -> Any | None:
     ]  # fmt: skip
     if not rows:
         return None
-    low, high = _window([row["loss"] for row in rows if row["arm"] == names[0]] or [row["loss"] for row in rows])
-    low = min([low, *(row["loss"] for row in rows)])
+    low, high = _window([row["value"] for row in rows if row["arm"] == names[0]] or [row["value"] for row in rows])
+    low = min([low, *(row["value"] for row in rows)])
     pad = 0.04 * (high - low) or 0.05
-    y = alt.Y("loss:Q", title=LOSS, scale=alt.Scale(domain=[low - pad, high + pad], nice=False))
-    legend = alt.Legend(orient="top", title=None)
-    color = alt.Color("arm:N", scale=alt.Scale(domain=list(names)), legend=legend)
-    marks = theme.base(rows)
-    tips = [alt.Tooltip("arm:N", title="of"), alt.Tooltip("step:Q"), alt.Tooltip("loss:Q", format=".4f")]
-    line = marks.transform_filter("datum.arm === 'training'").mark_line(strokeWidth=1.6, clip=True)
-    held = marks.transform_filter("datum.arm === 'validation'")
+    return curves(results, rows, names, LOSS, (low - pad, high + pad))
+
+
+def reward_chart(results: Results) -> Any | None:
+    """Reward of the answers that were learnt as a line, and of held-out questions as markers."""
+    names = ("training", "held out")
+    found = [
+        (names[0], [{**point, **point.get("figures", {})} for point in results["steps"]], "reward"),
+        (names[1], results["validations"], "validation_reward"),
+    ]
+    rows = [
+        {"step": point["step"], "value": value, "arm": name}
+        for name, points, key in found
+        for point in points
+        if (value := finite(point.get(key))) is not None
+    ]
+    if not rows:
+        return None
+    low, high = min(row["value"] for row in rows), max(row["value"] for row in rows)
+    pad = 0.04 * (high - low) or 0.05
+    return curves(results, rows, names, "reward", (low - pad, high + pad))
+
+
+def curves(
+    results: Results, rows: Sequence[Mapping[str, Any]], names: tuple[str, str], title: str, within: tuple[float, float]
+) -> Any:
+    """One figure as it was in training, a line, and as it was measured on what was held out, markers.
+
+    Args:
+        results: of the run.
+        rows: step, tokens where it is drawn along them, value and `arm`, which is one of `names`.
+        names: of the two; what has no row is not in the legend.
+        title: of the figure.
+        within: lowest and highest value that the axis has.
+    """
+    along = _Along(results)
+    x, there = along.x, [name for name in names if any(row["arm"] == name for row in rows)]
+    y = alt.Y("value:Q", title=title, scale=alt.Scale(domain=list(within), nice=False))
+    color = alt.Color("arm:N", scale=alt.Scale(domain=there), legend=alt.Legend(orient="top", title=None))
+    marks = theme.base([{**row, "x": along.at(row)} for row in rows])
+    tips = [alt.Tooltip("arm:N", title="of"), alt.Tooltip("step:Q"), alt.Tooltip("value:Q", title=title, format=".4f")]
+    line = marks.transform_filter(f"datum.arm === '{names[0]}'").mark_line(strokeWidth=1.6, clip=True)
+    held = marks.transform_filter(f"datum.arm === '{names[1]}'")
     layers = [
         line.encode(x, y, color, tooltip=tips),
         held.mark_line(strokeWidth=1.6, strokeDash=[5, 3], clip=True).encode(x, y, color),
         held.mark_point(size=60, filled=True, opacity=1, clip=True).encode(x, y, color, tooltip=tips),
     ]
     last = {row["arm"]: row for row in rows}
-    said = ", ".join(f"{name} {fixed(row['loss'])}" for name, row in last.items())
+    said = ", ".join(f"{name} {fixed(row['value'])}" for name, row in last.items())
     return alt.layer(*layers).properties(
-        width=theme.WIDTH - 60, height=320, description=f"{LOSS} against {along.title}. At the end: {said}."
+        width=theme.WIDTH - 60, height=320, description=f"{title} against {along.title}. At the end: {said}."
     )
 
 
@@ -158,8 +193,18 @@ def load_map(results: Results) -> Any | None:
     )
 
 
-def line_chart(results: Results, key: str, title: str, numbers: str = "~s") -> Any | None:
-    """One figure of the steps against tokens; `numbers`: the form of the axis', in d3's words."""
+def line_chart(
+    results: Results, key: str, title: str, numbers: str = "~s", *, floor: float | None = None
+) -> Any | None:
+    """One figure of the steps against tokens.
+
+    Args:
+        results: of the run.
+        key: of a step's record.
+        title: of the figure.
+        numbers: the form of the axis', in d3's words.
+        floor: what the axis reaches at least; None: no more than the figure does.
+    """
     found = [point for point in results["steps"] if finite(point.get(key)) is not None]
     if not found:
         return None
@@ -167,14 +212,16 @@ def line_chart(results: Results, key: str, title: str, numbers: str = "~s") -> A
     x = along.x
     rows = [{"x": along.at(point), "value": point[key], "step": point["step"]} for point in found]
     form = "~g" if key == "learning_rate" else numbers
-    y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5, format=form))
+    values = [row["value"] for row in rows]
+    scale = alt.Scale(zero=True)
+    if floor is not None and max(map(abs, values)) < floor:
+        scale = alt.Scale(domain=[-floor if min(values) < -floor / 100 else 0, floor], clamp=True)
+    y = alt.Y("value:Q", title=title, scale=scale, axis=alt.Axis(tickCount=5, format=form))
     tips = [alt.Tooltip("step:Q"), alt.Tooltip("value:Q", title=title, format=".4~g")]
     chart = theme.base(rows).mark_line(strokeWidth=1.6).encode(x, y, tooltip=tips)
     return chart.properties(width=260, height=170, description=f"{title} against {along.title}.")
 
 
-def figure_charts(results: Results, names: Mapping[str, str]) -> list[Any]:
-    """A small chart for each figure of a method that its steps have, `names` to titles."""
-    steps = [{**point, **point.get("figures", {})} for point in results["steps"]]
-    found = (line_chart({**results, "steps": steps}, name, title, "~g") for name, title in names.items())
-    return [chart for chart in found if chart is not None]
+def along_steps(results: Results) -> alt.X:
+    """The axis of a run that is drawn along its steps."""
+    return _Along(results).x

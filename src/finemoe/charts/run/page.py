@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from finemoe.charts.comparison.page import MAX_VIO, flat
-from finemoe.charts.numbers import NOTHING, Results, clean, count, duration, fixed
+from finemoe.charts.numbers import NOTHING, Results, clean, count, duration, finite, fixed
 from finemoe.charts.page import Bullets, Card, Cards, Code, Details, Figure, Section, Table, Text, render_page
-from finemoe.charts.run.figures import answers_itself, balance_chart, figure_charts, line_chart, load_map, loss_chart
+from finemoe.charts.run.figures import answers_itself, balance_chart, line_chart, load_map, loss_chart, reward_chart
+from finemoe.charts.run.rewarded import charts, repeats, title_of
 from finemoe.charts.run.words import state, summary
-from finemoe.charts.words import footer
+from finemoe.charts.words import footer, listed
 
 _MOST_ALERTS = 8
 _MOST_ROWS = 16
@@ -73,27 +76,24 @@ def _loss(results: Results) -> Section | None:
     return Section("Loss", [Figure([chart], caption)])
 
 
-_ROLLOUTS = {
-    "reward": "reward", "length": "tokens of an answer", "kl": "divergence from the reference", "entropy": "entropy",
-    "dead_groups": "groups without spread", "cut_share": "answers cut at their length",
-    "clip_share": "tokens that are clipped", "expert_mismatch": "experts that differ", "off_policy_kl": "off-policy KL",
-}  # fmt: skip
-
-
 def _rollouts(results: Results) -> Section | None:
     """What a model that learns from its own answers is rewarded for, how long they are, how far it has gone."""
     if not answers_itself(results) or not results["steps"]:
         return None
-    last = results["steps"][-1].get("figures", {})
-    watched = {one.get("name") or one["kind"] for one in results["config"]["method"].get("rewards") or ()
-               if one.get("weight") == 0}  # fmt: skip
-    names = [name.removeprefix("reward_") for name in last if name.startswith("reward_")]
-    rewards = {f"reward_{name}": f"{'only watched' if name in watched else 'of it'}: {name}" for name in names}
-    first, *others = _ROLLOUTS.items()
-    shown = dict([first, *(rewards.items() if len(rewards) > 1 else ()), *others])
-    charts = figure_charts(results, shown)
-    caption = "Means over the answers that each step learnt from; length and reward are of all of them."
-    return Section("Answers and their reward", [Figure(charts, caption)]) if charts else None
+    blocks: list[Any] = []
+    if (reward := reward_chart(results)) is not None:
+        said = "Reward, mean over the answers that each step learnt from, and of held-out questions."
+        blocks.append(Figure([reward], said))
+    small, flat = charts(results)
+    if small:
+        said = (
+            "Means over the answers that each step learnt from; length and reward are of all of them. A step's time "
+            "goes into writing answers (rollout), judging them (reward), and all else (update)."
+        )
+        blocks.append(Figure(small, said))
+    if flat:
+        blocks.append(Text([f"0 in every step: {listed(flat)}."]))
+    return Section("Answers and their reward", blocks) if blocks else None
 
 
 def _balance(results: Results) -> Section | None:
@@ -132,10 +132,29 @@ def _measured(results: Results) -> Section | None:
         else [found[n * (len(found) - 1) // (_MOST_ROWS - 1)] for n in range(_MOST_ROWS)]
     )
     keys = ["validation_loss", *keys] if "validation_loss" in found[-1] else keys
-    columns = ["Step", *(key.removeprefix("validation_").replace("_", " ") for key in keys)]
-    rows = [[f"{one['step']:,}", *(fixed(one.get(key), 3) for key in keys)] for one in few]
+    told, nothing, title = keys, list[str](), _plain_title
+    if answers_itself(results):
+        title = partial(title_of, results)
+        told, nothing = _telling(keys, found)
+    columns = ["Step", *map(title, told)]
+    rows = [[f"{one['step']:,}", *(fixed(one.get(key), 3) for key in told)] for one in few]
     left_out = f"{len(few)} of {len(found)} measurements; all are in metrics.jsonl" if len(few) < len(found) else ""
-    return Section("Measured on what was held out", [Table(left_out, columns, rows, tuple(range(len(columns))))])
+    note = f"0 every time: {listed([title(key) for key in nothing])}." if nothing else ""
+    table = Table(left_out, columns, rows, tuple(range(len(columns))), note=note)
+    return Section("Measured on what was held out", [table])
+
+
+def _plain_title(key: str) -> str:
+    return key.removeprefix("validation_").replace("_", " ")
+
+
+def _telling(keys: Sequence[str], found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Figures of answers that have something to say, reward and length first, and those that are 0 every time."""
+    nothing = [key for key in keys if not any(finite(one.get(key)) for one in found)]
+    first = [key for key in ("validation_reward", "validation_length") if key in keys]
+    others = [key for key in keys if key not in first and not repeats(found, key, "validation_reward")]
+    shown = [key for key in (*first, *others) if key in first or key not in nothing]
+    return shown, [key for key in nothing if key not in shown]
 
 
 def _answers(results: Results) -> Section | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from finemoe.charts.numbers import Results, count, duration, finite, fixed
 
+_CALM = ("recovered", "note")
+"""Levels of what is told in the list of alerts, and is none."""
+
 
 def state(results: Results) -> str:
     """`finished`, `failed`, `training` while a process is at work there, or `stopped`."""
@@ -35,9 +38,10 @@ def summary(results: Results) -> list[str]:
         lines.append(f"About {duration(left)} of training left at the speed so far.")
     if failure := results["failure"]:
         lines.append(f"It stopped: {failure.get('message')}")
-    alarming = [alert for alert in results["alerts"] if alert.get("level") != "recovered"]
+    alarming = [alert for alert in results["alerts"] if alert.get("level") not in _CALM]
     said = "1 alert" if len(alarming) == 1 else f"{len(alarming)} alerts"
-    lines.append(f"{said} about its experts: see below." if alarming else "No alerts.")
+    about = " about its experts" if all(alert.get("kind") == "alert" for alert in alarming) else ""
+    lines.append(f"{said}{about}: see below." if alarming else "No alerts.")
     return lines
 
 

@@ -24,7 +24,7 @@ from finemoe.methods.setting import Setting
 from finemoe.model.transformer import Transformer
 from finemoe.training.balancing import MoveBiases
 from finemoe.training.gradients import Clip
-from finemoe.training.method import Group, Method, Prompt
+from finemoe.training.method import Group, Method, Prompt, Shown
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,27 @@ def build(config: GRPOConfig, setting: Setting) -> Method[RolloutBatch]:
         hurry=data.hurry,
         finish=data.finish,
         close=rewards.close,
-        shows=("reward", "length", "kl", "dead_groups", "time_rollout"),
+        shows=shown_of(config),
         asks=lambda: (Prompt(one.ids, one.references) for one in data.asked()),
         notes=(*_sentences(config, prompts, rewards), f"added to the loss: {', '.join(live) or 'nothing'}"),
+    )
+
+
+def shown_of(config: GRPOConfig) -> tuple[Shown, ...]:
+    """Figures of the live line; a reward that says whether the form is right is the share of answers that keep it."""
+    forms = [one.name or one.kind for one in config.rewards if one.kind == "format"]
+    titles = ["format"] if len(forms) == 1 else forms
+    return (
+        Shown("reward", ("reward",)),
+        Shown("length", ("length",)),
+        Shown("kl", ("kl",)),
+        Shown("dead", ("dead_groups",), percent=True),
+        *(Shown(title, (f"reward_{name}",), percent=True) for title, name in zip(titles, forms, strict=True)),
+        Shown("rollout/reward/update", ("time_rollout", "time_reward", "time_update"), percent=True),
+        Shown("clip", ("clip_share",), percent=True),
+        Shown("entropy", ("entropy",)),
+        Shown("mismatch", ("expert_mismatch",), percent=True),
+        Shown("cut", ("cut_share",), percent=True),
     )
 
 

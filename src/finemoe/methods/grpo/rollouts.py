@@ -97,7 +97,9 @@ class Rollouts:
         self._watch, self._told_of_trouble = Watch(config), False
         self._unwritten: list[dict[str, Any]] = []
         self._spent = {"time_rollout": 0.0, "time_reward": 0.0, "time_scoring": 0.0}
-        self._stepped, self._ended = time.perf_counter(), False
+        self._stepped: float | None = None
+        """When the step began that is under way."""
+        self._ended = False
 
     # ---- of the data ----------------------------------------------------------------------------------------------
 
@@ -132,6 +134,7 @@ class Rollouts:
 
     def batch(self, position: int, num_sequences: int) -> RolloutBatch:
         """Answers `position` to `position + num_sequences` of the run, written now where they are not there yet."""
+        self._stepped = time.perf_counter() if self._stepped is None else self._stepped
         number, within = divmod(position, self._size * self._config.inner_epochs)
         if self._rollout is not None and number < self._rollout.number:  # what was looked at before the first step
             self._rollout, self._prompts_used, self._unwritten, self._in_vain = None, 0, [], 0
@@ -209,11 +212,15 @@ class Rollouts:
         return self._policies
 
     def figures(self, parameters: Mapping[str, Any], norm: Tensor) -> dict[str, float]:
-        """`training.method.BeforeUpdate`: what the rollout came to, which the step learns from; shares of its time."""
+        """`training.method.BeforeUpdate`: what the rollout came to, which the step learns from; shares of its time.
+
+        A step's time is that from its first batch to here: what is measured and saved between steps is no part of it.
+        """
         assert self._rollout is not None
-        now = time.perf_counter()
-        passed, self._stepped = now - self._stepped, now
+        assert self._stepped is not None  # a step begins with its batches
+        passed, self._stepped = time.perf_counter() - self._stepped, None
         shares = {name: min(1.0, seconds / passed) for name, seconds in self._spent.items()}
+        shares["time_update"] = max(0.0, 1 - shares["time_rollout"] - shares["time_reward"])
         self._spent = dict.fromkeys(self._spent, 0.0)
         return {**self._rollout.figures, **shares}
 

@@ -8,12 +8,17 @@ from typing import final
 
 from finemoe.core.logs import logger
 from finemoe.methods.grpo.config import GRPOConfig
+from finemoe.training.method import Note
 
 _LONG = 5
 """[rollouts] In a row before anything is said."""
 _AGAIN = 50
 """[rollouts] After which failures of rewards are told again, where there still are some."""
 _DEAD, _CUT, _MISMATCH, _OFF_POLICY = 0.9, 0.5, 0.1, 0.01
+_COMPARING = ("answer", "number", "latex", "expression", "tests", "reasoning_gym")
+"""Kinds of rewards that say whether an answer is right, 0 to 1."""
+_FEW = 0.05
+"""[share] Of right answers, or of wrong ones, that are none to speak of."""
 _LONGER = 1.5
 """[factor] Length against that of the first rollouts, from where on a reward that did not rise is suspected."""
 
@@ -81,12 +86,7 @@ class Watch:
         unreadable = max((value for name, value in figures.items() if name.startswith("unreadable_")), default=0.0)
         dead, cut, length = figures["dead_groups"], figures["cut_share"], figures["length"]
         said = {
-            "dead": (
-                dead > _DEAD,
-                f"{dead:.0%} of the groups teach nothing, as all of their answers are worth the same: make prompts "
-                "easier or harder (data.corpus.difficulty), raise method.group, or set method.dynamic_sampling"
-                + (f"; {cut:.0%} of the answers are cut: raise method.answer_tokens" if cut > _CUT else ""),
-            ),
+            "dead": (dead > _DEAD, self._dead(figures)),
             "cut": (
                 cut > _CUT and dead <= _DEAD,
                 f"{cut:.0%} of the answers are cut at method.answer_tokens {self.config.answer_tokens}, before they "
@@ -106,6 +106,28 @@ class Watch:
             ),
         }
         return [text for name, (so, text) in said.items() if self._streaks.setdefault(name, _Streak()).after(so)]
+
+    def _dead(self, figures: Mapping[str, float]) -> str:
+        """Of groups without spread, what to do about it: where all is right there is nothing to mend."""
+        dead, cut = figures["dead_groups"], figures["cut_share"]
+        known = [found for one in self.config.rewards if one.weight > 0 and one.kind in _COMPARING
+                 if (found := figures.get(f"reward_{one.name or one.kind}")) is not None]  # fmt: skip
+        said = f"{dead:.0%} of the groups teach nothing, as "
+        if known and min(known) >= 1 - _FEW:
+            return Note(
+                f"{said}nearly all answers are right: these prompts have taught what they can; stop here, or ask "
+                "harder ones (data.corpus.difficulty)"
+            )
+        shorter = f"; {cut:.0%} of the answers are cut: raise method.answer_tokens" if cut > _CUT else ""
+        if known and max(known) <= _FEW:
+            return (
+                f"{said}nearly all answers are wrong: begin with easier prompts (data.corpus.difficulty), or with a "
+                f"model that is right now and then (method sft){shorter}"
+            )
+        return (
+            f"{said}all of their answers are worth the same: make prompts easier or harder (data.corpus.difficulty), "
+            f"raise method.group, or set method.dynamic_sampling{shorter}"
+        )
 
     def failures(self, share: float, why: str) -> list[str]:
         """What is to be said where so many answers of a rollout could not be judged, the last of them for `why`."""

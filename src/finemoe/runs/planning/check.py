@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import statistics
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from finemoe.runs.config import RunConfig, read_recipe, resolve_run
 from finemoe.runs.directory import require_free
 from finemoe.runs.footprint import footprint, require_memory
 from finemoe.runs.planning.machine import other_work
+from finemoe.runs.planning.pace import Pace, about_writing
 from finemoe.runs.run import evaluate_every, first_trainer
 from finemoe.runs.start import (
     build_method,
@@ -38,13 +38,11 @@ from finemoe.runs.start import (
     resolve_device,
 )
 from finemoe.training.method import Method
-from finemoe.training.report import StepReport
 from finemoe.training.trainer import Trainer
 
 STEPS = 10
 SECONDS = 60.0
 """Of steps that are measured: no more are begun after it, but for a second one."""
-_WARM_UP = 2  # steps at the beginning that are slower than the rest, and do not count
 
 Recipe = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
 
@@ -75,8 +73,16 @@ class Check:
     validations: int = 0
     seconds: float | None = None
     """That the run will take, on this machine as it is now."""
+    seconds_a_step: float | None = None
+    """The median, all of it: what a model learns from itself is written and judged in it."""
     losses: tuple[float, ...] = ()
-    """Of the steps that were measured."""
+    """Of the steps that were measured; none where a model is rewarded."""
+    rewards: tuple[float, ...] = ()
+    """Of the same steps, where it is."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Of a step's time, by what it was spent on, where a model writes itself what it learns."""
+    writes: bool = False
+    """It does, so that `tokens` are at most as many."""
     memory_bytes: int | None = None
     """Of this process at the height of a step; on CUDA, of the device."""
     memory_available_bytes: int | None = None
@@ -121,12 +127,9 @@ class Check:
             )
         yield "Model", f"{count(self.total_parameters)} parameters, {count(self.active_parameters)} active"
         times = f", {self.passes:.2g} times the text" if self.passes is not None else ""
-        yield "Training", f"{count(self.tokens)} tokens in {self.steps:,} steps{times}"
-        if self.tokens_per_second is not None:
-            over = "1 step" if self.steps_measured == 1 else f"{self.steps_measured} steps"
-            yield "Speed", f"{count(self.tokens_per_second)} tokens/s, measured over {over}"
-        if self.losses:
-            yield "", f"loss {self.losses[0]:.3f} at first, {self.losses[-1]:.3f} in the last of them"
+        most = "at most " if self.writes else ""
+        yield "Training", f"{most}{count(self.tokens)} tokens in {self.steps:,} steps{times}"
+        yield from self._pace()
         if self.seconds is not None and self.validation_seconds is not None:
             validating = f"{self.validations} validations of {duration(self.validation_seconds)} included"
             yield "Time", f"about {duration(self.seconds)}, {validating}"
@@ -147,6 +150,17 @@ class Check:
             yield "Refused", "nothing: the run can start"
         for refusal in self.refused:
             yield "Refused", refusal
+
+    def _pace(self) -> Iterator[tuple[str, str]]:
+        if self.tokens_per_second is not None:
+            over = "1 step" if self.steps_measured == 1 else f"{self.steps_measured} steps"
+            step = f"{duration(self.seconds_a_step)} a step, " if self.writes else ""
+            yield "Speed", f"{step}{count(self.tokens_per_second)} tokens/s, measured over {over}"
+        if self.shares:
+            yield "", "a step's time: " + ", ".join(f"{said} {share:.0%}" for said, share in self.shares.items())
+        for what, found in (("loss", self.losses), ("reward", self.rewards)):
+            if found:
+                yield "", f"{what} {found[0]:.3f} at first, {found[-1]:.3f} in the last of them"
 
 
 def check(
@@ -193,7 +207,7 @@ def check(
     measurable = found.attempt(lambda: _measurable(config, found))
     if method is not None:
         with closing(method):
-            found.add(**_of_data(method), notes=method.notes)
+            found.add(**_of_data(method), writes=method.asks is not None, notes=method.notes)
             if measurable:
                 found.attempt(lambda: found.add(**_measured(config, method, steps, seconds, quiet)))
     return found.check(free)
@@ -236,9 +250,8 @@ class _Findings:
             most = f"all of its {training.total_steps:,} steps"
             self.add(notes=(f"training.max_tokens ends it before {most}, if they stay as long as the first ones",))
         facts = self.facts
-        if facts.get("tokens_per_second"):
-            pace = training.tokens_per_step / facts["tokens_per_second"]
-            facts["seconds"] = steps * pace + validations * facts["validation_seconds"]
+        if facts.get("seconds_a_step"):
+            facts["seconds"] = steps * facts["seconds_a_step"] + validations * facts["validation_seconds"]
         return Check(
             recipe=self.source,
             refused=tuple(self.refused),
@@ -303,58 +316,37 @@ def _measured(config: RunConfig, method: Method[Any], steps: int, seconds: float
         memory.forget_peak()
         trainer, reason = first_trainer(config, method)
         with _shown("measuring", steps, quiet) as advance:
-            pace = _Pace(advance)
+            pace = Pace(advance)
             trainer.model.train()
             # not `run`, which ends behind a whole step when a signal comes, so that it can be saved
             while len(pace.seconds) < steps and not pace.is_enough(seconds):
-                pace.note(trainer.step(trainer.micro_batches()))
+                began = time.perf_counter()  # what a model learns from itself it writes with the batch
+                pace.note(trainer.step(trainer.micro_batches(), began))
         started = time.perf_counter()
         trainer.measure()
         validation = time.perf_counter() - started
         on_cuda = trainer.plan.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if on_cuda else memory.peak_bytes()
+        each, own = trainer.state.tokens / len(pace.seconds), method.asks is not None
         return {
             "steps_measured": len(pace.seconds),
-            "losses": tuple(pace.losses),
-            "tokens_a_step": trainer.state.tokens / len(pace.seconds),
-            "tokens_per_second": config.training.tokens_per_step / pace.seconds_a_step(),
+            "losses": () if own else tuple(pace.losses),  # a policy gradient's says nothing
+            "rewards": tuple(pace.rewards),
+            "shares": pace.shares_of_a_step(),
+            "tokens_a_step": each,
+            "seconds_a_step": pace.seconds_a_step(),
+            "tokens_per_second": (each if own else config.training.tokens_per_step) / pace.seconds_a_step(),
             "validation_seconds": validation,
             "memory_bytes": peak,
             "memory_available_bytes": available,
             "computes": _computes(trainer),
-            "notes": (*pace.caveat(steps), *_busy(), *((f"kernels by measuring: {reason}",) if reason else ())),
+            "notes": (
+                *pace.caveat(steps),
+                *about_writing(config.method, own),
+                *_busy(),
+                *((f"kernels by measuring: {reason}",) if reason else ()),
+            ),
         }
-
-
-@dataclass
-class _Pace:
-    """How long steps take."""
-
-    advance: Callable[[int], None]
-    seconds: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-
-    def note(self, report: StepReport) -> None:
-        """Count a step that was done."""
-        self.seconds.append(report.seconds - sum(self.seconds))
-        if report.loss is not None:  # a step may hold nothing to count
-            self.losses.append(report.loss)
-        self.advance(1)
-
-    def is_enough(self, limit: float) -> bool:
-        """Whether another step would be too long a wait: after the limit, or, of more than two, beyond it."""
-        took = sum(self.seconds)
-        return bool(self.seconds) and (took >= limit or (len(self.seconds) > 1 and took + self.seconds[-1] > limit))
-
-    def caveat(self, wanted: int) -> Iterator[str]:
-        """What the figures rest on, where fewer steps were measured than wanted."""
-        if (done := len(self.seconds)) < wanted:
-            steps = "1 step, which" if done == 1 else f"{done} steps, which"
-            yield f"the time rests on {steps} took {duration(sum(self.seconds))}; {wanted} would have been a long wait"
-
-    def seconds_a_step(self) -> float:
-        """The median without the first steps, where there are enough; else the last."""
-        return statistics.median(self.seconds[_WARM_UP:] or self.seconds[-1:])
 
 
 def _busy() -> Iterator[str]:
