@@ -330,7 +330,7 @@ def goal_rows(seed: int, arrived: Mapping[str, tuple[int, float] | None]) -> lis
     ours, theirs = arrived["finemoe"], arrived["TRL"]
     if ours is None or theirs is None:
         return []
-    what = f"seconds until {GOAL} is right, seed {seed}, TRL / finemoe"
+    what = f"seconds to {GOAL}, seed {seed}, TRL / finemoe"
     sides = (Measured(name, [at[1]]) for name, at in (("finemoe", ours), ("TRL", theirs)))
     note = f"{ours[0]} and {theirs[0]} steps"
     return [Row("whole", what, *sides, [theirs[1] / ours[1]], higher=True, note=note)]

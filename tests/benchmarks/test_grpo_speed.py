@@ -65,7 +65,7 @@ def test_every_seed_says_in_how_many_steps_and_seconds_both_came_there() -> None
     (row,) = bench.goal_rows(3, {"finemoe": (40, 5.0), "TRL": (38, 6.0)})
     assert row.peer is not None
     assert (row.ours.samples, row.peer.samples, row.values) == ([5.0], [6.0], [1.2])
-    assert (row.what, row.note) == ("seconds until 0.9 is right, seed 3, TRL / finemoe", "40 and 38 steps")
+    assert (row.what, row.note) == ("seconds to 0.9, seed 3, TRL / finemoe", "40 and 38 steps")
     assert bench.goal_rows(3, {"finemoe": (40, 5.0), "TRL": None}) == []
 
 
