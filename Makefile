@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: docs gpu-packages demo test slow mutants coverage setup check golden bench gpu build clean
+.PHONY: docs gpu-packages demo test slow mutants coverage setup check golden bench bench-grpo gpu build clean
 
 demo: setup  ## train five architectures at matched compute and write the report (six minutes on two quiet cores)
 	$(BIN)/finemoe compare recipes/demo.toml --out runs/demo
@@ -47,6 +47,9 @@ golden: setup  ## re-record the golden trajectories; review the difference befor
 
 bench: setup  ## speed beside transformers and llama.cpp, 15 to 20 minutes; PEER=python that has them, ARGS=--quick
 	$(BIN)/python -m benchmarks.speed $(if $(PEER),--peer $(PEER)) $(ARGS)
+
+bench-grpo: setup  ## speed of GRPO beside the bare engine and TRL, about ten minutes; TRL=python that has it, ARGS=--quick
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.grpo_speed $(if $(TRL),--trl $(TRL)) $(ARGS)
 
 gpu:  ## gpu tests, then speed on a CUDA device beside transformers, under nine minutes; installs nothing where torch is there
 	@python=$$(for python in $(PYTHON) $(BIN)/python; do $$python -c 'import torch' 2>/dev/null && echo $$python && break; done); \

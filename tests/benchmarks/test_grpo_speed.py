@@ -46,7 +46,7 @@ class Fake:
 
 
 def test_the_goal_is_a_mean_of_three_steps_and_every_step_counts_until_then() -> None:
-    steps = [step(1.0, 5.0), step(0.2), step(0.9), step(0.7, 3.0), step(0.8, 2.0), step(0.0)]
+    steps = [step(1.0, 5.0), step(0.2), step(0.9), step(0.8, 3.0), step(1.0, 2.0), step(0.0)]
     assert bench.reached(steps) == (5, 12.0)
     assert bench.reached(steps[:4]) is None
     assert bench.reached([step(1.0), step(1.0)]) is None
@@ -59,6 +59,14 @@ def test_rates_are_of_steps_that_both_did_without_the_first() -> None:
     assert row.peer is not None
     assert (row.ours.samples, row.peer.samples, row.values) == ([50.0, 25.0], [25.0, 50.0], [2.0, 0.5])
     assert row.higher
+
+
+def test_every_seed_says_in_how_many_steps_and_seconds_both_came_there() -> None:
+    (row,) = bench.goal_rows(3, {"finemoe": (40, 5.0), "TRL": (38, 6.0)})
+    assert row.peer is not None
+    assert (row.ours.samples, row.peer.samples, row.values) == ([5.0], [6.0], [1.2])
+    assert (row.what, row.note) == ("seconds to 0.9, seed 3, TRL / finemoe", "40 and 38 steps")
+    assert bench.goal_rows(3, {"finemoe": (40, 5.0), "TRL": None}) == []
 
 
 def test_sides_take_turns_until_each_is_there() -> None:
@@ -104,7 +112,7 @@ def test_trl_is_asked_for_what_we_are_asked_for(tmp_path: Path) -> None:
     assert theirs["beta"] == ours["method"]["beta"] == 0.04
     assert theirs["num_generations"] == ours["method"]["group"] == 16
     assert theirs["max_completion_length"] == ours["method"]["answer_tokens"] == 20
-    assert theirs["learning_rate"] == ours["optimizer"]["learning_rate"] == 1e-4
+    assert theirs["learning_rate"] == ours["optimizer"]["learning_rate"] == 2e-5
     assert theirs["weight_decay"] == ours["optimizer"]["weight_decay"] == 0
     assert [theirs["adam_beta1"], theirs["adam_beta2"]] == ours["optimizer"]["betas"]
     answers = ours["training"]["tokens_per_step"] / ours["data"]["sequence_length"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from finemoe.core.config import read_toml
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.data.documents.document import SkipReport
 from finemoe.data.problems.corpus import ProblemsCorpus
@@ -213,3 +214,26 @@ def test_a_template_keeps_its_braces(corpus: Path, tmp_path: Path) -> None:
     raw["stage"][2]["method"]["opens"] = "{think}"
     method = stages_of(raw, "recipe", tmp_path)[2].raw["method"]
     assert (method["template"], method["opens"]) == ("{prompt}", "{think}")
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [("r1", {}), ("distil", {"distilled": 1e-3, "student-rl": 2e-4})],
+)
+def test_recipes_of_a_part_of_the_study_have_its_stages(name: str, rates: dict[str, float]) -> None:
+    """With the rates that the study found best, where it tried some."""
+    folder = Path(__file__).parents[2]
+    whole, part = (read_toml(folder / "recipes" / f"{one}.toml") for one in ("reasoning", name))
+    results = json.loads((folder / "benchmarks/results/reasoning/results.json").read_text(encoding="utf-8"))
+    best = {one["stage"]: max(one["came_to"], key=one["came_to"].get) for one in results["tuning"]}
+    known = {one["name"]: one for one in whole["stage"]}
+    for stage in part["stage"]:
+        if stage["name"] in rates:
+            rate = stage["optimizer"]["learning_rate"]
+            assert rate == rates[stage["name"]] == float(best[stage["name"]])
+            stage["optimizer"]["learning_rate"] = known[stage["name"]]["optimizer"]["learning_rate"]
+        assert stage == known[stage["name"]]
+    apart = ("stage", "study")
+    assert {key: one for key, one in part.items() if key not in apart} == {
+        key: one for key, one in whole.items() if key not in apart
+    }

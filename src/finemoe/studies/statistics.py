@@ -10,10 +10,14 @@ import numpy as np
 
 from finemoe.core.statistics import CONFIDENCE, ratio
 
-__all__ = ["CONFIDENCE", "Interval", "Paired", "Relation", "interval", "paired", "points_against", "verdict_on"]
+__all__ = [
+    "CONFIDENCE", "NO_ROOM", "Interval", "Paired", "Relation", "interval", "paired", "points_against", "verdict_on",
+]  # fmt: skip
 
 Relation = Literal["lower", "higher", "no_higher", "equal"]
 """How a claim says that one figure stands to another."""
+NO_ROOM = "no room"
+"""How the reason begins where what is said not to rise could not."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +68,28 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Paired:
     return Paired(difference, "undecided", f"the 95 % interval over {len(seeds)} seeds contains 0")
 
 
-def verdict_on(relation: Relation, difference: Interval | None, seeds: int, margin: float) -> tuple[str, str]:
+def verdict_on(
+    relation: Relation, difference: Interval | None, seeds: int, margin: float, room: float | None = None
+) -> tuple[str, str]:
     """Verdict and reason: what the 95 % interval of `a` - `b` over seeds says of the claim that it is so.
 
     `lower` is reproduced by an interval below 0 and contradicted by one above, `higher` the other way; `no_higher`
     allows `margin`; `equal` is reproduced by an interval within ±`margin` and contradicted by one wholly outside.
+
+    Args:
+        relation: how `a` is said to stand to `b`.
+        difference: `a` - `b`, in the figure's unit; None where nothing is known of one.
+        seeds: how many it is of.
+        margin: within which two count as equal.
+        room: how far `b` is from the highest value that the figure can have; None where it has none. Within `margin` of
+            it nothing can rise, so that `no_higher` says nothing.
     """
     if difference is None:
         return "not run", "a run it needs has not finished"
     if difference.low is None or difference.high is None:
         return "undecided", "one seed: no interval"
+    if relation == "no_higher" and room is not None and room <= margin:
+        return "undecided", f"{NO_ROOM}: it could rise by {room:.3f} at most, and {margin:g} counts as nothing"
     low, high = difference.low, difference.high
     span = f"{difference.mean:+.3f} ({low:+.3f} to {high:+.3f}, {seeds} seeds)"
     if relation == "equal":

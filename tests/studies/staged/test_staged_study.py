@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from finemoe.charts.paper.words import claim_row
 from finemoe.checkpoint.open import read_model_config
 from finemoe.core.errors import ConfigError, DataError, RunError
 from finemoe.model.size import measure
@@ -293,3 +294,26 @@ def test_both_sides_of_a_claim_are_of_the_seeds_that_both_have() -> None:
     judged = module._judged(ClaimConfig(id="c", statement="s", a="x.right", b="y.right"), records)
     assert judged["seeds"] == [0]
     assert judged["b"]["mean"] == 0.8, "not the mean over a seed that the other has not"
+
+
+@pytest.mark.parametrize(
+    ("figure", "before", "after", "verdict"),
+    [
+        ("any", 1.0, 1.0, "undecided"),
+        ("any", 0.99, 0.5, "undecided"),  # what could not rise says nothing by falling
+        ("any", 0.9, 0.9, "reproduced"),
+        ("any", 0.9, 1.0, "contradicted"),
+        ("length", 1.0, 1.0, "reproduced"),  # no share: it has no highest value
+    ],
+)
+def test_that_a_share_does_not_rise_says_nothing_where_it_could_not(
+    figure: str, before: float, after: float, verdict: str
+) -> None:
+    records = {seed: {"a": {"figures": {figure: after}}, "b": {"figures": {figure: before}}} for seed in range(3)}
+    one = ClaimConfig(id="c", statement="It does not rise", a=f"a.{figure}", b=f"b.{figure}", relation="no_higher")
+    judged = module._judged(one, records)
+    assert judged["verdict"] == verdict
+    assert judged["no_room"] == (verdict == "undecided")
+    told = claim_row(judged)[1]
+    assert told == ("undecided, no room" if judged["no_room"] else verdict)
+    assert judged["reason"].startswith("no room: it could rise by") == judged["no_room"]

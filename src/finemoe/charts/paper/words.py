@@ -34,7 +34,8 @@ def claim_row(claim: Mapping[str, Any]) -> list[str]:
     twin = claim.get("on_training_text")
     training = f"{_span(twin, decimals)}: {twin['verdict']}" if twin else NOTHING
     seeds = str(len(claim["seeds"])) if claim["seeds"] else NOTHING
-    return [claim["statement"], claim["verdict"], claim["printed"], ours, span, training, claim["source"], seeds]
+    verdict = f"{claim['verdict']}, no room" if claim.get("no_room") else claim["verdict"]
+    return [claim["statement"], verdict, claim["printed"], ours, span, training, claim["source"], seeds]
 
 
 COLUMNS = ("Claim", "Verdict", "Printed", "Ours", "Difference, 95 %", "On training text", "Source", "Seeds")

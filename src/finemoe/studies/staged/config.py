@@ -16,7 +16,9 @@ from finemoe.data.problems.corpus import ProblemsCorpus
 from finemoe.methods.rewards import AnswerReward, RewardsConfig
 from finemoe.studies.statistics import Relation
 
-FIGURES = ("right", "greedy", "majority", "any", "length", "flops", "all_flops")
+SHARES = ("right", "greedy", "majority", "any")
+"""Of answers or questions: no more than 1."""
+FIGURES = (*SHARES, "length", "flops", "all_flops")
 """Of every stage that trains; beside them the mean value of each reward but the first, by its name."""
 
 
@@ -68,7 +70,7 @@ class ClaimConfig(Config):
     b: str
     """What it is set against."""
     relation: Relation = "higher"
-    """How `a` stands to `b`."""
+    """How `a` stands to `b`. That a share is "no_higher" stays undecided where `b` is within the margin of 1."""
     margin: NonNegativeFloat = 0.02
     """[of the figure] Within which two count as equal."""
     source: str = ""

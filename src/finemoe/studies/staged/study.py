@@ -29,7 +29,7 @@ from finemoe.data.problems.corpus import ProblemsCorpus
 from finemoe.runs.changes import began_as, changed_since
 from finemoe.runs.config import read_config
 from finemoe.studies.paper import Paper
-from finemoe.studies.staged.config import ClaimConfig, StudyConfig
+from finemoe.studies.staged.config import SHARES, ClaimConfig, StudyConfig
 from finemoe.studies.staged.examination import questions
 from finemoe.studies.staged.family import parents
 from finemoe.studies.staged.records import records_of
@@ -37,7 +37,7 @@ from finemoe.studies.staged.seeds import run_seeds
 from finemoe.studies.staged.tuning import expanded, require_free, tune
 from finemoe.studies.staged.worker import Job
 from finemoe.studies.stages import Stage, stages_of
-from finemoe.studies.statistics import CONFIDENCE, interval, points_against, verdict_on
+from finemoe.studies.statistics import CONFIDENCE, NO_ROOM, interval, points_against, verdict_on
 
 STUDY = "study.json"
 _BOUNDS_OF_JUDGING = ("reward_seconds", "reward_memory")
@@ -260,14 +260,16 @@ def _judged(claim: ClaimConfig, records: Records) -> dict[str, Any]:
     if seeds:  # a seed that only one of them has would make the two means of different seeds
         a, b = {seed: a[seed] for seed in seeds}, {seed: b[seed] for seed in seeds}
     difference = interval([a[seed] - b[seed] for seed in seeds]) if seeds else None
-    verdict, reason = verdict_on(claim.relation, difference, len(seeds), claim.margin)
+    figure = claim.a.partition(".")[2]
+    room = 1 - interval(list(b.values())).mean if b and claim.b.partition(".")[2] in SHARES else None
+    verdict, reason = verdict_on(claim.relation, difference, len(seeds), claim.margin, room)
     mean = difference.mean if difference is not None and verdict == "undecided" else None
     return {
         **claim.model_dump(mode="json", include={"id", "statement", "source", "printed", "relation", "margin"}),
-        "printed_difference": None, "unit": claim.a.partition(".")[2], "a": _side(claim.a, a), "b": _side(claim.b, b),
+        "printed_difference": None, "unit": figure, "a": _side(claim.a, a), "b": _side(claim.b, b),
         "seeds": seeds, "difference": None if difference is None else asdict(difference), "verdict": verdict,
         "points_against": mean is not None and points_against(claim.relation, mean, claim.margin),
-        "reason": reason, "on_training_text": None,
+        "reason": reason, "no_room": reason.startswith(NO_ROOM), "on_training_text": None,
     }  # fmt: skip
 
 
