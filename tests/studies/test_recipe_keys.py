@@ -23,7 +23,7 @@ from finemoe.model.rope import SCALINGS
 from finemoe.runs.config import RunConfig, resolve_run
 from finemoe.studies.config import CompareConfig, resolve_comparison
 from finemoe.studies.keys import chosen_sections, heading, markdown, recipe_keys, recipe_sections
-from finemoe.studies.stages import SampleConfig
+from finemoe.studies.staged.sampling import SampleConfig
 from finemoe.training.optimizers import OPTIMIZERS
 from finemoe.training.schedule import SCHEDULES
 

@@ -16,7 +16,7 @@ from finemoe.model.config import ModelConfig, ModelRecipe
 from finemoe.runs.config import RunConfig, with_defaults
 from finemoe.studies.config import CompareConfig
 from finemoe.studies.staged.config import StudyConfig
-from finemoe.studies.stages import SampleConfig
+from finemoe.studies.staged.sampling import SampleConfig
 
 ROOTS = {"run": "finemoe train", "study": "finemoe paper", "comparison": "finemoe compare"}
 """The kinds of recipe, and the verb that takes each; `finemoe paper` takes one for `finemoe train` that has stages."""

@@ -13,9 +13,9 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, final
+from typing import Any, final
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from finemoe.checkpoint.language_model import LanguageModel, Weights
 from finemoe.core.config import Config, parse, read_tables
@@ -26,7 +26,7 @@ from finemoe.data.conversations.messages import Message
 from finemoe.data.conversations.wording import Wording
 from finemoe.generation.sequence import Sequence as Completed
 from finemoe.methods.distillation.sampling import TOO_LONG, Asked, Choice, Drawing, Prompts, Sampled
-from finemoe.methods.rewards import Answer, AnswerReward, Rewards, RewardsConfig, Scored
+from finemoe.methods.rewards import Answer, AnswerReward, Rewards, RewardsTables, Scored
 from finemoe.text.tokenizer import Tokenizer
 
 SAID_BEFORE = "said before"
@@ -36,7 +36,7 @@ _ROUNDING = 1e-9  # of a sum of weights that people write as decimals
 class RewardTables(Config):
     """What answers are worth: a file of `finemoe rejection --rewards`, or the keys of [method] that GRPO has for it."""
 
-    rewards: Annotated[tuple[RewardsConfig, ...], Field(min_length=1)] = (AnswerReward(),)
+    rewards: RewardsTables = (AnswerReward(),)
     """What an answer is worth: entries of REWARDS, each with a weight; they are added."""
     reward_seconds: PositiveFloat = 10.0
     """[s] Deadline of one answer's rewards; what takes longer is an error, and the answer is left out."""

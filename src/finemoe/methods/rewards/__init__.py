@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from finemoe.core.config import Config, union_of
 from finemoe.judging import KINDS
@@ -32,6 +35,7 @@ __all__ = [
     "RewardModelReward",
     "Rewards",
     "RewardsConfig",
+    "RewardsTables",
     "Scored",
     "StepsReward",
     "Verdict",
@@ -43,3 +47,13 @@ REWARDS: dict[str, type[Config]] = {
 }
 """Kind -> its configuration. Those of `judging.KINDS` look at one answer at a time, in a process that may fail."""
 RewardsConfig: Any = union_of(REWARDS.values())
+
+
+def _some_weight(rewards: Sequence[Any]) -> Sequence[Any]:
+    if not any(one.weight for one in rewards):
+        raise ValueError("every weight is 0, nothing would be learnt: a reward without a weight is only watched")
+    return rewards
+
+
+RewardsTables: Any = Annotated[tuple[RewardsConfig, ...], Field(min_length=1), AfterValidator(_some_weight)]
+"""All rewards of a run, of which one at least counts."""
