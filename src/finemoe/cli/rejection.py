@@ -61,11 +61,13 @@ def rejection(
 
     Left out, and counted, are answers that did not end, that say what another of the prompt says,
     and that could not be judged, which is never taken for wrong. What is interrupted goes on where
-    it stopped when the same command is given again.
+    it stopped when the same command is given again; a hidden file beside FILE.jsonl says where
+    that is, until it is done. A model that knows no chat is asked as it was taught by --template.
 
     \b
     Examples:
-      finemoe rejection runs/reasoner questions.jsonl --out right.jsonl --n 16
+      finemoe rejection runs/r1-zero/3-zero questions.jsonl --out right.jsonl --n 16 \\
+        --template "{prompt}" --max-new-tokens 20
       finemoe rejection runs/reasoner questions.jsonl --out good.jsonl --n 16 --best-of 2 \\
         --rewards rewards.toml --at-least 1.2
 
@@ -75,6 +77,7 @@ def rejection(
 
     kind_of(source)  # a path that holds nothing is refused before a second of imports
 
+    from finemoe.methods.distillation.journal import forget
     from finemoe.methods.distillation.rejection import rejection as draw
 
     done = draw(
@@ -82,6 +85,7 @@ def rejection(
         temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, weights=weights,
         quiet=quiet,
     )  # fmt: skip
+    forget(done.path)
     if as_json:
         print_json(done.to_dict())
     else:
