@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finemoe.core.errors import ConfigError, RunError
+from finemoe.core.errors import ConfigError, DataError, RunError
 from finemoe.data.documents.document import SkipReport
 from finemoe.data.problems.corpus import ProblemsCorpus
 from finemoe.runs.run import resume
@@ -142,6 +142,24 @@ def test_what_cannot_be_is_refused(corpus: Path, tmp_path: Path, change: dict[st
         ({"model": {"preset": "tiny-moe"}}, [], "stage learnt: `start_from` brings its own model"),
         ({"start_from": "nowhere"}, [], "nowhere"),
         (
+            {
+                "method": {
+                    "kind": "grpo",
+                    "answer_tokens": 8,
+                    "group": 2,
+                    "rewards": [{"kind": "function", "path": "nowhere.py:f"}],
+                }
+            },
+            [],
+            "stage learnt: the rewards cannot be computed: `path`: nowhere.py: no such file",
+        ),
+        (
+            {"data": {"sequence_length": 64, "corpus": {"kind": "files", "paths": ["no/x"]}}},
+            [],
+            "stage learnt: corpus path no/x",
+        ),
+        ({}, ["stage.answers.sample.prompts=['no.jsonl']"], "stage answers: corpus path no.jsonl"),
+        (
             {},
             ["method.too_long=cut"],
             "stage base: unknown key .*; --set method.too_long=cut is laid on every stage: "
@@ -155,7 +173,7 @@ def test_the_keys_of_a_late_stage_are_read_before_the_first_trains(
 ) -> None:
     raw = staged(corpus)
     raw["stage"][2] = {**raw["stage"][2], **change}
-    with pytest.raises((ConfigError, RunError), match=said):
+    with pytest.raises((ConfigError, DataError, RunError), match=said):
         run_stages(raw, out=tmp_path / "out", overrides=overrides, quiet=True)
     assert not (tmp_path / "out").exists()
 

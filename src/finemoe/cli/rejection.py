@@ -48,9 +48,9 @@ def rejection(
 ) -> None:
     """Answer prompts, and keep what rewards find good.
 
-    Rejection sampling: a model that has learnt to reason writes N answers to each prompt, rewards
-    judge them as in GRPO, and conversations whose answers are worth at least R are written, one a
-    line, with what each reward said. The method sft reads the file as it is. A file of rewards:
+    Rejection sampling: a model writes N answers to each prompt, rewards judge them as in GRPO, and
+    conversations whose answers are worth at least R are written, one a line, with what each reward
+    said. The method sft reads the file as it is. A file of rewards:
 
     \b
       [[rewards]]
@@ -61,15 +61,13 @@ def rejection(
 
     Left out, and counted, are answers that did not end, that say what another of the prompt says,
     and that could not be judged, which is never taken for wrong. What is interrupted goes on where
-    it stopped when the same command is given again; a hidden file beside FILE.jsonl says where
-    that is, until it is done. A model that knows no chat is asked as it was taught by --template.
+    it stopped when the same command is given again.
 
     \b
     Examples:
       finemoe rejection runs/r1-zero/3-zero questions.jsonl --out right.jsonl --n 16 \\
         --template "{prompt}" --max-new-tokens 20
-      finemoe rejection runs/reasoner questions.jsonl --out good.jsonl --n 16 --best-of 2 \\
-        --rewards rewards.toml --at-least 1.2
+      finemoe rejection runs/reasoner questions.jsonl --out good.jsonl --rewards rewards.toml
 
     Then: a recipe with method.kind = "sft" that reads FILE.jsonl.
     """

@@ -19,14 +19,16 @@ from typing import Any
 
 from finemoe.checkpoint.kinds import CONFIG, kind_of
 from finemoe.core.config import merge, parse, read_tables, with_overrides
-from finemoe.core.errors import ConfigError, FinemoeError, RunError
+from finemoe.core.errors import ConfigError, DataError, FinemoeError, RunError
 from finemoe.core.logs import logger
+from finemoe.data.corpora import FilesCorpus
+from finemoe.methods.distillation.sample_table import SampleConfig
+from finemoe.methods.rewards import require_made
 from finemoe.parallel.seat import seat
 from finemoe.runs.changes import is_past
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
 from finemoe.runs.directory import first_difference, holds_run
 from finemoe.runs.run import train
-from finemoe.studies.staged.sampling import SampleConfig
 from finemoe.training.directory import read_summary
 
 ANSWERS = "answers.jsonl"
@@ -92,18 +94,41 @@ def stages_of(raw: Mapping[str, Any], source: str, out: Path, overrides: Sequenc
 
 def checked_stages(raw: Mapping[str, Any], source: str, out: Path, overrides: Sequence[str] = ()) -> list[Stage]:
     """As `stages_of`, with the tables of every stage read, so that the last one's mistakes are told before the first
-    one trains.
+    one trains; of those that have not begun rewards are made, and files looked for.
 
     Raises:
         ConfigError: as of `stages_of`; or a stage cannot be what its tables say.
         CheckpointError: one begins with what is neither a stage nor a model.
+        DataError: one reads from where nothing is.
     """
     stages = stages_of(raw, source, out, overrides)
     try:
-        configurations(stages, source)
+        configs = configurations(stages, source)
     except ConfigError as error:
         raise ConfigError(f"{error}{_meant_for_one(raw, source, out, overrides)}") from error
+    for stage in (one for one in stages if not one.begun):
+        try:
+            _require_all(stage, configs.get(stage.name), [f"{one.folder}/" for one in stages])
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{source}, stage {stage.name}: {error}") from error
     return stages
+
+
+def _require_all(stage: Stage, config: RunConfig | None, later: Sequence[str]) -> None:
+    """Check what `stage` takes of this machine, without what lies `later` in folders of stages.
+
+    Raises:
+        ConfigError: a reward cannot be made.
+        DataError: a path leads to nothing.
+    """
+    if config is not None:
+        corpus, rewards = config.data.corpus, getattr(config.method, "rewards", ())
+    else:
+        assert stage.sampling is not None  # there is one of both
+        corpus, rewards = stage.sampling.read_from, stage.sampling.rewards or ()
+    if isinstance(corpus, FilesCorpus):
+        corpus.require_there(later)
+    require_made(rewards)
 
 
 def configurations(stages: Sequence[Stage], source: str) -> dict[str, RunConfig]:

@@ -110,13 +110,17 @@ def rejection(
             "records": hashlib.sha256(json.dumps(records, default=str).encode()).hexdigest(),
         }
         choose = ByRewards(computing, drawing.opened.tokenizer, at_least, best_of, drawing.path)
-        done = drawing.write(choose, facts, quiet=quiet)
+        return _told(drawing.write(choose, facts, quiet=quiet), at_least, drawing)
+
+
+def _told(done: Sampled, at_least: float, drawing: Drawing) -> Sampled:
+    """`done`, after a warning where nothing was kept."""
     if not done.kept:
-        logger.warning("%s: nothing was kept. %s", done.path, _hint(done, at_least, drawing, max_new_tokens))
+        logger.warning("%s: nothing was kept. %s", done.path, _hint(done, at_least, drawing))
     return done
 
 
-def _hint(done: Sampled, at_least: float, drawing: Drawing, max_new_tokens: int) -> str:
+def _hint(done: Sampled, at_least: float, drawing: Drawing) -> str:
     """What to do where nothing is kept, by the reason that most answers were left out for."""
     why = max(done.left_out, key=lambda reason: done.left_out[reason], default="")
     said = f"{done.left_out.get(why, 0):,} of {done.drawn:,} answers: {why}. "
@@ -124,7 +128,8 @@ def _hint(done: Sampled, at_least: float, drawing: Drawing, max_new_tokens: int)
         plain = "the model has no chat template, and was asked by the plain one: where it was taught otherwise"
         return f'{said}Mind that {plain}, say so, as in --template "{{prompt}}"'
     if why == DID_NOT_END:
-        return f"{said}Raise --max-new-tokens from {max_new_tokens}, or ask as the model was taught (--template)"
+        most = drawing.given["max_new_tokens"]
+        return f"{said}Raise --max-new-tokens from {most}, or ask as the model was taught (--template)"
     if why.startswith(UNJUDGED):
         return f"{said}Mend that reward"
     return f"{said}Lower --at-least from {at_least:g}, draw more (--n), or ask as the model was taught (--template)"

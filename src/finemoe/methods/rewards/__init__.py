@@ -16,7 +16,7 @@ from finemoe.judging.shape import FormatReward, LanguageReward, LengthReward
 from finemoe.judging.steps import StepsReward
 from finemoe.judging.verdicts import Answer, Judged, Verdict
 from finemoe.methods.rewards.reward_model import RewardModelReward
-from finemoe.methods.rewards.scoring import Rewards, Scored
+from finemoe.methods.rewards.scoring import Rewards, Scored, require_made
 
 __all__ = [
     "REWARDS",
@@ -39,6 +39,7 @@ __all__ = [
     "Scored",
     "StepsReward",
     "Verdict",
+    "require_made",
 ]
 
 REWARDS: dict[str, type[Config]] = {

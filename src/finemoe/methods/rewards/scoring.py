@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -33,6 +33,17 @@ class Scored:
     """The weighted sum of the rewards that say nothing of steps; None where there is no such reward."""
     failed: str | None = None
     """The name of the first reward with a weight that failed."""
+
+
+def require_made(configs: Iterable[Any]) -> None:
+    """Check that rewards can be made of which that may fail, in a process of their own; reward models are not opened.
+
+    Raises:
+        ConfigError: one cannot.
+    """
+    own = {one.model_dump_json(): one for one in configs if one.kind in KINDS and KINDS[one.kind].may_fail}
+    if own:
+        Pool({name: one.model_dump(mode="json") for name, one in own.items()}, Bounds(), 1).close()
 
 
 class Rewards:

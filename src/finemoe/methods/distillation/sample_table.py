@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from finemoe.core.config import Config
 from finemoe.data.conversations.wording import Wording
-from finemoe.data.corpora import CorpusConfig
+from finemoe.data.corpora import CorpusConfig, FilesCorpus
 from finemoe.methods.distillation.rejection import rejection
 from finemoe.methods.distillation.sampling import Sampled, sample
 from finemoe.methods.rewards import RewardsTables
@@ -57,6 +57,11 @@ class SampleConfig(Config):
         if self.best_of is not None and self.best_of >= self.n:
             raise ValueError(f"best_of {self.best_of} of n = {self.n} answers leaves no choice: lower it, or raise n")
         return self
+
+    @property
+    def read_from(self) -> Any:
+        """The corpus whose records are asked."""
+        return self.corpus or FilesCorpus(paths=self.prompts or ())
 
     def draw(self, model: str, out: Path, seed: int, quiet: bool) -> Sampled:
         """What `model` writes, and what of it is kept in `out`: as of `sample` and `rejection`."""
