@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,23 @@ def test_it_says_what_was_kept_and_why_the_rest_was_not(
     assert "2 prompts, 4 completions" in done.stdout
     assert "Kept                 0 (0%)" in done.stdout
     assert "4 did not end" in done.stdout
+    assert "nothing was kept. 4 of 4 answers: did not end. Mind that the model has no chat template" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["asked.jsonl", "out.jsonl", "rewards.toml"]
     again = command("rejection", run_directory, tmp_path / "asked.jsonl", "--out", out, *options, "--json")
     found = json.loads(again.stdout)
     assert (found["prompts"], found["drawn"], found["kept"], found["left_out"]) == (2, 4, 0, {"did not end": 4})
+
+
+def test_it_says_what_each_reward_found(run_directory: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    text = '[[rewards]]\nkind = "length"\nlongest = 90\ncushion = 2\n[[rewards]]\nkind = "answer"\n'
+    rewards, out = asking(tmp_path, text=text), tmp_path / "out.jsonl"
+    options = ("--rewards", rewards, "--n", 8, "--max-new-tokens", 80, "--quiet", "--out", out)
+    done = command("rejection", run_directory, tmp_path / "asked.jsonl", *options, "--at-least", "-9")
+    assert re.search(r"Judged +length: right \d+, wrong \d+; answer: right 0, wrong \d+", done.stdout), done.output
+    assert not list(tmp_path.glob(".*"))
+    again = command("rejection", run_directory, tmp_path / "asked.jsonl", *options)
+    assert again.exit_code == 2
+    assert "is there already, whole or somebody else's: nothing is overwritten" in again.stderr
 
 
 def test_what_cannot_be_is_one_sentence(run_directory: Path, tmp_path: Path, command: Callable[..., Any]) -> None:

@@ -62,8 +62,29 @@ def test_the_verb_shows_them(run: Path, command: Callable[..., Any]) -> None:
     assert "step 11, group 0: could not be judged, 5 tokens (answer: late)" in done.stdout
     assert "\x1b[2J" not in done.stdout
     assert "3 more" not in done.stdout
-    assert "2 shown, 2 more: --limit N" in command("rollouts", run, "--limit", "2").stdout
+    assert "2 shown, 2 more: --limit N, --per-group N" in command("rollouts", run, "--limit", "2").stdout
     assert "No answer is like that." in command("rollouts", run, "--find", "zebra").stdout
-    found = json.loads(command("rollouts", run, "--find", "wait", "--json").stdout)
-    assert [one["completion"] for one in found] == ["wait, 4"]
+    assert "No answer is like that: kept are those of steps 1, 11." in command("rollouts", run, "--from", "12").stdout
+    found = command("rollouts", run, "--find", "4$", "--json").stdout.splitlines()
+    assert [json.loads(one)["completion"] for one in found] == ["wait, 4", "4"]
     assert command("rollouts", run, "--which", "some").exit_code == 2
+
+
+def test_few_answers_to_each_question_are_shown_and_what_is_right(run: Path, command: Callable[..., Any]) -> None:
+    known = line(1, "3", 0.0, -1.0).replace('"prompt": ', '"references": ["4", "four"], "prompt": ')
+    (run / "rollouts.jsonl").write_text(known * 5 + line(1, "9", 0.0, -1.0).replace('"group": 0', '"group": 1'))
+    shown = command("rollouts", run).stdout
+    assert "3 shown, 3 more: --per-group N" in shown
+    assert shown.count("2+2\n3\nright: 4 or four\n") == 2
+    assert shown.count("right: ") == 2, "of the other nothing is known"
+    assert "5 shown, 1 more" in command("rollouts", run, "--per-group", "4").stdout
+
+
+@pytest.mark.parametrize("verb", ["show", "rollouts", "resume"])
+def test_a_folder_of_stages_says_which_runs_it_holds(tmp_path: Path, command: Callable[..., Any], verb: str) -> None:
+    for name in ("1-base", "2-zero"):
+        (tmp_path / name / "checkpoints" / "step-00000001").mkdir(parents=True)
+    done = command(verb, tmp_path)
+    assert done.exit_code == 2
+    listed = f"{tmp_path / '1-base'}, {tmp_path / '2-zero'}"
+    assert f"{tmp_path}: holds several runs; name one of them: {listed}" in done.stderr

@@ -149,6 +149,15 @@ def test_overrides_leave_their_input_alone() -> None:
     assert data == {"a": {"b": 1}}
 
 
+def test_an_entry_of_a_list_is_set_by_its_number() -> None:
+    given = {"a": {"rewards": [{"kind": "x", "weight": 1}, {"kind": "y"}], "betas": [1, 2]}}
+    laid = with_overrides(given, ["a.rewards.0.weight=3", "a.rewards.1.kind=z", "a.betas.1=9"])
+    assert laid == {"a": {"rewards": [{"kind": "x", "weight": 3}, {"kind": "z"}], "betas": [1, 9]}}
+    assert given["a"]["betas"] == [1, 2], "what was given stays"
+    with pytest.raises(ConfigError, match=r"`rewards.2`: the list `rewards` has 2 entries, counted from 0"):
+        with_overrides(given, ["a.rewards.2.weight=3"])
+
+
 @pytest.mark.parametrize(
     ("base", "over", "expected"),
     [

@@ -176,7 +176,7 @@ def test_a_program_without_end_is_wrong_and_says_why() -> None:
         ("format", {"form": "markers", "opens": "<"}, "which needs both"),
         ("format", {"opens": "<", "closes": ">"}, 'belong to form = "markers"'),
         ("language", {"language": "klingon"}, "unknown language 'klingon'"),
-        ("function", {"path": "rewards.py"}, "match"),
+        ("function", {"path": "r1-zero.toml:score"}, 'must be "FILE.py:FUNCTION"'),
         ("steps", {"cut": 0}, "greater than 0"),
     ],
 )
@@ -207,6 +207,11 @@ def test_a_function_of_ones_own(tmp_path: Path, returned: str, wanted: tuple[str
     [
         ("import nothing_of_that_name", "score", "ModuleNotFoundError"),
         ("def other(): pass", "score", "has no function score; it has other"),
+        (
+            "def score(a, b): pass",
+            "score",
+            r"own_rewards.py:score\(a, b\) is called with three arguments: write def score\(",
+        ),
         (None, "score", "no such file"),
     ],
 )

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ HOW_TO_FAIL = {
         "something else than a verdict|Bad file",
     ),
     "returns text": ("returned = completion", "it returned str"),
-    "returns nan": ("returned = float('nan')", "no finite number"),
+    "returns nan": ("returned = float('nan')", "own_rewards.py:score: it returned nan, which is no finite number"),
 }  # fmt: skip
 SECONDS = 1.5
 
@@ -97,6 +98,51 @@ def test_a_fault_costs_its_own_answer_alone(judging: Pool, way: str) -> None:
     assert [one.value for one in found] == [n + 0.5 for n in range(12) if n != 5]
     assert {one.verdict for one in found} == {"right"}
     assert [one.value for one in judged(judging, "", "")] == [0.5, 1.5]
+
+
+def hanging(judging: Pool, questions: Sequence[str]) -> tuple[list[Judged], float]:
+    """Verdicts on answers to these questions, of which `hang` lets the reward hang; seconds that they took."""
+    began = time.monotonic()
+    given = [
+        replace(answer(str(number + 1), record={"do": "time.sleep(60)" if one == "hang" else ""}), prompt=one)
+        for number, one in enumerate(questions)
+    ]
+    return [one["own"] for one in judging.judge(given)], time.monotonic() - began
+
+
+def test_a_reward_that_hangs_on_everything_is_not_waited_for_every_time(
+    rewards: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    judging = made(rewards, seconds=0.5, workers=2)
+    request.addfinalizer(judging.close)
+    found, took = hanging(judging, ["hang"] * 128)
+    assert took < 30, "a minute and more if each were waited for"
+    assert {one.verdict for one in found} == {"error"}
+    tried = [one for one in found if one.note == "no verdict within 0.5 seconds"]
+    assert 5 <= len(tried) <= 6
+    said = re.compile(r"reward own: [56] of 128 answers could not be judged, and none could: no verdict within 0\.5 s")
+    assert any(map(said.match, caplog.messages))
+    again, _ = hanging(judging, ["hang"] * 40)
+    assert sum(one.note == "no verdict within 0.5 seconds" for one in again) <= 2, "it is known by now"
+    assert [one.verdict for one in hanging(judging, ["a", "b", "c", "d"])[0]] == ["right"] * 4
+    assert hanging(judging, ["hang"] * 5)[0][0].note.startswith("no verdict"), "and it has said something since"
+
+
+def test_a_question_on_which_a_reward_hangs_costs_no_other(rewards: Path, request: pytest.FixtureRequest) -> None:
+    judging = made(rewards, seconds=0.5, workers=2)
+    request.addfinalizer(judging.close)
+    found, _ = hanging(judging, [*["hang"] * 8, *["other"] * 8])
+    assert [one.verdict for one in found] == [*["error"] * 8, *["right"] * 8]
+    assert {one.note for one in found[:8]} == {"no verdict within 0.5 seconds"}
+
+
+def test_slow_rewards_are_given_more_processes(rewards: Path, request: pytest.FixtureRequest) -> None:
+    judging = made(rewards, seconds=10, workers=4)
+    request.addfinalizer(judging.close)
+    judged(judging, *[""] * 60)
+    assert len(judging._workers) == 2, "what is quick needs no more"
+    judged(judging, *["time.sleep(0.8)"] * 8)
+    assert len(judging._workers) == 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")

@@ -86,6 +86,30 @@ def test_an_unknown_key_at_any_level_suggests_the_one_that_was_meant(override: s
         ),
         (["training.tokens_per_step=100"], "is not a multiple of data.sequence_length 256: try 256"),
         (["training.micro_batch_tokens=300"], "micro_batch_tokens 300 is not a multiple"),
+        (
+            [
+                "method.kind='grpo'",
+                "data.sequence_length=32",
+                "method.answer_tokens=8",
+                "training.tokens_per_step=1000",
+            ],
+            "tokens_per_step 1000 is not a multiple of data.sequence_length 32: try 1024",
+        ),
+        (
+            [
+                "method.kind='grpo'",
+                "data.sequence_length=32",
+                "method.answer_tokens=8",
+                "method.group=7",
+                "training.tokens_per_step=4096",
+            ],
+            "the 128 answers of a rollout are no whole groups of method.group 7: try method.group 8, or "
+            "training.tokens_per_step 4032",
+        ),
+        (
+            ["method.kind='grpo'", "method.rewards.0.kind='anser'"],
+            "`method.rewards` must be a list in [ ]; one entry of a list that is there is named by its number, from 0",
+        ),
         (["data.vocab_size=1000"], "data.vocab_size 1000 and model.vocab_size 2048 differ"),
         (["optimizer.learning_rate=-1"], "`optimizer.learning_rate`"),
         (["optimizer.learning_rate=nan"], "`optimizer.learning_rate`"),

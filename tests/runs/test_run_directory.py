@@ -182,7 +182,10 @@ def refused(raw: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> FinemoeErro
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({}, "holds this very run; go on with `finemoe resume"), ({"seed": 1}, "holds a run of another configuration")],
+    [
+        ({}, "holds this very run; go on with `finemoe resume"),
+        ({"seed": 1}, "holds a run of another configuration (seed: 0 there, 1 here)"),
+    ],
 )
 def test_a_run_is_never_overwritten(
     corpus: Path, finished: Run, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], says: str

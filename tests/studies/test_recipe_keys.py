@@ -16,6 +16,7 @@ from finemoe.core.errors import ConfigError
 from finemoe.core.keys import LEFT_OUT, REQUIRED, Key
 from finemoe.data import CORPORA
 from finemoe.methods import METHODS
+from finemoe.methods.distillation.sample_table import SampleConfig
 from finemoe.model.attention import ATTENTIONS
 from finemoe.model.config import ModelConfig, ModelRecipe
 from finemoe.model.moe.routers import ROUTERS
@@ -23,7 +24,6 @@ from finemoe.model.rope import SCALINGS
 from finemoe.runs.config import RunConfig, resolve_run
 from finemoe.studies.config import CompareConfig, resolve_comparison
 from finemoe.studies.keys import chosen_sections, heading, markdown, recipe_keys, recipe_sections
-from finemoe.studies.stages import SampleConfig
 from finemoe.training.optimizers import OPTIMIZERS
 from finemoe.training.schedule import SCHEDULES
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finemoe.core.config import read_toml
-from finemoe.core.errors import ConfigError, RunError
+from finemoe.core.errors import ConfigError, DataError, RunError
 from finemoe.data.documents.document import SkipReport
 from finemoe.data.problems.corpus import ProblemsCorpus
 from finemoe.runs.run import resume
@@ -82,6 +82,7 @@ def test_what_to_do_with_a_stage_that_was_trained_otherwise(corpus: Path, tmp_pa
 
     longer = refused("stage.learnt.training.steps=3")
     assert f"`finemoe resume {out / '3-learnt'} --set training.steps=3`" in longer
+    assert "3-learnt holds a run of another configuration (training.steps: 2 there, 3 here): " in longer
     otherwise = refused("stage.learnt.optimizer.kind=muon")
     assert "resume" not in otherwise, "what was trained cannot be trained with something else"
     assert f'a recipe of its own with start_from = "{out / "1-base"}"' in otherwise
@@ -130,6 +131,52 @@ def test_what_cannot_be_is_refused(corpus: Path, tmp_path: Path, change: dict[st
     raw["stage"][2] = {**raw["stage"][2], **change}
     with pytest.raises(ConfigError, match=said):
         stages_of(raw, "recipe", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "overrides", "said"),
+    [
+        ({"method": {"kind": "sft", "too_lng": "cut"}}, [], "stage learnt: unknown key `method.too_lng`"),
+        ({"data": {"corpus": {"kind": "problems", "problem": "sums"}}}, [], "stage learnt: `data.corpus.problem`"),
+        ({"method": {"kind": "grpo", "answer_tokens": 64}}, [], "stage learnt: method.answer_tokens 64 leaves no room"),
+        ({"start_from": "answers"}, [], "stage learnt: begins with stage answers, which writes answers"),
+        ({"model": {"preset": "tiny-moe"}}, [], "stage learnt: `start_from` brings its own model"),
+        ({"start_from": "nowhere"}, [], "nowhere"),
+        (
+            {
+                "method": {
+                    "kind": "grpo",
+                    "answer_tokens": 8,
+                    "group": 2,
+                    "rewards": [{"kind": "function", "path": "nowhere.py:f"}],
+                }
+            },
+            [],
+            "stage learnt: the rewards cannot be computed: `path`: nowhere.py: no such file",
+        ),
+        (
+            {"data": {"sequence_length": 64, "corpus": {"kind": "files", "paths": ["no/x"]}}},
+            [],
+            "stage learnt: corpus path no/x",
+        ),
+        ({}, ["stage.answers.sample.prompts=['no.jsonl']"], "stage answers: corpus path no.jsonl"),
+        (
+            {},
+            ["method.too_long=cut"],
+            "stage base: unknown key .*; --set method.too_long=cut is laid on every stage: "
+            "did you mean --set stage.learnt.method.too_long=cut",
+        ),
+        ({}, ["method.mixx=1"], "stage base: unknown key `method.mixx`[^;]*; known: kind$"),
+    ],
+)
+def test_the_keys_of_a_late_stage_are_read_before_the_first_trains(
+    corpus: Path, tmp_path: Path, change: dict[str, Any], overrides: list[str], said: str
+) -> None:
+    raw = staged(corpus)
+    raw["stage"][2] = {**raw["stage"][2], **change}
+    with pytest.raises((ConfigError, DataError, RunError), match=said):
+        run_stages(raw, out=tmp_path / "out", overrides=overrides, quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_override_goes_beyond_what_a_stage_says_itself(corpus: Path, tmp_path: Path) -> None:

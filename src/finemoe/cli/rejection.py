@@ -48,9 +48,9 @@ def rejection(
 ) -> None:
     """Answer prompts, and keep what rewards find good.
 
-    Rejection sampling: a model that has learnt to reason writes N answers to each prompt, rewards
-    judge them as in GRPO, and conversations whose answers are worth at least R are written, one a
-    line, with what each reward said. The method sft reads the file as it is. A file of rewards:
+    Rejection sampling: a model writes N answers to each prompt, rewards judge them as in GRPO, and
+    conversations whose answers are worth at least R are written, one a line, with what each reward
+    said. The method sft reads the file as it is. A file of rewards:
 
     \b
       [[rewards]]
@@ -65,9 +65,9 @@ def rejection(
 
     \b
     Examples:
-      finemoe rejection runs/reasoner questions.jsonl --out right.jsonl --n 16
-      finemoe rejection runs/reasoner questions.jsonl --out good.jsonl --n 16 --best-of 2 \\
-        --rewards rewards.toml --at-least 1.2
+      finemoe rejection runs/r1-zero/3-zero questions.jsonl --out right.jsonl --n 16 \\
+        --template "{prompt}" --max-new-tokens 20
+      finemoe rejection runs/reasoner questions.jsonl --out good.jsonl --rewards rewards.toml
 
     Then: a recipe with method.kind = "sft" that reads FILE.jsonl.
     """
@@ -75,6 +75,7 @@ def rejection(
 
     kind_of(source)  # a path that holds nothing is refused before a second of imports
 
+    from finemoe.methods.distillation.journal import forget
     from finemoe.methods.distillation.rejection import rejection as draw
 
     done = draw(
@@ -82,6 +83,7 @@ def rejection(
         temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, weights=weights,
         quiet=quiet,
     )  # fmt: skip
+    forget(done.path)
     if as_json:
         print_json(done.to_dict())
     else:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from finemoe.cli.output import Json, print_json, printable
+from finemoe.cli.output import Json, printable
+
+_FEW = 5
+"""Steps that are named."""
 
 
 def rollouts(
@@ -22,12 +28,15 @@ def rollouts(
     last: Annotated[int, typer.Option("--to", metavar="STEP", help="The last step.", min=1)] = 1 << 31,
     longest: Annotated[bool, typer.Option("--longest", help="The longest first.")] = False,
     limit: Annotated[int, typer.Option("--limit", metavar="N", help="Show so many at most.", min=1)] = 10,
+    per_group: Annotated[
+        int, typer.Option("--per-group", metavar="N", help="Answers to one question at most, of those.", min=1)
+    ] = 2,
     as_json: Json = False,
 ) -> None:
     """Read what a model answered while it learnt to reason.
 
     A run of the method grpo keeps every so many rollouts whole in rollouts.jsonl: answers with
-    what each was worth and why, ids, log-probabilities and experts.
+    what each was worth and why, ids, log-probabilities and experts. --json prints one a line.
 
     \b
     Examples:
@@ -35,21 +44,47 @@ def rollouts(
       finemoe rollouts runs/math --find "[Ww]ait" --which right
       finemoe rollouts runs/math --which failed --json
     """
+    from finemoe.charts.numbers import clean
     from finemoe.core.errors import ConfigError
-    from finemoe.methods.grpo.reading import find_answers
+    from finemoe.methods.grpo.reading import ROLLOUTS, find_answers
+    from finemoe.training.directory import require_run
 
     if which not in ("all", "right", "wrong", "failed"):
         raise ConfigError(f"--which {which!r} is none of all, right, wrong, failed")
-    found = find_answers(run, find, which=which, steps=(first, last), longest=longest)  # type: ignore[arg-type]
+    if not (run / ROLLOUTS).exists():
+        require_run(run)  # which knows more of what is there
+    found = list(find_answers(run, find, which=which, steps=(first, last), longest=longest))  # type: ignore[arg-type]
+    shown = list(islice(_of_each_group(found, per_group), limit))
     if as_json:
-        print_json(list(islice(found, limit)))
+        for one in shown:
+            typer.echo(json.dumps(clean(one), ensure_ascii=False, allow_nan=False))
         return
-    shown = list(islice(found, limit))
     for one in shown:
         _show(one)
-    more = sum(1 for _ in found)
-    said = f"{len(shown)} shown" + (f", {more} more: --limit N" if more else "")
-    typer.echo(said if shown else "No answer is like that.")
+    if shown:
+        options = "--per-group N" if len(shown) < limit else "--limit N, --per-group N"
+        more = f", {len(found) - len(shown)} more: {options}" if len(found) > len(shown) else ""
+        typer.echo(f"{len(shown)} shown{more}")
+        return
+    steps = sorted({one["step"] for one in find_answers(run)})
+    outside = bool(steps) and not any(first <= step <= last for step in steps)
+    typer.echo(f"No answer is like that{f': kept are those of steps {_listed(steps)}' if outside else ''}.")
+
+
+def _of_each_group(answers: Iterable[dict[str, Any]], most: int) -> Iterator[dict[str, Any]]:
+    """So many at most of each group of a rollout, in their order."""
+    seen: Counter[tuple[int, int]] = Counter()
+    for one in answers:
+        group = one["rollout"], one["group"]
+        seen[group] += 1
+        if seen[group] <= most:
+            yield one
+
+
+def _listed(steps: Sequence[int]) -> str:
+    """The first few, and the last."""
+    words = [f"{step:,}" for step in steps]
+    return ", ".join(words) if len(words) <= _FEW else f"{', '.join(words[: _FEW - 1])} ... {words[-1]}"
 
 
 def _show(answer: dict[str, Any]) -> None:
@@ -62,4 +97,5 @@ def _show(answer: dict[str, Any]) -> None:
         bold=True,
     )
     typer.echo(printable(answer.get("asked", answer["prompt"])).rstrip())
-    typer.echo(f"{printable(answer['completion'])}\n")
+    right = " or ".join(printable(str(one)) for one in answer.get("references", ()))
+    typer.echo(f"{printable(answer['completion'])}\n" + (f"right: {right}\n" if right else ""))

@@ -13,6 +13,8 @@ from finemoe.cli.output import Json, Quiet, WeightsOption, print_json
 if TYPE_CHECKING:
     from finemoe.methods.distillation.sampling import Sampled
 
+_VERDICTS, _ALWAYS = ("right", "wrong", "unreadable", "error"), ("right", "wrong")
+
 Source = Annotated[
     Path,
     typer.Argument(
@@ -66,7 +68,8 @@ def sample(
     Writes conversations, one a line, with where each comes from; the method sft reads the file as it is.
     --keep answer compares with the answer that a record has in a field (answer, solution, reference, ...)
     or as its last message: a box as LaTeX, a number with the one that the completion ends on, words with
-    words. What is interrupted goes on where it stopped when the same command is given again.
+    words. What is interrupted goes on where it stopped when the same command is given again; a
+    hidden file beside FILE.jsonl says where that is, until it is done.
 
     \b
     Examples:
@@ -79,12 +82,14 @@ def sample(
 
     kind_of(source)  # a path that holds nothing is refused before a second of imports
 
+    from finemoe.methods.distillation.journal import forget
     from finemoe.methods.distillation.sampling import sample as draw
 
     done = draw(
         source, prompts, out, n=n, keep=keep, best_of=best_of, temperature=temperature, top_k=top_k, top_p=top_p,
         max_new_tokens=max_new_tokens, seed=seed, weights=weights, quiet=quiet,
     )  # fmt: skip
+    forget(done.path)
     if as_json:
         print_json(done.to_dict())
     else:
@@ -97,10 +102,15 @@ def show(done: Sampled) -> None:
 
     share = done.kept / done.drawn if done.drawn else 0.0
     reasons = [f"{count:,} {why}" for why, count in sorted(done.left_out.items(), key=lambda one: -one[1])]
+    judged = [
+        f"{name}: " + ", ".join(f"{one} {counts.get(one, 0):,}" for one in _VERDICTS if one in counts or one in _ALWAYS)
+        for name, counts in done.verdicts.items()
+    ]
     skipped = [("Records", f"{len(done.skipped):,} hold no prompt")] if done.skipped else []
     print_lines([
         ("Asked", f"{done.prompts:,} prompts, {done.drawn:,} completions"),
         ("Kept", f"{done.kept:,} ({share:.0%}) in {done.path}"),
+        *([("Judged", "; ".join(judged))] if judged else []),
         *([("Left out", ", ".join(reasons))] if reasons else []),
         *skipped,
     ])  # fmt: skip

@@ -93,9 +93,11 @@ def _runs(directories: Sequence[Path]) -> list[Path]:
     Raises:
         RunError: there is none at all, or the only path is none.
     """
+    from finemoe.checkpoint.kinds import models_below
     from finemoe.core.errors import RunError
     from finemoe.core.logs import logger
     from finemoe.runs.listing import describe, runs_of
+    from finemoe.training.directory import require_run
 
     found: list[Path] = []
     for directory in directories:
@@ -107,6 +109,8 @@ def _runs(directories: Sequence[Path]) -> list[Path]:
         elif len(directories) > 1 and directory.exists():
             logger.warning("%s is left out: it is not a run directory", directory)
         else:
+            if models_below(directory):
+                require_run(directory)  # which names them
             raise RunError(f"{directory}: not a run directory; `finemoe runs` lists what there is")
     if not found:
         raise RunError(f"{', '.join(map(str, directories))}: no run was begun there yet")

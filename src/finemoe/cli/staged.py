@@ -16,18 +16,18 @@ _NOWHERE = Path("OUT")
 
 
 def check_stages(recipe: Path, overrides: Sequence[str], out: Path | None, quiet: bool, as_json: bool) -> None:
-    """Say of every stage what it would take, or why nobody can say it yet.
+    """Say of every stage what it would take, or why nobody can say it yet; the keys of all are read first.
 
     Raises:
         typer.Exit: 1 when one would be refused.
         ConfigError: the recipe is none of stages, or one of them is no configuration.
     """
     from finemoe.core.config import read_tables
-    from finemoe.runs.config import resolve_run
     from finemoe.runs.planning.check import check
-    from finemoe.studies.stages import Stage, stages_of, waits_for
+    from finemoe.studies.stages import Stage, checked_stages, configurations, waits_for
 
-    stages = stages_of(read_tables(recipe), str(recipe), out or _NOWHERE, overrides)
+    stages = checked_stages(read_tables(recipe), str(recipe), out or _NOWHERE, overrides)
+    configs = configurations(stages, str(recipe))
 
     def why_not(stage: Stage) -> str | None:
         if stage.sampling is not None:
@@ -36,7 +36,7 @@ def check_stages(recipe: Path, overrides: Sequence[str], out: Path | None, quiet
             return f"{stage.folder} holds it already; the command without --check goes on with it"
         if (before := waits_for(stage, stages)) is None:
             return None
-        needs = f"it begins with what stage {before.name} leaves"
+        needs = f"its keys are right, but it begins with what stage {before.name} leaves"
         if out is None:
             return f"{needs}: say --out DIR too, where that was trained"
         return f"{needs}, and {before.folder} is not there: train that stage first"
@@ -49,10 +49,9 @@ def check_stages(recipe: Path, overrides: Sequence[str], out: Path | None, quiet
             typer.secho(f"Stage {number} of {len(stages)}: {stage.name}", bold=True)
         if why is not None:
             found.append({"stage": stage.name, "check": None, "why": why})
-            said = textwrap.fill(f"Not checked: {why}.", 80, break_long_words=False, break_on_hyphens=False)
+            said = textwrap.fill(f"Not measured: {why}.", 80, break_long_words=False, break_on_hyphens=False)
         else:
-            config = resolve_run(dict(stage.raw), f"{recipe}, stage {stage.name}")
-            one = check(config, out=stage.folder, quiet=quiet)
+            one = check(configs[stage.name], out=stage.folder, quiet=quiet)
             found.append({"stage": stage.name, "check": one.to_dict(), "why": None})
             refused, said = refused or bool(one.refused), str(one)
         if not as_json:

@@ -25,6 +25,7 @@ from finemoe.core.reading import decode_json, reason_of
 
 _MOST_DEPTH = 40  # of tables; real recipes have six
 _MOST_TAG = 60
+_MOST_DIGITS = 6  # of a place in a list
 
 
 class Config(BaseModel):
@@ -238,10 +239,19 @@ def read_tables(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on top, table by table. A table of another `kind` replaces instead of merging."""
+    """`base` with `over` laid on top, table by table. A table of another `kind` replaces instead of merging.
+
+    Where `base` has a list, keys that are all numbers are places in it, counted from 0.
+
+    Raises:
+        ConfigError: a list has no such place.
+    """
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
+        if isinstance(old, list | tuple) and isinstance(value, Mapping) and value and all(map(_is_place, value)):
+            merged[key] = _in_places(key, old, value)
+            continue
         same_kind = (
             isinstance(old, Mapping)
             and isinstance(value, Mapping)
@@ -251,11 +261,26 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _is_place(key: Any) -> bool:
+    return isinstance(key, str) and key.isdecimal() and len(key) < _MOST_DIGITS
+
+
+def _in_places(name: str, old: Sequence[Any], over: Mapping[str, Any]) -> list[Any]:
+    merged = dict(enumerate(old))
+    for place, value in ((int(key), value) for key, value in over.items()):
+        if place not in merged:
+            raise ConfigError(f"`{name}.{place}`: the list `{name}` has {len(old)} entries, counted from 0")
+        merged[place] = merge({"": merged[place]}, {"": value})[""]
+    return list(merged.values())
+
+
 def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Apply `a.b.c=value` overrides. Values are TOML where they parse as TOML, else plain strings.
 
+    Of a list of tables, a number is a place: `method.rewards.0.weight=0.5`.
+
     Raises:
-        ConfigError: for an override without `=` or with an empty key.
+        ConfigError: for an override without `=`, with an empty key, or of a place that a list does not have.
     """
     merged = dict(data)
     for override in overrides:

@@ -51,6 +51,10 @@ def must_be(detail: Any) -> str:
         return "must be a finite number"
     if kind == "int_from_float":
         return "must be a whole number"
+    if kind == "string_pattern_mismatch":
+        return f"must be text of the form {context.get('pattern')}"
+    if kind in ("tuple_type", "list_type") and isinstance(detail.get("input"), Mapping):
+        return f"must be {MUST['list']}; one entry of a list that is there is named by its number, from 0"
     wanted = MUST.get(kind.split("_")[0])
     return (
         f"must be {wanted}" if wanted else f"does not fit: {str(detail['msg']).replace('Input should be', 'must be')}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias
@@ -103,6 +103,16 @@ class FilesCorpus(Config):
     def _one_way_to_the_text(self) -> FilesCorpus:
         require_one_way(self.text_field, self.template)
         return self
+
+    def require_there(self, later: Sequence[str] = ()) -> None:
+        """Check that every path leads to something, but for those that begin with one of `later`.
+
+        Raises:
+            DataError: one leads to nothing.
+        """
+        for pattern in (*self.paths, *self.validation_paths):
+            if not pattern.startswith(tuple(later)):
+                next(_find(pattern), None)
 
     def documents(self, report: SkipReport, whole: bool = False) -> Iterator[Document]:
         """One document a text file or record, by file name, then in the file's own order."""

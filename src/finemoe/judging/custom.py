@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator
 
 from finemoe.core.errors import ConfigError
 from finemoe.judging.comparing import within
 from finemoe.judging.verdicts import Answer, Bounds, Judge, Judged, Weighted
 from finemoe.text.gym import credit, require_gym
+
+
+def _file_and_function(path: str) -> str:
+    if not re.fullmatch(r".+\.py:[A-Za-z_]\w*", path, re.DOTALL):
+        raise ValueError('must be "FILE.py:FUNCTION"')
+    return path
 
 
 class FunctionReward(Weighted):
@@ -26,7 +34,7 @@ class FunctionReward(Weighted):
     """
 
     kind: Literal["function"] = "function"
-    path: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")]
+    path: Annotated[str, AfterValidator(_file_and_function)]
     """The file and the function, "my_rewards.py:score", relative to the current directory."""
 
     def identity(self) -> dict[str, Any]:
@@ -46,13 +54,18 @@ def function(config: FunctionReward, bounds: Bounds) -> Judge:
     """Unreadable: it returns None. Error: it raises one, or returns what is no value.
 
     Raises:
-        ConfigError: no such file or function, or the file fails.
+        ConfigError: no such file or function, one that takes other arguments, or the file fails.
     """
     file, _, name = config.path.rpartition(":")
     score = _loaded(Path(file).expanduser(), name)
+    _require_arguments(score, config.path)
 
     def judge(answer: Answer) -> Judged:
-        return _said(score(answer.prompt, answer.text, dict(answer.record)))
+        said = score(answer.prompt, answer.text, dict(answer.record))
+        try:
+            return _said(said)
+        except (TypeError, ValueError) as error:
+            return Judged.error(f"{config.path}: {error}")
 
     return judge
 
@@ -75,6 +88,18 @@ def _loaded(path: Path, name: str) -> Callable[..., Any]:
         known = sorted(one for one, value in vars(module).items() if callable(value) and not one.startswith("_"))
         raise ConfigError(f"`path`: {path} has no function {name}; it has {', '.join(known) or 'none'}")
     return found
+
+
+def _require_arguments(score: Callable[..., Any], path: str) -> None:
+    try:
+        signature = inspect.signature(score)
+    except (TypeError, ValueError):  # of what is written in C nobody may know
+        return
+    try:
+        signature.bind("prompt", "completion", {})
+    except TypeError as error:
+        wanted = f"def {path.rpartition(':')[2]}(prompt, completion, record)"
+        raise ConfigError(f"`path`: {path}{signature} is called with three arguments: write {wanted}") from error
 
 
 _MOST = 1e9

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -19,6 +19,7 @@ from typing import Any
 
 from finemoe.core.child import below, end
 from finemoe.core.errors import ConfigError
+from finemoe.core.logs import logger
 from finemoe.judging import KINDS
 from finemoe.judging.verdicts import Answer, Bounds, Judged
 
@@ -27,6 +28,8 @@ _STARTS_IN_VAIN = 3
 _SUPERVISED = 30.0  # beyond its own deadline, which the sandbox keeps itself
 _POLL = 0.02
 _AHEAD, _AHEAD_SECONDS = 32, 0.05  # requests that wait in a process: so many, or so much work, at most
+_SILENT = 5  # times in a row that nothing was said in time, before the other answers of a batch are not tried
+_SLOW_SECONDS, _FEW = 0.5, 2  # of an answer, from where on there are more processes than a few
 _MOST_PROCESSES = 64
 _MOST_REPLY = 1 << 20
 
@@ -61,6 +64,11 @@ class _Worker:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         return self.process.stdin.fileno(), self.process.stdout.fileno()
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it has been at one answer for long."""
+        return self.ready and bool(self.tasks) and time.monotonic() - self.since > _SLOW_SECONDS
 
     def move(self) -> bool:
         """Send what it takes and hear what it says; whether its pipes are still open."""
@@ -116,6 +124,7 @@ class Pool:
         self._pace = dict.fromkeys(rewards, 1.0)  # seconds that one answer takes, of late
         self._most, self._vain, self._why_vain = workers, 0, ""
         self._on_failure = on_failure
+        self._silent = Counter[str]()  # by reward: answers without a verdict in time since the last that had one
         self._workers: list[_Worker] = []
         weakref.finalize(self, _end_all, self._workers)  # of who forgot to close it, or ended before
         try:
@@ -129,14 +138,20 @@ class Pool:
             raise
 
     def judge(self, answers: Sequence[Answer]) -> list[dict[str, Judged]]:
-        """What each reward says of each answer; `error` where its process hung, crashed or grew."""
-        left = deque(_Task(number, reward) for reward in self._seconds for number in range(len(answers)))
+        """What each reward says of each answer; `error` where its process hung, crashed or grew.
+
+        A reward that says nothing in time of several answers, one after the other, and of none before them, is not
+        tried on the rest.
+        """
+        order = _by_turns(answers)
+        left = deque(_Task(number, reward) for reward in self._seconds for number in order)
         texts = [json.dumps({**vars(one), "record": dict(one.record)}, default=str) for one in answers]
         found: dict[_Task, Judged] = {}
-        everything = len(left)
+        everything, slow, spoke = len(left), False, set[str]()
         try:
             while len(found) < everything:
-                wanted = min(self._most, everything - len(found))
+                slow = slow or any(one.is_slow for one in self._workers)
+                wanted = min(self._most if slow else _FEW, self._most, everything - len(found))
                 while len(self._workers) < wanted and self._vain < _STARTS_IN_VAIN:
                     self._start()
                 for worker in self._workers:
@@ -151,10 +166,33 @@ class Pool:
                 for task, judged in islice(found.items(), known, None):
                     if judged.verdict == "error":
                         self._on_failure(task.reward, judged.note)
+                    else:
+                        spoke.add(task.reward)
+                        self._silent[task.reward] = 0
+                self._give_up(left, found, spoke, len(answers))
         finally:  # an interrupt, too, leaves processes whose next answers belong to these questions
             for worker in [one for one in self._workers if one.tasks]:
                 self._end(worker)
         return [{reward: found[_Task(number, reward)] for reward in self._seconds} for number in range(len(answers))]
+
+    def _give_up(self, left: deque[_Task], found: dict[_Task, Judged], spoke: set[str], answers: int) -> None:
+        """Take out of `left` what is of a reward that says nothing in time, of any answer."""
+        for reward in [one for one, times in self._silent.items() if times >= _SILENT and one not in spoke]:
+            late = sum(one.reward == reward and judged.note == self._late(reward) for one, judged in found.items())
+            if not late or all(one.reward != reward for one in left):
+                continue
+            logger.warning(
+                "reward %s: %d of %d answers could not be judged, and none could: %s; the others are not tried",
+                reward, late, answers, self._late(reward),
+            )  # fmt: skip
+            note = f"not tried, as of {late} before it there was {self._late(reward)}"
+            found |= {one: Judged.error(note) for one in left if one.reward == reward}
+            rest = [one for one in left if one.reward != reward]
+            left.clear()
+            left.extend(rest)
+
+    def _late(self, reward: str) -> str:
+        return f"no verdict within {self._seconds[reward]:g} seconds"
 
     def close(self) -> None:
         """End all processes."""
@@ -206,7 +244,10 @@ class Pool:
             busy = bool(worker.tasks) or not worker.ready
             seconds = self._seconds[worker.tasks[0].reward] if worker.tasks else _START_SECONDS
             if why is None and busy and late > seconds:
-                why = f"no verdict within {seconds:g} seconds" if worker.ready else "it does not start"
+                why = "it does not start"
+                if worker.ready:
+                    why = self._late(worker.tasks[0].reward)
+                    self._silent[worker.tasks[0].reward] += 1
             if why is None and (late > _POLL or worker in moved) and len(below(worker.process.pid)) > _MOST_PROCESSES:
                 why = f"more than {_MOST_PROCESSES} processes started"
             if why is not None or not worker.fit:
@@ -248,6 +289,16 @@ class Pool:
     def _end(self, worker: _Worker) -> None:
         self._workers.remove(worker)
         _kill(worker)
+
+
+def _by_turns(answers: Sequence[Answer]) -> list[int]:
+    """Their numbers: one to each question first, since a single question may be what a reward cannot bear."""
+    seen = Counter[str]()
+    turns = []
+    for one in answers:
+        turns.append(seen[one.prompt])
+        seen[one.prompt] += 1
+    return sorted(range(len(answers)), key=turns.__getitem__)
 
 
 def _end_all(workers: list[_Worker]) -> None:

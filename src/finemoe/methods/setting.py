@@ -59,6 +59,18 @@ class MethodConfig(Config):
         """Whether the parameter of that name is trained, if the choice of what may move lets it."""
         return True
 
+    @property
+    def together(self) -> int:
+        """[sequences] Of which a step must hold a multiple."""
+        return 1
+
+    def refuse(self, sequences: int, length: int) -> None:
+        """Refuse steps of so many sequences, each of `length` tokens at most, that it cannot learn from.
+
+        Raises:
+            ValueError: naming the keys, and values that work.
+        """
+
     def as_learnt(self) -> MethodConfig:
         """Itself without what a run may go on with otherwise, such as where a server listens."""
         return self
@@ -127,6 +139,11 @@ class Setting:
     """Of effect only where the model has modules for it."""
     directory: Path | None = None
     """Of the run, where there is one: a look at its data or its speed has none."""
+
+
+def no_room(answer: int, length: int) -> str:
+    """What is said of answers that leave no room for a prompt before them."""
+    return f"method.answer_tokens {answer} leaves no room for a prompt in data.sequence_length {length}: lower it"
 
 
 def numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -180,10 +180,13 @@ class RunConfig(Config):
         for field in ("tokens_per_step", "micro_batch_tokens"):
             value = getattr(training, field)
             if value is not None and value % length:
-                below = max(length, value - value % length)
+                fits = max(length, value - value % length)
+                if field == "tokens_per_step" and (unit := length * self.method.together) > length:
+                    fits = max(1, round(value / unit)) * unit
                 raise ValueError(
-                    f"training.{field} {value} is not a multiple of data.sequence_length {length}: try {below}"
+                    f"training.{field} {value} is not a multiple of data.sequence_length {length}: try {fits}"
                 )
+        self.method.refuse(self.sequences_per_step, length)
         if training.epochs is None and training.total_steps < 1:
             raise ValueError(
                 f"training.tokens {training.tokens} is less than one step of {training.tokens_per_step}: raise it"
@@ -265,8 +268,13 @@ def _laid_over(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
     return with_overrides(tables, overrides)
 
 
-def resolve_run(raw: Mapping[str, Any], source: str) -> RunConfig:
+def resolve_run(raw: Mapping[str, Any], source: str, *, begins_with: ModelConfig | None = None) -> RunConfig:
     """A recipe's tables to a RunConfig: the model's preset is expanded, the tokenizer sized for the model.
+
+    Args:
+        raw: its tables.
+        source: named in errors.
+        begins_with: the model that `start_from` will hold, where that is yet to be trained.
 
     Raises:
         ConfigError: unknown keys, missing fields, impossible combinations.
@@ -277,7 +285,7 @@ def resolve_run(raw: Mapping[str, Any], source: str) -> RunConfig:
         raise ConfigError(f"{source}: `model` and `data` must be tables")
     method = _method_of(raw)
     raw = with_defaults(raw, method.defaults)
-    config = _resolve_model(raw, source)
+    config = _resolve_model(raw, source, begins_with)
     if method is not PretrainingConfig:
         config = without_capacity(config)  # a policy that drops tokens is not the one that is measured and used
         if raw["method"].get("mtp") == "drop":
@@ -297,19 +305,19 @@ def _method_of(raw: Mapping[str, Any]) -> Any:
     return METHODS[kind][0] if isinstance(kind, str) and kind in METHODS else PretrainingConfig
 
 
-def _resolve_model(raw: Mapping[str, Any], source: str) -> ModelConfig:
-    """The model that `start_from` holds, or what [model] describes."""
+def _resolve_model(raw: Mapping[str, Any], source: str, begins_with: ModelConfig | None) -> ModelConfig:
+    """The model that `start_from` holds, or will hold, or what [model] describes."""
     model = raw.get("model")
     if raw.get("start_from") is not None:
         path = Path(str(raw["start_from"]))
         if model is not None:
             resolved = parse(ModelConfig, model, f"{source}: model") if "blocks" in model else None  # a config.json
-            if resolved is None or not can_begin_with(resolved, read_model_config(path)):
+            if resolved is None or not can_begin_with(resolved, begins_with or read_model_config(path)):
                 raise ConfigError(f"{source}: `start_from` brings its own model: leave [model] out")
             return resolved
         if path.suffix.lower() == ".gguf":
             raise ConfigError(f"{source}: start_from {path} is a GGUF file: `finemoe import {path} DIR`, then name DIR")
-        return _rebalanced(read_model_config(path), raw.get("balance"), source)
+        return _rebalanced(begins_with or read_model_config(path), raw.get("balance"), source)
     if raw.get("balance") is not None:
         raise ConfigError(f"{source}: [balance] is for `start_from`; write it as model.feed_forward.balance")
     if model is None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from finemoe.checkpoint.open import text_home
 from finemoe.core.config import to_json
@@ -37,7 +38,7 @@ def require_free(directory: Path, config: RunConfig) -> None:
     if not (directory / "config.json").exists():
         raise RunError(f"{directory} is not empty and not a run; choose another --out")
     same = is_same_run(config, read_config(directory / "config.json"))
-    what = "this very run" if same else "a run of another configuration"
+    what = "this very run" if same else f"a run of another configuration ({first_difference(directory, config)})"
     raise RunError(f"{directory} holds {what}; go on with `finemoe resume {directory}`, or choose another --out")
 
 
@@ -69,6 +70,44 @@ def _describes(config: RunConfig, found: RunConfig) -> bool:
         length = {"epochs": None, "steps": found.training.steps}
         asked = asked.model_copy(update={"training": asked.training.model_copy(update=length)})
     return is_same_run(asked, found)
+
+
+def first_difference(directory: Path, config: RunConfig) -> str:
+    """The first key in which the run there, as it began, is another than `config`: `training.steps: 40 there, 7 here`.
+
+    Raises:
+        ConfigError: config.json there is damaged.
+    """
+    now = read_config(directory / "config.json")
+    found = (began_as(directory) or now).model_dump(mode="json")
+    ours = config.model_dump(mode="json")
+    for name, value in ours["kernels"].items():
+        if value == "auto":  # what it came to there is no difference
+            ours["kernels"][name] = found["kernels"][name]
+    if ours["training"]["epochs"] is not None:  # steps took their place there
+        ours["training"] |= {"epochs": None, "steps": found["training"]["steps"]}
+    ours["parallel"] = found["parallel"]
+    where = _apart(found, ours)
+    return f"{where[0]}: {_short(where[1])} there, {_short(where[2])} here" if where else "in what its model came to be"
+
+
+def _apart(there: Any, here: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first leaf in which two trees of plain values differ, by its key; longest keys that both have."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        pairs: Iterable[tuple[Any, Any, Any]] = ((one, there.get(one), here.get(one)) for one in {**here, **there})
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = ((number, *pair) for number, pair in enumerate(zip(there, here, strict=True)))
+    else:
+        return (key, there, here) if there != here else None
+    return next((found for one, a, b in pairs if (found := _apart(a, b, f"{key}.{one}".lstrip(".")))), None)
+
+
+_SHOWN = 60
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
 def describe(directory: Path, config: RunConfig, data: TrainingData[Batch]) -> None:

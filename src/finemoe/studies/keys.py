@@ -12,11 +12,11 @@ from finemoe.core.config import Config, did_you_mean
 from finemoe.core.errors import ConfigError
 from finemoe.core.keys import LEFT_OUT, REQUIRED, Key, Section, sections_of
 from finemoe.data.config import NEW_SPLITTING
+from finemoe.methods.distillation.sample_table import SampleConfig
 from finemoe.model.config import ModelConfig, ModelRecipe
 from finemoe.runs.config import RunConfig, with_defaults
 from finemoe.studies.config import CompareConfig
 from finemoe.studies.staged.config import StudyConfig
-from finemoe.studies.stages import SampleConfig
 
 ROOTS = {"run": "finemoe train", "study": "finemoe paper", "comparison": "finemoe compare"}
 """The kinds of recipe, and the verb that takes each; `finemoe paper` takes one for `finemoe train` that has stages."""

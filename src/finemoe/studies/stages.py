@@ -12,25 +12,22 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-
-from finemoe.checkpoint.kinds import CONFIG
-from finemoe.core.config import Config, merge, parse, read_tables, with_overrides
-from finemoe.core.errors import ConfigError, RunError
+from finemoe.checkpoint.kinds import CONFIG, kind_of
+from finemoe.core.config import merge, parse, read_tables, with_overrides
+from finemoe.core.errors import ConfigError, DataError, FinemoeError, RunError
 from finemoe.core.logs import logger
-from finemoe.data.conversations.wording import Wording
-from finemoe.data.corpora import CorpusConfig
-from finemoe.methods.distillation.rejection import rejection
-from finemoe.methods.distillation.sampling import Sampled, sample
-from finemoe.methods.rewards import RewardsConfig
+from finemoe.data.corpora import FilesCorpus
+from finemoe.methods.distillation.sample_table import SampleConfig
+from finemoe.methods.rewards import require_made
 from finemoe.parallel.seat import seat
 from finemoe.runs.changes import is_past
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
-from finemoe.runs.directory import holds_run
+from finemoe.runs.directory import first_difference, holds_run
 from finemoe.runs.run import train
 from finemoe.training.directory import read_summary
 
@@ -42,63 +39,6 @@ _PLACE = re.compile(r"^\{([a-z0-9-]+)\}(?=/)")
 
 class StageInterruptedError(RunError):
     """A stage was asked to end, and is saved."""
-
-
-class SampleConfig(Config):
-    """Answers that a model writes, of which those are kept that pass a check, or that rewards find good."""
-
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Files of records, as of `finemoe sample`."""
-    corpus: CorpusConfig | None = None
-    """Instead of files: a corpus, whose records to train on are asked."""
-    n: PositiveInt = 4
-    """[answers] To each prompt."""
-    keep: Literal["all", "ended", "answer"] | None = None
-    """Which of them: all, those that ended, or those that say what the record's own answer says. None: the last,
-    where there are no rewards."""
-    rewards: Annotated[tuple[RewardsConfig, ...], Field(min_length=1)] | None = None
-    """Instead of keep: what an answer is worth, as GRPO has it, and `finemoe rejection`."""
-    at_least: float | None = None
-    """[weighted sum] What an answer must be worth to be kept. None: 1."""
-    best_of: PositiveInt | None = None
-    """[answers] At most, of each prompt: of those that are kept, the most probable, or those worth most."""
-    template: Wording | None = None
-    """With rewards: how a prompt is put to a model that knows no chat, with {prompt} in it. None: as the model's chat
-    template has it."""
-    temperature: PositiveFloat = 1.0
-    """[factor] Logits are divided by it."""
-    max_new_tokens: PositiveInt = 512
-    """[tokens] Longest answer."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.prompts is None) == (self.corpus is None):
-            raise ValueError("give exactly one of prompts and corpus")
-        if self.rewards is not None and self.keep is not None:
-            raise ValueError("rewards say what is kept: leave keep out, or rewards")
-        if self.rewards is None:
-            for name in ("at_least", "template"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f'{name} goes with rewards: write rewards = [{{ kind = "answer" }}], or leave it out'
-                    )
-        # What follows would be refused when the stage is reached, after all that was trained before it.
-        if self.best_of is not None and self.best_of >= self.n:
-            raise ValueError(f"best_of {self.best_of} of n = {self.n} answers leaves no choice: lower it, or raise n")
-        return self
-
-    def draw(self, model: str, out: Path, seed: int, quiet: bool) -> Sampled:
-        """What `model` writes, and what of it is kept in `out`: as of `sample` and `rejection`."""
-        shared: dict[str, Any] = {
-            "n": self.n, "best_of": self.best_of, "temperature": self.temperature,
-            "max_new_tokens": self.max_new_tokens, "seed": seed, "quiet": quiet,
-        }  # fmt: skip
-        prompts = self.corpus or self.prompts
-        assert prompts is not None  # one of them is given
-        if self.rewards is None:
-            return sample(model, prompts, out, keep=self.keep or "answer", **shared)
-        bound = 1.0 if self.at_least is None else self.at_least
-        return rejection(model, prompts, out, rewards=self.rewards, at_least=bound, template=self.template, **shared)
 
 
 @dataclass(frozen=True)
@@ -150,6 +90,83 @@ def stages_of(raw: Mapping[str, Any], source: str, out: Path, overrides: Sequenc
         laid, _ = read_recipe(laid, own.get(name, ()))  # apart, since each may say how long the run is
         found.append(Stage(name, folder, laid, None, (*everywhere, *own.get(name, ()))))
     return found
+
+
+def checked_stages(raw: Mapping[str, Any], source: str, out: Path, overrides: Sequence[str] = ()) -> list[Stage]:
+    """As `stages_of`, with the tables of every stage read, so that the last one's mistakes are told before the first
+    one trains; of those that have not begun rewards are made, and files looked for.
+
+    Raises:
+        ConfigError: as of `stages_of`; or a stage cannot be what its tables say.
+        CheckpointError: one begins with what is neither a stage nor a model.
+        DataError: one reads from where nothing is.
+    """
+    stages = stages_of(raw, source, out, overrides)
+    try:
+        configs = configurations(stages, source)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_meant_for_one(raw, source, out, overrides)}") from error
+    for stage in (one for one in stages if not one.begun):
+        try:
+            _require_all(stage, configs.get(stage.name), [f"{one.folder}/" for one in stages])
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{source}, stage {stage.name}: {error}") from error
+    return stages
+
+
+def _require_all(stage: Stage, config: RunConfig | None, later: Sequence[str]) -> None:
+    """Check what `stage` takes of this machine, without what lies `later` in folders of stages.
+
+    Raises:
+        ConfigError: a reward cannot be made.
+        DataError: a path leads to nothing.
+    """
+    if config is not None:
+        corpus, rewards = config.data.corpus, getattr(config.method, "rewards", ())
+    else:
+        assert stage.sampling is not None  # there is one of both
+        corpus, rewards = stage.sampling.read_from, stage.sampling.rewards or ()
+    if isinstance(corpus, FilesCorpus):
+        corpus.require_there(later)
+    require_made(rewards)
+
+
+def configurations(stages: Sequence[Stage], source: str) -> dict[str, RunConfig]:
+    """Of every stage that trains, by name: also where what it begins with is yet to be trained.
+
+    Raises:
+        ConfigError, CheckpointError: as of `checked_stages`.
+    """
+    found: dict[str, RunConfig] = {}
+    for stage in stages:
+        where, start = f"{source}, stage {stage.name}", stage.raw.get("start_from")
+        before = next((one for one in stages if f"{start}/".startswith(f"{one.folder}/")), None)
+        if before is not None and before.sampling is not None:
+            raise ConfigError(f"{where}: begins with stage {before.name}, which writes answers and leaves no model")
+        if stage.sampling is None:
+            model = found[before.name].model if before is not None and not before.begun else None
+            found[stage.name] = resolve_run(dict(stage.raw), where, begins_with=model)
+        elif not isinstance(start, str):
+            raise ConfigError(f'{where}: name whose answers as start_from = "STAGE"')
+        elif before is None:
+            kind_of(Path(start))
+    return found
+
+
+def _meant_for_one(raw: Mapping[str, Any], source: str, out: Path, overrides: Sequence[str]) -> str:
+    """The end of what is said of overrides that every stage got and one alone can take; nothing where none is so."""
+    names = [one["name"] for one in raw["stage"] if "sample" not in one]
+    everywhere = [one for one in overrides if not one.startswith("stage.")]
+    tables = [tuple(one for one in everywhere if one.split(".")[0] == other.split(".")[0]) for other in everywhere]
+    for moved in dict.fromkeys([*((one,) for one in everywhere), *tables]):
+        for name in names:
+            laid = [f"stage.{name}.{one}" if one in moved else one for one in overrides]
+            with suppress(FinemoeError):
+                configurations(stages_of(raw, source, out, laid), source)
+                were = " ".join(f"--set {one}" for one in moved)
+                meant = " ".join(f"--set stage.{name}.{one}" for one in moved)
+                return f"; {were} is laid on every stage: did you mean {meant}?"
+    return ""
 
 
 def waits_for(stage: Stage, stages: Sequence[Stage]) -> Stage | None:
@@ -227,13 +244,14 @@ def run_stages(
         Of every stage its name, folder, and summary.
 
     Raises:
-        ConfigError, DataError: a stage cannot work; stages before it are done all the same.
+        ConfigError: the tables of a stage cannot be; nothing was trained.
+        DataError: a stage cannot work; stages before it are done all the same.
         RunError: a folder that holds another run; or a stage was interrupted.
         TrainingError: a loss was not finite.
     """
     source = "recipe" if isinstance(recipe, Mapping) else str(recipe)
     raw = dict(recipe) if isinstance(recipe, Mapping) else read_tables(recipe)
-    stages = stages_of(raw, source, Path(out), overrides)
+    stages = checked_stages(raw, source, Path(out), overrides)
     here = seat()
     if here is not None and here.processes > 1 and any(stage.sampling for stage in stages):
         raise ConfigError(f"{source}: a stage samples answers, which one process does: start it without torchrun")
@@ -254,10 +272,7 @@ def run_stage(stage: Stage, source: str, quiet: bool) -> dict[str, Any]:
     """
     where = {"stage": stage.name, "folder": str(stage.folder)}
     if stage.sampling is not None:
-        start = stage.raw.get("start_from")
-        if not isinstance(start, str):
-            raise ConfigError(f'{source}, stage {stage.name}: name whose answers as start_from = "STAGE"')
-        sampled = stage.sampling.draw(start, stage.folder / ANSWERS, stage.raw["seed"], quiet)
+        sampled = stage.sampling.draw(stage.raw["start_from"], stage.folder / ANSWERS, stage.raw["seed"], quiet)
         return {**where, "sampled": sampled.to_dict()}
     config = resolve_run(dict(stage.raw), f"{source}, stage {stage.name}")
     _refuse_another(stage, config)
@@ -287,7 +302,8 @@ def _refuse_another(stage: Stage, config: RunConfig) -> None:
         hint = f"to train that run so, `{shlex.join(words)}`; to begin another, {anew}"
     else:
         hint = f"leave it as it is by the recipe that it began with; to begin another, {anew}"
-    raise RunError(f"stage {stage.name}: {stage.folder} holds a run of another configuration: {hint}")
+    differs = first_difference(stage.folder, config)
+    raise RunError(f"stage {stage.name}: {stage.folder} holds a run of another configuration ({differs}): {hint}")
 
 
 def _placed(value: Any, known: Mapping[str, Path], where: str) -> Any:

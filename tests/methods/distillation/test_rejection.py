@@ -90,6 +90,27 @@ def test_what_is_worth_enough_is_kept_once(teacher: LanguageModel, asked: Path, 
     assert done.left_out["worth less than 1"] == len(whole) - len(good)
     assert done.left_out["said before"] == len(good) - len(wanted)
     assert sum(done.left_out.values()) == done.drawn - done.kept
+    right = sum(worth(said(record)) > 0 for record in first_of_each(whole))
+    assert done.verdicts["function"].keys() == {"right", "wrong"}
+    assert right <= done.verdicts["function"]["right"] <= sum(worth(said(record)) > 0 for record in whole)
+
+
+def test_where_nothing_is_kept_it_says_what_to_do(
+    teacher: LanguageModel, asked: Path, rules: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {**DRAWN, "rewards": by(rules, "digits")}
+    done = finemoe.rejection(teacher, asked, tmp_path / "out.jsonl", at_least=7.0, **options)
+    assert done.kept == 0
+    (told,) = [one for one in caplog.messages if "nothing was kept" in one]
+    assert f"{max(done.left_out.values())} of {done.drawn} answers: " in told
+    assert "Lower --at-least from 7" in told or "Raise --max-new-tokens" in told
+    with pytest.raises(ConfigError, match=r"begun with --n 8, now 4, --template left out, now \"{prompt}\": name"):
+        finemoe.rejection(
+            teacher, asked, tmp_path / "out.jsonl", at_least=7.0, **{**options, "n": 4}, template="{prompt}"
+        )
+    caplog.clear()
+    finemoe.rejection(teacher, asked, tmp_path / "kept.jsonl", at_least=-1.0, **options)
+    assert not [one for one in caplog.messages if "nothing was kept" in one]
 
 
 def test_those_worth_most_of_each_prompt(teacher: LanguageModel, asked: Path, rules: Path, tmp_path: Path) -> None:
@@ -160,10 +181,10 @@ def test_interrupted_it_comes_to_the_same_file(
     again = finemoe.rejection(teacher, asked, out, **options)
     assert lines(out) == lines(tmp_path / "whole.jsonl")
     assert {**again.to_dict(), "path": ""} == {**whole.to_dict(), "path": ""}
-    with pytest.raises(ConfigError, match="begun with another at_least"):
+    with pytest.raises(ConfigError, match=r"begun with --at-least 0.5, now 0.25: name another --out"):
         finemoe.rejection(teacher, asked, out, **{**options, "at_least": 0.25})
     rules.write_text(RULES + "# another file\n")
-    with pytest.raises(ConfigError, match="begun with another rewards"):
+    with pytest.raises(ConfigError, match="begun with other --rewards: "):
         finemoe.rejection(teacher, asked, out, **options)
 
 

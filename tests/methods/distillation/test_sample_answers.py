@@ -124,7 +124,7 @@ def test_what_is_there_is_not_overwritten(teacher: LanguageModel, asked: Path, t
         finemoe.sample(teacher, asked, out, **SHORT)
     assert out.read_text() == "mine\n"
     finemoe.sample(teacher, asked, tmp_path / "other.jsonl", **SHORT)
-    with pytest.raises(ConfigError, match="begun with another n, seed"):
+    with pytest.raises(ConfigError, match="begun with --n 1, now 2, --seed 0, now 1: name another --out"):
         finemoe.sample(teacher, asked, tmp_path / "other.jsonl", n=2, seed=1, **SHORT)
 
 

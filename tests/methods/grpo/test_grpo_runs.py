@@ -159,7 +159,8 @@ def test_another_reference_is_refused(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "tables", "said"),
     [
-        ({"group": 3}, {}, "no whole groups"),
+        ({"group": 3}, {}, r"no whole groups of method.group 3: try method.group 2, or training.tokens_per_step \d+"),
+        ({"rewards": [{"kind": "answer", "weight": 0}]}, {}, "`method.rewards`: every weight is 0, nothing would be"),
         ({"answer_tokens": 32}, {}, "leaves no room"),
         ({"template": "ask"}, {}, "has no {prompt}"),
         ({"replay": "update"}, {}, "there is one"),
@@ -167,7 +168,11 @@ def test_another_reference_is_refused(corpus: Path, tmp_path: Path) -> None:
         ({"ratio": "gspo", "normalize": "token"}, {}, "is of token ratios"),
         ({"ratio": "sequence", "supervision": "process"}, {}, "gives every token an advantage"),
         ({"beta": 0.0, "reference_every": 3}, {}, "beta is 0"),
-        ({"answer_tokens": 26}, {}, "longer than 6 tokens"),
+        (
+            {"answer_tokens": 26},
+            {},
+            "longer than the 6 tokens that method.answer_tokens 26 leaves of data.sequence_length 32",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(

@@ -147,9 +147,9 @@ def test_given_again_it_does_nothing_again_and_seeds_are_added(
 
 def test_a_study_without_a_best_value_ends_before_its_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     here(monkeypatch)
-    said = r"the best optimizer\.learning_rate of zero is not known.*method\.group 7"
+    said = r"the best optimizer\.learning_rate of zero is not known.*method\.answer_tokens 13"
     with pytest.raises(RunError, match=said):
-        study(written(tmp_path), out=tmp_path / "out", quiet=True, overrides=["stage.zero.method.group=7"])
+        study(written(tmp_path), out=tmp_path / "out", quiet=True, overrides=["stage.zero.method.answer_tokens=13"])
     assert not (tmp_path / "out" / "seeds").exists()
 
 
@@ -234,10 +234,10 @@ def test_a_stage_that_fails_leaves_its_claims_without_a_verdict(
     text = RECIPE[:stages] + more + RECIPE[stages:]
     found = study(
         written(tmp_path, text), out=tmp_path / "out", quiet=True,
-        overrides=["study.tuned=[]", "study.seeds=[0]", "stage.zero.method.group=7"],
+        overrides=["study.tuned=[]", "study.seeds=[0]", "stage.zero.method.answer_tokens=13"],
     )  # fmt: skip
     assert found.failures["seed 0"].startswith("stage zero: ")
-    assert "method.group 7" in found.failures["seed 0"]
+    assert "method.answer_tokens 13" in found.failures["seed 0"]
     homes = {path.name for path in (found.directory / "seeds" / "seed-0").iterdir()}
     assert "4-apart" in homes, "what does not come from it is run all the same"
     assert "5-after" not in homes
@@ -260,6 +260,7 @@ def test_a_stage_that_fails_leaves_its_claims_without_a_verdict(
         (RECIPE[RECIPE.index("[study]") :], "", "a study needs"),
         ('stage = "zero"\nvalues', 'stage = "base"\nvalues = [1e-3, 2e-3]\n[[study.tuned]]\nstage = "zero"\nvalues',
          "zero comes from base, which is tuned too"),
+        ("group = 4", "group = 7", "stage zero: the 8 answers of a rollout are no whole groups of method.group 7"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_runs(tmp_path: Path, was: str, now: str, said: str) -> None:

@@ -32,6 +32,8 @@ class Journal:
     drawn: int = 0
     kept: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
+    verdicts: dict[str, Counter[str]] = field(default_factory=dict)
+    """By reward."""
 
     @staticmethod
     @contextmanager
@@ -42,16 +44,19 @@ class Journal:
             ConfigError: it was begun with others, or is a file that somebody else wrote.
             RunError: it cannot be written, or another process is writing it.
         """
-        log = path.with_name(f".{path.name}.progress")
+        log, lock = _beside(path)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with exclusive_lock(path.with_name(f".{path.name}.lock"), patience=1.0):
-                records = _records(path, log, facts)
-                with writing(path), path.open("ab") as lines, log.open("ab") as journal:
-                    made = Journal(lines, journal)
-                    made._begin(records, facts)
-                    yield made
+            with exclusive_lock(lock, patience=1.0):
+                try:
+                    records = _records(path, log, facts)
+                    with writing(path), path.open("ab") as lines, log.open("ab") as journal:
+                        made = Journal(lines, journal)
+                        made._begin(records, facts)
+                        yield made
+                finally:
+                    lock.unlink(missing_ok=True)
         except TimeoutError as error:
             raise RunError(f"{path}: another process is writing it; wait for it, or end it") from error
 
@@ -67,7 +72,7 @@ class Journal:
             stream.seek(0, os.SEEK_END)
 
     def add(self, lines: Sequence[str], counts: Mapping[str, Any]) -> None:
-        """One more item: its lines, and what is counted of it: `drawn`, `kept`, `left_out`."""
+        """One more item: its lines, and what is counted of it: `drawn`, `kept`, `left_out`, `verdicts`."""
         self.lines.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
         self.lines.flush()
         self._say({**counts, "bytes": self.lines.tell()})
@@ -82,6 +87,19 @@ class Journal:
         self.drawn += record["drawn"]
         self.kept += record["kept"]
         self.left_out.update(record["left_out"])
+        for name, counts in record.get("verdicts", {}).items():
+            self.verdicts.setdefault(name, Counter()).update(counts)
+
+
+def forget(path: Path) -> None:
+    """Take away what lies hidden beside `path`, which is done: it cannot be gone on with any more."""
+    for hidden in _beside(path):
+        hidden.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """The journal, and the lock of who writes."""
+    return path.with_name(f".{path.name}.progress"), path.with_name(f".{path.name}.lock")
 
 
 def _encoded(record: Mapping[str, Any]) -> bytes:
@@ -91,8 +109,11 @@ def _encoded(record: Mapping[str, Any]) -> bytes:
 def _records(path: Path, log: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The whole lines of the journal, the facts first; none where nothing was begun."""
     if not log.exists():
-        if path.exists():
-            raise ConfigError(f"{path} exists, and was not begun here: nothing is overwritten, so name another --out")
+        if path.exists() and path.stat().st_size:
+            raise ConfigError(
+                f"{path} is there already, whole or somebody else's: nothing is overwritten, so name another --out, or "
+                "remove it"
+            )
         return []
     records = []
     size = path.stat().st_size if path.exists() else 0
@@ -105,6 +126,26 @@ def _records(path: Path, log: Path, facts: Mapping[str, Any]) -> list[dict[str, 
             break
         records.append(record)
     if records and records[0] != dict(facts):
-        other = sorted(name for name in facts if records[0].get(name) != facts[name])
-        raise ConfigError(f"{path} was begun with another {', '.join(other)}: name another --out, or remove the file")
+        raise ConfigError(f"{path} was begun with {_otherwise(records[0], facts)}: name another --out, or remove it")
     return records
+
+
+def _otherwise(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Each fact that is another, by the option that it is given with, with both values where they are short."""
+    other = [name for name in new if old.get(name) != new[name]]
+    if "template" in other:  # by which the same prompts are other ones
+        other = [name for name in other if name != "prompts"]
+    return ", ".join(_told(name, old.get(name), new[name]) for name in sorted(other))
+
+
+def _told(name: str, old: Any, new: Any) -> str:
+    if name in ("model", "prompts", "records"):  # known by their hashes
+        return f"{'another' if name == 'model' else 'other'} {name}"
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(new, Sequence) and not isinstance(new, str):
+        return f"other {option}"
+    return f"{option} {_value(old)}, now {_value(new)}"
+
+
+def _value(value: Any) -> str:
+    return "left out" if value is None else json.dumps(value, ensure_ascii=False)

@@ -29,7 +29,7 @@ from finemoe.methods.distillation.teacher import Beside, Reading, Teacher, open_
 from finemoe.methods.live import live_terms
 from finemoe.methods.measuring import HasHeldOut, HeldOut
 from finemoe.methods.pretraining import PackedDocuments
-from finemoe.methods.setting import Kept, MethodConfig, Setting, numbers
+from finemoe.methods.setting import Kept, MethodConfig, Setting, no_room, numbers
 from finemoe.model.divergence import Direction
 from finemoe.text.tokenizer import Tokenizer
 from finemoe.training.balancing import MoveBiases
@@ -91,6 +91,15 @@ class DistillConfig(MethodConfig):
                 'divergence "reverse" needs the whole distribution of the teacher: leave top_k out, or use "forward"'
             )
         return self
+
+    def refuse(self, sequences: int, length: int) -> None:
+        """Room for a prompt before each answer of the student's.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.policy == "on" and (room := self.answer_tokens or _ANSWER_TOKENS) >= length:
+            raise ValueError(no_room(room, length))
 
     @property
     def direction(self) -> Direction:

@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from finemoe.core.errors import ConfigError, DataError
+from finemoe.core.errors import DataError
 from finemoe.core.seeds import derive
 from finemoe.data.batch import PackedBatch, TokenBatch
 from finemoe.data.conversations.packing import Packer, fit
@@ -69,14 +69,10 @@ class Questions:
         """The prompts of `setting`: what is asked in its records, up to the last answer.
 
         Raises:
-            ConfigError: the run begins with no model, or an answer leaves no room for a prompt.
+            ConfigError: the run begins with no model.
             DataError: the records cannot be used, or are too few.
         """
         length = setting.data.sequence_length
-        if room >= length:
-            raise ConfigError(
-                f"method.answer_tokens {room} leaves no room for a prompt in data.sequence_length {length}: lower it"
-            )
         tokenizer, template, plain = speech_of(setting)
         prepared = prepare_conversations(setting.data, "prompt", tokenizer, template)
         seed = derive(setting.seed, "data")

@@ -13,9 +13,9 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, final
+from typing import Any, final
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from finemoe.checkpoint.language_model import LanguageModel, Weights
 from finemoe.core.config import Config, parse, read_tables
@@ -26,17 +26,17 @@ from finemoe.data.conversations.messages import Message
 from finemoe.data.conversations.wording import Wording
 from finemoe.generation.sequence import Sequence as Completed
 from finemoe.methods.distillation.sampling import TOO_LONG, Asked, Choice, Drawing, Prompts, Sampled
-from finemoe.methods.rewards import Answer, AnswerReward, Rewards, RewardsConfig, Scored
+from finemoe.methods.rewards import Answer, AnswerReward, Rewards, RewardsTables, Scored
 from finemoe.text.tokenizer import Tokenizer
 
-SAID_BEFORE = "said before"
+SAID_BEFORE, DID_NOT_END, UNJUDGED = "said before", "did not end", "could not be judged by"
 _ROUNDING = 1e-9  # of a sum of weights that people write as decimals
 
 
 class RewardTables(Config):
     """What answers are worth: a file of `finemoe rejection --rewards`, or the keys of [method] that GRPO has for it."""
 
-    rewards: Annotated[tuple[RewardsConfig, ...], Field(min_length=1)] = (AnswerReward(),)
+    rewards: RewardsTables = (AnswerReward(),)
     """What an answer is worth: entries of REWARDS, each with a weight; they are added."""
     reward_seconds: PositiveFloat = 10.0
     """[s] Deadline of one answer's rewards; what takes longer is an error, and the answer is left out."""
@@ -106,10 +106,33 @@ def rejection(
             "rewards": computing.identity(),
             "at_least": at_least,
             "best_of": best_of,
+            "template": template,
             "records": hashlib.sha256(json.dumps(records, default=str).encode()).hexdigest(),
         }
         choose = ByRewards(computing, drawing.opened.tokenizer, at_least, best_of, drawing.path)
-        return drawing.write(choose, facts, quiet=quiet)
+        return _told(drawing.write(choose, facts, quiet=quiet), at_least, drawing)
+
+
+def _told(done: Sampled, at_least: float, drawing: Drawing) -> Sampled:
+    """`done`, after a warning where nothing was kept."""
+    if not done.kept:
+        logger.warning("%s: nothing was kept. %s", done.path, _hint(done, at_least, drawing))
+    return done
+
+
+def _hint(done: Sampled, at_least: float, drawing: Drawing) -> str:
+    """What to do where nothing is kept, by the reason that most answers were left out for."""
+    why = max(done.left_out, key=lambda reason: done.left_out[reason], default="")
+    said = f"{done.left_out.get(why, 0):,} of {done.drawn:,} answers: {why}. "
+    if drawing.opened.template is None and drawing.wording is None:
+        plain = "the model has no chat template, and was asked by the plain one: where it was taught otherwise"
+        return f'{said}Mind that {plain}, say so, as in --template "{{prompt}}"'
+    if why == DID_NOT_END:
+        most = drawing.given["max_new_tokens"]
+        return f"{said}Raise --max-new-tokens from {most}, or ask as the model was taught (--template)"
+    if why.startswith(UNJUDGED):
+        return f"{said}Mend that reward"
+    return f"{said}Lower --at-least from {at_least:g}, draw more (--n), or ask as the model was taught (--template)"
 
 
 def read_rewards(given: str | os.PathLike[str] | Sequence[Mapping[str, Any] | Config] | None) -> RewardTables:
@@ -191,7 +214,10 @@ class ByRewards:
         groups = list(alike.values())
         judged = self._rewards.score([self._answer(asked, completions[numbers[0]]) for numbers in groups])
         worth: dict[int, Scored] = {}
+        verdicts: dict[str, Counter[str]] = {}
         for numbers, scored in zip(groups, judged, strict=True):
+            for name, by_it in scored.by_name.items():
+                verdicts.setdefault(name, Counter())[by_it.verdict] += len(numbers)
             if scored.value is None:
                 left_out[self._tell(asked, scored)] += len(numbers)
             elif scored.value < self._at_least - _ROUNDING:
@@ -204,7 +230,7 @@ class ByRewards:
         kept = sorted(worth, key=lambda number: -(worth[number].value or 0.0))[: self._best_of]
         left_out["others are worth as much or more"] += len(worth) - len(kept)
         before |= {_said(completions[number]) for number in kept}
-        return Choice({number: _more(worth[number]) for number in sorted(kept)}, +left_out)
+        return Choice({number: _more(worth[number]) for number in sorted(kept)}, +left_out, verdicts)
 
     def _answer(self, asked: Asked, one: Completed | None) -> Answer:
         assert one is not None
@@ -223,7 +249,7 @@ class ByRewards:
                 "%s: an answer could not be judged by %s, and is left out like all others that cannot: %s",
                 asked.name, failed, scored.by_name[failed].note,
             )  # fmt: skip
-        return f"could not be judged by {failed}"
+        return f"{UNJUDGED} {failed}"
 
     def _refuse_in_vain(self) -> None:
         trouble = self._rewards.trouble
@@ -238,7 +264,7 @@ def _unfit(one: Completed | None, before: set[str]) -> str | None:
     if not _said(one):
         return "empty"
     if one.finish_reason != "stop":
-        return "did not end"
+        return DID_NOT_END
     return SAID_BEFORE if _said(one) in before else None
 
 

@@ -62,6 +62,8 @@ class Choice:
     kept: Mapping[int, Mapping[str, Any]]
     """By number, in order, with what is said of each beside where it comes from."""
     left_out: Counter[str]
+    verdicts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Of completions that rewards judged: how many got which, by reward."""
 
 
 class Choose(Protocol):
@@ -88,6 +90,8 @@ class Sampled:
     """Completions by the reason."""
     skipped: dict[str, str]
     """Records that hold no prompt, by name, and why."""
+    verdicts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """How many completions got which verdict, by reward; of those that were judged."""
 
     def to_dict(self) -> dict[str, Any]:
         """What `finemoe sample --json` prints."""
@@ -98,6 +102,7 @@ class Sampled:
             "kept": self.kept,
             "left_out": self.left_out,
             "skipped": self.skipped,
+            **({"verdicts": self.verdicts} if self.verdicts else {}),
         }
 
 
@@ -216,9 +221,10 @@ class Drawing:
                 choice = choose(one, completions)
                 lines = [self._line(one, number, completions[number], more) for number, more in choice.kept.items()]
                 counts = {"drawn": len(completions), "kept": len(lines), "left_out": dict(choice.left_out)}
-                journal.add(lines, counts)
+                journal.add(lines, {**counts, "verdicts": choice.verdicts} if choice.verdicts else counts)
             found = journal.drawn, journal.kept, dict(journal.left_out)
-            return Sampled(self.path, len(self.asked), *found, dict(self.skipped))
+            verdicts = {name: dict(counts) for name, counts in journal.verdicts.items()}
+            return Sampled(self.path, len(self.asked), *found, dict(self.skipped), verdicts)
 
     def _line(self, asked: Asked, number: int, one: Completed | None, more: Mapping[str, Any]) -> str:
         """A conversation as the method `sft` reads it, and where it comes from; of a model that knows no chat also the

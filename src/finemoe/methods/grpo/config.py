@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -10,8 +11,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from finemoe.core.config import Config
 from finemoe.data.conversations.wording import Wording
 from finemoe.methods.grpo.advantages import Scale
-from finemoe.methods.rewards import AnswerReward, RewardsConfig
-from finemoe.methods.setting import Kept, MethodConfig
+from finemoe.methods.rewards import AnswerReward, RewardsTables
+from finemoe.methods.setting import Kept, MethodConfig, no_room
 
 Normalize = Literal["sequence", "token", "constant"]
 Ratio = Literal["token", "sequence", "gspo"]
@@ -47,7 +48,7 @@ class GRPOConfig(MethodConfig):
     """Group-relative policy optimisation: a model answers, is rewarded, and makes what was rewarded more probable."""
 
     kind: Literal["grpo"] = "grpo"
-    rewards: Annotated[tuple[RewardsConfig, ...], Field(min_length=1)] = (AnswerReward(),)
+    rewards: RewardsTables = (AnswerReward(),)
     """What an answer is worth: entries of REWARDS, each with a weight; they are added."""
     reward_seconds: PositiveFloat = 10.0
     """[s] Deadline of one answer's rewards; what takes longer is an error, and the answer leaves its group."""
@@ -174,6 +175,27 @@ class GRPOConfig(MethodConfig):
     def prepares(self) -> bool:
         """An engine, and a reference."""
         return True
+
+    @property
+    def together(self) -> int:
+        """[sequences] Of a step, so that those of a rollout are whole groups."""
+        return self.group // math.gcd(self.group, self.steps_per_rollout)
+
+    def refuse(self, sequences: int, length: int) -> None:
+        """A rollout of whole groups, and room for a prompt before each answer.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.answer_tokens >= length:
+            raise ValueError(no_room(self.answer_tokens, length))
+        if sequences % self.together:
+            size, unit = sequences * self.steps_per_rollout, self.together * length
+            fits = min((one for one in range(2, size + 1) if size % one == 0), key=lambda one: abs(one - self.group))
+            raise ValueError(
+                f"the {size} answers of a rollout are no whole groups of method.group {self.group}: try method.group "
+                f"{fits}, or training.tokens_per_step {max(1, round(sequences * length / unit)) * unit}"
+            )
 
     def as_learnt(self) -> GRPOConfig:
         """Whose answers are learnt, and not where they are asked for."""

@@ -95,7 +95,7 @@ def build(config: GRPOConfig, setting: Setting) -> Method[RolloutBatch]:
     """The method, on the prompts of `setting`.
 
     Raises:
-        ConfigError: there is no model to begin with, or a rollout does not hold whole groups.
+        ConfigError: there is no model to begin with.
         DataError: nothing can be asked, or a reward compares with what no record has.
     """
     prompts = Prompts.read(setting, config.template, config.answer_tokens)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finemoe.core.errors import ConfigError, DataError
+from finemoe.core.errors import DataError
 from finemoe.core.logs import logger, progress
 from finemoe.core.seeds import derive
 from finemoe.data.conversations.forms import NO_FORM, known_forms
@@ -43,14 +43,10 @@ class Prompts:
         """The prompts of `setting` that leave `room` tokens for an answer.
 
         Raises:
-            ConfigError: the run begins with no model, or an answer leaves no room for a prompt.
+            ConfigError: the run begins with no model.
             DataError: nothing that can be asked, on either side of the split.
         """
         length = setting.data.sequence_length
-        if room >= length:
-            raise ConfigError(
-                f"method.answer_tokens {room} leaves no room for a prompt in data.sequence_length {length}: lower it"
-            )
         tokenizer, chat, plain = speech_of(setting)
         reading = _Reading(setting, template, length - room, tokenizer, chat)
         sides = reading.read()
@@ -146,5 +142,14 @@ class _Reading:
             raise DataError(f"{len(self._skipped)} of {read} records cannot be asked ({first}){known}")
         for side, found in sides.items():
             if not found:
-                long = f"; {self._too_long} are longer than {self._longest} tokens" if self._too_long else ""
-                raise DataError(f"no prompt of {read} records is on the {side} side of the split{long}")
+                raise DataError(f"no prompt of {read} records is on the {side} side of the split{self._long()}")
+
+    def _long(self) -> str:
+        if not self._too_long:
+            return ""
+        length = self._data.sequence_length
+        return (
+            f"; {self._too_long} are longer than the {self._longest} tokens that method.answer_tokens "
+            f"{length - self._longest} leaves of data.sequence_length {length}: raise data.sequence_length, or lower "
+            "method.answer_tokens"
+        )

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from finemoe.core.errors import ConfigError, OutageError
+from finemoe.core.errors import OutageError
 from finemoe.core.seeds import derive
 from finemoe.data.conversations.questions import Question
 from finemoe.generation.config import SamplingConfig
@@ -72,18 +72,10 @@ class Rollouts:
             prompts: what is asked.
             rewards: what answers are worth.
             setting: of the run; a sequence of a step is an answer.
-
-        Raises:
-            ConfigError: a rollout does not hold whole groups.
         """
         self._config, self._prompts, self._rewards = config, prompts, rewards
         self._size, self._start_from = setting.sequences_per_step * config.steps_per_rollout, setting.start_from
         self._directory, self._length = setting.directory, setting.data.sequence_length
-        if self._size % config.group:
-            raise ConfigError(
-                f"the {self._size} answers of a rollout are no whole groups of method.group {config.group}: a step has "
-                f"training.tokens_per_step over data.sequence_length {setting.data.sequence_length} answers"
-            )
         self._sampling = SamplingConfig(
             seed=derive(setting.seed, "rollouts"),
             temperature=config.temperature,

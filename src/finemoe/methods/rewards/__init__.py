@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from finemoe.core.config import Config, union_of
 from finemoe.judging import KINDS
@@ -13,7 +16,7 @@ from finemoe.judging.shape import FormatReward, LanguageReward, LengthReward
 from finemoe.judging.steps import StepsReward
 from finemoe.judging.verdicts import Answer, Judged, Verdict
 from finemoe.methods.rewards.reward_model import RewardModelReward
-from finemoe.methods.rewards.scoring import Rewards, Scored
+from finemoe.methods.rewards.scoring import Rewards, Scored, require_made
 
 __all__ = [
     "REWARDS",
@@ -32,9 +35,11 @@ __all__ = [
     "RewardModelReward",
     "Rewards",
     "RewardsConfig",
+    "RewardsTables",
     "Scored",
     "StepsReward",
     "Verdict",
+    "require_made",
 ]
 
 REWARDS: dict[str, type[Config]] = {
@@ -43,3 +48,13 @@ REWARDS: dict[str, type[Config]] = {
 }
 """Kind -> its configuration. Those of `judging.KINDS` look at one answer at a time, in a process that may fail."""
 RewardsConfig: Any = union_of(REWARDS.values())
+
+
+def _some_weight(rewards: Sequence[Any]) -> Sequence[Any]:
+    if not any(one.weight for one in rewards):
+        raise ValueError("every weight is 0, nothing would be learnt: a reward without a weight is only watched")
+    return rewards
+
+
+RewardsTables: Any = Annotated[tuple[RewardsConfig, ...], Field(min_length=1), AfterValidator(_some_weight)]
+"""All rewards of a run, of which one at least counts."""

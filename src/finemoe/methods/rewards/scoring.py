@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -16,6 +17,7 @@ from finemoe.judging.verdicts import Answer, Bounds, Judged
 from finemoe.methods.rewards.reward_model import RewardModel
 
 _MANY = 32
+_FEWEST, _MOST = 2, 8  # processes that judge
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,17 @@ class Scored:
     """The name of the first reward with a weight that failed."""
 
 
+def require_made(configs: Iterable[Any]) -> None:
+    """Check that rewards can be made of which that may fail, in a process of their own; reward models are not opened.
+
+    Raises:
+        ConfigError: one cannot.
+    """
+    own = {one.model_dump_json(): one for one in configs if one.kind in KINDS and KINDS[one.kind].may_fail}
+    if own:
+        Pool({name: one.model_dump(mode="json") for name, one in own.items()}, Bounds(), 1).close()
+
+
 class Rewards:
     """The rewards of a run. They are computed in processes of their own, but for reward models, which run here."""
 
@@ -42,7 +55,7 @@ class Rewards:
         *,
         deadline_seconds: float = 10.0,
         memory_bytes: int = 1 << 30,
-        workers: int = 2,
+        workers: int | None = None,
         on_failure: Callable[[str, str], object] = lambda name, note: None,
     ) -> None:
         """Check that every reward can be computed.
@@ -53,7 +66,8 @@ class Rewards:
             configs: of REWARDS.
             deadline_seconds: for one answer and one reward; of a program under test it is the program's own time.
             memory_bytes: for the same.
-            workers: processes at most.
+            workers: processes at most; None: as many as there are processors, two at least and eight at most. More than
+                two are there only where an answer takes long.
             on_failure: is told at once when a reward cannot judge an answer: its name, and why.
 
         Raises:
@@ -72,7 +86,8 @@ class Rewards:
         """Answers one after the other, up to the last, that got no value because a reward failed."""
         self._models = {name: RewardModel(one) for name, one in self._configs.items() if one.kind == "reward_model"}
         specs = {name: one.model_dump(mode="json") for name, one in self._configs.items() if one.kind in KINDS}
-        self._make_pool = partial(Pool, specs, bounds, workers, on_failure)
+        most = workers or min(max(_FEWEST, os.cpu_count() or 1), _MOST)
+        self._make_pool = partial(Pool, specs, bounds, most, on_failure)
         self._has_rules, self._on_failure = bool(specs), on_failure
         self._pool: Pool | None = None
         if any(KINDS[one["kind"]].may_fail for one in specs.values()):

@@ -36,7 +36,7 @@ from finemoe.studies.staged.records import records_of
 from finemoe.studies.staged.seeds import run_seeds
 from finemoe.studies.staged.tuning import expanded, require_free, tune
 from finemoe.studies.staged.worker import Job
-from finemoe.studies.stages import Stage, stages_of
+from finemoe.studies.stages import Stage, checked_stages
 from finemoe.studies.statistics import CONFIDENCE, NO_ROOM, interval, points_against, verdict_on
 
 STUDY = "study.json"
@@ -68,7 +68,7 @@ def study(
     path = Path(recipe)
     raw, laid, config = _read(path, overrides)
     directory = Path(out) if out is not None else Path("runs") / f"paper-{path.stem}"
-    stages = stages_of(raw, str(path), directory, laid)
+    stages = checked_stages(raw, str(path), directory, laid)
     config.check_stages([one.name for one in stages if one.sampling is None], str(path))
     questions(config.examination)
     require_free(config.tuned, laid)
