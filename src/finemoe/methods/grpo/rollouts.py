@@ -19,7 +19,6 @@ from finemoe.generation.config import SamplingConfig
 from finemoe.methods.grpo.advantages import outcome, process
 from finemoe.methods.grpo.batch import RolloutBatch, packed
 from finemoe.methods.grpo.config import GRPOConfig
-from finemoe.methods.grpo.objective import MISMATCH
 from finemoe.methods.grpo.prompts import Prompts
 from finemoe.methods.grpo.rollout import Answer, Drawn, Rollout, Routes, Scored, lines, restored, saved
 from finemoe.methods.grpo.scoring import Policies
@@ -219,11 +218,12 @@ class Rollouts:
 
     def warns(self, report: StepReport) -> list[str]:
         """What people should know of a step; of a rollout at its first."""
-        said = self._watch.off_policy(report.terms.get(MISMATCH), report.terms.get("off_policy_kl", 0.0))
+        within = (report.step - 1) % self._config.updates
+        said = self._watch.step(report.terms, within)
         if (trouble := self._rewards.trouble) is not None and not self._told_of_trouble:
             said.append(trouble)
         self._told_of_trouble = trouble is not None
-        if self._rollout is not None and (report.step - 1) % self._config.updates == 0:
+        if self._rollout is not None and not within:
             found = self._rollout.figures
             said += self._watch.after(found) + self._watch.failures(found["failed_share"], self._rewards.last_error)
         return said
