@@ -22,6 +22,16 @@ def line(step: int, completion: str, value: float | None, advantage: float) -> s
     return json.dumps(answer) + "\n"
 
 
+def short(step: int, completion: str, value: float, advantage: float) -> str:
+    """What is written of a rollout that is not kept whole."""
+    answer = {
+        "kind": "answer", "step": step, "rollout": step - 1, "group": 0, "item": 3, "prompt": "2+2\n",
+        "references": ["4"], "completion": completion, "length": len(completion), "finish_reason": "stop",
+        "value": value, "advantage": advantage, "rewards": {},
+    }  # fmt: skip
+    return json.dumps(answer) + "\n"
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     (tmp_path / "rollouts.jsonl").write_text(
@@ -48,6 +58,16 @@ def test_answers_are_found_by_what_they_say_and_are_worth(run: Path) -> None:
         said(find="(")
     with pytest.raises(RunError, match=r"rollouts\.jsonl is not there"):
         list(find_answers(run / "elsewhere"))
+
+
+def test_answers_that_are_kept_in_short_are_found_and_shown_too(run: Path, command: Callable[..., Any]) -> None:
+    with (run / "rollouts.jsonl").open("a") as file:
+        file.write("\n" + short(22, "is it 4?", 1.0, 1.5) + short(22, "it is 7, or not", 0.0, -0.5))
+    found = list(find_answers(run, steps=(22, 22)))
+    assert [one["advantage"] for one in found] == [1.5, -0.5]
+    assert [one["completion"] for one in find_answers(run, which="right")] == ["wait, 4", "is it 4?"]
+    assert next(iter(find_answers(run, longest=True)))["completion"] == "it is 7, or not"
+    assert "step 22, group 0: worth 1, 8 tokens" in command("rollouts", run, "--from", "22").stdout
 
 
 def test_a_question_is_shown_as_it_was_asked(run: Path, command: Callable[..., Any]) -> None:

@@ -35,8 +35,9 @@ def rollouts(
 ) -> None:
     """Read what a model answered while it learnt to reason.
 
-    A run of the method grpo keeps every so many rollouts whole in rollouts.jsonl: answers with
-    what each was worth and why, ids, log-probabilities and experts. --json prints one a line.
+    A run of the method grpo writes every answer to rollouts.jsonl, with what it was worth and
+    why; of every so many rollouts also with ids, log-probabilities and experts. --json prints one
+    answer a line.
 
     \b
     Examples:
@@ -92,7 +93,7 @@ def _show(answer: dict[str, Any]) -> None:
     worth = "could not be judged" if answer["value"] is None else f"worth {answer['value']:g}"
     notes = "; ".join(f"{name}: {one['note']}" for name, one in answer["rewards"].items() if one.get("note"))
     typer.secho(
-        f"step {answer['step']}, group {answer['group']}: {worth}, {len(answer['completion_ids'])} tokens"
+        f"step {answer['step']}, group {answer['group']}: {worth}, {answer['length']} tokens"
         + (f" ({printable(notes)})" if notes else ""),
         bold=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -140,8 +141,22 @@ def test_without_a_reference_there_is_no_divergence() -> None:
     logprobs, tokens = case()
     alone = Tokens(tokens.advantages, tokens.behaviour, tokens.old, None, tokens.answers, tokens.count)
     found = surrogate(GRPOConfig(beta=0.0), logprobs, alone)
-    assert found.figures["kl"] == 0
+    assert "kl" not in found.figures, "and 0 would say that the model had not moved"
     assert torch.equal(found.coefficients, surrogate(GRPOConfig(beta=0.0), logprobs, tokens).coefficients)
+
+
+def test_distance_to_who_wrote_is_that_of_the_policy_of_now() -> None:
+    """k3 by hand, of two tokens that became twice and half as probable since they were drawn: r - 1 - log r."""
+    behaviour = torch.tensor([-1.0, -2.0], dtype=torch.float64)
+    logprobs = behaviour + torch.tensor([2.0, 0.5], dtype=torch.float64).log()
+    same = torch.zeros(2, dtype=torch.int64)
+    tokens = Tokens(torch.ones_like(behaviour), behaviour, behaviour, None, same, 1)
+    later = surrogate(GRPOConfig(inner_epochs=2, beta=0.0), logprobs, tokens).figures["off_policy_kl"]
+    assert later.item() == pytest.approx((2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2)), rel=1e-12)
+    first = surrogate(GRPOConfig(inner_epochs=2, beta=0.0), behaviour, tokens).figures["off_policy_kl"]
+    assert first == 0
+    one_way = surrogate(GRPOConfig(beta=0.0), behaviour + 1.0, tokens).figures["off_policy_kl"]
+    assert one_way.item() == pytest.approx(2 * (math.e - 2)), "and not the other way round, which were 2 / e"
 
 
 def test_constant_rewards_have_no_gradient_at_all() -> None:

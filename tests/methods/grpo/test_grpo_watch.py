@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -21,9 +22,9 @@ SOUND = {
 
 
 def said(after: int, **figures: Any) -> list[str]:
-    """All that is said of a sound rollout and then of `after` with these figures."""
+    """All that is said of five sound rollouts and then of `after` with these figures."""
     watch = Watch(GRPOConfig())
-    found = watch.after(SOUND)
+    found = [one for _ in range(5) for one in watch.after(SOUND)]
     for _ in range(after):
         found += watch.after({**SOUND, **figures})
     return found
@@ -101,10 +102,87 @@ def test_a_rollout_without_a_reward_is_no_worse_one() -> None:
 def test_a_policy_that_left_who_wrote_the_answers_is_told() -> None:
     """Complaints 11 and 12 of post-training: probabilities and experts that differ."""
     watch = Watch(GRPOConfig())
-    found = [one for _ in range(8) for one in watch.off_policy(0.3, 0.05)]
+    found = [one for _ in range(8) for one in watch.step({"expert_mismatch": 0.3, "off_policy_kl": 0.05}, 0)]
     assert len(found) == 2
     assert 'method.replay = "rollout"' in found[0]
     assert "30%" in found[0]
     assert "method.importance_cap" in found[1]
     calm = Watch(GRPOConfig())
-    assert not any(calm.off_policy(None, 1e-6) for _ in range(8)), "a dense model has no experts"
+    assert not any(calm.step({"off_policy_kl": 1e-6}, 0) for _ in range(8)), "a dense model has no experts"
+    assert not any(calm.step({}, 0) for _ in range(8)), "nor has a step that was passed over any terms"
+
+
+FAR = {"expert_mismatch": 0.48, "off_policy_kl": 0.3, "clip_share": 0.94}
+NEAR = dict.fromkeys(FAR, 0.0)
+
+
+def of_rollouts(watch: Watch, rollouts: int, worst: int = 3) -> list[str]:
+    """What is said of rollouts of four steps, of which `worst` alone is far from who wrote the answers."""
+    return [
+        one
+        for _ in range(rollouts)
+        for within in range(4)
+        for one in watch.step(FAR if within == worst else NEAR, within)
+    ]
+
+
+@pytest.mark.parametrize("worst", [1, 3])
+def test_several_steps_on_a_rollout_count_as_their_worst(worst: int) -> None:
+    """The first of them is of the policy that wrote, and would end any row of steps."""
+    watch = Watch(GRPOConfig(steps_per_rollout=4))
+    assert of_rollouts(watch, 4, worst) == []
+    experts, apart, clipped = of_rollouts(watch, 1, worst)
+    assert of_rollouts(watch, 20, worst) == [], "each is said once"
+    assert "48% of the experts" in experts
+    assert "0.3 nats" in apart
+    assert "importance_cap" not in apart, "which corrects what was so before the first step"
+    assert "94% of the tokens are clipped" in clipped
+    assert all("take fewer steps on a rollout" in one for one in (experts, apart, clipped))
+    assert of_rollouts(Watch(GRPOConfig(steps_per_rollout=4, replay="update")), 9)[0] == apart
+
+
+def test_who_wrote_is_another_from_the_first_step_on() -> None:
+    watch = Watch(GRPOConfig(steps_per_rollout=4))
+    (said,) = [
+        one for _ in range(6) for within in range(4) for one in watch.step({**NEAR, "off_policy_kl": 0.05}, within)
+    ]
+    assert said.endswith("set method.importance_cap = 2")
+
+
+def test_a_run_that_goes_on_within_a_rollout_says_what_the_unbroken_one_would() -> None:
+    watch, other = Watch(GRPOConfig(steps_per_rollout=4)), Watch(GRPOConfig(steps_per_rollout=4))
+    of_rollouts(watch, 4)
+    assert watch.step(NEAR, 0) == watch.step(FAR, 1) == []
+    other.put(json.loads(json.dumps(watch.values())))
+    assert other.step(NEAR, 2) == []
+    assert len(other.step(NEAR, 3)) == 3
+
+
+def test_what_an_earlier_checkpoint_kept_of_the_first_rollout_is_read() -> None:
+    watch = Watch(GRPOConfig())
+    watch.put({"streaks": {"cut": 4}, "first": {"reward": 0.4, "length": 9.0}})
+    (said,) = watch.after({**SOUND, "cut_share": 0.9})
+    assert "are cut" in said
+    longer = [one for _ in range(9) for one in watch.after({**SOUND, "length": 20.0})]
+    assert ["times as long" in one for one in longer] == [True]
+
+
+def noisy(number: int, length: float, reward: float) -> dict[str, float]:
+    """A rollout whose reward is up to 0.1 more or less, as it comes."""
+    return {**SOUND, "length": length, "reward": reward + 0.1 * (-1) ** number}
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "told"),
+    [(0.4, 0.4, True), (0.4, 0.43, True), (0.4, 0.7, False)],
+    ids=["no better", "within the noise", "better"],
+)
+def test_longer_answers_are_compared_with_the_first_few(first: float, later: float, told: bool) -> None:
+    """A first rollout that was poor by chance would make all later ones better; so would any rise within the noise."""
+    watch = Watch(GRPOConfig())
+    said = watch.after(noisy(1, 9.0, first - 0.2))
+    for number in range(4):
+        said += watch.after(noisy(number, 9.0, first))
+    for number in range(30):
+        said += watch.after(noisy(number, 20.0, later))
+    assert [("times as long" in one) for one in said] == [True] * told

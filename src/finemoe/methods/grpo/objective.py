@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finemoe.methods.grpo.batch import RolloutBatch
 from finemoe.methods.grpo.config import GRPOConfig
-from finemoe.methods.grpo.surrogate import FIGURES, Tokens, surrogate
+from finemoe.methods.grpo.surrogate import Tokens, figures_of, surrogate
 from finemoe.model.logprobs import logprobs_and_entropy
 from finemoe.model.moe.decision import RoutingConstraint, RoutingRecord
 from finemoe.model.transformer import ModelOutput, Transformer
@@ -37,7 +37,7 @@ class PolicyGradient:
     @property
     def figures(self) -> tuple[str, ...]:
         """Per token that was answered; and the share of experts that are others than when it was written."""
-        return (*FIGURES, ENTROPY, MISMATCH)
+        return (*figures_of(self.config), ENTROPY, MISMATCH)
 
     def counts(self, batch: RolloutBatch) -> dict[str, float]:
         """Answers, or tokens; decisions of routers, of the whole texts."""
@@ -46,7 +46,7 @@ class PolicyGradient:
         by_token = self.config.normalize == "token"
         return {
             POLICY: answered if by_token else float(batch.num_counting),
-            **dict.fromkeys((*FIGURES, ENTROPY), answered),
+            **dict.fromkeys((*figures_of(self.config), ENTROPY), answered),
             MISMATCH: chosen,
             **balance_counts(batch.num_sequences),
         }

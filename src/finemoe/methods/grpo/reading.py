@@ -24,7 +24,7 @@ def find_answers(
     steps: tuple[int, int] | None = None,
     longest: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Answers of the rollouts that a run wrote whole, in the order in which they were written.
+    """Answers of a run, in the order in which they were written; those of some rollouts with ids and routes too.
 
     Args:
         run: a directory of the method `grpo`.
@@ -45,7 +45,8 @@ def find_answers(
     except re.error as error:
         raise ConfigError(f"{find!r} is no regular expression: {error}") from error
     with damage_of(path, "remove the line"):
-        answers = [one for one in read_json_lines(path, on_damage=lambda _: None) if one.get("kind") == "answer"]
+        read = read_json_lines(path, on_damage=lambda _: None)
+        answers = [_complete(one) for one in read if one.get("kind") == "answer"]
     found = [
         one
         for one in answers
@@ -53,11 +54,20 @@ def find_answers(
         and (steps is None or steps[0] <= one["step"] <= steps[1])
         and _is(one, which)
     ]
-    yield from sorted(found, key=lambda one: -len(one["completion_ids"])) if longest else found
+    yield from sorted(found, key=lambda one: -one["length"]) if longest else found
+
+
+def _complete(answer: dict[str, Any]) -> dict[str, Any]:
+    """With its length and its advantage, which were written of the tokens alone at first."""
+    if "length" not in answer:
+        advantages = answer["advantages"]
+        answer["length"] = len(answer["completion_ids"])
+        answer["advantage"] = sum(advantages) / len(advantages) if advantages else 0.0
+    return answer
 
 
 def _is(answer: dict[str, Any], which: Which) -> bool:
-    advantage = answer["advantages"][-1] if answer["advantages"] else 0.0
+    advantage = answer["advantage"]
     match which:
         case "all":
             return True

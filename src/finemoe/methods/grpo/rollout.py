@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from finemoe.generation.sequence import FinishReason
+from finemoe.methods.rewards import Answer as Judgeable
+from finemoe.methods.rewards import Scored as Judged
 from finemoe.training.method import Saved
 
 Routes = Mapping[int, Tensor]
@@ -54,6 +56,43 @@ class Answer:
     def counts(self) -> bool:
         """Whether it is compared and learnt."""
         return self.value is not None
+
+    @property
+    def advantage(self) -> float:
+        """The mean of its tokens; 0 of an answer without any."""
+        return sum(self.advantages) / len(self.advantages) if self.advantages else 0.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """All answers to one prompt, judged."""
+
+    item: int
+    """The prompt's number among those of training."""
+    said: Sequence[Judgeable]
+    """Each as rewards read it."""
+    drawn: Sequence[Drawn]
+    judged: Sequence[Judged]
+    advantages: Sequence[Sequence[float]]
+    """Of each token of each answer."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is anything to learn."""
+        return any(any(one) for one in self.advantages)
+
+    def answers(self, place: int) -> Iterator[Answer]:
+        """What of them is learnt and kept, as group `place` of a rollout."""
+        for drawn, judged, advantages in zip(self.drawn, self.judged, self.advantages, strict=True):
+            rewards = {
+                name: {"verdict": one.verdict, "value": one.value, "note": one.note}
+                for name, one in judged.by_name.items()
+            }
+            yield Answer(drawn, place, self.item, judged.value, tuple(advantages), rewards)
+
+    def told(self, place: int) -> Iterator[tuple[Answer, Judgeable]]:
+        """The same, each beside its words."""
+        return zip(self.answers(place), self.said, strict=True)
 
 
 @dataclass(frozen=True)
@@ -149,34 +188,72 @@ def _routes(tensors: Mapping[str, Tensor], name: str, read: Sequence[int]) -> li
     return found
 
 
-def lines(rollout: Rollout, step: int, texts: Sequence[tuple[str, str, str]], whole: bool) -> Iterator[dict[str, Any]]:
-    """For rollouts.jsonl: what it came to, and every answer where it is written `whole`.
+def figures(groups: Sequence[Group], answers: Sequence[Answer], asked: int) -> dict[str, float]:
+    """What a rollout came to: means over answers that count, shares of all, groups that teach nothing."""
+    values = [one.value for one in answers if one.value is not None]
+    found = {
+        **({"reward": sum(values) / len(values)} if values else {}),
+        "length": sum(len(one.drawn.completion) for one in answers) / len(answers),
+        "cut_share": sum(one.drawn.finish_reason == "length" for one in answers) / len(answers),
+        "failed_share": sum(one.value is None for one in answers) / len(answers),
+        "dead_groups": sum(not one.alive for one in groups) / len(groups),
+        "prompts_asked": float(asked),
+    }
+    for name in answers[0].rewards:
+        verdicts = [one.rewards[name]["verdict"] for one in answers]
+        known = [one.rewards[name]["value"] for one in answers if one.rewards[name]["verdict"] != "error"]
+        if known:
+            found[f"reward_{name}"] = sum(known) / len(known)
+        found[f"unreadable_{name}"] = verdicts.count("unreadable") / len(verdicts)
+    return found
+
+
+def lines(
+    rollout: Rollout, step: int, groups: Sequence[Group], discarded: Sequence[Group], *, whole: bool
+) -> Iterator[dict[str, Any]]:
+    """For rollouts.jsonl: what it came to, and every answer.
 
     Args:
         rollout: at its first step.
         step: which that is.
-        texts: of each answer the prompt, the same as it was asked, and the completion without the token that ended it.
+        groups: that are learnt, in the order of the rollout's answers.
+        discarded: those in whose place others were asked; they are numbered on, and always written in short.
         whole: with all ids, log-probabilities and routes.
     """
     yield {"kind": "rollout", "step": step, "rollout": rollout.number, **rollout.figures}
-    if not whole:
-        return
-    for one, (prompt, asked, completion) in zip(rollout.answers, texts, strict=True):
-        drawn = one.drawn
-        yield {
-            "kind": "answer",
-            "step": step,
-            "rollout": rollout.number,
-            "group": one.group,
-            "prompt": prompt,
-            **({"asked": asked} if asked != prompt else {}),
-            "completion": completion,
-            "value": one.value,
-            "rewards": one.rewards,
-            "finish_reason": drawn.finish_reason,
-            "prompt_ids": list(drawn.prompt),
-            "completion_ids": list(drawn.completion),
-            "logprobs": [round(number, 6) for number in drawn.logprobs],
-            "advantages": [round(number, 6) for number in one.advantages],
-            "routes": {str(layer): chosen.tolist() for layer, chosen in drawn.routes.items()},
-        }
+    of = {"kind": "answer", "step": step, "rollout": rollout.number}
+    learnt = [(one, said) for place, group in enumerate(groups) for one, said in group.told(place)]
+    for one, said in learnt:
+        yield of | _short(one, said) | (_long(one) if whole else {})
+    for place, group in enumerate(discarded, len(groups)):
+        for one, said in group.told(place):
+            yield of | _short(one, said) | {"discarded": True}
+
+
+def _short(one: Answer, said: Judgeable) -> dict[str, Any]:
+    """What people read of an answer."""
+    return {
+        "group": one.group,
+        "item": one.item,
+        "prompt": said.prompt,
+        **({"asked": said.asked} if said.asked != said.prompt else {}),
+        **({"references": list(said.references)} if said.references else {}),
+        "completion": said.text,
+        "length": len(one.drawn.completion),
+        "finish_reason": one.drawn.finish_reason,
+        "value": one.value,
+        "advantage": round(one.advantage, 6),
+        "rewards": one.rewards,
+    }
+
+
+def _long(one: Answer) -> dict[str, Any]:
+    """All that it was learnt by."""
+    drawn = one.drawn
+    return {
+        "prompt_ids": list(drawn.prompt),
+        "completion_ids": list(drawn.completion),
+        "logprobs": [round(number, 6) for number in drawn.logprobs],
+        "advantages": [round(number, 6) for number in one.advantages],
+        "routes": {str(layer): chosen.tolist() for layer, chosen in drawn.routes.items()},
+    }

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -19,9 +18,19 @@ from finemoe.generation.config import SamplingConfig
 from finemoe.methods.grpo.advantages import outcome, process
 from finemoe.methods.grpo.batch import RolloutBatch, packed
 from finemoe.methods.grpo.config import GRPOConfig
-from finemoe.methods.grpo.objective import MISMATCH
 from finemoe.methods.grpo.prompts import Prompts
-from finemoe.methods.grpo.rollout import Answer, Drawn, Rollout, Routes, Scored, lines, restored, saved
+from finemoe.methods.grpo.rollout import (
+    Answer,
+    Drawn,
+    Group,
+    Rollout,
+    Routes,
+    Scored,
+    figures,
+    lines,
+    restored,
+    saved,
+)
 from finemoe.methods.grpo.scoring import Policies
 from finemoe.methods.grpo.served import FOLDER, FromServer
 from finemoe.methods.grpo.source import Asked, OwnEngine, Source
@@ -39,22 +48,6 @@ _IN_VAIN = 3
 """[rollouts] In a row of which no answer could be judged, before a run that has learnt something ends."""
 _REFERENCE = "reference."
 """What its tensors are called by in a checkpoint, before their own names."""
-
-
-@dataclass(frozen=True)
-class _Group:
-    """All answers to one prompt, judged."""
-
-    item: int
-    drawn: Sequence[Drawn]
-    judged: Sequence[Judged]
-    advantages: Sequence[Sequence[float]]
-    """Of each token of each answer."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether there is anything to learn."""
-        return any(any(one) for one in self.advantages)
 
 
 @final
@@ -218,11 +211,12 @@ class Rollouts:
 
     def warns(self, report: StepReport) -> list[str]:
         """What people should know of a step; of a rollout at its first."""
-        said = self._watch.off_policy(report.terms.get(MISMATCH), report.terms.get("off_policy_kl", 0.0))
+        within = (report.step - 1) % self._config.updates
+        said = self._watch.step(report.terms, within)
         if (trouble := self._rewards.trouble) is not None and not self._told_of_trouble:
             said.append(trouble)
         self._told_of_trouble = trouble is not None
-        if self._rollout is not None and (report.step - 1) % self._config.updates == 0:
+        if self._rollout is not None and not within:
             found = self._rollout.figures
             said += self._watch.after(found) + self._watch.failures(found["failed_share"], self._rewards.last_error)
         return said
@@ -246,6 +240,7 @@ class Rollouts:
         wanted = self._size // self._config.group
         groups, rounds = list(self._ask(wanted, 0)), 0
         asked = wanted
+        discarded: list[Group] = []
         while rounds < self._config.dynamic_sampling and (dead := [one for one in groups if not one.alive]):
             rounds += 1
             fresh = list(self._ask(len(dead), asked))
@@ -253,17 +248,19 @@ class Rollouts:
             better = [one for one in fresh if one.alive]
             alive = [one for one in groups if one.alive]
             groups = [*alive, *better, *dead][:wanted]
+            discarded += [*dead[wanted - len(alive) - len(better) :], *(one for one in fresh if not one.alive)]
         self._require_judged(groups, number)
         self._prompts_used += asked
-        answers = [one for place, group in enumerate(groups) for one in self._answers(group, place)]
+        answers = [one for place, group in enumerate(groups) for one in group.answers(place)]
         began = time.perf_counter()
         scored = self._policies.scores(answers)
         self._spent["time_scoring"] += time.perf_counter() - began
         made = Rollout(number, tuple(answers), tuple(scored), figures(groups, answers, asked))
-        self._note(made)
+        whole = number % self._config.keep_rollouts == 0
+        self._unwritten += lines(made, number * self._config.updates + 1, groups, discarded, whole=whole)
         return made
 
-    def _require_judged(self, groups: Sequence[_Group], number: int) -> None:
+    def _require_judged(self, groups: Sequence[Group], number: int) -> None:
         """Go on without a single answer that was judged for a few rollouts at most, and not with the first.
 
         Raises:
@@ -279,7 +276,7 @@ class Rollouts:
             f"Mend the reward, or raise method.reward_seconds from {self._config.reward_seconds:g}"
         )
 
-    def _ask(self, count: int, after: int) -> Iterator[_Group]:
+    def _ask(self, count: int, after: int) -> Iterator[Group]:
         """`count` prompts behind the first `after` of this rollout, each answered by a group."""
         assert self._source is not None
         places = [self._prompts_used + after + number for number in range(count)]
@@ -298,12 +295,13 @@ class Rollouts:
             for item, answers in zip(items, drawn, strict=True)
             for one in answers
         ]
-        judged = iter(self._rewards.score(judgeables))
+        judged, put = iter(self._rewards.score(judgeables)), iter(judgeables)
         self._spent["time_rollout"] += drew - began
         self._spent["time_reward"] += time.perf_counter() - drew
         for item, answers in zip(items, drawn, strict=True):
             found = [next(judged) for _ in answers]
-            yield _Group(item, answers, found, self._advantages(answers, found))
+            said = [next(put) for _ in answers]
+            yield Group(item, said, answers, found, self._advantages(answers, found))
 
     def _advantages(self, drawn: Sequence[Drawn], judged: Sequence[Judged]) -> list[list[float]]:
         """Of each token of the answers of a group."""
@@ -317,24 +315,6 @@ class Rollouts:
         ]
         return process(steps, lengths, config.scale)
 
-    def _answers(self, group: _Group, place: int) -> Iterator[Answer]:
-        """What of them is learnt and kept."""
-        for drawn, judged, advantages in zip(group.drawn, group.judged, group.advantages, strict=True):
-            rewards = {
-                name: {"verdict": one.verdict, "value": one.value, "note": one.note}
-                for name, one in judged.by_name.items()
-            }
-            yield Answer(drawn, place, group.item, judged.value, tuple(advantages), rewards)
-
-    def _note(self, made: Rollout) -> None:
-        """What is to be written of it."""
-        step = made.number * self._config.updates + 1
-        whole = made.number % self._config.keep_rollouts == 0
-        train = self._prompts.sides["train"]
-        said = [judgeable(self.tokenizer, train[one.item], one.drawn) for one in made.answers]
-        texts = [(one.prompt, one.asked, one.text) for one in said]
-        self._unwritten += lines(made, step, texts, whole)
-
 
 def judgeable(tokenizer: Tokenizer, prompt: Question, drawn: Drawn) -> Judgeable:
     """An answer as rewards read it; the token that ended it is no text."""
@@ -342,26 +322,6 @@ def judgeable(tokenizer: Tokenizer, prompt: Question, drawn: Drawn) -> Judgeable
     text = tokenizer.decode(drawn.completion[:-1] if ended else drawn.completion)
     asked = tokenizer.decode(drawn.prompt)
     return Judgeable(prompt.text, text, ended, len(drawn.completion), prompt.record, prompt.references, asked)
-
-
-def figures(groups: Sequence[_Group], answers: Sequence[Answer], asked: int) -> dict[str, float]:
-    """What a rollout came to: means over answers that count, shares of all, groups without spread."""
-    values = [one.value for one in answers if one.value is not None]
-    found = {
-        **({"reward": sum(values) / len(values)} if values else {}),
-        "length": sum(len(one.drawn.completion) for one in answers) / len(answers),
-        "cut_share": sum(one.drawn.finish_reason == "length" for one in answers) / len(answers),
-        "failed_share": sum(one.value is None for one in answers) / len(answers),
-        "dead_groups": sum(not one.alive for one in groups) / len(groups),
-        "prompts_asked": float(asked),
-    }
-    for name in answers[0].rewards:
-        verdicts = [one.rewards[name]["verdict"] for one in answers]
-        known = [one.rewards[name]["value"] for one in answers if one.rewards[name]["verdict"] != "error"]
-        if known:
-            found[f"reward_{name}"] = sum(known) / len(known)
-        found[f"unreadable_{name}"] = verdicts.count("unreadable") / len(verdicts)
-    return found
 
 
 def _replayed(config: GRPOConfig, answers: Sequence[Answer], scored: Sequence[Scored]) -> Sequence[Routes] | None:

@@ -14,9 +14,15 @@ from torch import Tensor
 from finemoe.methods.grpo.config import GRPOConfig
 from finemoe.training.losses.coefficients import Worth
 
-FIGURES = ("kl", "clip_share", "masked_share", "off_policy_kl")
-"""Means over tokens: the divergence from the reference, tokens whose ratio is clipped, tokens of answers that are left
-out as too far off policy, and the divergence from who wrote the answers (k3)."""
+KL, CLIPPED, OFF_POLICY = "kl", "clip_share", "off_policy_kl"
+
+
+def figures_of(config: GRPOConfig) -> tuple[str, ...]:
+    """Names of means over tokens: the divergence from the reference, where there is one; tokens whose ratio is clipped;
+    tokens of answers that are left out as too far off policy; and how far the policy of now is from who wrote the
+    answers (k3).
+    """
+    return (*((KL,) if config.beta else ()), CLIPPED, "masked_share", OFF_POLICY)
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,12 @@ def surrogate(config: GRPOConfig, logprobs: Tensor, tokens: Tokens) -> Worth:
     loss = loss + config.beta * (divergence * each).sum()
     coefficients = coefficients + config.beta * pull * each
     figures = {
-        "kl": _k3(tokens.reference - logprobs).sum() if tokens.reference is not None else logprobs.new_zeros(()),
-        "clip_share": clipped.float().sum(),
+        CLIPPED: clipped.float().sum(),
         "masked_share": (weights == 0).float().sum(),
-        "off_policy_kl": _k3(tokens.old - tokens.behaviour).sum(),
+        OFF_POLICY: _k3(logprobs - tokens.behaviour).sum(),
     }
+    if config.beta:  # no reference: not one of these answers counts
+        figures[KL] = logprobs.new_zeros(()) if tokens.reference is None else _k3(tokens.reference - logprobs).sum()
     return Worth(coefficients, loss, figures)
 
 

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 from finemoe.core.logs import logger
 from finemoe.methods.grpo.config import GRPOConfig
+from finemoe.methods.grpo.objective import MISMATCH
+from finemoe.methods.grpo.surrogate import CLIPPED, OFF_POLICY
 from finemoe.training.method import Note
 
 _LONG = 5
-"""[rollouts] In a row before anything is said."""
+"""[rollouts] In a row before anything is said; and over which lengths and rewards are averaged, as one is noise."""
 _AGAIN = 50
 """[rollouts] After which failures of rewards are told again, where there still are some."""
-_DEAD, _CUT, _MISMATCH, _OFF_POLICY = 0.9, 0.5, 0.1, 0.01
+_DEAD, _CUT, _MISMATCH, _CLIPPED, _OFF_POLICY = 0.9, 0.5, 0.1, 0.5, 0.01
 _COMPARING = ("answer", "number", "latex", "expression", "tests", "reasoning_gym")
 """Kinds of rewards that say whether an answer is right, 0 to 1."""
 _FEW = 0.05
 """[share] Of right answers, or of wrong ones, that are none to speak of."""
 _LONGER = 1.5
 """[factor] Length against that of the first rollouts, from where on a reward that did not rise is suspected."""
+_RISE = 1e-6
+"""[reward] What is less is rounding."""
+_AT_FIRST = "at first"
 
 
 @final
@@ -67,24 +74,34 @@ class Watch:
 
     config: GRPOConfig
     _streaks: dict[str, _Streak] = field(default_factory=dict)
-    _first: dict[str, float] = field(default_factory=dict)
+    _first: dict[str, list[float]] = field(default_factory=dict)
+    """Of the first rollouts of the run."""
+    _last: dict[str, list[float]] = field(default_factory=dict)
+    """Of the newest."""
+    _worst: dict[str, float] = field(default_factory=dict)
+    """Of the steps so far on the rollout of now."""
 
-    def values(self) -> dict[str, dict[str, float]]:
+    def values(self) -> dict[str, dict[str, Any]]:
         """For a checkpoint: a run that goes on says what the unbroken one would."""
-        return {"streaks": {name: one.rollouts for name, one in self._streaks.items()}, "first": dict(self._first)}
+        return {
+            "streaks": {name: one.rollouts for name, one in self._streaks.items()},
+            "first": {name: list(found) for name, found in self._first.items()},
+            "last": {name: list(found) for name, found in self._last.items()},
+            "worst": dict(self._worst),
+        }
 
-    def put(self, values: Mapping[str, Mapping[str, float]]) -> None:
+    def put(self, values: Mapping[str, Mapping[str, Any]]) -> None:
         """Be as `values` found it."""
         self._streaks = {name: _Streak(int(rollouts)) for name, rollouts in values["streaks"].items()}
-        self._first = dict(values["first"])
+        self._first, self._last = ({name: _listed(found) for name, found in values.get(key, {}).items()}
+                                   for key in ("first", "last"))  # fmt: skip
+        self._worst = dict(values.get("worst", {}))
 
     def after(self, figures: Mapping[str, float]) -> list[str]:
         """What is to be said after a rollout with these figures."""
-        for name in ("reward", "length"):
-            if name in figures:  # there is no reward where no answer could be judged
-                self._first.setdefault(name, figures[name])
+        longer = self._longer(figures)
         unreadable = max((value for name, value in figures.items() if name.startswith("unreadable_")), default=0.0)
-        dead, cut, length = figures["dead_groups"], figures["cut_share"], figures["length"]
+        dead, cut = figures["dead_groups"], figures["cut_share"]
         said = {
             "dead": (dead > _DEAD, self._dead(figures)),
             "cut": (
@@ -98,14 +115,12 @@ class Watch:
                 "with a model that was shown the form (method sft)",
             ),
             "longer": (
-                length > _LONGER * self._first["length"]
-                and "reward" in self._first
-                and figures.get("reward", 1.0) <= self._first["reward"],
-                f"answers are {length / max(self._first['length'], 1e-9):.1f} times as long as at first and no better "
+                longer > _LONGER,
+                f"answers are {longer:.1f} times as long as at first and no better "
                 "rewarded: lengths are learnt and not the task; lower optimizer.learning_rate, or raise method.beta",
             ),
         }
-        return [text for name, (so, text) in said.items() if self._streaks.setdefault(name, _Streak()).after(so)]
+        return self._now(said)
 
     def _dead(self, figures: Mapping[str, float]) -> str:
         """Of groups without spread, what to do about it: where all is right there is nothing to mend."""
@@ -141,18 +156,75 @@ class Watch:
             "mend the reward, or raise method.reward_seconds or method.reward_memory; notes are in rollouts.jsonl"
         ]
 
-    def off_policy(self, mismatch: float | None, divergence: float) -> list[str]:
-        """What is to be said of how far the policy is from who wrote the answers, by a step's terms."""
-        found = []
-        chosen_anew = self.config.replay == "off" and mismatch is not None and mismatch > _MISMATCH
-        if self._streaks.setdefault("mismatch", _Streak()).after(chosen_anew):
-            found.append(
-                f"{mismatch:.0%} of the experts are others than when the answers were written: "
-                'set method.replay = "rollout", or take fewer steps on a rollout'
-            )
-        if self._streaks.setdefault("off policy", _Streak()).after(divergence > _OFF_POLICY):
-            weighed = "" if self.config.importance_cap else "set method.importance_cap = 2, or "
-            found.append(
-                f"the model is {divergence:.3g} nats from who wrote the answers: {weighed}take fewer steps on a rollout"
-            )
-        return found
+    def step(self, terms: Mapping[str, float], within: int) -> list[str]:
+        """What is to be said of how far the policy went from who wrote the answers.
+
+        It is said after the last step on a rollout, by the worst of its steps: at the first of them the policy is still
+        the one that wrote.
+
+        Args:
+            terms: of the step; none where it was passed over.
+            within: how many steps on this rollout came before.
+        """
+        if not within:
+            self._worst = {_AT_FIRST: terms.get(OFF_POLICY, 0.0)}
+        for name in (MISMATCH, OFF_POLICY, CLIPPED):
+            self._worst[name] = max(self._worst.get(name, 0.0), terms.get(name, 0.0))
+        if within < self.config.updates - 1:
+            return []
+        worst, several = self._worst, self.config.updates > 1
+        fewer = "take fewer steps on a rollout, or lower optimizer.learning_rate"
+        said = {
+            "mismatch": (
+                self.config.replay == "off" and worst[MISMATCH] > _MISMATCH,
+                f"{worst[MISMATCH]:.0%} of the experts are others than when the answers were written: "
+                'set method.replay = "rollout"' + (f", or {fewer}" if several else ""),
+            ),
+            "off policy": (
+                worst[OFF_POLICY] > _OFF_POLICY,
+                f"the model is {worst[OFF_POLICY]:.3g} nats from who wrote the answers: "
+                + (self._for_another_writer() if worst.get(_AT_FIRST, 0.0) > _OFF_POLICY or not several else fewer),
+            ),
+            "clipped": (
+                worst[CLIPPED] > _CLIPPED,
+                f"{worst[CLIPPED]:.0%} of the tokens are clipped at a step, and teach nothing there: {fewer}",
+            ),
+        }
+        return self._now(said)
+
+    def _for_another_writer(self) -> str:
+        """The knob, where it is far before anything was learnt from an answer."""
+        if self.config.importance_cap is None:
+            return "set method.importance_cap = 2"
+        if self.config.replay != "rollout":
+            return 'set method.replay = "rollout"'
+        return "let the model that is trained write them (method.server)"
+
+    def _now(self, said: Mapping[str, tuple[bool, str]]) -> list[str]:
+        return [text for name, (so, text) in said.items() if self._streaks.setdefault(name, _Streak()).after(so)]
+
+    def _longer(self, figures: Mapping[str, float]) -> float:
+        """How many times as long as at first answers are, where they are no better rewarded; else 0.
+
+        Means of a few rollouts are compared. A reward has risen where the difference is above two standard errors.
+        """
+        for name in ("reward", "length"):
+            if name in figures:  # there is no reward where no answer could be judged
+                first, last = self._first.setdefault(name, []), self._last.setdefault(name, [])
+                if len(first) < _LONG:
+                    first.append(figures[name])
+                last.append(figures[name])
+                del last[:-_LONG]
+        if "reward" not in figures or len(self._first["reward"]) < _LONG:
+            return 0.0
+        before, now = self._first["reward"], self._last["reward"]
+        error = math.sqrt((statistics.pvariance(before) + statistics.pvariance(now)) / _LONG)
+        rise = statistics.fmean(now) - statistics.fmean(before)
+        if rise > max(2 * error, _RISE):
+            return 0.0
+        return statistics.fmean(self._last["length"]) / max(statistics.fmean(self._first["length"]), 1e-9)
+
+
+def _listed(found: float | Sequence[float]) -> list[float]:
+    """What an earlier version kept is one number, of the first rollout."""
+    return [found] * _LONG if isinstance(found, (int, float)) else list(found)
