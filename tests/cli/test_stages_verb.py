@@ -79,5 +79,5 @@ def test_stages_are_looked_at_where_their_beginning_is_there(tmp_path: Path, com
     shutil.rmtree(out / "3-learnt")
     again = command("train", path, "--check", "--out", out, "--quiet")
     assert again.exit_code == 0, again.stderr
-    assert f"Not measured: {out / '1-base'} holds it already" in again.stdout
+    assert f"Not checked: {out / '1-base'} holds it already" in again.stdout
     assert "Training    256 tokens in 2 steps" in again.stdout.split("Stage 3 of 3: learnt")[1]

@@ -36,13 +36,13 @@ def rollouts(
     """Read what a model answered while it learnt to reason.
 
     A run of the method grpo keeps every so many rollouts whole in rollouts.jsonl: answers with
-    what each was worth and why, ids, log-probabilities and experts. --json prints one a line.
+    what each was worth and why, ids, log-probabilities and experts.
 
     \b
     Examples:
       finemoe rollouts runs/r1-zero/3-zero --from 1 --to 20
       finemoe rollouts runs/math --find "[Ww]ait" --which right
-      finemoe rollouts runs/math --which failed --json
+      finemoe rollouts runs/math --which failed --json | jq .completion
     """
     from finemoe.charts.numbers import clean
     from finemoe.core.errors import ConfigError
