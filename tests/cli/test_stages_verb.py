@@ -81,7 +81,7 @@ def test_stages_are_looked_at_where_their_beginning_is_there(tmp_path: Path, com
     shutil.rmtree(out / "3-learnt")
     again = command("train", path, "--check", "--out", out, "--quiet")
     assert again.exit_code == 0, again.stderr
-    assert f"Not measured: {out / '1-base'} holds it already" in " ".join(again.stdout.split())
+    assert f"Not checked: {out / '1-base'} holds it already" in " ".join(again.stdout.split())
     names_a_path = [line for line in again.stdout.splitlines() if str(out) in line]
     assert all(len(line) <= 80 for line in again.stdout.splitlines() if line not in names_a_path)
     assert "Training    256 tokens in 2 steps" in again.stdout.split("Stage 3 of 3: learnt")[1]

@@ -36,14 +36,13 @@ def rollouts(
     """Read what a model answered while it learnt to reason.
 
     A run of the method grpo writes every answer to rollouts.jsonl, with what it was worth and
-    why; of every so many rollouts also with ids, log-probabilities and experts. --json prints one
-    answer a line.
+    why; of every so many rollouts also with ids, log-probabilities and experts.
 
     \b
     Examples:
       finemoe rollouts runs/r1-zero/3-zero --from 1 --to 20
       finemoe rollouts runs/math --find "[Ww]ait" --which right
-      finemoe rollouts runs/math --which failed --json
+      finemoe rollouts runs/math --which failed --json | jq .completion
     """
     from finemoe.charts.numbers import clean
     from finemoe.core.errors import ConfigError

@@ -23,11 +23,11 @@ def check_stages(recipe: Path, overrides: Sequence[str], out: Path | None, quiet
         ConfigError: the recipe is none of stages, or one of them is no configuration.
     """
     from finemoe.core.config import read_tables
+    from finemoe.runs.config import resolve_run
     from finemoe.runs.planning.check import check
-    from finemoe.studies.stages import Stage, checked_stages, configurations, waits_for
+    from finemoe.studies.stages import Stage, checked_stages, waits_for
 
     stages = checked_stages(read_tables(recipe), str(recipe), out or _NOWHERE, overrides)
-    configs = configurations(stages, str(recipe))
 
     def why_not(stage: Stage) -> str | None:
         if stage.sampling is not None:
@@ -49,9 +49,10 @@ def check_stages(recipe: Path, overrides: Sequence[str], out: Path | None, quiet
             typer.secho(f"Stage {number} of {len(stages)}: {stage.name}", bold=True)
         if why is not None:
             found.append({"stage": stage.name, "check": None, "why": why})
-            said = textwrap.fill(f"Not measured: {why}.", 80, break_long_words=False, break_on_hyphens=False)
+            said = textwrap.fill(f"Not checked: {why}.", 80, break_long_words=False, break_on_hyphens=False)
         else:
-            one = check(configs[stage.name], out=stage.folder, quiet=quiet)
+            config = resolve_run(dict(stage.raw), f"{recipe}, stage {stage.name}")
+            one = check(config, out=stage.folder, quiet=quiet)
             found.append({"stage": stage.name, "check": one.to_dict(), "why": None})
             refused, said = refused or bool(one.refused), str(one)
         if not as_json:

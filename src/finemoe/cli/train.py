@@ -48,8 +48,8 @@ def train(
     save and stop; `finemoe resume` goes on where it stopped, bit for bit. Under nohup, or when
     nobody reads its output any more, a run goes on in silence. A run is saved four times, and
     every ten minutes. --check trains nothing: it says what a run takes, and ends with status 1
-    where one would be refused. Of a recipe with stages it looks at the first, and with --out DIR
-    at every other whose beginning is there.
+    where one would be refused. Of a recipe with stages it reads the keys of all, and looks at the
+    first, and with --out DIR at every other whose beginning is there.
 
     Several processes train one run together, as [parallel] of the recipe says: with --continue
     torchrun may start them again after one has failed.
