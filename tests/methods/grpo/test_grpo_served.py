@@ -181,12 +181,13 @@ def test_what_cannot_be_learnt_is_refused_before_anything_is_trained(
         assert gate.address in str(refused.value)
 
 
-def test_experts_are_needed_for_replay_alone(start: Path, tmp_path: Path, live: Live) -> None:
-    change, _ = REFUSED["no experts"]
+def test_experts_are_needed_without_replay_too(start: Path, tmp_path: Path, live: Live) -> None:
+    """How far they are from those of the learning is told of every step."""
+    change, said = REFUSED["no experts"]
     with between(live.address, change) as gate:
         served = source(start, tmp_path, gate.address, weights="fixed", importance_cap=2.0)
-        served.renew(0)
-        assert all(not one.routes for group in served(ASKED, sampling()) for one in group)
+        with pytest.raises(ConfigError, match=said):
+            served.renew(0)
 
 
 def test_experts_that_stay_away_later_are_missed(start: Path, tmp_path: Path, live: Live) -> None:
@@ -196,7 +197,7 @@ def test_experts_that_stay_away_later_are_missed(start: Path, tmp_path: Path, li
             gate.change = lambda path, answer: answer
             served.renew(number)
             gate.change = REFUSED["no experts"][0]
-            with pytest.raises(error, match="and now gives none"):
+            with pytest.raises(error, match="gives no routed experts"):
                 served(ASKED, sampling())
 
 

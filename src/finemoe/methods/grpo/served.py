@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar, final
@@ -21,7 +21,6 @@ from torch import Tensor
 from finemoe.checkpoint.huggingface.exporting import export_hf
 from finemoe.checkpoint.run_state.state import RunState, save
 from finemoe.core.errors import ConfigError, OutageError
-from finemoe.core.logs import logger
 from finemoe.core.seeds import derive
 from finemoe.generation.config import SamplingConfig
 from finemoe.methods.grpo.config import GRPOConfig, ServerConfig
@@ -152,8 +151,6 @@ class FromServer:
     _reading: Reading = field(init=False)
     _name: str | None = field(init=False, default=None)
     _ours: bool = field(init=False, default=False)
-    _routed: bool = field(init=False, default=False)
-    """It gives experts."""
     _given: Path | None = field(init=False, default=None)
     """The policy that it was told to load."""
     _version: str | None = field(init=False, default=None)
@@ -171,8 +168,7 @@ class FromServer:
         own = self._own
         self._client = Client(own.url, _key(own.api_key_env), own.timeout_seconds)
         stops = frozenset(self.tokenizer.stop_ids) | {self.tokenizer.end_of_text_id}
-        replays = self.config.replay == "rollout" and bool(self.model.config.moe_layers)
-        self._reading = Reading(own.url, self.model.config, self.tokenizer.vocab_size, stops, replays)
+        self._reading = Reading(own.url, self.model.config, self.tokenizer.vocab_size, stops)
 
     @property
     def _own(self) -> ServerConfig:
@@ -197,8 +193,7 @@ class FromServer:
         self._name = self._own.model or names[0]
         self._ours = any(card["id"] == self._name and card.get("owned_by") == "finemoe" for card in cards)
         part, sampling = _Part(self.first.ids, range(self.first.streams[0], self.first.streams[0] + 1)), self._short()
-        (drawn,) = self._patiently(lambda: self._answers(part, sampling))
-        self._routed = bool(drawn.routes)
+        self._patiently(lambda: self._answers(part, sampling))
 
     def _short(self) -> SamplingConfig:
         """As in the run, and not as long."""
@@ -227,8 +222,6 @@ class FromServer:
                 f"model's on the mean of {len(drawn.logprobs)} tokens, and method.server.bound is "
                 f"{self._own.bound:g}: it has other weights, or computes otherwise{hint}"
             )
-        if self.model.config.moe_layers and not self._routed:
-            logger.warning("%s gives no routed experts: expert_mismatch is not measured", self._own.url)
         self._compared = True
 
     # ---- the policy -------------------------------------------------------------------------------------------------
@@ -343,12 +336,9 @@ class FromServer:
 
     def _tried(self, part: _Part, sampling: SamplingConfig) -> list[Drawn] | LostError:
         try:
-            drawn = self._answers(part, sampling)
+            return self._answers(part, sampling)
         except LostError as lost:
             return lost
-        if self._routed and not all(one.routes for one in drawn):
-            raise ConfigError(f"method.server.url {self._own.url}: the server gave routed experts, and now gives none")
-        return drawn if self._routed else [replace(one, routes={}) for one in drawn]
 
     def _answers(self, part: _Part, sampling: SamplingConfig) -> list[Drawn]:
         """The answers of one request.

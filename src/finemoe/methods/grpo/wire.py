@@ -177,8 +177,6 @@ class Reading:
     """That the tokenizer has."""
     stop_ids: frozenset[int]
     """One of which ends an answer that ended by itself."""
-    needs_routes: bool
-    """Experts are replayed."""
 
     def choice(self, body: Mapping[str, Any], choice: Any, prompt: Sequence[int], room: int) -> Drawn:
         """A choice of an answer to `prompt` that had `room` for so many tokens.
@@ -236,11 +234,9 @@ class Reading:
             return {}
         text = _routed(choice) or _routed(body)
         if text is None:
-            if not self.needs_routes:
-                return {}
             raise self._unfit(
-                'gives no routed experts, and method.replay "rollout" takes those of the writing: start it with '
-                '--enable-return-routed-experts (vLLM, SGLang), or set method.replay = "off" or "update"'
+                "gives no routed experts, by which a mixture's answers are learnt or compared: start it with "
+                "--enable-return-routed-experts (vLLM, SGLang)"
             )
         table = self._table(text, len(prompt) + len(ids) - 1)
         found = {}
