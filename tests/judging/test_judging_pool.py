@@ -113,34 +113,38 @@ def hanging(judging: Pool, questions: Sequence[str]) -> tuple[list[Judged], floa
 def test_a_reward_that_hangs_on_everything_is_not_waited_for_every_time(
     rewards: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> None:
-    judging = made(rewards, seconds=0.5, workers=2)
+    judging = made(rewards, seconds=1.0, workers=2)
     request.addfinalizer(judging.close)
     found, took = hanging(judging, ["hang"] * 128)
     assert took < 30, "a minute and more if each were waited for"
     assert {one.verdict for one in found} == {"error"}
-    tried = [one for one in found if one.note == "no verdict within 0.5 seconds"]
+    tried = [one for one in found if one.note == "no verdict within 1 seconds"]
     assert 5 <= len(tried) <= 6
-    said = re.compile(r"reward own: [56] of 128 answers could not be judged, and none could: no verdict within 0\.5 s")
+    said = re.compile(r"reward own: [56] of 128 answers could not be judged, and none could: no verdict within 1 s")
     assert any(map(said.match, caplog.messages))
     again, _ = hanging(judging, ["hang"] * 40)
-    assert sum(one.note == "no verdict within 0.5 seconds" for one in again) <= 2, "it is known by now"
+    assert sum(one.note == "no verdict within 1 seconds" for one in again) <= 2, "it is known by now"
     assert [one.verdict for one in hanging(judging, ["a", "b", "c", "d"])[0]] == ["right"] * 4
     assert hanging(judging, ["hang"] * 5)[0][0].note.startswith("no verdict"), "and it has said something since"
 
 
 def test_a_question_on_which_a_reward_hangs_costs_no_other(rewards: Path, request: pytest.FixtureRequest) -> None:
-    judging = made(rewards, seconds=0.5, workers=2)
+    judging = made(rewards, seconds=SECONDS, workers=2)
     request.addfinalizer(judging.close)
     found, _ = hanging(judging, [*["hang"] * 8, *["other"] * 8])
     assert [one.verdict for one in found] == [*["error"] * 8, *["right"] * 8]
-    assert {one.note for one in found[:8]} == {"no verdict within 0.5 seconds"}
+    assert {one.note for one in found[:8]} == {f"no verdict within {SECONDS} seconds"}
 
 
-def test_slow_rewards_are_given_more_processes(rewards: Path, request: pytest.FixtureRequest) -> None:
+def test_slow_rewards_are_given_more_processes(
+    rewards: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     judging = made(rewards, seconds=10, workers=4)
     request.addfinalizer(judging.close)
+    monkeypatch.setattr(pool_module, "_SLOW_SECONDS", 9)  # however busy the machine is
     judged(judging, *[""] * 60)
     assert len(judging._workers) == 2, "what is quick needs no more"
+    monkeypatch.setattr(pool_module, "_SLOW_SECONDS", 0.3)
     judged(judging, *["time.sleep(0.8)"] * 8)
     assert len(judging._workers) == 4
 
