@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from finemoe.core.errors import OutageError, RunError
 from finemoe.core.files import storage_error, sync
 from finemoe.core.logs import JsonLines, console, logger, said_above
 from finemoe.parallel.world import ROWS_FIGURE
@@ -171,6 +172,9 @@ class Write:
         Raises:
             RunError: the disk is full or unwritable.
         """
+        self._write()
+
+    def _write(self) -> None:
         for name, take in self._writes.items():
             path = self._directory / name
             try:
@@ -186,8 +190,11 @@ class Write:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Close the files."""
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Close the files; of a step that something elsewhere ended, first write what may show the reason."""
+        if isinstance(error, OutageError):
+            with suppress(RunError):
+                self._write()
         for file in self._files.values():
             file.close()
 

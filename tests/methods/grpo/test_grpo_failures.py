@@ -10,6 +10,7 @@ import pytest
 
 from finemoe.charts.run.page import run_page
 from finemoe.core.errors import OutageError
+from finemoe.methods.grpo.reading import find_answers
 from finemoe.runs.listing import list_runs
 from finemoe.runs.report import run_results
 from finemoe.runs.run import resume, train
@@ -47,8 +48,12 @@ def test_a_reward_that_judges_nothing_ends_the_run_and_mended_it_goes_on(
     (measured,) = [one for one in read_metrics(out) if one["kind"] == "validation"]
     assert measured["validation_reward"] is None, "not 0, which would say that all answers were wrong"
     assert measured["validation_failed_share"] == 1
+    failed = list(find_answers(out, which="failed"))
+    assert {one["step"] for one in failed} == {1}
+    assert {one["rewards"]["function"]["note"] for one in failed} == {"KeyError: 'no such field' (own.py, line 2)"}
     own(tmp_path, "return float(len(completion))")
     assert resume(out, overrides=["method.reward_seconds=20"], quiet=True).summary["steps"] == 6
+    assert not list(find_answers(out, which="failed")), "the step was done again"
 
 
 def test_a_run_that_learnt_before_ends_after_a_few_such_rollouts(start: Path, tmp_path: Path) -> None:

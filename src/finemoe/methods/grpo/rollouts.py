@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -249,16 +250,16 @@ class Rollouts:
             alive = [one for one in groups if one.alive]
             groups = [*alive, *better, *dead][:wanted]
             discarded += [*dead[wanted - len(alive) - len(better) :], *(one for one in fresh if not one.alive)]
-        self._require_judged(groups, number)
-        self._prompts_used += asked
         answers = [one for place, group in enumerate(groups) for one in group.answers(place)]
+        made = Rollout(number, tuple(answers), (), figures(groups, answers, asked))
+        whole = number % self._config.keep_rollouts == 0
+        self._unwritten += lines(made, number * self._config.updates + 1, groups, discarded, whole=whole)
+        self._require_judged(groups, number)  # what could not be judged can be read all the same
+        self._prompts_used += asked
         began = time.perf_counter()
         scored = self._policies.scores(answers)
         self._spent["time_scoring"] += time.perf_counter() - began
-        made = Rollout(number, tuple(answers), tuple(scored), figures(groups, answers, asked))
-        whole = number % self._config.keep_rollouts == 0
-        self._unwritten += lines(made, number * self._config.updates + 1, groups, discarded, whole=whole)
-        return made
+        return replace(made, scored=tuple(scored))
 
     def _require_judged(self, groups: Sequence[Group], number: int) -> None:
         """Go on without a single answer that was judged for a few rollouts at most, and not with the first.
