@@ -249,7 +249,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        if isinstance(old, list | tuple) and isinstance(value, Mapping) and value and all(map(_is_place, value)):
+        if isinstance(old, list | tuple) and _has_places(old, value):
             merged[key] = _in_places(key, old, value)
             continue
         same_kind = (
@@ -259,6 +259,12 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         )
         merged[key] = merge(old, value) if same_kind else value  # type: ignore[arg-type]
     return merged
+
+
+def _has_places(old: Sequence[Any], over: Any) -> bool:
+    """Whether `over` names entries of a list; a list of pairs, or an empty one, may be meant as a whole."""
+    pairs = not old or any(isinstance(one, list | tuple) for one in old)
+    return not pairs and isinstance(over, Mapping) and bool(over) and all(map(_is_place, over))
 
 
 def _is_place(key: Any) -> bool:
