@@ -65,6 +65,7 @@ def test_a_folder_of_a_file_has_the_same_blocks_and_copies_none(name: str, kind:
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     small = {key: tensor for key, tensor in ours.items() if is_quantised(tensor)}
     assert facts["small"] == len(small) > 0
+    assert facts["bytes_before"] == sum(one.n_bytes for one in gguf.GGUFReader(path).tensors)
     assert all(lies_in(out / "model.safetensors", tensor) for tensor in small.values())
     assert examine(out, deep=True, quiet=True).problems == ()
     assert finemoe.generate(str(out), "ab", max_new_tokens=4) == finemoe.generate(str(path), "ab", max_new_tokens=4)

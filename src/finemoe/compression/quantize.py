@@ -71,6 +71,10 @@ def quantize(
     source = run_state.newest_checkpoint(model) if kind == "run" else model  # a run may go on meanwhile
     config, stored, parts, formats = _opened(source, kind, weights)
     shapes = model_shapes(config)
+    before = sum(_spec(name, shape, stored[name], None).nbytes for name, shape in shapes.items())
+    if weights == "stored":
+        file = open_gguf(source)
+        before = sum(file.tensors[name].nbytes for name in file.account)
     specs = [_spec(name, shape, stored[name], formats.get(name)) for name, shape in shapes.items()]
     numbers = sum(map(math.prod, shapes.values()))
     nbytes = sum(spec.nbytes for spec in specs)
@@ -91,7 +95,7 @@ def quantize(
         "tensors": len(specs),
         "small": len(formats),
         "bytes": nbytes,
-        "bytes_before": sum(_spec(name, shape, stored[name], None).nbytes for name, shape in shapes.items()),
+        "bytes_before": before,
         "path": str(place),
         "seconds": time.monotonic() - started,
     }

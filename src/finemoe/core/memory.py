@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,12 +76,22 @@ def available_on(device: torch.device) -> int | None:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
+_givers: list[Callable[[], object]] = []
+
+
+def gives_back(giver: Callable[[], object]) -> None:
+    """Have `giver` called before anybody looks what memory is left: it gives back what this process does not use."""
+    _givers.append(giver)
+
+
 def available_bytes() -> int | None:
     """Memory that this process can still have without swapping, in bytes; None where the system does not say.
 
     On Linux: what the kernel estimates, and no more than any control group around the process leaves; 0 where one is
     fuller than its limit, as when that was lowered.
     """
+    for giver in _givers:
+        giver()
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         whole = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -30,6 +30,7 @@ _POLL = 0.02
 _AHEAD, _AHEAD_SECONDS = 32, 0.05  # requests that wait in a process: so many, or so much work, at most
 _SILENT = 5  # times in a row that nothing was said in time, before the other answers of a batch are not tried
 _SLOW_SECONDS, _FEW = 0.5, 2  # of an answer, from where on there are more processes than a few
+_NOT_TRIED = "not tried"
 _MOST_PROCESSES = 64
 _MOST_REPLY = 1 << 20
 
@@ -181,11 +182,12 @@ class Pool:
             late = sum(one.reward == reward and judged.note == self._late(reward) for one, judged in found.items())
             if not late or all(one.reward != reward for one in left):
                 continue
-            logger.warning(
-                "reward %s: %d of %d answers could not be judged, and none could: %s; the others are not tried",
-                reward, late, answers, self._late(reward),
-            )  # fmt: skip
-            note = f"not tried, as of {late} before it there was {self._late(reward)}"
+            if not any(judged.note.startswith(_NOT_TRIED) for one, judged in found.items() if one.reward == reward):
+                logger.warning(
+                    "reward %s: %d of %d answers could not be judged, and none could: %s; the others are not tried",
+                    reward, late, answers, self._late(reward),
+                )  # fmt: skip
+            note = f"{_NOT_TRIED}, as of {late} before it there was {self._late(reward)}"
             found |= {one: Judged.error(note) for one in left if one.reward == reward}
             rest = [one for one in left if one.reward != reward]
             left.clear()

@@ -138,9 +138,11 @@ def configurations(stages: Sequence[Stage], source: str) -> dict[str, RunConfig]
         ConfigError, CheckpointError: as of `checked_stages`.
     """
     found: dict[str, RunConfig] = {}
-    for stage in stages:
+    for place, stage in enumerate(stages):
         where, start = f"{source}, stage {stage.name}", stage.raw.get("start_from")
         before = next((one for one in stages if f"{start}/".startswith(f"{one.folder}/")), None)
+        if before is not None and before in stages[place:] and not before.begun:
+            raise ConfigError(f"{where}: begins with stage {before.name}, which does not come before it")
         if before is not None and before.sampling is not None:
             raise ConfigError(f"{where}: begins with stage {before.name}, which writes answers and leaves no model")
         if stage.sampling is None:

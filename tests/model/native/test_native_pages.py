@@ -114,6 +114,22 @@ print("parent", os.waitpid(child, 0)[1] == 0 and bool((held == 1.0).all()))
 """)
 
 
+def test_who_asks_what_is_left_gets_what_is_free() -> None:
+    """The next run of the same process would be refused for memory that the last one holds and uses not."""
+    run("""
+from finemoe.core import memory
+assert native.pass_pages_on() and native.pass_pages_on()
+held = [tensor(8, float(n)) for n in range(16)]
+height = resident()
+held = [one for n, one in enumerate(held) if n % 4 == 0]
+assert resident() > height - (8 << 20), "what is free stays"
+memory.available_bytes()
+assert resident() < height - 90 * PAGE, (resident(), height)
+more = [tensor(12, 7.0) for _ in range(6)]
+assert all(bool((one == 4.0 * n).all()) for n, one in enumerate(held)) and all(bool((one == 7.0).all()) for one in more)
+""")
+
+
 def test_a_tensor_that_grows_keeps_its_numbers() -> None:
     run("""
 assert native.pass_pages_on() and native.pass_pages_on()

@@ -125,7 +125,7 @@ def _records(path: Path, log: Path, facts: Mapping[str, Any]) -> list[dict[str, 
         if record.get("bytes", 0) > size:  # the file did not come to the disk that far
             break
         records.append(record)
-    if records and records[0] != dict(facts):
+    if records and {name: records[0].get(name) for name in facts} != dict(facts):
         raise ConfigError(f"{path} was begun with {_otherwise(records[0], facts)}: name another --out, or remove it")
     return records
 

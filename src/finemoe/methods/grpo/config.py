@@ -193,10 +193,11 @@ class GRPOConfig(MethodConfig):
             raise ValueError(no_room(self.answer_tokens, length))
         if sequences % self.together:
             size, unit = sequences * self.steps_per_rollout, self.together * length
-            fits = min((one for one in range(2, size + 1) if size % one == 0), key=lambda one: abs(one - self.group))
+            fits = [one for one in range(2, size + 1) if size % one == 0]
+            group = f"method.group {min(fits, key=lambda one: abs(one - self.group))}, or " if fits else ""
             raise ValueError(
-                f"the {size} answers of a rollout are no whole groups of method.group {self.group}: try method.group "
-                f"{fits}, or training.tokens_per_step {max(1, round(sequences * length / unit)) * unit}"
+                f"the {size} answers of a rollout are no whole groups of method.group {self.group}: try {group}"
+                f"training.tokens_per_step {max(1, round(sequences * length / unit)) * unit}"
             )
 
     def as_learnt(self) -> GRPOConfig:

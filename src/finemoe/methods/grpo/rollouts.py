@@ -200,7 +200,8 @@ class Rollouts:
     def figures(self, parameters: Mapping[str, Any], norm: Tensor) -> dict[str, float]:
         """`training.method.BeforeUpdate`: what the rollout came to, which the step learns from; shares of its time.
 
-        A step's time is that from its first batch to here: what is measured and saved between steps is no part of it.
+        A step's time is that from its first batch to here, before the optimizer's update: what is measured and saved
+        between steps is no part of it, unless a step was passed over.
         """
         assert self._rollout is not None
         assert self._stepped is not None  # a step begins with its batches

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from finemoe.core import extension
+from finemoe.core import extension, memory
 from finemoe.core.logs import logger
 from finemoe.model.native.tile import PRODUCTS
 
@@ -35,13 +35,18 @@ def available() -> bool:
     return reason is None
 
 
+@cache
 def pass_pages_on() -> bool:
     """Have large tensors of this process lie in pages of 2 MiB that go from one to the next, for good.
 
     What a step frees then always has room for what it makes, which the gaps of a heap have not: a sixth of the memory
-    of a training step of AdamW. True where that can be done: on Linux, with the kernels.
+    of a training step of AdamW. Whoever asks what memory is left gets what is free among them back to the system first.
+    True where that can be done: on Linux, with the kernels.
     """
-    return available() and bool(torch.ops.finemoe.pass_pages_on())
+    if not available() or not torch.ops.finemoe.pass_pages_on():
+        return False
+    memory.gives_back(torch.ops.finemoe.give_pages_back)
+    return True
 
 
 def usable(*tensors: Tensor) -> bool:

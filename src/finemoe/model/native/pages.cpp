@@ -3,7 +3,7 @@
 // A training step frees activations while it makes gradients. On a heap a gradient seldom fits into the gaps that it
 // finds, so that both take room of their own, and later the optimizer's moments lie between them: of AdamW's step a
 // fifth of the memory held nothing. Here whatever is free is enough, wherever it lies: Linux moves a page to another
-// address without touching what is in it (mremap), which takes microseconds. Pages are never given back.
+// address without touching what is in it (mremap), which takes microseconds. Pages stay, until somebody asks for them.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
@@ -48,6 +48,13 @@ class Pages {
     return true;
   }
 
+  // What is free goes back to the system; its addresses stay, and find fresh pages when they are used again.
+  void give_back() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [first, count] : free_)
+      for (size_t page = 0; page < count; ++page) madvise(at(first + page * kPage), kPage, MADV_DONTNEED);
+  }
+
   void lock() { mutex_.lock(); }
   void unlock() { mutex_.unlock(); }
 
@@ -81,7 +88,6 @@ class Pages {
     void* rest = at(first + have * kPage);
     const size_t size = (pages - have) * kPage;
     if (mmap(rest, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED) {
-      munmap(rest, size);
       if (have) add(first, have);
       return 0;
     }
@@ -172,8 +178,8 @@ class Allocator final : public c10::Allocator {
 
 bool pass_pages_on() {
   static const bool done = [] {
-    static Allocator ours(c10::GetCPUAllocator());
-    c10::SetCPUAllocator(&ours);
+    static auto* const ours = new Allocator(c10::GetCPUAllocator());  // for good, as the pages
+    c10::SetCPUAllocator(ours);
     // A child that is forked meanwhile must not find the pages locked by a thread that it does not have.
     pthread_atfork([] { pages().lock(); }, [] { pages().unlock(); }, [] { pages().unlock(); });
     return true;
@@ -181,14 +187,20 @@ bool pass_pages_on() {
   return done;
 }
 
+void give_pages_back() { pages().give_back(); }
+
 }  // namespace
 
 #else
 
 namespace {
 bool pass_pages_on() { return false; }
+void give_pages_back() {}
 }  // namespace
 
 #endif
 
-TORCH_LIBRARY_FRAGMENT(finemoe, library) { library.def("pass_pages_on() -> bool", pass_pages_on); }
+TORCH_LIBRARY_FRAGMENT(finemoe, library) {
+  library.def("pass_pages_on() -> bool", pass_pages_on);
+  library.def("give_pages_back() -> ()", give_pages_back);
+}
