@@ -69,12 +69,8 @@ def quantize(
     kind = kind_of(model)
     place, files = _place(model, out, weights), _companions(model)
     source = run_state.newest_checkpoint(model) if kind == "run" else model  # a run may go on meanwhile
-    config, stored, parts, formats = _opened(source, kind, weights)
+    config, stored, parts, formats, before = _opened(source, kind, weights)
     shapes = model_shapes(config)
-    before = sum(_spec(name, shape, stored[name], None).nbytes for name, shape in shapes.items())
-    if weights == "stored":
-        file = open_gguf(source)
-        before = sum(file.tensors[name].nbytes for name in file.account)
     specs = [_spec(name, shape, stored[name], formats.get(name)) for name, shape in shapes.items()]
     numbers = sum(map(math.prod, shapes.values()))
     nbytes = sum(spec.nbytes for spec in specs)
@@ -103,16 +99,19 @@ def quantize(
 
 def _opened(
     source: Path, kind: str, weights: Few
-) -> tuple[ModelConfig, Mapping[str, torch.dtype], Iterator[Part], Mapping[str, Format]]:
-    """Of what model, in which types, every part of it when its turn comes, and what becomes blocks of which format."""
+) -> tuple[ModelConfig, Mapping[str, torch.dtype], Iterator[Part], Mapping[str, Format], int]:
+    """Of what model, in which types, every part of it when its turn comes, what becomes blocks of which format, and the
+    bytes that all of it is."""
     if weights != "stored":
         config, stored, parts = parts_of(source, kind)
-        return config, stored, parts, formats_for(weights, stored)
+        nbytes = sum(_spec(name, shape, stored[name], None).nbytes for name, shape in model_shapes(config).items())
+        return config, stored, parts, formats_for(weights, stored), nbytes
     file = open_gguf(source)
     for text in file.warnings:
         logger.warning("%s", text)
     formats = {name: one for name, one in file.formats().items() if one != BF16}  # a folder has its own element type
-    return file.config, file.dtypes(), file.parts(formats), formats
+    nbytes = sum(file.tensors[name].nbytes for name in file.account)
+    return file.config, file.dtypes(), file.parts(formats), formats, nbytes
 
 
 def _made(tensor: Tensor, kind: Format | None, stored: torch.dtype) -> Tensor:
