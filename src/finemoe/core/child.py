@@ -15,12 +15,18 @@ from typing import Any
 def ask(child: subprocess.Popen[bytes], request: str, seconds: float) -> dict[str, Any] | None:
     """What it answers to a line; None where it has died, answers no JSON, or not in time: then it has to be ended."""
     assert child.stdin is not None
+    until, left, pipe = time.monotonic() + seconds, request.encode() + b"\n", child.stdin.fileno()
+    os.set_blocking(pipe, False)  # a long line waits for one who reads it, who may hang
+    ready = select.poll()
+    ready.register(pipe, select.POLLOUT)
     try:
-        child.stdin.write(request.encode() + b"\n")
-        child.stdin.flush()
+        while left:
+            if not ready.poll(1000 * max(0.0, until - time.monotonic())):
+                return None
+            left = left[os.write(pipe, left) :]
     except OSError:
         return None
-    return next_line(child, seconds)
+    return next_line(child, until - time.monotonic())
 
 
 def next_line(child: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
@@ -51,6 +57,14 @@ def end(child: subprocess.Popen[bytes]) -> None:
         if pipe is not None:
             with suppress(BrokenPipeError):  # what it never read
                 pipe.close()
+
+
+def end_all(child: subprocess.Popen[bytes]) -> None:
+    """Kill it and all that it started, those that lead a session of their own, too."""
+    for pid in below(child.pid):
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    end(child)
 
 
 def below(pid: int) -> list[int]:

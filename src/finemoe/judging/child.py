@@ -25,29 +25,35 @@ _GRACE = 1.0  # beyond the deadline, for a parent that is no longer there
 
 def main() -> None:
     """Answer until stdin ends, then take along whatever is still running in this process's group."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", encoding="utf-8")
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):  # what somebody prints is no answer, and what somebody reads no request
-        os.dup2(nothing, standard)
+    requests, replies = take_pipes()
     setup = json.loads(requests.readline())
     bounds = Bounds(**setup["bounds"])
     try:
         judges = {name: _judge(spec, bounds) for name, spec in setup["rewards"].items()}
-        _limit(bounds.memory_bytes)
+        limit_memory(bounds.memory_bytes)
         if sys.platform == "linux":
             from finemoe.sandbox import kernel
 
             kernel.adopt_orphans()  # so that all that is started here is found below this process
     except ConfigError as error:
-        _say(replies, ready=False, note=str(error))
+        say(replies, ready=False, note=str(error))
     except BaseException as error:  # a user's file may do anything
-        _say(replies, ready=False, note=_in_words(error))
+        say(replies, ready=False, note=in_words(error))
     else:
-        _say(replies, ready=True)
+        say(replies, ready=True)
         for line in requests:
             if not _reply(judges, json.loads(line), replies):
                 break
     os.killpg(os.getpid(), signal.SIGKILL)
+
+
+def take_pipes() -> tuple[IO[bytes], IO[str]]:
+    """Where the parent asks and is answered; from then on the standard streams lead nowhere."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):  # what somebody prints is no answer, and what somebody reads no request
+        os.dup2(nothing, standard)
+    return requests, replies
 
 
 def _judge(spec: Mapping[str, Any], bounds: Bounds) -> Judge:
@@ -55,7 +61,7 @@ def _judge(spec: Mapping[str, Any], bounds: Bounds) -> Judge:
     return kind.make(kind.config.model_validate(spec), bounds)
 
 
-def _limit(memory: int) -> None:
+def limit_memory(memory: int) -> None:
     """Allow so much memory beyond what is taken now, and no core dumps.
 
     The soft limit alone: a program in the sandbox, and math-verify, set their own.
@@ -80,22 +86,23 @@ def _reply(judges: Mapping[str, Judge], request: Mapping[str, Any], replies: IO[
     except MemoryError:
         judged, fit = Judged.error("ran out of memory"), False  # what holds it may be held for good
     except BaseException as error:  # SystemExit, too, says nothing about the answer
-        judged = Judged.error(_in_words(error))
+        judged = Judged.error(in_words(error))
     if os.getpid() != own:  # a process that was forked in there and came back
         os._exit(0)
     signal.setitimer(signal.ITIMER_REAL, 0.0)
-    _say(replies, judged=asdict(judged), fit=fit)
+    say(replies, judged=asdict(judged), fit=fit)
     return fit
 
 
-def _in_words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
     """The error and the last place that it passed."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}"[:300] + where
 
 
-def _say(replies: IO[str], **message: Any) -> None:
+def say(replies: IO[str], **message: Any) -> None:
+    """One line of JSON."""
     replies.write(json.dumps(message) + "\n")
     replies.flush()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
-from finemoe.core.child import below, end
+from finemoe.core.child import below, end_all
 from finemoe.core.errors import ConfigError
 from finemoe.core.logs import logger
 from finemoe.judging import KINDS
@@ -290,7 +289,7 @@ class Pool:
 
     def _end(self, worker: _Worker) -> None:
         self._workers.remove(worker)
-        _kill(worker)
+        end_all(worker.process)
 
 
 def _by_turns(answers: Sequence[Answer]) -> list[int]:
@@ -305,11 +304,4 @@ def _by_turns(answers: Sequence[Answer]) -> list[int]:
 
 def _end_all(workers: list[_Worker]) -> None:
     while workers:
-        _kill(workers.pop())
-
-
-def _kill(worker: _Worker) -> None:
-    for pid in below(worker.process.pid):  # one that has left the group, too
-        with suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-    end(worker.process)
+        end_all(workers.pop().process)

@@ -166,8 +166,8 @@ def labels_for(tokenizer: Tokenizer, asked: tuple[str, str] | None) -> tuple[str
     return asked or next(whole, LABELS[-1])
 
 
-def label_ids(tokenizer: Tokenizer, labels: tuple[str, str]) -> tuple[int, int]:
-    """The tokens of the two words.
+def label_ids(tokenizer: Tokenizer, labels: tuple[str, str], key: str = "method.labels") -> tuple[int, int]:
+    """The tokens of the two words, which are at `key` of a recipe.
 
     Raises:
         ConfigError: a word is more than one token, or both are the same.
@@ -178,12 +178,12 @@ def label_ids(tokenizer: Tokenizer, labels: tuple[str, str]) -> tuple[int, int]:
         if len(ids) != 1:
             pieces = " + ".join(repr(tokenizer.decode([one])) for one in ids)
             raise ConfigError(
-                f"method.labels: {label!r} is {len(ids)} tokens of this tokenizer ({pieces}): choose a word that is "
+                f"{key}: {label!r} is {len(ids)} tokens of this tokenizer ({pieces}): choose a word that is "
                 "one, such as a letter"
             )
         found.append(ids[0])
     if found[0] == found[1]:
-        raise ConfigError(f"method.labels: {labels[0]!r} and {labels[1]!r} are the same token: choose two words")
+        raise ConfigError(f"{key}: {labels[0]!r} and {labels[1]!r} are the same token: choose two words")
     return found[0], found[1]
 
 

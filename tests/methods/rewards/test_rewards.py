@@ -1,4 +1,4 @@
-"""All rewards of a run together: the sum, what failed, and what a reward model says."""
+"""All rewards of a run together: the sum, and what failed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from finemoe.core.config import Config, parse
 from finemoe.core.errors import ConfigError
 from finemoe.data.conversations.forms import read
 from finemoe.data.conversations.questions import reference_of
-from finemoe.methods.reward import rewards as one_by_one
 from finemoe.methods.rewards import (
     REWARDS,
     Answer,
@@ -24,12 +23,10 @@ from finemoe.methods.rewards import (
     FunctionReward,
     LengthReward,
     ProgramReward,
-    RewardModelReward,
     Rewards,
     RewardsConfig,
     StepsReward,
 )
-from methods.tiny_talks import run
 
 
 def answer(text: str, *references: str, record: dict[str, Any] | None = None) -> Answer:
@@ -166,36 +163,3 @@ def test_the_process_that_judges_loads_no_torch() -> None:
     code = "import sys, finemoe.judging.child; print([n for n in ('torch', 'scipy', 'pyarrow') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.fixture(scope="module")
-def judge(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the method `reward`."""
-    return run(base, tmp_path_factory.mktemp("judge") / "run", "reward")
-
-
-def test_a_reward_model_says_of_many_what_it_says_of_one(judge: Path, base: Path) -> None:
-    lines = (base.parent / "pairs.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines[:12]]
-    answers = [Answer("?", one["chosen"] * (1 + n % 3), True, 3, one, ()) for n, one in enumerate(records)]
-    talks = [
-        [{"role": "user", "content": one["prompt"]}, {"role": "assistant", "content": given.text}]
-        for one, given in zip(records, answers, strict=True)
-    ]
-    wanted = one_by_one(judge, talks)
-    for tokens in (1, 100, 10_000):
-        with Rewards([RewardModelReward(model=str(judge), batch_tokens=tokens, weight=2.0)]) as found:
-            said = found.score(answers)
-        assert [one.value for one in said] == pytest.approx([2 * value for value in wanted], abs=1e-4)
-    assert {one.by_name["reward_model"].verdict for one in said} <= {"right", "wrong"}
-    assert len({round(value, 3) for value in wanted}) > 6
-
-
-def test_a_reward_model_reads_the_prompt_where_the_record_says_nothing(judge: Path) -> None:
-    given = Answer("ant bee?", "ant.", True, 3, {"a": 1}, ())
-    with Rewards([RewardModelReward(model=str(judge))]) as found:
-        (said,) = found.score([given])
-        (known,) = found.identity()
-    assert len(known["model_sha256"]) == 64
-    talk = [{"role": "user", "content": "ant bee?"}, {"role": "assistant", "content": "ant."}]
-    assert said.value == pytest.approx(one_by_one(judge, [talk])[0], abs=1e-4)

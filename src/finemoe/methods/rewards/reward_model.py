@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import math
+import json
+import os
+import subprocess
+import sys
+import time
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
-from finemoe.checkpoint.fingerprint import fingerprint
-from finemoe.checkpoint.language_model import open_language_model
-from finemoe.core.errors import ConfigError, DataError
+from finemoe.core import errors
+from finemoe.core.child import ask, end_all
+from finemoe.core.errors import FinemoeError, RunError
 from finemoe.data.conversations.forms import read
 from finemoe.data.conversations.messages import FormError, Message
-from finemoe.judging.verdicts import Answer, Judged, Weighted
-from finemoe.methods.reward import label_ids, labels_for
-from finemoe.text.turns import Turns, encode_all
+from finemoe.judging.verdicts import Answer, Bounds, Judged, Weighted
+
+_OPENING_SECONDS = 3600.0  # a large one from a slow disk
+_TOGETHER = 32  # answers that are asked about at once, and fail at once
+_FAILURES = 3  # after which a batch is given up: each costs the opening of the model
 
 
 class RewardModelReward(Weighted):
@@ -35,67 +43,122 @@ class RewardModelReward(Weighted):
 
 
 class RewardModel:
-    """The model, opened, in this process."""
+    """The model, opened, in a process of its own, which is replaced when it hangs, crashes or grows."""
 
-    def __init__(self, config: RewardModelReward) -> None:
+    def __init__(self, config: RewardModelReward, bounds: Bounds) -> None:
         """Open it.
 
-        Raises:
-            CheckpointError: nothing that can be opened.
-            ConfigError: it has no chat template, or a label is no token of its tokenizer.
-        """
-        self._opened = open_language_model(config.model)
-        template = self._opened.template
-        if template is None:
-            raise ConfigError(
-                f"reward model {config.model}: has no chat template, so answers cannot be read as it learnt"
-            )
-        self._template = template
-        self._most = config.batch_tokens
-        self._labels = label_ids(self._opened.tokenizer, labels_for(self._opened.tokenizer, config.labels))
+        Args:
+            config: which model, and how much it reads together.
+            bounds: of one answer. Of several that are read together the time is that of all; the memory is one's.
 
-    @property
-    def sha256(self) -> str:
+        Raises:
+            FinemoeError: nothing that can be opened.
+            ConfigError: it has no chat template, or a label is no token of its tokenizer.
+            RunError: its process ended before it was open.
+        """
+        self._config, self._bounds = config, bounds
+        self._children: list[subprocess.Popen[bytes]] = []
+        weakref.finalize(self, _end, self._children)  # of who forgot to close it, or ended before
+        self.sha256 = self._open()
         """Of its weights."""
-        return fingerprint(self._opened.model)
 
     def judge(self, answers: Sequence[Answer]) -> list[Judged]:
-        """Of each answer; right: it finds it rather good. Error: its template cannot write the conversation."""
-        asked = [(*_asked(one), {"role": "assistant", "content": one.text}) for one in answers]
-        turns = encode_all(self._template, self._opened.tokenizer, asked)
-        found: list[Judged] = [Judged.error(str(one)) if isinstance(one, DataError) else _PENDING for one in turns]
-        readable = {number: one.ids for number, one in enumerate(turns) if isinstance(one, Turns)}
-        group: list[int] = []
-        tokens = 0
-        for number, ids in readable.items():
-            if group and tokens + len(ids) > self._most:
-                self._read(group, readable, found)
-                group, tokens = [], 0
-            group.append(number)
-            tokens += len(ids)
-        if group:
-            self._read(group, readable, found)
-        return found
+        """Of each answer; right: it finds it rather good.
 
-    @torch.no_grad()
-    def _read(self, group: Sequence[int], ids: dict[int, tuple[int, ...]], found: list[Judged]) -> None:
-        """Several conversations in one row, each a document by itself."""
-        device = self._opened.device
-        lengths = [len(ids[number]) for number in group]
-        tokens = torch.tensor([[one for number in group for one in ids[number]]], device=device)
-        positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
-        documents = torch.repeat_interleave(torch.arange(len(group)), torch.tensor(lengths))[None].to(device)
-        model = self._opened.model
-        hidden = model(tokens, positions=positions, documents=documents).hidden[0]
-        ends = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1].float()
-        logits = ends @ model.head_rows(self._labels).float().t()
-        for number, value in zip(group, (logits[:, 0] - logits[:, 1]).tolist(), strict=True):
-            finite = math.isfinite(value)
-            verdict: Any = "right" if value > 0 else "wrong"
-            found[number] = Judged(verdict, value) if finite else Judged.error(f"the reward model said {value}")
+        Error: its template cannot write the conversation, or its process hung, crashed or grew over it. Where that
+        happens to several at once, each is read by itself; where it hangs, or fails often, the rest is not tried.
+        """
+        talks = [(*_asked(one), {"role": "assistant", "content": one.text}) for one in answers]
+        found: dict[int, Judged] = {}
+        left = deque(list(range(len(talks)))[first : first + _TOGETHER] for first in range(0, len(talks), _TOGETHER))
+        failures = 0  # of answers by themselves, one after the other
+        try:
+            while left:
+                numbers = left.popleft()
+                judged = self._ask([talks[number] for number in numbers])
+                if not isinstance(judged, str):
+                    found |= dict(zip(numbers, judged, strict=True))
+                    failures = 0
+                elif len(numbers) > 1 and judged != self._late(numbers):
+                    left.extendleft([number] for number in reversed(numbers))
+                else:
+                    found |= dict.fromkeys(numbers, Judged.error(judged))
+                    failures += 1
+                    if failures == _FAILURES or judged == self._late(numbers):
+                        rest = [number for some in left for number in some]
+                        found |= dict.fromkeys(rest, Judged.error(f"not tried, as before it: {judged}"))
+                        break
+        except BaseException:  # an interrupt leaves a process whose next answers belong to these questions
+            self.close()
+            raise
+        return [found[number] for number in range(len(talks))]
+
+    def close(self) -> None:
+        """End the process; the next answers start another."""
+        _end(self._children)
+
+    def _late(self, numbers: Sequence[int]) -> str:
+        return f"no verdict within {len(numbers) * self._bounds.deadline_seconds:g} seconds"
+
+    def _ask(self, talks: Sequence[Any]) -> list[Judged] | str:
+        """What it says of each; else why it says nothing."""
+        try:
+            if any(one.poll() is not None for one in self._children):  # since it last answered
+                self.close()
+            if not self._children and self._open() != self.sha256:
+                self.close()
+                return f"{self._config.model} is no longer the model that it was"
+        except FinemoeError as error:
+            return f"the reward model does not open any more: {error}"
+        (child,) = self._children
+        seconds = len(talks) * self._bounds.deadline_seconds
+        until = time.monotonic() + seconds
+        request = {"talks": talks, "tokens": self._config.batch_tokens, "seconds": seconds}
+        reply = ask(child, json.dumps(request, default=str), seconds)
+        if reply is not None and "judged" in reply:
+            return [Judged(**{**one, "steps": ()}) for one in reply["judged"]]
+        self.close()
+        if reply is not None:
+            return str(reply["failed"])
+        return self._late(talks) if time.monotonic() >= until else "its process ended, perhaps for want of memory"
+
+    def _open(self) -> str:
+        """Start the process; the sha256 of the weights that it has opened.
+
+        Raises:
+            FinemoeError: as the process met it.
+        """
+        paths = os.pathsep.join(one for one in sys.path if one)
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "finemoe.methods.rewards.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            # without memory, a tokenizer that writes where it was waits for itself
+            env={**os.environ, "PYTHONPATH": paths, "RUST_BACKTRACE": "0"},
+            start_new_session=True,
+        )
+        self._children.append(child)
+        setup = {
+            "model": self._config.model,
+            "labels": self._config.labels,
+            "memory": self._bounds.memory_bytes,
+            "threads": torch.get_num_threads(),
+        }
+        reply = ask(child, json.dumps(setup), _OPENING_SECONDS)
+        if reply is not None and reply["ready"]:
+            return str(reply["sha256"])
+        self.close()
+        if reply is None:
+            raise RunError(f"reward model {self._config.model}: its process ended before it was open")
+        kind = getattr(errors, reply["error"], RunError)
+        raise kind(reply["note"])
 
 
-_PENDING = Judged.error("not judged")
+def _end(children: list[subprocess.Popen[bytes]]) -> None:
+    while children:
+        end_all(children.pop())
 
 
 def _asked(answer: Answer) -> tuple[Message, ...]:

@@ -47,7 +47,7 @@ def require_made(configs: Iterable[Any]) -> None:
 
 
 class Rewards:
-    """The rewards of a run. They are computed in processes of their own, but for reward models, which run here."""
+    """The rewards of a run, computed in processes of their own: each reward model in its, the others together."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Rewards:
         Raises:
             ConfigError: there is none, two have one name, or one cannot be made: a user's file that fails, a package
                 that is missing, a reward model without a template.
-            CheckpointError: a reward model that cannot be opened.
+            RunError: a reward model that cannot be opened.
         """
         if not configs:
             raise ConfigError("there is no reward: write at least one [[method.rewards]]")
@@ -84,7 +84,9 @@ class Rewards:
         bounds = Bounds(deadline_seconds, memory_bytes)
         self.errors_in_a_row = 0
         """Answers one after the other, up to the last, that got no value because a reward failed."""
-        self._models = {name: RewardModel(one) for name, one in self._configs.items() if one.kind == "reward_model"}
+        self._models = {
+            name: RewardModel(one, bounds) for name, one in self._configs.items() if one.kind == "reward_model"
+        }
         specs = {name: one.model_dump(mode="json") for name, one in self._configs.items() if one.kind in KINDS}
         most = workers or min(max(_FEWEST, os.cpu_count() or 1), _MOST)
         self._make_pool = partial(Pool, specs, bounds, most, on_failure)
@@ -162,6 +164,8 @@ class Rewards:
         """End the processes."""
         if self._pool is not None:
             self._pool.close()
+        for model in self._models.values():
+            model.close()
 
     def __enter__(self) -> Rewards:
         return self

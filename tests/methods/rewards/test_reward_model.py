@@ -1,0 +1,146 @@
+"""What a reward model says, and what becomes of a run when its process hangs, crashes or grows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from finemoe.core.child import below
+from finemoe.core.errors import ConfigError, RunError
+from finemoe.methods.reward import rewards as one_by_one
+from finemoe.methods.rewards import Answer, AnswerReward, LengthReward, RewardModelReward, Rewards, Scored
+from methods.tiny_talks import run
+
+
+@pytest.fixture(scope="module")
+def judge(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the method `reward`."""
+    return run(base, tmp_path_factory.mktemp("judge") / "run", "reward")
+
+
+def test_a_reward_model_says_of_many_what_it_says_of_one(judge: Path, base: Path) -> None:
+    lines = (base.parent / "pairs.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines[:12]]
+    answers = [Answer("?", one["chosen"] * (1 + n % 3), True, 3, one, ()) for n, one in enumerate(records)]
+    talks = [
+        [{"role": "user", "content": one["prompt"]}, {"role": "assistant", "content": given.text}]
+        for one, given in zip(records, answers, strict=True)
+    ]
+    wanted = one_by_one(judge, talks)
+    for tokens in (100, 10_000):
+        with Rewards([RewardModelReward(model=str(judge), batch_tokens=tokens, weight=2.0)]) as found:
+            said = found.score(answers)
+        assert [one.value for one in said] == pytest.approx([2 * value for value in wanted], abs=1e-4)
+    assert {one.by_name["reward_model"].verdict for one in said} <= {"right", "wrong"}
+    assert len({round(value, 3) for value in wanted}) > 6
+
+
+def test_a_reward_model_reads_the_prompt_where_the_record_says_nothing(judge: Path) -> None:
+    given = Answer("ant bee?", "ant.", True, 3, {"a": 1}, ())
+    with Rewards([RewardModelReward(model=str(judge))]) as found:
+        (said,) = found.score([given])
+        (known,) = found.identity()
+    assert len(known["model_sha256"]) == 64
+    talk = [{"role": "user", "content": "ant bee?"}, {"role": "assistant", "content": "ant."}]
+    assert said.value == pytest.approx(one_by_one(judge, [talk])[0], abs=1e-4)
+
+
+def answers(number: int, words: str = "ant bee. ") -> list[Answer]:
+    return [Answer("cat?", words * (1 + place % 5), True, 3, {"a": 1}, ("ant",)) for place in range(number)]
+
+
+def readers() -> list[int]:
+    """The processes below this one in which a reward model reads."""
+    found = []
+    for pid in below(os.getpid()):
+        if b"finemoe.methods.rewards.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            found.append(pid)
+    return found
+
+
+def notes(said: list[Scored]) -> list[str]:
+    return [one.by_name["reward_model"].note for one in said]
+
+
+def test_it_ends_with_who_asked(judge: Path) -> None:
+    before = set(readers())
+    with Rewards([RewardModelReward(model=str(judge))]):
+        (pid,) = set(readers()) - before
+    assert not Path(f"/proc/{pid}").exists()
+    kept = Rewards([RewardModelReward(model=str(judge))])
+    (pid,) = set(readers()) - before
+    del kept
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_one_that_hangs_is_ended_and_replaced(judge: Path) -> None:
+    told: list[tuple[str, str]] = []
+    before = set(readers())
+    configs = [RewardModelReward(model=str(judge), weight=0.0), AnswerReward()]
+    with Rewards(configs, deadline_seconds=2, on_failure=lambda *what: told.append(what)) as found:
+        well = found.score(answers(40))
+        (pid,) = set(readers()) - before
+        os.kill(pid, signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("finemoe.methods.rewards.reward_model._TOGETHER", 1)
+            said = found.score(answers(40, "long " * 5000))  # more than a pipe holds
+        assert 2 <= time.monotonic() - start < 20
+        assert not Path(f"/proc/{pid}").exists()
+        assert notes(said)[0] == "no verdict within 2 seconds"
+        assert set(notes(said)[1:]) == {"not tried, as before it: no verdict within 2 seconds"}
+        assert [one.value for one in said] == [0.0] * 40  # its weight is 0, and the others judged
+        assert told.count(("reward_model", "no verdict within 2 seconds")) == 1
+        again = found.score(answers(40))
+        (pid,) = set(readers()) - before
+        os.kill(pid, signal.SIGKILL)  # a crash costs nothing but time
+        crashed = found.score(answers(40))
+    assert [one.by_name["reward_model"].verdict for one in crashed] == [
+        one.by_name["reward_model"].verdict for one in well
+    ]
+    assert [one.by_name["reward_model"].value for one in again] == [one.by_name["reward_model"].value for one in well]
+
+
+def test_an_answer_that_takes_too_much_memory_is_the_only_one_that_fails(judge: Path) -> None:
+    given, huge = answers(35), Answer("cat?", "ant " * 80_000, True, 3, {"a": 1}, ())
+    given[7] = huge
+    with Rewards([RewardModelReward(model=str(judge))], memory_bytes=64 << 20, deadline_seconds=20) as found:
+        said = found.score(given)
+        assert "memory" in notes(said)[7]
+        assert [number for number, one in enumerate(said) if one.value is None] == [7]
+        assert found.errors_in_a_row == 0
+        said = found.score([huge] * 4)
+    assert [one.value for one in said] == [None] * 4
+    assert [note.startswith("not tried, as before it: ") for note in notes(said)] == [False] * 3 + [True]
+    assert found.errors_in_a_row == 4
+
+
+def test_weights_that_changed_are_told_and_not_used(judge: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(judge, tmp_path / "judge")
+    before = set(readers())
+    with Rewards([RewardModelReward(model=str(tmp_path / "judge"))]) as found:
+        (pid,) = set(readers()) - before
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        shutil.rmtree(tmp_path / "judge")
+        (gone,) = found.score(answers(1))
+        assert notes([gone])[0].startswith("the reward model does not open any more: ")
+        run(base, tmp_path / "judge", "reward", seed=1)
+        (other,) = found.score(answers(1))
+        assert notes([other]) == [f"{tmp_path / 'judge'} is no longer the model that it was"]
+        shutil.rmtree(tmp_path / "judge")
+        shutil.copytree(judge, tmp_path / "judge")
+        assert found.score(answers(1))[0].value is not None
+
+
+def test_what_cannot_be_opened_is_told_at_once(judge: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="nothing"):
+        Rewards([LengthReward(longest=9, cushion=3), RewardModelReward(model=str(tmp_path / "nothing"))])
+    with pytest.raises(ConfigError, match=r"labels of the reward model .*run: 'ant' is 3 tokens"):
+        Rewards([RewardModelReward(model=str(judge), labels=("ant", "qqqqqq"))])
