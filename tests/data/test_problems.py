@@ -6,6 +6,8 @@ import ast
 import hashlib
 import json
 import re
+import unicodedata
+from collections import Counter
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -18,6 +20,7 @@ from finemoe.data.conversations.forms import read
 from finemoe.data.conversations.questions import reference_of
 from finemoe.data.problems import DIFFICULTIES, PROBLEMS, Draws, Problem, problem_at
 from finemoe.data.problems.corpus import ProblemsCorpus
+from finemoe.data.problems.running_sum import NUMERALS
 
 OWN = [kind for kind in PROBLEMS if kind != "reasoning_gym"]
 LEVELS = {kind: range(1, min(6, DIFFICULTIES[kind][1]) + 1) for kind in OWN}
@@ -74,6 +77,25 @@ def test_a_running_sum_is_written_as_it_is_defined() -> None:
             assert one.solution == f"<{written}>{sums[-1]}"
             assert one.answer == str(sums[-1])
             assert len(one.steps) == 5
+
+
+def test_steps_of_letters_say_the_same_in_one_script_or_another() -> None:
+    digit_of = {letter: str(digit) for letters in NUMERALS.values() for digit, letter in enumerate(letters)}
+    assert len(digit_of) == 30  # what looks alike is another letter
+    seen = Counter[str]()
+    for index in range(200):
+        digits = problem_at("running_sum", 0, index, 6, modulus=10)
+        one = problem_at("running_sum", 0, index, 6, modulus=10, scripts=("greek", "cyrillic"))
+        assert (one.prompt, one.answer) == (digits.prompt, digits.answer)
+        thought, answer = one.solution.removeprefix("<").split(">")
+        assert answer == one.answer
+        assert tuple(thought.split(" ")) == one.steps
+        assert tuple("".join(digit_of[letter] for letter in step) for step in one.steps) == digits.steps
+        for step in one.steps:
+            (script,) = {unicodedata.name(letter).split()[0] for letter in step}
+            seen[script] += 1
+    assert set(seen) == {"GREEK", "CYRILLIC"}
+    assert 400 < seen["GREEK"] < 600
 
 
 def test_arithmetic_is_right_and_grows() -> None:
@@ -207,11 +229,17 @@ def test_the_modulus_is_an_option_of_running_sums() -> None:
     assert set("".join(texts)) == {*"01=<>\n"}
 
 
+def test_scripts_are_an_option_of_running_sums() -> None:
+    texts = sides(ProblemsCorpus(count=100, modulus=2, scripts=("latin",), difficulty=12))["train"]
+    assert set("".join(texts)) == {*"01=<>\n ab"}
+
+
 @pytest.mark.parametrize(
     ("tables", "words"),
     [
         ({"problem": "sums"}, '`problem` must be "running_sum", "arithmetic"'),
         ({"problem": "sorting", "modulus": 3}, "`modulus` says nothing of sorting problems"),
+        ({"problem": "sorting", "scripts": ("greek",)}, "`scripts` says nothing of sorting problems"),
         ({"difficulty": [5, 3]}, "rises from 1 to 100 at most, not from 5 to 3"),
         ({"problem": "programs", "difficulty": 6}, "rises from 1 to 5 at most, not from 6 to 6"),
         ({"difficulty": [1, 9], "count": 8}, "`count` 8 is too few to rise from difficulty 1 to 9"),

@@ -37,6 +37,9 @@ class ProblemsCorpus(Config):
     """[share] Of those problems whose solution shows its steps; the others say the answer alone."""
     modulus: Annotated[int, Field(ge=2, le=10)] | None = None
     """[number] Of running sums, whose digits are below it. None: 5."""
+    scripts: Annotated[tuple[Literal["latin", "greek", "cyrillic"], ...], Field(min_length=1)] | None = None
+    """Of running sums: each step is a word of letters, in one of these scripts by chance, so that more than one are
+    mixed as a model mixes languages. None: of digits, without blanks."""
     dataset: str | None = None
     """The task of reasoning-gym, by its name there."""
     options: dict[str, Any] | None = None
@@ -49,6 +52,7 @@ class ProblemsCorpus(Config):
             raise ValueError('problem "reasoning_gym" needs `dataset`, a task such as "basic_arithmetic"')
         for name, value, fits in (
             ("modulus", self.modulus, self.problem == "running_sum"),
+            ("scripts", self.scripts, self.problem == "running_sum"),
             ("dataset", self.dataset, gym),
             ("options", self.options, gym),
         ):
@@ -93,7 +97,7 @@ class ProblemsCorpus(Config):
         low, high = self._range
         options: dict[str, Any] = {}
         if self.problem == "running_sum":
-            options = {"modulus": self.modulus or 5}
+            options = {"modulus": self.modulus or 5, "scripts": self.scripts or ()}
         elif self.problem == "reasoning_gym":
             options = {"dataset": self.dataset, "options": self.options or {}}
         for number in range(count):
