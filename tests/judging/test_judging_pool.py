@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from finemoe.core.child import below
 from finemoe.core.errors import ConfigError
 from finemoe.judging import pool as pool_module
 from finemoe.judging.pool import Pool
@@ -98,6 +99,16 @@ def test_a_fault_costs_its_own_answer_alone(judging: Pool, way: str) -> None:
     assert [one.value for one in found] == [n + 0.5 for n in range(12) if n != 5]
     assert {one.verdict for one in found} == {"right"}
     assert [one.value for one in judged(judging, "", "")] == [0.5, 1.5]
+
+
+def test_one_that_ends_while_nobody_asks_costs_nothing(judging: Pool) -> None:
+    """The system ends who is large when memory is short, and the parent may be training then."""
+    judged(judging, "")
+    for pid in below(os.getpid()):
+        if b"finemoe.judging.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert [one.verdict for one in judged(judging, "", "", "")] == ["right"] * 3
 
 
 def hanging(judging: Pool, questions: Sequence[str]) -> tuple[list[Judged], float]:
@@ -252,6 +263,7 @@ def test_an_interrupt_leaves_nobody_behind(rewards: Path, tmp_path: Path) -> Non
     mark = tmp_path / "pid"
     program = f"""
 import sys
+from finemoe.core.child import below
 from finemoe.judging.pool import Pool
 from finemoe.judging.verdicts import Answer, Bounds
 pool = Pool({{"own": {{"kind": "function", "path": {f"{rewards}:score"!r}}}}}, Bounds(60.0), 2)

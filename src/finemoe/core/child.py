@@ -11,6 +11,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
+_LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT
+
 
 def ask(child: subprocess.Popen[bytes], request: str, seconds: float) -> dict[str, Any] | None:
     """What it answers to a line; None where it has died, answers no JSON, or not in time: then it has to be ended."""
@@ -59,11 +61,17 @@ def end(child: subprocess.Popen[bytes]) -> None:
                 pipe.close()
 
 
+def has_ended(child: subprocess.Popen[bytes]) -> bool:
+    """Whether it runs no more; its number stays its own until it is ended here."""
+    return child.returncode is not None or os.waitid(os.P_PID, child.pid, _LOOK) is not None
+
+
 def end_all(child: subprocess.Popen[bytes]) -> None:
     """Kill it and all that it started, those that lead a session of their own, too."""
-    for pid in below(child.pid):
-        with suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
+    if child.returncode is None:
+        for pid in below(child.pid):
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
     end(child)
 
 

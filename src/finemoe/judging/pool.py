@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
-from finemoe.core.child import below, end_all
+from finemoe.core.child import below, end_all, has_ended
 from finemoe.core.errors import ConfigError
 from finemoe.core.logs import logger
 from finemoe.judging import KINDS
@@ -111,7 +111,7 @@ class Pool:
             rewards: name -> configuration, as plain values.
             bounds: of each judging.
             workers: processes at most.
-            on_failure: is told at once of every `error`: the reward, and its note.
+            on_failure: is told at once of every `error` that a process met: the reward, and its note.
 
         Raises:
             ConfigError: a reward cannot be made: a user's file fails, or a package is missing.
@@ -143,11 +143,13 @@ class Pool:
         A reward that says nothing in time of several answers, one after the other, and of none before them, is not
         tried on the rest.
         """
-        order = _by_turns(answers)
+        order = by_turns(answers)
         left = deque(_Task(number, reward) for reward in self._seconds for number in order)
         texts = [json.dumps({**vars(one), "record": dict(one.record)}, default=str) for one in answers]
         found: dict[_Task, Judged] = {}
         everything, slow, spoke = len(left), False, set[str]()
+        for worker in [one for one in self._workers if has_ended(one.process)]:  # since the last batch
+            self._end(worker)
         try:
             while len(found) < everything:
                 slow = slow or any(one.is_slow for one in self._workers)
@@ -292,7 +294,7 @@ class Pool:
         end_all(worker.process)
 
 
-def _by_turns(answers: Sequence[Answer]) -> list[int]:
+def by_turns(answers: Sequence[Answer]) -> list[int]:
     """Their numbers: one to each question first, since a single question may be what a reward cannot bear."""
     seen = Counter[str]()
     turns = []

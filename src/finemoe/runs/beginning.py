@@ -31,7 +31,7 @@ from finemoe.training.trainer import Trainer
 
 _BEGAN_WITH = {
     "corpus_sha256": "the corpus", "tokenizer_sha256": "the tokenizer", "template_sha256": "the chat template",
-    "teacher_sha256": "the teacher",
+    "teacher_sha256": "the teacher", "reward_model_sha256": "the reward model",
 }  # fmt: skip
 
 

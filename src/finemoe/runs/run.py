@@ -93,7 +93,9 @@ def train(
         world.first(lambda: check_start(config, directory))
         method = world.in_turn(lambda: build_method(config, directory))
         if (known := in_steps(config, method.data)) != config:
-            method = method if known.setting == config.setting else build_method(known, directory)
+            if known.setting != config.setting:
+                method.close()  # a reward model need not be open twice
+                method = build_method(known, directory)
             config = known
         with ExitStack() as held:
             held.enter_context(_told_where(directory, world))

@@ -82,12 +82,12 @@ def _rollouts(results: Results) -> Section | None:
         return None
     blocks: list[Any] = []
     if (reward := reward_chart(results)) is not None:
-        said = "Reward, mean over the answers that each step learnt from, and of held-out questions."
+        said = "Reward, mean over the rollout of each step, and of held-out questions, answered at temperature 1."
         blocks.append(Figure([reward], said))
     small, flat = charts(results)
     if small:
         said = (
-            "Means over the answers that each step learnt from; length and reward are of all of them. A step's time "
+            "Means over the rollout that each step learnt from. A step's time "
             "goes into writing answers (rollout), judging them (reward), and all else (update)."
         )
         blocks.append(Figure(small, said))

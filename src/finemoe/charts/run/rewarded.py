@@ -64,7 +64,7 @@ def title_of(results: Results, name: str) -> str:
         return f"greedily: {of}"
     if kind == "unreadable":
         return f"nothing to judge: {of}"
-    return f"only watched: {of}" if of in _watched(results) else f"of it: {of}"
+    return f"only watched: {of}" if of in _watched(results) else f"unweighted: {of}"
 
 
 def _shown(results: Results, steps: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -32,14 +32,15 @@ class ProblemsCorpus(Config):
     """[number] Of the draws: another seed, other problems."""
     difficulty: Difficulty | tuple[Difficulty, Difficulty] | None = None
     """[level] How hard they are: digits of a running sum, for example. A pair rises evenly from the first problem to
-    the last, for methods that keep the order. None: 6 of a running sum, 3 of sorting, 2 of arithmetic, else 1."""
+    the last, for methods that keep the order; those to validate on are of every level in turn. None: 6 of a running
+    sum, 3 of sorting, 2 of arithmetic, else 1."""
     reasoned: Annotated[float, Field(ge=0, le=1)] = 1.0
     """[share] Of those problems whose solution shows its steps; the others say the answer alone."""
     modulus: Annotated[int, Field(ge=2, le=10)] | None = None
     """[number] Of running sums, whose digits are below it. None: 5."""
     scripts: Annotated[tuple[Literal["latin", "greek", "cyrillic"], ...], Field(min_length=1)] | None = None
     """Of running sums: each step is a word of letters, in one of these scripts by chance, so that more than one are
-    mixed as a model mixes languages. None: of digits, without blanks."""
+    mixed as a model mixes languages. None: of digits, without blanks. The reward `steps` asks for the very words."""
     dataset: str | None = None
     """The task of reasoning-gym, by its name there."""
     options: dict[str, Any] | None = None
@@ -100,9 +101,12 @@ class ProblemsCorpus(Config):
             options = {"modulus": self.modulus or 5, "scripts": self.scripts or ()}
         elif self.problem == "reasoning_gym":
             options = {"dataset": self.dataset, "options": self.options or {}}
+        levels = high - low + 1
         for number in range(count):
-            index = number if side == "train" else -1 - number
-            yield problem_at(self.problem, self.seed, index, low + (high - low + 1) * number // count, **options)
+            if side == "train":
+                yield problem_at(self.problem, self.seed, number, low + levels * number // count, **options)
+            else:  # in turn, so that the first few are of every level
+                yield problem_at(self.problem, self.seed, -1 - number, low + number % levels, **options)
 
     def _unseen(self, side: Side, seen: set[str], report: SkipReport, whole: bool) -> Iterator[Document]:
         """Those of a side whose prompt is not in `seen`, which grows; the others are copies, whatever their answer."""

@@ -106,8 +106,9 @@ class Rollouts:
 
     @property
     def report(self) -> Mapping[str, Any]:
-        """What is asked."""
-        return self._prompts.report
+        """What is asked, and which reward model judges: a function of the user's may be mended, and is not in it."""
+        mark = self._rewards.models_sha256
+        return {**self._prompts.report, **({} if mark is None else {"reward_model_sha256": mark})}
 
     def token_frequencies(self) -> Tensor:
         """[ids] counts in the prompts."""
@@ -275,7 +276,8 @@ class Rollouts:
         which = f"the last {self._in_vain} rollouts" if number and self._in_vain > 1 else "a rollout"
         raise OutageError(
             f"no answer of {which} could be judged, so that nothing is learnt; the last as {self._rewards.last_error}. "
-            f"Mend the reward, or raise method.reward_seconds from {self._config.reward_seconds:g}"
+            f"Mend the reward, or raise method.reward_seconds from {self._config.reward_seconds:g}, or, for want of "
+            f"memory, method.reward_memory from {self._config.reward_memory}"
         )
 
     def _ask(self, count: int, after: int) -> Iterator[Group]:

@@ -35,7 +35,7 @@ class FirstFailures:
     """Says at once that a reward failed, the first time that it does: what hangs costs its time with every answer."""
 
     def __init__(self, config: GRPOConfig) -> None:
-        self._seconds = config.reward_seconds
+        self._seconds, self._memory = config.reward_seconds, config.reward_memory
         self._weights = {one.name or one.kind: one.weight for one in config.rewards}
         self._told: set[str] = set()
 
@@ -46,11 +46,12 @@ class FirstFailures:
         self._told.add(name)
         becomes = "leaves its group, and is learnt as neither right nor wrong" if self._weights[name] else "stays"
         logger.warning(
-            "reward %s could not judge an answer: %s. Each may take %g s (method.reward_seconds); an answer that is "
-            "not judged %s",
+            "reward %s could not judge an answer: %s. Each may take %g s (method.reward_seconds) and %d MiB "
+            "(method.reward_memory); an answer that is not judged %s",
             name,
             note,
             self._seconds,
+            self._memory >> 20,
             becomes,
         )
 

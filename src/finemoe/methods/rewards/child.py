@@ -1,6 +1,7 @@
 """The process in which a reward model reads: `python -P -m finemoe.methods.rewards.child`, a line in, a line out.
 
-It has a bound of memory, and its parent (`methods.rewards.reward_model`) ends it when it does not answer in time.
+It has a bound of memory, of the GPU's where the model is there, and its parent (`methods.rewards.reward_model`) ends it
+when it does not answer in time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from finemoe.methods.reward import label_ids, labels_for
 from finemoe.text.turns import Turns, encode_all
 
 _GRACE = 1.0  # [s] beyond the deadline, for a parent that is no longer there
-_FIRST = 256  # [tokens] read before memory is bounded, since what every thread takes for itself is no answer's
+_FIRST = 256  # [tokens] read before memory is bounded, since the stacks of threads are no answer's
 
 
 class Reader:
@@ -44,7 +45,6 @@ class Reader:
         self._template = template
         tokenizer = self._opened.tokenizer
         self._labels = label_ids(tokenizer, labels_for(tokenizer, labels), f"labels of the reward model {model}")
-        self._ids: dict[int, tuple[int, ...]] = {}
 
     @property
     def sha256(self) -> str:
@@ -114,7 +114,7 @@ def main() -> None:
             signal.setitimer(signal.ITIMER_REAL, request["seconds"] + _GRACE)  # its default action ends the process
             try:
                 judged = reader.judge(request["talks"], request["tokens"])
-            except (MemoryError, RuntimeError) as error:  # torch's, where there is none left
+            except Exception as error:  # torch's, where there is no memory left
                 say(replies, failed=in_words(error))
                 break  # what holds it may be held for good
             signal.setitimer(signal.ITIMER_REAL, 0.0)

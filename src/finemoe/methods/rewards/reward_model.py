@@ -9,22 +9,26 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
 from finemoe.core import errors
-from finemoe.core.child import ask, end_all
+from finemoe.core.child import ask, end_all, has_ended
 from finemoe.core.errors import FinemoeError, RunError
+from finemoe.core.logs import logger
 from finemoe.data.conversations.forms import read
 from finemoe.data.conversations.messages import FormError, Message
+from finemoe.judging.pool import by_turns
 from finemoe.judging.verdicts import Answer, Bounds, Judged, Weighted
 
 _OPENING_SECONDS = 3600.0  # a large one from a slow disk
 _TOGETHER = 32  # answers that are asked about at once, and fail at once
 _FAILURES = 3  # after which a batch is given up: each costs the opening of the model
+_ENDED = "its process ended, perhaps for want of memory"
 
 
 class RewardModelReward(Weighted):
@@ -42,22 +46,34 @@ class RewardModelReward(Weighted):
     """[tokens] Answers that it reads together."""
 
 
+@dataclass(frozen=True)
+class _Fault:
+    """Why nothing was said of answers."""
+
+    why: str
+    lasts: bool = False
+    """It would be so with others, too."""
+
+
 class RewardModel:
     """The model, opened, in a process of its own, which is replaced when it hangs, crashes or grows."""
 
-    def __init__(self, config: RewardModelReward, bounds: Bounds) -> None:
+    def __init__(
+        self, config: RewardModelReward, bounds: Bounds, on_failure: Callable[[str], object] = lambda why: None
+    ) -> None:
         """Open it.
 
         Args:
             config: which model, and how much it reads together.
             bounds: of one answer. Of several that are read together the time is that of all; the memory is one's.
+            on_failure: is told at once why an answer could not be judged.
 
         Raises:
             FinemoeError: nothing that can be opened.
             ConfigError: it has no chat template, or a label is no token of its tokenizer.
             RunError: its process ended before it was open.
         """
-        self._config, self._bounds = config, bounds
+        self._config, self._bounds, self._on_failure, self._said = config, bounds, on_failure, False
         self._children: list[subprocess.Popen[bytes]] = []
         weakref.finalize(self, _end, self._children)  # of who forgot to close it, or ended before
         self.sha256 = self._open()
@@ -66,51 +82,64 @@ class RewardModel:
     def judge(self, answers: Sequence[Answer]) -> list[Judged]:
         """Of each answer; right: it finds it rather good.
 
-        Error: its template cannot write the conversation, or its process hung, crashed or grew over it. Where that
-        happens to several at once, each is read by itself; where it hangs, or fails often, the rest is not tried.
+        Error: its template cannot write the conversation, or its process hung, crashed or grew over it. Where several
+        at once crash or grow, each is read by itself. Where it hangs, or fails with the answers to three questions one
+        after the other, the rest is not tried.
         """
         talks = [(*_asked(one), {"role": "assistant", "content": one.text}) for one in answers]
+        order = by_turns(answers)
+        left = deque(order[first : first + _TOGETHER] for first in range(0, len(order), _TOGETHER))
         found: dict[int, Judged] = {}
-        left = deque(list(range(len(talks)))[first : first + _TOGETHER] for first in range(0, len(talks), _TOGETHER))
-        failures = 0  # of answers by themselves, one after the other
+        failed = set[str]()  # questions of which one answer after the other failed by itself
         try:
             while left:
                 numbers = left.popleft()
                 judged = self._ask([talks[number] for number in numbers])
-                if not isinstance(judged, str):
+                if not isinstance(judged, _Fault):
                     found |= dict(zip(numbers, judged, strict=True))
-                    failures = 0
-                elif len(numbers) > 1 and judged != self._late(numbers):
+                    failed.clear()
+                elif len(numbers) > 1 and not judged.lasts:
+                    self._say_apart(len(numbers), judged)
                     left.extendleft([number] for number in reversed(numbers))
                 else:
-                    found |= dict.fromkeys(numbers, Judged.error(judged))
-                    failures += 1
-                    if failures == _FAILURES or judged == self._late(numbers):
-                        rest = [number for some in left for number in some]
-                        found |= dict.fromkeys(rest, Judged.error(f"not tried, as before it: {judged}"))
+                    self._fail(found, numbers, judged.why)
+                    failed.add(answers[numbers[0]].prompt)
+                    if judged.lasts or len(failed) == _FAILURES:
+                        self._fail(found, [one for some in left for one in some], f"not tried, as before: {judged.why}")
                         break
         except BaseException:  # an interrupt leaves a process whose next answers belong to these questions
             self.close()
             raise
         return [found[number] for number in range(len(talks))]
 
+    def _fail(self, found: dict[int, Judged], numbers: Sequence[int], why: str) -> None:
+        for number in numbers:
+            found[number] = Judged.error(why)
+            self._on_failure(why)
+
+    def _say_apart(self, number: int, fault: _Fault) -> None:
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "reward model %s: %d answers together failed, and are read one by one, which takes longer: %s. Lower "
+                "its batch_tokens from %d, or raise method.reward_memory from %d MiB",
+                self._config.model, number, fault.why, self._config.batch_tokens, self._bounds.memory_bytes >> 20,
+            )  # fmt: skip
+
     def close(self) -> None:
         """End the process; the next answers start another."""
         _end(self._children)
 
-    def _late(self, numbers: Sequence[int]) -> str:
-        return f"no verdict within {len(numbers) * self._bounds.deadline_seconds:g} seconds"
-
-    def _ask(self, talks: Sequence[Any]) -> list[Judged] | str:
+    def _ask(self, talks: Sequence[Any]) -> list[Judged] | _Fault:
         """What it says of each; else why it says nothing."""
         try:
-            if any(one.poll() is not None for one in self._children):  # since it last answered
+            if any(has_ended(one) for one in self._children):  # since it last answered
                 self.close()
             if not self._children and self._open() != self.sha256:
                 self.close()
-                return f"{self._config.model} is no longer the model that it was"
+                return _Fault(f"{self._config.model} is no longer the model that it was", lasts=True)
         except FinemoeError as error:
-            return f"the reward model does not open any more: {error}"
+            return _Fault(f"the reward model does not open any more: {error}", lasts=True)
         (child,) = self._children
         seconds = len(talks) * self._bounds.deadline_seconds
         until = time.monotonic() + seconds
@@ -120,8 +149,9 @@ class RewardModel:
             return [Judged(**{**one, "steps": ()}) for one in reply["judged"]]
         self.close()
         if reply is not None:
-            return str(reply["failed"])
-        return self._late(talks) if time.monotonic() >= until else "its process ended, perhaps for want of memory"
+            return _Fault(str(reply["failed"]))
+        late = time.monotonic() >= until
+        return _Fault(f"no verdict within {seconds:g} seconds" if late else _ENDED, lasts=late)
 
     def _open(self) -> str:
         """Start the process; the sha256 of the weights that it has opened.
@@ -135,8 +165,9 @@ class RewardModel:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            # without memory, a tokenizer that writes where it was waits for itself
-            env={**os.environ, "PYTHONPATH": paths, "RUST_BACKTRACE": "0"},
+            # Without memory, a tokenizer that writes where it was waits for itself. And heaps for every thread would be
+            # taken of the bound by the first answer.
+            env={**os.environ, "PYTHONPATH": paths, "RUST_BACKTRACE": "0", "MALLOC_ARENA_MAX": "2"},
             start_new_session=True,
         )
         self._children.append(child)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,7 +74,7 @@ class Rewards:
         Raises:
             ConfigError: there is none, two have one name, or one cannot be made: a user's file that fails, a package
                 that is missing, a reward model without a template.
-            RunError: a reward model that cannot be opened.
+            FinemoeError: a reward model that cannot be opened.
         """
         if not configs:
             raise ConfigError("there is no reward: write at least one [[method.rewards]]")
@@ -85,12 +86,14 @@ class Rewards:
         self.errors_in_a_row = 0
         """Answers one after the other, up to the last, that got no value because a reward failed."""
         self._models = {
-            name: RewardModel(one, bounds) for name, one in self._configs.items() if one.kind == "reward_model"
+            name: RewardModel(one, bounds, partial(on_failure, name))
+            for name, one in self._configs.items()
+            if one.kind == "reward_model"
         }
         specs = {name: one.model_dump(mode="json") for name, one in self._configs.items() if one.kind in KINDS}
         most = workers or min(max(_FEWEST, os.cpu_count() or 1), _MOST)
         self._make_pool = partial(Pool, specs, bounds, most, on_failure)
-        self._has_rules, self._on_failure = bool(specs), on_failure
+        self._has_rules = bool(specs)
         self._pool: Pool | None = None
         if any(KINDS[one["kind"]].may_fail for one in specs.values()):
             self._pool = self._make_pool()
@@ -124,6 +127,12 @@ class Rewards:
         marks = {name: {"model_sha256": model.sha256} for name, model in self._models.items()}
         return [{**one.identity(), **marks.get(name, {})} for name, one in self._configs.items()]
 
+    @property
+    def models_sha256(self) -> str | None:
+        """Of the weights of all reward models, in their order; None where there is none."""
+        marks = [model.sha256 for model in self._models.values()]
+        return hashlib.sha256(" ".join(marks).encode()).hexdigest() if marks else None
+
     def score(self, answers: Sequence[Answer]) -> list[Scored]:
         """What each answer is worth; nothing that a reward does or meets is raised.
 
@@ -136,8 +145,6 @@ class Rewards:
         for name, model in self._models.items():
             for found, judged in zip(by_name, model.judge(answers), strict=True):
                 found[name] = judged
-                if judged.verdict == "error":
-                    self._on_failure(name, judged.note)
         return [self._summed({name: found[name] for name in self._configs}) for found in by_name]
 
     def _summed(self, by_name: Mapping[str, Judged]) -> Scored:
