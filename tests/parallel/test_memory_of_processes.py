@@ -16,6 +16,7 @@ from finemoe.checkpoint.weights.shapes import parameter_shapes
 from finemoe.core import memory
 from finemoe.core.config import merge, to_json
 from finemoe.core.errors import RunError
+from finemoe.model import native
 from finemoe.model.initialize import initialize
 from finemoe.model.transformer import Transformer
 from finemoe.parallel.config import Layout
@@ -210,6 +211,7 @@ def height(raw: dict[str, Any]) -> int:
     with running.world_of(config) as world:
         method = world.in_turn(lambda: build_method(config))
         chosen = world.first(lambda: kernels_for(config))
+        native.available()  # its library is as large for any model
         gc.collect()
         memory.forget_peak()
         before = resident()

@@ -290,8 +290,6 @@ def _trainer(
     """The trainer where the run stands."""
     device, bf16 = resolve_device(config.training)
     memory.keep_freed_pages()
-    if device.type == "cpu":
-        native.pass_pages_on()
     starts = saved is None or method.keeps_base
     model, fill = first_model(config, method, kernels, starts=starts, world=world, device=device)
     torch.manual_seed(derive(config.seed, "torch"))  # for whatever draws from the default generator during training
@@ -308,6 +306,8 @@ def _trainer(
     )
     if saved is not None:
         restore(trainer, saved, directory)
+    if device.type == "cpu":
+        native.pass_pages_on()  # of what comes and goes; weights stay, and small ones take what their reading left
     return trainer
 
 
