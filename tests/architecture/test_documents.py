@@ -135,22 +135,27 @@ def test_the_papers_in_miniature_are_those_recorded():
 
 
 def test_reasoning_in_miniature_is_what_was_recorded():
-    """The count, and every row but for the column that no claim of it fills."""
-    folder = ROOT / "benchmarks/results/reasoning"
-    recorded = (folder / "summary.md").read_text(encoding="utf-8")
-    assert summary_markdown(json.loads((folder / "results.json").read_text(encoding="utf-8"))) == recorded
+    """The counts, and every row but for the column that no claim of it fills."""
     page = (ROOT / "docs/paper-in-miniature.md").read_text(encoding="utf-8")
-    rows = [line.split(" | ") for line in recorded.splitlines() if line.startswith("| ")]
-    for cells in rows:
-        assert cells[5] in ("–", "On training text")
-        assert " | ".join(cells[:5] + cells[6:]) in page
-    count = recorded.splitlines()[0]
-    assert count in page
-    claims, tally = re.fullmatch(r"Of (\d+) claims: (.*)\.", count.replace(" and ", ", ")).groups()
+    counted = []
+    for name in ("reasoning", "r1"):
+        folder = ROOT / "benchmarks/results" / name
+        recorded = (folder / "summary.md").read_text(encoding="utf-8")
+        assert summary_markdown(json.loads((folder / "results.json").read_text(encoding="utf-8"))) == recorded
+        rows = [line.split(" | ") for line in recorded.splitlines() if line.startswith("| ")]
+        for cells in rows:
+            assert cells[5] in ("–", "On training text")
+            assert " | ".join(cells[:5] + cells[6:]) in page
+        count = recorded.splitlines()[0]
+        assert count in page
+        found = re.fullmatch(r"Of (\d+) claims: (\d+) reproduced and (\d+) undecided\.", count)
+        counted.append([int(one) for one in found.groups()])
+    claims, reproduced, undecided = map(sum, zip(*counted, strict=True))
     results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     assert f"{claims} claims about reasoning" in results
-    assert f"({tally})" in results
-    assert f"{claims} claims are judged" in (ROOT / "docs/howto/teach-to-reason.md").read_text(encoding="utf-8")
+    assert f"({reproduced} reproduced, {undecided} undecided)" in results
+    howto = (ROOT / "docs/howto/teach-to-reason.md").read_text(encoding="utf-8")
+    assert f"{counted[0][0]} claims are judged" in howto
 
 
 def test_readme_recipe_resolves():

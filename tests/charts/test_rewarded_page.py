@@ -83,7 +83,7 @@ def titles(results: dict[str, Any]) -> list[str]:
 def test_what_is_only_watched_is_no_part_of_the_reward(tmp_path: Path) -> None:
     results = changed(rewarded(tmp_path / "run"), reward_answer=0.25)
     assert "only watched: steps" in titles(results)
-    assert "of it: answer" in titles(results)
+    assert "unweighted: answer" in titles(results)
     assert "of it: steps" not in titles(results)
 
 
@@ -128,7 +128,8 @@ def test_where_the_time_went_is_one_chart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("levels", "said"),
-    [([None], "1 alert: see below."), (["note"], "No alerts."), ([None, None], "2 alerts: see below."),
+    [([None], "1 alert: see below."), (["note"], "No alerts; one note below."),
+     ([], "No alerts."), ([None, None], "2 alerts: see below."),
      ([None, "note"], "1 alert: see below.")],
 )  # fmt: skip
 def test_an_alert_of_a_method_is_not_about_experts(tmp_path: Path, levels: list[str | None], said: str) -> None:

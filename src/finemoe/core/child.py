@@ -8,14 +8,21 @@ import select
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+_LOOKS = 0.2  # [s] between looks whether somebody is still to wait
 _LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
-def ask(child: subprocess.Popen[bytes], request: str, seconds: float) -> dict[str, Any] | None:
-    """What it answers to a line; None where it has died, answers no JSON, or not in time: then it has to be ended."""
+def ask(
+    child: subprocess.Popen[bytes], request: str, seconds: float, patient: Callable[[], bool] = lambda: True
+) -> dict[str, Any] | None:
+    """What it answers to a line; None where it has died, answers no JSON, or not in time: then it has to be ended.
+
+    `patient` is asked a few times a second while it works: whether to wait on.
+    """
     assert child.stdin is not None
     until, left, pipe = time.monotonic() + seconds, request.encode() + b"\n", child.stdin.fileno()
     os.set_blocking(pipe, False)  # a long line waits for one who reads it, who may hang
@@ -28,18 +35,22 @@ def ask(child: subprocess.Popen[bytes], request: str, seconds: float) -> dict[st
             left = left[os.write(pipe, left) :]
     except OSError:
         return None
-    return next_line(child, until - time.monotonic())
+    return next_line(child, until - time.monotonic(), patient)
 
 
-def next_line(child: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
+def next_line(
+    child: subprocess.Popen[bytes], seconds: float, patient: Callable[[], bool] = lambda: True
+) -> dict[str, Any] | None:
     """The child's next line, or None where it gives none in time."""
     assert child.stdout is not None
     until, pieces = time.monotonic() + seconds, [b""]
     waiting = select.poll()  # select.select knows no file beyond the 1,024th, which a server soon has open
     waiting.register(child.stdout, select.POLLIN)
     while not pieces[-1].endswith(b"\n"):
-        ready = waiting.poll(1000 * max(0.0, until - time.monotonic()))
-        data = os.read(child.stdout.fileno(), 1 << 16) if ready else b""
+        while not waiting.poll(1000 * min(_LOOKS, max(0.0, until - time.monotonic()))):
+            if time.monotonic() >= until or not patient():
+                return None
+        data = os.read(child.stdout.fileno(), 1 << 16)
         if not data:
             return None
         pieces.append(data)

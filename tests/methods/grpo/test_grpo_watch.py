@@ -68,6 +68,24 @@ def test_what_a_users_function_gives_says_nothing_of_right_and_wrong() -> None:
     assert ["make prompts easier or harder" in one for one in found] == [True]
 
 
+def test_what_is_only_watched_may_not_fall_unseen() -> None:
+    """A judge that likes something else than right answers goes on to be pleased."""
+    rewards = [{"kind": "answer", "weight": 0}, {"kind": "length", "longest": 9, "cushion": 3}]
+    watch = Watch(GRPOConfig.model_validate({"rewards": rewards}))
+    found: list[str] = []
+    for right in (0.4, 0.6, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.7, 0.5, *[0.2] * 12):
+        found += watch.after({**SOUND, "reward_answer": right, "reward_length": 1.0})
+        kept = json.loads(json.dumps(watch.values()))
+        watch = Watch(watch.config)  # and who goes on says as much
+        watch.put(kept)
+    (one,) = found
+    assert one.startswith("answer, which is only watched, fell from 0.80 to 0.")
+    assert 'method.scale = "none"' in one
+    watch = Watch(GRPOConfig.model_validate({"rewards": rewards}))
+    risen = [0.2, 0.3, 0.4, 0.5, 0.6, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+    assert [one for right in risen for one in watch.after({**SOUND, "reward_answer": right})] == []
+
+
 def test_sound_runs_are_left_alone() -> None:
     assert said(30) == []
     assert said(30, length=30.0, reward=0.8) == [], "longer and better is what was hoped for"

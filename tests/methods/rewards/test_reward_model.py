@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from finemoe.core import child as core
 from finemoe.core.child import below
-from finemoe.core.errors import ConfigError, RunError
+from finemoe.core.errors import ConfigError, OutageError, RunError
+from finemoe.methods.grpo.rollouts import Rollouts
 from finemoe.methods.reward import rewards as one_by_one
 from finemoe.methods.rewards import Answer, LengthReward, RewardModelReward, Rewards, Scored
 from finemoe.runs.run import resume, train
@@ -113,6 +117,27 @@ def test_one_that_hangs_is_ended_and_replaced(judge: Path) -> None:
     assert [one.value for one in crashed] == [one.value for one in well]
 
 
+def test_who_is_asked_to_end_waits_for_a_moment_only(
+    judge: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until then a model that hangs is told of, since its deadline is long where many answers are read together."""
+    monkeypatch.setattr("finemoe.methods.rewards.reward_model._LONG", 0.5)
+    monkeypatch.setattr("finemoe.methods.rewards.reward_model._PATIENCE", 0.5)
+    before = set(readers())
+    with Rewards([RewardModelReward(model=str(judge))], deadline_seconds=1) as found:
+        (pid,) = set(readers()) - before
+        os.kill(pid, signal.SIGSTOP)
+        rollouts = SimpleNamespace(_rewards=found)  # the run asks them
+        threading.Timer(2, lambda: Rollouts.hurry(cast(Any, rollouts))).start()
+        start = time.monotonic()
+        with pytest.raises(OutageError, match="waited for no longer, since the run was asked to end"):
+            found.score(answers(40))
+        assert 2.5 <= time.monotonic() - start < 20
+        assert not Path(f"/proc/{pid}").exists()
+    (told,) = (one.getMessage() for one in caplog.records)
+    assert re.search(r"is at 32 answers for [01] s; it is ended after 32 s, 1 for each", told)
+
+
 def test_an_answer_that_takes_too_much_memory_is_the_only_one_that_fails(judge: Path) -> None:
     """Wherever it stands, and however many answers its question has."""
     huge = Answer("cat?", "ant " * 80_000, True, 3, {"a": 1}, ())
@@ -150,8 +175,8 @@ def test_a_failure_of_the_model_is_told_in_its_own_words(judge: Path, monkeypatc
     assert [sorted(json.loads(one)) for one in told] == [["ready", "sha256"], ["failed"]]
     assert json.loads(told[1])["failed"].startswith("RuntimeError: no room (")
 
-    def ask(child: subprocess.Popen[bytes], request: str, seconds: float) -> dict[str, Any] | None:
-        return {"failed": "no room"} if "talks" in json.loads(request) else core.ask(child, request, seconds)
+    def ask(child: subprocess.Popen[bytes], request: str, *how: Any) -> dict[str, Any] | None:
+        return {"failed": "no room"} if "talks" in json.loads(request) else core.ask(child, request, *how)
 
     monkeypatch.setattr("finemoe.methods.rewards.reward_model.ask", ask)
     with Rewards([RewardModelReward(model=str(judge))]) as found:
@@ -179,7 +204,7 @@ def test_weights_that_changed_are_told_and_not_used(judge: Path, base: Path, tmp
 def test_what_cannot_be_opened_is_told_at_once(judge: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="nothing"):
         Rewards([LengthReward(longest=9, cushion=3), RewardModelReward(model=str(tmp_path / "nothing"))])
-    with pytest.raises(ConfigError, match=r"labels of the reward model .*run: 'ant' is 3 tokens"):
+    with pytest.raises(ConfigError, match=r"reward model .*run: labels: 'ant' is 3 tokens"):
         Rewards([RewardModelReward(model=str(judge), labels=("ant", "qqqqqq"))])
 
 
@@ -195,3 +220,20 @@ def test_a_run_does_not_go_on_by_another_reward_model(judge: Path, base: Path, t
     shutil.rmtree(tmp_path / "judge")
     shutil.copytree(judge, tmp_path / "judge")
     resume(directory, overrides=["training.steps=4"], quiet=True)
+
+
+def test_a_run_says_that_a_users_file_is_another_than_before(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may have been mended, and is no reason to end."""
+    file = tmp_path / "own.py"
+    file.write_text("def score(prompt, completion, record): return len(completion) / 9\n")
+    reward = {"kind": "function", "path": f"{file}:score", "name": "mine"}
+    directory = train(
+        practising(base, {"rewards": [reward]}, training={"steps": 2}), out=tmp_path / "run", quiet=True
+    ).directory
+    resume(directory, overrides=["training.steps=4"], quiet=True)
+    assert "another than before" not in caplog.text
+    file.write_text("def score(prompt, completion, record): return len(completion) / 7\n")
+    resume(directory, overrides=["training.steps=6"], quiet=True)
+    assert "reward mine: its file is another than before; the run goes on by it" in caplog.text

@@ -41,7 +41,9 @@ def summary(results: Results) -> list[str]:
     alarming = [alert for alert in results["alerts"] if alert.get("level") not in _CALM]
     said = "1 alert" if len(alarming) == 1 else f"{len(alarming)} alerts"
     about = " about its experts" if all(alert.get("kind") == "alert" for alert in alarming) else ""
-    lines.append(f"{said}{about}: see below." if alarming else "No alerts.")
+    calm = len(results["alerts"]) - len(alarming)
+    notes = f"No alerts; {'one note' if calm == 1 else f'{calm} notes'} below." if calm else "No alerts."
+    lines.append(f"{said}{about}: see below." if alarming else notes)
     return lines
 
 

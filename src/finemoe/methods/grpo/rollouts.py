@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finemoe.core.errors import OutageError
+from finemoe.core.logs import logger
 from finemoe.core.seeds import derive
 from finemoe.data.conversations.questions import Question
 from finemoe.generation.config import SamplingConfig
@@ -165,8 +166,9 @@ class Rollouts:
                 source.probe()
 
     def hurry(self) -> None:
-        """A person asks the run to end: a server that does not answer is waited for no longer."""
+        """A person asks the run to end: who does not answer is waited for no longer."""
         self._ended = True
+        self._rewards.hurry()
 
     def finish(self) -> None:
         """Nothing is asked any more: what lies there for a server is as large as the run's own weights."""
@@ -178,7 +180,7 @@ class Rollouts:
         kept, policies = saved(self._rollout, self._prompts_used), self._known.state()
         tensors = {f"{_REFERENCE}{name}": one for name, one in policies.tensors.items()}
         return Saved({**kept.tensors, **tensors}, {**kept.values, **policies.values, "watch": self._watch.values(),
-                                "in_vain": self._in_vain})  # fmt: skip
+                                "in_vain": self._in_vain, "files": self._rewards.files})  # fmt: skip
 
     def restore(self, state: Saved) -> None:
         """As it was.
@@ -190,6 +192,9 @@ class Rollouts:
         self._rollout, self._prompts_used = restored(Saved(own, state.values))
         self._watch.put(state.values["watch"])
         self._in_vain = int(state.values.get("in_vain", 0))
+        now, before = self._rewards.files, state.values.get("files", {})
+        if others := [name for name, mark in before.items() if now.get(name) != mark]:
+            logger.warning("reward %s: its file is another than before; the run goes on by it", " and ".join(others))
         reference = {name.removeprefix(_REFERENCE): one for name, one in state.tensors.items() if name not in own}
         self._known.restore(Saved(reference, state.values))
 

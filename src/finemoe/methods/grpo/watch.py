@@ -27,6 +27,8 @@ _LONGER = 1.5
 """[factor] Length against that of the first rollouts, from where on a reward that did not rise is suspected."""
 _RISE = 1e-6
 """[reward] What is less is rounding."""
+_FALLEN = 0.7
+"""[share] Of the best that a watched reward came to, below which something else is learnt."""
 _AT_FIRST = "at first"
 
 
@@ -121,7 +123,27 @@ class Watch:
                 "rewarded: lengths are learnt and not the task; lower optimizer.learning_rate, or raise method.beta",
             ),
         }
+        for one in self.config.rewards:
+            if not one.weight and one.kind in _COMPARING:
+                name = one.name or one.kind
+                said[f"fallen {name}"] = self._fallen(name, figures)
         return self._now(said)
+
+    def _fallen(self, name: str, figures: Mapping[str, float]) -> tuple[bool, str]:
+        """Of a reward that says what is right and is only watched: whether it fell far below its best."""
+        last, best = self._last.setdefault(f"watched {name}", []), self._first.setdefault(f"watched {name}", [])
+        if (found := figures.get(f"reward_{name}")) is not None:
+            last.append(found)
+            del last[:-_LONG]
+        mean = statistics.fmean(last or [0.0])
+        if len(last) == _LONG and (not best or mean > best[0]):
+            best[:] = [mean]
+        so = bool(best) and mean < _FALLEN * best[0]
+        return so, (
+            f"{name}, which is only watched, fell from {best[0] if best else mean:.2f} to {mean:.2f}: what is rewarded "
+            "is not what is wanted; stop before, lower optimizer.learning_rate, raise method.beta, or set "
+            'method.scale = "none"'
+        )
 
     def _dead(self, figures: Mapping[str, float]) -> str:
         """Of groups without spread, what to do about it: where all is right there is nothing to mend."""
@@ -132,16 +154,16 @@ class Watch:
         if known and min(known) >= 1 - _FEW:
             return Note(
                 f"{said}nearly all answers are right: these prompts have taught what they can; stop here, or ask "
-                "harder ones (data.corpus.difficulty)"
+                "harder ones (of problems made in code: data.corpus.difficulty)"
             )
         shorter = f"; {cut:.0%} of the answers are cut: raise method.answer_tokens" if cut > _CUT else ""
         if known and max(known) <= _FEW:
             return (
-                f"{said}nearly all answers are wrong: begin with easier prompts (data.corpus.difficulty), or with a "
+                f"{said}nearly all answers are wrong: begin with easier prompts, or with a "
                 f"model that is right now and then (method sft){shorter}"
             )
         return (
-            f"{said}all of their answers are worth the same: make prompts easier or harder (data.corpus.difficulty), "
+            f"{said}all of their answers are worth the same: make prompts easier or harder, "
             f"raise method.group, or set method.dynamic_sampling{shorter}"
         )
 

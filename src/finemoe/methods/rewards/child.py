@@ -41,10 +41,10 @@ class Reader:
         self._opened = open_language_model(model)
         template = self._opened.template
         if template is None:
-            raise ConfigError(f"reward model {model}: has no chat template, so answers cannot be read as it learnt")
+            raise ConfigError("it has no chat template by which to read answers: train one by the method reward first")
         self._template = template
         tokenizer = self._opened.tokenizer
-        self._labels = label_ids(tokenizer, labels_for(tokenizer, labels), f"labels of the reward model {model}")
+        self._labels = label_ids(tokenizer, labels_for(tokenizer, labels), "labels")
 
     @property
     def sha256(self) -> str:

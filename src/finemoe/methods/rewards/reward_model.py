@@ -18,7 +18,7 @@ from pydantic import Field
 
 from finemoe.core import errors
 from finemoe.core.child import ask, end_all, has_ended
-from finemoe.core.errors import FinemoeError, RunError
+from finemoe.core.errors import FinemoeError, OutageError, RunError
 from finemoe.core.logs import logger
 from finemoe.data.conversations.forms import read
 from finemoe.data.conversations.messages import FormError, Message
@@ -28,6 +28,7 @@ from finemoe.judging.verdicts import Answer, Bounds, Judged, Weighted
 _OPENING_SECONDS = 3600.0  # a large one from a slow disk
 _TOGETHER = 32  # answers that are asked about at once, and fail at once
 _FAILURES = 3  # after which a batch is given up: each costs the opening of the model
+_LONG, _PATIENCE = 15.0, 5.0  # [s] before anybody is told; and once the run is asked to end
 _ENDED = "its process ended, perhaps for want of memory"
 
 
@@ -73,7 +74,9 @@ class RewardModel:
             ConfigError: it has no chat template, or a label is no token of its tokenizer.
             RunError: its process ended before it was open.
         """
-        self._config, self._bounds, self._on_failure, self._said = config, bounds, on_failure, False
+        self._config, self._bounds, self._on_failure = config, bounds, on_failure
+        self._told_apart = self._told_long = False
+        self._hurried = 0.0  # when it was asked to
         self._children: list[subprocess.Popen[bytes]] = []
         weakref.finalize(self, _end, self._children)  # of who forgot to close it, or ended before
         self.sha256 = self._open()
@@ -85,6 +88,9 @@ class RewardModel:
         Error: its template cannot write the conversation, or its process hung, crashed or grew over it. Where several
         at once crash or grow, each is read by itself. Where it hangs, or fails with the answers to three questions one
         after the other, the rest is not tried.
+
+        Raises:
+            OutageError: `hurry` was called, and for a moment nothing came.
         """
         talks = [(*_asked(one), {"role": "assistant", "content": one.text}) for one in answers]
         order = by_turns(answers)
@@ -118,8 +124,8 @@ class RewardModel:
             self._on_failure(why)
 
     def _say_apart(self, number: int, fault: _Fault) -> None:
-        if not self._said:
-            self._said = True
+        if not self._told_apart:
+            self._told_apart = True
             logger.warning(
                 "reward model %s: %d answers together failed, and are read one by one, which takes longer: %s. Lower "
                 "its batch_tokens from %d, or raise method.reward_memory from %d MiB",
@@ -142,16 +148,35 @@ class RewardModel:
             return _Fault(f"the reward model does not open any more: {error}", lasts=True)
         (child,) = self._children
         seconds = len(talks) * self._bounds.deadline_seconds
-        until = time.monotonic() + seconds
+        began = time.monotonic()
         request = {"talks": talks, "tokens": self._config.batch_tokens, "seconds": seconds}
-        reply = ask(child, json.dumps(request, default=str), seconds)
+        line = json.dumps(request, default=str)
+        reply = ask(child, line, seconds, lambda: self._patient(began, len(talks), seconds))
         if reply is not None and "judged" in reply:
             return [Judged(**{**one, "steps": ()}) for one in reply["judged"]]
         self.close()
         if reply is not None:
             return _Fault(str(reply["failed"]))
-        late = time.monotonic() >= until
+        if self._hurried:
+            raise OutageError("the reward model is waited for no longer, since the run was asked to end")
+        late = time.monotonic() >= began + seconds
         return _Fault(f"no verdict within {seconds:g} seconds" if late else _ENDED, lasts=late)
+
+    def _patient(self, began: float, number: int, seconds: float) -> bool:
+        """Whether to wait on; what takes long is told once, and who is asked to end waits a moment more."""
+        now = time.monotonic()
+        if now - began > _LONG and not self._told_long:
+            self._told_long = True
+            logger.warning(
+                "reward model %s is at %d answers for %.0f s; it is ended after %g s, %g for each "
+                "(method.reward_seconds)",
+                self._config.model, number, now - began, seconds, self._bounds.deadline_seconds,
+            )  # fmt: skip
+        return not self._hurried or now - self._hurried < _PATIENCE
+
+    def hurry(self) -> None:
+        """A person asks the run to end: what takes longer than a moment is waited for no more."""
+        self._hurried = self._hurried or time.monotonic()
 
     def _open(self) -> str:
         """Start the process; the sha256 of the weights that it has opened.
@@ -184,7 +209,7 @@ class RewardModel:
         if reply is None:
             raise RunError(f"reward model {self._config.model}: its process ended before it was open")
         kind = getattr(errors, reply["error"], RunError)
-        raise kind(reply["note"])
+        raise kind(f"reward model {self._config.model}: {reply['note']}")
 
 
 def _end(children: list[subprocess.Popen[bytes]]) -> None:

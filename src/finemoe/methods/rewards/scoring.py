@@ -133,11 +133,17 @@ class Rewards:
         marks = [model.sha256 for model in self._models.values()]
         return hashlib.sha256(" ".join(marks).encode()).hexdigest() if marks else None
 
+    @property
+    def files(self) -> dict[str, str]:
+        """By reward, the sha256 of the user's file that says what an answer is worth."""
+        return {name: mark for name, one in self._configs.items() if (mark := one.identity().get("sha256"))}
+
     def score(self, answers: Sequence[Answer]) -> list[Scored]:
         """What each answer is worth; nothing that a reward does or meets is raised.
 
         Raises:
             ConfigError: no process can be started on this machine, for the first answers.
+            OutageError: a reward model is waited for no longer, since the run was asked to end.
         """
         if self._pool is None and self._has_rules and answers:
             self._pool = self._make_pool()
@@ -166,6 +172,11 @@ class Rewards:
             self._last_error = f"{failed}: {by_name[failed].note}"
             return Scored(None, by_name, (), outcome, failed)
         return Scored(total, by_name, tuple(sorted(steps)), outcome)
+
+    def hurry(self) -> None:
+        """A person asks the run to end."""
+        for model in self._models.values():
+            model.hurry()
 
     def close(self) -> None:
         """End the processes."""
