@@ -8,6 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from finemoe.cli.sample import show
+from finemoe.methods.distillation.sampling import Sampled
+
 
 def asking(
     folder: Path, name: str = "rewards.toml", text: str = '[[rewards]]\nkind = "length"\nlongest = 3\ncushion = 2\n'
@@ -45,6 +50,17 @@ def test_it_says_what_each_reward_found(run_directory: Path, tmp_path: Path, com
     again = command("rejection", run_directory, tmp_path / "asked.jsonl", *options)
     assert again.exit_code == 2
     assert "is there already, whole or somebody else's: nothing is overwritten" in again.stderr
+
+
+def test_it_says_how_what_was_kept_is_learnt(run_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who was asked by a wording learns the text, not a conversation by a template that it does not have."""
+    done = Sampled(run_directory / "kept.jsonl", 4, 8, 3, {}, {})
+    show(done)
+    assert 'Next: a recipe with method.kind = "sft" and, in [data], corpus' in capsys.readouterr().out
+    show(done, as_texts=True)
+    assert (
+        "Next: a recipe without [method], which reads the texts as they were, and, in [data]" in capsys.readouterr().out
+    )
 
 
 def test_what_cannot_be_is_one_sentence(run_directory: Path, tmp_path: Path, command: Callable[..., Any]) -> None:

@@ -69,7 +69,8 @@ def rejection(
         --template "{prompt}" --max-new-tokens 20
       finemoe rejection runs/reasoner questions.jsonl --out good.jsonl --rewards rewards.toml
 
-    Then: a recipe with method.kind = "sft" that reads FILE.jsonl.
+    Then: a recipe that reads FILE.jsonl, with method.kind = "sft", or, where --template said
+    how to ask, without [method]: each line has the text as it was asked and answered, too.
     """
     from finemoe.checkpoint.kinds import kind_of
 
@@ -87,4 +88,4 @@ def rejection(
     if as_json:
         print_json(done.to_dict())
     else:
-        show(done)
+        show(done, template is not None)

@@ -96,8 +96,8 @@ def sample(
         show(done)
 
 
-def show(done: Sampled) -> None:
-    """What was drawn, what became of it, and what to do with it."""
+def show(done: Sampled, as_texts: bool = False) -> None:
+    """What was drawn, what became of it, and what to do with it; `as_texts`: the model was asked by no chat template."""
     from finemoe.cli.conversion import print_lines
 
     share = done.kept / done.drawn if done.drawn else 0.0
@@ -116,4 +116,5 @@ def show(done: Sampled) -> None:
     ])  # fmt: skip
     if done.kept:
         corpus = f'corpus = {{ kind = "files", paths = ["{done.path}"] }}'
-        typer.echo(f'\nNext: a recipe with method.kind = "sft" and, in [data], {corpus}')
+        how = "without [method], which reads the texts as they were," if as_texts else 'with method.kind = "sft"'
+        typer.echo(f"\nNext: a recipe {how} and, in [data], {corpus}")

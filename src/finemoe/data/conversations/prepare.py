@@ -188,7 +188,8 @@ def _say(prepared: PreparedConversations, want: Kind) -> None:
     report, names = prepared.report, {"conversation": "conversations", "pair": "pairs", "prompt": "prompts"}
     forms = ", ".join(f"{name} ({count:,})" for name, count in report["forms"].items())
     items, tokens, trained = (report[name] for name in ("items", "tokens", "trained_tokens"))
-    share = f", of which {trained['train'] / tokens['train']:.0%} are trained" if trained["train"] else ""
+    what = "are the answers'" if want == "pair" else "are trained"  # a reward model learns the one token behind them
+    share = f", of which {trained['train'] / tokens['train']:.0%} {what}" if trained["train"] else ""
     logger.info(
         "%s: %s + %s to train and validate on, %.2f M tokens%s; form: %s; template: %s",
         names[want], f"{items['train']:,}", f"{items['validation']:,}", tokens["train"] / 1e6, share, forms,
