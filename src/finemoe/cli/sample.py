@@ -97,7 +97,7 @@ def sample(
 
 
 def show(done: Sampled, as_texts: bool = False) -> None:
-    """What was drawn, what became of it, and what to do with it; `as_texts`: the model was asked by no chat template."""
+    """What was drawn, what became of it, and what to do with it; `as_texts`: no chat template asked the model."""
     from finemoe.cli.conversion import print_lines
 
     share = done.kept / done.drawn if done.drawn else 0.0
