@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from finemoe.core import logs
 from finemoe.core.logs import JsonLines, progress, read_json_lines
 
 
@@ -59,3 +60,11 @@ def test_progress_on_a_pipe_yields_a_counter(capsys: pytest.CaptureFixture[str])
         advance(3)
         advance(7)
     assert capsys.readouterr().out == ""  # results go to standard output, progress never
+
+
+def test_what_is_said_twice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with logs.each_once():
+        for number in (1, 2, 1):
+            logs.logger.warning("said %d", number)
+    logs.logger.warning("said 1")
+    assert [one.getMessage() for one in caplog.records] == ["said 1", "said 2", "said 1"]

@@ -173,16 +173,21 @@ def test_the_model_is_asked_as_it_was_taught(base: Path, tmp_path: Path) -> None
     assert "plain" not in json.loads((again / "data.json").read_text())["template"]
 
 
-def test_epochs_become_steps_when_the_data_is_read(base: Path, tmp_path: Path) -> None:
+def test_epochs_become_steps_when_the_data_is_read(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     raw = adapting(base, base.parent / "pairs.jsonl", {"kind": "sft"})
     raw["training"] = {**raw["training"], "epochs": 2}
     del raw["training"]["steps"]
     with pytest.raises(ConfigError, match=r"training.epochs: how many steps that is depends on the data"):
         _ = resolve_run(raw, "recipe").training.total_steps
-    found = train(raw, out=tmp_path / "run", quiet=True)
+    caplog.set_level("INFO", logger="finemoe")
+    found = train(raw, out=tmp_path / "run")
     bins = json.loads((found.directory / "data.json").read_text())["bins"]
     assert json.loads((found.directory / "config.json").read_text())["training"]["steps"] == round(2 * bins / 4)
     assert found.summary["steps"] == round(2 * bins / 4)
+    said = [one.getMessage() for one in caplog.records if " to train and validate on" in one.getMessage()]
+    assert len(said) == 1
 
 
 def test_nothing_is_dropped_for_want_of_room(corpus: Path, tmp_path: Path) -> None:

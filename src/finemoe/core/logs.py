@@ -36,6 +36,23 @@ logger = logging.getLogger("finemoe")
 _PLAIN_INTERVAL = 15.0  # seconds between lines when nobody watches a terminal
 
 
+@contextmanager
+def each_once() -> Iterator[None]:
+    """What is said a second time in there, word for word, is said once."""
+    said = set[str]()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        before = len(said)
+        said.add(record.getMessage())
+        return len(said) > before
+
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
+
+
 class _Lasting(io.TextIOBase):
     """A stream whose reader may go: from then on it takes words and drops them, and whoever speaks works on."""
 

@@ -19,7 +19,7 @@ from finemoe.checkpoint.run_state.state import RunState, checkpoint_folders
 from finemoe.core import memory
 from finemoe.core.errors import ConfigError, OutageError, RunError, TrainingError
 from finemoe.core.files import sole_writer, write_text
-from finemoe.core.logs import logger
+from finemoe.core.logs import each_once, logger
 from finemoe.core.seeds import derive
 from finemoe.model import native
 from finemoe.model.config import Kernels
@@ -91,9 +91,9 @@ def train(
             return _go_on(directory, None, quiet, world)
         world.first(lambda: require_free(directory, config))
         world.first(lambda: check_start(config, directory))
-        method = world.in_turn(lambda: build_method(config, directory))
-        if (known := in_steps(config, method.data)) != config:
-            if known.setting != config.setting:
+        with each_once():
+            method = world.in_turn(lambda: build_method(config, directory))
+            if (known := in_steps(config, method.data)).setting != config.setting:
                 method.close()  # a reward model need not be open twice
                 method = build_method(known, directory)
             config = known
