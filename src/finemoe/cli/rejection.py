@@ -69,8 +69,7 @@ def rejection(
         --template "{prompt}" --max-new-tokens 20
       finemoe rejection runs/reasoner questions.jsonl --out good.jsonl --rewards rewards.toml
 
-    Then: a recipe that reads FILE.jsonl, with method.kind = "sft", or, where --template said
-    how to ask, without [method]: each line has the text as it was asked and answered, too.
+    Then: a recipe that reads FILE.jsonl, with method.kind = "sft"; behind --template, without [method].
     """
     from finemoe.checkpoint.kinds import kind_of
 
