@@ -72,7 +72,7 @@ def test_others_wait_for_a_slow_writer_and_a_slow_reader(tmp_path: Path) -> None
 
 def test_the_connections_of_one_that_dies_end_the_wait(tmp_path: Path) -> None:
     said = run(2, saves, tmp_path, True)
-    assert all("closed by peer" in str(one) for one in said), said
+    assert all(" by peer" in str(one) for one in said), said  # closed, or reset
 
 
 def waits() -> list[float]:
