@@ -79,6 +79,23 @@ def notes(said: list[Scored]) -> list[str]:
     return [one.by_name["reward_model"].note for one in said]
 
 
+def test_a_conversation_that_cannot_be_read_is_told(judge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of one answer in a batch that went well otherwise."""
+    told: list[tuple[str, str]] = []
+
+    def ask(child: subprocess.Popen[bytes], request: str, *how: Any) -> dict[str, Any] | None:
+        bad = {"verdict": "error", "value": 0.0, "note": "no such turn", "steps": []}
+        said = core.ask(child, request, *how)
+        assert said is not None
+        return {"judged": [bad, *said["judged"][1:]]} if "judged" in said else said
+
+    monkeypatch.setattr("finemoe.methods.rewards.reward_model.ask", ask)
+    with Rewards([RewardModelReward(model=str(judge))], on_failure=lambda *what: told.append(what)) as found:
+        said = found.score(answers(3))
+    assert [one.value is None for one in said] == [True, False, False]
+    assert told == [("reward_model", "no such turn")]
+
+
 def test_it_ends_with_who_asked(judge: Path) -> None:
     before = set(readers())
     with Rewards([RewardModelReward(model=str(judge))]):

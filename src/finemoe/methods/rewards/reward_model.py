@@ -103,6 +103,9 @@ class RewardModel:
                 judged = self._ask([talks[number] for number in numbers])
                 if not isinstance(judged, _Fault):
                     found |= dict(zip(numbers, judged, strict=True))
+                    for one in judged:
+                        if one.verdict == "error":  # of what it was asked, and not of its process
+                            self._on_failure(one.note)
                     failed.clear()
                 elif len(numbers) > 1 and not judged.lasts:
                     self._say_apart(len(numbers), judged)

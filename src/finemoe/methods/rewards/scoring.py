@@ -91,6 +91,9 @@ class Rewards:
             if one.kind == "reward_model"
         }
         specs = {name: one.model_dump(mode="json") for name, one in self._configs.items() if one.kind in KINDS}
+        marks = {name: one.identity().get("sha256") for name, one in self._configs.items()}
+        self.files: dict[str, str] = {name: mark for name, mark in marks.items() if mark}
+        """By reward, the sha256 of the user's file that says what an answer is worth, as it was when this was made."""
         most = workers or min(max(_FEWEST, os.cpu_count() or 1), _MOST)
         self._make_pool = partial(Pool, specs, bounds, most, on_failure)
         self._has_rules = bool(specs)
@@ -132,11 +135,6 @@ class Rewards:
         """Of the weights of all reward models, in their order; None where there is none."""
         marks = [model.sha256 for model in self._models.values()]
         return hashlib.sha256(" ".join(marks).encode()).hexdigest() if marks else None
-
-    @property
-    def files(self) -> dict[str, str]:
-        """By reward, the sha256 of the user's file that says what an answer is worth."""
-        return {name: mark for name, one in self._configs.items() if (mark := one.identity().get("sha256"))}
 
     def score(self, answers: Sequence[Answer]) -> list[Scored]:
         """What each answer is worth; nothing that a reward does or meets is raised.
