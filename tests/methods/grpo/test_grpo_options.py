@@ -22,7 +22,7 @@ from finemoe.methods.grpo.source import OwnEngine
 from finemoe.methods.grpo.surrogate import Tokens, surrogate
 from finemoe.runs.report import run_results
 from finemoe.runs.run import train
-from methods.grpo.tiny_policy import base, practising
+from methods.grpo.tiny_policy import LENGTH, base, practising
 from runs.tiny_runs import steps
 
 
@@ -167,21 +167,36 @@ def test_experts_are_those_of_who_wrote_or_of_the_policy_before_the_first_step(
         assert torch.equal(first.replay[layer], again.replay[layer]), "for all steps on the rollout"
 
 
-@pytest.mark.parametrize("method", [{"steps_per_rollout": 2}, {"inner_epochs": 2, "replay": "update"}], ids=str)
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"steps_per_rollout": 2},
+        {"inner_epochs": 2, "replay": "update"},
+        {"steps_per_rollout": 2, "inner_epochs": 2},
+    ],
+    ids=str,
+)
 def test_at_the_first_step_of_several_the_ratio_is_one(
-    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any], pieces: int
 ) -> None:
+    """To the last bit, in however many micro-batches; of answers that wait for a later step it is not, by right."""
     apart: list[float] = []
 
     def noted(config: GRPOConfig, logprobs: torch.Tensor, tokens: Tokens) -> Any:
-        apart.append(((logprobs - tokens.old).exp() - 1).abs().max().item())
+        apart.append((logprobs - tokens.old).abs().max().item())
         return surrogate(config, logprobs, tokens)
 
     monkeypatch.setattr(objective, "surrogate", noted)
-    run(start, tmp_path / "run", method)
-    firsts, seconds = apart[-4::2], apart[-3::2]
-    assert all(one < 1e-6 for one in firsts)
-    assert all(one > 1e-4 for one in seconds)
+    cut = {"steps": 4, "evaluate_every": 4, "micro_batch_tokens": 8 * LENGTH // pieces}
+    run(start, tmp_path / "run", method, training=cut)
+    updates = GRPOConfig(**method).updates
+    of_steps = [apart[place : place + pieces] for place in range(len(apart) - 4 * pieces, len(apart), pieces)]
+    for number, found in enumerate(of_steps):
+        if number % updates:
+            assert min(found) > 1e-4
+        else:
+            assert found == [0.0] * pieces
 
 
 def test_without_a_reference_no_divergence_is_told(start: Path, tmp_path: Path) -> None:

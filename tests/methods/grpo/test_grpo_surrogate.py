@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,11 @@ from finemoe.methods.grpo.surrogate import Tokens, surrogate
 LENGTHS = (3, 1, 5, 2)
 
 
-def case(seed: int = 0, drift: float = 0.4) -> tuple[Tensor, Tokens]:
-    """Log-probabilities of now, and tokens of four answers, so far apart that some ratios are clipped."""
+def case(seed: int = 0, drift: float = 0.4, supervision: str = "outcome") -> tuple[Tensor, Tokens]:
+    """Log-probabilities of now, and tokens of four answers, so far apart that some ratios are clipped.
+
+    Of "process" every token has an advantage of its own, of either sign in one answer.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def numbers(scale: float) -> Tensor:
@@ -34,7 +38,8 @@ def case(seed: int = 0, drift: float = 0.4) -> tuple[Tensor, Tokens]:
         answers=answers,
         count=len(LENGTHS),
     )
-    return old + numbers(drift), tokens
+    logprobs = old + numbers(drift)
+    return logprobs, replace(tokens, advantages=numbers(1.0)) if supervision == "process" else tokens
 
 
 def split(values: Tensor) -> list[Tensor]:
@@ -96,6 +101,17 @@ SETTINGS: list[dict[str, Any]] = [
     {"ratio": "gspo", "importance_cap": 1.05},
     {"off_policy_bound": 0.01},
     {"normalize": "token", "importance_cap": 1.1, "off_policy_bound": 0.05, "clip_high": 0.3, "unbiased_kl": True},
+    {"ratio": "sequence", "importance_cap": 1.1},
+    {"ratio": "sequence", "off_policy_bound": 0.01},
+    {"ratio": "sequence", "importance_cap": 1.1, "off_policy_bound": 0.01},
+    {"ratio": "gspo", "off_policy_bound": 0.01},
+    {"cispo": 1.2, "importance_cap": 1.1},
+    {"cispo": 1.2, "off_policy_bound": 0.01},
+    {"cispo": 1.2, "normalize": "token", "importance_cap": 1.1, "off_policy_bound": 0.01},
+    {"supervision": "process"},
+    {"supervision": "process", "normalize": "token", "clip_high": 0.28},
+    {"supervision": "process", "importance_cap": 1.1, "off_policy_bound": 0.01},
+    {"supervision": "process", "cispo": 1.2, "off_policy_bound": 0.01, "unbiased_kl": True},
 ]
 
 
@@ -103,7 +119,7 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("seed", range(3))
 def test_coefficients_and_loss_are_those_of_autograd(setting: dict[str, Any], seed: int) -> None:
     config = GRPOConfig(**{"inner_epochs": 2, **setting})
-    logprobs, tokens = case(seed)
+    logprobs, tokens = case(seed, supervision=config.supervision)
     logprobs.requires_grad_()
     loss = printed(config, logprobs, tokens)
     (gradient,) = torch.autograd.grad(loss, logprobs)
@@ -121,6 +137,12 @@ def test_the_settings_of_these_tests_meet_what_they_are_about() -> None:
     masked = surrogate(GRPOConfig(inner_epochs=2, off_policy_bound=0.01), logprobs, tokens).figures["masked_share"]
     assert 0 < masked < sum(LENGTHS)
     assert (tokens.old - tokens.behaviour).exp().max() > 1.1
+    whole = tokens.sums(tokens.old - tokens.behaviour).exp()
+    assert whole.max() > 1.1 > whole.min(), "of whole answers too"
+    drift = tokens.sums(tokens.behaviour - logprobs) / tokens.lengths
+    steps = split(case(supervision="process")[1].advantages)
+    mixed = [one.min() < 0 < one.max() for one in steps]
+    assert any(far > 0.01 and both for far, both in zip(drift, mixed, strict=True)), "part of an answer is masked"
 
 
 def test_at_the_first_step_the_ratio_is_exactly_one() -> None:

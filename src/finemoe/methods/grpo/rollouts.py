@@ -69,7 +69,8 @@ class Rollouts:
             setting: of the run; a sequence of a step is an answer.
         """
         self._config, self._prompts, self._rewards = config, prompts, rewards
-        self._size, self._start_from = setting.sequences_per_step * config.steps_per_rollout, setting.start_from
+        self._per_step, self._start_from = setting.sequences_per_step, setting.start_from
+        self._size = self._per_step * config.steps_per_rollout
         self._directory, self._length = setting.directory, setting.data.sequence_length
         self._sampling = SamplingConfig(
             seed=derive(setting.seed, "rollouts"),
@@ -131,7 +132,10 @@ class Rollouts:
         first = within % self._size
         part = slice(first, first + num_sequences)
         answers, scored = self._rollout.answers[part], self._rollout.scored[part]
-        return packed(answers, scored, _replayed(self._config, answers, scored))
+        replay = _replayed(self._config, answers, scored)
+        if within < self._per_step:  # nothing has moved: what the step itself finds is old, and its ratios are 1 exactly
+            scored = tuple(replace(one, old=None) for one in scored)
+        return packed(answers, scored, replay)
 
     # ---- of the run -----------------------------------------------------------------------------------------------
 
