@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 from charts.test_run_page import HOSTILE, step, text_of, write_run
 from finemoe.charts.run.figures import figures
-from finemoe.charts.run.page import run_page
+from finemoe.charts.page import Card, Details, Section
+from finemoe.charts.run.page import _answers, run_page
 from finemoe.charts.run.rewarded import charts
 from finemoe.charts.run.words import summary
 from finemoe.core.errors import ConfigError
@@ -50,6 +52,62 @@ def test_reward_length_and_answers_stand_where_a_loss_would_say_nothing(tmp_path
     header = page[page.index("Measured on what was held out") :]
     assert "<th" in header
     assert ">loss<" not in header[: header.index("</table>")]
+
+
+def answered(times: int, questions: int = 5) -> dict[str, Any]:
+    """Results with `times` measurements, the answers of each named after its step; the last is very long."""
+    found = []
+    for number in range(times):
+        step, last = 10 * number, number == times - 1
+        samples = [
+            {
+                "prompt": f"question {place}",
+                "answer": f"says {step} to {place}" + " on" * 5000 * last,
+                "ended": True,
+                "value": float(last),
+                "verdicts": {"answer": "right" if last else "wrong", "format": "right"},
+            }
+            for place in range(questions)
+        ]
+        found.append({"kind": "validation", "step": step, "tokens": step, "seconds": 1.0, "samples": samples})
+    return {"validations": found}
+
+
+def folded(section: Section) -> list[tuple[str, list[Card]]]:
+    return [(one.summary, one.blocks[0].cards) for one in section.blocks if isinstance(one, Details)]
+
+
+def test_answers_to_the_same_questions_at_many_measurements_are_folded_away() -> None:
+    """Few enough that the page stays small, evenly spaced, each with what the rewards said of it."""
+    section = _answers(answered(40))
+    assert section is not None
+    shown = folded(section)
+    assert [summary for summary, _ in shown] == ["Its answers at 12 of 40 measurements"] * 4
+    for place, (_, cards) in enumerate(shown):
+        at = [int(one.title.removeprefix("Step ")) for one in cards]
+        assert (at[0], at[-1], len(at)) == (0, 390, 12)
+        assert {later - earlier for earlier, later in pairwise(at)} <= {30, 40}
+        assert all(one.text.startswith(f"says {step} to {place}") for one, step in zip(cards, at, strict=True))
+        assert [one.note for one in cards] == ["answer: wrong; format: right; worth 0"] * 11 + [
+            "answer: right; format: right; worth 1"
+        ]
+    assert sum(len(one.text) for _, cards in shown for one in cards) < 100_000
+    few = _answers(answered(5))
+    assert few is not None
+    assert [(summary, len(cards)) for summary, cards in folded(few)] == [("Its answers at all 5 measurements", 5)] * 4
+    three = _answers(answered(3))
+    assert three is not None
+    assert not folded(three), "all of them stand there"
+
+
+def test_a_question_that_came_later_is_shown_from_then_on() -> None:
+    """A run that goes on with more samples has had fewer before."""
+    results = answered(6)
+    for one in results["validations"][:2]:
+        one["samples"] = one["samples"][:1]
+    section = _answers(results)
+    assert section is not None
+    assert [len(cards) for _, cards in folded(section)] == [6, 4, 4, 4]
 
 
 def test_the_run_is_drawn_along_its_steps(tmp_path: Path) -> None:

@@ -1,6 +1,11 @@
 """What users of other programs complain of in fine-tuning and preferences, by number: each is a test here.
 
-The numbers are those of docs/testing.md, "Complaints". Those of rollouts, 11 to 14, come with reinforcement learning.
+The numbers are those of docs/testing.md, "Complaints", which names the tests of 11 to 15 one by one. They lie with the
+method in tests/methods/grpo: 11 who writes finds other probabilities than who learns (test_grpo_routes.py,
+test_grpo_complaints.py, test_grpo_options.py); 12 other experts (test_grpo_routes.py, test_grpo_watch.py); 13 answers
+that are tokenised again (test_grpo_complaints.py, test_grpo_runs.py); 14 nothing to learn, in silence
+(test_grpo_watch.py, test_grpo_advantages.py); 15 rewards that failed (test_grpo_advantages.py, test_grpo_runs.py), and
+a preference for length, which is here.
 """
 
 from __future__ import annotations

@@ -109,6 +109,9 @@ def test_held_out_prompts_are_answered_drawn_and_greedily(
     assert last["validation_reward"] == last["validation_reward_function"] == pytest.approx(worth(drawn[2]))
     assert last["validation_greedy_reward_function"] == pytest.approx(worth(greedily[2]))
     assert drawn[2] != greedily[2]
+    (sample,) = last["samples"]
+    assert sample["answer"] == tokenizer.decode(drawn[2][0][0].completion)
+    assert sample["verdicts"] == {"function": "right" if sample["value"] > 0 else "wrong"}
 
 
 def test_selection_biases_move_where_they_are_told_to(start: Path, tmp_path: Path) -> None:

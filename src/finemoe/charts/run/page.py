@@ -17,6 +17,8 @@ from finemoe.charts.words import footer, listed
 
 _MOST_ALERTS = 8
 _MOST_ROWS = 16
+_MOST_FOLDED, _MOST_TIMES, _MOST_CHARACTERS = 4, 12, 2000
+"""Questions whose answers at many measurements are on the page, at how many, and how long: some 100 KB in all."""
 
 
 def run_page(results: Results) -> str:
@@ -126,11 +128,7 @@ def _measured(results: Results) -> Section | None:
     keys = list(dict.fromkeys(each))
     if not keys:
         return None
-    few = (
-        found
-        if len(found) <= _MOST_ROWS
-        else [found[n * (len(found) - 1) // (_MOST_ROWS - 1)] for n in range(_MOST_ROWS)]
-    )
+    few = _spaced(found, _MOST_ROWS)
     keys = ["validation_loss", *keys] if "validation_loss" in found[-1] else keys
     told, nothing, title = keys, list[str](), _plain_title
     if answers_itself(results):
@@ -142,6 +140,11 @@ def _measured(results: Results) -> Section | None:
     note = f"0 every time: {listed([title(key) for key in nothing])}." if nothing else ""
     table = Table(left_out, columns, rows, tuple(range(len(columns))), note=note)
     return Section("Measured on what was held out", [table])
+
+
+def _spaced(found: Sequence[Mapping[str, Any]], most: int) -> Sequence[Mapping[str, Any]]:
+    """At most so many of them, evenly spaced, the first and the last among them."""
+    return found if len(found) <= most else [found[n * (len(found) - 1) // (most - 1)] for n in range(most)]
 
 
 def _plain_title(key: str) -> str:
@@ -158,7 +161,7 @@ def _telling(keys: Sequence[str], found: Sequence[Mapping[str, Any]]) -> tuple[l
 
 
 def _answers(results: Results) -> Section | None:
-    """What the model answers to the same questions, at first and at last."""
+    """What the model answers to the same questions, at first and at last, and folded away what it answered between."""
     found = [one for one in results["validations"] if one.get("samples")]
     if not found:
         return None
@@ -166,16 +169,27 @@ def _answers(results: Results) -> Section | None:
     how = "drawn at temperature 1, from the same random numbers each time" if drawn else "the most probable one"
     shown: list[Any] = [Text([f"Questions that were held out; every answer is {how}."])]
     for number, sample in enumerate(found[-1]["samples"]):
-        when = [found[0], found[len(found) // 2], found[-1]] if len(found) > 2 else found
-        cards = []
-        for one in when:
-            own = one["samples"][number]
-            said = "" if own["ended"] else "broken off at its length"
-            if own.get("value") is not None:
-                said = f"{said}; worth {own['value']:g}" if said else f"worth {own['value']:g}"
-            cards.append(Card(f"Step {one['step']:,}", own["answer"], said))
+        when = [one for one in found if sample["prompt"] in [own["prompt"] for own in one["samples"][number:][:1]]]
+        cards = [_card(one, number) for one in ([when[0], when[len(when) // 2], when[-1]] if len(when) > 2 else when)]
         shown += [Code(sample.get("asked", sample["prompt"]), "the question"), Cards(cards)]
+        if len(when) > len(cards) and number < _MOST_FOLDED:
+            few = _spaced(when, _MOST_TIMES)
+            which = f"all {len(when)}" if len(few) == len(when) else f"{len(few)} of {len(when)}"
+            folded = Cards([_card(one, number, _MOST_CHARACTERS) for one in few])
+            shown.append(Details(f"Its answers at {which} measurements", [folded]))
     return Section("Answers", shown)
+
+
+def _card(validation: Mapping[str, Any], number: int, most: int | None = None) -> Card:
+    """An answer, how it ended, what each reward said of it, and its worth."""
+    own = validation["samples"][number]
+    said = [] if own["ended"] else ["broken off at its length"]
+    verdicts = own.get("verdicts", {})
+    said += [verdict if len(verdicts) == 1 else f"{name}: {verdict}" for name, verdict in verdicts.items()]
+    if own.get("value") is not None:
+        said.append(f"worth {own['value']:g}")
+    answer = own["answer"] if most is None or len(own["answer"]) <= most else own["answer"][:most] + " ..."
+    return Card(f"Step {validation['step']:,}", answer, "; ".join(said))
 
 
 def _samples(results: Results) -> Section | None:

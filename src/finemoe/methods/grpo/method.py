@@ -71,6 +71,7 @@ class Examination:
                 "answer": one.text,
                 "ended": one.ended,
                 "value": one.value,
+                "verdicts": {name: judged.verdict for name, judged in one.by_name.items()},
             }
             for one in drawn[: self.config.samples]
         ]

@@ -133,7 +133,7 @@ class Rollouts:
         part = slice(first, first + num_sequences)
         answers, scored = self._rollout.answers[part], self._rollout.scored[part]
         replay = _replayed(self._config, answers, scored)
-        if within < self._per_step:  # nothing has moved: what the step itself finds is old, and its ratios are 1 exactly
+        if within < self._per_step:  # nothing has moved: what the step itself finds is old, its ratio 1 to the last bit
             scored = tuple(replace(one, old=None) for one in scored)
         return packed(answers, scored, replay)
 
