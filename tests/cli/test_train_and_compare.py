@@ -141,6 +141,26 @@ def test_compare_prints_the_table_and_what_to_open(command: Any, monkeypatch: py
     assert "  | def f(x):\n  |     return x\n" in result.stdout
 
 
+def test_what_to_run_after_the_demo_is_named_where_its_recipe_lies(
+    command: Any, monkeypatch: pytest.MonkeyPatch, here: Path
+) -> None:
+    """In 80 columns; the same command stands in the README, right behind `make demo`, and in `finemoe --help`."""
+    monkeypatch.setattr("finemoe.studies.compare.compare", compared())
+    assert "r1-zero" not in command("compare").stdout
+    (here / "recipes").mkdir()
+    (here / "recipes" / "r1-zero.toml").touch()
+    said = command("compare").stdout
+    again = "finemoe train recipes/r1-zero.toml --out runs/r1-zero"
+    last = said.splitlines()[-2:]
+    assert last == [f"Next  {again}", "      a model teaches itself to reason, in five to ten minutes"]
+    assert max(map(len, last)) <= 80
+    (told,) = [line for line in command("--help").stdout.splitlines() if again in line]
+    assert "5-10 min" in told
+    assert len(told) <= 80
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert readme.index("make demo") < readme.index(again) < readme.index("finemoe train recipes/tiny.toml")
+
+
 def test_compare_json_is_the_results(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finemoe.studies.compare.compare", compared())
     results = json.loads(command("compare", "--json").stdout)

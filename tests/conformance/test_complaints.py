@@ -217,6 +217,7 @@ def test_10_the_reference_is_numbers_and_no_second_model(
 
 
 def test_15_a_preference_says_whether_it_has_learnt_length(base: Path, tmp_path: Path) -> None:
+    """Complaint 15 of post-training."""
     run = train(tables(base, "dpo", training={"steps": 2}), out=tmp_path / "run", quiet=True).directory
     last = [record for record in records(run) if record["kind"] == "validation"][-1]
     lines = [json.loads(line) for line in (base.parent / "pairs.jsonl").read_text().splitlines()]

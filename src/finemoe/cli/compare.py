@@ -24,6 +24,7 @@ _Recipe = Annotated[
 if TYPE_CHECKING:
     from finemoe.studies.compare import Comparison
 
+_REASONS = Path("recipes/r1-zero.toml")
 _SAMPLE_LINES = 8
 """Of each sample on the screen, where there are several; the page has them whole."""
 
@@ -95,6 +96,11 @@ def report_comparison(comparison: Comparison, as_json: bool, again: str) -> None
             '      finemoe compare ... --set "seeds=[0, 1, 2]" --out DIR       to decide more pairs\n'
             "      finemoe compare ... --set budget.value=10_000_000 --out DIR  for longer runs"
         )
+        if _REASONS.exists():  # where finemoe was installed without its repository there are no recipes
+            typer.echo(
+                f"Next  finemoe train {_REASONS} --out runs/r1-zero\n"
+                "      a model teaches itself to reason, in five to ten minutes"
+            )
     if comparison.failures:
         failed = "; ".join(f"{name}: {message}" for name, message in comparison.failures.items())
         raise TrainingError(f"{len(comparison.failures)} of the runs failed: {failed}")

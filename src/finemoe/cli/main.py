@@ -153,6 +153,7 @@ def finemoe(
       finemoe generate runs/tiny --prompt "def main("
       finemoe chat runs/tiny                   talk to it, see and switch its experts
       finemoe serve runs/tiny                  the same on a page, and OpenAI's API
+      finemoe train recipes/r1-zero.toml --out runs/r1-zero  it reasons: 5-10 min
       finemoe compare --out runs/comparison    dense, hash, Switch, GShard, DeepSeekMoE
       finemoe import MODEL imported/model      from Hugging Face or GGUF
       finemoe analyze experts runs/tiny --out experts

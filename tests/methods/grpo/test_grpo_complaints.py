@@ -40,8 +40,11 @@ OURS = {"seed", "temperature", "max_new_tokens", "tempered_logprobs"}
 
 @pytest.mark.parametrize("key", sorted(set(SamplingConfig.model_fields) - OURS))
 def test_11_what_would_restrict_the_draws_cannot_be_set(key: str) -> None:
-    """With top_p = 0.8 tokens are drawn from what is left of the distribution, made whole again: each is as much more
-    probable as was cut off, and its ratio to the policy is that share and not 1 (TRL #4772, #6789: 0.895)."""
+    """Complaint 11 of post-training, and the reason for it.
+
+    With top_p = 0.8 tokens are drawn from what is left of the distribution, made whole again: each is as much more
+    probable as was cut off, and its ratio to the policy is that share and not 1 (TRL #4772, #6789: 0.895).
+    """
     for table in ({key: 1}, {"server": {"url": "http://127.0.0.1:1", key: 1}}):
         with pytest.raises(ConfigError, match=rf"unknown key `(server\.)?{key}`"):
             parse(GRPOConfig, table, "recipe.toml")
@@ -50,7 +53,7 @@ def test_11_what_would_restrict_the_draws_cannot_be_set(key: str) -> None:
 def test_11_answers_to_learn_from_are_drawn_from_the_whole_distribution(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the temperature at which they are learnt, too."""
+    """Complaint 11 of post-training; at the temperature at which they are learnt, too."""
     asked: list[SamplingConfig] = []
     real = OwnEngine.__call__
 
@@ -69,7 +72,7 @@ def test_11_answers_to_learn_from_are_drawn_from_the_whole_distribution(
 def test_13_what_is_learnt_are_the_ids_that_the_engine_drew(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From engine to batch, of a model whose answers would be other ids if their text were tokenised again."""
+    """Complaint 13 of post-training: from engine to batch, of answers whose text would be tokenised to other ids."""
     drawn: list[Drawn] = []
     batches: list[RolloutBatch] = []
     real_call, real_batch = OwnEngine.__call__, Rollouts.batch
@@ -137,6 +140,7 @@ def tokenised(path: Path) -> list[str]:
 
 
 def test_13_nothing_is_tokenised_between_engine_and_batch() -> None:
+    """Complaint 13 of post-training, looked for in the code."""
     assert [one for path in WAY for one in tokenised(path)] == []
     assert tokenised(PACKAGE / "methods/grpo/prompts.py") != [], "the search finds what there is"
 
@@ -150,7 +154,7 @@ CAPPED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("arm", CAPPED)
 def test_a_model_that_dropped_tokens_drops_none_of_its_answers(corpus: Path, tmp_path: Path, arm: str) -> None:
-    """An expert's room would make who learns another policy than who writes, which has no neighbours to be short of."""
+    """Complaint 12 of post-training: with room for some alone, other experts would learn an answer than wrote it."""
     start = base(corpus, tmp_path, arm, model={"feed_forward": CAPPED[arm]})
     assert all(one["dropped"] > 0 for one in steps(start)), "the base did, or this says nothing"
     run = train(practising(start, {"inner_epochs": 2}, **SHORT), out=tmp_path / "run", quiet=True).directory

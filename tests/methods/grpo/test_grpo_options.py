@@ -180,7 +180,10 @@ def test_experts_are_those_of_who_wrote_or_of_the_policy_before_the_first_step(
 def test_at_the_first_step_of_several_the_ratio_is_one(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any], pieces: int
 ) -> None:
-    """To the last bit, in however many micro-batches; of answers that wait for a later step it is not, by right."""
+    """Complaint 11 of post-training: to the last bit, in however many micro-batches.
+
+    Of answers that wait for a later step it is not, by right.
+    """
     apart: list[float] = []
 
     def noted(config: GRPOConfig, logprobs: torch.Tensor, tokens: Tokens) -> Any:

@@ -132,6 +132,7 @@ def test_replay_brings_the_policies_closer() -> None:
 
 
 def test_routes_of_another_length_are_an_error() -> None:
+    """Complaint 12 of post-training."""
     model = built("tiny-moe")
     found = drawn(model)
     short = {layer: one[:-1] for layer, one in found[0].routes.items()}

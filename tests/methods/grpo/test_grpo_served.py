@@ -212,7 +212,10 @@ def test_answers_are_taken_by_their_numbers(start: Path, tmp_path: Path, live: L
 
 
 def test_what_others_write_is_read_too(start: Path, tmp_path: Path, live: Live) -> None:
-    """SGLang's bare int32 beside the choices, of all layers; and nothing is asked of them that only ours knows."""
+    """SGLang's bare int32 beside the choices, of all layers; and nothing is asked of them that only ours knows.
+
+    Complaint 11 of post-training: the whole distribution is asked for, whatever a model's own settings say.
+    """
     moe = load_model(start).config.moe_layers
     whole = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
