@@ -29,7 +29,10 @@ def main() -> None:
     setup = json.loads(requests.readline())
     bounds = Bounds(**setup["bounds"])
     try:
-        judges = {name: _judge(spec, bounds) for name, spec in setup["rewards"].items()}
+        kinds = {name: KINDS[spec["kind"]] for name, spec in setup["rewards"].items()}
+        configs = {name: kind.config.model_validate(setup["rewards"][name]) for name, kind in kinds.items()}
+        files = {name: mark for name, one in configs.items() if (mark := one.identity().get("sha256"))}
+        judges = {name: kind.make(configs[name], bounds) for name, kind in kinds.items()}
         limit_memory(bounds.memory_bytes)
         if sys.platform == "linux":
             from finemoe.sandbox import kernel
@@ -40,7 +43,7 @@ def main() -> None:
     except BaseException as error:  # a user's file may do anything
         say(replies, ready=False, note=in_words(error))
     else:
-        say(replies, ready=True)
+        say(replies, ready=True, files=files)
         for line in requests:
             if not _reply(judges, json.loads(line), replies):
                 break
@@ -54,11 +57,6 @@ def take_pipes() -> tuple[IO[bytes], IO[str]]:
     for standard in (0, 1, 2):  # what somebody prints is no answer, and what somebody reads no request
         os.dup2(nothing, standard)
     return requests, replies
-
-
-def _judge(spec: Mapping[str, Any], bounds: Bounds) -> Judge:
-    kind = KINDS[spec["kind"]]
-    return kind.make(kind.config.model_validate(spec), bounds)
 
 
 def limit_memory(memory: int) -> None:

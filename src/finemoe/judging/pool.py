@@ -125,6 +125,8 @@ class Pool:
         self._most, self._vain, self._why_vain = workers, 0, ""
         self._on_failure = on_failure
         self._silent = Counter[str]()  # by reward: answers without a verdict in time since the last that had one
+        self.files: dict[str, str] = {}
+        """By reward, the sha256 of the user's file, as the process that started last loaded it."""
         self._workers: list[_Worker] = []
         weakref.finalize(self, _end_all, self._workers)  # of who forgot to close it, or ended before
         try:
@@ -266,6 +268,7 @@ class Pool:
                 if not worker.ready:
                     if not reply["ready"]:
                         return str(reply["note"])
+                    self._know(reply["files"])
                     worker.ready, self._vain = True, 0
                     continue
                 task = worker.tasks.popleft()
@@ -279,6 +282,17 @@ class Pool:
         except (ValueError, KeyError, TypeError, IndexError):
             return "its process wrote something else than a verdict"
         return None if opened else "its process ended"
+
+    def _know(self, files: Mapping[str, str]) -> None:
+        """Keep what a new process has loaded, and tell where that is another file than others judged by."""
+        for reward, mark in files.items():
+            if (before := self.files.get(reward, mark)) != mark:
+                logger.warning(
+                    "reward %s: its file has changed (sha256 %s before, now %s): processes that start from now on "
+                    "judge by what it is now, those before by what it was. Put it back, or end here and go on again",
+                    reward, before[:12], mark[:12],
+                )  # fmt: skip
+        self.files |= files
 
     def _fail(self, worker: _Worker, why: str | None, found: dict[_Task, Judged]) -> list[_Task]:
         """End a worker; with a reason, what it was at has no verdict. What it had not begun with is returned."""

@@ -89,7 +89,7 @@ class Weighted(Config):
 class Kind:
     """A kind of reward: its configuration, and what makes a judge of it."""
 
-    config: type[Config]
+    config: type[Weighted]
     make: Callable[[Any, Bounds], Judge] = field(repr=False)
     supervised: bool = False
     """It runs something in the sandbox, which keeps the deadline itself and knows whose fault the time is."""

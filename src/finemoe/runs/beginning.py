@@ -7,7 +7,7 @@ time: none ever holds the whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from finemoe.checkpoint.open import load_model, load_tensors
 from finemoe.checkpoint.run_state.state import RunState, load_latest
 from finemoe.core.config import parse
 from finemoe.core.errors import CheckpointError, ConfigError, RunError
+from finemoe.core.files import write_text
 from finemoe.core.logs import logger
 from finemoe.core.reading import damage_of, decode_json, read_object
 from finemoe.model.config import Kernels, ModelConfig, can_begin_with
@@ -109,17 +110,37 @@ def _require_same(source: str, wanted: ModelConfig, found: ModelConfig) -> None:
 def refuse_other_data(directory: Path, now: Mapping[str, Any]) -> None:
     """Refuse to go on where what is read is not what the run began with; `now`: the data's report.
 
+    What was not recorded when the run began may be the same or not: that is said, and recorded from here on.
+
     Raises:
-        RunError: corpus, tokenizer, template or teacher differ, or data.json is damaged.
+        RunError: corpus, tokenizer, chat template, teacher or reward model differ, or data.json is damaged.
     """
     had = _recorded_data(directory / "data.json")
-    changed = [key for key in now if key.endswith("sha256") and had and had.get(key) != now[key]]
+    if had is None:
+        return
+    marks = {key: mark for key, mark in now.items() if key.endswith("sha256")}
+    unknown = [key for key in marks if key not in had]
+    changed = [key for key in marks if key in had and had[key] != marks[key]]
     if changed:
-        what = " and ".join(_BEGAN_WITH.get(key, key) for key in changed)
+        older = ""
+        if "corpus_sha256" in changed:
+            older = "; where nobody changed it, another finemoe made or split it otherwise: environment.json says which"
         raise RunError(
-            f"{directory}: {what} {'are' if changed[1:] else 'is'} not what this run began with ({', '.join(changed)} "
-            "differ); put it back, or start a new run"
+            f"{directory}: {_named(changed)} not what this run began with ({', '.join(changed)} differ); put it back, "
+            f"or start a new run{older}"
         )
+    if unknown:
+        logger.warning(
+            "%s: whether %s what this run began with is not known, as data.json has no %s; the run goes on, and it is "
+            "recorded from here on",
+            directory, _named(unknown), " and no ".join(unknown),
+        )  # fmt: skip
+        new = {**had, **{key: marks[key] for key in unknown}}
+        write_text(directory / "data.json", json.dumps(new, indent=2, ensure_ascii=False))
+
+
+def _named(keys: Sequence[str]) -> str:
+    return f"{' and '.join(_BEGAN_WITH.get(key, key) for key in keys)} {'are' if keys[1:] else 'is'}"
 
 
 def _recorded_data(path: Path) -> dict[str, Any] | None:

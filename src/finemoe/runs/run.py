@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,14 @@ def train(
             return _go_on(directory, None, quiet, world)
         world.first(lambda: require_free(directory, config))
         world.first(lambda: check_start(config, directory))
-        with each_once():
-            method = world.in_turn(lambda: build_method(config, directory))
-            if (known := in_steps(config, method.data)).setting != config.setting:
-                method.close()  # a reward model need not be open twice
-                method = build_method(known, directory)
-            config = known
         with ExitStack() as held:
+            with each_once():
+                method = world.in_turn(lambda: build_method(config, directory))
+                held.callback(lambda: method.close())  # of the method that is there by then
+                if (known := in_steps(config, method.data)).setting != config.setting:
+                    method.close()  # a reward model need not be open twice
+                    method = build_method(known, directory)
+                config = known
             held.enter_context(_told_where(directory, world))
             world.first(lambda: held.enter_context(sole_writer(directory)))
             world.first(lambda: require_free(directory, config))
@@ -201,17 +202,17 @@ def _go_on(directory: Path, changed: RunConfig | None, quiet: bool, world: World
 
 
 def _resume(directory: Path, before: RunConfig, config: RunConfig, quiet: bool, world: World) -> Run:
-    method = world.in_turn(lambda: build_method(config, directory))
-    world.first(lambda: refuse_other_data(directory, method.data.report))
-    saved = newest_state(directory, before, world)
-    if config != before:
-        done = saved.state["step"] if saved is not None else 0
-        world.first(lambda: write_changes(directory, before, config, done))
-        say_length(before, config, done)
-    # whatever a kill left out while the directory was being made
-    world.first(lambda: describe(directory, config, method.data))
-    chosen = world.first(lambda: kernels_for(config, saved))
-    return _run(config, method, directory, chosen, saved, quiet, world)
+    with closing(world.in_turn(lambda: build_method(config, directory))) as method:
+        world.first(lambda: refuse_other_data(directory, method.data.report))
+        saved = newest_state(directory, before, world)
+        if config != before:
+            done = saved.state["step"] if saved is not None else 0
+            world.first(lambda: write_changes(directory, before, config, done))
+            say_length(before, config, done)
+        # whatever a kill left out while the directory was being made
+        world.first(lambda: describe(directory, config, method.data))
+        chosen = world.first(lambda: kernels_for(config, saved))
+        return _run(config, method, directory, chosen, saved, quiet, world)
 
 
 def _run(
@@ -232,7 +233,6 @@ def _run(
     # A closed terminal, and a limit, say so more than once: that is not to end what the first one made it save.
     several = repeated(world.size)
     with StopOnSignal(trainer.request_stop, several, repeated=several), ExitStack() as held:
-        held.callback(method.close)
         if world.rank:
             save = held.enter_context(Save(config, directory, None, world, done))
             evaluate = Evaluate(evaluate_every(config), lambda record: None)

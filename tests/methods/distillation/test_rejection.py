@@ -214,6 +214,20 @@ def test_rewards_are_found_where_people_have_them(tmp_path: Path) -> None:
     assert read_rewards([{"kind": "answer"}, FormatReward(weight=0.2)]).rewards == wanted
 
 
+def test_advice_names_the_keys_of_a_file_that_has_them(
+    teacher: LanguageModel, asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(configs: object, *, keys: str | None, **bounds: object) -> None:
+        raise ConfigError(f"the keys are {keys}")
+
+    monkeypatch.setattr("finemoe.methods.distillation.rejection.Rewards", made)
+    (tmp_path / "rewards.toml").write_text('[[rewards]]\nkind = "answer"\n')
+    given: tuple[tuple[Any, str], ...] = ((tmp_path / "rewards.toml", "$"), ([{"kind": "answer"}], "None$"))
+    for rewards, keys in given:
+        with pytest.raises(ConfigError, match=f"the keys are {keys}"):
+            finemoe.rejection(teacher, asked, tmp_path / "out.jsonl", rewards=rewards)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

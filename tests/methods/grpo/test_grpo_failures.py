@@ -44,7 +44,8 @@ def test_a_reward_that_judges_nothing_ends_the_run_and_mended_it_goes_on(
     assert "KeyError: 'no such field' (own.py, line 2)" in said
     assert f"saved after step 0: `finemoe resume {out}` goes on" in said
     (first,) = [one for one in caplog.messages if one.startswith("reward function could not judge an answer")]
-    assert "Each may take 10 s (method.reward_seconds)" in first
+    assert "Each may take 10 s (method.reward_seconds) and 2147483648 bytes (method.reward_memory)" in first
+    assert "method.reward_memory from 2147483648 (bytes)" in said
     (measured,) = [one for one in read_metrics(out) if one["kind"] == "validation"]
     assert measured["validation_reward"] is None, "not 0, which would say that all answers were wrong"
     assert measured["validation_failed_share"] == 1

@@ -23,7 +23,8 @@ from finemoe.core.child import below
 from finemoe.core.errors import ConfigError, OutageError, RunError
 from finemoe.methods.grpo.rollouts import Rollouts
 from finemoe.methods.reward import rewards as one_by_one
-from finemoe.methods.rewards import Answer, LengthReward, RewardModelReward, Rewards, Scored
+from finemoe.methods.rewards import Answer, FunctionReward, LengthReward, RewardModelReward, Rewards, Scored
+from finemoe.methods.rewards.reward_model import RewardModel
 from finemoe.runs.run import resume, train
 from methods.grpo.tiny_policy import practising
 from methods.tiny_talks import run
@@ -152,10 +153,12 @@ def test_who_is_asked_to_end_waits_for_a_moment_only(
         assert 2.5 <= time.monotonic() - start < 20
         assert not Path(f"/proc/{pid}").exists()
     (told,) = (one.getMessage() for one in caplog.records)
-    assert re.search(r"is at 32 answers for [01] s; it is ended after 32 s, 1 for each", told)
+    assert re.search(r"is at 32 answers for [01] s; it is ended after 32 s, 1 for each$", told)
 
 
-def test_an_answer_that_takes_too_much_memory_is_the_only_one_that_fails(judge: Path) -> None:
+def test_an_answer_that_takes_too_much_memory_is_the_only_one_that_fails(
+    judge: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Wherever it stands, and however many answers its question has."""
     huge = Answer("cat?", "ant " * 80_000, True, 3, {"a": 1}, ())
     given = [huge] * 2 + [replace(one, prompt=f"{number}?") for number, one in enumerate(answers(31))]
@@ -165,8 +168,11 @@ def test_an_answer_that_takes_too_much_memory_is_the_only_one_that_fails(judge: 
         memory_bytes=64 << 20,
         deadline_seconds=20,
         on_failure=lambda name, why: told.append(why),
+        keys="study.examination.",
     ) as found:
         said = found.score(given)
+        apart = "Lower its batch_tokens from 16384, or raise study.examination.reward_memory from 67108864 (bytes)"
+        assert caplog.messages[0].endswith(apart)
         assert [number for number, one in enumerate(said) if one.value is None] == [0, 1]
         assert found.errors_in_a_row == 0
         assert set(notes(said)[:2]) == set(told) == {"its process ended, perhaps for want of memory"}
@@ -223,6 +229,65 @@ def test_what_cannot_be_opened_is_told_at_once(judge: Path, tmp_path: Path) -> N
         Rewards([LengthReward(longest=9, cushion=3), RewardModelReward(model=str(tmp_path / "nothing"))])
     with pytest.raises(ConfigError, match=r"reward model .*run: labels: 'ant' is 3 tokens"):
         Rewards([RewardModelReward(model=str(judge), labels=("ant", "qqqqqq"))])
+
+
+def test_what_is_open_ends_when_another_reward_cannot_be_made(
+    judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while somebody looks at the error; and a slip in a user's file is told before a model is read."""
+    before, opened = set(readers()), list[str]()
+    good, bad = RewardModelReward(model=str(judge)), RewardModelReward(model=str(tmp_path / "nothing"), name="bad")
+    with pytest.raises(RunError, match="nothing") as held:
+        Rewards([good, bad])
+    assert set(readers()) == before, held
+    monkeypatch.setattr(RewardModel, "_open", lambda model: opened.append("model") or "")
+    (tmp_path / "own.py").write_text("def score(prompt, completion, record) return 1\n")
+    with pytest.raises(ConfigError, match="SyntaxError"):
+        Rewards([good, FunctionReward(path=f"{tmp_path / 'own.py'}:score")])
+    assert opened == []
+
+
+@pytest.mark.parametrize("broken", ["train", "resume"])
+def test_what_judges_ends_when_a_run_cannot_begin(
+    judge: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    raw = practising(base, {"rewards": [{"kind": "reward_model", "model": str(judge)}]}, training={"steps": 2})
+    if broken == "resume":
+        train(raw, out=tmp_path / "run", quiet=True)
+    before = set(readers())
+
+    def fails(*given: Any) -> None:
+        assert len(set(readers()) - before) == 1
+        raise OSError("no room")
+
+    def begin() -> None:
+        if broken == "train":
+            train(raw, out=tmp_path / "run", quiet=True)
+        else:
+            resume(tmp_path / "run", overrides=["training.steps=4"], quiet=True)
+
+    monkeypatch.setattr("finemoe.runs.run.kernels_for", fails)
+    with pytest.raises(OSError, match="no room") as held:
+        begin()
+    assert set(readers()) == before, held
+
+
+def test_a_run_from_before_reward_models_were_recorded_goes_on(
+    judge: Path, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = practising(base, {"rewards": [{"kind": "reward_model", "model": str(judge)}]}, training={"steps": 2})
+    directory = train(raw, out=tmp_path / "run", quiet=True).directory
+    whole = json.loads((directory / "data.json").read_text())
+    (directory / "data.json").write_text(json.dumps({**whole, "reward_model_sha256": None}))
+    with pytest.raises(RunError, match="the reward model is not what"):
+        resume(directory, overrides=["training.steps=4"], quiet=True)
+    older = {key: value for key, value in whole.items() if key != "reward_model_sha256"}
+    (directory / "data.json").write_text(json.dumps(older))
+    for steps in (4, 6):
+        resume(directory, overrides=[f"training.steps={steps}"], quiet=True)
+    (said,) = [one for one in caplog.messages if "what this run began with" in one]
+    assert "whether the reward model is what this run began with is not known, as data.json has no reward_mod" in said
+    assert json.loads((directory / "data.json").read_text()) == whole
 
 
 def test_a_run_does_not_go_on_by_another_reward_model(judge: Path, base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -128,6 +129,31 @@ def test_two_of_one_kind_have_names(tmp_path: Path) -> None:
         Rewards([FunctionReward(path=f"{path}:a"), FunctionReward(path=f"{path}:b")])
     with pytest.raises(ConfigError, match="there is no reward"):
         Rewards([])
+
+
+def test_a_users_file_that_changes_while_it_judges_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A process that ended is replaced by one that loads what the file is then."""
+    path = tmp_path / "own.py"
+    dies = "import os\ndef a(prompt, completion, record): return os._exit(1) if completion else "
+    path.write_text(f"{dies}1.0\n")
+
+    def marked() -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    with Rewards([FunctionReward(path=f"{path}:a", name="mine")], workers=1) as found:
+        first = marked()
+        found.score([answer("dies")])
+        assert found.score([answer("")])[0].value == 1
+        assert caplog.messages == []
+        path.write_text(f"{dies}22.0\n")
+        assert found.files == {"mine": first}, "what was loaded, not what lies there"
+        assert found.identity()[0]["sha256"] == first
+        for _ in range(3):
+            found.score([answer("dies")])
+        assert found.score([answer("")])[0].value == 22
+        (said,) = caplog.messages
+        assert f"reward mine: its file has changed (sha256 {first[:12]} before, now {marked()[:12]})" in said
+        assert found.files == {"mine": marked()}
 
 
 def test_rewards_are_known_again_by_all_that_decides(tmp_path: Path) -> None:

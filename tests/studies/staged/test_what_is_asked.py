@@ -132,6 +132,7 @@ def test_rewards_have_the_bounds_that_grpo_has(monkeypatch: pytest.MonkeyPatch, 
         config = records(tmp_path, {"prompt": "1+2", "answer": "3"}, **more)
         examine(model, config, questions(config), 0)
         assert (heard.bounds["deadline_seconds"], heard.bounds["memory_bytes"]) == wanted
+        assert heard.bounds["keys"] == "study.examination."
 
 
 @pytest.mark.parametrize(

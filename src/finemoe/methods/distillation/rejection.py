@@ -97,9 +97,9 @@ def rejection(
     tables = read_rewards(rewards)
     drawing = Drawing.of(model, prompts, out, n=n, best_of=best_of, given=given, weights=weights, wording=template)
     records = [one.question.record for one in drawing.asked]
-    with Rewards(
-        tables.rewards, deadline_seconds=tables.reward_seconds, memory_bytes=tables.reward_memory
-    ) as computing:
+    bounds: dict[str, Any] = {"deadline_seconds": tables.reward_seconds, "memory_bytes": tables.reward_memory}
+    keys = "" if isinstance(rewards, (str, os.PathLike)) else None  # a file has them, and a stage or a list has not
+    with Rewards(tables.rewards, keys=keys, **bounds) as computing:
         if not quiet:
             logger.info("%s; kept from %g on", computing.sentence, at_least)
         facts = {

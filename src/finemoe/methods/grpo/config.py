@@ -81,9 +81,9 @@ class GRPOConfig(MethodConfig):
     """token: of each token (DeepSeekMath); sequence: of whole answers, as V2, V3 and R1 print it; gspo: its geometric
     mean (2507.18071)."""
     clip: PositiveFloat = 0.2
-    """[factor] How far below 1 a ratio still counts; and above, where clip_high does not say otherwise."""
+    """[factor] How far below 1 a ratio still counts; and above, where clip_high says nothing else (R1: 10 for both)."""
     clip_high: PositiveFloat | None = None
-    """[factor] How far above 1 a ratio still counts (DAPO has 0.28, R1 10)."""
+    """[factor] How far above 1 a ratio still counts (DAPO has 0.28)."""
     cispo: PositiveFloat | None = None
     """[ratio] Instead of clipping: the ratio is a weight, cut off there, and every token counts (CISPO, 2506.13585)."""
     beta: NonNegativeFloat = 0.04

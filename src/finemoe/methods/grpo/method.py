@@ -105,6 +105,7 @@ def build(config: GRPOConfig, setting: Setting) -> Method[RolloutBatch]:
         deadline_seconds=config.reward_seconds,
         memory_bytes=config.reward_memory,
         on_failure=FirstFailures(config),
+        keys="method.",
     )
     data = Rollouts(config, prompts, rewards, setting)
     live = live_terms(setting, mtp=False)

@@ -286,7 +286,7 @@ class Rollouts:
         raise OutageError(
             f"no answer of {which} could be judged, so that nothing is learnt; the last as {self._rewards.last_error}. "
             f"Mend the reward, or raise method.reward_seconds from {self._config.reward_seconds:g}, or, for want of "
-            f"memory, method.reward_memory from {self._config.reward_memory}"
+            f"memory, method.reward_memory from {self._config.reward_memory} (bytes)"
         )
 
     def _ask(self, count: int, after: int) -> Iterator[Group]:

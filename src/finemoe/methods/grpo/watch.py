@@ -48,12 +48,12 @@ class FirstFailures:
         self._told.add(name)
         becomes = "leaves its group, and is learnt as neither right nor wrong" if self._weights[name] else "stays"
         logger.warning(
-            "reward %s could not judge an answer: %s. Each may take %g s (method.reward_seconds) and %d MiB "
+            "reward %s could not judge an answer: %s. Each may take %g s (method.reward_seconds) and %d bytes "
             "(method.reward_memory); an answer that is not judged %s",
             name,
             note,
             self._seconds,
-            self._memory >> 20,
+            self._memory,
             becomes,
         )
 

@@ -60,7 +60,11 @@ class RewardModel:
     """The model, opened, in a process of its own, which is replaced when it hangs, crashes or grows."""
 
     def __init__(
-        self, config: RewardModelReward, bounds: Bounds, on_failure: Callable[[str], object] = lambda why: None
+        self,
+        config: RewardModelReward,
+        bounds: Bounds,
+        on_failure: Callable[[str], object] = lambda why: None,
+        keys: str | None = None,
     ) -> None:
         """Open it.
 
@@ -68,13 +72,14 @@ class RewardModel:
             config: which model, and how much it reads together.
             bounds: of one answer. Of several that are read together the time is that of all; the memory is one's.
             on_failure: is told at once why an answer could not be judged.
+            keys: as of `Rewards`.
 
         Raises:
             FinemoeError: nothing that can be opened.
             ConfigError: it has no chat template, or a label is no token of its tokenizer.
             RunError: its process ended before it was open.
         """
-        self._config, self._bounds, self._on_failure = config, bounds, on_failure
+        self._config, self._bounds, self._on_failure, self._keys = config, bounds, on_failure, keys
         self._told_apart = self._told_long = False
         self._hurried = 0.0  # when it was asked to
         self._children: list[subprocess.Popen[bytes]] = []
@@ -129,10 +134,11 @@ class RewardModel:
     def _say_apart(self, number: int, fault: _Fault) -> None:
         if not self._told_apart:
             self._told_apart = True
+            memory = f", or raise {self._keys}reward_memory from {self._bounds.memory_bytes} (bytes)"
             logger.warning(
                 "reward model %s: %d answers together failed, and are read one by one, which takes longer: %s. Lower "
-                "its batch_tokens from %d, or raise method.reward_memory from %d MiB",
-                self._config.model, number, fault.why, self._config.batch_tokens, self._bounds.memory_bytes >> 20,
+                "its batch_tokens from %d%s",
+                self._config.model, number, fault.why, self._config.batch_tokens, "" if self._keys is None else memory,
             )  # fmt: skip
 
     def close(self) -> None:
@@ -171,9 +177,9 @@ class RewardModel:
         if now - began > _LONG and not self._told_long:
             self._told_long = True
             logger.warning(
-                "reward model %s is at %d answers for %.0f s; it is ended after %g s, %g for each "
-                "(method.reward_seconds)",
+                "reward model %s is at %d answers for %.0f s; it is ended after %g s, %g for each%s",
                 self._config.model, number, now - began, seconds, self._bounds.deadline_seconds,
+                "" if self._keys is None else f" ({self._keys}reward_seconds)",
             )  # fmt: skip
         return not self._hurried or now - self._hurried < _PATIENCE
 

@@ -58,6 +58,7 @@ class Rewards:
         memory_bytes: int = 1 << 30,
         workers: int | None = None,
         on_failure: Callable[[str, str], object] = lambda name, note: None,
+        keys: str | None = None,
     ) -> None:
         """Check that every reward can be computed.
 
@@ -70,6 +71,8 @@ class Rewards:
             workers: processes at most; None: as many as there are processors, two at least and eight at most. More than
                 two are there only where an answer takes long.
             on_failure: is told at once when a reward cannot judge an answer: its name, and why.
+            keys: for advice: what stands before `reward_seconds` and `reward_memory` where people set the two bounds,
+                such as "method."; None: nowhere.
 
         Raises:
             ConfigError: there is none, two have one name, or one cannot be made: a user's file that fails, a package
@@ -85,21 +88,21 @@ class Rewards:
         bounds = Bounds(deadline_seconds, memory_bytes)
         self.errors_in_a_row = 0
         """Answers one after the other, up to the last, that got no value because a reward failed."""
-        self._models = {
-            name: RewardModel(one, bounds, partial(on_failure, name))
-            for name, one in self._configs.items()
-            if one.kind == "reward_model"
-        }
         specs = {name: one.model_dump(mode="json") for name, one in self._configs.items() if one.kind in KINDS}
-        marks = {name: one.identity().get("sha256") for name, one in self._configs.items()}
-        self.files: dict[str, str] = {name: mark for name, mark in marks.items() if mark}
-        """By reward, the sha256 of the user's file that says what an answer is worth, as it was when this was made."""
         most = workers or min(max(_FEWEST, os.cpu_count() or 1), _MOST)
         self._make_pool = partial(Pool, specs, bounds, most, on_failure)
         self._has_rules = bool(specs)
         self._pool: Pool | None = None
-        if any(KINDS[one["kind"]].may_fail for one in specs.values()):
-            self._pool = self._make_pool()
+        self._models: dict[str, RewardModel] = {}
+        try:
+            if any(KINDS[one["kind"]].may_fail for one in specs.values()):
+                self._pool = self._make_pool()  # first: a slip in a user's file is told before gigabytes are read
+            for name, one in self._configs.items():
+                if one.kind == "reward_model":
+                    self._models[name] = RewardModel(one, bounds, partial(on_failure, name), keys)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,8 +130,14 @@ class Rewards:
 
     def identity(self) -> list[dict[str, Any]]:
         """JSON-able: equal where others say the same of every answer, a user's file and a model's weights included."""
-        marks = {name: {"model_sha256": model.sha256} for name, model in self._models.items()}
+        marks = {name: {"sha256": mark} for name, mark in self.files.items()}
+        marks |= {name: {"model_sha256": model.sha256} for name, model in self._models.items()}
         return [{**one.identity(), **marks.get(name, {})} for name, one in self._configs.items()]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """By reward, the sha256 of the user's file that says what an answer is worth, as it was loaded last."""
+        return {} if self._pool is None else dict(self._pool.files)
 
     @property
     def models_sha256(self) -> str | None:

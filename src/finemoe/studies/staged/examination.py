@@ -73,7 +73,12 @@ def examine(folder: Path, config: ExaminationConfig, asked: Sequence[Question], 
     opened = open_language_model(folder)
     source = OwnEngine(opened.model.eval(), opened.tokenizer, nullcontext)
     put = [worded(one, opened.tokenizer, config.template) for one in asked]
-    with Rewards(config.rewards, deadline_seconds=config.reward_seconds, memory_bytes=config.reward_memory) as rewards:
+    with Rewards(
+        config.rewards,
+        deadline_seconds=config.reward_seconds,
+        memory_bytes=config.reward_memory,
+        keys="study.examination.",
+    ) as rewards:
         found = {}
         for name, temperature, number in (("drawn", config.temperature, config.samples), ("greedy", 0.0, 1)):
             sampling = SamplingConfig(
