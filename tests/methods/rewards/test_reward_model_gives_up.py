@@ -101,15 +101,14 @@ def test_one_that_hangs_while_it_is_opened_anew_is_waited_for_no_longer_than_ano
         assert not [pid for pid in below(os.getpid()) if "sleep" in Path(f"/proc/{pid}/comm").read_text()]
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found there")
 def test_one_that_does_not_read_what_it_is_asked_is_waited_for_no_longer_either(
     stand_in: Callable[[Says], Rewards], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A question longer than its pipe holds."""
     ask = reward_model.ask
     with stand_in(lambda texts: None) as found:
-        (pid,) = [one for one in below(os.getpid()) if b"rewards.child" in Path(f"/proc/{one}/cmdline").read_bytes()]
-        os.kill(pid, signal.SIGSTOP)
+        (child,) = found._models["reward_model"]._children
+        child.send_signal(signal.SIGSTOP)
         monkeypatch.setattr(reward_model, "ask", lambda child, request, seconds, look: ask(child, request, 60, look))
         monkeypatch.setattr(reward_model, "_PATIENCE", 0.5)
         threading.Timer(0.5, found.hurry).start()
