@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from finemoe.core.child import ask, below, end
+from finemoe.core.child import ask, below, end, has_ended
 
 ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
 
@@ -36,6 +36,47 @@ def test_a_process_with_more_than_a_thousand_files_open_reads_its_child() -> Non
         for file in files:
             os.close(file)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_who_waits_may_look_whether_to_wait_on_and_for_as_long_as_wanted() -> None:
+    """While a line goes out, to one who does not read it, and until one comes back; a poll takes 25 days at most."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"import time\n{ECHO}; time.sleep(60)"],
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert ask(child, '{"a": 1}', 1e8) == {"a": 1}
+
+    def enough() -> None:
+        raise TimeoutError
+
+    try:
+        for request in ("{}", "x" * 1_000_000):
+            start = time.monotonic()
+            with pytest.raises(TimeoutError):
+                ask(child, request, 60, enough)
+            assert time.monotonic() - start < 30
+    finally:
+        end(child)
+
+
+def test_one_that_has_ended_is_known_and_keeps_its_number() -> None:
+    """Else its group could not be ended any more, or another's would be."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    child = subprocess.Popen([sys.executable, "-c", ECHO], start_new_session=True, **pipes)  # type: ignore[call-overload]
+    assert ask(child, "{}", 20) == {}
+    assert not has_ended(child)
+    child.stdin.write(b"unasked\n")
+    child.stdin.close()
+    until = time.monotonic() + 20
+    while not has_ended(child) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert has_ended(child), "though there is a line that nobody has read"
+    assert child.returncode is None
+    os.killpg(child.pid, 0)
+    end(child)
+    assert has_ended(child)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")

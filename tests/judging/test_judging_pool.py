@@ -263,7 +263,6 @@ def test_an_interrupt_leaves_nobody_behind(rewards: Path, tmp_path: Path) -> Non
     mark = tmp_path / "pid"
     program = f"""
 import sys
-from finemoe.core.child import below
 from finemoe.judging.pool import Pool
 from finemoe.judging.verdicts import Answer, Bounds
 pool = Pool({{"own": {{"kind": "function", "path": {f"{rewards}:score"!r}}}}}, Bounds(60.0), 2)

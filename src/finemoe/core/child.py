@@ -13,43 +13,37 @@ from contextlib import suppress
 from typing import Any
 
 _LOOKS = 0.2  # [s] between looks whether somebody is still to wait
-_LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
 def ask(
-    child: subprocess.Popen[bytes], request: str, seconds: float, patient: Callable[[], bool] = lambda: True
+    child: subprocess.Popen[bytes], request: str, seconds: float, look: Callable[[], object] = lambda: None
 ) -> dict[str, Any] | None:
     """What it answers to a line; None where it has died, answers no JSON, or not in time: then it has to be ended.
 
-    `patient` is asked a few times a second while it works: whether to wait on.
+    `look` is called a few times a second while it is waited for; what it raises ends the wait.
     """
     assert child.stdin is not None
     until, left, pipe = time.monotonic() + seconds, request.encode() + b"\n", child.stdin.fileno()
     os.set_blocking(pipe, False)  # a long line waits for one who reads it, who may hang
-    ready = select.poll()
-    ready.register(pipe, select.POLLOUT)
-    try:
-        while left:
-            if not ready.poll(1000 * max(0.0, until - time.monotonic())):
-                return None
+    while left:
+        if not _ready(pipe, select.POLLOUT, until, look):
+            return None
+        try:
             left = left[os.write(pipe, left) :]
-    except OSError:
-        return None
-    return next_line(child, until - time.monotonic(), patient)
+        except OSError:
+            return None
+    return next_line(child, until - time.monotonic(), look)
 
 
 def next_line(
-    child: subprocess.Popen[bytes], seconds: float, patient: Callable[[], bool] = lambda: True
+    child: subprocess.Popen[bytes], seconds: float, look: Callable[[], object] = lambda: None
 ) -> dict[str, Any] | None:
     """The child's next line, or None where it gives none in time."""
     assert child.stdout is not None
     until, pieces = time.monotonic() + seconds, [b""]
-    waiting = select.poll()  # select.select knows no file beyond the 1,024th, which a server soon has open
-    waiting.register(child.stdout, select.POLLIN)
     while not pieces[-1].endswith(b"\n"):
-        while not waiting.poll(1000 * min(_LOOKS, max(0.0, until - time.monotonic()))):
-            if time.monotonic() >= until or not patient():
-                return None
+        if not _ready(child.stdout.fileno(), select.POLLIN, until, look):
+            return None
         data = os.read(child.stdout.fileno(), 1 << 16)
         if not data:
             return None
@@ -58,6 +52,17 @@ def next_line(
         return dict(json.loads(b"".join(pieces)))
     except ValueError:
         return None
+
+
+def _ready(pipe: int, event: int, until: float, look: Callable[[], object]) -> bool:
+    """Whether a pipe can be written to, or read from, before `until`."""
+    waiting = select.poll()  # select.select knows no file beyond the 1,024th, which a server soon has open
+    waiting.register(pipe, event)
+    while not waiting.poll(1000 * min(_LOOKS, max(0.0, until - time.monotonic()))):
+        if time.monotonic() >= until:
+            return False
+        look()
+    return True
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
@@ -73,11 +78,17 @@ def end(child: subprocess.Popen[bytes]) -> None:
 
 
 def has_ended(child: subprocess.Popen[bytes]) -> bool:
-    """Whether it runs no more; its number stays its own until it is ended here."""
-    try:
-        return child.returncode is not None or os.waitid(os.P_PID, child.pid, _LOOK) is not None
-    except ChildProcessError:  # where nobody waits for children, as some parents leave it
+    """Whether it runs no more, or has closed its pipe, and so will never answer.
+
+    Nobody waits for it, so that its number stays its own, and its group's, until it is ended here. `os.waitid` can look
+    without waiting, too, but macOS has it from Python 3.13 on only.
+    """
+    if child.returncode is not None:
         return True
+    assert child.stdout is not None
+    pipe = select.poll()
+    pipe.register(child.stdout, select.POLLIN)
+    return any(event & select.POLLHUP for _, event in pipe.poll(0))
 
 
 def end_all(child: subprocess.Popen[bytes]) -> None:

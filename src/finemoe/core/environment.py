@@ -64,9 +64,10 @@ def usable_cores() -> tuple[int, str]:
     """How many cores this process may use at once, and what says so."""
     every = os.cpu_count() or 1
     cores, reason = every, f"all {every} of the machine" if every > 1 else "the machine has one"
-    with contextlib.suppress(AttributeError, OSError):  # not Linux
-        if (allowed := len(os.sched_getaffinity(0))) < cores:
-            cores, reason = allowed, f"{allowed} of the machine's {every} are given to this process"
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            if (allowed := len(os.sched_getaffinity(0))) < cores:
+                cores, reason = allowed, f"{allowed} of the machine's {every} are given to this process"
     quota = _quota()
     if quota is not None and quota < cores:
         cores, reason = max(1, int(quota)), f"a control group allows {quota:g} of the machine's {every}"

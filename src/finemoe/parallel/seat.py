@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from dataclasses import dataclass
 
 from finemoe.core.errors import ConfigError
@@ -67,5 +68,7 @@ def speaks() -> bool:
 
 def cores() -> int:
     """Of the processor, that this process may use: its share where several run on one machine."""
-    here = len(os.sched_getaffinity(0)) if "sched_getaffinity" in vars(os) else os.cpu_count() or 1
+    here = os.cpu_count() or 1
+    if sys.platform == "linux":
+        here = len(os.sched_getaffinity(0))
     return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -38,20 +38,34 @@ class Evaluate:
     latest: Measured | None = None
     step: int = 0
     """After which that was found."""
+    missed: bool = False
+    """The run was asked to end while it waited for a measurement."""
+
+    def is_due(self, trainer: Trainer) -> bool:
+        """Whether what the trainer has come to is to be measured."""
+        return trainer.done or trainer.state.step % self.every == 0
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Measure when it is time."""
-        if report.step % self.every and not trainer.done:
+        if self.is_due(trainer):
+            self.measure(trainer)
+
+    def measure(self, trainer: Trainer) -> None:
+        """Measure now; what is waited for no longer, since the run was asked to end, is left to who goes on with it.
+
+        Raises:
+            OutageError: something elsewhere did not answer, and nobody asked the run to end.
+        """
+        state = trainer.state
+        try:
+            self.latest, self.step = trainer.measure(), state.step
+        except OutageError as error:
+            if not trainer.stopping:
+                raise
+            self.missed = True  # and no more than that: the step is done, and has yet to be logged and saved
+            logger.warning("%s: step %d is measured when the run goes on", error, state.step)
             return
-        self._measure(trainer, report.step, report.tokens, report.seconds)
-
-    def before(self, trainer: Trainer) -> None:
-        """Measure what the run begins with: what it gains, and what it loses, is told from there."""
-        self._measure(trainer, 0, 0, 0.0)
-
-    def _measure(self, trainer: Trainer, step: int, tokens: int, seconds: float) -> None:
-        self.latest, self.step = trainer.measure(), step
-        head = {"kind": "validation", "step": step, "tokens": tokens, "seconds": round(seconds, 4)}
+        head = {"kind": "validation", "step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 4)}
         self.emit({**head, **self.latest.to_record()})
 
     def close(self) -> None:

@@ -249,13 +249,14 @@ def _run(
             evaluate = Evaluate(evaluate_every(config), log.emit)
             shown: list[Observer] = [] if quiet else [Show(evaluate, trainer.plan.total_steps)]
             trainer.observers = (evaluate, log, Warn(_watch(config, metrics), log.emit), *shown, write, save)
-        begins = trainer.state.step == 0 and config.start_from is not None
-        if begins and not world.first(lambda: _measured(directory)):
-            evaluate.before(trainer)
-        finished = _train(trainer, save, directory)
+        # What the run begins with is measured too, since what it gains is told from there; later, what was missed.
+        due = evaluate.is_due(trainer) and (trainer.state.step > 0 or config.start_from is not None)
+        if due and not world.first(lambda: _measured(directory, trainer.state.step)):
+            evaluate.measure(trainer)
+        finished = _train(trainer, save, directory) and not evaluate.missed
     if not finished:
         return Run(directory, {}, interrupted=True)
-    if evaluate.latest is None:  # resumed after the last step: its record may be lost
+    if evaluate.latest is None:  # resumed after the last step, which was measured before
         evaluate.latest = trainer.measure()
     last = evaluate.latest
 
@@ -269,9 +270,9 @@ def _run(
     return Run(directory, world.first(conclude), interrupted=False)
 
 
-def _measured(directory: Path) -> bool:
-    """Whether the beginning was measured already, by a run that was killed before its first checkpoint."""
-    return any(record["kind"] == "validation" for record in read_metrics(directory))
+def _measured(directory: Path, step: int) -> bool:
+    """Whether that step was measured already, by the run that was killed, or ended, before it came further."""
+    return any(record["kind"] == "validation" and record["step"] == step for record in read_metrics(directory))
 
 
 def first_trainer(config: RunConfig, method: Method[Any]) -> tuple[Trainer, str]:

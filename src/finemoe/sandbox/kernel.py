@@ -10,6 +10,7 @@ import ctypes
 import os
 import platform
 import struct
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
@@ -212,7 +213,7 @@ def landlock(readable: Iterable[str], devices: Iterable[str], folder: str) -> No
     Later versions also keep signals and abstract sockets within the domain.
     """
     version = landlock_version()
-    if version < 1:
+    if sys.platform != "linux" or version < 1:
         raise OSError(_ENOSYS, "the kernel has no Landlock")
     bits = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)
     every = (1 << bits) - 1

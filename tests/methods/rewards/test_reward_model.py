@@ -45,7 +45,7 @@ def test_a_reward_model_says_of_many_what_it_says_of_one(judge: Path, base: Path
         for one, given in zip(records, answers, strict=True)
     ]
     wanted = one_by_one(judge, talks)
-    for tokens in (100, 10_000):
+    for tokens in (1, 100, 10_000):  # below every answer; some; all
         with Rewards([RewardModelReward(model=str(judge), batch_tokens=tokens, weight=2.0)]) as found:
             said = found.score(answers)
         assert [one.value for one in said] == pytest.approx([2 * value for value in wanted], abs=1e-4)
@@ -80,21 +80,28 @@ def notes(said: list[Scored]) -> list[str]:
     return [one.by_name["reward_model"].note for one in said]
 
 
-def test_a_conversation_that_cannot_be_read_is_told(judge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of one answer in a batch that went well otherwise."""
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_a_conversation_that_cannot_be_read_is_told(judge: Path, tmp_path: Path, tokens: int) -> None:
+    """An error of its own, among others that go well, and each answer keeps its own value."""
+    shutil.copytree(judge, tmp_path / "judge")
+    template = tmp_path / "judge" / "chat_template.jinja"
+    refusal = '{%- for message in messages if "gnu" in message.content -%}{{ raise_exception("no gnu") }}{%- endfor -%}'
+    template.write_text(refusal + template.read_text())
     told: list[tuple[str, str]] = []
-
-    def ask(child: subprocess.Popen[bytes], request: str, *how: Any) -> dict[str, Any] | None:
-        bad = {"verdict": "error", "value": 0.0, "note": "no such turn", "steps": []}
-        said = core.ask(child, request, *how)
-        assert said is not None
-        return {"judged": [bad, *said["judged"][1:]]} if "judged" in said else said
-
-    monkeypatch.setattr("finemoe.methods.rewards.reward_model.ask", ask)
-    with Rewards([RewardModelReward(model=str(judge))], on_failure=lambda *what: told.append(what)) as found:
-        said = found.score(answers(3))
-    assert [one.value is None for one in said] == [True, False, False]
-    assert told == [("reward_model", "no such turn")]
+    given = answers(6)
+    given[1], given[4] = (replace(one, text="gnu") for one in given[:2])
+    with Rewards(
+        [RewardModelReward(model=str(tmp_path / "judge"), batch_tokens=tokens)],
+        on_failure=lambda *what: told.append(what),
+    ) as found:
+        said = found.score(given)
+        assert found.errors_in_a_row == 0
+    read = [number for number in range(6) if number not in (1, 4)]
+    talks = [[{"role": "user", "content": "cat?"}, {"role": "assistant", "content": given[one].text}] for one in read]
+    assert [said[one].value for one in read] == pytest.approx(one_by_one(judge, talks), abs=1e-4)
+    assert [one.value for one in (said[1], said[4])] == [None, None]
+    assert [name for name, _ in told] == ["reward_model"] * 2
+    assert all("no gnu" in note for note in [notes(said)[1], notes(said)[4], *(why for _, why in told)])
 
 
 def test_it_ends_with_who_asked(judge: Path) -> None:

@@ -27,7 +27,8 @@ from finemoe.judging.verdicts import Answer, Bounds, Judged, Weighted
 
 _OPENING_SECONDS = 3600.0  # a large one from a slow disk
 _TOGETHER = 32  # answers that are asked about at once, and fail at once
-_FAILURES = 3  # after which a batch is given up: each costs the opening of the model
+_FAILURES = 3  # questions in a row after which a batch is given up: each costs the opening of the model
+_IN_A_ROW = 5  # the same of answers, where there are fewer questions
 _LONG, _PATIENCE = 15.0, 5.0  # [s] before anybody is told; and once the run is asked to end
 _ENDED = "its process ended, perhaps for want of memory"
 
@@ -91,8 +92,8 @@ class RewardModel:
         """Of each answer; right: it finds it rather good.
 
         Error: its template cannot write the conversation, or its process hung, crashed or grew over it. Where several
-        at once crash or grow, each is read by itself. Where it hangs, or fails with the answers to three questions one
-        after the other, the rest is not tried.
+        at once crash or grow, each is read by itself. Where it hangs with several, or fails with five answers, or with
+        answers to three questions, one after the other, the rest is not tried.
 
         Raises:
             OutageError: `hurry` was called, and for a moment nothing came.
@@ -101,7 +102,7 @@ class RewardModel:
         order = by_turns(answers)
         left = deque(order[first : first + _TOGETHER] for first in range(0, len(order), _TOGETHER))
         found: dict[int, Judged] = {}
-        failed = set[str]()  # questions of which one answer after the other failed by itself
+        failed: list[str] = []  # questions of the answers that failed by themselves, one after the other
         try:
             while left:
                 numbers = left.popleft()
@@ -117,8 +118,8 @@ class RewardModel:
                     left.extendleft([number] for number in reversed(numbers))
                 else:
                     self._fail(found, numbers, judged.why)
-                    failed.add(answers[numbers[0]].prompt)
-                    if judged.lasts or len(failed) == _FAILURES:
+                    failed.append(answers[numbers[0]].prompt)
+                    if judged.lasts or len(set(failed)) == _FAILURES or len(failed) == _IN_A_ROW:
                         self._fail(found, [one for some in left for one in some], f"not tried, as before: {judged.why}")
                         break
         except BaseException:  # an interrupt leaves a process whose next answers belong to these questions
@@ -153,6 +154,8 @@ class RewardModel:
             if not self._children and self._open() != self.sha256:
                 self.close()
                 return _Fault(f"{self._config.model} is no longer the model that it was", lasts=True)
+        except OutageError:
+            raise
         except FinemoeError as error:
             return _Fault(f"the reward model does not open any more: {error}", lasts=True)
         (child,) = self._children
@@ -160,19 +163,22 @@ class RewardModel:
         began = time.monotonic()
         request = {"talks": talks, "tokens": self._config.batch_tokens, "seconds": seconds}
         line = json.dumps(request, default=str)
-        reply = ask(child, line, seconds, lambda: self._patient(began, len(talks), seconds))
+        reply = ask(child, line, seconds, lambda: self._look(began, len(talks), seconds))
         if reply is not None and "judged" in reply:
             return [Judged(**{**one, "steps": ()}) for one in reply["judged"]]
         self.close()
         if reply is not None:
             return _Fault(str(reply["failed"]))
-        if self._hurried:
-            raise OutageError("the reward model is waited for no longer, since the run was asked to end")
         late = time.monotonic() >= began + seconds
-        return _Fault(f"no verdict within {seconds:g} seconds" if late else _ENDED, lasts=late)
+        # One that is late by itself is perhaps the only one; of several that are, each would have had all their time.
+        return _Fault(f"no verdict within {seconds:g} seconds" if late else _ENDED, lasts=late and len(talks) > 1)
 
-    def _patient(self, began: float, number: int, seconds: float) -> bool:
-        """Whether to wait on; what takes long is told once, and who is asked to end waits a moment more."""
+    def _look(self, began: float, number: int, seconds: float) -> None:
+        """Tell once of what takes long.
+
+        Raises:
+            OutageError: as `_heed` does.
+        """
         now = time.monotonic()
         if now - began > _LONG and not self._told_long:
             self._told_long = True
@@ -181,7 +187,16 @@ class RewardModel:
                 self._config.model, number, now - began, seconds, self._bounds.deadline_seconds,
                 "" if self._keys is None else f" ({self._keys}reward_seconds)",
             )  # fmt: skip
-        return not self._hurried or now - self._hurried < _PATIENCE
+        self._heed()
+
+    def _heed(self) -> None:
+        """Wait for a moment more where the run is asked to end.
+
+        Raises:
+            OutageError: that moment has passed.
+        """
+        if self._hurried and time.monotonic() - self._hurried >= _PATIENCE:
+            raise OutageError("the reward model is waited for no longer, since the run was asked to end")
 
     def hurry(self) -> None:
         """A person asks the run to end: what takes longer than a moment is waited for no more."""
@@ -192,6 +207,7 @@ class RewardModel:
 
         Raises:
             FinemoeError: as the process met it.
+            OutageError: as `_heed` does.
         """
         paths = os.pathsep.join(one for one in sys.path if one)
         child = subprocess.Popen(
@@ -211,7 +227,7 @@ class RewardModel:
             "memory": self._bounds.memory_bytes,
             "threads": torch.get_num_threads(),
         }
-        reply = ask(child, json.dumps(setup), _OPENING_SECONDS)
+        reply = ask(child, json.dumps(setup), _OPENING_SECONDS, self._heed)
         if reply is not None and reply["ready"]:
             return str(reply["sha256"])
         self.close()
