@@ -141,8 +141,15 @@ def titles(results: dict[str, Any]) -> list[str]:
 def test_what_is_only_watched_is_no_part_of_the_reward(tmp_path: Path) -> None:
     results = changed(rewarded(tmp_path / "run"), reward_answer=0.25)
     assert "only watched: steps" in titles(results)
-    assert "unweighted: answer" in titles(results)
+    assert "answer, before its weight" in titles(results), "and its weight is not 0"
     assert "of it: steps" not in titles(results)
+
+
+def test_length_stands_beside_how_it_goes_with_reward(tmp_path: Path) -> None:
+    """On an axis that a correlation fills, so that a small one looks small."""
+    results = changed(rewarded(tmp_path / "run"), length_correlation=0.1)
+    assert titles(results)[:2] == ["tokens of an answer", "correlation of length and reward"]
+    assert charts(results)[0][1].to_dict()["encoding"]["y"]["scale"]["domain"] == [0, 1]
 
 
 def test_a_single_reward_is_drawn_once(tmp_path: Path) -> None:

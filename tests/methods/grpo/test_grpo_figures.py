@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import fmean
+from statistics import correlation, fmean
 from typing import Any
 
 import pytest
@@ -56,6 +56,7 @@ def test_figures_are_those_of_the_answers(start: Path, tmp_path: Path) -> None:
     run = train(recipe, out=tmp_path / "run", quiet=True).directory
     lines = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
     told = [one["figures"] for one in steps(run)]
+    related = 0
     for number, figures in enumerate(told):
         everything = [one for one in lines if one["kind"] == "answer" and one["rollout"] == number]
         answers = [one for one in everything if not one.get("discarded")]
@@ -74,9 +75,16 @@ def test_figures_are_those_of_the_answers(start: Path, tmp_path: Path) -> None:
             "unreadable_picky": fmean(one["verdict"] == "unreadable" for one in picky),
             "prompts_asked": len(everything) / 4,
         }
+        lengths = [[one["length"] for one in answers if one["group"] == group] for group in range(2)]
+        both = [pair for pair in zip(lengths, groups, strict=True) if all(len(set(column)) > 1 for column in pair)]
+        if both:
+            expected["length_correlation"] = fmean(correlation(*pair) for pair in both)
+        assert ("length_correlation" in figures) == bool(both)
+        related += bool(both)
         assert {name: figures[name] for name in expected} == pytest.approx(expected)
         (line,) = [one for one in lines if one["kind"] == "rollout" and one["rollout"] == number]
         assert {name: line[name] for name in expected} == pytest.approx(expected)
+    assert related, "lengths and rewards differ now and then"
     for name in ("dead_groups", "unreadable_picky", "prompts_asked", "cut_share"):
         assert len({one[name] for one in told}) > 1, f"{name} says something here"
 
@@ -127,6 +135,20 @@ def test_selection_biases_move_where_they_are_told_to(start: Path, tmp_path: Pat
 
 def warnings(run: Path) -> list[tuple[int, str]]:
     return [(one["step"], one["message"]) for one in read_metrics(run) if one["kind"] == "warning"]
+
+
+def test_groups_that_teach_nothing_are_told_in_the_record(start: Path, tmp_path: Path) -> None:
+    """Complaint 14 of post-training, from the answers to metrics.jsonl."""
+    path = tmp_path / "alike.py"
+    path.write_text("def score(prompt, completion, record):\n    return 0.5\n")
+    recipe = practising(start, {"rewards": [{"kind": "function", "path": f"{path}:score"}]}, training={"steps": 7})
+    run = train(recipe, out=tmp_path / "run", quiet=True).directory
+    assert {one["figures"]["dead_groups"] for one in steps(run)} == {1.0}
+    ((step, message),) = [one for one in warnings(run) if "teach nothing" in one[1]]
+    assert step == 5
+    assert message.startswith("100% of the groups teach nothing, as all of their answers are worth the same")
+    sound = train(practising(start, training={"steps": 7}), out=tmp_path / "sound", quiet=True).directory
+    assert not [one for one in warnings(sound) if "teach nothing" in one[1]]
 
 
 def test_steps_that_go_far_from_who_wrote_are_told_once(start: Path, tmp_path: Path) -> None:

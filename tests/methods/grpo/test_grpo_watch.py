@@ -73,7 +73,7 @@ def test_what_is_only_watched_may_not_fall_unseen() -> None:
     rewards = [{"kind": "answer", "weight": 0}, {"kind": "length", "longest": 9, "cushion": 3}]
     watch = Watch(GRPOConfig.model_validate({"rewards": rewards}))
     found: list[str] = []
-    for right in (0.4, 0.6, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.7, 0.5, *[0.2] * 12):
+    for right in (0.4, 0.6, *[0.8] * 10, 0.7, 0.5, *[0.2] * 12):
         found += watch.after({**SOUND, "reward_answer": right, "reward_length": 1.0})
         kept = json.loads(json.dumps(watch.values()))
         watch = Watch(watch.config)  # and who goes on says as much
@@ -156,7 +156,16 @@ def test_several_steps_on_a_rollout_count_as_their_worst(worst: int) -> None:
     assert "importance_cap" not in apart, "which corrects what was so before the first step"
     assert "94% of the tokens are clipped" in clipped
     assert all("take fewer steps on a rollout" in one for one in (experts, apart, clipped))
-    assert of_rollouts(Watch(GRPOConfig(steps_per_rollout=4, replay="update")), 9)[0] == apart
+    assert of_rollouts(Watch(GRPOConfig(steps_per_rollout=4, replay="rollout")), 9)[0] == apart
+
+
+def test_replay_of_the_update_does_not_hide_that_others_wrote() -> None:
+    """The steps on a rollout agree with one another, and behaviour and policy chose different experts all the same."""
+    watch = Watch(GRPOConfig(steps_per_rollout=4, replay="update"))
+    experts, _, _ = of_rollouts(watch, 9)
+    assert experts.startswith("48% of the experts are others than when the answers were written: method.replay = ")
+    assert "agree with one another, and not with who wrote" in experts
+    assert 'set method.replay = "rollout"' in experts
 
 
 def test_who_wrote_is_another_from_the_first_step_on() -> None:

@@ -13,10 +13,11 @@ from finemoe.charts.run.figures import along_steps, line_chart
 
 _FLAT = 1e-6
 """What stays below it is rounding, and a chart of it would draw noise."""
-_FLOORS = {"kl": 1e-3, "off_policy_kl": 1e-3, "length": 1.0}
+_FLOORS = {"kl": 1e-3, "off_policy_kl": 1e-3, "length": 1.0, "length_correlation": 1.0}
 """What an axis reaches at least, so that a trifle looks like one; of a share it is a hundredth."""
 _NAMES = {
-    "length": "tokens of an answer", "kl": "divergence from the reference", "entropy": "entropy",
+    "length": "tokens of an answer", "length_correlation": "correlation of length and reward",
+    "kl": "divergence from the reference", "entropy": "entropy",
     "dead_groups": "groups without spread", "cut_share": "answers cut at their length",
     "clip_share": "tokens that are clipped", "expert_mismatch": "experts that differ", "off_policy_kl": "off-policy KL",
     "failed_share": "answers not judged",
@@ -64,16 +65,16 @@ def title_of(results: Results, name: str) -> str:
         return f"greedily: {of}"
     if kind == "unreadable":
         return f"nothing to judge: {of}"
-    return f"only watched: {of}" if of in _watched(results) else f"unweighted: {of}"
+    return f"only watched: {of}" if of in _watched(results) else f"{of}, before its weight"
 
 
 def _shown(results: Results, steps: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Figures in the order of the page; of a single reward there is no more to say than the reward itself."""
     known = dict.fromkeys(name for one in steps for name in one)
     rewards = [name for name in known if name.startswith("reward_") and not repeats(steps, name, "reward")]
-    length, *others = _NAMES
+    length, related, *others = _NAMES
     unreadable = [name for name in known if name.startswith("unreadable_")]
-    return {name: title_of(results, name) for name in (length, *rewards, *others, *unreadable)}
+    return {name: title_of(results, name) for name in (length, related, *rewards, *others, *unreadable)}
 
 
 def repeats(points: Sequence[Mapping[str, Any]], name: str, other: str) -> bool:

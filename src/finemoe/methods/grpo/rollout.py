@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from finemoe.generation.sequence import FinishReason
+from finemoe.methods.grpo.advantages import outcome
 from finemoe.methods.rewards import Answer as Judgeable
 from finemoe.methods.rewards import Scored as Judged
 from finemoe.training.method import Saved
+
+LENGTH_CORRELATION = "length_correlation"
 
 Routes = Mapping[int, Tensor]
 """By layer: [tokens, k] int16, the experts of every token that was read: all but the last."""
@@ -199,6 +203,8 @@ def figures(groups: Sequence[Group], answers: Sequence[Answer], asked: int) -> d
         "dead_groups": sum(not one.alive for one in groups) / len(groups),
         "prompts_asked": float(asked),
     }
+    if related := [one for group in groups if (one := _with_length(group)) is not None]:
+        found[LENGTH_CORRELATION] = fmean(related)
     for name in answers[0].rewards:
         verdicts = [one.rewards[name]["verdict"] for one in answers]
         known = [one.rewards[name]["value"] for one in answers if one.rewards[name]["verdict"] != "error"]
@@ -206,6 +212,16 @@ def figures(groups: Sequence[Group], answers: Sequence[Answer], asked: int) -> d
             found[f"reward_{name}"] = sum(known) / len(known)
         found[f"unreadable_{name}"] = verdicts.count("unreadable") / len(verdicts)
     return found
+
+
+def _with_length(group: Group) -> float | None:
+    """The correlation of length and worth of its answers, -1 to 1; None: all are as long, or worth the same."""
+    judged = [(one.value, drawn) for one, drawn in zip(group.judged, group.drawn, strict=True) if one.value is not None]
+    worths = outcome([value for value, _ in judged], "std")
+    lengths = outcome([float(len(drawn.completion)) for _, drawn in judged], "std")
+    if not any(worths) or not any(lengths):
+        return None
+    return fmean(worth * length for worth, length in zip(worths, lengths, strict=True))
 
 
 def lines(

@@ -6,16 +6,20 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, final
 
 from finemoe.core.logs import logger
 from finemoe.methods.grpo.config import GRPOConfig
 from finemoe.methods.grpo.objective import MISMATCH
+from finemoe.methods.grpo.rollout import LENGTH_CORRELATION
 from finemoe.methods.grpo.surrogate import CLIPPED, OFF_POLICY
 from finemoe.training.method import Note
 
 _LONG = 5
 """[rollouts] In a row before anything is said; and over which lengths and rewards are averaged, as one is noise."""
+_WINDOW = 10
+"""[rollouts] Of a mean that others are compared with by its standard error, which fewer would tell badly."""
 _AGAIN = 50
 """[rollouts] After which failures of rewards are told again, where there still are some."""
 _DEAD, _CUT, _MISMATCH, _CLIPPED, _OFF_POLICY = 0.9, 0.5, 0.1, 0.5, 0.01
@@ -27,8 +31,22 @@ _LONGER = 1.5
 """[factor] Length against that of the first rollouts, from where on a reward that did not rise is suspected."""
 _RISE = 1e-6
 """[reward] What is less is rounding."""
+_RISEN = 2
+"""[standard errors] Of the difference of two means, from where on it is a rise."""
 _FALLEN = 0.7
 """[share] Of the best that a watched reward came to, below which something else is learnt."""
+_SURE = 7
+"""[standard errors] Of a fall from the best: the best of many windows was a lucky one, and every rollout asks anew. Of
+shares that never change, some 2 in 100 runs of 1000 rollouts are told to have fallen."""
+_CLOSE = 0.5
+"""[correlation] Of length and reward, above which length explains much of what an answer is worth."""
+_PATIENCE = {"bought": 30}
+"""[rollouts] In a row, where `_LONG` is too short: what is right may rise slowly, and behind a form that is rewarded
+and longer, too."""
+_ENOUGH = 50
+"""[rollouts] With something to learn from, after which a reward that has not risen is told."""
+_NEAR = 0.9
+"""[share] Of the largest reward, from where on little is left to rise."""
 _AT_FIRST = "at first"
 
 
@@ -64,10 +82,10 @@ class _Streak:
 
     rollouts: int = 0
 
-    def after(self, so: bool) -> bool:
+    def after(self, so: bool, long: int = _LONG) -> bool:
         """Whether it is to be said now."""
         self.rollouts = self.rollouts + 1 if so else 0
-        return self.rollouts == _LONG
+        return self.rollouts == long
 
 
 @final
@@ -81,6 +99,8 @@ class Watch:
     """Of the first rollouts of the run."""
     _last: dict[str, list[float]] = field(default_factory=dict)
     """Of the newest."""
+    _best: dict[str, list[float]] = field(default_factory=dict)
+    """Of those in a row whose mean was the largest."""
     _worst: dict[str, float] = field(default_factory=dict)
     """Of the steps so far on the rollout of now."""
 
@@ -90,18 +110,21 @@ class Watch:
             "streaks": {name: one.rollouts for name, one in self._streaks.items()},
             "first": {name: list(found) for name, found in self._first.items()},
             "last": {name: list(found) for name, found in self._last.items()},
+            "best": {name: list(found) for name, found in self._best.items()},
             "worst": dict(self._worst),
         }
 
     def put(self, values: Mapping[str, Mapping[str, Any]]) -> None:
         """Be as `values` found it."""
         self._streaks = {name: _Streak(int(rollouts)) for name, rollouts in values["streaks"].items()}
-        self._first, self._last = ({name: _listed(found) for name, found in values.get(key, {}).items()}
-                                   for key in ("first", "last"))  # fmt: skip
+        self._first, self._last, self._best = (
+            {name: _listed(found) for name, found in values.get(key, {}).items()} for key in ("first", "last", "best")
+        )
         self._worst = dict(values.get("worst", {}))
 
     def after(self, figures: Mapping[str, float]) -> list[str]:
         """What is to be said after a rollout with these figures."""
+        self._remember(figures)
         longer = self._longer(figures)
         unreadable = max((value for name, value in figures.items() if name.startswith("unreadable_")), default=0.0)
         dead, cut = figures["dead_groups"], figures["cut_share"]
@@ -123,27 +146,98 @@ class Watch:
                 "rewarded: lengths are learnt and not the task; lower optimizer.learning_rate, or raise method.beta",
             ),
         }
+        if self.config.order == "given":  # prompts may get harder: later answers cannot be held to earlier ones
+            del said["longer"]
+            return self._now(said)
         for one in self.config.rewards:
             if not one.weight and one.kind in _COMPARING:
                 name = one.name or one.kind
-                said[f"fallen {name}"] = self._fallen(name, figures)
-        return self._now(said)
+                said[f"fallen {name}"] = self._fallen(name)
+        said["bought"] = self._bought()
+        return self._now(said) + self._unlearnt(figures)
 
-    def _fallen(self, name: str, figures: Mapping[str, float]) -> tuple[bool, str]:
+    @property
+    def _right(self) -> list[str]:
+        """Names of the rewards that say whether an answer is right, learnt or only watched."""
+        return [one.name or one.kind for one in self.config.rewards if one.kind in _COMPARING]
+
+    def _remember(self, figures: Mapping[str, float]) -> None:
+        """The first and the newest of what is compared; there is no reward where no answer could be judged."""
+        for name in ("reward", "length", LENGTH_CORRELATION, *(f"reward_{one}" for one in self._right)):
+            if name in figures:
+                first, last = self._first.setdefault(name, []), self._last.setdefault(name, [])
+                if len(first) < _WINDOW:
+                    first.append(figures[name])
+                last.append(figures[name])
+                del last[:-_WINDOW]
+
+    def _rose(self, name: str) -> bool:
+        """Whether the newest are larger than the first by more than chance."""
+        first = self._first.get(name, [])
+        return len(first) == _WINDOW and _errors(first, self._last[name]) > _RISEN
+
+    def _fallen(self, name: str) -> tuple[bool, str]:
         """Of a reward that says what is right and is only watched: whether it fell far below its best."""
-        last, best = self._last.setdefault(f"watched {name}", []), self._first.setdefault(f"watched {name}", [])
-        if (found := figures.get(f"reward_{name}")) is not None:
-            last.append(found)
-            del last[:-_LONG]
-        mean = statistics.fmean(last or [0.0])
-        if len(last) == _LONG and (not best or mean > best[0]):
-            best[:] = [mean]
-        so = bool(best) and mean < _FALLEN * best[0]
-        return so, (
-            f"{name}, which is only watched, fell from {best[0] if best else mean:.2f} to {mean:.2f}: what is rewarded "
+        key = f"reward_{name}"
+        last, best = self._last.get(key, []), self._best.setdefault(key, [])
+        if len(last) < _WINDOW:
+            return False, ""
+        now = statistics.fmean(last)
+        if not best or now > statistics.fmean(best):
+            best[:] = last
+        most = statistics.fmean(best)
+        return now < _FALLEN * most and _errors(last, best) > _SURE, (
+            f"{name}, which is only watched, fell from {most:.2f} to {now:.2f}: what is rewarded "
             "is not what is wanted; stop before, lower optimizer.learning_rate, raise method.beta, or set "
             'method.scale = "none"'
         )
+
+    def _bought(self) -> tuple[bool, str]:
+        """Whether reward and length rise together, and what is right does not.
+
+        Where nothing but what is right is rewarded, that cannot be.
+        """
+        related = self._last.get(LENGTH_CORRELATION, [])
+        paid = any(one.weight and one.kind not in _COMPARING for one in self.config.rewards)
+        if not paid or len(related) < _WINDOW:
+            return False, ""
+        known = [one for one in self._right if f"reward_{one}" in self._last]
+        close = statistics.fmean(related)
+        so = close > _CLOSE and self._rose("reward") and self._rose("length")
+        so = so and not any(self._rose(f"reward_{one}") for one in known)
+        said = (
+            f"answers grow longer, and the longer ones to a question are the better rewarded ({LENGTH_CORRELATION} "
+            f"{close:.2f}), while "
+        )
+        if not known:
+            return so, Note(
+                f"{said}nothing says whether they are right: read some (finemoe rollouts), or watch what is right (one "
+                "more of method.rewards, with weight = 0)"
+            )
+        before, now = (statistics.fmean(of[f"reward_{known[0]}"]) for of in (self._first, self._last))
+        return so, (
+            f"{said}no more of them are right ({known[0]} {before:.2f} at first, {now:.2f} now): reward is bought by "
+            "length; read some (finemoe rollouts), lower the weight of what likes length, or reward shorter ones "
+            "(method.rewards of kind length)"
+        )
+
+    def _unlearnt(self, figures: Mapping[str, float]) -> list[str]:
+        """Once, after enough rollouts that had something to teach: that the reward stands where it began."""
+        if "reward" not in figures or figures["dead_groups"] > _DEAD:
+            return []
+        taught = self._streaks.setdefault("taught", _Streak())
+        taught.rollouts += 1
+        before, now = (statistics.fmean(of["reward"]) for of in (self._first, self._last))
+        largest = sum(max(one.weight, 0.0) for one in self.config.rewards)  # functions and models may give more than 1
+        if taught.rollouts != _ENOUGH or self._rose("reward") or _NEAR * largest <= now <= largest:
+            return []
+        return [
+            Note(
+                f"nothing has been learnt so far: in {_ENOUGH} rollouts the reward has not risen by more than chance "
+                f"({before:.3g} at first, {now:.3g} now); begin with a model that was taught longer (method sft), ask "
+                "easier prompts, raise optimizer.learning_rate, or give it more rollouts (training.steps)"
+            )
+        ]
 
     def _dead(self, figures: Mapping[str, float]) -> str:
         """Of groups without spread, what to do about it: where all is right there is nothing to mend."""
@@ -197,11 +291,16 @@ class Watch:
             return []
         worst, several = self._worst, self.config.updates > 1
         fewer = "take fewer steps on a rollout, or lower optimizer.learning_rate"
+        by_update = (
+            'method.replay = "update" makes the steps on a rollout agree with one another, and not with who wrote; '
+            if self.config.replay == "update"
+            else ""
+        )
         said = {
             "mismatch": (
-                self.config.replay == "off" and worst[MISMATCH] > _MISMATCH,
+                self.config.replay != "rollout" and worst[MISMATCH] > _MISMATCH,
                 f"{worst[MISMATCH]:.0%} of the experts are others than when the answers were written: "
-                'set method.replay = "rollout"' + (f", or {fewer}" if several else ""),
+                f'{by_update}set method.replay = "rollout"' + (f", or {fewer}" if several else ""),
             ),
             "off policy": (
                 worst[OFF_POLICY] > _OFF_POLICY,
@@ -224,28 +323,33 @@ class Watch:
         return "let the model that is trained write them (method.server)"
 
     def _now(self, said: Mapping[str, tuple[bool, str]]) -> list[str]:
-        return [text for name, (so, text) in said.items() if self._streaks.setdefault(name, _Streak()).after(so)]
+        return [
+            text
+            for name, (so, text) in said.items()
+            if self._streaks.setdefault(name, _Streak()).after(so, _PATIENCE.get(name, _LONG))
+        ]
 
     def _longer(self, figures: Mapping[str, float]) -> float:
         """How many times as long as at first answers are, where they are no better rewarded; else 0.
 
-        Means of a few rollouts are compared. A reward has risen where the difference is above two standard errors.
+        Means of a few rollouts are compared.
         """
-        for name in ("reward", "length"):
-            if name in figures:  # there is no reward where no answer could be judged
-                first, last = self._first.setdefault(name, []), self._last.setdefault(name, [])
-                if len(first) < _LONG:
-                    first.append(figures[name])
-                last.append(figures[name])
-                del last[:-_LONG]
-        if "reward" not in figures or len(self._first["reward"]) < _LONG:
+        if "reward" not in figures or len(self._last["reward"]) < _LONG:
             return 0.0
-        before, now = self._first["reward"], self._last["reward"]
-        error = math.sqrt((statistics.pvariance(before) + statistics.pvariance(now)) / _LONG)
-        rise = statistics.fmean(now) - statistics.fmean(before)
-        if rise > max(2 * error, _RISE):
+        if _errors(self._first["reward"][:_LONG], self._last["reward"][-_LONG:]) > _RISEN:
             return 0.0
-        return statistics.fmean(self._last["length"]) / max(statistics.fmean(self._first["length"]), 1e-9)
+        first, last = self._first["length"][:_LONG], self._last["length"][-_LONG:]
+        return statistics.fmean(last) / max(statistics.fmean(first), 1e-9)
+
+
+def _errors(before: Sequence[float], now: Sequence[float]) -> float:
+    """By how many standard errors the mean is larger than before.
+
+    Noise is what a rollout differs by from the one before it, so that a slow rise within the rollouts is none.
+    """
+    rise = statistics.fmean(now) - statistics.fmean(before)
+    noise = (statistics.fmean((b - a) ** 2 for a, b in pairwise(one)) / 2 / len(one) for one in (before, now))
+    return 0.0 if abs(rise) <= _RISE else rise / max(math.sqrt(sum(noise)), _RISE)
 
 
 def _listed(found: float | Sequence[float]) -> list[float]:
