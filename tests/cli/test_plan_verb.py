@@ -177,8 +177,8 @@ def test_a_plan_of_others_software_is_marked(command: Any) -> None:
 
 
 def test_processes_that_are_planned_do_not_run(command: Any) -> None:
-    said = " ".join(command("plan", "tiny-moe", "--gpus", "8", "--set", "parallel.shard=2").stderr.split())
-    assert "are 2 processes, and 8 are planned for: --gpus 2, or other sizes, such as --set parallel.shard=8" in said
+    said = " ".join(command("plan", "tiny-moe", "--gpus", "8", "--set", "parallel.shard=3").stderr.split())
+    assert "are 3 processes, and 8 are planned for: --gpus 3, or other sizes, such as --set parallel.shard=8" in said
     assert "running" not in said
 
 

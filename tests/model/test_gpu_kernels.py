@@ -31,7 +31,7 @@ def test_values_and_gradients_are_those_of_the_loop_on_the_cpu(
         inputs = [tensor.to(device, kind).requires_grad_() for tensor in (states, gates)]
         with torch.autocast(device, torch.bfloat16, enabled=kind == torch.bfloat16):
             decision = decision_of(expert_ids.to(device), 16)
-            output = routed_output(LocalDispatch(), experts, inputs[0], decision, None, inputs[1])
+            output, _ = routed_output(LocalDispatch(), experts, inputs[0], decision, None, inputs[1])
         leaves = (*inputs, *experts.parameters())
         results.append([output, *torch.autograd.grad(output.float().square().sum(), leaves)])
     for ours, expected in zip(results[1], results[0], strict=True):

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, distributed
+from torch.overrides import TorchFunctionMode
 
+from finemoe.model.backends import EXPERT_KERNELS
 from finemoe.model.moe.decision import RoutingDecision
+from finemoe.model.native import exact
 from finemoe.parallel.config import Layout
 from finemoe.parallel.expert import AllToAll
 from finemoe.parallel.processes import Processes
@@ -23,15 +27,16 @@ from parallel.tiny_layouts import LAYOUTS, Case, trainer
 CPU = torch.device("cpu")
 
 
-def all_on_one(layout: Layout, chosen: tuple[int, int]) -> tuple[dict[str, Tensor], list[float]]:
-    """Gradients when every token of every layer takes two experts of one process; rows by process."""
+def all_on_one(layout: Layout, by_group: tuple[tuple[int, int], ...]) -> tuple[dict[str, Tensor], list[float]]:
+    """Gradients when every token takes two experts of one process, in each group its own; rows by process."""
     world = Processes(layout, CPU)
     one = trainer(replace(Case(), mtp=0), world)
     for bias in selection_biases(one.model).values():
         bias.fill_(-100)
-        bias[list(chosen)] = 100
+        bias[list(by_group[world.rank // layout.expert])] = 100
     report = one.step(one.micro_batches())
-    assert all(load.nonzero().flatten().tolist() == list(chosen) for load in report.load.values())
+    anywhere = sorted({expert for chosen in by_group for expert in chosen})
+    assert all(load.nonzero().flatten().tolist() == anywhere for load in report.load.values())
     found = {}
     for name, parameter in one.parameters.items():
         assert parameter.grad is not None, name
@@ -42,13 +47,84 @@ def all_on_one(layout: Layout, chosen: tuple[int, int]) -> tuple[dict[str, Tenso
 @pytest.mark.parametrize("layout", [Layout(shard=2, expert=2), Layout(shard=4, expert=2)], ids=str)
 def test_a_process_without_a_token_takes_part_and_learns_nothing(layout: Layout) -> None:
     """Complaints 2 and 14 of distribution: zero rows hang, or leave no gradient; nobody says how uneven rows are."""
-    results: list[Any] = run(layout.processes, all_on_one, layout, (0, 1), deadline=20)
+    results: list[Any] = run(layout.processes, all_on_one, layout, ((0, 1),) * layout.expert_shard, deadline=20)
     for rank, (gradients, figures) in enumerate(results):
         stacks = {name: one for name, one in gradients.items() if ".experts." in name}
         assert stacks
         if rank % layout.expert:  # holds experts 4 to 7
             assert all(not one.any() for one in stacks.values())
         assert figures == [2.0]
+
+
+def taken(layout: Layout) -> tuple[dict[int, int], int, float]:
+    """Rows that the experts here are given in a step that drops some, by layer; how many are dropped; the figure."""
+    world = Processes(layout, CPU)
+    one = trainer(Case(mtp=0, capacity=1.0), world)
+    rows: dict[int, int] = {}
+    for number, layer in one.model.moe_layers.items():
+
+        def count(module: Any, given: tuple[Tensor, Tensor], number: int = number) -> None:
+            rows[number] = rows.get(number, 0) + len(given[0])
+
+        layer.experts.register_forward_pre_hook(count)
+    report = one.step(one.micro_batches())
+    return rows, report.dropped, report.figures["expert_rows_max_over_mean"]
+
+
+def test_the_rows_of_the_busiest_process_are_those_that_came() -> None:
+    """Complaint 14 of distribution, where two groups of processes hold the same experts, and all rows of each go to
+    different ones: added up, all looks even."""
+    split, stages = Layout(shard=4, expert=2), Layout(pipeline=2, shard=2, expert=2)
+    work = [(all_on_one, split, ((0, 1), (6, 7))), (taken, split), (taken, stages)]
+    for (_, figures), *counted in (results := run(4, several, work, deadline=30)):
+        assert figures == [2.0]
+        assert all(drops > 0 for _, drops, _ in counted)
+    for place in (1, 2):
+        everybody = [found[place] for found in results]
+        layers: dict[int, list[int]] = {}
+        for number, rows in ((number, rows) for own, _, _ in everybody for number, rows in own.items()):
+            layers.setdefault(number, []).append(rows)
+        assert {number: len(rows) for number, rows in layers.items()} == dict.fromkeys((1, 2), 4 // place)
+        worst = max(max(rows) / (sum(rows) / len(rows)) for rows in layers.values())
+        assert worst > 1
+        assert all(figure == pytest.approx(worst, rel=1e-12) for _, _, figure in everybody)
+
+
+class Waits(TorchFunctionMode):
+    """Counts what a GPU would be waited for: numbers that the host reads, and lengths that only values tell."""
+
+    _READ = (Tensor.tolist, Tensor.item, Tensor.cpu, Tensor.numpy, Tensor.nonzero, Tensor.__bool__, Tensor.__int__)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._on_host: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, given: Any = (), settings: Any = None) -> Any:
+        settings = settings or {}
+        reads = function in self._READ and not any(given[0] is one for one in self._on_host)
+        masks = function in (Tensor.__getitem__, Tensor.__setitem__) and getattr(given[1], "dtype", None) == torch.bool
+        repeats = "repeat_interleave" in function.__name__ and settings.get("output_size") is None
+        if reads or masks or repeats:
+            self.found.append(function.__name__)
+        result = function(*given, **settings)
+        if function is torch.tensor:
+            self._on_host.append(result)
+        return result
+
+
+def waits(kernel: str) -> list[str]:
+    """Of one layer, there and back, as it is on a GPU: without the C++ that sorts on a CPU."""
+    group = AllToAll(distributed.group.WORLD, 2)
+    hidden = torch.randn(6, 4, requires_grad=True)
+    experts = [torch.randn(2, 8, 4, requires_grad=True), torch.randn(2, 4, 4, requires_grad=True)]
+    decision: RoutingDecision = decision_of(torch.tensor([[0, 3], [1, 2]]).repeat(3, 1), 4)
+    with patch.object(exact, "available", lambda: False), Waits() as counted:
+        rows, counts, ticket = group.dispatch(hidden, decision, None)
+        output = group.combine(EXPERT_KERNELS[kernel](rows, counts, *experts), ticket, torch.ones(6, 2))
+        output.sum().backward()
+    assert hidden.grad is not None
+    return counted.found
 
 
 def dropped() -> list[Tensor]:
@@ -69,8 +145,11 @@ def dropped() -> list[Tensor]:
 
 def test_when_capacity_drops_everything_nobody_waits() -> None:
     """Complaint 2 of distribution, where no process sends a row."""
-    for found in run(2, dropped, deadline=20):
+    kernels = ("loop", "sorted_slices", "grouped_mm")
+    for found, *waited in run(2, several, [(dropped,), *((waits, kernel) for kernel in kernels)], deadline=20):
         assert not any(one.any() for one in found)
+        # And where nothing is dropped, a layer waits for its device once, whichever kernel runs: for the splits.
+        assert waited == [["tolist"]] * len(kernels)
 
 
 def held(layout: Layout | None) -> tuple[int, int]:

@@ -14,8 +14,17 @@ from torch import Tensor
 from finemoe.parallel.config import Layout
 from finemoe.parallel.processes import _buckets
 from parallel.processes import run, several
-from parallel.tiny_layouts import LAYOUTS, SEQUENCES, Case, gradients, trained
+from parallel.tiny_layouts import (
+    ALL_BALANCE,
+    LAYOUTS,
+    SEQUENCES,
+    Case,
+    gathered_in_bf16,
+    gradients,
+    trained,
+)
 
+IN_PIECES, SHORT = Layout(context=4), Case(torch.float32, steps=1, micro=8, mtp=0)
 GATHERED = {**LAYOUTS, "shard 4, experts 4": Layout(shard=4, expert=4)}
 """Whose gradients are compared."""
 CUTS = {
@@ -26,6 +35,8 @@ CUTS = {
     "averaged": (Case(steps=4, average=True), Layout(shard=2)),
 }
 """Other ways through a step; the last is wrong."""
+BALANCED = ("replicate 2", "shard 2, experts 2", "context 2", "pipeline 2")
+"""Whose balance losses are compared, all of them."""
 TOGETHER = ("replicate 2, shard 2", "shard 2, context 2, experts 2", "pipeline 2, shard 2, experts 2")
 """Of what others hold one by one; their twenty steps are slow, and their gradients are not."""
 TWENTY = [pytest.param(name, marks=pytest.mark.slow if name in TOGETHER else ()) for name in LAYOUTS]
@@ -46,6 +57,11 @@ def narrow(layout: Layout, kernels: str = "native") -> Case:
     return replace(case_of(layout), dtype=torch.float32, kernels=kernels, micro=1, mtp=int(layout.context == 1))
 
 
+def balanced(layout: Layout) -> Case:
+    """Of a few steps."""
+    return replace(case_of(layout), steps=4, balanced=True)
+
+
 @cache
 def all_by(processes: int) -> tuple[list[Any], list[Any] | AssertionError]:
     """Everything that so many processes do, in processes that are started once, whether it goes well or not."""
@@ -53,6 +69,8 @@ def all_by(processes: int) -> tuple[list[Any], list[Any] | AssertionError]:
     work: list[tuple[Any, ...]] = [(trained, case_of(one), one) for one in quick]
     work += [(gradients, narrow(one), one) for one in GATHERED.values()]
     work += [(trained, *cut) for cut in CUTS.values()]
+    work += [(trained, balanced(LAYOUTS[name]), LAYOUTS[name]) for name in BALANCED]
+    work.append((gathered_in_bf16, SHORT, IN_PIECES))
     work = [one for one in work if one[-1].processes == processes]
     try:
         return work, run(processes, several, work, deadline=300)
@@ -120,6 +138,7 @@ def test_other_cuts_of_a_step_are_the_same_step(name: str) -> None:
     reports, found = together(trained, case, layout)[0]
     for ours, theirs in zip(reports, expected, strict=True):
         assert ours.loss == pytest.approx(theirs.loss, abs=5e-6)
+        assert ours.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-5)
         assert all(torch.equal(load, theirs.load[layer]) for layer, load in ours.load.items())
         assert ours.selection_bias == pytest.approx(dict(theirs.selection_bias), abs=1e-9)
     assert distance(found, weights) < 1e-5
@@ -137,6 +156,36 @@ def test_gradients_before_the_clip_are_those_of_one_process(name: str, kernels: 
     for key, gradient in theirs.items():
         apart = (ours[key] - gradient).norm() / gradient.norm()
         assert apart < 1e-6, key
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_every_balance_loss_is_that_of_one_process(name: str) -> None:
+    """Complaint 10 of distribution, term by term: sums over sequences that lie apart, or in pieces."""
+    case = balanced(LAYOUTS[name])
+    expected, weights = alone(trained, case)
+    terms = {one.removeprefix("balance_") for one in expected[0].terms}
+    assert {*ALL_BALANCE} - {"num_devices"} <= terms, terms
+    reports, found = together(trained, case, LAYOUTS[name])[0]
+    for ours, theirs in zip(reports, expected, strict=True):
+        assert all(theirs.terms.values())
+        assert ours.terms == pytest.approx(dict(theirs.terms), rel=1e-6)
+        assert ours.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-5)
+    assert distance(found, weights) < 1e-5
+
+
+def test_gradients_of_pieces_are_summed_in_float32_where_states_are_bf16() -> None:
+    """The sum over four places, rounded once, is the nearest to the exact one; bf16 would round it at every place."""
+    results = together(gathered_in_bf16, SHORT, IN_PIECES)
+    exact = torch.stack([given.double() for _, given, _ in results]).sum(0)
+    in_turn = results[0][1]
+    for _, given, _ in results[1:]:
+        in_turn = in_turn + given
+    for rank, (mine, _, traffic) in enumerate(results):
+        place = slice(3 * rank, 3 * rank + 3)
+        assert mine.dtype == torch.bfloat16
+        assert torch.equal(mine, exact[:, place].to(torch.bfloat16))
+        assert (in_turn[:, place] - exact[:, place]).norm() > 1.2 * (mine - exact[:, place]).norm()
+        assert traffic == {"all_gather": {torch.bfloat16}, "reduce_scatter": {torch.float32}}
 
 
 def test_gradients_travel_together_by_type_up_to_a_bound() -> None:

@@ -19,7 +19,7 @@ from finemoe.runs import run as running
 from finemoe.training.adamw import AdamWOfPieces
 from finemoe.training.optimizers import optimizer_tensors
 from parallel.processes import run, several
-from parallel.test_run_by_many import losses, resume_all, tables, train_all
+from parallel.test_run_by_many import of_steps, resume_all, tables, train_all
 from parallel.test_sharded_checkpoints import at, copy_at, require_same, tensors
 from parallel.tiny_layouts import OPTIMIZER, Case, trainer
 from runs.tiny_runs import corpus
@@ -55,10 +55,10 @@ def test_both_formats_hold_the_same_moments_and_go_on_with_them(written: Path) -
 
 def test_it_is_the_run_of_one_process_who_goes_on_with_it_too(corpus: Path, written: Path, tmp_path: Path) -> None:
     alone = running.train(recipe(corpus, "one"), out=tmp_path / "one", quiet=True).directory
-    assert losses(written / "whole") == pytest.approx(losses(alone), abs=2e-5)
+    assert of_steps(written / "whole") == pytest.approx(of_steps(alone), abs=2e-5)
     for name in ("whole", "pieces"):
         running.resume(copy_at(written / name, 3, tmp_path / name), overrides=ALONE, quiet=True)
-        assert losses(tmp_path / name) == pytest.approx(losses(alone), abs=2e-5)
+        assert of_steps(tmp_path / name) == pytest.approx(of_steps(alone), abs=2e-5)
     require_same(at(tmp_path / "whole", 6), at(tmp_path / "pieces", 6))
 
 

@@ -60,11 +60,11 @@ def by_each_number(work: dict[str, Any], function: Callable[[list[Any]], None]) 
             run(size, function, some, met=False, deadline=150)
 
 
-def losses(folder: Path) -> list[float]:
+def of_steps(folder: Path, figure: str = "loss") -> list[float]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "step"]
     assert [record["step"] for record in steps] == list(range(1, 7))
-    return [record["loss"] for record in steps]
+    return [record[figure] for record in steps]
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +76,11 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_layout_writes_the_run_of_one_process(runs: Path) -> None:
-    expected = losses(runs / "one")
+    expected, norms = of_steps(runs / "one"), of_steps(runs / "one", "gradient_norm")
     whole = load_file(runs / "one" / "checkpoints" / "step-00000006" / "model.safetensors")
     for name in LAYOUTS:
-        assert losses(runs / name) == pytest.approx(expected, abs=5e-6), name
+        assert of_steps(runs / name) == pytest.approx(expected, abs=5e-6), name
+        assert of_steps(runs / name, "gradient_norm") == pytest.approx(norms, rel=5e-5), name
         weights = load_file(runs / name / "checkpoints" / "step-00000006" / "model.safetensors")
         assert weights.keys() == whole.keys()
         assert max((weights[key] - whole[key]).abs().max().item() for key in whole) < 1e-4
@@ -116,7 +117,7 @@ def test_a_run_saved_by_any_layout_goes_on_in_any_other(
     by_each_number(work, resume_all)
     for target, sources in pairs.items():
         for source, (copy, _) in zip(sources, work[target], strict=True):
-            assert losses(copy) == pytest.approx(losses(runs / source), abs=2e-6), copy.name
+            assert of_steps(copy) == pytest.approx(of_steps(runs / source), abs=2e-6), copy.name
             if source == target:
                 for file in ("model.safetensors", "optimizer.safetensors"):
                     ours, theirs = (one / "checkpoints" / "step-00000006" / file for one in (copy, runs / source))

@@ -106,6 +106,9 @@ def test_a_layout_that_trains_something_else_is_told(corpus: Path, monkeypatch: 
         ),
         ({"expert": 2}, 1, "does not divide shard x context = 1: --set parallel.expert=1"),
         ({"replicate": 3}, 4, "start a multiple of 3"),
+        ({"shard": 2}, 5, "shard 2 x context 1 are 2 processes, and 5 are running.*such as --set parallel.shard=5"),
+        ({"replicate": 1, "shard": 2}, 4, r"torchrun --nproc-per-node 2, .*such as --set parallel.replicate=2$"),
+        ({"replicate": 2, "shard": 2, "pipeline": 2}, 4, r"such as --set parallel.replicate=1$"),
         ({"shard": 4, "expert": 3}, 4, "parallel.expert 3 does not divide shard x context = 4: try one of 1, 2, 4"),
     ],
 )
@@ -126,3 +129,9 @@ def test_what_is_left_out_is_inferred() -> None:
     assert ParallelConfig().layout(8) == Layout(shard=8)
     assert ParallelConfig(replicate=2, pipeline=2).layout(8) == Layout(pipeline=2, replicate=2, shard=2)
     assert ParallelConfig().layout(1).processes == 1
+    assert ParallelConfig(shard=2).layout(4) == Layout(replicate=2, shard=2)
+    split = {"shard": 2, "expert": 4, "context": 2}
+    assert ParallelConfig(**split).layout(16) == Layout(replicate=4, **split)  # type: ignore[arg-type]
+    assert ParallelConfig(pipeline=2, shard=1).layout(8) == Layout(pipeline=2, replicate=4)
+    assert ParallelConfig(replicate=2, shard=1).layout(2) == Layout(replicate=2)
+    assert ParallelConfig(shard=2, expert=2).least == 2

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from finemoe.data.batch import TokenBatch
@@ -26,6 +29,8 @@ from oracles.models import LATENT, VOCAB, build, moe_table, small_config
 
 LENGTH, SEQUENCES = 12, 8
 OPTIMIZER = AdamWConfig(learning_rate=4e-3, max_gradient_norm=1.0)
+
+ALL_BALANCE = {"expert": 0.1, "device": 0.2, "communication": 0.3, "sequence": 0.1, "z": 0.01, "num_devices": 2}
 
 LAYOUTS = {
     "replicate 2": Layout(replicate=2),
@@ -56,6 +61,9 @@ class Case:
     recompute: bool = False
     num_experts: int = 8
     moments: str = "fp32"
+    balanced: bool = False
+    """All balance losses at once, with a router whose scores they take."""
+    capacity: float | None = None
     average: bool = False
     """Gradients as FSDP leaves them unless it is told: the mean over processes."""
 
@@ -80,8 +88,9 @@ def trainer(case: Case, world: Any) -> Trainer:
     """Drawn alike on every rank, then cut."""
     table = moe_table(
         num_routed_experts=case.num_experts,
-        router={"kind": "sigmoid_biased", "num_groups": 2, "groups_per_token": 2},
-        balance={"sequence": 0.1},
+        router={"kind": "group_limited" if case.balanced else "sigmoid_biased", "num_groups": 2, "groups_per_token": 2},
+        balance=ALL_BALANCE if case.balanced else {"sequence": 0.1},
+        capacity_factor=case.capacity,
     )
     config = small_config(
         num_layers=case.layers,
@@ -135,3 +144,32 @@ def gradients(case: Case, layout: Layout | None) -> dict[str, Tensor]:
     one._accumulate(batches, world.sum(counts))
     world.sum_gradients(one.parameters.values())
     return world.gathered({name: p.grad for name, p in one.parameters.items() if p.grad is not None})
+
+
+def gathered_in_bf16(case: Case, layout: Layout) -> tuple[Tensor, Tensor, dict[str, set[torch.dtype]]]:
+    """This piece's gradient of states that all gathered in bf16, and what this rank gave to it, of the whole.
+
+    And in which types latents and their gradients travel in a step under autocast.
+    """
+    world = world_of(layout)
+    states = torch.randn(2, 3, 5).bfloat16().requires_grad_()
+    given = torch.randn(2, 3 * layout.context, 5, generator=torch.Generator().manual_seed(world.rank)).bfloat16()
+    world._context.gather(states).backward(given)
+    one = trainer(case, world)
+    one.plan = replace(one.plan, bf16=True)
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def noting(name: str, real: Any) -> Any:
+        def collective(out: Any, given: Any, **settings: Any) -> Any:
+            if out[0].dtype.is_floating_point:  # else small things that are agreed on, and numbers of documents
+                seen.setdefault(name, set()).add(out[0].dtype)
+            return real(out, given, **settings)
+
+        return collective
+
+    with ExitStack() as held:
+        for name in ("all_gather", "reduce_scatter"):
+            held.enter_context(patch.object(dist, name, noting(name, getattr(dist, name))))
+        one.step(one.micro_batches())
+    assert states.grad is not None
+    return states.grad, given, seen

@@ -180,8 +180,8 @@ def test_what_the_trainer_refuses_is_refused_before_it_waits_in_a_queue(tmp_path
     for device in (None, "h100"):
         with pytest.raises(ConfigError, match='schedule = "zbv" with shard x context = 4: it computes gradients'):
             finemoe.launch("slurm", recipe, device=device, overrides=wanted, **options)
-        with pytest.raises(ConfigError, match="asked for: --nodes times --gpus-per-node = 2, or other sizes"):
-            finemoe.launch("slurm", recipe, device=device, overrides=["parallel.shard=2"], **options)
+        with pytest.raises(ConfigError, match="asked for: --nodes times --gpus-per-node = 3, or other sizes"):
+            finemoe.launch("slurm", recipe, device=device, overrides=["parallel.shard=3"], **options)
         with pytest.raises(ConfigError, match="is 4 sequences, which 8 processes cannot share"):
             finemoe.launch("slurm", recipe, device=device, overrides=["training.tokens_per_step=1024"], **options)
 

@@ -107,6 +107,7 @@ def test_a_sequence_in_pieces_gathers_latents() -> None:
     setup = Setup(sequences=2, seq_len=256, context=4)
     found = {one.name: one.total for one in collectives(config, setup, whole(config))}
     assert found["gather keys of the sequence"] == 2 * 60 * 576 * 64 * 2 * 3
+    assert found["sum gradients of keys"] == 2 * 60 * 576 * 64 * 4 * 3, "sums are in float32"
 
 
 def test_parameters_of_pieces_are_those_of_the_model() -> None:

@@ -119,7 +119,7 @@ class Rank:
     def in_turn(self, make: Callable[[], Any]) -> Any:
         return make()
 
-    def figures(self, load: Mapping[int, Tensor]) -> dict[str, float]:
+    def figures(self, arrived: Mapping[int, int]) -> dict[str, float]:
         return {}
 
     def any(self, flag: bool) -> bool:

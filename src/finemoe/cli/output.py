@@ -123,7 +123,7 @@ def report_run(run: Any, as_json: bool) -> None:
     if as_json:
         return
     summary = run.summary
-    passed = summary.get("skipped_steps")
+    passed, shares = summary.get("skipped_steps"), summary.get("capacity_shares")
     total, active = count(summary["total_parameters"]), count(summary["active_parameters"])
     lines = [
         *((title_of(key), _measured(key, summary)) for key in measured_keys(summary) if not _is_bound(key, summary)),
@@ -131,6 +131,7 @@ def report_run(run: Any, as_json: bool) -> None:
         ("Parameters", f"{total}, {active} active"),
         ("Trained on", f"{count(summary['tokens'])} tokens in {summary['steps']:,} steps"),
         *([("Passed over", f"{passed} steps that held nothing to count")] if passed else []),
+        *([("Capacity", f"of the micro-batches of each of {shares} processes")] if shares else []),
         ("Time", f"{duration(summary['seconds'])}, {count(summary['tokens_per_second'])} tokens/s"),
         *([("", work)] if (work := other_work()) else []),
     ]

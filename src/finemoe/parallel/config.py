@@ -31,8 +31,9 @@ _NOT_BUILT = {
 class ParallelConfig(Config):
     """How many processes share what. Together they are pipeline · replicate · shard · context."""
 
-    replicate: PositiveInt = 1
-    """[copies] Whole copies of the model, or of its shards, each with sequences of its own (with shard: HSDP)."""
+    replicate: PositiveInt | None = None
+    """[copies] Whole copies of the model, or of its shards, each with sequences of its own (with shard: HSDP).
+    None: as many as there are processes for where shard is given, else 1."""
     shard: PositiveInt | None = None
     """[processes] Over how many a copy's weights, gradients and moments are spread, each with sequences of its own
     (FSDP2). None: all processes that are left."""
@@ -63,7 +64,7 @@ class ParallelConfig(Config):
     def least(self) -> int:
         """How many processes it takes; where `shard` is left out, the fewest that experts can be spread over."""
         shard = self.shard or self.expert // math.gcd(self.expert, self.context)
-        return self.pipeline * self.replicate * shard * self.context
+        return self.pipeline * (self.replicate or 1) * shard * self.context
 
     def layout(self, processes: int, start: Start = "torchrun") -> Layout:
         """What `processes` come to.
@@ -75,20 +76,25 @@ class ParallelConfig(Config):
         Raises:
             ConfigError: they cannot be shared out like that; with numbers that can.
         """
-        fixed = self.pipeline * self.replicate * self.context
+        replicate, shard = self.replicate or 1, self.shard or 1
+        fixed = self.pipeline * replicate * shard * self.context
         if self.shard is None and processes % fixed:
             raise ConfigError(
-                f"{processes} processes cannot be parallel.pipeline {self.pipeline} x replicate {self.replicate} x "
+                f"{processes} processes cannot be parallel.pipeline {self.pipeline} x replicate {replicate} x "
                 f"context {self.context}: start a multiple of {fixed}, or take other sizes, such as "
                 f"{self._all_shard(processes)}"
             )
-        shard = self.shard or processes // fixed
-        if fixed * shard != processes:
+        left = processes // fixed
+        if self.shard is None:
+            shard = left
+        elif self.replicate is None and processes % fixed == 0:
+            replicate = left
+        elif fixed != processes:
             counted, instead = _COUNTED[start]
             raise ConfigError(
-                f"parallel.pipeline {self.pipeline} x replicate {self.replicate} x shard {shard} x context "
-                f"{self.context} are {fixed * shard} processes, and {processes} {'is' if processes == 1 else 'are'} "
-                f"{counted}: {instead.format(fixed * shard)}, or other sizes, such as {self._all_shard(processes)}"
+                f"parallel.pipeline {self.pipeline} x replicate {replicate} x shard {shard} x context "
+                f"{self.context} are {fixed} processes, and {processes} {'is' if processes == 1 else 'are'} "
+                f"{counted}: {instead.format(fixed)}, or other sizes, such as {self._other(processes, fixed)}"
             )
         if shard * self.context % self.expert:
             near = [str(n) for n in range(1, shard * self.context + 1) if shard * self.context % n == 0]
@@ -96,7 +102,12 @@ class ParallelConfig(Config):
             raise ConfigError(
                 f"parallel.expert {self.expert} does not divide shard x context = {shard * self.context}: {instead}"
             )
-        return Layout(self.pipeline, self.replicate, shard, self.context, self.expert, self.schedule)
+        return Layout(self.pipeline, replicate, shard, self.context, self.expert, self.schedule)
+
+    def _other(self, processes: int, fixed: int) -> str:
+        """In options: other copies of the same where that is enough, as a run that is gone on with names its own."""
+        once = fixed // (self.replicate or 1)
+        return self._all_shard(processes) if processes % once else f"--set parallel.replicate={processes // once}"
 
     def _all_shard(self, processes: int) -> str:
         """In options, what makes so many processes of these sizes, all of them shards."""
@@ -104,7 +115,7 @@ class ParallelConfig(Config):
         return " ".join(
             [
                 f"--set parallel.shard={processes}",
-                *(f"--set parallel.{name}=1" for name in others if getattr(self, name) > 1),
+                *(f"--set parallel.{name}=1" for name in others if (getattr(self, name) or 1) > 1),
             ]
         )
 

@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 class _Gather(torch.autograd.Function):
-    """Pieces side by side along dimension 1; a piece's gradient is the sum of what all places found."""
+    """Pieces side by side along dimension 1; a piece's gradient is the sum of what all places found.
+
+    Gradients in bf16 are summed in float32 and rounded once: every place would add an error of its own.
+    """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, group: Any) -> Tensor:
@@ -26,10 +29,11 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        pieces = [piece.contiguous() for piece in grad.chunk(dist.get_world_size(ctx.group), dim=1)]
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        pieces = [piece.contiguous() for piece in wide.chunk(dist.get_world_size(ctx.group), dim=1)]
         mine = torch.empty_like(pieces[0])
         dist.reduce_scatter(mine, pieces, group=ctx.group)
-        return mine, None
+        return mine.to(grad.dtype), None
 
 
 class _Sum(torch.autograd.Function):

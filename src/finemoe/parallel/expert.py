@@ -54,7 +54,9 @@ class _Travel:
 class AllToAll:
     """Every process holds as many experts, in order; a row goes to the one that holds its expert, wherever that is.
 
-    Splits are uneven and known from the tokens only: the counts travel first, and are read on the CPU once a layer.
+    Splits are uneven and known from the tokens only: the counts travel first, and are read on the CPU once a layer, for
+    which a device is waited for; kernels get them from there. Nothing else waits, but that where a capacity drops
+    assignments, `LocalDispatch.in_place` asks how many are left.
     """
 
     group: Any
@@ -68,12 +70,13 @@ class AllToAll:
         counts = ticket.counts.view(self.processes, -1)
         coming = torch.empty_like(counts)
         dist.all_to_all_single(coming, counts.contiguous(), group=self.group)
-        sent, received = (totals.tolist() for totals in torch.stack((counts.sum(1), coming.sum(1))))
+        going, came = torch.stack((counts, coming)).tolist()
+        sent, received = [sum(one) for one in going], [sum(one) for one in came]
         rows = _Exchange.apply(rows, sent, received, self.group)
         experts = torch.arange(counts.shape[1], device=rows.device).repeat(self.processes)
-        order = experts.repeat_interleave(coming.reshape(-1)).argsort(stable=True)
-        travel = _Travel(ticket, sent, received, order)
-        return rows.index_select(0, order), coming.sum(0), travel
+        order = experts.repeat_interleave(coming.reshape(-1), output_size=sum(received)).argsort(stable=True)
+        here_each = torch.tensor([sum(one) for one in zip(*came, strict=True)])
+        return rows.index_select(0, order), here_each, _Travel(ticket, sent, received, order)
 
     def combine(self, rows: Tensor, ticket: _Travel, gate_weights: Tensor) -> Tensor:
         """Back to the order of arrival, home, and together."""

@@ -23,6 +23,8 @@ class Passes:
     load: dict[int, Tensor]
     """[experts] assignments, by layer index."""
     dropped: int
+    arrived: dict[int, int]
+    """Rows that the experts which lie here took, by index of the layers that run here."""
 
 
 class Sums(Protocol):
@@ -99,6 +101,7 @@ class OneAfterAnother:
         """As in `Execute`."""
         terms: dict[str, float] = {}
         load: dict[int, Tensor] = {}
+        arrived: dict[int, int] = {}
         dropped = torch.zeros((), dtype=torch.int64)
         for batch in batches:
             with autocast():
@@ -109,5 +112,6 @@ class OneAfterAnother:
                 terms[name] = terms.get(name, 0.0) + part.item()
             for layer, record in result.routing.items():
                 load[layer] = load[layer] + record.load if layer in load else record.load
+                arrived[layer] = arrived.get(layer, 0) + (record.arrived or 0)
                 dropped = dropped.to(record.dropped.device) + record.dropped  # read once: reading makes a GPU wait
-        return Passes(terms, load, int(dropped))
+        return Passes(terms, load, int(dropped), arrived)

@@ -171,16 +171,18 @@ class Pipeline:
         distributed.all_reduce(gradient.to_local() if isinstance(gradient, DTensor) else gradient, group=self._ends)
 
     def _everybodys(self, step: Step) -> Passes:
-        """Terms, loads and dropped assignments of all stages, on every rank."""
+        """Terms, loads and dropped assignments of all stages, on every rank; rows that arrived here."""
         terms: dict[int, dict[str, float]] = {}
         for stage, micro_batches in step.parts.items():
             terms[stage] = {}
             for name, value in ((name, value) for parts in micro_batches for name, value in parts.items()):
                 terms[stage][name] = terms[stage].get(name, 0.0) + value.item()
         load: dict[int, Tensor] = {}
+        arrived: dict[int, int] = {}
         dropped = 0
         for layer, record in ((layer, record) for routing in step.routing for layer, record in routing.items()):
             load[layer] = load[layer] + record.load if layer in load else record.load
+            arrived[layer] = arrived.get(layer, 0) + (record.arrived or 0)
             dropped += int(record.dropped)
         own = (terms, {layer: one.tolist() for layer, one in load.items()}, dropped)
         everybody: list[Any] = [None] * self.cut.processes
@@ -193,6 +195,7 @@ class Pipeline:
             {name: sum(by_stage[stage].get(name, 0.0) for stage in order) for name in names},
             {layer: torch.tensor(loads[layer], device=self._device) for layer in sorted(loads)},
             sum(dropped for _, _, dropped in everybody),
+            arrived,
         )
 
 

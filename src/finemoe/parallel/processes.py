@@ -234,12 +234,17 @@ class Processes:
         dist.recv(came, src=source)
         return came
 
-    def figures(self, load: Mapping[int, Tensor]) -> dict[str, float]:
-        """Of the layer where it is worst, the rows of the process that received most over the mean: 1 is even."""
-        if self.layout.expert == 1 or not load:
+    def figures(self, arrived: Mapping[int, int]) -> dict[str, float]:
+        """Of the layer where it is worst, the rows of the process that received most over the mean: 1 is even.
+
+        Rows as they came, of every process by itself: the load of the step knows experts, which several processes hold.
+        """
+        if self.layout.expert == 1:
             return {}
-        rows = [one.view(self.layout.expert, -1).sum(1).double() for one in load.values()]
-        return {ROWS_FIGURE: max(float(one.max() / one.mean().clamp(min=1)) for one in rows)}
+        everybody = self.everyone(dict(arrived))
+        layers = {layer for found in everybody for layer in found}
+        rows = [[found[layer] for found in everybody if layer in found] for layer in layers]
+        return {ROWS_FIGURE: max(max(one) * len(one) / max(sum(one), 1) for one in rows)} if rows else {}
 
     def any(self, flag: bool) -> bool:
         """Over all processes."""

@@ -44,7 +44,11 @@ class Step:
     def keep(self, stage: Stage, parts: Mapping[str, Tensor], routing: Mapping[int, RoutingRecord]) -> None:
         """For the report, without graphs: these are the schedule's."""
         self.parts.setdefault(stage.index, []).append({name: part.detach() for name, part in parts.items()})
-        self.routing.append({n: RoutingRecord(one.load, one.dropped, {}, None) for n, one in routing.items()})
+        self.routing.append({n: _kept(one) for n, one in routing.items()})
+
+
+def _kept(record: RoutingRecord) -> RoutingRecord:
+    return RoutingRecord(record.load, record.dropped, {}, None, arrived=record.arrived)
 
 
 class StageDone(Exception):

@@ -160,8 +160,8 @@ class World(Protocol):
         """Whole tensors, on the CPU where they were cut; on rank 0 only, none elsewhere."""
         ...
 
-    def figures(self, load: Mapping[int, Tensor]) -> dict[str, float]:
-        """What to report of a step besides; `load`: [experts] of the whole step, by layer."""
+    def figures(self, arrived: Mapping[int, int]) -> dict[str, float]:
+        """What to report of a step besides; `arrived`: rows that the experts which lie here took in it, by layer."""
         ...
 
     def everyone(self, value: Value, group: Any = None) -> list[Value]:
@@ -236,7 +236,7 @@ class _Solo:
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)
 
-    def figures(self, load: Mapping[int, Tensor]) -> dict[str, float]:
+    def figures(self, arrived: Mapping[int, int]) -> dict[str, float]:
         return {}
 
     def everyone(self, value: Value, group: Any = None) -> list[Value]:

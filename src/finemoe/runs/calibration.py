@@ -217,7 +217,7 @@ class _Setting:
 
 
 def _routed(experts: GroupedExperts, decision: RoutingDecision, states: Tensor) -> Tensor:
-    return routed_output(LocalDispatch(), experts, states, decision, None, decision.gate_weights)
+    return routed_output(LocalDispatch(), experts, states, decision, None, decision.gate_weights)[0]
 
 
 def _pass(model: Transformer, tokens: Tensor) -> None:

@@ -39,6 +39,7 @@ from finemoe.runs.saving import Save, restore
 from finemoe.runs.start import (
     announce,
     build_method,
+    capacity_shares,
     check_memory,
     check_start,
     default_directory,
@@ -383,6 +384,7 @@ def _summary(config: RunConfig, trainer: Trainer, last: Measured, metrics: Path)
         "final_training_loss": recent_loss(steps),
         "steps": state.step,
         **({"skipped_steps": state.skipped} if state.skipped else {}),
+        **({"capacity_shares": shares} if (shares := capacity_shares(config, trainer.world.layout)) > 1 else {}),
         "tokens": state.tokens,
         "seconds": round(state.seconds, 3),
         "checkpoint_stall_seconds": round(sum(stalls), 3),

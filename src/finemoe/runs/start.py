@@ -279,6 +279,13 @@ def _refuse_context(config: RunConfig, layout: Layout) -> None:
             raise ConfigError(f"{said}: a capacity counts whole sequences; leave capacity_factor or it out")
 
 
+def capacity_shares(config: RunConfig, layout: Layout) -> int:
+    """How many processes count a capacity, each over its own micro-batches; 1 where nothing is dropped."""
+    layers = (block.feed_forward for block in (*config.model.blocks, *config.model.mtp))
+    drops = any(isinstance(one, MoEConfig) and one.capacity_factor is not None for one in layers)
+    return layout.data if drops else 1
+
+
 def announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str) -> None:
     """Say what is trained, by what, for how long, and what it can be exported to; `reason`: of the kernels."""
     kernels = trainer.model.kernels
@@ -317,6 +324,12 @@ def announce(config: RunConfig, trainer: Trainer, directory: Path, reason: str) 
     logger.info("%s", portability(config.model).sentence())
     if trainer.world.size > 1:
         logger.info("%d processes: %s", trainer.world.size, trainer.world.layout)
+    if (shares := capacity_shares(config, trainer.world.layout)) > 1:
+        logger.info(
+            "capacity_factor counts the micro-batches of each process by themselves (%d): another number of processes "
+            "may drop other tokens",
+            shares,
+        )
     if trainer.state.step:
         logger.info("resuming after step %d", trainer.state.step)
 

@@ -84,9 +84,9 @@ class _Accumulated:
     """What the micro-batches of a step came to, over all ranks."""
 
     terms: dict[str, float]
-    load: dict[int, Tensor]
-    """[experts], by layer index."""
+    load: dict[int, Tensor]  # [experts], by layer index
     dropped: int
+    arrived: dict[int, int]  # as in `Passes`: here alone
 
 
 class Trainer:
@@ -213,7 +213,7 @@ class Trainer:
         norm = self.world.norm(self.parameters)
         norm_value = norm.item()
         self._refuse_non_finite({**done.terms, "gradient_norm": norm_value})
-        figures = self.world.figures(done.load)
+        figures = self.world.figures(done.arrived)
         for change in self.method.before_update:
             figures |= change(self.parameters, norm)
         self._refuse_non_finite(figures)
@@ -294,7 +294,7 @@ class Trainer:
         done = self.execute(objective, batches, counts, objective.weights(self.progress()), self.autocast)
         load = {layer: one.cpu() for layer, one in self.world.sum_tensors(done.load).items()}
         terms = self.world.sum({**done.terms, _DROPPED: float(done.dropped)})
-        return _Accumulated(terms, load, dropped=int(terms.pop(_DROPPED)))
+        return _Accumulated(terms, load, dropped=int(terms.pop(_DROPPED)), arrived=done.arrived)
 
     def _pass_over(self, batches: Sequence[Batch], started: float, processor: float) -> StepReport:
         """Count a step that held nothing to learn from; its sequences are read, and not read again."""

@@ -67,3 +67,5 @@ class RoutingRecord:
     """[tokens, k] int64 when asked for, under replay: what the router would have chosen by itself."""
     expert_ids: Tensor | None = None
     """[tokens, k] int64, best first; None where another process routed."""
+    arrived: int | None = None
+    """Rows that the experts which lie here took, from all processes; None where they read states in place."""

@@ -44,7 +44,8 @@ class Dispatch(Protocol):
 
         Returns:
             rows [rows, hidden] for the experts that the layer holds, sorted by expert; counts [experts] of rows of
-            each; the ticket for `combine`, which means nothing to anybody else.
+            each, on the CPU where they were read there anyway; the ticket for `combine`, which means nothing to anybody
+            else.
         """
 
     def combine(self, rows: Tensor, ticket: Any, gate_weights: Tensor) -> Tensor:

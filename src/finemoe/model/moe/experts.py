@@ -102,7 +102,7 @@ def grouped_mm(
     """PyTorch's grouped products: one launch for all experts, made for bf16 on CUDA; `loop` for what they refuse."""
     if not _grouped_mm_takes(rows, gate_up_proj, down_proj):
         return loop(rows, counts, gate_up_proj, down_proj, limit)
-    offsets = counts.cumsum(0).to(torch.int32)
+    offsets = counts.cumsum(0).to(rows.device, torch.int32, non_blocking=True)  # counts may lie on the CPU already
     gate_up = F.grouped_mm(rows, gate_up_proj.transpose(1, 2), offs=offsets)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.grouped_mm(swiglu(gate, up, limit), down_proj.transpose(1, 2), offs=offsets)

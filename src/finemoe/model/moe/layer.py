@@ -135,17 +135,17 @@ def routed_output(
     decision: RoutingDecision,
     keep: Tensor | None,
     gate_weights: Tensor,
-) -> Tensor:
-    """Dispatch, experts, combine: `[tokens, hidden]` in and out.
+) -> tuple[Tensor, int | None]:
+    """Dispatch, experts, combine: `[tokens, hidden]` in and out, and how many rows the experts took.
 
-    All at once where the kernel can and no row has to travel: nothing is copied then.
+    All at once where the kernel can and no row has to travel: nothing is copied then, and there is no such number.
     """
     if experts.fuses(hidden, gate_weights):
         ticket = dispatch.in_place(decision, keep)
         if ticket is not None:
-            return experts.fused(hidden, ticket, gate_weights)
+            return experts.fused(hidden, ticket, gate_weights), None
     rows, counts, ticket = dispatch.dispatch(hidden, decision, keep)
-    return dispatch.combine(experts(rows, counts), ticket, gate_weights)
+    return dispatch.combine(experts(rows, counts), ticket, gate_weights), len(rows)
 
 
 def _share(shared: Tensor, routed: Tensor) -> Tensor:
@@ -211,10 +211,10 @@ class MoELayer(nn.Module):
         if record and constraint.replay is not None:
             with torch.no_grad():
                 own = self.router(flat, tokens.reshape(-1), replace(constraint, replay=None)).expert_ids
+        output, arrived = torch.zeros_like(hidden), None
         if constraint.routed:
-            output = routed_output(self.dispatch, self.experts, flat, decision, keep, gates).view_as(hidden)
-        else:
-            output = torch.zeros_like(hidden)
+            routed, arrived = routed_output(self.dispatch, self.experts, flat, decision, keep, gates)
+            output = routed.view_as(hidden)
         share = None
         if self.shared_experts is not None and constraint.shared:
             shared = self.shared_experts(hidden)
@@ -226,7 +226,8 @@ class MoELayer(nn.Module):
             sequences = sequences or Sequences(hidden.shape[0])
             balance = balance_terms(self.config.balance, decision, sequences, self.config.layout)
         whole = decision if record else None
-        return output, RoutingRecord(decision.load(), dropped, balance, whole, share, own, decision.expert_ids)
+        chosen = decision.expert_ids
+        return output, RoutingRecord(decision.load(), dropped, balance, whole, share, own, chosen, arrived)
 
     def _kept(self, decision: RoutingDecision, tokens: Tensor) -> Tensor | None:
         """[tokens, k] bool: assignments within capacity; None where nothing is dropped."""

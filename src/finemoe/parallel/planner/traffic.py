@@ -164,7 +164,7 @@ def _turns(setup: Setup, held: tuple[Piece, ...]) -> int:
 
 
 def _contexts(config: ModelConfig, setup: Setup, held: tuple[Piece, ...]) -> list[Collective]:
-    """Latents, or keys and values, of the other processes' tokens; their gradients are summed and scattered back."""
+    """Latents, or keys and values, of the other processes' tokens; their gradients are summed, in float32."""
     if setup.context == 1:
         return []
     width = 4 if setup.precision == "fp32" else 2
@@ -173,11 +173,11 @@ def _contexts(config: ModelConfig, setup: Setup, held: tuple[Piece, ...]) -> lis
         own = [*own, *config.mtp]
     numbers = sum(block.attention.cache_elements_per_token() for block in own)
     split = setup.tensor if all(isinstance(block.attention, GroupedQueryConfig) for block in own) else 1
-    size = setup.tokens * numbers * width * (setup.context - 1) / split
+    sent = setup.tokens * numbers * (setup.context - 1) / split
     forward = (1 + setup.recompute) * setup.full_micro_batches
     return [
-        Collective("gather keys of the sequence", setup.context, forward, size),
-        Collective("sum gradients of keys", setup.context, setup.full_micro_batches, size),
+        Collective("gather keys of the sequence", setup.context, forward, sent * width),
+        Collective("sum gradients of keys", setup.context, setup.full_micro_batches, sent * 4),
     ]
 
 

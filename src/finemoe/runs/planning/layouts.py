@@ -152,10 +152,9 @@ def fitting(config: RunConfig, most: int) -> Iterator[Layout]:
         ParallelConfig(pipeline=2, shard=2, expert=2),
     ]
     for parallel in wanted:
-        fixed = parallel.pipeline * parallel.replicate * parallel.context * (parallel.shard or 1)
-        if fixed > most:
+        if parallel.least > most:
             continue
-        layout = parallel.layout(fixed)
+        layout = parallel.layout(parallel.least)
         try:
             refuse_layout(config, layout)
         except ConfigError as error:
