@@ -26,12 +26,19 @@ from finemoe.model import native
 from runs.forking import CONTEXT, settle
 
 
-def run(world_size: int, function: Callable[..., Any], *args: Any, deadline: float = 60, met: bool = True) -> list[Any]:
+def run(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    deadline: float = 60,
+    met: bool = True,
+    context: Any = CONTEXT,
+) -> list[Any]:
     """What `function(*args)` returns on each rank, by rank.
 
     Each rank is a process of one thread whose default process group is initialised: `torch.distributed.get_rank()`
     tells them apart. With `met` False they have not met, and find in the environment what torchrun would have said.
-    Warnings are errors there, as in every test.
+    Warnings are errors there, as in every test. `context` is of `multiprocessing`, and says how processes are started.
 
     Raises:
         AssertionError: a rank failed, with its traceback, or is not done after `deadline` seconds; no process is left.
@@ -44,9 +51,9 @@ def run(world_size: int, function: Callable[..., Any], *args: Any, deadline: flo
         processes: list[BaseProcess] = []
         try:
             for rank in range(world_size):
-                ours, theirs = CONTEXT.Pipe(duplex=False)
+                ours, theirs = context.Pipe(duplex=False)
                 place = (rank, world_size, Path(folder) / "store" if met else free_port, deadline)
-                processes.append(CONTEXT.Process(target=_work, args=(theirs, work, *place), daemon=True))
+                processes.append(context.Process(target=_work, args=(theirs, work, *place), daemon=True))
                 processes[-1].start()
                 theirs.close()
                 ranks[ours] = rank

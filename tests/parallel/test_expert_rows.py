@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +14,7 @@ from torch import Tensor, distributed
 from torch.overrides import TorchFunctionMode
 
 from finemoe.model.backends import EXPERT_KERNELS
+from finemoe.model.moe import capacity
 from finemoe.model.moe.decision import RoutingDecision
 from finemoe.model.native import exact
 from finemoe.parallel.config import Layout
@@ -20,6 +22,7 @@ from finemoe.parallel.expert import AllToAll
 from finemoe.parallel.processes import Processes
 from finemoe.parallel.world import SOLO
 from finemoe.training.balancing import selection_biases
+from finemoe.training.report import StepReport
 from oracles.models import decision_of
 from parallel.processes import run, several
 from parallel.tiny_layouts import LAYOUTS, Case, trainer
@@ -143,13 +146,82 @@ def dropped() -> list[Tensor]:
     return [output.detach(), hidden.grad, weight.grad]
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """What one step came to."""
+
+    report: StepReport
+    gradients: dict[str, Tensor]
+    """Whole, on rank 0."""
+
+
+def learnt(layout: Layout | None, limit: float | None, least: bool = False, counting: bool = True) -> Learnt:
+    """One step; a whole model's two passes of four sequences each, or one of each process.
+
+    Args:
+        layout: of processes.
+        limit: capacity of experts.
+        least: a capacity is 0 and not 1, which is what it is at least.
+        counting: False where the first half of the sequences holds nothing to learn from.
+    """
+    world = SOLO if layout is None else Processes(layout, CPU)
+    one = trainer(Case(steps=1, micro=4, mtp=0, capacity=limit), world)
+    batches = one.micro_batches()
+    if not counting and world.rank == 0:
+        batches[0] = replace(batches[0], weights=torch.zeros_like(batches[0].weights))
+    original = capacity._capacity
+    if least:
+        capacity._capacity = lambda assignments, groups, factor: 0
+    try:
+        report = one.step(batches)
+    finally:
+        capacity._capacity = original
+    assert all(parameter.grad is not None for parameter in one.parameters.values())
+    return Learnt(report, world.gathered({name: parameter.grad for name, parameter in one.parameters.items()}))
+
+
+EVEN = Layout(shard=2, expert=2)
+STEPS: dict[str, tuple[Any, ...]] = {
+    "limited": (learnt, EVEN, 0.5),
+    "nothing kept": (learnt, EVEN, 0.5, True),
+    "nothing to count": (learnt, EVEN, None, False, False),
+}
+
+KERNELS = ("loop", "sorted_slices", "grouped_mm")
+
+
+@cache
+def by_two() -> dict[str, tuple[Any, ...]]:
+    """By rank, in processes that are started once."""
+    work = {"exchange": (dropped,), **{kernel: (waits, kernel) for kernel in KERNELS}, **STEPS}
+    return dict(zip(work, zip(*run(2, several, list(work.values()), deadline=20), strict=True), strict=True))
+
+
 def test_when_capacity_drops_everything_nobody_waits() -> None:
-    """Complaint 2 of distribution, where no process sends a row."""
-    kernels = ("loop", "sorted_slices", "grouped_mm")
-    for found, *waited in run(2, several, [(dropped,), *((waits, kernel) for kernel in kernels)], deadline=20):
+    """Complaint 2 of distribution, where no process sends a row, in an exchange and in layers of a whole step."""
+    for found in by_two()["exchange"]:
         assert not any(one.any() for one in found)
-        # And where nothing is dropped, a layer waits for its device once, whichever kernel runs: for the splits.
-        assert waited == [["tolist"]] * len(kernels)
+    for kernel in KERNELS:  # and where nothing is dropped, a layer waits for its device once, for the splits
+        assert by_two()[kernel] == (["tolist"], ["tolist"])
+    first, second = by_two()["nothing kept"]
+    routed = sum(int(load.sum()) for load in first.report.load.values())
+    assert first.report.dropped == second.report.dropped == routed
+    for name, gradient in first.gradients.items():
+        assert bool(gradient.any()) != (".experts." in name), name
+
+
+@pytest.mark.parametrize("name", ["limited", "nothing to count"])
+def test_what_a_process_drops_or_does_not_count_is_what_one_process_would(name: str) -> None:
+    """Complaint 2 of distribution: a layer's capacity, by a pass; a process of whose own tokens none counts."""
+    expected = STEPS[name][0](None, *STEPS[name][2:])
+    assert (expected.report.dropped > 0) == (name == "limited")
+    first, second = by_two()[name]
+    for one in (first, second):
+        assert one.report.dropped == expected.report.dropped
+        assert one.report.loss == pytest.approx(expected.report.loss, rel=1e-6)
+        assert all(torch.equal(load, expected.report.load[layer]) for layer, load in one.report.load.items())
+    for key, gradient in expected.gradients.items():
+        assert (first.gradients[key] - gradient).norm() <= 1e-12 * gradient.norm(), key
 
 
 def held(layout: Layout | None) -> tuple[int, int]:

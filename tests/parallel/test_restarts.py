@@ -193,6 +193,27 @@ def test_ten_restarts_of_ten(longer: dict[str, Any], longer_unbroken: Path, tmp_
 
 
 @pytest.mark.slow
+def test_a_request_to_one_process_stops_all_after_the_same_step(
+    longer: dict[str, Any], longer_unbroken: Path, tmp_path: Path
+) -> None:
+    """SIGTERM to rank 1 alone, once: nobody waits, what is saved is the last step, and the run goes on to its end."""
+    out = tmp_path / "run"
+    with torchrun(longer, out, restarts=0) as started:
+        wait_for(lambda: len(steps_done(out)) >= 5)
+        os.kill(workers(started.pid)[1], signal.SIGTERM)
+        started.wait(60)
+    said = (tmp_path / "run.log").read_text()
+    last = steps_done(out)[-1]
+    assert 5 <= last < MANY, said
+    assert (out / "checkpoints" / f"step-{last:08d}").exists(), said
+    assert "gave no sign of life" not in said
+    assert "did not come as far" not in said
+    with torchrun(longer, out, restarts=0, name="again") as started:
+        assert started.wait(120) == 0, (tmp_path / "again.log").read_text()
+    same(out, longer_unbroken)
+
+
+@pytest.mark.slow
 def test_agents_of_two_machines_start_all_again_together(
     longer: dict[str, Any], longer_unbroken: Path, tmp_path: Path
 ) -> None:

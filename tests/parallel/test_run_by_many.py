@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from finemoe.checkpoint.huggingface.exporting import export_hf
 from finemoe.checkpoint.open import load_model
 from finemoe.core.config import merge
+from finemoe.parallel.world import ROWS_FIGURE
 from finemoe.runs import run as running
 from parallel.processes import run
 from runs.tiny_runs import corpus, recipe
@@ -50,33 +51,50 @@ def resume_all(folders: list[tuple[Path, list[str]]]) -> None:
         running.resume(folder, overrides=overrides, quiet=True)
 
 
-def by_each_number(work: dict[str, Any], function: Callable[[list[Any]], None]) -> None:
+def by_each_number(
+    work: dict[str, Any], function: Callable[[list[Any]], None], layouts: dict[str, tuple[int, Any]] = LAYOUTS
+) -> None:
     """Work by the layout that does it, in processes that are started once for each number of them."""
     for size in (1, 2, 4):
-        some = [one for name, found in work.items() if LAYOUTS[name][0] == size for one in found]
+        some = [one for name, found in work.items() if layouts[name][0] == size for one in found]
         if size == 1:
             function(some)
         else:
             run(size, function, some, met=False, deadline=150)
 
 
-def of_steps(folder: Path, figure: str = "loss") -> list[float]:
+def steps(folder: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if record["kind"] == "step"]
-    assert [record["step"] for record in steps] == list(range(1, 7))
-    return [record[figure] for record in steps]
+    found = [record for record in records if record["kind"] == "step"]
+    assert [record["step"] for record in found] == list(range(1, len(found) + 1))
+    return found
+
+
+def of_steps(folder: Path, figure: str = "loss") -> list[float]:
+    found = steps(folder)
+    assert len(found) == 6
+    return [record[figure] for record in found]
+
+
+STILL = {"optimizer": {"learning_rate": 1e-30}, "training": {"steps": 1, "checkpoint_every": 1}}
+"""A step that moves weights by less than rounding, and biases by all of their rate."""
+EXPORTED = ("one", "experts 2, shard 4", "pipeline 2")
 
 
 @pytest.fixture(scope="module")
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run by each layout."""
+    """A finished run by each layout, and one of a step in which weights stand still by some of them."""
     folder = tmp_path_factory.mktemp("layouts")
-    by_each_number({name: [(tables(corpus, name), folder / name)] for name in LAYOUTS}, train_all)
+    work = {name: [(tables(corpus, name), folder / name)] for name in LAYOUTS}
+    for name in EXPORTED:
+        work[name].append((merge(tables(corpus, name), STILL), folder / f"{name}, still"))
+    by_each_number(work, train_all)
     return folder
 
 
 def test_every_layout_writes_the_run_of_one_process(runs: Path) -> None:
-    expected, norms = of_steps(runs / "one"), of_steps(runs / "one", "gradient_norm")
+    expected = of_steps(runs / "one")
+    norms = of_steps(runs / "one", "gradient_norm")
     whole = load_file(runs / "one" / "checkpoints" / "step-00000006" / "model.safetensors")
     for name in LAYOUTS:
         assert of_steps(runs / name) == pytest.approx(expected, abs=5e-6), name
@@ -86,6 +104,32 @@ def test_every_layout_writes_the_run_of_one_process(runs: Path) -> None:
         assert max((weights[key] - whole[key]).abs().max().item() for key in whole) < 1e-4
         assert json.loads((runs / name / "summary.json").read_text())["steps"] == 6
         assert not list((runs / name / "checkpoints").glob(".writing-*"))
+
+
+def test_the_metrics_of_every_step_say_how_uneven_rows_were(runs: Path) -> None:
+    """Complaint 14 of distribution: memory runs out for want of a figure that somebody could have watched."""
+    for name in LAYOUTS:
+        told = [record.get("figures", {}).get(ROWS_FIGURE) for record in steps(runs / name)]
+        if LAYOUTS[name][1].get("expert", 1) == 1:
+            assert told == [None] * 6
+        else:
+            assert all(1 <= figure <= 2 for figure in told), told
+            assert max(told) > 1
+
+
+def test_what_is_exported_is_the_same_by_every_layout_byte_for_byte(runs: Path, tmp_path: Path) -> None:
+    """Biases that the step has moved are in it."""
+    for name in EXPORTED:
+        export_hf(runs / f"{name}, still", tmp_path / name, quiet=True)
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    exported = load_file(tmp_path / "one" / "model.safetensors")
+    biases = [one for name, one in exported.items() if name.endswith("e_score_correction_bias")]
+    assert biases
+    assert all(one.any() for one in biases)
+    for name in EXPORTED[1:]:
+        found = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        assert found.keys() == expected.keys()
+        assert [file for file in found if found[file] != expected[file]] == [], name
 
 
 def in_turn() -> dict[str, tuple[str, ...]]:
@@ -124,6 +168,28 @@ def test_a_run_saved_by_any_layout_goes_on_in_any_other(
                     assert ours.read_bytes() == theirs.read_bytes(), copy.name
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_by_one_layout_after_another(runs: Path, tmp_path: Path) -> None:
+    """Complaint 4 of distribution, as a chain: FSDP2, one process under torchrun, experts and FSDP2, plain."""
+    expected, folder = of_steps(runs / "shard 2"), runs / "shard 2"
+    for step, (name, size) in enumerate([("one", 1), ("experts 2, shard 4", 4), ("one", 0)], start=3):
+        copy = tmp_path / f"from {step}"
+        shutil.copytree(folder, copy)
+        for one in (copy / "checkpoints").glob("step-*"):
+            if one.name > f"step-{step:08d}":
+                shutil.rmtree(one)
+        (copy / "summary.json").unlink()
+        sizes = {"shard": 1, "expert": 1, **LAYOUTS[name][1]}
+        work = [(copy, ["training.checkpoint_every=1", *(f"parallel.{key}={value}" for key, value in sizes.items())])]
+        if size:
+            run(size, resume_all, work, met=False, deadline=150)
+        else:
+            resume_all(work)
+        assert of_steps(copy) == pytest.approx(expected, abs=2e-6), copy.name
+        assert (copy / "checkpoints" / f"step-{step + 1:08d}").exists()
+        folder = copy
+
+
 def digests(folder: Path) -> dict[str, str]:
     """Of the bytes of every tensor of the newest checkpoint, and of every expert by itself; biases have moved."""
     found: dict[str, str] = {}
@@ -143,8 +209,7 @@ def test_a_run_begins_and_is_saved_with_the_experts_of_the_file(runs: Path, corp
     raw = tables(corpus, "experts 2, shard 4")
     raw.pop("model")
     raw["data"].pop("vocab_size")
-    still = {"optimizer": {"learning_rate": 1e-30}, "training": {"steps": 1, "checkpoint_every": 1}}
-    raw = merge(raw, {**still, "start_from": str(tmp_path / "exported")})
+    raw = merge(raw, {**STILL, "start_from": str(tmp_path / "exported")})
     run(4, train_all, [(raw, tmp_path / "run")], met=False)
     expected = digests(runs / "one")
     assert len({key for key in expected if ".experts." in key}) >= 8

@@ -63,9 +63,11 @@ class Case:
     moments: str = "fp32"
     balanced: bool = False
     """All balance losses at once, with a router whose scores they take."""
-    capacity: float | None = None
     average: bool = False
     """Gradients as FSDP leaves them unless it is told: the mean over processes."""
+    capacity: float | None = None
+    device: str = "cpu"
+    bf16: bool = False
 
 
 def batch_at(position: int, rows: int) -> TokenBatch:
@@ -100,7 +102,7 @@ def trainer(case: Case, world: Any) -> Trainer:
         tie_embeddings=case.tied,
         init_std=0.1,
     )
-    model = build(config, experts=case.kernels, recompute=case.recompute).to(case.dtype)
+    model = build(config, experts=case.kernels, recompute=case.recompute).to(case.device, case.dtype)
     method = Method(
         Rows(),  # type: ignore[arg-type]
         NextToken(True, mtp_depth=case.mtp),
@@ -108,7 +110,7 @@ def trainer(case: Case, world: Any) -> Trainer:
         before_update=(Clip(OPTIMIZER.max_gradient_norm),),
         after_update=(MoveBiases(BalancingConfig(rate=0.01)),),
     )
-    plan = Plan(case.steps, SEQUENCES, case.micro, torch.device("cpu"), bf16=False)
+    plan = Plan(case.steps, SEQUENCES, case.micro, torch.device(case.device), bf16=case.bf16)
     optimizer = OPTIMIZER.model_copy(update={"moments": case.moments})
     made = Trainer(model, method, optimizer, MultiStepConfig(warmup_share=0.1), plan, world=world)
     if case.average:
@@ -126,14 +128,29 @@ def world_of(layout: Layout | None) -> Any:
 
 def trained(case: Case, layout: Layout | None) -> tuple[list[StepReport], dict[str, Tensor]]:
     """Reports of all steps, and whole weights (on rank 0)."""
-    world = world_of(layout)
+    return trained_in(world_of(layout), case)
+
+
+def trained_in(world: Any, case: Case) -> tuple[list[StepReport], dict[str, Tensor]]:
+    """The same in a world that is there."""
     one = trainer(case, world)
     reports = [replace(one.step(one.micro_batches()), seconds=0.0) for _ in range(case.steps)]
     return reports, world.gathered(one.model.state_dict())
 
 
-def gradients(case: Case, layout: Layout | None) -> dict[str, Tensor]:
-    """Whole gradients after one backward pass over a step, before the clip (on rank 0)."""
+@dataclass(frozen=True)
+class Backward:
+    """What one backward pass over a step came to, before the clip."""
+
+    gradients: dict[str, Tensor]
+    """Whole, on rank 0."""
+    norm: float
+    terms: dict[str, float]
+    load: dict[int, Tensor]
+
+
+def gradients(case: Case, layout: Layout | None) -> Backward:
+    """One backward pass."""
     world = world_of(layout)
     one = trainer(case, world)
     batches = one.micro_batches()
@@ -141,9 +158,10 @@ def gradients(case: Case, layout: Layout | None) -> dict[str, Tensor]:
     for batch in batches:
         for name, count in one.method.objective.counts(batch).items():
             counts[name] = counts.get(name, 0.0) + count
-    one._accumulate(batches, world.sum(counts))
+    done = one._accumulate(batches, world.sum(counts))
     world.sum_gradients(one.parameters.values())
-    return world.gathered({name: p.grad for name, p in one.parameters.items() if p.grad is not None})
+    whole = world.gathered({name: p.grad for name, p in one.parameters.items() if p.grad is not None})
+    return Backward(whole, world.norm(one.parameters).item(), done.terms, done.load)
 
 
 def gathered_in_bf16(case: Case, layout: Layout) -> tuple[Tensor, Tensor, dict[str, set[torch.dtype]]]:

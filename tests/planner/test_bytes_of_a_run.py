@@ -1,9 +1,10 @@
-"""Bytes of an expert-parallel step of a whole model, counted while two processes run it, against the planner's."""
+"""Bytes of steps of whole models, counted while two processes run them, against the planner's: rows, latents."""
 
 from __future__ import annotations
 
 import multiprocessing
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from finemoe.model.transformer import Transformer
 from finemoe.parallel.planner.setup import Setup, pieces_of_ranks
 from finemoe.parallel.planner.traffic import collectives, rows_leaving
 
+context: Any = pytest.importorskip("finemoe.parallel.context")
 expert: Any = pytest.importorskip("finemoe.parallel.expert")
 
 SEQUENCES, LENGTH = 2, 32
@@ -29,10 +31,47 @@ def model() -> ModelConfig:
     return expand(resolve(table, "test"))
 
 
+def latent_model() -> ModelConfig:
+    """Latents and rotary keys as wide as DeepSeek-V3's, in a model that is small otherwise."""
+    widths = {"q_lora_rank": 8, "kv_lora_rank": 512, "qk_nope_head_dim": 6, "qk_rope_head_dim": 64, "v_head_dim": 6}
+    attention = {"kind": "latent", "num_heads": 2, **widths}
+    return expand(resolve({"preset": "tiny-moe", "vocab_size": 300, "attention": attention}, "test"))
+
+
 def step(rank: int, store: str, queue: Any) -> None:
-    """Forward and back, with every byte from elsewhere counted."""
+    """Forward and back with experts elsewhere, then with pieces of sequences, and every byte from elsewhere counted."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    queue.put((rank, *rows_of_a_step(mesh, rank), latents_of_a_step(mesh, rank)))
+    dist.destroy_process_group()
+
+
+def latents_of_a_step(mesh: Any, rank: int) -> dict[str, int]:
+    """By direction, of numbers that are no integers: those are places and documents."""
+    moved = {"gather": 0, "scatter": 0}
+    gather, scatter = dist.all_gather, dist.reduce_scatter
+
+    def gathering(pieces: Any, own: Any, group: Any = None) -> Any:
+        if own.is_floating_point():
+            moved["gather"] += sum(one.nbytes for other, one in enumerate(pieces) if other != rank)
+        return gather(pieces, own, group=group)
+
+    def scattering(own: Any, pieces: Any, group: Any = None) -> Any:
+        moved["scatter"] += sum(one.nbytes for other, one in enumerate(pieces) if other != rank)
+        return scatter(own, pieces, group=group)
+
+    dist.all_gather, dist.reduce_scatter = gathering, scattering
+    built = Transformer(latent_model(), Kernels(products="torch", experts="sorted_slices"))
+    initialize(built, 0)
+    built.context = context.Pieces(mesh.get_group(), rank, 2)
+    tokens = torch.randint(300, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
+    built.train()(tokens.chunk(2, dim=1)[rank]).hidden.sum().backward()
+    return moved
+
+
+def rows_of_a_step(mesh: Any, rank: int) -> tuple[dict[str, int], list[list[int]]]:
+    """And the loads of every layer."""
     moved = {"rows": 0, "counts": 0}
     real = dist.all_to_all_single
 
@@ -45,7 +84,6 @@ def step(rank: int, store: str, queue: Any) -> None:
         return real(output, given, received, sent, group=group)
 
     dist.all_to_all_single = counting
-    mesh = init_device_mesh("cpu", (2,))
     built = Transformer(model(), Kernels(products="torch", experts="sorted_slices"))
     initialize(built, 0)
     for layer in built.moe_layers.values():
@@ -54,21 +92,38 @@ def step(rank: int, store: str, queue: Any) -> None:
     tokens = torch.randint(300, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(rank))
     output = built(tokens)
     output.hidden.sum().backward()
-    queue.put((rank, moved, [record.load.long().tolist() for record in output.routing.values()]))
-    dist.destroy_process_group()
+    return moved, [record.load.long().tolist() for record in output.routing.values()]
+
+
+@cache
+def counted() -> dict[int, tuple[dict[str, int], list[list[int]], dict[str, int]]]:
+    """What each rank counted."""
+    forked = multiprocessing.get_context("fork")
+    queue = forked.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        places = [(rank, str(Path(folder) / "store"), queue) for rank in range(2)]
+        started = [forked.Process(target=step, args=place, daemon=True) for place in places]
+        for process in started:
+            process.start()
+        found = {rank: one for rank, *one in (queue.get(timeout=90) for _ in started)}
+        for process in started:
+            process.join(30)
+    return found
+
+
+def test_pieces_of_sequences_exchange_latents_and_nothing_else() -> None:
+    """576 numbers a token and layer, as the planner has it."""
+    config = latent_model()
+    setup = Setup(sequences=SEQUENCES, micro_batch=SEQUENCES, seq_len=LENGTH, context=2, precision="fp32")
+    planned = {one.name: one.total for one in collectives(config, setup, pieces_of_ranks(config, setup)[0])}
+    here = SEQUENCES * LENGTH // 2
+    for _, _, moved in counted().values():
+        assert moved["gather"] == len(config.blocks) * here * 576 * 4 == planned["gather keys of the sequence"]
+        assert moved["scatter"] == moved["gather"] == planned["sum gradients of keys"]
 
 
 def test_a_step_moves_what_its_loads_say_and_the_plan_tells_the_counts() -> None:
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        places = [(rank, str(Path(folder) / "store"), queue) for rank in range(2)]
-        started = [context.Process(target=step, args=place, daemon=True) for place in places]
-        for process in started:
-            process.start()
-        found = {rank: (moved, loads) for rank, moved, loads in (queue.get(timeout=90) for _ in started)}
-        for process in started:
-            process.join(30)
+    found = counted()
     config = model()
     layers = range(len(found[0][1]))
     leaving = [sum(rows_leaving([found[0][1][layer], found[1][1][layer]], 2)) for layer in layers]

@@ -36,6 +36,13 @@ def meet(layout: Layout, device: torch.device, threads: int, timeout: float) -> 
     if here is None or here.processes == 1:
         yield SOLO
         return
+    with together(here, layout, device, threads, timeout) as world:
+        yield world
+
+
+@contextmanager
+def together(here: Seat, layout: Layout, device: torch.device, threads: int, timeout: float) -> Iterator[World]:
+    """`meet` where there are others, or as if there were: one process, too, can ask a process group."""
     from finemoe.parallel import joining, processes  # torch.distributed takes a second to load
 
     _take_device(device, here)

@@ -35,18 +35,26 @@ def spread(model: Transformer, layout: Layout, dense: DeviceMesh, routed: Device
         routed: replicate, expert_shard and expert, for routed experts; the same processes.
     """
     if layout.expert > 1:
-        mesh = routed["expert"]
-        for layer in model.moe_layers.values():
-            layer.dispatch = AllToAll(mesh.get_group(), layout.expert)
-            layer.experts = DistributedExperts(layer.experts, mesh)  # type: ignore[assignment]
-    if layout.fsdp == 1:
-        return
+        place_experts(model, routed["expert"])
+    if layout.fsdp > 1:
+        experts = _data(routed, "expert_shard", layout.replicate) if layout.expert > 1 else None
+        cut(model, _data(dense, "fsdp", layout.replicate), experts)
+
+
+def place_experts(model: Transformer, mesh: DeviceMesh) -> None:
+    """Keep those routed experts that lie here, whole; `mesh`: one dimension, the processes that share a layer's."""
+    for layer in model.moe_layers.values():
+        layer.dispatch = AllToAll(mesh.get_group(), mesh.size())
+        layer.experts = DistributedExperts(layer.experts, mesh)  # type: ignore[assignment]
+
+
+def cut(model: Transformer, mesh: DeviceMesh, experts: DeviceMesh | None) -> None:
+    """Spread weights by FSDP2 over `mesh`, and those of routed experts that were placed over `experts`."""
     # Nothing here writes into what a module returned, view or not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    if layout.expert > 1:
+    if experts is not None:
         for layer in model.moe_layers.values():
-            fully_shard(layer.experts, mesh=_data(routed, "expert_shard", layout.replicate))
-    mesh = _data(dense, "fsdp", layout.replicate)
+            fully_shard(layer.experts, mesh=experts)
     for block in (*model.blocks, *(module.block for module in model.mtp)):
         if next(block.parameters(), None) is not None:  # of a pipeline, what lies on another stage has none  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
@@ -70,9 +78,9 @@ def pieces(model: nn.Module) -> Iterator[FSDPModule]:
             yield module
 
 
-def _data(mesh: DeviceMesh, cut: str, copies: int) -> DeviceMesh:
+def _data(mesh: DeviceMesh, across: str, copies: int) -> DeviceMesh:
     """The processes that weights are cut over, and those that hold copies of the pieces."""
-    return mesh["replicate", cut] if copies > 1 else mesh[cut]
+    return mesh["replicate", across] if copies > 1 else mesh[across]
 
 
 @torch.no_grad()
