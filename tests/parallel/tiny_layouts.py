@@ -56,6 +56,7 @@ class Case:
     recompute: bool = False
     num_experts: int = 8
     moments: str = "fp32"
+    bf16: bool = False
     average: bool = False
     """Gradients as FSDP leaves them unless it is told: the mean over processes."""
 
@@ -99,7 +100,7 @@ def trainer(case: Case, world: Any) -> Trainer:
         before_update=(Clip(OPTIMIZER.max_gradient_norm),),
         after_update=(MoveBiases(BalancingConfig(rate=0.01)),),
     )
-    plan = Plan(case.steps, SEQUENCES, case.micro, torch.device("cpu"), bf16=False)
+    plan = Plan(case.steps, SEQUENCES, case.micro, torch.device("cpu"), bf16=case.bf16)
     optimizer = OPTIMIZER.model_copy(update={"moments": case.moments})
     made = Trainer(model, method, optimizer, MultiStepConfig(warmup_share=0.1), plan, world=world)
     if case.average:

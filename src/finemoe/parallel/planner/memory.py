@@ -29,8 +29,8 @@ class Memory:
     gradients: int
     moments: int
     gathered: int
-    """Weights put together for products: two blocks at once, in the precision of the products, and the root's; or
-    all of them, where they are gathered once a step."""
+    """Weights put together for products, as they travel: two blocks at once, and the root's; or all of them, where they
+    are gathered once a step. With them what autocast made of weights, which stays until their backward."""
     whole_gradients: int
     """Gradients before they are summed over processes: of one block; or of all, where that happens once a step."""
     activations: int
@@ -92,26 +92,17 @@ def memory_of(
     """Of one rank of the pipeline, by what it holds; other arguments as of `memory_of_ranks`."""
     parameters = parameters_of(config, held)
     weights, gradients, moments = state_bytes(setup, parameters)
-    width = 4 if setup.precision == "fp32" else 2
-    spread, experts = setup.fsdp, setup.expert * setup.tensor
-    largest = parameters.largest_block // setup.tensor + parameters.largest_experts // experts
-    whole = (parameters.blocks + parameters.root) // setup.tensor + parameters.experts // experts
-    casts = setup.precision != "fp32"
-    sharded = spread > 1
-    if setup.gather == "step" and sharded:
-        gathered = width * whole
-    elif sharded:
-        gathered = width * (min(2 * largest, whole) + parameters.root // setup.tensor)
-    else:
-        gathered = width * whole if casts else 0  # one process keeps what autocast made until its backward
-    summed = 0 if not sharded else 4 * (whole if setup.reduce == "step" else largest)
+    dense, experts = setup.tensor, setup.expert * setup.tensor
+    largest = parameters.largest_block // dense + parameters.largest_experts // experts
+    whole = (parameters.blocks + parameters.root) // dense + parameters.experts // experts
+    summed = 0 if setup.fsdp == 1 else 4 * (whole if setup.reduce == "step" else largest)
     has_head = any(piece.last for piece in held)
     loss = (4 * (_LOGITS[setup.precision] + config.vocab_size * config.hidden_size // setup.tensor)) if has_head else 0
     return Memory(
         weights=weights,
         gradients=gradients,
         moments=moments,
-        gathered=gathered,
+        gathered=_gathered(setup, parameters),
         whole_gradients=summed,
         activations=activations(config, setup, rank, held, max_vio),
         exchange=_exchange(config, setup, held, max_vio),
@@ -120,9 +111,25 @@ def memory_of(
     )
 
 
+def _gathered(setup: Setup, parameters: Parameters) -> int:
+    """Weights beside their pieces."""
+    blocks, root = parameters.blocks // setup.tensor, parameters.root // setup.tensor
+    experts, width = parameters.experts // (setup.expert * setup.tensor), setup.width
+    sharded = setup.fsdp > 1
+    cast = 0
+    if setup.precision != "fp32" and not (sharded and setup.narrow):
+        cast = width * (blocks + root + (0 if sharded else experts))  # experts that are gathered come in 16 bits
+    if not sharded:
+        return cast
+    if setup.gather == "micro_batch":
+        blocks = min(2 * parameters.largest_block // setup.tensor, blocks)
+        experts = min(2 * parameters.largest_experts // (setup.expert * setup.tensor), experts)
+    return setup.stream_width * (blocks + root) + width * experts + cast
+
+
 def activations(config: ModelConfig, setup: Setup, rank: int, held: tuple[Piece, ...], max_vio: float = 0.0) -> int:
     """[bytes] That micro-batches under way leave on a rank for their backward, and one block's gradients of them."""
-    width = 4 if setup.precision == "fp32" else 2
+    width = setup.width
     own = [config.blocks[i] for piece in held for i in piece.blocks]
     if any(piece.last for piece in held):
         own += config.mtp
@@ -214,4 +221,4 @@ def _exchange(config: ModelConfig, setup: Setup, held: tuple[Piece, ...], max_vi
     layers += [block.feed_forward for block in config.mtp if any(piece.last for piece in held)]
     copies = max((layer.experts_per_token for layer in layers if isinstance(layer, MoEConfig)), default=0)
     rows = setup.tokens * copies / setup.tensor
-    return int(2 * rows * (2 + max_vio) * config.hidden_size * (4 if setup.precision == "fp32" else 2))
+    return int(2 * rows * (2 + max_vio) * config.hidden_size * setup.width)
