@@ -129,15 +129,30 @@ def _gathered(setup: Setup, parameters: Parameters) -> int:
 
 def activations(config: ModelConfig, setup: Setup, rank: int, held: tuple[Piece, ...], max_vio: float = 0.0) -> int:
     """[bytes] That micro-batches under way leave on a rank for their backward, and one block's gradients of them."""
-    width = setup.width
     own = [config.blocks[i] for piece in held for i in piece.blocks]
     if any(piece.last for piece in held):
         own += config.mtp
-    kept = [kept_bytes(block, config.hidden_size, width, max_vio) for block in own]
+    kept = [_kept(block, config, setup, max_vio) for block in own]
     # A recomputed block keeps its input, and while it goes back all that it would have kept.
     inputs = 4 * config.hidden_size * len(own)
     each, at_work = (inputs, 2 * max(kept)) if setup.recompute else (sum(kept), max(kept))
-    return int(setup.tokens * (each * under_way(setup, rank) + at_work) / setup.tensor)
+    stepping = setup.tokens * (each * under_way(setup, rank) + at_work) / setup.tensor
+    if not (setup.native and setup.validated):
+        return int(stepping)
+    # A pass without gradients holds one block's intermediate results: rows of experts out and back, four states.
+    wide = 4 * config.hidden_size
+    passing = [_kept(block, config, setup, 0.0) + wide * (2 * _copies(block) + 4) for block in own]
+    return int(max(stepping, setup.validated * max(passing)))
+
+
+def _kept(block: BlockConfig, config: ModelConfig, setup: Setup, max_vio: float) -> float:
+    if setup.native and setup.expert == 1:
+        return kept_natively(block, config.hidden_size, max_vio)
+    return kept_bytes(block, config.hidden_size, setup.width, max_vio)
+
+
+def _copies(block: BlockConfig) -> int:
+    return block.feed_forward.experts_per_token if isinstance(block.feed_forward, MoEConfig) else 0
 
 
 def under_way(setup: Setup, rank: int) -> float:
@@ -182,6 +197,29 @@ def kept_bytes(block: BlockConfig, hidden: int, width: int, max_vio: float = 0.0
     inner = 4 * width * layer.expert_hidden_size * shared + gate + choice
     copies = copied_bytes(block, hidden, width) * (1 + max_vio)
     return norms + width * hidden * reading + _attention(block, width) + inner + copies
+
+
+def kept_natively(block: BlockConfig, hidden: int, max_vio: float = 0.0) -> float:
+    """`kept_bytes` of our kernels for a CPU: norms keep no second copy, a SwiGLU what its first product gives and no
+    more, and experts read states where they lie. To the byte what autograd holds, but for balance losses."""
+    layer, attention = block.feed_forward, block.attention
+    heads = attention.num_heads
+    if isinstance(attention, LatentConfig):
+        ranks = [rank for rank in (attention.q_lora_rank, attention.kv_lora_rank) if rank]
+        latents = sum(2 * rank + 1 for rank in ranks) + attention.qk_rope_head_dim
+        of_head = 2 * attention.qk_head_dim + attention.qk_nope_head_dim + 2 * attention.v_head_dim + 2
+        attending = latents + heads * of_head
+    else:
+        both = heads + attention.num_kv_heads
+        attending = 2 * attention.head_dim * both + 2 * heads
+        if attention.qk_norm != "none":
+            attending += attention.head_dim * both + (both if attention.qk_norm == "head" else 2)
+    if not isinstance(layer, MoEConfig):
+        return 4 * (4 * hidden + 2 + attending + 2 * layer.ffn_hidden_size)
+    choice = layer.num_routed_experts + 3 * layer.experts_per_token
+    gate = (hidden + 1) * layer.gate_shared_experts
+    copies = layer.experts_per_token * (1 + max_vio) + layer.num_shared_experts
+    return 4 * (4 * hidden + 2 + attending + choice + gate + 2 * layer.expert_hidden_size * copies)
 
 
 def copied_bytes(block: BlockConfig, hidden: int, width: int) -> float:

@@ -56,6 +56,10 @@ class Setup:
     narrow: bool = False
     """Weights and states between stages travel in 16 bits, as where both are kept so (Megatron, DeepSeek). finemoe's
     residual stream is in float32, and all weights but routed experts' travel so; those are for products alone."""
+    native: bool = False
+    """By finemoe's own kernels for a CPU, in float32, which keep less for the backward pass where no row travels."""
+    validated: int = 0
+    """[tokens] Of one pass when a run by our kernels is measured, which may take more than a step; 0: not asked."""
     graphs: bool = False
     """The host replays recorded launches (CUDA graphs), and computing never waits for it. finemoe does not."""
 
