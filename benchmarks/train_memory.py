@@ -56,7 +56,7 @@ def planned(recipe: str, overrides: tuple[str, ...], beside: int) -> int:
 def judged(peaks: list[int]) -> dict[str, Any]:
     """Beside, from the first run, and how the others come out."""
     beside = peaks[0] - planned(*RUNS[0][1:], 0)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, ((name, recipe, overrides), peak) in enumerate(zip(RUNS, peaks, strict=True)):
         said = planned(recipe, overrides, beside)
         part = "judged" if number else "fitted"

@@ -39,7 +39,7 @@ HERE = Here(
     429 << 20,
 )  # fmt: skip
 """benchmarks/results/planner.json: of ten runs the five not fitted on: time within 6 %. What a process takes at any
-rate: benchmarks/results/train-memory.json, where five runs of `finemoe train` that were not fitted on are within 5 %."""
+rate: benchmarks/results/train-memory.json, where five runs of `finemoe train` not fitted on are within 5 %."""
 
 
 def here(processes: int = 1) -> Device:
