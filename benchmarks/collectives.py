@@ -4,7 +4,8 @@ python -m benchmarks.collectives                       # the V3 ladder; writes b
 python -m benchmarks.collectives RECIPE --steps 8
 
 Times are those of the first process, from when it enters until it has what it waited for: waiting for the other, which
-may still compute, is in them. On gloo they are of its own threads, so they may overlap one another.
+may still compute, is in them. On gloo they are of its own threads, so they may overlap one another. A collective is
+called as it was asked for: gloo runs all-reduces for reduce-scatters, which are told apart.
 """
 
 from __future__ import annotations
@@ -17,26 +18,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 RESULT = Path(__file__).parent / "results" / "collectives.json"
 LAYOUTS = {
-    "experts by all-to-all": "parallel.expert=2",
-    "FSDP2": "parallel.shard=2",
-    "replicas": "parallel.replicate=2",
+    "experts by all-to-all": ("parallel.expert=2",),
+    "FSDP2": ("parallel.shard=2",),
+    "replicas": ("parallel.replicate=2",),
+    "stages": ("parallel.pipeline=2", "training.micro_batch_tokens=1024"),
+    "sequences in pieces": ("parallel.context=2", "parallel.shard=1", "model.mtp_depth=0"),
 }
+"""Settings of each. A sequence in pieces has no prediction modules."""
 _WARM = 8  # steps before the first that is measured
 
 
-def measure(recipe: str, layout: str, steps: int) -> dict[str, Any]:
+def measure(recipe: str, layout: Sequence[str], steps: int) -> dict[str, Any]:
     """`steps` steps of `recipe` by two processes: milliseconds and calls a step, by collective."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__, recipe,
-            "--steps", str(steps), "--layout", layout, "--inside", str(found),
+            "--steps", str(steps), "--layout", *layout, "--inside", str(found),
         ]  # fmt: skip
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -45,7 +49,7 @@ def measure(recipe: str, layout: str, steps: int) -> dict[str, Any]:
         return dict(json.loads(found.read_text()))
 
 
-def inside(recipe: str, layout: str, steps: int, found: Path) -> None:
+def inside(recipe: str, layout: Sequence[str], steps: int, found: Path) -> None:
     """One of the two processes: train, and write what the first saw."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -70,7 +74,7 @@ def inside(recipe: str, layout: str, steps: int, found: Path) -> None:
         return report
 
     Trainer.step = step  # type: ignore[method-assign]
-    config = resolve_run(*read_recipe(recipe, [layout]))
+    config = resolve_run(*read_recipe(recipe, layout))
     length = {
         "tokens": None,
         "steps": _WARM + steps,
@@ -82,15 +86,33 @@ def inside(recipe: str, layout: str, steps: int, found: Path) -> None:
 
 
 def _read(held: Any, seconds: float, steps: int) -> dict[str, Any]:
-    collectives = {
-        event.key.partition(":")[2]: {
-            "calls": event.count / steps,
-            "milliseconds": round(event.cpu_time_total / 1e3 / steps, 2),
-        }
-        for event in held.key_averages()
-        if event.key.startswith(("gloo:", "nccl:"))
-    }
-    return {"step_milliseconds": round(1e3 * seconds / steps, 1), "collectives": collectives}
+    return {"step_milliseconds": round(1e3 * seconds / steps, 1), "collectives": by_name(held.events(), steps)}
+
+
+def by_name(events: Iterable[Any], steps: int) -> dict[str, dict[str, float]]:
+    """Calls and milliseconds a step of each collective.
+
+    gloo runs one or two all-reduces for a reduce-scatter: they belong to the last of the two that torch was asked for.
+    """
+    events = sorted(events, key=lambda event: event.time_range.start)
+    spans: dict[tuple[str, int], tuple[float, float]] = {}
+    name, number = "all_reduce", 0
+    for count, event in enumerate(events):
+        if event.name.startswith("c10d::") and "reduce" in event.name:
+            name, number = "reduce_scatter" if "reduce_scatter" in event.name else "all_reduce", count
+        if not event.name.startswith(("gloo:", "nccl:")):
+            continue
+        began, ended = event.time_range.start, event.time_range.end
+        own = event.name.partition(":")[2]
+        key = (name, number) if own == "all_reduce" else (own, count)
+        first, last = spans.get(key, (began, ended))
+        spans[key] = min(first, began), max(last, ended)
+    found: dict[str, dict[str, float]] = {}
+    for (name, _), (began, ended) in spans.items():
+        one = found.setdefault(name, {"calls": 0.0, "milliseconds": 0.0})
+        one["calls"] += 1 / steps
+        one["milliseconds"] += (ended - began) / 1e3 / steps
+    return {name: {key: round(value, 2) for key, value in one.items()} for name, one in found.items()}
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -98,7 +120,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="recipes/ladder/v3.toml")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--layout", default="")
+    parser.add_argument("--layout", nargs="*", default=())
     parser.add_argument("--inside", type=Path)
     asked = parser.parse_args(given)
     if asked.inside is not None:

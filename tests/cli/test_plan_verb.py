@@ -244,6 +244,9 @@ def test_launch_prints_a_file_and_nothing_else(command: Any) -> None:
     assert script.stdout.endswith("--continue\n")
     assert "kind: TrainJob" in command("launch", "kubernetes", *words).stdout
     assert command("launch", "slurm", *words, "--device", "h100").exit_code == 2, "no such recipe here"
+    refused = command("launch", "ray", *words)
+    assert refused.exit_code == 2
+    assert "launch ray is not built" in refused.stderr
 
 
 # ---- placement ----

@@ -123,6 +123,8 @@ def test_what_will_not_be_built_is_refused_by_name_and_reason() -> None:
     """Complaint 9 of distribution: gradients of experts that are cut inside."""
     with pytest.raises(ValueError, match=r"parallel\.expert_tensor is not built.*use expert"):
         ParallelConfig.model_validate({"expert_tensor": 2})
+    with pytest.raises(ValueError, match=r"parallel\.deepep is not built.*torch's all-to-all.*use expert"):
+        ParallelConfig.model_validate({"deepep": True})
 
 
 def test_what_is_left_out_is_inferred() -> None:

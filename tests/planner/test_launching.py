@@ -167,8 +167,10 @@ def test_a_plan_goes_with_it(tmp_path: Path) -> None:
     assert "h100" not in finemoe.launch("kubernetes", recipe, **options)
     with pytest.raises(ConfigError, match="does not divide"):
         finemoe.launch("slurm", recipe, device="h100", overrides=["parallel.expert=3"], **options)
-    with pytest.raises(ConfigError, match="known are"):
+    with pytest.raises(ConfigError, match=r"launch ray is not built.* use slurm or kubernetes"):
         finemoe.launch("ray", recipe, **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="known are"):
+        finemoe.launch("pbs", recipe, **options)  # type: ignore[arg-type]
 
 
 def test_what_the_trainer_refuses_is_refused_before_it_waits_in_a_queue(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from finemoe.core.errors import ConfigError
+from finemoe.model import native
 from finemoe.model.config import Kernels, ModelConfig, expand
 from finemoe.model.initialize import initialize
 from finemoe.model.presets import resolve
 from finemoe.model.transformer import Transformer
 from finemoe.parallel.config import ParallelConfig
 from finemoe.parallel.planner.devices import find_device, this_machine
-from finemoe.parallel.planner.memory import kept_bytes, peak_memory
+from finemoe.parallel.planner.memory import kept_bytes, kept_natively, peak_memory
 from finemoe.parallel.planner.plan import plan, require_fit
 from finemoe.parallel.planner.published import V3_RUN, model_of
 from finemoe.parallel.planner.search import search
@@ -68,11 +69,17 @@ LATENT = {
 }  # fmt: skip
 
 
-def saved(attention: dict[str, Any], feed_forward: dict[str, Any], layers: int) -> tuple[ModelConfig, float]:
+TORCH = Kernels(products="torch", experts="sorted_slices", attention="sdpa")
+NATIVE = Kernels(products="native", experts="native", attention="sdpa")
+
+
+def saved(
+    attention: dict[str, Any], feed_forward: dict[str, Any], layers: int, kernels: Kernels = TORCH
+) -> tuple[ModelConfig, float]:
     """A model of a few equal blocks, and the bytes a token that autograd holds of its forward, weights left out."""
     table = {"vocab_size": 64, "hidden_size": 64, "num_layers": layers, "attention": attention}
     config = expand(resolve({**table, "feed_forward": feed_forward}, "test"))
-    model = Transformer(config, Kernels(products="torch", experts="sorted_slices", attention="sdpa"))
+    model = Transformer(config, kernels)
     initialize(model, seed=0)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held: dict[int, torch.Tensor] = {}
@@ -107,6 +114,10 @@ def test_what_a_block_keeps_is_what_autograd_holds(attention: dict[str, Any], fe
     _, one = saved(attention, feed_forward, 1)
     config, two = saved(attention, feed_forward, 2)
     assert kept_bytes(config.blocks[0], config.hidden_size, 4) == pytest.approx(two - one, rel=0.01)
+    if native.available():
+        _, one = saved(attention, feed_forward, 1, NATIVE)
+        _, two = saved(attention, feed_forward, 2, NATIVE)
+        assert kept_natively(config.blocks[0], config.hidden_size) == two - one
 
 
 def test_state_is_shared_by_all_that_shard() -> None:

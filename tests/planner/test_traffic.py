@@ -91,7 +91,7 @@ def test_a_row_crosses_once_a_node_and_no_further_than_its_groups() -> None:
 def test_stages_pass_states_on_and_a_v_turns_for_nothing() -> None:
     config = model_of("deepseek-v2")
     setup = Setup(sequences=16, seq_len=128, pipeline=4)
-    size = 128 * config.hidden_size * 2
+    size = 128 * config.hidden_size * 4
     ranks = pieces_of_ranks(config, setup)
     sent = [{one.name: one.total for one in collectives(config, setup, held)} for held in ranks]
     before, after = "states from the stage before", "gradients from the stage after"
@@ -100,6 +100,39 @@ def test_stages_pass_states_on_and_a_v_turns_for_nothing() -> None:
     turned = Setup(sequences=16, seq_len=128, pipeline=4, schedule="zbv")
     last = pieces_of_ranks(config, turned)[-1]
     assert {one.name: one.total for one in collectives(config, turned, last)}[before] == 16 * size
+
+
+def test_in_16_bits_travels_what_is_kept_so() -> None:
+    """finemoe keeps norms, routers and its residual stream in float32, whatever products are in; others do not."""
+    config = model_of("deepseek-v2")
+    table = {"sequences": 64, "seq_len": 128, "pipeline": 2, "shard": 4, "expert": 2}
+    ours, theirs, plain = (
+        by_name(config, Setup(**table, **more)) for more in ({}, {"narrow": True}, {"precision": "fp32"})
+    )
+    halved = {name for name in ours if ours[name] == plain[name] / 2}
+    assert halved == {
+        "gather weights of experts", "dispatch", "combine", "combine, backward", "dispatch, backward",
+    }  # fmt: skip
+    assert all(ours[name] == plain[name] for name in ours.keys() - halved)
+    also = {"gather weights of blocks", "gather embedding and head", "gradients from the stage after"}
+    assert {name for name in theirs if theirs[name] == plain[name] / 2} == halved | also
+
+
+def test_what_is_gathered_lies_there_as_it_travels_and_what_is_cast_beside_it() -> None:
+    config = model_of("qwen3-30b-a3b")
+    parts = parameters_of(config, whole(config))
+    root, blocks = parts.root, parts.blocks
+    table = {"sequences": 64, "seq_len": 128, "shard": 8, "expert": 4}
+    two, experts = 2 * parts.largest_block + root, 2 * parts.largest_experts // 4
+
+    def gathered(**more: Any) -> int:
+        return peak_memory(config, Setup(**{**table, **more})).gathered
+
+    assert gathered(precision="fp32") == 4 * (two + experts)
+    assert gathered() == 4 * two + 2 * experts + 2 * (blocks + root)
+    assert gathered(narrow=True) == 2 * (two + experts)
+    assert gathered(shard=1, expert=1) == 2 * (blocks + root + parts.experts)
+    assert gathered(narrow=True, gather="step") == 2 * (blocks + root + parts.experts // 4)
 
 
 def test_a_sequence_in_pieces_gathers_latents() -> None:

@@ -86,7 +86,7 @@ class Rank:
         for at, parameter in enumerate(p for p in own if p.grad is not None):
             parameter.grad.copy_(torch.stack([one[at] for one in everybody]).sum(0))
 
-    def spread(self, model: Transformer) -> None:
+    def spread(self, model: Transformer, products: torch.dtype | None = None) -> None:
         return None
 
     def settle(self, model: Transformer) -> None:

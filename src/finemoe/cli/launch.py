@@ -101,3 +101,16 @@ def kubernetes(
         claim=claim,
     )  # fmt: skip
     typer.echo(text, nl=False)
+
+
+@launch.command(hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def ray() -> None:
+    """Not built: it says why.
+
+    \b
+    Examples:
+      finemoe launch ray
+    """
+    from finemoe.runs.planning.launching import refuse_by_name
+
+    refuse_by_name("ray")

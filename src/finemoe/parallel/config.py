@@ -25,6 +25,8 @@ _COUNTED: dict[Start, tuple[str, str]] = {
 _NOT_BUILT = {
     "tensor": "products of small experts are too narrow to be cut, and a dense model of this size fits with shard",
     "expert_tensor": "cutting inside of experts gave wrong gradients elsewhere and was given up there: use expert",
+    "deepep": "its kernels run on some GPUs and networks only, and torch's all-to-all moves the same rows everywhere: "
+    "use expert, and `finemoe plan --calibration tuned` for what such kernels would save",
 }
 
 

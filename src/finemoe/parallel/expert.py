@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from finemoe.model.moe.decision import RoutingDecision
 from finemoe.model.moe.dispatch import LocalDispatch, Ticket
-from finemoe.model.moe.experts import GroupedExperts, run_experts
+from finemoe.model.moe.experts import GroupedExperts, as_multiplied, run_experts
 
 
 class _Exchange(torch.autograd.Function):
@@ -72,7 +72,7 @@ class AllToAll:
         dist.all_to_all_single(coming, counts.contiguous(), group=self.group)
         going, came = torch.stack((counts, coming)).tolist()
         sent, received = [sum(one) for one in going], [sum(one) for one in came]
-        rows = _Exchange.apply(rows, sent, received, self.group)
+        rows = _Exchange.apply(as_multiplied(rows), sent, received, self.group)  # half the bytes, and the same products
         experts = torch.arange(counts.shape[1], device=rows.device).repeat(self.processes)
         order = experts.repeat_interleave(coming.reshape(-1), output_size=sum(received)).argsort(stable=True)
         here_each = torch.tensor([sum(one) for one in zip(*came, strict=True)])

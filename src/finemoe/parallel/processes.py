@@ -141,13 +141,13 @@ class Processes:
             for one, summed in zip(some, flat.split([one.numel() for one in some]), strict=True):
                 one.copy_(summed.view_as(one))
 
-    def spread(self, model: Transformer) -> None:
+    def spread(self, model: Transformer, products: torch.dtype | None = None) -> None:
         """Stages of a pipeline first, then experts whole, then everything by FSDP2."""
         if self.stages > 1:
             self._cut = Cut.of(model.config, self.layout.schedule, self.stages)
             keep_only(model, self._cut, self.stage)
         model.context = self._context
-        spread(model, self.layout, self.dense, self.routed)
+        spread(model, self.layout, self.dense, self.routed, products)
 
     def passes(self, model: Transformer) -> Execute:
         """One after the other, or a pipeline."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -23,7 +23,9 @@ from finemoe.parallel.world import Parts, require_shape
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
-def spread(model: Transformer, layout: Layout, dense: DeviceMesh, routed: DeviceMesh) -> None:
+def spread(
+    model: Transformer, layout: Layout, dense: DeviceMesh, routed: DeviceMesh, products: torch.dtype | None = None
+) -> None:
     """Keep this process's pieces of a model that is whole here, in place.
 
     Gradients are summed and never averaged: losses are divided by counts of the whole step.
@@ -33,12 +35,13 @@ def spread(model: Transformer, layout: Layout, dense: DeviceMesh, routed: Device
         layout: of the run.
         dense: replicate and fsdp, for weights that every token meets.
         routed: replicate, expert_shard and expert, for routed experts; the same processes.
+        products: what autocast computes products in; None: as the weights are.
     """
     if layout.expert > 1:
         place_experts(model, routed["expert"])
     if layout.fsdp > 1:
         experts = _data(routed, "expert_shard", layout.replicate) if layout.expert > 1 else None
-        cut(model, _data(dense, "fsdp", layout.replicate), experts)
+        cut(model, _data(dense, "fsdp", layout.replicate), experts, products)
 
 
 def place_experts(model: Transformer, mesh: DeviceMesh) -> None:
@@ -48,13 +51,19 @@ def place_experts(model: Transformer, mesh: DeviceMesh) -> None:
         layer.experts = DistributedExperts(layer.experts, mesh)  # type: ignore[assignment]
 
 
-def cut(model: Transformer, mesh: DeviceMesh, experts: DeviceMesh | None) -> None:
-    """Spread weights by FSDP2 over `mesh`, and those of routed experts that were placed over `experts`."""
+def cut(model: Transformer, mesh: DeviceMesh, experts: DeviceMesh | None, products: torch.dtype | None = None) -> None:
+    """Spread weights by FSDP2 over `mesh`, and those of routed experts that were placed over `experts`.
+
+    `products` as in `spread`.
+    """
     # Nothing here writes into what a module returned, view or not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    if experts is not None:
+    if experts is not None or products is not None:
+        # Experts are products alone: gathered as these take them they are the same numbers in half the bytes, and no
+        # copy waits for the backward pass. The rest has norms, routers and the residual stream in it: float32.
+        narrow = MixedPrecisionPolicy(param_dtype=products, reduce_dtype=products and torch.float32)
         for layer in model.moe_layers.values():
-            fully_shard(layer.experts, mesh=experts)
+            fully_shard(layer.experts, mesh=mesh if experts is None else experts, mp_policy=narrow)
     for block in (*model.blocks, *(module.block for module in model.mtp)):
         if next(block.parameters(), None) is not None:  # of a pipeline, what lies on another stage has none  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)  # type: ignore[arg-type]

@@ -112,8 +112,8 @@ class World(Protocol):
         """
         ...
 
-    def spread(self, model: Transformer) -> None:
-        """Keep this process's pieces of a model that is whole here, in place."""
+    def spread(self, model: Transformer, products: torch.dtype | None = None) -> None:
+        """Keep this process's pieces of a model that is whole here, in place; `products`: what autocast computes in."""
         ...
 
     def settle(self, model: Transformer) -> None:
@@ -204,7 +204,7 @@ class _Solo:
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         return None
 
-    def spread(self, model: Transformer) -> None:
+    def spread(self, model: Transformer, products: torch.dtype | None = None) -> None:
         return None
 
     def settle(self, model: Transformer) -> None:

@@ -33,7 +33,7 @@ from finemoe.runs.config import RunConfig
 WITHIN = 1.6
 """Factor between estimate and what a process was seen to take, either way; 0.8 to 1.4 in most settings."""
 
-_VALIDATION_TOKENS = 16_384  # of one forward pass when the run is measured
+VALIDATION_TOKENS = 16_384  # of one forward pass when the run is measured
 _BESIDE = 1.25
 """Times what is kept: what is made and dropped on the way, and what lies unused between tensors."""
 _AT_ANY_RATE = 48 << 20
@@ -218,7 +218,7 @@ def _activations(config: RunConfig, tokens: int, bf16: bool, place: _Place) -> i
     head = 2 * 4 * model.vocab_size * model.hidden_size  # the loss makes the head's gradient beside its place
     nbytes = _BESIDE * (2 if bf16 else 4)
     training = int(tokens * (each * under_way(place.setup, place.rank) + at_work) * nbytes)
-    measured_on = min(_VALIDATION_TOKENS, config.data.max_validation_tokens)
+    measured_on = min(VALIDATION_TOKENS, config.data.max_validation_tokens)
     validating = int(measured_on * (2 * model.hidden_size + max(kept) / 2) * nbytes)  # half of it at a time
     return max(training, validating) + head * place.is_last + _AT_ANY_RATE
 

@@ -141,7 +141,7 @@ class Trainer:
         for prepare in method.prepare:
             with self.autocast():
                 prepare(model, begins)
-        world.spread(model)
+        world.spread(model, torch.bfloat16 if plan.bf16 else None)
         if fill is not None:
             fill(model)
         self.execute: Execute = execute or world.passes(model)

@@ -124,11 +124,13 @@ def run_experts(
     backend: Backend, rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, limit: float | None
 ) -> Tensor:
     """The backend's kernel at the precision that autocast asks for: a hand-written gradient is out of its sight."""
-    device = rows.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        rows, gate_up, down = rows.to(dtype), gate_up.to(dtype), down.to(dtype)
-    return backend.experts(rows, counts, gate_up, down, limit)
+    return backend.experts(as_multiplied(rows), counts, as_multiplied(gate_up), as_multiplied(down), limit)
+
+
+def as_multiplied(tensor: Tensor) -> Tensor:
+    """In the precision that autocast asks products for; where there is none, `tensor` itself."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
 class GroupedExperts(nn.Module):

@@ -42,13 +42,13 @@ CONSTANTS: Mapping[Family, Constants] = {"hopper": _HOPPER, "blackwell": _BLACKW
 
 
 def setup_of(point: Point) -> Setup:
-    """A published run as a setup: weights whole on every process, moments spread (ZeRO-1), as those systems do."""
+    """A published run as a setup: bf16 weights whole on every process, moments spread (ZeRO-1), as those systems do."""
     data = point.devices // (point.tensor * point.pipeline * point.context)
     return Setup(
         sequences=point.sequences, seq_len=point.seq_len, micro_batch=point.micro_batch, precision=point.precision,
         pipeline=point.pipeline, shard=data, context=point.context, expert=point.expert, schedule=point.schedule,
         virtual=point.virtual, tensor=point.tensor, gather="step", reduce="step",
-        once_a_node=point.once_a_node, graphs=point.graphs,
+        once_a_node=point.once_a_node, narrow=True, graphs=point.graphs,
     )  # fmt: skip
 
 

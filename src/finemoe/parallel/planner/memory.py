@@ -29,8 +29,8 @@ class Memory:
     gradients: int
     moments: int
     gathered: int
-    """Weights put together for products: two blocks at once, in the precision of the products, and the root's; or
-    all of them, where they are gathered once a step."""
+    """Weights put together for products, as they travel: two blocks at once, and the root's; or all of them, where they
+    are gathered once a step. With them what autocast made of weights, which stays until their backward."""
     whole_gradients: int
     """Gradients before they are summed over processes: of one block; or of all, where that happens once a step."""
     activations: int
@@ -92,26 +92,17 @@ def memory_of(
     """Of one rank of the pipeline, by what it holds; other arguments as of `memory_of_ranks`."""
     parameters = parameters_of(config, held)
     weights, gradients, moments = state_bytes(setup, parameters)
-    width = 4 if setup.precision == "fp32" else 2
-    spread, experts = setup.fsdp, setup.expert * setup.tensor
-    largest = parameters.largest_block // setup.tensor + parameters.largest_experts // experts
-    whole = (parameters.blocks + parameters.root) // setup.tensor + parameters.experts // experts
-    casts = setup.precision != "fp32"
-    sharded = spread > 1
-    if setup.gather == "step" and sharded:
-        gathered = width * whole
-    elif sharded:
-        gathered = width * (min(2 * largest, whole) + parameters.root // setup.tensor)
-    else:
-        gathered = width * whole if casts else 0  # one process keeps what autocast made until its backward
-    summed = 0 if not sharded else 4 * (whole if setup.reduce == "step" else largest)
+    dense, experts = setup.tensor, setup.expert * setup.tensor
+    largest = parameters.largest_block // dense + parameters.largest_experts // experts
+    whole = (parameters.blocks + parameters.root) // dense + parameters.experts // experts
+    summed = 0 if setup.fsdp == 1 else 4 * (whole if setup.reduce == "step" else largest)
     has_head = any(piece.last for piece in held)
     loss = (4 * (_LOGITS[setup.precision] + config.vocab_size * config.hidden_size // setup.tensor)) if has_head else 0
     return Memory(
         weights=weights,
         gradients=gradients,
         moments=moments,
-        gathered=gathered,
+        gathered=_gathered(setup, parameters),
         whole_gradients=summed,
         activations=activations(config, setup, rank, held, max_vio),
         exchange=_exchange(config, setup, held, max_vio),
@@ -120,17 +111,48 @@ def memory_of(
     )
 
 
+def _gathered(setup: Setup, parameters: Parameters) -> int:
+    """Weights beside their pieces."""
+    blocks, root = parameters.blocks // setup.tensor, parameters.root // setup.tensor
+    experts, width = parameters.experts // (setup.expert * setup.tensor), setup.width
+    sharded = setup.fsdp > 1
+    cast = 0
+    if setup.precision != "fp32" and not (sharded and setup.narrow):
+        cast = width * (blocks + root + (0 if sharded else experts))  # experts that are gathered come in 16 bits
+    if not sharded:
+        return cast
+    if setup.gather == "micro_batch":
+        blocks = min(2 * parameters.largest_block // setup.tensor, blocks)
+        experts = min(2 * parameters.largest_experts // (setup.expert * setup.tensor), experts)
+    return setup.stream_width * (blocks + root) + width * experts + cast
+
+
 def activations(config: ModelConfig, setup: Setup, rank: int, held: tuple[Piece, ...], max_vio: float = 0.0) -> int:
     """[bytes] That micro-batches under way leave on a rank for their backward, and one block's gradients of them."""
-    width = 4 if setup.precision == "fp32" else 2
     own = [config.blocks[i] for piece in held for i in piece.blocks]
     if any(piece.last for piece in held):
         own += config.mtp
-    kept = [kept_bytes(block, config.hidden_size, width, max_vio) for block in own]
+    kept = [_kept(block, config, setup, max_vio) for block in own]
     # A recomputed block keeps its input, and while it goes back all that it would have kept.
     inputs = 4 * config.hidden_size * len(own)
     each, at_work = (inputs, 2 * max(kept)) if setup.recompute else (sum(kept), max(kept))
-    return int(setup.tokens * (each * under_way(setup, rank) + at_work) / setup.tensor)
+    stepping = setup.tokens * (each * under_way(setup, rank) + at_work) / setup.tensor
+    if not (setup.native and setup.validated):
+        return int(stepping)
+    # A pass without gradients holds one block's intermediate results: rows of experts out and back, four states.
+    wide = 4 * config.hidden_size
+    passing = [_kept(block, config, setup, 0.0) + wide * (2 * _copies(block) + 4) for block in own]
+    return int(max(stepping, setup.validated * max(passing)))
+
+
+def _kept(block: BlockConfig, config: ModelConfig, setup: Setup, max_vio: float) -> float:
+    if setup.native and setup.expert == 1:
+        return kept_natively(block, config.hidden_size, max_vio)
+    return kept_bytes(block, config.hidden_size, setup.width, max_vio)
+
+
+def _copies(block: BlockConfig) -> int:
+    return block.feed_forward.experts_per_token if isinstance(block.feed_forward, MoEConfig) else 0
 
 
 def under_way(setup: Setup, rank: int) -> float:
@@ -177,6 +199,29 @@ def kept_bytes(block: BlockConfig, hidden: int, width: int, max_vio: float = 0.0
     return norms + width * hidden * reading + _attention(block, width) + inner + copies
 
 
+def kept_natively(block: BlockConfig, hidden: int, max_vio: float = 0.0) -> float:
+    """`kept_bytes` of our kernels for a CPU: norms keep no second copy, a SwiGLU what its first product gives and no
+    more, and experts read states where they lie. To the byte what autograd holds, but for balance losses."""
+    layer, attention = block.feed_forward, block.attention
+    heads = attention.num_heads
+    if isinstance(attention, LatentConfig):
+        ranks = [rank for rank in (attention.q_lora_rank, attention.kv_lora_rank) if rank]
+        latents = sum(2 * rank + 1 for rank in ranks) + attention.qk_rope_head_dim
+        of_head = 2 * attention.qk_head_dim + attention.qk_nope_head_dim + 2 * attention.v_head_dim + 2
+        attending = latents + heads * of_head
+    else:
+        both = heads + attention.num_kv_heads
+        attending = 2 * attention.head_dim * both + 2 * heads
+        if attention.qk_norm != "none":
+            attending += attention.head_dim * both + (both if attention.qk_norm == "head" else 2)
+    if not isinstance(layer, MoEConfig):
+        return 4 * (4 * hidden + 2 + attending + 2 * layer.ffn_hidden_size)
+    choice = layer.num_routed_experts + 3 * layer.experts_per_token
+    gate = (hidden + 1) * layer.gate_shared_experts
+    copies = layer.experts_per_token * (1 + max_vio) + layer.num_shared_experts
+    return 4 * (4 * hidden + 2 + attending + choice + gate + 2 * layer.expert_hidden_size * copies)
+
+
 def copied_bytes(block: BlockConfig, hidden: int, width: int) -> float:
     """[bytes] Of them, of a token's copies for routed experts: rows in and out, and what is between.
 
@@ -214,4 +259,4 @@ def _exchange(config: ModelConfig, setup: Setup, held: tuple[Piece, ...], max_vi
     layers += [block.feed_forward for block in config.mtp if any(piece.last for piece in held)]
     copies = max((layer.experts_per_token for layer in layers if isinstance(layer, MoEConfig)), default=0)
     rows = setup.tokens * copies / setup.tensor
-    return int(2 * rows * (2 + max_vio) * config.hidden_size * (4 if setup.precision == "fp32" else 2))
+    return int(2 * rows * (2 + max_vio) * config.hidden_size * setup.width)

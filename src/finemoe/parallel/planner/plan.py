@@ -156,7 +156,7 @@ def plan(
 
     Args:
         config, setup, device: what runs how on what. With a calibration other than torch, rows cross the network once a
-            node.
+            node, and weights and stages' states travel in 16 bits.
         name: of the model, in what is shown.
         tokens: of the whole run, for device-hours.
         calibration: one of CALIBRATIONS.
@@ -168,7 +168,8 @@ def plan(
     """
     if calibration not in CALIBRATIONS:
         raise ConfigError(f"calibration {calibration!r}: known are {', '.join(CALIBRATIONS)}")
-    setup = replace(setup, once_a_node=calibration != "torch", graphs=False)
+    others = calibration != "torch"
+    setup = replace(setup, once_a_node=others, narrow=others, graphs=False)
     own = constants or CONSTANTS["hopper" if device.family == "here" else device.family]
     own = own.with_torch() if calibration == "torch" else own
     factor = system_factor() if calibration == "deepseek-v3" else 1.0

@@ -53,6 +53,13 @@ class Setup:
     """[bytes] Of the optimizer, a parameter: 8 for two moments in float32, 4 for two in bfloat16 or one in float32."""
     once_a_node: bool = False
     """A row crosses the network once for all its experts on a node (DeepEP and its kind). finemoe sends every copy."""
+    narrow: bool = False
+    """Weights and states between stages travel in 16 bits, as where both are kept so (Megatron, DeepSeek). finemoe's
+    residual stream is in float32, and all weights but routed experts' travel so; those are for products alone."""
+    native: bool = False
+    """By finemoe's own kernels for a CPU, in float32, which keep less for the backward pass where no row travels."""
+    validated: int = 0
+    """[tokens] Of one pass when a run by our kernels is measured, which may take more than a step; 0: not asked."""
     graphs: bool = False
     """The host replays recorded launches (CUDA graphs), and computing never waits for it. finemoe does not."""
 
@@ -117,6 +124,16 @@ class Setup:
     def tokens_per_step(self) -> int:
         """Of all processes."""
         return self.sequences * self.seq_len
+
+    @property
+    def width(self) -> int:
+        """[bytes] Of a number as products take and make it, and of what is made of it: in FP8 of all but rows."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def stream_width(self) -> int:
+        """[bytes] Of a number of the residual stream, and of weights that are no routed expert's, as they travel."""
+        return self.width if self.narrow else 4
 
     @property
     def batch(self) -> str:

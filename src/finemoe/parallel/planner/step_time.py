@@ -173,7 +173,6 @@ def _busy(
     low = "fp32" if setup.precision == "fp32" else "bf16"  # attention and head stay in it (V3 section 3.3.1)
     plain = constants.bf16 * device.flops(low)  # type: ignore[arg-type]
     fast = constants.fp8 * device.flops("fp8") if setup.precision == "fp8" else plain
-    width = 4 if setup.precision == "fp32" else 2
     products = tokens * (again * flops.products / fast + flops.head / plain)
     experts = tokens * again * flops.experts / (fast * constants.experts) * (1 + max_vio)
     scores = tokens * again * flops.scores / (constants.scores * device.flops(low))  # type: ignore[arg-type]
@@ -181,7 +180,7 @@ def _busy(
     copied = sum(_copied(block, config.hidden_size) for block in _own(config, held))
     passed = constants.passes * kept + (constants.casts * copied if setup.precision == "fp8" else 0.0)
     moved = constants.operands * again * _operands(config, setup, held)
-    memory = (tokens * passed + moved) * width / device.bandwidth
+    memory = (tokens * passed + moved) * setup.width / device.bandwidth
     computing = products + experts + scores + memory
     # Two pieces of a DualPipe are worked on by half of the micro-batches each.
     half = 0.5 if setup.schedule == "dualpipe" and setup.pipeline > 1 else 1.0

@@ -2,8 +2,9 @@
 
 FSDP2: every weight of a block is gathered for the forward and again for the backward of a micro-batch; the root's
 (embedding, head) once, since it stays until its backward; gradients are summed and scattered once a micro-batch.
-Experts are gathered over the processes that share one's, no others. What a ring of n moves into each of its members is
-(n-1)/n of the whole; an all-reduce moves it twice.
+Experts are gathered over the processes that share one's, no others, in the precision of products; of the rest autocast
+makes that where it lies, and float32 travels, as it does between stages (`Setup.narrow`). What a ring of n moves into
+each of its members is (n-1)/n of the whole; an all-reduce moves it twice.
 
 Expert parallelism: a token's state travels to each of its experts that lies elsewhere, and what they made of it back;
 the backward does both again in the other direction. Evenly routed, (n-1)/n of the copies leave.
@@ -66,12 +67,13 @@ def _share(processes: int) -> float:
 
 
 def _gathers(setup: Setup, parameters: Parameters) -> list[Collective]:
-    width = 4 if setup.precision == "fp32" else 2
     once = 1 if setup.gather == "step" else setup.micro_batches
     again = 1 if setup.gather == "step" else 2
     n, m = setup.fsdp, setup.expert_shard
-    blocks, root = (width * part / setup.tensor * _share(n) for part in (parameters.blocks, parameters.root))
-    experts = width * parameters.experts / setup.expert * _share(m)
+    blocks, root = (
+        setup.stream_width * part / setup.tensor * _share(n) for part in (parameters.blocks, parameters.root)
+    )
+    experts = setup.width * parameters.experts / setup.expert * _share(m)
     return [
         Collective("gather weights of blocks", n, again * once, blocks),
         Collective("gather embedding and head", n, once, root),
@@ -144,8 +146,7 @@ def over_network(layer: MoEConfig, setup: Setup, domain: int) -> float:
 def _sends(config: ModelConfig, setup: Setup, held: tuple[Piece, ...]) -> list[Collective]:
     if setup.pipeline == 1:
         return []
-    width = 4 if setup.precision == "fp32" else 2
-    size = setup.tokens / setup.tensor * config.hidden_size * width
+    size = setup.tokens / setup.tensor * config.hidden_size * setup.stream_width
     each = setup.full_micro_batches / (2 if setup.schedule == "dualpipe" else 1)  # half of them from each end
     forward = sum(not piece.first for piece in held) - _turns(setup, held)
     back = sum(not piece.last for piece in held) - _turns(setup, held)
@@ -167,7 +168,6 @@ def _contexts(config: ModelConfig, setup: Setup, held: tuple[Piece, ...]) -> lis
     """Latents, or keys and values, of the other processes' tokens; their gradients are summed, in float32."""
     if setup.context == 1:
         return []
-    width = 4 if setup.precision == "fp32" else 2
     own: Sequence[BlockConfig] = [config.blocks[i] for piece in held for i in piece.blocks]
     if any(piece.last for piece in held):
         own = [*own, *config.mtp]
@@ -176,7 +176,7 @@ def _contexts(config: ModelConfig, setup: Setup, held: tuple[Piece, ...]) -> lis
     sent = setup.tokens * numbers * (setup.context - 1) / split
     forward = (1 + setup.recompute) * setup.full_micro_batches
     return [
-        Collective("gather keys of the sequence", setup.context, forward, sent * width),
+        Collective("gather keys of the sequence", setup.context, forward, sent * setup.width),
         Collective("sum gradients of keys", setup.context, setup.full_micro_batches, sent * 4),
     ]
 
@@ -185,9 +185,8 @@ def _products(config: ModelConfig, setup: Setup, held: tuple[Piece, ...]) -> lis
     """Of products that processes share: states gathered and summed around attention and around the feed-forward."""
     if setup.tensor == 1:
         return []
-    width = 4 if setup.precision == "fp32" else 2
     layers = sum(len(piece.blocks) for piece in held) + len(config.mtp) * any(piece.last for piece in held)
-    size = layers * setup.tokens * config.hidden_size * width * _share(setup.tensor)
+    size = layers * setup.tokens * config.hidden_size * setup.width * _share(setup.tensor)
     return [Collective(SHARED_PRODUCTS, setup.tensor, (8 + 4 * setup.recompute) * setup.full_micro_batches, size)]
 
 

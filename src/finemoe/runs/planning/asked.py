@@ -9,11 +9,13 @@ from typing import Any
 
 from finemoe.core.config import with_overrides
 from finemoe.core.errors import ConfigError
+from finemoe.model import native
 from finemoe.model.config import ModelConfig
 from finemoe.parallel.config import Layout, Start
 from finemoe.parallel.planner.devices import Precision
 from finemoe.parallel.planner.setup import Setup, When, at_once
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
+from finemoe.runs.footprint import VALIDATION_TOKENS
 from finemoe.runs.planning.sizing import Described, describe
 from finemoe.runs.start import refuse_layout
 
@@ -62,8 +64,12 @@ class Question:
     tokens: float | None
     """Of the whole run."""
 
-    def setup(self, layout: Layout) -> Setup:
+    def setup(self, layout: Layout, here: bool = False) -> Setup:
         """The question for the planner, with the micro-batches that the trainer would make.
+
+        Args:
+            layout: of the run.
+            here: on this machine, whose kernels are known.
 
         Raises:
             ConfigError: the planner knows no such run.
@@ -79,6 +85,8 @@ class Question:
             gather=self.options.gather,
             reduce=self.options.gather,
             state_bytes=self.config.optimizer.state_bytes,
+            native=here and self._natively(),
+            validated=min(VALIDATION_TOKENS, self.config.data.max_validation_tokens) if here else 0,
         )
 
     def layout(self, processes: int, start: Start = "plan") -> Layout:
@@ -96,6 +104,12 @@ class Question:
             ConfigError: in its own words.
         """
         refuse_layout(self.config, layout)
+
+    def _natively(self) -> bool:
+        """Whether the trainer would take our kernels for a CPU, as far as one can say before it measures them."""
+        kernels = self.config.kernels
+        chosen = kernels.products != "torch" and kernels.experts in ("auto", "native") and kernels.attention == "sdpa"
+        return chosen and self._precision == "fp32" and native.available()
 
     @property
     def _precision(self) -> Precision:

@@ -105,7 +105,9 @@ def _laid_out(
             raise
         refused = str(error)
     options: dict[str, Any] = {"name": asked.name, "calibration": calibration, **HERE.options(device.name)}
-    made = make_plan(asked.config.model, asked.setup(layout), device, tokens=asked.tokens, **options)
+    made = make_plan(
+        asked.config.model, asked.setup(layout, device.name == "here"), device, tokens=asked.tokens, **options
+    )
     return {"refused": refused}, made
 
 
@@ -114,7 +116,7 @@ def _searched(asked: Question, gpus: int, device: Device, calibration: Calibrati
         raise ConfigError("--search ranks layouts itself: leave [parallel] and --set parallel.* out")
     found = search_layouts(
         asked.config.model,
-        asked.setup(Layout()),
+        asked.setup(Layout(), device.name == "here"),
         gpus,
         device,
         name=asked.name,

@@ -15,6 +15,10 @@ from finemoe.runs.config import read_recipe, resolve_run
 from finemoe.runs.planning.distribution import plan
 from finemoe.runs.start import refuse_layout
 
+_NOT_BUILT = {
+    "ray": "a run is one torchrun line a node, which a scheduler starts and torchrun starts again, and Ray would be a "
+    "second one beside both: use slurm or kubernetes, or start that line by whatever starts your processes",
+}
 _WEIGHT = 4  # bytes a parameter in a checkpoint, beside the optimizer's
 
 
@@ -48,10 +52,11 @@ def launch(
         options: of `parallel.planner.launching.slurm` or `kubernetes`: partition, time; image, claim.
 
     Raises:
-        ConfigError: no such kind, values that no such file can hold, or a recipe that finemoe would not train by so
-            many processes.
+        ConfigError: no such kind, or one that is not built; values that no such file can hold; or a recipe that finemoe
+            would not train by so many processes.
         FinemoeError: with `device`, what `plan` raises; a layout that does not fit is refused.
     """
+    refuse_by_name(kind)
     writers = {"slurm": slurm, "kubernetes": kubernetes}
     if kind not in writers:
         raise ConfigError(f"launch {kind!r}: known are {', '.join(writers)}")
@@ -70,6 +75,16 @@ def launch(
             seconds = shutdown_seconds(made["step"]["seconds"]["high"], nbytes)
             asked = replace(asked, shutdown=seconds)
     return writers[kind](asked, notes, **options)
+
+
+def refuse_by_name(kind: str) -> None:
+    """Say why there is no such file, where somebody may look for one.
+
+    Raises:
+        ConfigError: it is not built, and the reason.
+    """
+    if kind in _NOT_BUILT:
+        raise ConfigError(f"launch {kind} is not built, and is not meant to be: {_NOT_BUILT[kind]}")
 
 
 def _name(recipe: str) -> str:
