@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from finemoe.checkpoint.huggingface.exporting import export_hf
 from finemoe.core.config import merge
-from parallel.test_run_by_many import STILL, by_each_number, losses, resume_all, steps, train_all
+from parallel.test_run_by_many import STILL, by_each_number, of_steps, resume_all, steps, train_all
 from runs.tiny_runs import corpus, recipe
 
 __all__ = ["corpus"]
@@ -62,7 +62,7 @@ def test_each_writes_the_run_of_one_process(runs: Path) -> None:
     norms = [record["gradient_norm"] for record in steps(runs / "one")]
     whole = load_file(runs / "one" / "checkpoints" / "step-00000006" / "model.safetensors")
     for name in MANY:
-        assert losses(runs / name) == pytest.approx(losses(runs / "one"), abs=5e-6), name
+        assert of_steps(runs / name) == pytest.approx(of_steps(runs / "one"), abs=5e-6), name
         assert [record["gradient_norm"] for record in steps(runs / name)] == pytest.approx(norms, rel=5e-5), name
         weights = load_file(runs / name / "checkpoints" / "step-00000006" / "model.safetensors")
         assert weights.keys() == whole.keys()
@@ -89,7 +89,7 @@ def test_each_goes_on_by_itself_to_the_bit_and_from_one_process_and_to_one(runs:
     by_each_number(work, resume_all, LAYOUTS)
     for source, target in pairs:
         copy = tmp_path / f"{source} to {target}"
-        assert losses(copy) == pytest.approx(losses(runs / source), abs=2e-6), copy.name
+        assert of_steps(copy) == pytest.approx(of_steps(runs / source), abs=2e-6), copy.name
         if source == target:
             for file in ("model.safetensors", "optimizer.safetensors"):
                 ours, theirs = (one / "checkpoints" / "step-00000006" / file for one in (copy, runs / source))
