@@ -74,10 +74,10 @@ def one_as_many(device: str) -> Processes:
     """
     world = Processes(Layout(), torch.device(device))
 
-    def spread(model: Any) -> None:
+    def spread(model: Any, products: torch.dtype | None = None) -> None:
         mesh = init_device_mesh(device, (1, 1), mesh_dim_names=("expert_shard", "expert"))
         place_experts(model, mesh["expert"])
-        cut(model, world.dense["fsdp"], mesh["expert_shard"])
+        cut(model, world.dense["fsdp"], mesh["expert_shard"], products)
 
     world.spread = spread  # type: ignore[method-assign]
     Processes.sharded = property(lambda world: True)  # type: ignore[assignment]  # of a process that ends with the test
@@ -150,7 +150,7 @@ def exchanged(device: str, tokens: list[int], experts: list[int]) -> float:
         hidden, weights = given.clone().requires_grad_(), gates.clone().requires_grad_()
         rows, counts, ticket = dispatch.dispatch(hidden, decision, None)
         factors = torch.arange(first + 1, first + own + 1, dtype=torch.float64, device=device)
-        output = dispatch.combine(rows * factors.repeat_interleave(counts)[:, None], ticket, weights)
+        output = dispatch.combine(rows * factors.repeat_interleave(counts.to(rows.device))[:, None], ticket, weights)
         output.square().sum().backward()
         assert hidden.grad is not None
         assert weights.grad is not None

@@ -41,7 +41,7 @@ BALANCED = ("replicate 2", "shard 2, experts 2", "context 2", "pipeline 2")
 TOGETHER = ("context 2", "shard 2, context 2, experts 2", "pipeline 2, shard 2, experts 2")
 """Their twenty steps are slow, and a step with its gradients is not. The last two are of what others hold by itself."""
 JOINED = TOGETHER[1:]
-"""Whose gradients are compared in float64, and in float32 by slow tests."""
+"""Whose gradients are compared by slow tests."""
 TWENTY = [pytest.param(name, marks=pytest.mark.slow if name in TOGETHER else ()) for name in LAYOUTS]
 
 
@@ -75,10 +75,9 @@ def all_by(processes: int) -> tuple[list[Any], list[Any] | AssertionError]:
     """Everything that so many processes do, in processes that are started once, whether it goes well or not."""
     quick = [one for name, one in LAYOUTS.items() if name not in TOGETHER]
     work: list[tuple[Any, ...]] = [(trained, case_of(one), one) for one in quick]
-    work += [(gradients, double(one), one) for one in GATHERED.values()]
-    work += [(gradients, narrow(one), one) for name, one in GATHERED.items() if name not in JOINED]
+    single = [one for name, one in GATHERED.items() if name not in JOINED]
+    work += [(gradients, case(one), one) for case in (double, narrow) for one in single]
     work += [(trained, *cut) for cut in CUTS.values()]
-    work += [(trained, balanced(LAYOUTS[name]), LAYOUTS[name]) for name in BALANCED]
     work.append((gathered_in_bf16, SHORT, IN_PIECES))
     work = [one for one in work if one[-1].processes == processes]
     try:
@@ -171,14 +170,17 @@ def test_gradients_before_the_clip_are_those_of_one_process(name: str, kernels: 
     require_same_backward(found, gradients(case, None), 1e-6)
 
 
-@pytest.mark.parametrize("name", GATHERED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in JOINED else ()) for name in GATHERED]
+)
 def test_gradients_in_float64_differ_in_their_last_digits(name: str) -> None:
     """Complaints 1, 10 and 11 of distribution, where rounding hides nothing: no factor, no sum in float32 on the way.
 
     The norm too, with experts on four processes as well; terms and loads of every layout.
     """
     layout, case = GATHERED[name], double(GATHERED[name])
-    require_same_backward(together(gradients, case, layout), alone(gradients, case), 1e-12)
+    found = run(layout.processes, gradients, case, layout) if name in JOINED else together(gradients, case, layout)
+    require_same_backward(found, alone(gradients, case), 1e-12)
 
 
 def require_same_backward(found: list[Backward], theirs: Backward, bound: float) -> None:
@@ -194,6 +196,7 @@ def require_same_backward(found: list[Backward], theirs: Backward, bound: float)
         assert all(torch.equal(load, theirs.load[layer]) for layer, load in ours.load.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BALANCED)
 def test_every_balance_loss_is_that_of_one_process(name: str) -> None:
     """Complaint 10 of distribution, term by term: sums over sequences that lie apart, or in pieces."""
@@ -201,7 +204,7 @@ def test_every_balance_loss_is_that_of_one_process(name: str) -> None:
     expected, weights = alone(trained, case)
     terms = {one.removeprefix("balance_") for one in expected[0].terms}
     assert {*ALL_BALANCE} - {"num_devices"} <= terms, terms
-    reports, found = together(trained, case, LAYOUTS[name])[0]
+    reports, found = run(LAYOUTS[name].processes, trained, case, LAYOUTS[name])[0]
     for ours, theirs in zip(reports, expected, strict=True):
         assert all(theirs.terms.values())
         assert ours.terms == pytest.approx(dict(theirs.terms), rel=1e-6)

@@ -17,6 +17,8 @@ JUDGE = {"kind": "function", "path": "judge.py:score"}
 """It may like what it likes."""
 RIGHT, WATCHED = {"kind": "answer"}, {"kind": "answer", "weight": 0}
 FORM = {"kind": "format", "weight": 0.2}
+BRIEF = {"kind": "length", "longest": 30, "cushion": 10, "weight": 0.2}
+"""It costs, and earns nothing."""
 GROUPS, SIZE = 8, 16
 """Of a rollout of 128 answers."""
 
@@ -69,6 +71,17 @@ def test_a_share_that_falls_is_told(alike: float | None) -> None:
     assert not told(config(WATCHED, JUDGE, order="given"), rollouts, "fell from"), "prompts get harder there"
 
 
+def test_a_run_that_began_with_narrower_windows_goes_on_with_what_they_held() -> None:
+    """Of five rollouts; the best of a watched reward stood among the first."""
+    watch = Watch(config(WATCHED, JUDGE))
+    first = {"reward": [0.3] * 5, "length": [9.0] * 5, "watched answer": [0.84]}
+    watch.put({"streaks": {}, "first": first, "last": {**first, "watched answer": [0.8] * 5}})
+    kept = watch.values()
+    assert kept["first"] == {"reward": [0.3] * 10, "length": [9.0] * 10}
+    assert kept["last"]["reward_answer"] == [0.8] * 10
+    assert kept["best"] == {"reward_answer": [0.84] * 10}
+
+
 # ---- length and reward ---------------------------------------------------------------------------------------------
 
 
@@ -117,6 +130,7 @@ def test_length_that_makes_right_is_not_bought() -> None:
         assert not bought(config(RIGHT), ways(seed, [0.4] * 100)), "all that is rewarded is right"
         assert not bought(config(JUDGE, WATCHED), ways(seed, [0.4] * 100, related=0.2))
         assert not bought(config(JUDGE, WATCHED), ways(seed, [0.4] * 100, longer=0.7))
+        assert not bought(config(JUDGE, WATCHED), ways(seed, [0.97] * 100)), "nothing is left to rise"
 
 
 def test_where_nothing_says_what_is_right_that_is_a_note() -> None:
@@ -153,7 +167,8 @@ def test_a_run_that_stays_at_chance_says_so_once() -> None:
     ids=["slowly", "at once", "there is no more", "a short run"],
 )
 def test_who_learns_or_has_learnt_is_not_told_otherwise(way: Sequence[float]) -> None:
-    assert sum(map(len, (unlearnt(config(RIGHT), drawn(seed, way)) for seed in range(20)))) <= 1
+    for rewards in ([RIGHT], [RIGHT, BRIEF]):
+        assert sum(map(len, (unlearnt(config(*rewards), drawn(seed, way)) for seed in range(20)))) <= 1
 
 
 def test_prompts_that_get_harder_say_nothing_of_what_was_learnt() -> None:

@@ -46,7 +46,7 @@ and longer, too."""
 _ENOUGH = 50
 """[rollouts] With something to learn from, after which a reward that has not risen is told."""
 _NEAR = 0.9
-"""[share] Of the largest reward, from where on little is left to rise."""
+"""[share] Of the largest reward, and of right answers, from where on little is left to rise."""
 _AT_FIRST = "at first"
 
 
@@ -117,9 +117,15 @@ class Watch:
     def put(self, values: Mapping[str, Mapping[str, Any]]) -> None:
         """Be as `values` found it."""
         self._streaks = {name: _Streak(int(rollouts)) for name, rollouts in values["streaks"].items()}
-        self._first, self._last, self._best = (
+        first, last, best = (
             {name: _listed(found) for name, found in values.get(key, {}).items()} for key in ("first", "last", "best")
         )
+        if "best" not in values:  # windows were of five once, and what a reward was at best stood among the first
+            watched = {name: name.replace("watched ", "reward_") for name in first if name.startswith("watched ")}
+            best = {key: first.pop(name) * _WINDOW for name, key in watched.items()}
+            last |= {key: last.pop(name, []) for name, key in watched.items()}
+            first, last = ({name: found * 2 for name, found in of.items()} for of in (first, last))
+        self._first, self._last, self._best = first, last, best
         self._worst = dict(values.get("worst", {}))
 
     def after(self, figures: Mapping[str, float]) -> list[str]:
@@ -193,7 +199,7 @@ class Watch:
         )
 
     def _bought(self) -> tuple[bool, str]:
-        """Whether reward and length rise together, and what is right does not.
+        """Whether reward and length rise together, and what is right does not, though it could.
 
         Where nothing but what is right is rewarded, that cannot be.
         """
@@ -201,10 +207,10 @@ class Watch:
         paid = any(one.weight and one.kind not in _COMPARING for one in self.config.rewards)
         if not paid or len(related) < _WINDOW:
             return False, ""
-        known = [one for one in self._right if f"reward_{one}" in self._last]
+        known = [key for one in self._right if (key := f"reward_{one}") in self._last]
         close = statistics.fmean(related)
         so = close > _CLOSE and self._rose("reward") and self._rose("length")
-        so = so and not any(self._rose(f"reward_{one}") for one in known)
+        so = so and not any(self._rose(key) or statistics.fmean(self._last[key]) >= _NEAR for key in known)
         said = (
             f"answers grow longer, and the longer ones to a question are the better rewarded ({LENGTH_CORRELATION} "
             f"{close:.2f}), while "
@@ -214,9 +220,12 @@ class Watch:
                 f"{said}nothing says whether they are right: read some (finemoe rollouts), or watch what is right (one "
                 "more of method.rewards, with weight = 0)"
             )
-        before, now = (statistics.fmean(of[f"reward_{known[0]}"]) for of in (self._first, self._last))
+        name, before, now = (
+            known[0][len("reward_") :],
+            *(statistics.fmean(of[known[0]]) for of in (self._first, self._last)),
+        )
         return so, (
-            f"{said}no more of them are right ({known[0]} {before:.2f} at first, {now:.2f} now): reward is bought by "
+            f"{said}no more of them are right ({name} {before:.2f} at first, {now:.2f} now): reward is bought by "
             "length; read some (finemoe rollouts), lower the weight of what likes length, or reward shorter ones "
             "(method.rewards of kind length)"
         )
@@ -228,7 +237,8 @@ class Watch:
         taught = self._streaks.setdefault("taught", _Streak())
         taught.rollouts += 1
         before, now = (statistics.fmean(of["reward"]) for of in (self._first, self._last))
-        largest = sum(max(one.weight, 0.0) for one in self.config.rewards)  # functions and models may give more than 1
+        # Lengths earn nothing, they only cost; functions and models may give more than 1.
+        largest = sum(max(one.weight, 0.0) for one in self.config.rewards if one.kind != "length")
         if taught.rollouts != _ENOUGH or self._rose("reward") or _NEAR * largest <= now <= largest:
             return []
         return [
