@@ -169,7 +169,7 @@ def _answers(results: Results) -> Section | None:
     how = "drawn at temperature 1, from the same random numbers each time" if drawn else "the most probable one"
     shown: list[Any] = [Text([f"Questions that were held out; every answer is {how}."])]
     for number, sample in enumerate(found[-1]["samples"]):
-        when = [one for one in found if sample["prompt"] in [own["prompt"] for own in one["samples"][number:][:1]]]
+        when = [one for one in found if _asked(one, number) == sample["prompt"]]
         cards = [_card(one, number) for one in ([when[0], when[len(when) // 2], when[-1]] if len(when) > 2 else when)]
         shown += [Code(sample.get("asked", sample["prompt"]), "the question"), Cards(cards)]
         if len(when) > len(cards) and number < _MOST_FOLDED:
@@ -178,6 +178,12 @@ def _answers(results: Results) -> Section | None:
             folded = Cards([_card(one, number, _MOST_CHARACTERS) for one in few])
             shown.append(Details(f"Its answers at {which} measurements", [folded]))
     return Section("Answers", shown)
+
+
+def _asked(validation: Mapping[str, Any], number: int) -> str | None:
+    """The question of that number; None where fewer were asked, as before `samples` was raised."""
+    samples = validation["samples"]
+    return samples[number]["prompt"] if number < len(samples) else None
 
 
 def _card(validation: Mapping[str, Any], number: int, most: int | None = None) -> Card:

@@ -168,8 +168,8 @@ def plan(
     """
     if calibration not in CALIBRATIONS:
         raise ConfigError(f"calibration {calibration!r}: known are {', '.join(CALIBRATIONS)}")
-    others = calibration != "torch"
-    setup = replace(setup, once_a_node=others, narrow=others, graphs=False)
+    other_system = calibration != "torch"
+    setup = replace(setup, once_a_node=other_system, narrow=other_system, graphs=False)
     own = constants or CONSTANTS["hopper" if device.family == "here" else device.family]
     own = own.with_torch() if calibration == "torch" else own
     factor = system_factor() if calibration == "deepseek-v3" else 1.0

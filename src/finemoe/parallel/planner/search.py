@@ -67,7 +67,7 @@ def search(
     for changes in _layouts(config, setup, processes):
         tried += 1
         try:
-            one = _laid(setup, changes, refuse, others=calibration != "torch")
+            one = _laid(setup, changes, refuse, other_system=calibration != "torch")
             needed = peak_memory(config, one).total
         except ConfigError as error:
             first = first or str(error)
@@ -113,7 +113,7 @@ def _layouts(config: ModelConfig, setup: Setup, processes: int) -> Iterator[dict
                     )  # fmt: skip
 
 
-def _laid(setup: Setup, changes: dict[str, Any], refuse: Callable[[Layout], None], others: bool) -> Setup:
+def _laid(setup: Setup, changes: dict[str, Any], refuse: Callable[[Layout], None], other_system: bool) -> Setup:
     """`setup` by another layout, with as many sequences at once as that leaves to a process.
 
     Raises:
@@ -123,7 +123,7 @@ def _laid(setup: Setup, changes: dict[str, Any], refuse: Callable[[Layout], None
     layout = Layout(**sizes)
     refuse(layout)
     micro = at_once(setup.sequences, layout.data, setup.micro_batch)
-    return replace(setup, **changes, micro_batch=micro, tensor=1, once_a_node=others, narrow=others)
+    return replace(setup, **changes, micro_batch=micro, tensor=1, once_a_node=other_system, narrow=other_system)
 
 
 def _ways(layout: dict[str, Any]) -> Iterator[dict[str, Any]]:

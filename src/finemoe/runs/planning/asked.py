@@ -9,7 +9,7 @@ from typing import Any
 
 from finemoe.core.config import with_overrides
 from finemoe.core.errors import ConfigError
-from finemoe.model import native
+from finemoe.model.backends import all_native
 from finemoe.model.config import ModelConfig
 from finemoe.parallel.config import Layout, Start
 from finemoe.parallel.planner.devices import Precision
@@ -107,9 +107,7 @@ class Question:
 
     def _natively(self) -> bool:
         """Whether the trainer would take our kernels for a CPU, as far as one can say before it measures them."""
-        kernels = self.config.kernels
-        chosen = kernels.products != "torch" and kernels.experts in ("auto", "native") and kernels.attention == "sdpa"
-        return chosen and self._precision == "fp32" and native.available()
+        return self._precision == "fp32" and all_native(self.config.kernels)
 
     @property
     def _precision(self) -> Precision:
