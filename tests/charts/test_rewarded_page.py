@@ -152,6 +152,16 @@ def test_length_stands_beside_how_it_goes_with_reward(tmp_path: Path) -> None:
     assert charts(results)[0][1].to_dict()["encoding"]["y"]["scale"]["domain"] == [0, 1]
 
 
+def test_what_most_steps_have_not_is_points_that_no_line_joins(tmp_path: Path) -> None:
+    """A line from step 9 to 16 would show what was never measured."""
+    results = changed(rewarded(tmp_path / "run"), length_correlation=0.1)
+    for point in results["steps"]:
+        if point["step"] not in (1, 9, 16):
+            del point["figures"]["length_correlation"]
+    length, related = (one.to_dict()["mark"]["type"] for one in charts(results)[0][:2])
+    assert (length, related) == ("line", "point")
+
+
 def test_a_single_reward_is_drawn_once(tmp_path: Path) -> None:
     """Its own chart was that of the reward again."""
     results = changed(rewarded(tmp_path / "run"))

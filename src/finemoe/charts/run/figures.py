@@ -196,7 +196,7 @@ def load_map(results: Results) -> Any | None:
 def line_chart(
     results: Results, key: str, title: str, numbers: str = "~s", *, floor: float | None = None
 ) -> Any | None:
-    """One figure of the steps against tokens.
+    """One figure of the steps against tokens: a line, or points where most steps have none, between which nothing is.
 
     Args:
         results: of the run.
@@ -218,7 +218,10 @@ def line_chart(
         scale = alt.Scale(domain=[-floor if min(values) < -floor / 100 else 0, floor], clamp=True)
     y = alt.Y("value:Q", title=title, scale=scale, axis=alt.Axis(tickCount=5, format=form))
     tips = [alt.Tooltip("step:Q"), alt.Tooltip("value:Q", title=title, format=".4~g")]
-    chart = theme.base(rows).mark_line(strokeWidth=1.6).encode(x, y, tooltip=tips)
+    marks = theme.base(rows)
+    sparse = 2 * len(found) < len(results["steps"])
+    drawn = marks.mark_point(size=18, filled=True, opacity=1) if sparse else marks.mark_line(strokeWidth=1.6)
+    chart = drawn.encode(x, y, tooltip=tips)
     return chart.properties(width=260, height=170, description=f"{title} against {along.title}.")
 
 
