@@ -38,26 +38,27 @@ CUTS = {
 """Other ways through a step; the last is wrong."""
 BALANCED = ("replicate 2", "shard 2, experts 2", "context 2", "pipeline 2")
 """Whose balance losses are compared, all of them."""
-TOGETHER = ("context 2", "shard 2, context 2, experts 2", "pipeline 2, shard 2, experts 2")
+TOGETHER = ("pipeline 2, V", "context 2", "shard 2, context 2, experts 2", "pipeline 2, shard 2, experts 2")
 """Their twenty steps are slow, and a step with its gradients is not. The last two are of what others hold by itself."""
-JOINED = TOGETHER[1:]
+JOINED = TOGETHER[2:]
 """Whose gradients are compared by slow tests."""
 TWENTY = [pytest.param(name, marks=pytest.mark.slow if name in TOGETHER else ()) for name in LAYOUTS]
 
 
 def case_of(layout: Layout) -> Case:
-    """Of many steps, each of one or two passes, or as many as there are stages: a V has four.
+    """Of many steps, each of one pass, or of as many as there are stages: a V has four.
 
     Two processes predict several tokens, if a layout can.
     """
     stages = 4 if layout.schedule == "dualpipev" else layout.pipeline
-    micro = min(4, SEQUENCES // layout.data // stages)
+    micro = SEQUENCES // layout.data // stages
     return Case(mtp=int(layout.context == 1 and layout.processes == 2), layers=max(3, stages), micro=micro)
 
 
 def narrow(layout: Layout, kernels: str = "native") -> Case:
-    """Of one step in float32."""
-    return replace(case_of(layout), dtype=torch.float32, kernels=kernels, micro=1, mtp=int(layout.context == 1))
+    """Of one step in float32, of two passes or more."""
+    micro = min(2, SEQUENCES // layout.data // 2)
+    return replace(case_of(layout), dtype=torch.float32, kernels=kernels, micro=micro, mtp=int(layout.context == 1))
 
 
 def balanced(layout: Layout) -> Case:

@@ -11,18 +11,21 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from finemoe.checkpoint.run_state.state import METHOD, MODEL, OPTIMIZER, find_damage, read_part
 from finemoe.checkpoint.storage.safetensors import read_header
 from finemoe.core.config import merge
 from finemoe.core.errors import RunError
+from finemoe.parallel import shard
 from finemoe.parallel.config import Layout
 from finemoe.parallel.processes import Processes
-from finemoe.parallel.shard import rows, whole
+from finemoe.parallel.shard import rows, wholes
 from finemoe.runs import run as running
 from parallel.processes import run, several
 from parallel.tiny_layouts import Case, trainer
@@ -192,12 +195,28 @@ def rows_here(layout: Layout) -> list[str]:
     model = trainer(Case(num_experts=6), world).model
     wrong, cut = [], 0
     for name, weight in model.state_dict().items():
-        full = whole(weight)
+        [full] = wholes([weight])
         if full is not weight:
             cut += 1
             if not torch.equal(full[rows(weight)], weight.to_local()):
                 wrong.append(name)
     assert cut > 20
+    return wrong + bundled(list(model.state_dict().values()), cut)
+
+
+def bundled(weights: list[Tensor], cut: int) -> list[str]:
+    """What differs where small tensors travel together, and where none is small."""
+    wrong: list[str] = []
+    one_by_one = [next(wholes([one])) for one in weights]
+    for bound, fewest, most in ((1 << 24, 2, cut / 2), (0, cut / 2, cut)):
+        with (
+            patch.object(shard, "_BUNDLE_BYTES", bound),
+            patch.object(dist, "all_gather", wraps=dist.all_gather) as meet,
+        ):
+            found = list(wholes(iter(weights)))
+        if not fewest <= meet.call_count <= most:
+            wrong.append(f"{meet.call_count} exchanges of bundles of {bound} bytes for {cut} tensors")
+        wrong += [f"{one.shape}" for one, other in zip(found, one_by_one, strict=True) if not torch.equal(one, other)]
     return wrong
 
 

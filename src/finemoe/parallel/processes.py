@@ -23,7 +23,7 @@ from finemoe.parallel.context import Pieces
 from finemoe.parallel.passes import Execute, OneAfterAnother
 from finemoe.parallel.pipeline import Pipeline
 from finemoe.parallel.relay import Relay
-from finemoe.parallel.shard import local, put, rows, settle, spread, whole
+from finemoe.parallel.shard import local, put, rows, settle, spread, wholes
 from finemoe.parallel.signs import SILENT, SignsOfLife
 from finemoe.parallel.stages import Cut, keep_only
 from finemoe.parallel.world import ROWS_FIGURE, Parts, in_words
@@ -202,7 +202,7 @@ class Processes:
         return group
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One after the other, so that no rank but the first holds more than one whole tensor; stages in order.
+        """One after the other, so that no rank but the first holds more than a few whole tensors; stages in order.
 
         Of copies that two stages hold, the first stage's.
         """
@@ -210,10 +210,10 @@ class Processes:
         each = self.size // self.stages  # ranks count through stages slowest
         names = [(stage, name) for stage, own in enumerate(self.everyone(list(tensors))[::each]) for name in own]
         once = {name: stage for stage, name in reversed(names)}
+        names = [(stage, name) for stage, name in names if once[name] == stage]
+        mine = wholes(tensors[name] for stage, name in names if stage == self.stage)
         for stage, name in names:
-            if once[name] != stage:
-                continue
-            one = whole(tensors[name]).detach() if stage == self.stage else None
+            one = next(mine).detach() if stage == self.stage else None
             if stage and self.rank in (0, stage * each):
                 one = self._sent(one, stage * each)
             if self.rank == 0 and one is not None:

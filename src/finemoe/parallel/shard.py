@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from finemoe.parallel.world import Parts, require_shape
 
 # Gathering a tensor that is cut twice takes two collectives, of which torch would warn at every checkpoint.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+_BUNDLE_BYTES = 16 << 20
+"""Of whole tensors that are gathered at once, unless one is larger by itself: little beside the weights of a model."""
 
 
 def spread(
@@ -133,14 +136,43 @@ def rows(tensor: DTensor) -> slice:
 
 
 @torch.no_grad()
-def whole(tensor: Tensor) -> Tensor:
-    """All pieces together, on every process: a meeting point where `tensor` is cut."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    mesh = tensor.device_mesh
-    if tensor.placements != (Shard(0),) or tensor.shape[0] % mesh.size():
-        return tensor.full_tensor()
-    # As many rows everywhere: one exchange, without the plan of many that a DTensor makes first.
-    together = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    dist.all_gather(list(together.chunk(mesh.size())), tensor.to_local().contiguous(), group=mesh.get_group())
-    return together
+def wholes(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """All pieces of each together, in their order, on every process: a meeting point where one is cut."""
+    for some in _bundles(tensors):
+        if _even(some[0]) is None:
+            yield from (one.full_tensor() if isinstance(one, DTensor) else one for one in some)
+        else:
+            yield from _together([one for one in some if isinstance(one, DTensor)])
+
+
+def _bundles(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Those that follow one another and are cut alike: an exchange costs a millisecond however little it carries."""
+    found: list[Tensor] = []
+    for one in tensors:
+        full = sum(other.nbytes for other in found) + one.nbytes > _BUNDLE_BYTES
+        if found and (full or _even(one) is None or _even(one) != _even(found[0])):
+            yield found
+            found = []
+        found.append(one)
+    if found:
+        yield found
+
+
+def _even(tensor: Tensor) -> tuple[DeviceMesh, torch.dtype] | None:
+    """How it is cut, where every process has as many rows of it."""
+    if not isinstance(tensor, DTensor) or tensor.placements != (Shard(0),):
+        return None
+    return None if tensor.shape[0] % tensor.device_mesh.size() else (tensor.device_mesh, tensor.dtype)
+
+
+def _together(tensors: list[DTensor]) -> Iterator[Tensor]:
+    """In one exchange, without the plan of many that a DTensor makes first."""
+    mesh = tensors[0].device_mesh
+    own = torch.cat([one.to_local().flatten() for one in tensors])
+    came = own.new_empty(mesh.size(), len(own))
+    dist.all_gather(list(came), own, group=mesh.get_group())
+    at = 0
+    for one in tensors:
+        each = one.numel() // mesh.size()
+        yield came[:, at : at + each].reshape(one.shape)
+        at += each
