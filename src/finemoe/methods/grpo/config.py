@@ -17,6 +17,8 @@ from finemoe.methods.setting import Kept, MethodConfig, no_room
 Normalize = Literal["sequence", "token", "constant"]
 Ratio = Literal["token", "sequence", "gspo"]
 Replay = Literal["off", "update", "rollout"]
+COMPARING = ("answer", "number", "latex", "expression", "tests", "reasoning_gym")
+"""Kinds of rewards that say whether an answer is right, 0 to 1."""
 
 
 class ServerConfig(Config):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.logs import read_json_lines
-from finemoe.core.reading import damage_of
+from finemoe.core.reading import damage_of, read_object
+from finemoe.methods.grpo.config import COMPARING
 
 ROLLOUTS = "rollouts.jsonl"
-Which = Literal["all", "right", "wrong", "failed"]
+Which = Literal["all", "right", "wrong", "unreadable", "better", "worse", "failed"]
 
 
 def find_answers(
@@ -21,23 +23,27 @@ def find_answers(
     find: str | None = None,
     *,
     which: Which = "all",
-    steps: tuple[int, int] | None = None,
+    steps: tuple[int, int | None] | None = None,
     longest: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Answers of a run, in the order in which they were written; those of some rollouts with ids and routes too.
 
     Args:
-        run: a directory of the method `grpo`.
+        run: a directory of the method `grpo`, or a folder of stages of which one is.
         find: a regular expression that is somewhere in the answer.
-        which: all; those worth more than the others of their group; those worth less; those whose reward failed.
-        steps: the first and the last.
-        longest: the longest first.
+        which: all; right, wrong or unreadable, as the first reward says that compares with what is right, or else the
+            first; better or worse than the others of their group; failed, which could not be judged.
+        steps: the first and the last; None: the run's last.
+        longest: the longest first, of equal ones the newest.
 
     Raises:
         RunError: the run wrote none, or they cannot be read.
-        ConfigError: `find` is no regular expression.
+        ConfigError: `find` is no regular expression, or `which` is none of those.
     """
-    path = Path(run) / ROLLOUTS
+    if which not in get_args(Which):
+        raise ConfigError(f"{which!r} is none of {', '.join(get_args(Which))}")
+    run = run_of(run)
+    path = run / ROLLOUTS
     if not path.exists():
         raise RunError(f"{path} is not there: a run of the method grpo writes it, from its first step on")
     try:
@@ -47,14 +53,42 @@ def find_answers(
     with damage_of(path, "remove the line"):
         read = read_json_lines(path, on_damage=lambda _: None)
         answers = [_complete(one) for one in read if one.get("kind") == "answer"]
+    judge = _judge_of(run)
+    first, last = steps or (1, None)
     found = [
         one
         for one in answers
         if (wanted is None or wanted.search(one["completion"]))
-        and (steps is None or steps[0] <= one["step"] <= steps[1])
-        and _is(one, which)
+        and first <= one["step"]
+        and (last is None or one["step"] <= last)
+        and _is(one, which, judge)
     ]
-    yield from sorted(found, key=lambda one: -one["length"]) if longest else found
+    yield from sorted(found, key=lambda one: (-one["length"], -one["step"])) if longest else found
+
+
+def run_of(folder: str | os.PathLike[str]) -> Path:
+    """The run in `folder` whose answers are meant: itself, or of a folder of stages the only one that wrote any.
+
+    Raises:
+        RunError: several did.
+    """
+    folder = Path(folder)
+    if (folder / ROLLOUTS).exists():
+        return folder
+    below = sorted(one.parent for one in folder.glob(f"*/{ROLLOUTS}"))
+    if len(below) > 1:
+        raise RunError(f"{folder}: several runs in it have answers; name one of them: {', '.join(map(str, below))}")
+    return below[0] if below else folder
+
+
+def _judge_of(run: Path) -> str | None:
+    """The name of the first reward that says what is right; None where nobody knows, or there is none."""
+    path = run / "config.json"
+    with suppress(RunError, LookupError, TypeError):
+        for one in read_object(path, "put it back")["method"]["rewards"]:
+            if one["kind"] in COMPARING:
+                return str(one.get("name") or one["kind"])
+    return None
 
 
 def _complete(answer: dict[str, Any]) -> dict[str, Any]:
@@ -66,14 +100,17 @@ def _complete(answer: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _is(answer: dict[str, Any], which: Which) -> bool:
-    advantage = answer["advantage"]
+def _is(answer: dict[str, Any], which: Which, judge: str | None) -> bool:
+    rewards = answer["rewards"]
+    said: dict[str, Any] = rewards.get(judge) or next(iter(rewards.values()), {})
+    judged = answer["value"] is not None
     match which:
         case "all":
             return True
-        case "right":
-            return answer["value"] is not None and advantage > 0
-        case "wrong":
-            return answer["value"] is not None and advantage < 0
+        case "better":
+            return judged and answer["advantage"] > 0
+        case "worse":
+            return judged and answer["advantage"] < 0
         case "failed":
-            return answer["value"] is None
+            return not judged or said.get("verdict") == "error"
+    return bool(said.get("verdict") == which)

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any, final
 
 from finemoe.core.logs import logger
-from finemoe.methods.grpo.config import GRPOConfig
+from finemoe.methods.grpo.config import COMPARING, GRPOConfig
 from finemoe.methods.grpo.objective import MISMATCH
 from finemoe.methods.grpo.rollout import LENGTH_CORRELATION
 from finemoe.methods.grpo.surrogate import CLIPPED, OFF_POLICY
@@ -23,8 +23,6 @@ _WINDOW = 10
 _AGAIN = 50
 """[rollouts] After which failures of rewards are told again, where there still are some."""
 _DEAD, _CUT, _MISMATCH, _CLIPPED, _OFF_POLICY = 0.9, 0.5, 0.1, 0.5, 0.01
-_COMPARING = ("answer", "number", "latex", "expression", "tests", "reasoning_gym")
-"""Kinds of rewards that say whether an answer is right, 0 to 1."""
 _FEW = 0.05
 """[share] Of right answers, or of wrong ones, that are none to speak of."""
 _LONGER = 1.5
@@ -156,7 +154,7 @@ class Watch:
             del said["longer"]
             return self._now(said)
         for one in self.config.rewards:
-            if not one.weight and one.kind in _COMPARING:
+            if not one.weight and one.kind in COMPARING:
                 name = one.name or one.kind
                 said[f"fallen {name}"] = self._fallen(name)
         said["bought"] = self._bought()
@@ -165,7 +163,7 @@ class Watch:
     @property
     def _right(self) -> list[str]:
         """Names of the rewards that say whether an answer is right, learnt or only watched."""
-        return [one.name or one.kind for one in self.config.rewards if one.kind in _COMPARING]
+        return [one.name or one.kind for one in self.config.rewards if one.kind in COMPARING]
 
     def _remember(self, figures: Mapping[str, float]) -> None:
         """The first and the newest of what is compared; there is no reward where no answer could be judged."""
@@ -204,7 +202,7 @@ class Watch:
         Where nothing but what is right is rewarded, that cannot be.
         """
         related = self._last.get(LENGTH_CORRELATION, [])
-        paid = any(one.weight and one.kind not in _COMPARING for one in self.config.rewards)
+        paid = any(one.weight and one.kind not in COMPARING for one in self.config.rewards)
         if not paid or len(related) < _WINDOW:
             return False, ""
         known = [key for one in self._right if (key := f"reward_{one}") in self._last]
@@ -252,7 +250,7 @@ class Watch:
     def _dead(self, figures: Mapping[str, float]) -> str:
         """Of groups without spread, what to do about it: where all is right there is nothing to mend."""
         dead, cut = figures["dead_groups"], figures["cut_share"]
-        known = [found for one in self.config.rewards if one.weight > 0 and one.kind in _COMPARING
+        known = [found for one in self.config.rewards if one.weight > 0 and one.kind in COMPARING
                  if (found := figures.get(f"reward_{one.name or one.kind}")) is not None]  # fmt: skip
         said = f"{dead:.0%} of the groups teach nothing, as "
         if known and min(known) >= 1 - _FEW:
