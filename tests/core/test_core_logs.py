@@ -68,3 +68,8 @@ def test_what_is_said_twice_is_said_once(caplog: pytest.LogCaptureFixture) -> No
             logs.logger.warning("said %d", number)
     logs.logger.warning("said 1")
     assert [one.getMessage() for one in caplog.records] == ["said 1", "said 2", "said 1"]
+    caplog.clear()
+    with logs.each_once("said"):
+        for word in ("said", "told", "said", "told"):
+            logs.logger.warning("%s so", word)
+    assert caplog.messages == ["said so", "told so", "told so"], "of what begins so"

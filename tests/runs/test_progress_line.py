@@ -46,7 +46,7 @@ def test_a_terminal_has_one_live_line_that_fits(corpus: Path, tmp_path: Path, mo
     [
         (
             80,
-            ["reward", "length", "kl", "dead", "format", "rollout/reward/update", "clip", "entropy", "mismatch"],
+            ["reward", "length", "kl", "dead", "steps", "rollout/reward/update", "clip", "entropy", "mismatch"],
         ),
         (46, ["reward", "length", "kl", "dead"]),
         (30, ["reward", "length"]),
@@ -59,7 +59,7 @@ def test_a_run_that_answers_itself_has_two_live_lines_of_whole_figures(
     start = base(corpus, tmp_path)
     screen = io.StringIO()
     monkeypatch.setattr(observers, "console", lambda: Console(file=screen, force_terminal=True, width=width))
-    form = {"kind": "format", "form": "markers", "opens": "<", "closes": ">", "weight": 0.0}
+    form = {"kind": "format", "name": "steps", "form": "markers", "opens": "<", "closes": ">", "weight": 0.0}
     raw = practising(start)
     raw["method"]["rewards"].append(form)
     train(raw, out=tmp_path / "run")

@@ -93,6 +93,19 @@ def test_a_kill_on_the_way_changes_nothing(corpus: Path, tmp_path: Path, monkeyp
     assert_same_run(whole, tmp_path / "torn")
 
 
+@pytest.mark.parametrize(("length", "key"), [({"steps": 2}, "steps"), ({"tokens": 2 * STEP}, "tokens")])
+def test_what_would_train_it_longer_is_the_key_that_the_recipe_has(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, length: dict[str, int], key: str
+) -> None:
+    raw = recipe(corpus)
+    del raw["training"]["steps"]
+    raw["training"] |= length
+    run = train(raw, out=tmp_path / "run", quiet=True)
+    with caplog.at_level(logging.INFO, "finemoe"):
+        resume(run.directory, quiet=True)
+    assert f"{run.directory} is finished: 2 steps; --set training.{key}=... trains it longer" in caplog.messages
+
+
 def test_finished_is_finished(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from finemoe.core.errors import ConfigError, DataError, RunError
 from finemoe.data.documents.document import SkipReport
 from finemoe.data.problems.corpus import ProblemsCorpus
 from finemoe.runs.run import resume
+from finemoe.studies import stages as running
 from finemoe.studies.stages import StageInterruptedError, run_stages, stages_of
 from finemoe.training.trainer import Trainer
 from runs.tiny_runs import recipe
@@ -62,6 +64,22 @@ def test_every_stage_begins_where_it_says_and_is_done_once(corpus: Path, tmp_pat
     again = run_stages(staged(corpus), out=out, quiet=True)
     assert again == done
     assert times == {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*.safetensors"))}
+
+
+def test_what_all_stages_have_in_common_is_said_once_and_by_one_process(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with caplog.at_level(logging.INFO, "finemoe"):
+        run_stages(staged(corpus), out=tmp_path / "out")
+    said = [one for one in caplog.messages if one.startswith(("stage ", "when exported"))]
+    assert [one.partition(":")[0] for one in said] == [
+        "stage 1 of 3", "when exported", "stage 2 of 3", "stage 3 of 3",
+    ]  # fmt: skip
+    caplog.clear()
+    monkeypatch.setattr(running, "speaks", lambda: False)  # as on every rank but the first
+    with caplog.at_level(logging.INFO, "finemoe"):
+        run_stages(staged(corpus), out=tmp_path / "out")
+    assert not [one for one in caplog.messages if one.startswith("stage ")]
 
 
 def test_overrides_are_of_all_stages_or_of_one(corpus: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from finemoe.checkpoint.huggingface.families import FAMILIES, representable_as
 from finemoe.core.errors import CheckpointError
 from finemoe.model.config import ModelConfig
 
+WHEN_EXPORTED = "when exported: "
+
 
 @dataclass(frozen=True)
 class Portability:
@@ -37,7 +39,7 @@ class Portability:
         else:
             theirs = "no Hugging Face family computes it"
         ours = f"llama.cpp runs it ({self.architecture})" if self.architecture else f"not llama.cpp: {self.missing}"
-        return f"when exported: {theirs}; {ours}"
+        return f"{WHEN_EXPORTED}{theirs}; {ours}"
 
 
 def portability(config: ModelConfig) -> Portability:

@@ -85,6 +85,7 @@ def _stages(recipe: Path, overrides: Sequence[str], out: Path | None, check: boo
         typer.Exit: 130 when a stage was interrupted, after saying how to go on; 1 where --check found something.
     """
     from finemoe.core.errors import ConfigError
+    from finemoe.parallel.seat import speaks
 
     if check:
         from finemoe.cli.staged import check_stages
@@ -104,8 +105,11 @@ def _stages(recipe: Path, overrides: Sequence[str], out: Path | None, check: boo
         again = ["finemoe", "train", str(recipe), "--out", str(out)]
         again += [word for override in overrides for word in ("--set", override)]
         text = f"Interrupted, nothing is lost: {error}: {shlex.join(again)}"
-        console().print(text, markup=False, soft_wrap=True)
+        if speaks():
+            console().print(text, markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
+    if not speaks():  # one process of them says it
+        return
     if as_json:
         print_json({"out": str(out), "stages": done})
         return

@@ -37,14 +37,14 @@ _PLAIN_INTERVAL = 15.0  # seconds between lines when nobody watches a terminal
 
 
 @contextmanager
-def each_once() -> Iterator[None]:
-    """What is said a second time in there, word for word, is said once."""
+def each_once(beginning: str = "") -> Iterator[None]:
+    """What is said a second time in there, word for word, is said once, if it begins so."""
     said = set[str]()
 
     def is_new(record: logging.LogRecord) -> bool:
-        before = len(said)
-        said.add(record.getMessage())
-        return len(said) > before
+        before, message = len(said), record.getMessage()
+        said.add(message)
+        return len(said) > before or not message.startswith(beginning)
 
     logger.addFilter(is_new)
     try:

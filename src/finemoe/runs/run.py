@@ -148,8 +148,10 @@ def _finished(directory: Path) -> Run | None:
     summary = summary_if_whole(directory)
     if summary is None:
         return None
-    most = read_config(directory / "config.json").training.max_tokens
-    key = "tokens" if most is None or summary["tokens"] < most else "max_tokens"
+    given = read_config(directory / "config.json").training
+    key = "steps" if given.tokens is None else "tokens"
+    if given.max_tokens is not None and summary["tokens"] >= given.max_tokens:
+        key = "max_tokens"
     logger.info("%s is finished: %d steps; --set training.%s=... trains it longer", directory, summary["steps"], key)
     return Run(directory, summary, interrupted=False)
 

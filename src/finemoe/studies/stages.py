@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from finemoe.checkpoint.kinds import CONFIG, kind_of
+from finemoe.checkpoint.portability import WHEN_EXPORTED
 from finemoe.core.config import merge, parse, read_tables, with_overrides
 from finemoe.core.errors import ConfigError, DataError, FinemoeError, RunError
-from finemoe.core.logs import logger
+from finemoe.core.logs import each_once, logger
 from finemoe.data.corpora import FilesCorpus
 from finemoe.methods.distillation.sample_table import SampleConfig
 from finemoe.methods.rewards import require_made
-from finemoe.parallel.seat import seat
+from finemoe.parallel.seat import seat, speaks
 from finemoe.runs.changes import is_past
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
 from finemoe.runs.directory import first_difference, holds_run
@@ -258,10 +259,11 @@ def run_stages(
     if here is not None and here.processes > 1 and any(stage.sampling for stage in stages):
         raise ConfigError(f"{source}: a stage samples answers, which one process does: start it without torchrun")
     done = []
-    for number, stage in enumerate(stages, 1):
-        if not quiet:
-            logger.info("stage %d of %d: %s", number, len(stages), stage.name)
-        done.append(run_stage(stage, source, quiet))
+    with each_once(WHEN_EXPORTED):  # of all stages the same, where each goes on with the model of the one before
+        for number, stage in enumerate(stages, 1):
+            if not quiet and speaks():
+                logger.info("stage %d of %d: %s", number, len(stages), stage.name)
+            done.append(run_stage(stage, source, quiet))
     return done
 
 

@@ -100,6 +100,8 @@ class SkipReport:
     kept: int = 0
     duplicates: int = 0
     """Documents whose text an earlier document had."""
+    drawn: bool = field(default=False, compare=False)
+    """They are made in code, where some are drawn again by chance: no fault of anybody's data."""
     empty: int = 0
     """Documents without any text."""
     num_skipped: int = 0
@@ -190,7 +192,11 @@ class SkipReport:
             )
         if self.num_set_aside and not self.quiet:
             logger.warning("left out, as no text of the corpus: %s%s", few, more)
-        if self.duplicates and knob and not self.quiet:
+        if self.duplicates and knob and not self.quiet and self.drawn:
+            logger.info(
+                "problems came up again %s times, as there are only so many: each is read once", f"{self.duplicates:,}"
+            )
+        elif self.duplicates and knob and not self.quiet:
             copies = "1 document is a copy" if self.duplicates == 1 else f"{self.duplicates:,} documents are copies"
             logger.info("%s of others, and left out", copies)
         if self.num_skipped <= max_skipped_share * seen:

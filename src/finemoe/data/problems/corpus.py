@@ -110,6 +110,7 @@ class ProblemsCorpus(Config):
 
     def _unseen(self, side: Side, seen: set[str], report: SkipReport, whole: bool) -> Iterator[Document]:
         """Those of a side whose prompt is not in `seen`, which grows; the others are copies, whatever their answer."""
+        report.drawn = True
         for number, one in enumerate(self._problems(side)):
             if one.prompt in seen:
                 report.duplicates += 1

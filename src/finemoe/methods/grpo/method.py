@@ -136,13 +136,12 @@ def build(config: GRPOConfig, setting: Setting) -> Method[RolloutBatch]:
 def shown_of(config: GRPOConfig) -> tuple[Shown, ...]:
     """Figures of the live line; a reward that says whether the form is right is the share of answers that keep it."""
     forms = [one.name or one.kind for one in config.rewards if one.kind == "format"]
-    titles = ["format"] if len(forms) == 1 else forms
     return (
         Shown("reward", ("reward",)),
         Shown("length", ("length",)),
         Shown("kl", ("kl",)),
         Shown("dead", ("dead_groups",), percent=True),
-        *(Shown(title, (f"reward_{name}",), percent=True) for title, name in zip(titles, forms, strict=True)),
+        *(Shown(name, (f"reward_{name}",), percent=True) for name in forms),
         Shown("rollout/reward/update", ("time_rollout", "time_reward", "time_update"), percent=True),
         Shown("clip", ("clip_share",), percent=True),
         Shown("entropy", ("entropy",)),
@@ -154,7 +153,11 @@ def shown_of(config: GRPOConfig) -> tuple[Shown, ...]:
 def _sentences(config: GRPOConfig, prompts: Prompts, rewards: Rewards) -> tuple[str, ...]:
     """What is asked, what it is worth, and how experts are chosen, in words."""
     counts = {side: len(found) for side, found in prompts.sides.items()}
-    asked = f"{counts['train']:,} prompts to train on, {counts['validation']:,} held out, {config.group} answers each"
+    few = min(config.validation_prompts, counts["validation"])
+    held_out = f"{counts['validation']:,} held out"
+    if few < counts["validation"]:
+        held_out += f", of which the first {few:,} are asked at every measurement (method.validation_prompts)"
+    asked = f"{counts['train']:,} prompts to train on, {config.group} answers each; {held_out}"
     per = "1 step" if config.updates == 1 else f"{config.updates} steps"
     held = f"held to the reference by {config.beta:g}" if config.beta else "no reference"
     replayed = {
