@@ -20,6 +20,7 @@ from finemoe.core.errors import ConfigError
 from finemoe.judging import KINDS
 from finemoe.judging.verdicts import Answer, Bounds, Judge, Judged
 
+_MOST_NOTE = 500  # characters
 _GRACE = 1.0  # beyond the deadline, for a parent that is no longer there
 
 
@@ -83,6 +84,10 @@ def _reply(judges: Mapping[str, Judge], request: Mapping[str, Any], replies: IO[
         judged = judges[request["reward"]](Answer(**answer))
     except MemoryError:
         judged, fit = Judged.error("ran out of memory"), False  # what holds it may be held for good
+    except KeyError as error:  # as a rule of the record, which others wrote
+        judged = Judged.error(
+            f"{in_words(error)}; the record has {', '.join(answer['record']) or 'nothing'}"[:_MOST_NOTE]
+        )
     except BaseException as error:  # SystemExit, too, says nothing about the answer
         judged = Judged.error(in_words(error))
     if os.getpid() != own:  # a process that was forked in there and came back

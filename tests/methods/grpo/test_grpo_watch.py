@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finemoe.methods.grpo.config import GRPOConfig
-from finemoe.methods.grpo.watch import Watch
+from finemoe.methods.grpo.watch import FirstFailures, Watch
 from finemoe.training.method import Note
 
 SOUND = {
@@ -97,13 +97,35 @@ def test_what_comes_back_is_told_again() -> None:
     assert [bool(one) for one in found].count(True) == 2
 
 
+@pytest.mark.parametrize(
+    ("note", "of_bounds"),
+    [
+        ("no verdict within 10 seconds", True),
+        ("ran out of memory", True),
+        ("its process ended", True),
+        ("more than 64 processes started", True),
+        ("KeyError: 'answr' (own.py, line 2); the record has prompt, answer", False),
+        ("own.py:score: it returned str, and not a number, True, False, None or a dict", False),
+    ],
+)
+def test_time_and_memory_are_named_where_more_of_them_may_help(
+    note: str, of_bounds: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    FirstFailures(GRPOConfig())("answer", note)
+    (later,) = Watch(GRPOConfig()).failures(0.5, note)
+    (first,) = caplog.messages
+    for said in (first, later):
+        assert note in said
+        assert ("method.reward_seconds" in said) == ("method.reward_memory" in said) == of_bounds
+
+
 def test_failures_of_rewards_are_told_at_once_and_then_now_and_then() -> None:
     watch = Watch(GRPOConfig())
     assert watch.failures(0.0, "") == []
     (first,) = watch.failures(0.02, "tests: no verdict within 10 seconds")
     assert "2.0% of the answers" in first
     assert "the last as tests: no verdict within 10 seconds" in first
-    assert "method.reward_seconds" in first
+    assert "raise method.reward_seconds from 10, or, for want of memory, method.reward_memory" in first
     again = [bool(watch.failures(0.02, "x")) for _ in range(100)]
     assert [number for number, said in enumerate(again, 1) if said] == [50, 100]
     known = Watch(GRPOConfig())

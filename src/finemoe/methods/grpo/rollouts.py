@@ -36,7 +36,7 @@ from finemoe.methods.grpo.rollout import (
 from finemoe.methods.grpo.scoring import Policies
 from finemoe.methods.grpo.served import FOLDER, FromServer
 from finemoe.methods.grpo.source import Asked, OwnEngine, Source
-from finemoe.methods.grpo.watch import Watch
+from finemoe.methods.grpo.watch import Watch, remedy
 from finemoe.methods.rewards import Answer as Judgeable
 from finemoe.methods.rewards import Rewards
 from finemoe.methods.rewards import Scored as Judged
@@ -284,9 +284,8 @@ class Rollouts:
             return
         which = f"the last {self._in_vain} rollouts" if number and self._in_vain > 1 else "a rollout"
         raise OutageError(
-            f"no answer of {which} could be judged, so that nothing is learnt; the last as {self._rewards.last_error}. "
-            f"Mend the reward, or raise method.reward_seconds from {self._config.reward_seconds:g}, or, for want of "
-            f"memory, method.reward_memory from {self._config.reward_memory} (bytes)"
+            f"no answer of {which} could be judged, so that nothing is learnt; the last as {self._rewards.last_error}: "
+            f"{remedy(self._config, self._rewards.last_error)}"
         )
 
     def _ask(self, count: int, after: int) -> Iterator[Group]:

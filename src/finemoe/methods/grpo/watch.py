@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,20 @@ _NEAR = 0.9
 _AT_FIRST = "at first"
 
 
+_OF_BOUNDS = re.compile(r"\b(seconds|memory|process|processes|sandbox|too long)\b")
+"""Words in the reason of a failure that more time or memory may help against."""
+
+
+def remedy(config: GRPOConfig, why: str) -> str:
+    """What to do about a reward that could not judge, for the reason `why`."""
+    if not _OF_BOUNDS.search(why):
+        return "mend the reward"
+    return (
+        f"mend the reward, or raise method.reward_seconds from {config.reward_seconds:g}, or, for want of memory, "
+        f"method.reward_memory from {config.reward_memory} (bytes)"
+    )
+
+
 @final
 class FirstFailures:
     """Says at once that a reward failed, the first time that it does: what hangs costs its time with every answer."""
@@ -63,14 +78,14 @@ class FirstFailures:
             return
         self._told.add(name)
         becomes = "leaves its group, and is learnt as neither right nor wrong" if self._weights[name] else "stays"
+        bounds = ""
+        if _OF_BOUNDS.search(note):
+            bounds = (
+                f"Each may take {self._seconds:g} s (method.reward_seconds) and {self._memory} bytes "
+                "(method.reward_memory). "
+            )
         logger.warning(
-            "reward %s could not judge an answer: %s. Each may take %g s (method.reward_seconds) and %d bytes "
-            "(method.reward_memory); an answer that is not judged %s",
-            name,
-            note,
-            self._seconds,
-            self._memory,
-            becomes,
+            "reward %s could not judge an answer: %s. %sAn answer that is not judged %s", name, note, bounds, becomes
         )
 
 
@@ -278,7 +293,7 @@ class Watch:
         told.rollouts = _AGAIN
         return [
             f"{share:.1%} of the answers of a rollout could not be judged and left their groups, the last as {why}: "
-            "mend the reward, or raise method.reward_seconds or method.reward_memory; notes are in rollouts.jsonl"
+            f"{remedy(self.config, why)}; notes are in rollouts.jsonl"
         ]
 
     def step(self, terms: Mapping[str, float], within: int) -> list[str]:
