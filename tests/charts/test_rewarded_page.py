@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from charts.test_run_page import HOSTILE, step, text_of, write_run
-from finemoe.charts.page import Card, Details, Section
+from finemoe.charts.page import Card, Details, Section, Text
 from finemoe.charts.run.figures import figures
 from finemoe.charts.run.page import _answers, run_page
 from finemoe.charts.run.rewarded import charts
@@ -30,7 +30,8 @@ def rewarded(folder: Path) -> Path:
         figures = {"reward": number / 20, "length": 3.0 + number, "reward_answer": number / 20, "reward_steps": 0.5}
         found.append({**step(number), "terms": {"policy": 0.1, "kl": 0.01}, "figures": figures})
     for number, reward in ((0, 0.2), (20, 0.9)):
-        sample = {"prompt": "2+2", "answer": f"<4>{HOSTILE}", "ended": number > 0, "value": reward}
+        sample = {"prompt": "2+2", "answer": f"<4>{HOSTILE}", "ended": number > 0, "value": reward,
+                  "references": [HOSTILE]}  # fmt: skip
         found.append({"kind": "validation", "step": number, "tokens": 100 * number, "seconds": 1.0,
                       "validation_reward": reward, "validation_length": 5.0, "samples": [sample]})  # fmt: skip
     found.append({"kind": "warning", "step": 9, "message": "half of the answers are cut"})
@@ -74,7 +75,7 @@ def answered(times: int, questions: int = 5) -> dict[str, Any]:
 
 
 def folded(section: Section) -> list[tuple[str, list[Card]]]:
-    return [(one.summary, one.blocks[0].cards) for one in section.blocks if isinstance(one, Details)]
+    return [(one.summary, one.blocks[-1].cards) for one in section.blocks if isinstance(one, Details)]
 
 
 def test_answers_to_the_same_questions_at_many_measurements_are_folded_away() -> None:
@@ -98,6 +99,22 @@ def test_answers_to_the_same_questions_at_many_measurements_are_folded_away() ->
     three = _answers(answered(3))
     assert three is not None
     assert not folded(three), "all of them stand there"
+
+
+def test_what_would_be_right_stands_beside_the_answers_and_the_folded_ones() -> None:
+    results = answered(5)
+    unknown = _answers(results)
+    assert unknown is not None
+    assert [one.paragraphs for one in unknown.blocks if isinstance(one, Text)][1:] == []
+    for one in results["validations"]:
+        one["samples"][0]["references"] = ["4", "four"]
+        one["samples"][1]["references"] = ["x" * 5000]
+    section = _answers(results)
+    assert section is not None
+    said = [one.paragraphs[0] for one in section.blocks if isinstance(one, Text)][1:]
+    assert said == ["Right: 4 or four", f"Right: {'x' * 2000} ..."]
+    inside = [[text.paragraphs[0] for text in one.blocks[:-1]] for one in section.blocks if isinstance(one, Details)]
+    assert inside == [[said[0]], [said[1]], [], []]
 
 
 def test_a_question_that_came_later_is_shown_from_then_on() -> None:

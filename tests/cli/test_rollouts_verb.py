@@ -170,10 +170,16 @@ def test_of_stages_the_one_that_has_answers_is_read(run: Path, command: Callable
 
 
 @pytest.mark.parametrize("verb", ["show", "rollouts", "resume"])
-def test_a_folder_of_stages_says_which_runs_it_holds(tmp_path: Path, command: Callable[..., Any], verb: str) -> None:
-    for name in ("1-base", "2-zero"):
+@pytest.mark.parametrize("names", [("a", "b"), ("1-base", "2-zero")])
+def test_a_folder_of_runs_says_which_it_holds_and_how_stages_go_on(
+    tmp_path: Path, command: Callable[..., Any], verb: str, names: tuple[str, str]
+) -> None:
+    for name in names:
         (tmp_path / name / "checkpoints" / "step-00000001").mkdir(parents=True)
-    done = command(verb, tmp_path)
+        (tmp_path / name / "config.json").write_text("{}")
+    are_stages = names[0] == "1-base"
+    done = command(verb, tmp_path, *(("--out", tmp_path / "page") if verb == "show" and are_stages else ()))
     assert done.exit_code == 2
-    listed = f"{tmp_path / '1-base'}, {tmp_path / '2-zero'}"
+    listed = f"{tmp_path / names[0]}, {tmp_path / names[1]}"
     assert f"{tmp_path}: holds several runs; name one of them: {listed}" in done.stderr
+    assert (f"`finemoe train RECIPE --out {tmp_path}`" in done.stderr) == are_stages

@@ -35,6 +35,11 @@ def test_stages_are_trained_one_after_the_other(
     assert done.exit_code == 0, done.stderr
     assert "40 of 40 answers kept" in done.stdout
     assert "Next: finemoe show" in done.stdout
+    shown = command("show", tmp_path / "out", "--json")
+    assert [Path(one["directory"]).name for one in json.loads(shown.stdout)] == ["1-base", "3-learnt"]
+    go_on = command("resume", tmp_path / "out").stderr
+    assert f"all stages go on by the command that began them, `finemoe train RECIPE --out {tmp_path / 'out'}`" in go_on
+    assert "those of stages that read other texts cannot be compared" in done.stdout
     again = command("train", path, "--out", tmp_path / "out", "--json")
     assert [one["stage"] for one in json.loads(again.stdout)["stages"]] == ["base", "answers", "learnt"]
 

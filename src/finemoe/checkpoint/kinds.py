@@ -24,6 +24,8 @@ STATE = "state.json"
 """Of a checkpoint of a run; an import has none."""
 COMPARISON = "compare.json"
 """Of the folder of a comparison, and of a study of the papers' claims: what is compared."""
+ANSWERS = "answers.jsonl"
+"""Of a stage that has a model answer questions."""
 JOURNAL = ".model.journal"
 """Of a conversion that goes on, or was interrupted."""
 _MOST_NAMED = 10
@@ -68,6 +70,13 @@ def models_below(path: Path) -> list[Path]:
     """Runs in the folders within `path`, and in the comparisons there, that have a checkpoint."""
     places = ("*", "*/*", "arms/*/*", "*/arms/*/*")
     return sorted({one.parents[1] for place in places for one in path.glob(f"{place}/checkpoints/step-*")})
+
+
+def stages_below(path: Path) -> list[Path]:
+    """Folders of the stages of a recipe, `1-NAME`, `2-NAME` and so on, that were begun; none without a first."""
+    begun = (one.parent for name in (CONFIG, ANSWERS) for one in path.glob(f"*-*/{name}"))
+    found = {int(name[1]): one for one in begun if (name := re.fullmatch(r"([1-9][0-9]*)-[a-z0-9-]+", one.name))}
+    return [found[number] for number in sorted(found)] if 1 in found else []
 
 
 def likely_kind(path: Path) -> Kind:

@@ -35,7 +35,8 @@ def resume(
     """Go on with an interrupted run, or train one longer.
 
     It continues from its newest undamaged checkpoint, with the configuration it began with. Of a
-    comparison, every run that is not finished goes on, and the report is made again.
+    comparison, every run that is not finished goes on, and the report is made again. Stages of a
+    recipe go on all together by the command that began them, `finemoe train`.
 
     With --set training.tokens=N (or training.steps, training.max_tokens) a run goes on to another
     length, finished or not. From there on the schedule is that of the new length: a run that had

@@ -27,7 +27,7 @@ def show(
         list[Path],
         typer.Argument(
             metavar="DIR...",
-            help="Run directories; a comparison stands for its runs.",
+            help="Run directories; a comparison, or a folder of stages, stands for its runs.",
             show_default=False,
             autocompletion=complete_resumable,
         ),
@@ -88,12 +88,12 @@ def _write_page(directories: list[Path], out: Path | None, follow: bool, as_json
 
 
 def _runs(directories: Sequence[Path]) -> list[Path]:
-    """The runs that are asked for, those of comparisons among them; of several paths, what is none is left out.
+    """The runs that are asked for, those of comparisons and stages too; of several paths, what is none is left out.
 
     Raises:
         RunError: there is none at all, or the only path is none.
     """
-    from finemoe.checkpoint.kinds import models_below
+    from finemoe.checkpoint.kinds import CONFIG, models_below, stages_below
     from finemoe.core.errors import RunError
     from finemoe.core.logs import logger
     from finemoe.runs.listing import describe, runs_of
@@ -106,6 +106,8 @@ def _runs(directories: Sequence[Path]) -> list[Path]:
             found += runs_of(directory)
         elif known is not None and known.kind == "run":
             found.append(directory)
+        elif stages := stages_below(directory):
+            found += [one for one in stages if (one / CONFIG).is_file()]
         elif len(directories) > 1 and directory.exists():
             logger.warning("%s is left out: it is not a run directory", directory)
         else:

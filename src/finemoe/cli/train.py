@@ -116,9 +116,12 @@ def _stages(recipe: Path, overrides: Sequence[str], out: Path | None, check: boo
     table = plain_table()
     for title in ("Stage", "Came to", "Time"):
         table.add_column(title)
-    for one in done:
-        table.add_row(*_came_to(one))
+    rows = [_came_to(one) for one in done]
+    for row in rows:
+        table.add_row(*row)
     print_rich(table)
+    if sum(came_to.startswith("loss ") for _, came_to, _ in rows) > 1:
+        typer.echo("\nA loss is of what its stage held out: those of stages that read other texts cannot be compared.")
     last = Path(done[-1]["folder"])
     typer.echo(f"\nNext: finemoe show {shlex.quote(str(last))} --out page" + and_rollouts(last))
 

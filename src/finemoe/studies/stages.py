@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finemoe.checkpoint.kinds import CONFIG, kind_of
+from finemoe.checkpoint.kinds import ANSWERS, CONFIG, kind_of
 from finemoe.checkpoint.portability import WHEN_EXPORTED
 from finemoe.core.config import merge, parse, read_tables, with_overrides
 from finemoe.core.errors import ConfigError, DataError, FinemoeError, RunError
@@ -32,7 +32,6 @@ from finemoe.runs.directory import first_difference, holds_run
 from finemoe.runs.run import train
 from finemoe.training.directory import read_summary
 
-ANSWERS = "answers.jsonl"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _PLACE = re.compile(r"^\{([a-z0-9-]+)\}(?=/)")
 """What a path begins with that lies in a stage's folder."""

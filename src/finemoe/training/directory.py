@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finemoe.checkpoint.kinds import COMPARISON, models_below
+from finemoe.checkpoint.kinds import COMPARISON, models_below, stages_below
 from finemoe.core.errors import RunError
 from finemoe.core.logs import logger, read_json_lines
 from finemoe.core.reading import damage_of, is_number, read_object, require_numbers
@@ -50,9 +50,11 @@ def require_run(directory: Path) -> None:
             "with all of them, and each lies in a folder of its own below arms/"
         )
     if not (directory / "config.json").exists():
-        if several := models_below(directory):
+        stages = stages_below(directory)
+        if several := models_below(directory) or stages:
             listed = ", ".join(map(str, several[:5])) + (" ..." if len(several) > 5 else "")
-            raise RunError(f"{directory}: holds several runs; name one of them: {listed}")
+            again = f"; all stages go on by the command that began them, `finemoe train RECIPE --out {directory}`"
+            raise RunError(f"{directory}: holds several runs; name one of them: {listed}{again if stages else ''}")
         for kept in sorted((directory / "checkpoints").glob("*/config.json"), reverse=True):
             raise RunError(f"{directory}: config.json is missing; {kept} is a copy of it, to be put back")
         raise RunError(f"{directory}: not a run directory (no config.json); `finemoe train RECIPE` starts one")
@@ -151,7 +153,7 @@ def _check_alert(record: dict[str, Any]) -> None:
 def _check_answers(samples: Any) -> None:
     whole = isinstance(samples, list) and all(
         isinstance(one, dict) and isinstance(one.get("prompt"), str) and isinstance(one.get("answer"), str)
-        and isinstance(one.get("ended"), bool) for one in samples
+        and isinstance(one.get("ended"), bool) and isinstance(one.get("references", []), list) for one in samples
     )  # fmt: skip
     if not whole:
         raise ValueError("`samples` must hold prompts and answers")

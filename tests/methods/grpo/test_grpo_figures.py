@@ -119,6 +119,7 @@ def test_held_out_prompts_are_answered_drawn_and_greedily(
     assert drawn[2] != greedily[2]
     (sample,) = last["samples"]
     assert sample["answer"] == tokenizer.decode(drawn[2][0][0].completion)
+    assert sample["references"] == [str(sum(map(int, sample["prompt"].strip("=\n"))) % 5)], "what would be right"
     assert sample["verdicts"] == {"function": "right" if sample["value"] > 0 else "wrong"}
 
 

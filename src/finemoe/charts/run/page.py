@@ -171,13 +171,24 @@ def _answers(results: Results) -> Section | None:
     for number, sample in enumerate(found[-1]["samples"]):
         when = [one for one in found if _asked(one, number) == sample["prompt"]]
         cards = [_card(one, number) for one in ([when[0], when[len(when) // 2], when[-1]] if len(when) > 2 else when)]
-        shown += [Code(sample.get("asked", sample["prompt"]), "the question"), Cards(cards)]
+        right = _right(sample)
+        shown += [Code(sample.get("asked", sample["prompt"]), "the question"), *right, Cards(cards)]
         if len(when) > len(cards) and number < _MOST_FOLDED:
             few = _spaced(when, _MOST_TIMES)
             which = f"all {len(when)}" if len(few) == len(when) else f"{len(few)} of {len(when)}"
             folded = Cards([_card(one, number, _MOST_CHARACTERS) for one in few])
-            shown.append(Details(f"Its answers at {which} measurements", [folded]))
+            shown.append(Details(f"Its answers at {which} measurements", [*right, folded]))
     return Section("Answers", shown)
+
+
+def _right(sample: Mapping[str, Any]) -> list[Text]:
+    """What would be right, where the record said it."""
+    said = " or ".join(map(str, sample.get("references", ())))
+    return (
+        [Text([f"Right: {said if len(said) <= _MOST_CHARACTERS else said[:_MOST_CHARACTERS] + ' ...'}"])]
+        if said
+        else []
+    )
 
 
 def _asked(validation: Mapping[str, Any], number: int) -> str | None:

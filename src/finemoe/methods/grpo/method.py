@@ -32,6 +32,7 @@ class _Examined:
     prompt: str
     asked: str
     """The prompt with its template."""
+    references: tuple[str, ...]
     text: str
     ended: bool
     tokens: int
@@ -68,6 +69,7 @@ class Examination:
             {
                 "prompt": one.prompt,
                 **({"asked": one.asked} if one.asked != one.prompt else {}),
+                **({"references": list(one.references)} if one.references else {}),
                 "answer": one.text,
                 "ended": one.ended,
                 "value": one.value,
@@ -87,7 +89,16 @@ class Examination:
         judgeables = [judgeable(tokenizer, prompt, one) for prompt, one in zip(asked, drawn, strict=True)]
         scored = self.rewards.score(judgeables)
         return [
-            _Examined(prompt.text, one.asked, one.text, one.ended, one.num_tokens, judged.value, judged.by_name)
+            _Examined(
+                prompt.text,
+                one.asked,
+                one.references,
+                one.text,
+                one.ended,
+                one.num_tokens,
+                judged.value,
+                judged.by_name,
+            )
             for prompt, one, judged in zip(asked, judgeables, scored, strict=True)
         ]
 

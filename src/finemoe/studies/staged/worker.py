@@ -84,9 +84,9 @@ def run(job: Job) -> None:
 
 
 def _record(stage: Any, done: Mapping[str, Any], config: Any, asked: Any, seed: int) -> dict[str, Any]:
+    from finemoe.checkpoint.kinds import ANSWERS
     from finemoe.studies.staged.compute import sampled_flops, trained_flops
     from finemoe.studies.staged.examination import examine
-    from finemoe.studies.stages import ANSWERS
 
     if "sampled" in done:
         drawn, kept = done["sampled"]["drawn"], done["sampled"]["kept"]
