@@ -42,6 +42,9 @@ def test_stages_are_trained_one_after_the_other(
     assert "those of stages that read other texts cannot be compared" in done.stdout
     again = command("train", path, "--out", tmp_path / "out", "--json")
     assert [one["stage"] for one in json.loads(again.stdout)["stages"]] == ["base", "answers", "learnt"]
+    monkeypatch.setattr("finemoe.parallel.seat.speaks", lambda: False)
+    other = command("train", path, "--out", tmp_path / "out", "--quiet")
+    assert (other.exit_code, other.stdout) == (0, ""), "of several processes the first says it"
 
 
 def test_a_stage_that_is_interrupted_says_how_to_go_on(
