@@ -49,10 +49,12 @@ def bf16() -> Any:
     return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
 
 
-def drawn(model: Transformer, precision: Callable[[], Any] = nullcontext, temperature: float = 1.0) -> list[Drawn]:
+def drawn(
+    model: Transformer, precision: Callable[[], Any] = nullcontext, temperature: float = 1.0, each: int = 4
+) -> list[Drawn]:
     source = OwnEngine(model, Ids(), precision)  # type: ignore[arg-type]
     sampling = SamplingConfig(seed=3, max_new_tokens=24, temperature=temperature, tempered_logprobs=temperature != 1)
-    asked = [Asked(ids, tuple(range(4 * number, 4 * number + 4))) for number, ids in enumerate(PROMPTS)]
+    asked = [Asked(ids, tuple(range(each * number, each * number + each))) for number, ids in enumerate(PROMPTS)]
     return [one for group in source(asked, sampling) for one in group]
 
 
@@ -116,9 +118,12 @@ def test_replay_takes_the_experts_of_the_rollout_and_teaches_the_router(preset: 
 
 
 def test_replay_brings_the_policies_closer() -> None:
-    """A bfloat16 rollout against a float32 trainer: k3 is at most 0.8 of what it is without."""
+    """A bfloat16 rollout against a float32 trainer, over about 1,200 tokens.
+
+    By 3,000 tokens k3 is 0.78 of what it is without, with a standard error of 0.02; by 250 it was 0.64 to 0.88.
+    """
     model = built("tiny-moe")
-    found = drawn(model, bf16)
+    found = drawn(model, bf16, each=20)
     k3 = {}
     for replay in (False, True):
         batch = batch_of(found, replay)
@@ -128,7 +133,8 @@ def test_replay_brings_the_policies_closer() -> None:
             logprobs = model.logits(hidden).log_softmax(-1).gather(-1, batch.rows.targets[0, batch.places, None])[:, 0]
         further = batch.behaviour - logprobs
         k3[replay] = (further.exp() - further - 1).mean().item()
-    assert 0 < k3[True] < 0.8 * k3[False]
+    assert len(batch.behaviour) > 1000
+    assert 0 < k3[True] < 0.9 * k3[False]
 
 
 def test_routes_of_another_length_are_an_error() -> None:
