@@ -26,9 +26,9 @@ from finemoe.methods import METHODS
 from finemoe.model.config import ModelConfig
 from finemoe.model.moe.decision import RoutingConstraint
 from finemoe.runs.config import resolve_run
+from finemoe.runs.planning.stages import stages_of
 from finemoe.studies.arms import solve
 from finemoe.studies.config import resolve_comparison
-from finemoe.studies.stages import stages_of
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])

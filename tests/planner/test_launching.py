@@ -194,5 +194,40 @@ def test_a_recipe_that_cannot_be_looked_at_is_launched_all_the_same(tmp_path: Pa
     recipe = tmp_path / "r.toml"
     recipe.write_text('start_from = "/data/model"\n[training]\nsteps = 1\n')
     assert "# Not checked: /data/model" in finemoe.launch("slurm", recipe, **options)
-    recipe.write_text(RECIPE + "[[stage]]\nname = 'one'\n[stage.training]\nsteps = 1\n")
-    assert "# Not checked: a recipe of several stages" in finemoe.launch("slurm", recipe, **options)
+
+
+STAGED = (
+    RECIPE
+    + """
+[[stage]]
+name = "base"
+[stage.training]
+steps = 1
+[[stage]]
+name = "zero"
+start_from = "base"
+[stage.method]
+kind = "grpo"
+template = "{prompt}"
+[[stage.method.rewards]]
+kind = "answer"
+[stage.data]
+corpus = { kind = "problems", problem = "running_sum", count = 100 }
+[stage.training]
+steps = 1
+"""
+)
+
+
+def test_every_stage_is_looked_at_before_a_job_is_printed(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(STAGED)
+    options: dict[str, Any] = {"nodes": 1, "out": "/data/run"}
+    for kind in ("slurm", "kubernetes"):
+        with pytest.raises(ConfigError, match=r"stage zero: method.kind 'grpo' .* there are 2: train it by one"):
+            finemoe.launch(kind, recipe, gpus_per_node=2, **options)  # type: ignore[arg-type]
+    assert "Not checked" not in finemoe.launch("slurm", recipe, gpus_per_node=1, **options)
+    recipe.write_text(STAGED.partition("[stage.method]")[0] + "[stage.training]\nsteps = 1\n")
+    own = finemoe.launch("slurm", recipe, gpus_per_node=2, overrides=["stage.zero.seed=3"], **options)
+    assert "--set stage.zero.seed=3" in own
+    assert "Not checked" not in own

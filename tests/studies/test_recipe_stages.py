@@ -14,9 +14,11 @@ from finemoe.core.config import read_toml
 from finemoe.core.errors import ConfigError, DataError, RunError
 from finemoe.data.documents.document import SkipReport
 from finemoe.data.problems.corpus import ProblemsCorpus
+from finemoe.parallel.seat import Seat
+from finemoe.runs.planning.stages import stages_of
 from finemoe.runs.run import resume
 from finemoe.studies import stages as running
-from finemoe.studies.stages import StageInterruptedError, run_stages, stages_of
+from finemoe.studies.stages import StageInterruptedError, run_stages
 from finemoe.training.trainer import Trainer
 from runs.tiny_runs import recipe
 
@@ -310,3 +312,27 @@ def test_what_was_recorded_of_a_study_is_of_its_recipe(name: str) -> None:
     assert results["recipe"]["stage"] == recipe["stage"]
     claims = results["experiments"]["claims"]["claims"]
     assert [one["statement"] for one in claims] == [one["statement"] for one in recipe["study"]["claims"]]
+
+
+def test_what_processes_cannot_do_in_a_late_stage_is_told_before_the_first_trains(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By as many as torchrun started, or by the one that is alone."""
+    raw, out = staged(corpus), tmp_path / "out"
+    raw["stage"].pop(1)
+    raw["stage"][1] = {
+        "name": "zero",
+        "start_from": "base",
+        "method": {"kind": "grpo", "template": "{prompt}", "answer_tokens": 4, "rewards": [{"kind": "answer"}]},
+        "data": {"sequence_length": 64, "corpus": {"kind": "problems", "problem": "running_sum", "count": 100}},
+        "training": {"steps": 1},
+    }
+    with pytest.raises(ConfigError, match=r"stage zero: .*shard 3 .* are 3 processes, and 1 is running"):
+        run_stages(raw, out=out, quiet=True, overrides=["stage.zero.parallel.shard=3"])
+    assert not out.exists()
+    monkeypatch.setattr(running, "seat", lambda: Seat(0, 2, 0, 2, "localhost", 1, True))
+    with pytest.raises(ConfigError, match=r"stage zero: method.kind 'grpo' .* there are 2: .*before it, base, could"):
+        run_stages(raw, out=out, quiet=True)
+    with pytest.raises(ConfigError, match="stage answers: it samples answers, which one process does"):
+        run_stages(staged(corpus), out=out, quiet=True)
+    assert not out.exists()

@@ -100,7 +100,7 @@ def _excerpts(
     from finemoe.runs.excerpts import data_excerpts
 
     if "stage" in check_recipe(recipe, overrides):
-        from finemoe.studies.stages import stage_config
+        from finemoe.runs.planning.stages import stage_config
 
         config, said = stage_config(recipe, stage=stage, out=stages_in, overrides=overrides)
         found = data_excerpts(config, samples=samples, skip=skip)

@@ -25,7 +25,7 @@ def check_stages(recipe: Path, overrides: Sequence[str], out: Path | None, quiet
     from finemoe.core.config import read_tables
     from finemoe.runs.config import resolve_run
     from finemoe.runs.planning.check import check
-    from finemoe.studies.stages import Stage, checked_stages, waits_for
+    from finemoe.runs.planning.stages import Stage, checked_stages, waits_for
 
     stages = checked_stages(read_tables(recipe), str(recipe), out or _NOWHERE, overrides)
 

@@ -204,7 +204,7 @@ def refuse_layout(config: RunConfig, layout: Layout) -> None:
     if layout.processes > 1 and config.method.kind == "grpo":
         raise ConfigError(
             f"method.kind 'grpo' writes its answers by one engine in one process, and there are {layout.processes}: "
-            "start it without torchrun"
+            "train it by one process, without torchrun"
         )
     if layout.context > 1:
         _refuse_context(config, layout)

@@ -62,7 +62,7 @@ _STAGE = Section(
         Key("stage.sample", "table", LEFT_OUT, "", "Train nothing: write answers of `start_from` to answers.jsonl."),
     ),
 )
-"""What `studies.stages` reads before there is a configuration."""
+"""What `runs.planning.stages` reads before there is a configuration."""
 
 
 @cache

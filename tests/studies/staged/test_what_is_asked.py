@@ -19,10 +19,11 @@ from finemoe.methods.grpo.rollout import Drawn
 from finemoe.methods.grpo.source import Asked
 from finemoe.methods.rewards import Answer, Rewards, Scored
 from finemoe.runs.config import resolve_run
+from finemoe.runs.planning.stages import stages_of
 from finemoe.studies.staged import examination as module
 from finemoe.studies.staged.config import ExaminationConfig
 from finemoe.studies.staged.examination import examine, questions
-from finemoe.studies.stages import run_stage, stages_of
+from finemoe.studies.stages import run_stage
 from studies.staged.tiny_study import RECIPE
 
 REASONING = Path(__file__).parents[3] / "recipes" / "reasoning.toml"

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finemoe.charts.plan.words import summary
+from finemoe.core.config import read_tables
 from finemoe.core.errors import CheckpointError, ConfigError, DataError, FinemoeError
 from finemoe.parallel.planner.launching import Launch, kubernetes, shutdown_seconds, slurm
 from finemoe.runs.config import read_recipe, resolve_run
 from finemoe.runs.planning.distribution import plan
+from finemoe.runs.planning.stages import require_processes, stages_of
 from finemoe.runs.start import refuse_layout
 
 _NOT_BUILT = {
@@ -66,7 +68,7 @@ def launch(
         name=name or _name(path), restarts=restarts, **({} if shutdown is None else {"shutdown": shutdown}),
     )  # fmt: skip
     notes = [f"finemoe launch {kind}: {asked.processes} processes on {nodes} nodes"]
-    notes += _checked(path, asked.processes, overrides)
+    notes += _checked(path, asked.processes, overrides, out)
     if device is not None:
         made = _planned(path, asked.processes, device, overrides)
         notes += summary(made)
@@ -92,7 +94,7 @@ def _name(recipe: str) -> str:
     return f"finemoe-{kept}"[:63].rstrip("-")
 
 
-def _checked(recipe: str, processes: int, overrides: Sequence[str]) -> list[str]:
+def _checked(recipe: str, processes: int, overrides: Sequence[str], out: str) -> list[str]:
     """Refuse what the trainer would, where the recipe lies here; what could not be looked at.
 
     Raises:
@@ -100,11 +102,12 @@ def _checked(recipe: str, processes: int, overrides: Sequence[str]) -> list[str]
     """
     if not Path(recipe).exists():
         return [f"Not checked: {recipe} does not lie where this was written."]
-    raw, source = read_recipe(recipe, overrides)
-    if "stage" in raw:
-        return ["Not checked: a recipe of several stages."]
+    raw = read_tables(recipe)
     try:
-        config = resolve_run(raw, source)
+        if "stage" in raw:
+            require_processes(stages_of(raw, recipe, Path(out), overrides), recipe, processes, "launch")
+            return []
+        config = resolve_run(*read_recipe(recipe, overrides))
     except (CheckpointError, DataError) as error:  # what it begins with may lie where only the nodes see it
         return [f"Not checked: {error}"]
     refuse_layout(config, config.parallel.layout(processes, "launch"))

@@ -28,6 +28,7 @@ from finemoe.data.documents.document import SkipReport
 from finemoe.data.problems.corpus import ProblemsCorpus
 from finemoe.runs.changes import began_as, changed_since
 from finemoe.runs.config import read_config
+from finemoe.runs.planning.stages import Stage, checked_stages
 from finemoe.studies.paper import Paper
 from finemoe.studies.staged.config import SHARES, ClaimConfig, StudyConfig
 from finemoe.studies.staged.examination import questions
@@ -36,7 +37,6 @@ from finemoe.studies.staged.records import records_of
 from finemoe.studies.staged.seeds import run_seeds
 from finemoe.studies.staged.tuning import expanded, require_free, tune
 from finemoe.studies.staged.worker import Job
-from finemoe.studies.stages import Stage, checked_stages
 from finemoe.studies.statistics import CONFIDENCE, NO_ROOM, interval, points_against, verdict_on
 
 STUDY = "study.json"

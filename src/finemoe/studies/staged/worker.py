@@ -52,10 +52,11 @@ def run(job: Job) -> None:
     from finemoe.core.config import parse
     from finemoe.core.errors import FinemoeError
     from finemoe.core.files import write_text
+    from finemoe.runs.planning.stages import stages_of
     from finemoe.studies.staged.config import StudyConfig
     from finemoe.studies.staged.examination import questions
     from finemoe.studies.staged.family import line, parents
-    from finemoe.studies.stages import StageInterruptedError, run_stage, stages_of
+    from finemoe.studies.stages import StageInterruptedError, run_stage
 
     torch.set_num_threads(1)  # as its stages, unless they say otherwise
     out, config = Path(job.out), parse(StudyConfig, job.raw["study"], f"{job.source}: study")
