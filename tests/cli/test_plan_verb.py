@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from finemoe.core.errors import ConfigError
+from finemoe.parallel.planner.devices import this_machine
 from finemoe.parallel.planner.setup import Setup
 from finemoe.runs.config import read_recipe, resolve_run
 from finemoe.runs.planning import distribution
@@ -44,7 +45,7 @@ def test_a_layout_that_does_not_fit_ends_with_its_bytes(command: Any) -> None:
     result = command("plan", "deepseek-v3", "--gpus", "64", "--device", "h100")
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert "bytes)" in result.stderr
+    assert "GiB, and there are 79.00. In GiB: " in " ".join(result.stderr.split())
     assert "does not fit h100" in " ".join(result.stderr.split())
 
 
@@ -182,6 +183,67 @@ def test_processes_that_are_planned_do_not_run(command: Any) -> None:
     assert "running" not in said
 
 
+STAGED = f"""{MIXTURE}
+[[stage]]
+name = "base"
+[stage.training]
+steps = 10
+tokens_per_step = 16384
+[[stage]]
+name = "answers"
+start_from = "base"
+[stage.sample]
+prompts = ["questions.jsonl"]
+[[stage]]
+name = "zero"
+start_from = "base"
+[stage.method]
+kind = "grpo"
+template = "{{prompt}}"
+answer_tokens = 20
+[[stage.method.rewards]]
+kind = "answer"
+[stage.data]
+corpus = {{ kind = "problems", problem = "running_sum", count = 100 }}
+sequence_length = 64
+[stage.training]
+steps = 3
+tokens_per_step = 4096
+"""
+
+
+def test_a_plan_is_of_one_stage_as_it_will_be(command: Any, tmp_path: Path) -> None:
+    """What stands outside of all stages is no run; what a stage begins with need not be trained yet."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(STAGED)
+
+    def planned(*words: str) -> Any:
+        return json.loads(command("plan", recipe, "--gpus", "1", *words, "--json").stdout)
+
+    first, last = planned(), planned("--stage", "zero")
+    assert first["notes"] == [
+        "This is stage 1 of 3, base; the stages are: base, answers, zero. --stage NAME plans another."
+    ]
+    assert (first["tokens_per_step"], first["tokens"]) == (16384, 163_840)
+    assert (last["setup"]["seq_len"], last["tokens_per_step"], last["tokens"]) == (64, 4096, 12_288)
+    assert last["parameters"] == first["parameters"]
+    assert planned("--stage", "zero", "--seq-len", "128")["setup"]["seq_len"] == 128
+    shown = " ".join(command("plan", recipe, "--gpus", "1", "--stage", "zero").stdout.split())
+    assert "This is the update of GRPO alone: a step takes longer by the time of writing its answers" in shown
+    assert "writes answers and trains nothing" in command("plan", recipe, "--gpus", "1", "--stage", "answers").stderr
+    assert "its stages are: base, answers, zero" in command("plan", recipe, "--gpus", "1", "--stage", "none").stderr
+    assert "has no stages" in command("plan", "tiny-moe", "--gpus", "1", "--stage", "base").stderr
+
+
+def test_small_times_are_in_units_that_say_something(command: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f"{MIXTURE}[training]\nsteps = 10\n")
+    assert "0.00" not in (shown := command("plan", recipe, "--gpus", "2").stdout.partition("Memory")[0])
+    assert "device-seconds" in shown
+    assert "device-minutes" in command("plan", recipe, "--gpus", "2", "--tokens", "300M").stdout
+    assert "device-hours" in command("plan", recipe, "--gpus", "2", "--tokens", "100B").stdout
+
+
 def test_a_page_with_its_figures(command: Any, tmp_path: Path) -> None:
     out = tmp_path / "plan"
     assert command(*V3, "--out", out).exit_code == 0
@@ -191,6 +253,21 @@ def test_a_page_with_its_figures(command: Any, tmp_path: Path) -> None:
     assert {path.name for path in (out / "figures").glob("*.svg")} == {"memory.svg", "step.svg", "timeline.svg"}
     assert json.loads((out / "results.json").read_text())["kind"] == "plan"
     assert command(*V3, "--out", tmp_path).exit_code == 2, "a folder that holds something else"
+
+
+def test_a_search_on_this_machine_counts_as_a_plan_of_it_does(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = this_machine(product_flops=1e11, memory=1 << 34, bandwidth=1e10, processes=2)
+    monkeypatch.setattr(distribution, "here", lambda processes: device)
+    words = ("plan", "tiny-moe", "--gpus", "2", "--device", "here")
+    best = json.loads(command(*words, "--search", "--json").stdout)["search"]["ranked"][0]
+    alone = json.loads(command(*words, *best["options"].split(), "--json").stdout)
+    assert alone["step"]["seconds"]["value"] == best["seconds"]
+    memory = alone["memory"]
+    assert (memory["peak"]["total"], memory["uneven"]["total"]) == (best["memory"], best["memory_uneven"])
+    shown = command(*words, "--search").stdout
+    assert "tiny-moe on 2 processes here, " in " ".join(shown.split())
+    header = next(line for line in shown.splitlines() if line.startswith("Layout"))
+    assert header.split() == ["Layout", "Step", "Tokens/s", "MaxVio", "0", "MaxVio", "1"]
 
 
 def test_this_machine_is_measured(command: Any) -> None:

@@ -105,9 +105,9 @@ def test_a_part_cannot_be_taken_for_the_whole() -> None:
             {"schedule": "zbv", "pipeline": 4},
             "untied",
             9,
-            r"needs 8 stages.*has 6 blocks: lower .*pipeline to 3",
+            r"needs 8 stages.*has 6 blocks: try --set parallel.pipeline=2",
         ),
-        ({"pipeline": 7}, "untied", 9, r"needs 7 stages of a block or more.*lower parallel.pipeline to 6"),
+        ({"pipeline": 7}, "untied", 9, r"needs 7 stages of a block or more.*none up to 6 divides 7 processes"),
     ],
 )
 def test_what_cannot_be_is_refused_with_numbers(layout: Any, name: str, micro_batches: int, words: str) -> None:

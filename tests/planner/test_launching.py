@@ -231,3 +231,6 @@ def test_every_stage_is_looked_at_before_a_job_is_printed(tmp_path: Path) -> Non
     own = finemoe.launch("slurm", recipe, gpus_per_node=2, overrides=["stage.zero.seed=3"], **options)
     assert "--set stage.zero.seed=3" in own
     assert "Not checked" not in own
+    planned = finemoe.launch("slurm", recipe, gpus_per_node=2, device="h100", **options)
+    assert "# This is stage 1 of 2, base" in planned
+    assert "# This is stage 2 of 2, zero" in planned

@@ -56,6 +56,10 @@ _Layout = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Such as parallel.expert=64; of a recipe any key; repeatable."),
 ]
+_Stage = Annotated[
+    str | None,
+    typer.Option("--stage", metavar="NAME", help="Of a recipe with stages; default: the first that trains."),
+]
 _Search = Annotated[bool, typer.Option("--search", help="Rank the layouts that fit and that finemoe trains by.")]
 _Report = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for a page with figures.")]
 _CHOICES = {
@@ -69,6 +73,7 @@ def plan(
     model: _Model,
     gpus: _Gpus,
     device: _Device = "h100",
+    stage: _Stage = None,
     tokens_per_step: _Step = None,
     micro_batch: _Micro = None,
     seq_len: _Length = None,
@@ -107,8 +112,8 @@ def plan(
 
     options: dict[str, Any] = {"precision": precision, "gather": gather, "calibration": calibration}
     results = made(
-        model, gpus, device, overrides=overrides or (), tokens_per_step=tokens_per_step, micro_batch=micro_batch,
-        seq_len=seq_len, tokens=budget, recompute=recompute, search=search, out=out, **options,
+        model, gpus, device, stage=stage, overrides=overrides or (), tokens_per_step=tokens_per_step,
+        micro_batch=micro_batch, seq_len=seq_len, tokens=budget, recompute=recompute, search=search, out=out, **options,
     )  # fmt: skip
     deliver(results, out, as_json, _print)
 
@@ -147,7 +152,7 @@ def _print(results: Mapping[str, Any]) -> None:
     from rich.text import Text
 
     from finemoe.charts.numbers import count
-    from finemoe.charts.plan.words import gib, moved, summary, took
+    from finemoe.charts.plan.words import gib, moved, summary, took, uneven
 
     memory, parts = results["memory"], results["step"]["parts"]
     held = [
@@ -160,12 +165,12 @@ def _print(results: Mapping[str, Any]) -> None:
         [one["name"], str(one["group"]), f"{one['times']:,.0f}", moved(one["total"])] for one in results["exchanges"]
     ]
     ranked = [
-        [row["layout"], took(row["seconds"]), count(row["tokens_per_second"]), gib(row["memory"])]
+        [row["layout"], took(row["seconds"]), count(row["tokens_per_second"]), gib(row["memory"]), uneven(row)]
         for row in results.get("search", {}).get("ranked", [])
     ]
     said: list[Any] = [*map(Text, summary(results)), ""]
     if ranked:
-        print_rich(*said, number_table(("Layout", "Step", "Tokens/s", "Memory"), ranked))
+        print_rich(*said, number_table(("Layout", "Step", "Tokens/s", "MaxVio 0", "MaxVio 1"), ranked))
         typer.echo(f"\nThe first, for train, launch and plan:\n{results['search']['ranked'][0]['options']}\n")
         said = []
     said += [number_table(("Memory of a rank", "MaxVio 0", "MaxVio 1"), held), ""]

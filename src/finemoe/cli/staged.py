@@ -11,9 +11,6 @@ import typer
 
 from finemoe.cli.output import print_json
 
-_NOWHERE = Path("OUT")
-"""Stands for the folder of the stages where none is given."""
-
 
 def check_stages(recipe: Path, overrides: Sequence[str], out: Path | None, quiet: bool, as_json: bool) -> None:
     """Say of every stage what it would take, or why nobody can say it yet; the keys of all are read first.
@@ -25,9 +22,9 @@ def check_stages(recipe: Path, overrides: Sequence[str], out: Path | None, quiet
     from finemoe.core.config import read_tables
     from finemoe.runs.config import resolve_run
     from finemoe.runs.planning.check import check
-    from finemoe.runs.planning.stages import Stage, checked_stages, waits_for
+    from finemoe.runs.planning.stages import NOWHERE, Stage, checked_stages, waits_for
 
-    stages = checked_stages(read_tables(recipe), str(recipe), out or _NOWHERE, overrides)
+    stages = checked_stages(read_tables(recipe), str(recipe), out or NOWHERE, overrides)
 
     def why_not(stage: Stage) -> str | None:
         if stage.sampling is not None:

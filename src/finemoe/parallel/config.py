@@ -68,12 +68,13 @@ class ParallelConfig(Config):
         shard = self.shard or self.expert // math.gcd(self.expert, self.context)
         return self.pipeline * (self.replicate or 1) * shard * self.context
 
-    def layout(self, processes: int, start: Start = "torchrun") -> Layout:
+    def layout(self, processes: int, start: Start = "torchrun", experts: int = 0) -> Layout:
         """What `processes` come to.
 
         Args:
             processes: all of them.
             start: who says so, for the words of a refusal.
+            experts: whose divisors alone are offered for `expert`; 0: any.
 
         Raises:
             ConfigError: they cannot be shared out like that; with numbers that can.
@@ -99,7 +100,8 @@ class ParallelConfig(Config):
                 f"{counted}: {instead.format(fixed)}, or other sizes, such as {self._other(processes, fixed)}"
             )
         if shard * self.context % self.expert:
-            near = [str(n) for n in range(1, shard * self.context + 1) if shard * self.context % n == 0]
+            most = math.gcd(experts, shard * self.context)
+            near = [str(n) for n in range(1, most + 1) if most % n == 0]
             instead = f"try one of {', '.join(near)}" if near[1:] else "--set parallel.expert=1"
             raise ConfigError(
                 f"parallel.expert {self.expert} does not divide shard x context = {shard * self.context}: {instead}"

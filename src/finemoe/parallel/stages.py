@@ -141,13 +141,14 @@ def modules_of(model: Transformer, stage: Stage, shares_embedding: bool) -> list
     return found
 
 
-def refusals(layout: Layout, config: ModelConfig, micro_batches: int) -> None:
+def refusals(layout: Layout, config: ModelConfig, micro_batches: int, more: str = "more of them") -> None:
     """Say before anything is built what a pipeline cannot do.
 
     Args:
         layout: of the run.
         config: of the model.
         micro_batches: of one rank in one step.
+        more: how there come to be as many as stages.
 
     Raises:
         ConfigError: with the field, its value and what to do.
@@ -157,7 +158,7 @@ def refusals(layout: Layout, config: ModelConfig, micro_batches: int) -> None:
     schedule, count = layout.schedule, layout.pipeline * stages_per_rank(layout.schedule)
     named = f'parallel.pipeline {layout.pipeline} with schedule = "{schedule}"'
     if len(config.blocks) < count:
-        raise ConfigError(_too_few_blocks(schedule, layout.pipeline, len(config.blocks)))
+        raise ConfigError(_too_few_blocks(schedule, layout.pipeline, len(config.blocks), layout.processes))
     if schedule in V_SHAPED and config.tie_embeddings and config.mtp:
         raise ConfigError(
             f'parallel.schedule = "{schedule}" cannot train tie_embeddings with {len(config.mtp)} multi-token '
@@ -173,8 +174,7 @@ def refusals(layout: Layout, config: ModelConfig, micro_batches: int) -> None:
     if schedule in ("1f1b", "dualpipev") and micro_batches < count:
         raise ConfigError(
             f"{named} has {count} stages, and a step has {micro_batches} micro-batches for each rank: it takes "
-            f"at least as many as stages. Lower training.micro_batch_tokens so that there are {count}, raise "
-            "training.tokens_per_step, or lower parallel.pipeline"
+            f"at least as many as stages. Try {more}, or a lower parallel.pipeline"
         )
     rounds = max(1, micro_batches // layout.pipeline)
     if schedule == "interleaved" and micro_batches % rounds:
@@ -185,10 +185,16 @@ def refusals(layout: Layout, config: ModelConfig, micro_batches: int) -> None:
         )
 
 
-def _too_few_blocks(schedule: Schedule, processes: int, blocks: int) -> str:
+def _too_few_blocks(schedule: Schedule, processes: int, blocks: int, altogether: int = 0) -> str:
+    """`altogether`: processes of the run, which a pipeline must divide; 0: not known."""
     each = stages_per_rank(schedule)
     most = blocks // each
-    instead = f"lower parallel.pipeline to {most}" if most > 1 else "a pipeline needs a deeper model"
+    near = max((n for n in range(2, most + 1) if altogether % n == 0), default=None)
+    instead = "a pipeline needs a deeper model: leave it out"
+    if most > 1:
+        instead = f"none up to {most} divides {altogether} processes: leave it out, or start a multiple of {most}"
+    if near is not None:
+        instead = f"try --set parallel.pipeline={near}"
     return (
         f'parallel.pipeline {processes} with schedule = "{schedule}" needs {processes * each} stages of a block or '
         f"more, and the model has {blocks} blocks: {instead}"

@@ -44,6 +44,7 @@ from finemoe.runs.start import (
     check_start,
     default_directory,
     in_steps,
+    layout_of,
     refuse_layout,
     resolve_device,
 )
@@ -176,7 +177,7 @@ def world_of(config: RunConfig) -> Iterator[World]:
         RunError: a process did not come, or others waited for it in vain.
     """
     here = seat()
-    layout = config.parallel.layout(1 if here is None else here.processes)
+    layout = layout_of(config, 1 if here is None else here.processes)
     refuse_layout(config, layout)
     device, _ = resolve_device(config.training)
     with meet(layout, device, config.training.threads, config.parallel.timeout) as world:

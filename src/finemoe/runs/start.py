@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -21,9 +22,9 @@ from finemoe.data.batch import Batch
 from finemoe.methods import build
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.model.size import measure
-from finemoe.parallel.config import Layout
+from finemoe.parallel.config import Layout, Start
 from finemoe.parallel.seat import seat
-from finemoe.parallel.stages import refusals
+from finemoe.parallel.stages import refusals, stages_per_rank
 from finemoe.runs.config import RunConfig, TrainingConfig
 from finemoe.runs.footprint import require_memory
 from finemoe.runs.trackers import require_tracker
@@ -117,8 +118,19 @@ def layout_here(config: RunConfig) -> tuple[Layout, int]:
     """
     here = seat()
     if here is None:
-        return config.parallel.layout(config.parallel.least), 1
-    return config.parallel.layout(here.processes), here.local_processes
+        return layout_of(config, config.parallel.least), 1
+    return layout_of(config, here.processes), here.local_processes
+
+
+def layout_of(config: RunConfig, processes: int, start: Start = "torchrun") -> Layout:
+    """`[parallel]` of a run by so many processes; arguments and errors as of `ParallelConfig.layout`."""
+    return config.parallel.layout(processes, start, _experts(config) or 1)
+
+
+def _experts(config: RunConfig) -> int:
+    """What divides the routed experts of every layer; 0 where none routes."""
+    layers = (config.model.blocks[number].feed_forward for number in config.model.moe_layers)
+    return math.gcd(*(layer.num_routed_experts for layer in layers if isinstance(layer, MoEConfig)))
 
 
 def _nearby(config: RunConfig, layout: Layout) -> Iterator[Layout]:
@@ -214,7 +226,8 @@ def refuse_layout(config: RunConfig, layout: Layout) -> None:
         assert isinstance(layer, MoEConfig)  # as `moe_layers` says
         experts = layer.num_routed_experts
         if experts % layout.expert:
-            fits = [n for n in range(2, layout.fsdp + 1) if experts % n == 0 and layout.fsdp % n == 0]
+            both = math.gcd(_experts(config), layout.fsdp)
+            fits = [n for n in range(2, both + 1) if both % n == 0]
             instead = f"try one of 1, {', '.join(map(str, fits))}"
             alone = f"no number of {layout.fsdp} processes does but 1: leave it out, or change num_routed_experts"
             raise ConfigError(
@@ -225,7 +238,7 @@ def refuse_layout(config: RunConfig, layout: Layout) -> None:
         raise ConfigError(f"parallel.expert {layout.expert}: the model has no routed experts; leave it out")
     if layout.fsdp == 1:
         return
-    instead = f"parallel.replicate = {layout.processes} with parallel.shard = 1 works"
+    instead = f"{_in_copies(layout)} works"
     if getattr(config.method, "policy", "off") == "on":
         raise ConfigError(
             'method.policy = "on" writes answers of different lengths on every process, and parallel.shard wants all '
@@ -240,22 +253,40 @@ def refuse_layout(config: RunConfig, layout: Layout) -> None:
         )
 
 
+def _in_copies(layout: Layout) -> str:
+    """In settings, a layout that shards nothing, of as many processes."""
+    others = {name: 1 for name in ("context", "expert") if getattr(layout, name) > 1}
+    sizes = {"replicate": layout.replicate * layout.fsdp, "shard": 1, **others}
+    return " ".join(f"--set parallel.{name}={size}" for name, size in sizes.items())
+
+
 def _refuse_pipeline(config: RunConfig, layout: Layout) -> None:
     """Refuse what a model in stages cannot do."""
     share = config.sequences_per_step // layout.data
-    refusals(layout, config.model, -(-share // config.micro_batch_sequences))
+    more = _more_micro_batches(config, layout, share)
+    refusals(layout, config.model, -(-share // config.micro_batch_sequences), more)
     if layout.pipeline == 1:
         return
     said = f"parallel.pipeline {layout.pipeline}"
     if config.trainable.kind not in ("everything", "names"):
         raise ConfigError(
             f"trainable.kind {config.trainable.kind!r} keeps what belongs to the whole model, and {said} cuts it into "
-            f"stages: parallel.replicate = {layout.processes} works"
+            f"stages: {_in_copies(replace(layout, replicate=layout.pipeline * layout.replicate))} "
+            "--set parallel.pipeline=1 works"
         )
     if layout.context > 1:
         raise ConfigError(f"{said} with parallel.context {layout.context} is not built: leave one of them out")
     if getattr(config.method, "samples", 0):
         raise ConfigError(f"{said}: a model in stages cannot write answers meanwhile; set method.samples = 0")
+
+
+def _more_micro_batches(config: RunConfig, layout: Layout, share: int) -> str:
+    """In settings, as many of them as a pipeline has stages; `share` are the sequences of one rank."""
+    count, length = layout.pipeline * stages_per_rank(layout.schedule), config.data.sequence_length
+    if share >= count:
+        return f"--set training.micro_batch_tokens={share // count * length}"
+    step = count * layout.data * length
+    return f"--set training.tokens_per_step={step} --set training.micro_batch_tokens={length}"
 
 
 def _refuse_context(config: RunConfig, layout: Layout) -> None:

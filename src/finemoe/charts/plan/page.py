@@ -7,7 +7,7 @@ from typing import Any
 from finemoe.charts.numbers import NOTHING, Results, clean, count, fixed, percent
 from finemoe.charts.page import Bullets, Code, Details, Figure, Section, Table, Text, render_page
 from finemoe.charts.plan.figures import memory_bars, step_bar, time_line
-from finemoe.charts.plan.words import gib, moved, summary, took
+from finemoe.charts.plan.words import gib, moved, summary, took, uneven
 from finemoe.charts.words import footer
 
 MEANINGS = (
@@ -27,7 +27,7 @@ def plan_page(results: Results) -> str:
     results = clean(results)
     makers = (_summary, _search, _memory, _step, _exchanges, _published, _meaning, _set_up)
     sections = [section for make in makers if (section := make(results)) is not None]
-    subtitle = f"{results['processes']:,} × {results['device']['name']} · {results['layout']}"
+    subtitle = f"{results['on']} · {results['layout']}"
     banner = "" if results["memory"]["fits"] else "This layout does not fit: see Memory."
     return render_page(
         f"Plan of {results['model']}", sections, subtitle=subtitle, banner=banner,
@@ -45,7 +45,7 @@ def _search(results: Results) -> Section | None:
         return None
     rows = [
         [row["layout"], took(row["seconds"]), count(row["tokens_per_second"]), gib(row["memory"]),
-         f"{100 * row['bubble']:.1f} %"]
+         uneven(row), f"{100 * row['bubble']:.1f} %"]
         for row in found["ranked"]
     ]  # fmt: skip
     said = (
@@ -53,8 +53,8 @@ def _search(results: Results) -> Section | None:
         "by them. The first, for train, launch and plan:"
     )
     first = Code(found["ranked"][0]["options"], "Options of the first layout")
-    columns = ["Layout", "Step", "Tokens/s, device", "Memory", "Bubble"]
-    table = Table("The fastest", columns, rows, range(1, 5), strong=(0,), wrap=True)
+    columns = ["Layout", "Step", "Tokens/s, device", "Memory", "At MaxVio 1", "Bubble"]
+    table = Table("The fastest", columns, rows, range(1, 6), strong=(0,), wrap=True)
     return Section("Layouts", [Text([said]), first, table])
 
 

@@ -12,6 +12,11 @@ def gib(value: float) -> str:
     return f"{value / GIB:,.1f} GiB" if value >= 0.1 * GIB else f"{value / (1 << 20):,.1f} MiB"
 
 
+def uneven(row: Results) -> str:
+    """Memory of a ranked layout at MaxVio 1, and whether that is too much."""
+    return gib(row["memory_uneven"]) + ("" if row["fits_uneven"] else ", too much")
+
+
 def moved(value: float) -> str:
     """Bytes that travel, in the units of links: 12.3 GB."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -27,6 +32,13 @@ def span(interval: Results, factor: float = 1.0) -> str:
     return f"{value} ({low} to {high})"
 
 
+def device_time(hours: Results) -> str:
+    """`2.45M (2.13M to 5.06M) device-hours`; small ones in minutes or seconds, since 0.00 hours say nothing."""
+    units = (("hours", 1), ("minutes", 60), ("seconds", 3600))
+    unit, factor = next((one for one in units if hours["value"] * one[1] >= 1), units[-1])
+    return f"{span(hours, factor)} device-{unit}"
+
+
 def took(value: float) -> str:
     """22 s, and below one 120 ms."""
     return duration(value) if value >= 1 else f"{1000 * value:.3g} ms"
@@ -39,11 +51,11 @@ def seconds(interval: Results) -> str:
 
 def summary(results: Results) -> list[str]:
     """Sentences: does it fit, how long, how sure."""
-    memory, step, device = results["memory"], results["step"], results["device"]
+    memory, step = results["memory"], results["step"]
     peak, uneven = memory["peak"]["total"], memory["uneven"]["total"]
     fits = "fits" if memory["fits"] else "does not fit"
     lines = [
-        f"{results['model']} on {results['processes']:,} {device['name']}, {results['layout']}, with "
+        f"{results['model']} on {results['on']}, {results['layout']}, with "
         f"{results['batch']}: it {fits}. The rank "
         f"that takes most needs {gib(peak)} of {gib(memory['available'])} with evenly used experts (MaxVio 0), and "
         f"{gib(uneven)} where a process's experts receive twice their share (MaxVio 1)"
@@ -55,8 +67,8 @@ def summary(results: Results) -> list[str]:
     if results["refused"] is not None:
         lines.insert(1, f"This is a plan of others' software: finemoe does not train like that. {results['refused']}.")
     if results["device_hours"] is not None:
-        lines.append(f"{count(results['tokens'])} tokens: {span(results['device_hours'])} device-hours.")
-    return [*lines, certainty(results)]
+        lines.append(f"{count(results['tokens'])} tokens: {device_time(results['device_hours'])}.")
+    return [*lines, *results["notes"], certainty(results)]
 
 
 def certainty(results: Results) -> str:

@@ -48,6 +48,10 @@ class Device:
             raise ConfigError(f"{self.name} has no {precision} products: use --precision {', '.join(self.peak)}")
         return self.peak[precision]
 
+    def counted(self, number: int) -> str:
+        """So many of them in words: `64 h100`, `2 processes here`."""
+        return f"{number:,} process{'es' * (number != 1)} here" if self.family == "here" else f"{number:,} {self.name}"
+
     def between(self, processes: int) -> float:
         """[bytes/s] What limits neighbours among so many devices: the link where one domain holds them all."""
         return self.link if processes <= self.domain else self.network

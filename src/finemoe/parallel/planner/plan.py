@@ -26,6 +26,7 @@ CALIBRATIONS: dict[Calibration, str] = {
     "deepseek-v3": "as tuned, times one factor fitted on DeepSeek-V3's published run itself",
 }
 GIB = 1 << 30
+_HERE = 0.1  # of the times of a machine that was measured
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Plan:
             "layout": str(self.setup),
             "batch": self.setup.batch,
             "processes": self.setup.processes,
+            "on": self.device.counted(self.setup.processes),
             "tokens_per_step": self.setup.tokens_per_step,
             "parameters": self.parameters,
             "flops_per_token": {**asdict(self.flops), "total": self.flops.total},
@@ -152,7 +154,7 @@ def plan(
     constants: Constants | None = None,
     beside: int = BESIDE,
 ) -> Plan:
-    """What a run takes. Nothing is refused here for being too large: `require_fit` does that.
+    """What a run takes. Nothing is refused here for being too large: `fits` says it.
 
     Args:
         config, setup, device: what runs how on what. With a calibration other than torch, rows cross the network once a
@@ -160,7 +162,7 @@ def plan(
         name: of the model, in what is shown.
         tokens: of the whole run, for device-hours.
         calibration: one of CALIBRATIONS.
-        constants: of a machine that was measured, in place of the fitted ones; its interval is then +-10 %.
+        constants: of a machine that was measured, in place of the fitted ones; its interval is then +-_HERE.
         beside: [bytes] what a process takes at any rate.
 
     Raises:
@@ -170,13 +172,12 @@ def plan(
         raise ConfigError(f"calibration {calibration!r}: known are {', '.join(CALIBRATIONS)}")
     other_system = calibration != "torch"
     setup = replace(setup, once_a_node=other_system, narrow=other_system, graphs=False)
-    own = constants or CONSTANTS["hopper" if device.family == "here" else device.family]
-    own = own.with_torch() if calibration == "torch" else own
+    own = constants_of(device, calibration, constants)
     factor = system_factor() if calibration == "deepseek-v3" else 1.0
     took = step_time(config, setup, device, own)
     even = memory_of_ranks(config, setup, beside=beside)
     errors = errors_of(device.family)
-    low, high = (0.9, 1.1) if constants else (min(errors.low, 1.0), max(errors.high, 1.0))
+    low, high = (1 - _HERE, 1 + _HERE) if constants else (min(errors.low, 1.0), max(errors.high, 1.0))
     seconds = took.total * factor
     moved = [collectives(config, setup, held) for held in pieces_of_ranks(config, setup)]
     return Plan(
@@ -196,56 +197,49 @@ def plan(
     )
 
 
+def constants_of(device: Device, calibration: Calibration, constants: Constants | None) -> Constants:
+    """Those that times on `device` are made with: of a machine that was measured its own `constants`."""
+    own = constants or CONSTANTS["hopper" if device.family == "here" else device.family]
+    return own.with_torch() if calibration == "torch" else own
+
+
+def error_told(device: Device, constants: Constants | None) -> float:
+    """[share] How far apart two times must lie for the planner to tell them apart: its usual error."""
+    return _HERE if constants else errors_of(device.family).median
+
+
 def _parameters(config: ModelConfig) -> int:
     whole = parameters_of(config, (Piece(tuple(range(len(config.blocks))), True, True),))
     return whole.blocks + whole.experts + whole.root
 
 
-def require_fit(made: Plan) -> None:
-    """Refuse what does not fit.
-
-    Raises:
-        ConfigError: with the bytes of the rank that takes most, part by part, and what would lower them.
-    """
-    if made.fits:
-        return
+def does_not_fit(made: Plan) -> str:
+    """In words: the memory of the rank that takes most, part by part, and what there is."""
     peak = made.peak
     parts = {name: size for name, size in peak.to_dict().items() if name != "total" and size}
-    largest = sorted(parts, key=lambda name: -parts[name])
-    listed = ", ".join(f"{name.replace('_', ' ')} {parts[name] / GIB:.2f}" for name in largest)
-    raise ConfigError(
-        f"{made.model} with {made.setup} and {made.setup.batch} does not fit {made.device.name}: rank "
-        f"{made.even.index(peak)} of the pipeline needs {peak.total / GIB:.2f} GiB ({peak.total:,} bytes), and there "
-        f"are {made.device.memory / GIB:.2f} ({made.device.memory:,}). In GiB: {listed}. Try "
-        f"{_advice(made, largest[0])}, or --search"
+    listed = ", ".join(
+        f"{name.replace('_', ' ')} {size / GIB:,.2f}" for name, size in sorted(parts.items(), key=lambda one: -one[1])
+    )
+    who = f"rank {made.even.index(peak)} of the pipeline" if made.setup.pipeline > 1 else "each process"
+    return (
+        f"{made.model} with {made.setup} and {made.setup.batch} does not fit {made.device.name}: {who} needs "
+        f"{peak.total / GIB:,.2f} GiB, and there are {made.device.memory / GIB:.2f}. In GiB: {listed}."
     )
 
 
-def _advice(made: Plan, largest: str) -> str:
-    """What lowers the largest part."""
-    setup = made.setup
-    if largest in ("activations", "exchange"):
-        smaller = (
-            f"--micro-batch {max(1, setup.micro_batch // 2)}" if setup.micro_batch > 1 else "more parallel.context"
-        )
-        return smaller if setup.recompute else f"--recompute, or {smaller}"
-    if largest in ("gathered", "whole_gradients"):
-        return "more parallel.expert or parallel.pipeline, or weights gathered and gradients summed each micro-batch"
-    return "more processes in parallel.shard, with fewer in parallel.replicate, or more --gpus"
-
-
-def picture(config: ModelConfig, made: Plan, most: int = 24) -> Timeline | None:
+def picture(config: ModelConfig, made: Plan, constants: Constants | None = None, most: int = 24) -> Timeline | None:
     """The time line of a step: with fewer micro-batches where there are many, since its ends are the same.
 
     Args:
         config: of the model.
         made: its plan.
+        constants: as of `plan`.
         most: micro-batches shown, if the schedule can do with so few.
     """
     setup = made.setup
     if setup.pipeline == 1:
         return None
-    own = CONSTANTS["hopper" if made.device.family == "here" else made.device.family]
+    own = constants or CONSTANTS["hopper" if made.device.family == "here" else made.device.family]
     count = min(setup.micro_batches, max(most, 2 * setup.pipeline))
     count -= count % setup.pipeline if setup.schedule == "interleaved" else count % 2 if count > setup.pipeline else 0
     return simulate(setup.schedule, setup.pipeline, count, costs(config, setup, made.device, own), setup.virtual)

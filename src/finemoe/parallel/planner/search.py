@@ -1,4 +1,4 @@
-"""Every layout of so many devices that fits, the fastest first."""
+"""Every layout of so many devices that fits, the fastest first; uneven experts decide between like ones."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from finemoe.core.errors import ConfigError
 from finemoe.model.config import ModelConfig
 from finemoe.model.moe.layer import MoEConfig
 from finemoe.parallel.config import Layout
-from finemoe.parallel.planner.calibration import CONSTANTS
 from finemoe.parallel.planner.devices import Device
-from finemoe.parallel.planner.memory import peak_memory
-from finemoe.parallel.planner.plan import Calibration, Plan, plan
+from finemoe.parallel.planner.memory import BESIDE, peak_memory
+from finemoe.parallel.planner.plan import Calibration, Plan, constants_of, error_told, plan
 from finemoe.parallel.planner.schedules import Schedule
 from finemoe.parallel.planner.setup import Setup, at_once
-from finemoe.parallel.planner.step_time import step_time
+from finemoe.parallel.planner.step_time import Constants, step_time
 
 _FASTER: tuple[Schedule, ...] = ("1f1b", "interleaved", "zbv", "dualpipev")
+
+
+_DOUBLINGS = 14  # of the devices, before more of them are said not to help
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Found:
     """What a search came to."""
 
     plans: tuple[Plan, ...]
-    """The fastest, in order."""
+    """The fastest, in order; one that does not fit at MaxVio 1 as if it were slower by the error of times."""
     tried: int
     fitting: int
     impossible: int
@@ -44,6 +46,8 @@ def search(
     calibration: Calibration = "torch",
     most: int = 10,
     refuse: Callable[[Layout], None] = lambda layout: None,
+    constants: Constants | None = None,
+    beside: int = BESIDE,
 ) -> Found:
     """Rank the layouts of `processes`.
 
@@ -52,43 +56,64 @@ def search(
         setup: batch, length, precision, and how often weights are gathered; its layout is replaced. finemoe has no
             tensor parallelism, and neither has the search.
         processes: to be laid out.
-        name, tokens, calibration: as of `plan`.
+        name, tokens, calibration, constants, beside: as of `plan`.
         most: plans returned.
         refuse: raises ConfigError for a layout that is not to be among them, as one that finemoe does not train by.
 
     Raises:
         ConfigError: no layout fits; says how near the nearest comes, or why none can be.
     """
-    own = CONSTANTS["hopper" if device.family == "here" else device.family]
-    own = own.with_torch() if calibration == "torch" else own
+    own, doubt = constants_of(device, calibration, constants), 1 + error_told(device, constants)
     timed: list[tuple[float, Setup]] = []
     tried = impossible = 0
-    least, nearest, first = 0, "", ""
+    least, first = 0, ""
+    nearest: Setup | None = None
     for changes in _layouts(config, setup, processes):
         tried += 1
         try:
             one = _laid(setup, changes, refuse, other_system=calibration != "torch")
-            needed = peak_memory(config, one).total
+            needed = peak_memory(config, one, beside=beside).total
         except ConfigError as error:
             first = first or str(error)
             impossible += 1
             continue
         if needed > device.memory:
-            if not least or needed < least:
-                least, nearest = needed, str(one)
+            if nearest is None or needed < least:
+                least, nearest = needed, one
             continue
-        timed.append((step_time(config, one, device, own).total, one))
-    if not timed and not nearest:
+        drifts = peak_memory(config, one, 1.0, beside).total > device.memory
+        # One that dies when its router drifts stands behind those that do not and are not clearly slower.
+        timed.append((step_time(config, one, device, own).total * (doubt if drifts else 1.0), one))
+    if not timed and nearest is None:
         raise ConfigError(f"{name}: none of {tried} layouts of {processes} processes can be. The first: {first}")
-    if not timed:
-        smaller = ", a smaller --micro-batch" if setup.micro_batch > 1 else ""
+    if not timed and nearest is not None:
         raise ConfigError(
-            f"{name}: none of {tried} layouts of {processes} x {device.name} fits {device.memory / 2**30:.1f} GiB; the "
-            f"nearest, {nearest}, needs {least / 2**30:.1f}: take more --gpus{smaller}, or a smaller model"
+            f"{name}: none of {tried} layouts of {device.counted(processes)} fits {device.memory / 2**30:.1f} GiB; the "
+            f"nearest, {nearest}, needs {least / 2**30:,.1f}: take {_instead(config, nearest, device, beside)}"
         )
     timed.sort(key=lambda pair: pair[0])
-    best = (plan(config, one, device, name=name, tokens=tokens, calibration=calibration) for _, one in timed[:most])
+    told: dict[str, Any] = {"name": name, "tokens": tokens, "calibration": calibration}
+    best = (plan(config, one, device, **told, constants=constants, beside=beside) for _, one in timed[:most])
     return Found(tuple(best), tried, len(timed), impossible)
+
+
+def _instead(config: ModelConfig, nearest: Setup, device: Device, beside: int) -> str:
+    """What makes the nearest layout fit: a sequence at once, or as many more processes that share its weights."""
+
+    def fits(setup: Setup) -> bool:
+        return peak_memory(config, setup, beside=beside).total <= device.memory
+
+    found = []
+    if nearest.micro_batch > 1 and fits(replace(nearest, micro_batch=1)):
+        found.append("--micro-batch 1")
+    for times in (1 << power for power in range(1, _DOUBLINGS + 1) if device.family != "here"):
+        more = replace(nearest, shard=nearest.shard * times, sequences=nearest.sequences * times)
+        if fits(more):
+            few = nearest.sequences % more.data  # as a step has now, for so many processes
+            tokens = f" --tokens-per-step {more.tokens_per_step}" if few else ""
+            found.append(f"--gpus {more.processes}{tokens}")
+            break
+    return ", or ".join(found) or "a smaller model"
 
 
 def _layouts(config: ModelConfig, setup: Setup, processes: int) -> Iterator[dict[str, Any]]:

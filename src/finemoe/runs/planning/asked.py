@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from finemoe.core.config import with_overrides
+from finemoe.core.config import read_toml, with_overrides
 from finemoe.core.errors import ConfigError
 from finemoe.model.backends import all_native
 from finemoe.model.config import ModelConfig
@@ -17,7 +19,8 @@ from finemoe.parallel.planner.setup import Setup, When, at_once
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
 from finemoe.runs.footprint import VALIDATION_TOKENS
 from finemoe.runs.planning.sizing import Described, describe
-from finemoe.runs.start import refuse_layout
+from finemoe.runs.planning.stages import NOWHERE, chosen_stage, configurations, stages_of
+from finemoe.runs.start import layout_of, refuse_layout
 
 SEQUENCES_A_DEVICE = 8
 """Micro-batches of a device in a step, of a model that no recipe says anything of."""
@@ -63,6 +66,8 @@ class Question:
     options: Options
     tokens: float | None
     """Of the whole run."""
+    stage: str | None = None
+    """Which of a recipe's stages, in a sentence that names them all."""
 
     def setup(self, layout: Layout, here: bool = False) -> Setup:
         """The question for the planner, with the micro-batches that the trainer would make.
@@ -95,15 +100,23 @@ class Question:
         Raises:
             ConfigError: as `ParallelConfig.layout`.
         """
-        return self.config.parallel.layout(processes, start)
+        return layout_of(self.config, processes, start)
 
     def refuse(self, layout: Layout) -> None:
         """What the trainer says to a layout that it does not train by.
 
         Raises:
-            ConfigError: in its own words.
+            ConfigError: in its own words, but for keys that a plan has options for, which win over them.
         """
-        refuse_layout(self.config, layout)
+        try:
+            refuse_layout(self.config, layout)
+        except ConfigError as error:
+            length = self.config.data.sequence_length
+            said = str(error).replace("--set training.tokens_per_step=", "--tokens-per-step ")
+            said = re.sub(
+                r"--set training\.micro_batch_tokens=(\d+)", lambda one: f"--micro-batch {int(one[1]) // length}", said
+            )
+            raise ConfigError(said) from error
 
     def _natively(self) -> bool:
         """Whether the trainer would take our kernels for a CPU, as far as one can say before it measures them."""
@@ -115,7 +128,11 @@ class Question:
 
 
 def question(
-    model: str | os.PathLike[str] | ModelConfig, processes: int, overrides: Sequence[str], options: Options
+    model: str | os.PathLike[str] | ModelConfig,
+    processes: int,
+    overrides: Sequence[str],
+    options: Options,
+    stage: str | None = None,
 ) -> Question:
     """What is to be planned.
 
@@ -126,10 +143,16 @@ def question(
         overrides: `a.b=c`; of a recipe any key, else of `[parallel]`, batch, length, recomputation and the
             moments' precision.
         options: win over both.
+        stage: of a recipe with stages, whose model may be yet to be trained; None: the first that trains.
 
     Raises:
-        ConfigError: no such model or key, or no run that could be.
+        ConfigError: no such model, stage or key, or no run that could be.
     """
+    tables = _tables(model)
+    if "stage" in tables:
+        return _of_stage(tables, os.fspath(model), stage, overrides, options)  # type: ignore[arg-type]
+    if stage is not None:
+        raise ConfigError(f"--stage {stage}: {model} has no stages; leave it out")
     described = describe(model, options.seq_len)
     name = "model" if isinstance(model, ModelConfig) else os.fspath(model)
     if described.recipe:
@@ -140,11 +163,38 @@ def question(
         raw = _made_up(described, processes, overrides, options)
     raw, _ = read_recipe(raw, [*overrides, *options.overrides])
     config = resolve_run(raw, name)
-    if options.micro_batch is not None:
-        tokens = options.micro_batch * config.data.sequence_length
-        training = config.training.model_copy(update={"micro_batch_tokens": tokens})
-        config = config.model_copy(update={"training": training})
-    return Question(name, config, options, options.tokens or _length(described.recipe, overrides, config))
+    return Question(
+        name, _cut(config, options), options, options.tokens or _length(described.recipe, overrides, config)
+    )
+
+
+def _tables(model: str | os.PathLike[str] | ModelConfig) -> Mapping[str, Any]:
+    """Of a recipe in TOML; none of anything else."""
+    if isinstance(model, ModelConfig) or Path(model).suffix != ".toml":
+        return {}
+    return read_toml(Path(model))
+
+
+def _of_stage(
+    tables: Mapping[str, Any], source: str, name: str | None, overrides: Sequence[str], options: Options
+) -> Question:
+    """One stage, as it will be when those before it have been trained."""
+    chosen, _ = chosen_stage(stages_of(tables, source, NOWHERE, overrides), name, source)
+    own = [f"stage.{chosen.name}.{one}" for one in options.overrides]
+    stages = stages_of(tables, source, NOWHERE, [*overrides, *own])
+    stage, said = chosen_stage(stages, chosen.name, source)
+    config = _cut(configurations(stages, source)[stage.name], options)
+    tokens = options.tokens or _length(stage.raw, (), config)
+    return Question(f"{source}, stage {stage.name}", config, options, tokens, said)
+
+
+def _cut(config: RunConfig, options: Options) -> RunConfig:
+    """`config` with the micro-batch of the options."""
+    if options.micro_batch is None:
+        return config
+    tokens = options.micro_batch * config.data.sequence_length
+    training = config.training.model_copy(update={"micro_batch_tokens": tokens})
+    return config.model_copy(update={"training": training})
 
 
 def _with_length(recipe: Mapping[str, Any], overrides: Sequence[str]) -> Mapping[str, Any]:

@@ -14,10 +14,11 @@ from finemoe.model.config import ModelConfig
 from finemoe.parallel.config import Layout, ParallelConfig
 from finemoe.parallel.planner.calibration import errors_of
 from finemoe.parallel.planner.devices import Device, Precision, find_device
-from finemoe.parallel.planner.plan import Calibration, Plan, picture, published_beside, require_fit, v3_run
+from finemoe.parallel.planner.plan import Calibration, Plan, picture, published_beside, v3_run
 from finemoe.parallel.planner.plan import plan as make_plan
 from finemoe.parallel.planner.search import search as search_layouts
 from finemoe.parallel.planner.setup import Setup, When
+from finemoe.runs.planning.advice import Ask, Request, require_fit
 from finemoe.runs.planning.asked import Options, Question, question
 from finemoe.runs.planning.measured import HERE, here
 
@@ -29,6 +30,7 @@ def plan(
     gpus: int,
     device: str = "h100",
     *,
+    stage: str | None = None,
     overrides: Sequence[str] = (),
     tokens_per_step: int | None = None,
     micro_batch: int | None = None,
@@ -48,6 +50,7 @@ def plan(
         model: what `finemoe.size` takes; of a recipe all counts that the trainer would do, its defaults included.
         gpus: devices, a process each.
         device: one of `parallel.planner.devices.DEVICES`, or "here": this machine, measured now.
+        stage: of a recipe with stages; None: the first that trains.
         overrides: `parallel.expert=64` and the like; of a recipe any key.
         tokens_per_step: of all devices; None: the recipe's, and of a model alone 8 micro-batches a device.
         micro_batch, seq_len: sequences of a device at once, tokens of each; None: the recipe's; of a model alone one.
@@ -73,17 +76,43 @@ def plan(
     found = here(gpus) if device == "here" else find_device(device)
     precision = precision or ("fp32" if device == "here" else None)
     options = Options(tokens_per_step, micro_batch, seq_len, tokens, recompute, precision, gather)
-    asked = question(model, gpus, overrides, options)
-    if search:
-        ranked, made = _searched(asked, gpus, found, calibration)
-    else:
-        ranked, made = _laid_out(asked, gpus, found, calibration, refuse and calibration == "torch")
-    if refuse:
-        require_fit(made)
-    results = {"kind": "plan", **made.to_dict(), **ranked, **_beside(asked.config.model, made), **made_by()}
+    request = Request(gpus, options, tuple(overrides))
+
+    def ask(request: Request) -> Question:
+        return question(model, request.gpus, request.overrides, request.options, stage)
+
+    results = _answered(request, ask, found, calibration, search, refuse)
     if folder is not None:
         _write(folder, results)
     return results
+
+
+def _answered(
+    request: Request, ask: Ask, device: Device, calibration: Calibration, search: bool, refuse: bool
+) -> dict[str, Any]:
+    """What results.json holds; arguments as of `plan`."""
+    asked = ask(request)
+    if search:
+        ranked, made = _searched(asked, request.gpus, device, calibration)
+    else:
+        ranked, made = _laid_out(asked, request.gpus, device, calibration, refuse and calibration == "torch")
+    if refuse:
+        require_fit(made, request, ask)
+    beside = _beside(asked.config.model, made)
+    return {"kind": "plan", **made.to_dict(), **ranked, "notes": _notes(asked), **beside, **made_by()}
+
+
+def _notes(asked: Question) -> list[str]:
+    """What a reader must know of the run that is planned."""
+    notes = []
+    if asked.stage is not None:
+        notes.append(f"This is {asked.stage}. --stage NAME plans another.")
+    if asked.config.method.kind == "grpo":
+        notes.append(
+            "This is the update of GRPO alone: a step takes longer by the time of writing its answers and judging "
+            "them, which `finemoe train --check` measures."
+        )
+    return notes
 
 
 def _write(folder: Path, results: dict[str, Any]) -> None:
@@ -104,11 +133,18 @@ def _laid_out(
         if refuse:
             raise
         refused = str(error)
-    options: dict[str, Any] = {"name": asked.name, "calibration": calibration, **HERE.options(device.name)}
     made = make_plan(
-        asked.config.model, asked.setup(layout, device.name == "here"), device, tokens=asked.tokens, **options
+        asked.config.model,
+        asked.setup(layout, device.name == "here"),
+        device,
+        **_options(asked, device, calibration),
     )
     return {"refused": refused}, made
+
+
+def _options(asked: Question, device: Device, calibration: Calibration) -> dict[str, Any]:
+    """What `plan` and `search` take alike, this machine's own constants and allowance among them."""
+    return {"name": asked.name, "tokens": asked.tokens, "calibration": calibration, **HERE.options(device.name)}
 
 
 def _searched(asked: Question, gpus: int, device: Device, calibration: Calibration) -> tuple[dict[str, Any], Plan]:
@@ -119,10 +155,8 @@ def _searched(asked: Question, gpus: int, device: Device, calibration: Calibrati
         asked.setup(Layout(), device.name == "here"),
         gpus,
         device,
-        name=asked.name,
-        tokens=asked.tokens,
-        calibration=calibration,
         refuse=asked.refuse,
+        **_options(asked, device, calibration),
     )
     rows = [
         {
@@ -130,6 +164,8 @@ def _searched(asked: Question, gpus: int, device: Device, calibration: Calibrati
             "seconds": one.seconds.value,
             "tokens_per_second": one.rate.value,
             "memory": one.peak.total,
+            "memory_uneven": one.uneven.total,
+            "fits_uneven": one.uneven.total <= device.memory,
             "bubble": one.bubble,
             "parallel": {
                 key: getattr(one.setup, key)
@@ -158,7 +194,7 @@ def _as_options(setup: Setup) -> str:
 
 def _beside(config: ModelConfig, made: Plan) -> dict[str, Any]:
     """What a page shows beside the plan: the time line of a step, and what others published."""
-    line = picture(config, made)
+    line = picture(config, made, HERE.options(made.device.name).get("constants"))
     spans = [
         {"rank": span.rank, "start": span.start, "end": span.end,
          "kind": "FB" if len(span.work) == 2 else span.work[0].kind, "micro_batch": span.work[0].micro_batch}

@@ -14,8 +14,8 @@ from finemoe.core.errors import CheckpointError, ConfigError, DataError, Finemoe
 from finemoe.parallel.planner.launching import Launch, kubernetes, shutdown_seconds, slurm
 from finemoe.runs.config import read_recipe, resolve_run
 from finemoe.runs.planning.distribution import plan
-from finemoe.runs.planning.stages import require_processes, stages_of
-from finemoe.runs.start import refuse_layout
+from finemoe.runs.planning.stages import NOWHERE, require_processes, stages_of
+from finemoe.runs.start import layout_of, refuse_layout
 
 _NOT_BUILT = {
     "ray": "a run is one torchrun line a node, which a scheduler starts and torchrun starts again, and Ray would be a "
@@ -70,12 +70,10 @@ def launch(
     notes = [f"finemoe launch {kind}: {asked.processes} processes on {nodes} nodes"]
     notes += _checked(path, asked.processes, overrides, out)
     if device is not None:
-        made = _planned(path, asked.processes, device, overrides)
-        notes += summary(made)
+        plans = _planned(path, asked.processes, device, overrides)
+        notes += [line for made in plans for line in summary(made)]
         if shutdown is None:
-            nbytes = (_WEIGHT + made["setup"]["state_bytes"]) * made["parameters"]
-            seconds = shutdown_seconds(made["step"]["seconds"]["high"], nbytes)
-            asked = replace(asked, shutdown=seconds)
+            asked = replace(asked, shutdown=max(map(_shutdown, plans)))
     return writers[kind](asked, notes, **options)
 
 
@@ -110,11 +108,21 @@ def _checked(recipe: str, processes: int, overrides: Sequence[str], out: str) ->
         config = resolve_run(*read_recipe(recipe, overrides))
     except (CheckpointError, DataError) as error:  # what it begins with may lie where only the nodes see it
         return [f"Not checked: {error}"]
-    refuse_layout(config, config.parallel.layout(processes, "launch"))
+    refuse_layout(config, layout_of(config, processes, "launch"))
     return []
 
 
-def _planned(recipe: str, processes: int, device: str, overrides: Sequence[str]) -> dict[str, Any]:
+def _planned(recipe: str, processes: int, device: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """The plan of the run, or of every stage."""
     if not Path(recipe).exists():
         raise FinemoeError(f"{recipe}: no such recipe here, and --device plans it; leave --device out, or copy it here")
-    return plan(recipe, processes, device, overrides=overrides)
+    raw = read_tables(recipe)
+    stages = stages_of(raw, recipe, NOWHERE, overrides) if "stage" in raw else ()
+    names: list[str | None] = [one.name for one in stages if one.sampling is None]
+    return [plan(recipe, processes, device, stage=name, overrides=overrides) for name in names or [None]]
+
+
+def _shutdown(made: dict[str, Any]) -> int:
+    """[seconds] To save in, by a plan."""
+    nbytes = (_WEIGHT + made["setup"]["state_bytes"]) * made["parameters"]
+    return shutdown_seconds(made["step"]["seconds"]["high"], nbytes)

@@ -23,8 +23,10 @@ from finemoe.methods.distillation.sample_table import SampleConfig
 from finemoe.methods.rewards import require_made
 from finemoe.parallel.config import Start
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
-from finemoe.runs.start import refuse_layout
+from finemoe.runs.start import layout_of, refuse_layout
 
+NOWHERE = Path("OUT")
+"""Stands for the folder of the stages where none is given."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _PLACE = re.compile(r"^\{([a-z0-9-]+)\}(?=/)")
 """What a path begins with that lies in a stage's folder."""
@@ -161,7 +163,7 @@ def require_processes(stages: Sequence[Stage], source: str, processes: int, star
         try:
             if stage.sampling is None:
                 config = trained[stage.name]
-                refuse_layout(config, config.parallel.layout(processes, start))
+                refuse_layout(config, layout_of(config, processes, start))
             elif processes > 1:
                 raise ConfigError(
                     "it samples answers, which one process does: start the recipe by one, without torchrun"
@@ -213,19 +215,27 @@ def stage_config(
         ConfigError: no stage is called so; it samples answers; or it begins with one that has left no model yet.
     """
     stages = stages_of(read_tables(recipe), str(recipe), Path("OUT" if out is None else out), overrides)
-    names = ", ".join(one.name for one in stages)
-    found = [one for one in stages if (one.name == stage if stage is not None else one.sampling is None)]
-    if not found:
-        raise ConfigError(f"{recipe}: no stage that trains is called {stage!r}; its stages are: {names}")
-    chosen = found[0]
-    if chosen.sampling is not None:
-        raise ConfigError(f"{recipe}: stage {chosen.name} writes answers and trains nothing; its stages are: {names}")
+    chosen, said = chosen_stage(stages, stage, str(recipe))
     if (before := waits_for(chosen, stages)) is not None:
         where = "say --in DIR, the --out of `finemoe train`" if out is None else f"{before.folder} is not there"
         raise ConfigError(f"{recipe}: stage {chosen.name} begins with what stage {before.name} leaves: {where}")
-    number = stages.index(chosen) + 1
-    said = f"stage {number} of {len(stages)}, {chosen.name}; the stages are: {names}"
     return resolve_run(dict(chosen.raw), f"{recipe}, stage {chosen.name}"), said
+
+
+def chosen_stage(stages: Sequence[Stage], name: str | None, source: str) -> tuple[Stage, str]:
+    """The one that is called `name`, or the first that trains, and a sentence that names them all.
+
+    Raises:
+        ConfigError: no stage is called so, or it samples answers.
+    """
+    names = ", ".join(one.name for one in stages)
+    found = [one for one in stages if (one.name == name if name is not None else one.sampling is None)]
+    if not found:
+        raise ConfigError(f"{source}: no stage that trains is called {name!r}; its stages are: {names}")
+    chosen = found[0]
+    if chosen.sampling is not None:
+        raise ConfigError(f"{source}: stage {chosen.name} writes answers and trains nothing; its stages are: {names}")
+    return chosen, f"stage {stages.index(chosen) + 1} of {len(stages)}, {chosen.name}; the stages are: {names}"
 
 
 def _sampling(
