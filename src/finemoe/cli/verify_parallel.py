@@ -34,7 +34,8 @@ def verify_parallel(
     weight that differs by more than 1e-9, or one choice of an expert that differs, is an error of
     the layout, and the verb ends with status 1. (In float32 right layouts part as well, after a
     step or two: near-ties of routers go one way or the other.) What a bug of a layout would cost is
-    a run of weeks whose curve looks fine.
+    a run of weeks whose curve looks fine. The layout of the recipe's own [parallel] is run as well
+    where --processes are enough for it; where they are not, that is said.
 
     \b
     Examples:
@@ -67,4 +68,5 @@ def _row(found: LayoutCheck) -> tuple[str, ...]:
     loads = {None: "-", True: "equal", False: "differ"}[found.loads_equal]
     seconds = "-" if found.seconds_per_step is None else f"{found.seconds_per_step:.2f}"
     figures = (near(found.loss), near(found.gradient_norm), near(found.weights), loads, seconds)
-    return (found.layout, *figures, "agrees" if found.agrees else "DIFFERS")
+    name = f"{found.layout} (the recipe's)" if found.own else found.layout
+    return (name, *figures, "agrees" if found.agrees else "DIFFERS")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from finemoe.core.logs import logger
 from finemoe.parallel.config import Layout, ParallelConfig
 from finemoe.parallel.seat import cores
 from finemoe.runs.config import RunConfig, read_recipe, resolve_run
-from finemoe.runs.start import refuse_layout, resolve_device
+from finemoe.runs.start import layout_of, refuse_layout, resolve_device
 from finemoe.training.directory import read_metrics, read_summary
 
 MOST_LOSS, MOST_NORM, MOST_WEIGHT = 1e-9, 1e-9, 1e-9
@@ -65,6 +65,8 @@ class LayoutCheck:
     """How many choices of experts differ, of how many, and where first."""
     failure: str | None = None
     """What the processes said, where they did not come to the end."""
+    own: bool = False
+    """It is what the recipe's own `[parallel]` asks for."""
 
     @property
     def agrees(self) -> bool:
@@ -121,22 +123,50 @@ def verify_parallel(
             cores(),
         )
     most = processes or max(2, here)
+    own, wanted = own_layout(config), list(fitting(config, most))
+    _announce(own, wanted, most)
     with tempfile.TemporaryDirectory(prefix="finemoe-layouts-") as folder:
         logger.info("one process: %d steps", steps)
         alone = _run(config, Layout(), Path(folder) / "one")
         if isinstance(alone, str):
             raise RunError(f"the run by one process fails already: {alone}")
         found = []
-        for number, layout in enumerate(fitting(config, most)):
+        for number, layout in enumerate(wanted):
             logger.info("%d processes: %s", layout.processes, layout)
             done = _run(config, layout, Path(folder) / str(number))
-            found.append(_compared(layout, done, alone))
+            found.append(replace(_compared(layout, done, alone), own=layout == own))
             tell(found[-1])
     return found
 
 
+def own_layout(config: RunConfig) -> Layout | None:
+    """The smallest that the recipe's `[parallel]` asks for; None where it asks for one process, or for nothing.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    layout = layout_of(config, config.parallel.least)
+    return layout if layout.processes > 1 else None
+
+
+def _announce(own: Layout | None, wanted: Sequence[Layout], most: int) -> None:
+    """Say which layouts are run, and whether the recipe's own is among them."""
+    named = [f"{layout} (the recipe's own)" if layout == own else str(layout) for layout in wanted]
+    logger.info("one process is compared with: %s", "; ".join(named) or "nothing, as no layout fits")
+    if own is None or own in wanted:
+        return
+    if own.processes > most:
+        logger.warning(
+            "the recipe's own layout, %s, is not among them: it takes %d processes, and %d at most are tried; "
+            "--processes %d runs it too",
+            own, own.processes, most, own.processes,
+        )  # fmt: skip
+    else:
+        logger.warning("the recipe's own layout, %s, is not among them: the recipe cannot be trained by it", own)
+
+
 def fitting(config: RunConfig, most: int) -> Iterator[Layout]:
-    """Layouts of at most so many processes that the recipe can be trained by, simple ones first."""
+    """Layouts of at most so many processes that the recipe can be trained by, simple ones first, its own last."""
     wanted = [
         ParallelConfig(replicate=2, shard=1),
         ParallelConfig(shard=2),
@@ -151,10 +181,12 @@ def fitting(config: RunConfig, most: int) -> Iterator[Layout]:
         ParallelConfig(shard=4, expert=4),
         ParallelConfig(pipeline=2, shard=2, expert=2),
     ]
-    for parallel in wanted:
-        if parallel.least > most:
+    layouts = [parallel.layout(parallel.least) for parallel in wanted]
+    own = own_layout(config)
+    layouts += [own] if own is not None and own not in layouts else []
+    for layout in layouts:
+        if layout.processes > most:
             continue
-        layout = parallel.layout(parallel.least)
         try:
             refuse_layout(config, layout)
         except ConfigError as error:
