@@ -35,6 +35,11 @@ def test_no_analysis_is_cut_short_in_the_list_of_them(command: Any) -> None:
     assert "..." not in command("analyze", "--help").stdout.partition("Commands:")[2]
 
 
+@pytest.mark.parametrize("verb", ["", "plan", "launch slurm", "launch kubernetes", "verify-parallel", "train"])
+def test_help_fits_a_terminal_of_80_columns(command: Any, verb: str) -> None:
+    assert not [line for line in command(*verb.split(), "--help").stdout.splitlines() if len(line) > 80]
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -151,7 +151,7 @@ def test_a_plan_offers_what_finemoe_trains_by_and_nothing_else(command: Any) -> 
     few = command(
         "plan", "deepseek-moe-16b", "--gpus", "8", "--set", "parallel.pipeline=4", "--tokens-per-step", "8192"
     )
-    assert "a step has 1 micro-batches for each rank" in " ".join(few.stderr.split())
+    assert "a step has 1 micro-batch for each rank" in " ".join(few.stderr.split())
     ranked = json.loads(command("plan", "deepseek-moe-16b", "--gpus", "64", "--search", "--json").stdout)["search"]
     assert ranked["impossible"] > 0
     for row in ranked["ranked"]:
@@ -317,6 +317,7 @@ def test_launch_prints_a_file_and_nothing_else(command: Any) -> None:
     words = ["tiny.toml", "--nodes", "2", "--gpus-per-node", "8", "--out", "/data/run"]
     script = command("launch", "slurm", *words)
     assert script.exit_code == 0
+    assert "tiny.toml is not here, so that it was not checked" in " ".join(script.stderr.split())
     assert script.stdout.startswith("#!/bin/bash\n")
     assert script.stdout.endswith("--continue\n")
     assert "kind: TrainJob" in command("launch", "kubernetes", *words).stdout

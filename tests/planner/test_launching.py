@@ -190,7 +190,9 @@ def test_what_the_trainer_refuses_is_refused_before_it_waits_in_a_queue(tmp_path
 
 def test_a_recipe_that_cannot_be_looked_at_is_launched_all_the_same(tmp_path: Path) -> None:
     options: dict[str, Any] = {"nodes": 1, "gpus_per_node": 2, "out": "/data/run"}
-    assert "# Not checked: /data/r.toml does not lie" in finemoe.launch("slurm", "/data/r.toml", **options)
+    script = finemoe.launch("slurm", "/data/r.toml", **options)
+    assert "# Not checked: /data/r.toml does not lie" in script
+    assert "# finemoe launch slurm: 2 processes on 1 node\n" in script
     recipe = tmp_path / "r.toml"
     recipe.write_text('start_from = "/data/model"\n[training]\nsteps = 1\n')
     assert "# Not checked: /data/model" in finemoe.launch("slurm", recipe, **options)

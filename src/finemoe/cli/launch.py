@@ -55,9 +55,10 @@ def slurm(
 
     \b
     Examples:
-      finemoe launch slurm big.toml --nodes 4 --gpus-per-node 8 --out /data/runs/big > big.sbatch
-      finemoe launch slurm big.toml --nodes 4 --gpus-per-node 8 --out /data/runs/big \\
-        --device h100 --set parallel.expert=8 | sbatch
+      finemoe launch slurm big.toml --nodes 4 --gpus-per-node 8 \\
+        --out /data/runs/big > big.sbatch
+      finemoe launch slurm big.toml --nodes 4 --gpus-per-node 8 \\
+        --out /data/runs/big --device h100 --set parallel.expert=8 | sbatch
     """
     from finemoe.runs.planning.launching import launch as written
 
@@ -89,9 +90,10 @@ def kubernetes(
 
     \b
     Examples:
-      finemoe launch kubernetes /data/big.toml --nodes 4 --gpus-per-node 8 --out /data/runs/big
-      finemoe launch kubernetes /data/big.toml --nodes 2 --gpus-per-node 8 --out /data/runs/big \\
-        --image registry.local/finemoe:1 | kubectl apply -f -
+      finemoe launch kubernetes /data/big.toml --nodes 4 --gpus-per-node 8 \\
+        --out /data/runs/big > big.yaml
+      finemoe launch kubernetes /data/big.toml --nodes 2 --gpus-per-node 8 \\
+        --out /data/runs/big --image registry.local/finemoe:1 | kubectl apply -f -
     """
     from finemoe.runs.planning.launching import launch as written
 

@@ -149,16 +149,16 @@ def finemoe(
       finemoe size tiny-moe deepseek-moe-16b   parameters, FLOPs and cache
       finemoe plan deepseek-v3 --gpus 2048 --device h800 --search
       finemoe train recipes/tiny.toml --out runs/tiny
-      finemoe recipe new my-texts/ --out mine.toml       a recipe for your own files
+      finemoe recipe new my-texts/ --out mine.toml  a recipe for your own files
       finemoe generate runs/tiny --prompt "def main("
-      finemoe chat runs/tiny                   talk to it, see and switch its experts
-      finemoe serve runs/tiny                  the same on a page, and OpenAI's API
+      finemoe chat runs/tiny                   talk to it, switch its experts
+      finemoe serve runs/tiny                  the same on a page; OpenAI's API
       finemoe train recipes/r1-zero.toml --out runs/r1-zero  it reasons: 5-10 min
-      finemoe compare --out runs/comparison    dense, hash, Switch, GShard, DeepSeekMoE
+      finemoe compare --out runs/comparison    from dense to DeepSeekMoE
       finemoe import MODEL imported/model      from Hugging Face or GGUF
       finemoe analyze experts runs/tiny --out experts
       finemoe evaluate runs/tiny --tasks hellaswag --data DIR
-      finemoe paper --list                     the papers' experiments in miniature
+      finemoe paper --list                     the papers, in miniature
 
     Results go to stdout, everything else to stderr. `finemoe VERB --help` explains a verb.
     """

@@ -100,9 +100,11 @@ def plan(
     \b
     Examples:
       finemoe plan deepseek-moe-16b --gpus 64 --device h100 --search
-      finemoe plan deepseek-v3 --gpus 2048 --device h800 --precision fp8 --tokens 14.8T \\
-        --set parallel.pipeline=16 --set parallel.expert=64 --set parallel.schedule=dualpipev \\
-        --gather step --recompute --calibration tuned --out plan
+      finemoe plan deepseek-v3 --gpus 2048 --device h800 --precision fp8 \\
+        --set parallel.pipeline=16 --set parallel.expert=64 \\
+        --set parallel.schedule=dualpipev --gather step --recompute \\
+        --calibration tuned --tokens 14.8T --out plan
+      finemoe plan recipes/r1-zero.toml --gpus 1 --stage zero
       finemoe plan recipes/tiny.toml --gpus 2 --device here
     """
     _require_choices({"--precision": precision, "--gather": gather, "--calibration": calibration})

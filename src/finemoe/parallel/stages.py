@@ -173,7 +173,8 @@ def refusals(layout: Layout, config: ModelConfig, micro_batches: int, more: str 
         )
     if schedule in ("1f1b", "dualpipev") and micro_batches < count:
         raise ConfigError(
-            f"{named} has {count} stages, and a step has {micro_batches} micro-batches for each rank: it takes "
+            f"{named} has {count} stages, and a step has {micro_batches} "
+            f"micro-batch{'es' * (micro_batches != 1)} for each rank: it takes "
             f"at least as many as stages. Try {more}, or a lower parallel.pipeline"
         )
     rounds = max(1, micro_batches // layout.pipeline)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from finemoe.charts.plan.words import summary
 from finemoe.core.config import read_tables
 from finemoe.core.errors import CheckpointError, ConfigError, DataError, FinemoeError
+from finemoe.core.logs import logger
 from finemoe.parallel.planner.launching import Launch, kubernetes, shutdown_seconds, slurm
 from finemoe.runs.config import read_recipe, resolve_run
 from finemoe.runs.planning.distribution import plan
@@ -67,7 +68,7 @@ def launch(
         recipe=path, nodes=nodes, gpus_per_node=gpus_per_node, out=out, overrides=tuple(overrides),
         name=name or _name(path), restarts=restarts, **({} if shutdown is None else {"shutdown": shutdown}),
     )  # fmt: skip
-    notes = [f"finemoe launch {kind}: {asked.processes} processes on {nodes} nodes"]
+    notes = [f"finemoe launch {kind}: {_counted(asked.processes, 'process', 'es')} on {_counted(nodes, 'node', 's')}"]
     notes += _checked(path, asked.processes, overrides, out)
     if device is not None:
         plans = _planned(path, asked.processes, device, overrides)
@@ -87,6 +88,10 @@ def refuse_by_name(kind: str) -> None:
         raise ConfigError(f"launch {kind} is not built, and is not meant to be: {_NOT_BUILT[kind]}")
 
 
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one}{many if number != 1 else ''}"
+
+
 def _name(recipe: str) -> str:
     kept = "".join(char if char.isascii() and char.isalnum() else "-" for char in Path(recipe).stem.lower()).strip("-")
     return f"finemoe-{kept}"[:63].rstrip("-")
@@ -99,6 +104,7 @@ def _checked(recipe: str, processes: int, overrides: Sequence[str], out: str) ->
         ConfigError: the recipe cannot work, or not by so many processes.
     """
     if not Path(recipe).exists():
+        logger.warning("%s is not here, so that it was not checked; the job reads it at that path on its nodes", recipe)
         return [f"Not checked: {recipe} does not lie where this was written."]
     raw = read_tables(recipe)
     try:
