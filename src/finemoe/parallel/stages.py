@@ -191,7 +191,7 @@ def _too_few_blocks(schedule: Schedule, processes: int, blocks: int, altogether:
     each = stages_per_rank(schedule)
     most = blocks // each
     near = max((n for n in range(2, most + 1) if altogether % n == 0), default=None)
-    instead = "a pipeline needs a deeper model: leave it out"
+    instead = "a pipeline needs a deeper model; leave it out"
     if most > 1:
         instead = f"none up to {most} divides {altogether} processes: leave it out, or start a multiple of {most}"
     if near is not None:

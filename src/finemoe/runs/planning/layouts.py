@@ -126,7 +126,7 @@ def verify_parallel(
     own, wanted = own_layout(config), list(fitting(config, most))
     _announce(own, wanted, most)
     with tempfile.TemporaryDirectory(prefix="finemoe-layouts-") as folder:
-        logger.info("one process: %d steps", steps)
+        logger.info("one process: %d step%s", steps, "s" * (steps > 1))
         alone = _run(config, Layout(), Path(folder) / "one")
         if isinstance(alone, str):
             raise RunError(f"the run by one process fails already: {alone}")
