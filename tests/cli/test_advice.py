@@ -1,4 +1,4 @@
-"""What a refusal advises is accepted when it is followed: every option that it names, one call for each."""
+"""What these refusals advise is accepted when it is followed: every option that they name, one call for each."""
 
 from __future__ import annotations
 
@@ -31,10 +31,22 @@ def advised(said: str) -> list[list[str]]:
     return found + [["--tokens-per-step", tokens] for tokens in _MULTIPLE.findall(said)]
 
 
+def test_advice_changes_no_more_than_it_must(command: Any) -> None:
+    """Neither moments nor recomputation where the layout is enough; as many devices as a search says."""
+    said = " ".join(command("plan", "deepseek-v3", "--gpus", "256").stderr.split())
+    assert "It fits with --set parallel.pipeline=" in said
+    assert "moments" not in said.partition("It fits with")[2]
+    words = ["--gpus", "2", "--set", "parallel.pipeline=2", "--seq-len", "4096", "--tokens-per-step", "65536"]
+    assert "--gpus 4 " in command("plan", "deepseek-moe-16b", *words).stderr.partition("It fits with")[2]
+
+
 @pytest.mark.parametrize(
     ("words", "least"),
     [
-        ("deepseek-v3 --gpus 64", 1),
+        ("deepseek-v3 --gpus 1", 1),
+        ("deepseek-v3 --gpus 256", 1),
+        ("deepseek-v3 --gpus 8 --search", 1),
+        ("RECIPE --gpus 6 --set parallel.pipeline=6 --set parallel.schedule=zbv --micro-batch 1", 1),
         ("deepseek-v3 --gpus 64 --set parallel.pipeline=4", 1),
         ("deepseek-v3 --gpus 64 --set parallel.shard=8", 1),
         ("deepseek-moe-16b --gpus 16 --device a100 --micro-batch 8 --set parallel.replicate=2", 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from finemoe.parallel.planner.devices import this_machine
 from finemoe.parallel.planner.setup import Setup
 from finemoe.runs.config import read_recipe, resolve_run
 from finemoe.runs.planning import distribution
+from finemoe.runs.planning.advice import options_of
 from finemoe.runs.planning.measured import bandwidth, product_flops
 
 MIXTURE = '[model]\npreset = "tiny-moe"\n[model.feed_forward]\nnum_routed_experts = 64\n'
@@ -69,7 +71,7 @@ def test_what_is_to_be_pasted_is_the_whole_layout(command: Any, tmp_path: Path) 
         sequences=64, seq_len=256, micro_batch=8, pipeline=2, shard=2, expert=2, schedule="interleaved", virtual=2,
         recompute=True,
     )  # fmt: skip
-    words = [*distribution._as_options(wanted).split(), "--set", "model.num_layers=4", "--json"]
+    words = [*options_of(wanted).split(), "--set", "model.num_layers=4", "--json"]
     again = json.loads(command("plan", recipe, "--gpus", "4", *words).stdout)
     assert again["layout"] == str(wanted) == "pipeline 2 (interleaved x 2), shard 2, expert 2, recompute"
     shown = command("plan", recipe, "--gpus", "4", "--search").stdout
@@ -212,10 +214,11 @@ tokens_per_step = 4096
 """
 
 
-def test_a_plan_is_of_one_stage_as_it_will_be(command: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["toml", "json"])
+def test_a_plan_is_of_one_stage_as_it_will_be(command: Any, tmp_path: Path, form: str) -> None:
     """What stands outside of all stages is no run; what a stage begins with need not be trained yet."""
-    recipe = tmp_path / "r.toml"
-    recipe.write_text(STAGED)
+    recipe = tmp_path / f"r.{form}"
+    recipe.write_text(STAGED if form == "toml" else json.dumps(tomllib.loads(STAGED)))
 
     def planned(*words: str) -> Any:
         return json.loads(command("plan", recipe, "--gpus", "1", *words, "--json").stdout)

@@ -64,7 +64,9 @@ def test_answers_are_found_by_what_they_say_and_are_worth(run: Path) -> None:
     assert said(longest=True)[0] == "wait, 4"
     with pytest.raises(ConfigError, match="no regular expression"):
         said(find="(")
-    with pytest.raises(ConfigError, match="'rihgt' is none of all, right, wrong, unreadable, better, worse, failed"):
+    with pytest.raises(
+        ConfigError, match="which 'rihgt' is none of all, right, wrong, unreadable, better, worse, failed"
+    ):
         said(which="rihgt")
     with pytest.raises(RunError, match=r"rollouts\.jsonl is not there"):
         list(find_answers(run / "elsewhere"))
@@ -158,15 +160,20 @@ def test_the_help_says_what_the_last_step_is(command: Callable[..., Any]) -> Non
 
 
 def test_of_stages_the_one_that_has_answers_is_read(run: Path, command: Callable[..., Any]) -> None:
-    (run / "3-zero").mkdir()
+    for name in ("1-base", "3-zero", "5-again"):
+        (run / name).mkdir()
+        (run / name / "config.json").touch()
+    (run / "config.json").unlink(missing_ok=True)
     (run / "rollouts.jsonl").rename(run / "3-zero" / "rollouts.jsonl")
     assert len(list(find_answers(run))) == 4
     assert "step 1, group 0" in command("rollouts", run).stdout
-    (run / "5-again").mkdir()
     (run / "5-again" / "rollouts.jsonl").touch()
     done = command("rollouts", run)
     assert done.exit_code == 2
     assert f"several runs in it have answers; name one of them: {run / '3-zero'}, {run / '5-again'}" in done.stderr
+    (run / "1-base").rename(run / "other")
+    with pytest.raises(RunError, match=r"rollouts\.jsonl is not there"):  # of runs that are no stages none is meant
+        list(find_answers(run))
 
 
 @pytest.mark.parametrize("verb", ["show", "rollouts", "resume"])

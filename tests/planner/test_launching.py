@@ -236,3 +236,11 @@ def test_every_stage_is_looked_at_before_a_job_is_printed(tmp_path: Path) -> Non
     planned = finemoe.launch("slurm", recipe, gpus_per_node=2, device="h100", **options)
     assert "# This is stage 1 of 2, base" in planned
     assert "# This is stage 2 of 2, zero" in planned
+    assert "plans another" not in planned, "all of them are there"
+
+
+def test_a_job_that_does_not_fit_is_told_whose_options_help(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[model]\npreset = "deepseek-moe-16b"\n[training]\nsteps = 2\n')
+    with pytest.raises(ConfigError, match=r"does not fit: .* What would: finemoe plan .* --gpus 2 --device h100"):
+        finemoe.launch("slurm", recipe, nodes=1, gpus_per_node=2, out="/data/run", device="h100")

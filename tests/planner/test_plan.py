@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,15 +207,17 @@ def test_a_search_takes_the_constants_and_the_allowance_that_it_is_given() -> No
     alone = plan(config, found.setup, device, **own)
     assert (found.seconds, found.peak, found.uneven) == (alone.seconds, alone.peak, alone.uneven)
     assert found.peak.beside == HERE.beside
-    with pytest.raises(ConfigError, match=r"of 1 process here fits 0\.4 GiB"):
-        search(config, setup, 1, replace(device, memory=HERE.beside), **own)
+    assert (
+        "of 1 process here fits 0.4 GiB" in search(config, setup, 1, replace(device, memory=HERE.beside), **own).nearest
+    )
 
 
 def test_a_search_in_which_nothing_fits_says_how_near_it_comes() -> None:
-    with pytest.raises(
-        ConfigError, match=r"none of \d+ layouts of 8 h100 fits 79.0 GiB; the nearest, .* needs .*: take --gpus \d+"
-    ):
-        search(model_of("deepseek-v3"), Setup(sequences=64, seq_len=4096), 8, find_device("h100"))
+    found = search(model_of("deepseek-v3"), Setup(sequences=64, seq_len=4096), 8, find_device("h100"))
+    assert found.plans == ()
+    assert re.fullmatch(
+        r"model: none of \d+ layouts of 8 h100 fits 79\.0 GiB; the nearest, .*expert 8.* needs [\d,.]+\.", found.nearest
+    )
 
 
 def test_a_layout_of_a_recipe_is_a_setup() -> None:
@@ -263,3 +268,13 @@ def test_devices_know_what_they_cannot() -> None:
 def test_an_unknown_calibration() -> None:
     with pytest.raises(ConfigError, match="known are torch, tuned, deepseek-v3"):
         plan(tiny(), Setup(sequences=1, seq_len=8), H800, calibration="mine")  # type: ignore[arg-type]
+
+
+def test_four_of_five_steps_of_this_machine_lay_in_the_interval_that_is_told() -> None:
+    """Not all, or it would be wider than it has to be."""
+    runs = json.loads((Path(__file__).parents[2] / "benchmarks/results/train-times.json").read_text())["runs"]
+    ratios = [ratio for run in runs for ratio in run["ratios"]]
+    device = this_machine(product_flops=1e11, memory=1 << 34, bandwidth=1e10)
+    told = plan(tiny(), Setup(sequences=8, seq_len=64, precision="fp32"), device, **HERE.options("here")).seconds
+    inside = sum(told.low <= ratio * told.value <= told.high for ratio in ratios)
+    assert 0.8 * len(ratios) <= inside < len(ratios)

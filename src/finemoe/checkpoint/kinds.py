@@ -75,8 +75,8 @@ def models_below(path: Path) -> list[Path]:
 def stages_below(path: Path) -> list[Path]:
     """Folders of the stages of a recipe, `1-NAME`, `2-NAME` and so on, that were begun; none without a first."""
     begun = (one.parent for name in (CONFIG, ANSWERS) for one in path.glob(f"*-*/{name}"))
-    found = {int(name[1]): one for one in begun if (name := re.fullmatch(r"([1-9][0-9]*)-[a-z0-9-]+", one.name))}
-    return [found[number] for number in sorted(found)] if 1 in found else []
+    numbered = {(int(name[1]), one) for one in begun if (name := re.fullmatch(r"([1-9][0-9]*)-[a-z0-9-]+", one.name))}
+    return [one for _, one in sorted(numbered)] if any(number == 1 for number, _ in numbered) else []
 
 
 def likely_kind(path: Path) -> Kind:

@@ -84,10 +84,10 @@ def _reply(judges: Mapping[str, Judge], request: Mapping[str, Any], replies: IO[
         judged = judges[request["reward"]](Answer(**answer))
     except MemoryError:
         judged, fit = Judged.error("ran out of memory"), False  # what holds it may be held for good
-    except KeyError as error:  # as a rule of the record, which others wrote
-        judged = Judged.error(
-            f"{in_words(error)}; the record has {', '.join(answer['record']) or 'nothing'}"[:_MOST_NOTE]
-        )
+    except KeyError as error:  # as a rule of the record, which others wrote; not where it has that key
+        has = ", ".join(answer["record"]) or "nothing"
+        where = "" if error.args and error.args[0] in answer["record"] else f"; the record has {has}"
+        judged = Judged.error(f"{in_words(error)}{where}"[:_MOST_NOTE])
     except BaseException as error:  # SystemExit, too, says nothing about the answer
         judged = Judged.error(in_words(error))
     if os.getpid() != own:  # a process that was forked in there and came back

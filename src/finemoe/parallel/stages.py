@@ -195,7 +195,9 @@ def _too_few_blocks(schedule: Schedule, processes: int, blocks: int, altogether:
     if most > 1:
         instead = f"none up to {most} divides {altogether} processes: leave it out, or start a multiple of {most}"
     if near is not None:
-        instead = f"try --set parallel.pipeline={near}"
+        copies = altogether // near if schedule in V_SHAPED else 1  # which such a schedule takes, and no shards
+        more = f" --set parallel.replicate={copies} --set parallel.shard=1" if copies > 1 else ""
+        instead = f"try --set parallel.pipeline={near}{more}"
     return (
         f'parallel.pipeline {processes} with schedule = "{schedule}" needs {processes * each} stages of a block or '
         f"more, and the model has {blocks} blocks: {instead}"

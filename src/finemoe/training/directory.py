@@ -51,10 +51,11 @@ def require_run(directory: Path) -> None:
         )
     if not (directory / "config.json").exists():
         stages = stages_below(directory)
-        if several := models_below(directory) or stages:
-            listed = ", ".join(map(str, several[:5])) + (" ..." if len(several) > 5 else "")
+        if runs := models_below(directory) or [one for one in stages if (one / "config.json").exists()]:
+            listed = ", ".join(map(str, runs[:5])) + (" ..." if len(runs) > 5 else "")
+            which = "several runs; name one of them" if runs[1:] else "a run; name it"
             again = f"; all stages go on by the command that began them, `finemoe train RECIPE --out {directory}`"
-            raise RunError(f"{directory}: holds several runs; name one of them: {listed}{again if stages else ''}")
+            raise RunError(f"{directory}: holds {which}: {listed}{again if stages else ''}")
         for kept in sorted((directory / "checkpoints").glob("*/config.json"), reverse=True):
             raise RunError(f"{directory}: config.json is missing; {kept} is a copy of it, to be put back")
         raise RunError(f"{directory}: not a run directory (no config.json); `finemoe train RECIPE` starts one")

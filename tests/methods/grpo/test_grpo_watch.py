@@ -105,6 +105,8 @@ def test_what_comes_back_is_told_again() -> None:
         ("its process ended", True),
         ("more than 64 processes started", True),
         ("KeyError: 'answr' (own.py, line 2); the record has prompt, answer", False),
+        ("KeyError: 'answr' (own.py, line 2); the record has memory, process, seconds", False),
+        ("its process wrote something else than a verdict", False),
         ("own.py:score: it returned str, and not a number, True, False, None or a dict", False),
     ],
 )

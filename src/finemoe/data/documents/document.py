@@ -193,9 +193,8 @@ class SkipReport:
         if self.num_set_aside and not self.quiet:
             logger.warning("left out, as no text of the corpus: %s%s", few, more)
         if self.duplicates and knob and not self.quiet and self.drawn:
-            logger.info(
-                "problems came up again %s times, as there are only so many: each is read once", f"{self.duplicates:,}"
-            )
+            again = "once" if self.duplicates == 1 else f"{self.duplicates:,} times"
+            logger.info("problems came up again %s, as there are only so many: each is read once", again)
         elif self.duplicates and knob and not self.quiet:
             copies = "1 document is a copy" if self.duplicates == 1 else f"{self.duplicates:,} documents are copies"
             logger.info("%s of others, and left out", copies)

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from finemoe.checkpoint.kinds import stages_below
 from finemoe.core.errors import ConfigError, RunError
 from finemoe.core.logs import read_json_lines
 from finemoe.core.reading import damage_of, read_object
@@ -41,7 +42,7 @@ def find_answers(
         ConfigError: `find` is no regular expression, or `which` is none of those.
     """
     if which not in get_args(Which):
-        raise ConfigError(f"{which!r} is none of {', '.join(get_args(Which))}")
+        raise ConfigError(f"which {which!r} is none of {', '.join(get_args(Which))}")
     run = run_of(run)
     path = run / ROLLOUTS
     if not path.exists():
@@ -75,7 +76,7 @@ def run_of(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     if (folder / ROLLOUTS).exists():
         return folder
-    below = sorted(one.parent for one in folder.glob(f"*/{ROLLOUTS}"))
+    below = [one for one in stages_below(folder) if (one / ROLLOUTS).exists()]
     if len(below) > 1:
         raise RunError(f"{folder}: several runs in it have answers; name one of them: {', '.join(map(str, below))}")
     return below[0] if below else folder
@@ -102,7 +103,7 @@ def _complete(answer: dict[str, Any]) -> dict[str, Any]:
 
 def _is(answer: dict[str, Any], which: Which, judge: str | None) -> bool:
     rewards = answer["rewards"]
-    said: dict[str, Any] = rewards.get(judge) or next(iter(rewards.values()), {})
+    said: dict[str, Any] = next(iter(rewards.values()), {}) if judge is None else rewards.get(judge) or {}
     judged = answer["value"] is not None
     match which:
         case "all":

@@ -49,8 +49,11 @@ _NEAR = 0.9
 _AT_FIRST = "at first"
 
 
-_OF_BOUNDS = re.compile(r"\b(seconds|memory|process|processes|sandbox|too long)\b")
-"""Words in the reason of a failure that more time or memory may help against."""
+_OF_BOUNDS = re.compile(
+    r"no verdict within|ran out of memory|its process ended|more than \d+ processes started|the sandbox: |needed too "
+    r"long"
+)
+"""What the reason of a failure says, in words of ours, that more time or memory may help against."""
 
 
 def remedy(config: GRPOConfig, why: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +21,6 @@ from finemoe.parallel.planner.step_time import Constants, step_time
 _FASTER: tuple[Schedule, ...] = ("1f1b", "interleaved", "zbv", "dualpipev")
 
 
-_DOUBLINGS = 14  # of the devices, before more of them are said not to help
-
-
 @dataclass(frozen=True)
 class Found:
     """What a search came to."""
@@ -33,6 +31,8 @@ class Found:
     fitting: int
     impossible: int
     """Layouts that a schedule, the batch or the model's shape rules out."""
+    nearest: str = ""
+    """Where none fits, how near the nearest comes."""
 
 
 def search(
@@ -61,7 +61,7 @@ def search(
         refuse: raises ConfigError for a layout that is not to be among them, as one that finemoe does not train by.
 
     Raises:
-        ConfigError: no layout fits; says how near the nearest comes, or why none can be.
+        ConfigError: no layout can be, and why.
     """
     own, doubt = constants_of(device, calibration, constants), 1 + error_told(device, constants)
     timed: list[tuple[float, Setup]] = []
@@ -87,33 +87,37 @@ def search(
     if not timed and nearest is None:
         raise ConfigError(f"{name}: none of {tried} layouts of {processes} processes can be. The first: {first}")
     if not timed and nearest is not None:
-        raise ConfigError(
-            f"{name}: none of {tried} layouts of {device.counted(processes)} fits {device.memory / 2**30:.1f} GiB; the "
-            f"nearest, {nearest}, needs {least / 2**30:,.1f}: take {_instead(config, nearest, device, beside)}"
-        )
+        return Found((), tried, 0, impossible, _nearest(name, tried, processes, device, nearest, least))
     timed.sort(key=lambda pair: pair[0])
     told: dict[str, Any] = {"name": name, "tokens": tokens, "calibration": calibration}
     best = (plan(config, one, device, **told, constants=constants, beside=beside) for _, one in timed[:most])
     return Found(tuple(best), tried, len(timed), impossible)
 
 
-def _instead(config: ModelConfig, nearest: Setup, device: Device, beside: int) -> str:
-    """What makes the nearest layout fit: a sequence at once, or as many more processes that share its weights."""
+def _nearest(name: str, tried: int, processes: int, device: Device, nearest: Setup, least: int) -> str:
+    return (
+        f"{name}: none of {tried} layouts of {device.counted(processes)} fits {device.memory / 2**30:.1f} GiB; the "
+        f"nearest, {nearest}, needs {least / 2**30:,.1f}."
+    )
 
-    def fits(setup: Setup) -> bool:
-        return peak_memory(config, setup, beside=beside).total <= device.memory
 
-    found = []
-    if nearest.micro_batch > 1 and fits(replace(nearest, micro_batch=1)):
-        found.append("--micro-batch 1")
-    for times in (1 << power for power in range(1, _DOUBLINGS + 1) if device.family != "here"):
-        more = replace(nearest, shard=nearest.shard * times, sequences=nearest.sequences * times)
-        if fits(more):
-            few = nearest.sequences % more.data  # as a step has now, for so many processes
-            tokens = f" --tokens-per-step {more.tokens_per_step}" if few else ""
-            found.append(f"--gpus {more.processes}{tokens}")
-            break
-    return ", or ".join(found) or "a smaller model"
+def first_fit(
+    config: ModelConfig,
+    setup: Setup,
+    processes: int,
+    device: Device,
+    *,
+    refuse: Callable[[Layout], None] = lambda layout: None,
+    calibration: Calibration = "torch",
+    beside: int = BESIDE,
+) -> Setup | None:
+    """Some layout of `processes` that fits, simple ones first; None where there is none. Arguments as of `search`."""
+    for changes in _layouts(config, setup, processes):
+        with suppress(ConfigError):
+            one = _laid(setup, changes, refuse, other_system=calibration != "torch")
+            if peak_memory(config, one, beside=beside).total <= device.memory:
+                return one
+    return None
 
 
 def _layouts(config: ModelConfig, setup: Setup, processes: int) -> Iterator[dict[str, Any]]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from finemoe.core.errors import ConfigError
 from finemoe.model.moe.layer import MoEConfig
-from finemoe.parallel.planner.memory import peak_memory
-from finemoe.parallel.planner.plan import Plan, does_not_fit
+from finemoe.parallel.config import Layout
+from finemoe.parallel.planner.devices import Device
+from finemoe.parallel.planner.memory import BESIDE, peak_memory
+from finemoe.parallel.planner.plan import Calibration, Plan, does_not_fit
+from finemoe.parallel.planner.search import first_fit
+from finemoe.parallel.planner.setup import Setup
 from finemoe.runs.planning.asked import Options, Question
+from finemoe.runs.planning.measured import HERE
 
-_DOUBLINGS = 14
-"""Of the devices, before we say that more of them do not help."""
+_DOUBLINGS = 12
+"""Of the devices, before more of them are said not to help."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +69,87 @@ def require_fit(made: Plan, request: Request, ask: Ask) -> None:
     tried = _Tried(made, ask)
     levers = [one for one in _levers(made, ask(request), tried, request) if tried.needed(one(request)) < math.inf]
     found = [one(request) for one in levers if tried.fits(one(request))]
-    together = request
-    for lever in () if found else levers:
-        if tried.needed(lever(together)) < tried.needed(together):
-            together = lever(together)
-            found = [together] if tried.fits(together) else []
-        if found:
-            break
-    if made.device.name != "here":  # processes of one machine share its memory
-        found += [more for more in (tried.devices(request) or tried.devices(together),) if more is not None]
-    advice = ", or ".join(" ".join(one.words) for one in found)
-    raise ConfigError(f"{does_not_fit(made)} {f'It fits with {advice}' if advice else 'Take a smaller model'}")
+    if not found and (several := _together(levers, tried, request)):
+        found = [several]
+    raise ConfigError(f"{does_not_fit(made)} {_said(found, request, ask, made.device, made.calibration)}")
+
+
+def nothing_fits(nearest: str, request: Request, ask: Ask, device: Device, calibration: Calibration) -> str:
+    """What is said of a search that found no layout: how near it came, and options with which it finds one."""
+    smaller = request.with_options("--micro-batch 1", micro_batch=1)
+    found = [smaller] if _first_fit(smaller, ask, device, calibration) is not None else []
+    return f"{nearest} {_said(found, request, ask, device, calibration, searches=True)}"
+
+
+def _said(
+    found: list[Request], request: Request, ask: Ask, device: Device, calibration: Calibration, searches: bool = False
+) -> str:
+    here = device.name == "here"  # whose processes share its memory
+    more = None if here else _more_devices(request, ask, device, calibration, searches)
+    advice = ", or ".join([*(" ".join(one.words) for one in found), *([more] if more else [])])
+    return f"It fits with {advice}" if advice else "Take a smaller model"
+
+
+def _together(levers: list[_Lever], tried: _Tried, request: Request) -> Request | None:
+    """As few of them as make it fit; None where all together do not."""
+    used: list[_Lever] = []
+    for lever in levers:
+        if tried.needed(lever(_by(used, request))) < tried.needed(_by(used, request)):
+            used.append(lever)
+    if not tried.fits(_by(used, request)):
+        return None
+    for lever in reversed(used.copy()):  # those that changed most of how it is computed stand last
+        without = [one for one in used if one is not lever]
+        used = without if tried.fits(_by(without, request)) else used
+    return _by(used, request)
+
+
+def _by(levers: list[_Lever], request: Request) -> Request:
+    for lever in levers:
+        request = lever(request)
+    return request
+
+
+def _more_devices(request: Request, ask: Ask, device: Device, calibration: Calibration, searches: bool) -> str | None:
+    """Twice as many, four times and so on, and a layout of them; with more tokens a step where there are too few."""
+    asked = ask(request).config
+    said = {one.partition("=")[0] for one in request.overrides}
+    said |= {f"parallel.{name}" for name in asked.parallel.model_fields_set}
+    for times in (1 << power for power in range(_DOUBLINGS + 1)):  # as many by another layout, twice as many ...
+        more = request.by(request.gpus * times) if times > 1 else request
+        tokens = asked.training.tokens_per_step * times
+        for way in (more, more.with_options(f"--tokens-per-step {tokens}", tokens_per_step=tokens)):
+            if (layout := _first_fit(way, ask, device, calibration)) is not None:
+                return " ".join(way.words if searches else [*way.words, options_of(layout, said)])
+    return None
+
+
+def options_of(layout: Setup, said: Collection[str] = ()) -> str:
+    """A layout as `train`, `launch` and `plan` take it, beside keys that were `said` of another."""
+    sizes = {
+        f"parallel.{name}": getattr(layout, name) for name in ("pipeline", "replicate", "shard", "context", "expert")
+    }
+    keys = {key: str(size) for key, size in sizes.items() if size > 1 or key == "parallel.shard" or key in said}
+    if layout.pipeline > 1 or "parallel.schedule" in said:
+        keys["parallel.schedule"] = layout.schedule
+    if layout.recompute:
+        keys["kernels.recompute"] = "true"
+    return " ".join(f"--set {key}={value}" for key, value in keys.items())
+
+
+def _first_fit(request: Request, ask: Ask, device: Device, calibration: Calibration) -> Setup | None:
+    with suppress(ConfigError):
+        question = ask(replace(request, overrides=tuple(one for one in request.overrides if "parallel." not in one)))
+        return first_fit(
+            question.config.model,
+            question.setup(Layout(), device.name == "here"),
+            request.gpus,
+            device,
+            refuse=question.refuse if calibration == "torch" else lambda layout: None,  # others train by more layouts
+            calibration=calibration,
+            beside=HERE.beside if device.name == "here" else BESIDE,
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -96,18 +171,6 @@ class _Tried:
 
     def fits(self, request: Request) -> bool:
         return self.needed(request) <= self.made.device.memory
-
-    def devices(self, request: Request) -> Request | None:
-        """By as many more of them as do; with more tokens a step where they have too few to share."""
-        own = self.made.setup
-        for times in (1 << power for power in range(1, _DOUBLINGS + 1)):
-            more, tokens = request.by(request.gpus * times), own.tokens_per_step * times
-            ways = [more, more.with_options(f"--tokens-per-step {tokens}", tokens_per_step=tokens)]
-            shard = more.gpus // (own.pipeline * own.context)
-            ways += [way.with_keys("parallel.replicate=1", f"parallel.shard={shard}") for way in tuple(ways)]
-            if found := next((way for way in ways if self.fits(way)), None):
-                return found
-        return None
 
 
 def _levers(made: Plan, question: Question, tried: _Tried, request: Request) -> Iterator[_Lever]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finemoe.core.config import read_toml, with_overrides
+from finemoe.core.config import read_tables, with_overrides
 from finemoe.core.errors import ConfigError
 from finemoe.model.backends import all_native
 from finemoe.model.config import ModelConfig
@@ -169,10 +169,10 @@ def question(
 
 
 def _tables(model: str | os.PathLike[str] | ModelConfig) -> Mapping[str, Any]:
-    """Of a recipe in TOML; none of anything else."""
-    if isinstance(model, ModelConfig) or Path(model).suffix != ".toml":
+    """Of a recipe; none of anything else."""
+    if isinstance(model, ModelConfig) or Path(model).suffix not in (".toml", ".json"):
         return {}
-    return read_toml(Path(model))
+    return read_tables(model)
 
 
 def _of_stage(

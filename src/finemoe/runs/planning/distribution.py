@@ -17,12 +17,13 @@ from finemoe.parallel.planner.devices import Device, Precision, find_device
 from finemoe.parallel.planner.plan import Calibration, Plan, picture, published_beside, v3_run
 from finemoe.parallel.planner.plan import plan as make_plan
 from finemoe.parallel.planner.search import search as search_layouts
-from finemoe.parallel.planner.setup import Setup, When
-from finemoe.runs.planning.advice import Ask, Request, require_fit
+from finemoe.parallel.planner.setup import When
+from finemoe.runs.planning.advice import Ask, Request, nothing_fits, options_of, require_fit
 from finemoe.runs.planning.asked import Options, Question, question
 from finemoe.runs.planning.measured import HERE, here
 
 _MOST_SPANS = 20_000
+ANOTHER = " --stage NAME plans another."
 
 
 def plan(
@@ -93,7 +94,7 @@ def _answered(
     """What results.json holds; arguments as of `plan`."""
     asked = ask(request)
     if search:
-        ranked, made = _searched(asked, request.gpus, device, calibration)
+        ranked, made = _searched(asked, request, ask, device, calibration)
     else:
         ranked, made = _laid_out(asked, request.gpus, device, calibration, refuse and calibration == "torch")
     if refuse:
@@ -106,7 +107,7 @@ def _notes(asked: Question) -> list[str]:
     """What a reader must know of the run that is planned."""
     notes = []
     if asked.stage is not None:
-        notes.append(f"This is {asked.stage}. --stage NAME plans another.")
+        notes.append(f"This is {asked.stage}.{ANOTHER}")
     if asked.config.method.kind == "grpo":
         notes.append(
             "This is the update of GRPO alone: a step takes longer by the time of writing its answers and judging "
@@ -147,17 +148,21 @@ def _options(asked: Question, device: Device, calibration: Calibration) -> dict[
     return {"name": asked.name, "tokens": asked.tokens, "calibration": calibration, **HERE.options(device.name)}
 
 
-def _searched(asked: Question, gpus: int, device: Device, calibration: Calibration) -> tuple[dict[str, Any], Plan]:
+def _searched(
+    asked: Question, request: Request, ask: Ask, device: Device, calibration: Calibration
+) -> tuple[dict[str, Any], Plan]:
     if asked.config.parallel != ParallelConfig():
         raise ConfigError("--search ranks layouts itself: leave [parallel] and --set parallel.* out")
     found = search_layouts(
         asked.config.model,
         asked.setup(Layout(), device.name == "here"),
-        gpus,
+        request.gpus,
         device,
         refuse=asked.refuse,
         **_options(asked, device, calibration),
     )
+    if not found.plans:
+        raise ConfigError(nothing_fits(found.nearest, request, ask, device, calibration))
     rows = [
         {
             "layout": str(one.setup),
@@ -171,7 +176,7 @@ def _searched(asked: Question, gpus: int, device: Device, calibration: Calibrati
                 key: getattr(one.setup, key)
                 for key in ("pipeline", "replicate", "shard", "expert", "context", "schedule")
             },
-            "options": _as_options(one.setup),
+            "options": options_of(one.setup),
             "recompute": one.setup.recompute,
             "gather": one.setup.gather,
         }
@@ -179,17 +184,6 @@ def _searched(asked: Question, gpus: int, device: Device, calibration: Calibrati
     ]
     told = {"tried": found.tried, "fitting": found.fitting, "impossible": found.impossible, "ranked": rows}
     return {"search": told, "refused": None}, found.plans[0]
-
-
-def _as_options(setup: Setup) -> str:
-    """A layout as `train`, `launch` and `plan` take it."""
-    sizes = {name: getattr(setup, name) for name in ("pipeline", "replicate", "shard", "context", "expert")}
-    keys = {f"parallel.{name}": str(size) for name, size in sizes.items() if size > 1 or name == "shard"}
-    if setup.pipeline > 1:
-        keys["parallel.schedule"] = setup.schedule
-    if setup.recompute:
-        keys["kernels.recompute"] = "true"
-    return " ".join(f"--set {key}={value}" for key, value in keys.items())
 
 
 def _beside(config: ModelConfig, made: Plan) -> dict[str, Any]:

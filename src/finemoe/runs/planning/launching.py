@@ -13,8 +13,9 @@ from finemoe.core.config import read_tables
 from finemoe.core.errors import CheckpointError, ConfigError, DataError, FinemoeError
 from finemoe.core.logs import logger
 from finemoe.parallel.planner.launching import Launch, kubernetes, shutdown_seconds, slurm
+from finemoe.parallel.planner.plan import GIB
 from finemoe.runs.config import read_recipe, resolve_run
-from finemoe.runs.planning.distribution import plan
+from finemoe.runs.planning.distribution import ANOTHER, plan
 from finemoe.runs.planning.stages import NOWHERE, require_processes, stages_of
 from finemoe.runs.start import layout_of, refuse_layout
 
@@ -125,7 +126,18 @@ def _planned(recipe: str, processes: int, device: str, overrides: Sequence[str])
     raw = read_tables(recipe)
     stages = stages_of(raw, recipe, NOWHERE, overrides) if "stage" in raw else ()
     names: list[str | None] = [one.name for one in stages if one.sampling is None]
-    return [plan(recipe, processes, device, stage=name, overrides=overrides) for name in names or [None]]
+    plans = [plan(recipe, processes, device, stage=name, overrides=overrides, refuse=False) for name in names or [None]]
+    for name, made in zip(names or [None], plans, strict=True):
+        if not made["memory"]["fits"]:
+            of_it = "" if name is None else f" --stage {name}"
+            raise ConfigError(
+                f"{made['model']} does not fit: {made['memory']['peak']['total'] / GIB:,.1f} GiB of "
+                f"{made['memory']['available'] / GIB:,.1f}. What would: finemoe plan {recipe}{of_it} "
+                f"--gpus {processes} --device {device}"
+            )
+    for made in plans:  # all of them are there
+        made["notes"] = [note.removesuffix(ANOTHER) for note in made["notes"]]
+    return plans
 
 
 def _shutdown(made: dict[str, Any]) -> int:

@@ -146,6 +146,8 @@ def own_layout(config: RunConfig) -> Layout | None:
         ConfigError: there is none.
     """
     layout = layout_of(config, config.parallel.least)
+    if layout.pipeline == 1:  # which has no order of its own
+        layout = replace(layout, schedule=Layout.schedule)
     return layout if layout.processes > 1 else None
 
 
