@@ -7,11 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from finemoe.cli.main import app
 from finemoe.core.errors import TrainingError
 
 HEAVY = {"torch", "numpy", "scipy", "altair", "pyarrow", "tokenizers", "safetensors", "jinja2", "finemoe.core.config"}
@@ -19,13 +22,10 @@ VERBS = ["train", "resume", "generate", "compare", "size", "presets"]
 
 
 @pytest.mark.parametrize("arguments", [[], *([verb] for verb in VERBS)], ids=["finemoe", *VERBS])
-def test_help_teaches_within_80_columns(command: Any, arguments: list[str]) -> None:
+def test_help_teaches(command: Any, arguments: list[str]) -> None:
     result = command(*arguments, "--help")
     assert result.exit_code == 0
     assert "finemoe" in result.stdout
-    lines = [line for line in result.stdout.splitlines() if not line.startswith("    finemoe ")]
-    assert max(map(len, lines)) <= 80
-    assert max(map(len, result.stdout.splitlines())) <= 88  # examples are never broken
     assert "..." not in result.stdout.partition("Commands:")[2]  # no summary is cut short
     if arguments:
         assert "Example" in result.stdout
@@ -35,9 +35,13 @@ def test_no_analysis_is_cut_short_in_the_list_of_them(command: Any) -> None:
     assert "..." not in command("analyze", "--help").stdout.partition("Commands:")[2]
 
 
-@pytest.mark.parametrize("verb", ["", "plan", "launch slurm", "launch kubernetes", "verify-parallel", "train"])
-def test_help_fits_a_terminal_of_80_columns(command: Any, verb: str) -> None:
-    assert not [line for line in command(*verb.split(), "--help").stdout.splitlines() if len(line) > 80]
+def test_every_help_fits_a_terminal_of_80_columns(command: Any) -> None:
+    def walk(verb: Any, words: tuple[str, ...] = ()) -> Iterator[str]:
+        yield from (f"{words}: {line}" for line in command(*words, "--help").stdout.splitlines() if len(line) > 80)
+        for name, below in getattr(verb, "commands", {}).items():
+            yield from walk(below, (*words, name))
+
+    assert list(walk(get_command(app))) == []
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])

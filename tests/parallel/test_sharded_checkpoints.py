@@ -223,6 +223,7 @@ def bundled(weights: list[Tensor], cut: int) -> list[str]:
 def test_rows_are_those_that_lie_here_where_processes_hold_unlike_many() -> None:
     assert run(4, rows_here, Layout(shard=4, expert=2)) == [[], [], [], []]  # 6 experts: 2, 1, 2 and 1 of them
     assert run(2, rows_here, Layout(shard=2, expert=2)) == [[], []]
+    assert run(4, rows_here, Layout(replicate=2, shard=2)) == [[], [], [], []]
 
 
 def full_disk(raw: dict[str, Any], out: Path, rank: int) -> tuple[str, bool]:

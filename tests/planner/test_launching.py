@@ -242,5 +242,8 @@ def test_every_stage_is_looked_at_before_a_job_is_printed(tmp_path: Path) -> Non
 def test_a_job_that_does_not_fit_is_told_whose_options_help(tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text('[model]\npreset = "deepseek-moe-16b"\n[training]\nsteps = 2\n')
-    with pytest.raises(ConfigError, match=r"does not fit: .* What would: finemoe plan .* --gpus 2 --device h100"):
-        finemoe.launch("slurm", recipe, nodes=1, gpus_per_node=2, out="/data/run", device="h100")
+    options: dict[str, Any] = {"nodes": 1, "gpus_per_node": 2, "out": "/data/run", "device": "h100"}
+    with pytest.raises(
+        ConfigError, match=r"does not fit: .* What would: finemoe plan \S+ --gpus 2 --device h100 --set s"
+    ):
+        finemoe.launch("slurm", recipe, overrides=["seed=3"], **options)

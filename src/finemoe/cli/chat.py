@@ -57,7 +57,8 @@ def chat(
     Examples:
       finemoe chat SmolLM2-135M-Instruct
       finemoe chat runs/demo/arms/deepseek-moe/seed-0 --temperature 0.6
-      echo "Name three rivers." | finemoe chat SmolLM2-135M-Instruct --temperature 0
+      echo "Name three rivers." | finemoe chat SmolLM2-135M-Instruct \\
+        --temperature 0
     """
     from finemoe.checkpoint.kinds import kind_of
 

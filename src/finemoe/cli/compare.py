@@ -45,7 +45,8 @@ def compare(
     \b
     Examples:
       finemoe compare --out runs/comparison
-      finemoe compare --out runs/seeds --set "seeds=[0, 1, 2]" --set budget.value=500_000
+      finemoe compare --out runs/seeds --set "seeds=[0, 1, 2]" \\
+        --set budget.value=500_000
 
     The directory then holds report.html, results.json, results.csv and figures/.
     """

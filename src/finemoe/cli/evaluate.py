@@ -81,8 +81,9 @@ def evaluate(
     Examples:
       finemoe evaluate --list
       finemoe evaluate --show --tasks mmlu --data sets/
-      finemoe evaluate runs/tiny --tasks hellaswag,lambada --data sets/ --limit 200
-      finemoe evaluate runs/a runs/b --tasks text --data text=held-out.jsonl --out eval
+      finemoe evaluate runs/tiny --tasks arc-easy --data sets/ --limit 200
+      finemoe evaluate runs/a runs/b --tasks text --data text=held-out.jsonl \\
+        --out eval
       finemoe evaluate coder.gguf --tasks humaneval --data sets/ --samples 20
 
     The folder of --out then holds report.html, results.json, figures/, items/ and answers/.

@@ -131,13 +131,16 @@ def generate(
 
     \b
     Examples:
-      finemoe generate runs/tiny --prompt "def main(" --temperature 0.8 --top-p 0.95
+      finemoe generate runs/tiny --prompt "def main(" --top-p 0.95
       finemoe generate runs/tiny --prompt "def f(" --min-p 0.05 --stop "def "
       finemoe generate runs/tiny --file prompts.txt --json > completions.json
-      finemoe generate SmolLM2-135M-Instruct --chat "Name three rivers." --temperature 0
-      finemoe generate SmolLM2-135M-Instruct --chat "Is 7 prime?" --choice yes --choice no
-      finemoe generate runs/mtp --prompt "def main(" --guess module --temperature 0
-      finemoe generate SmolLM2-135M-Instruct --file turns-written-by-hand.jsonl --special
+      finemoe generate SmolLM2-135M-Instruct --chat "Name three rivers." \\
+        --temperature 0
+      finemoe generate SmolLM2-135M-Instruct --chat "Is 7 prime?" --choice yes \\
+        --choice no
+      finemoe generate runs/mtp --prompt "def f(" --guess module --temperature 0
+      finemoe generate SmolLM2-135M-Instruct --file turns-written-by-hand.jsonl \\
+        --special
     """
     from finemoe.checkpoint.kinds import kind_of
 

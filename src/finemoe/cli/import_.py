@@ -56,7 +56,8 @@ def import_(
       finemoe import models/DeepSeek-V2-Lite imported/v2-lite --verify
       finemoe import deepseek-ai/DeepSeek-V2-Lite imported/v2-lite
       finemoe import SmolLM2-135M.gguf imported/smollm2
-      finemoe import R1.gguf out --metadata expert_group_count=8 --metadata expert_group_used_count=4
+      finemoe import R1.gguf out --metadata expert_group_count=8 \\
+        --metadata expert_group_used_count=4
 
     Exit status: 0 done, 1 imported but not verified, 2 nothing was imported.
     """

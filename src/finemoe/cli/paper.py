@@ -54,7 +54,7 @@ def paper(
     Examples:
       finemoe paper --list
       finemoe paper --scale tiny --only table1,figure4
-      finemoe paper --scale small --set "seeds=[0, 1, 2, 3, 4]" --out runs/five-seeds
+      finemoe paper --scale small --set "seeds=[0, 1]" --out runs/two-seeds
       finemoe paper recipes/reasoning.toml --set "study.seeds=[0, 1]"
 
     --out is runs/paper-SCALE (or RECIPE) unless given. It then holds report.html, results.json,

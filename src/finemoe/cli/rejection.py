@@ -65,9 +65,9 @@ def rejection(
 
     \b
     Examples:
-      finemoe rejection runs/r1-zero/3-zero questions.jsonl --out right.jsonl --n 16 \\
-        --template "{prompt}" --max-new-tokens 20
-      finemoe rejection runs/reasoner questions.jsonl --out good.jsonl --rewards rewards.toml
+      finemoe rejection runs/r1-zero/3-zero questions.jsonl --out right.jsonl \\
+        --n 16 --template "{prompt}" --max-new-tokens 20
+      finemoe rejection runs/r1 asked.jsonl --out good.jsonl --rewards r.toml
 
     Then: a recipe that reads FILE.jsonl, with method.kind = "sft"; behind --template, without [method].
     """

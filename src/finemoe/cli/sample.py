@@ -74,7 +74,8 @@ def sample(
     \b
     Examples:
       finemoe sample runs/teacher questions.jsonl --out answers.jsonl
-      finemoe sample runs/teacher sums.jsonl --out right.jsonl --n 8 --keep answer --best-of 2
+      finemoe sample runs/teacher sums.jsonl --out right.jsonl --n 8 \\
+        --keep answer --best-of 2
 
     Then: a recipe with method.kind = "sft" that reads FILE.jsonl.
     """

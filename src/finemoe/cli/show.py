@@ -57,7 +57,8 @@ def show(
       finemoe show runs/demo
       finemoe show runs/* --json
       finemoe show runs/tiny --out page
-      finemoe train recipes/tiny.toml --out runs/tiny & finemoe show runs/tiny --out page --follow
+      finemoe train recipes/tiny.toml --out runs/tiny &
+      finemoe show runs/tiny --out page --follow
     """
     if out is not None or follow:
         _write_page(directories, out, follow, as_json)

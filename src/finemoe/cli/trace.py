@@ -48,10 +48,12 @@ def trace(
     \b
     Examples:
       finemoe trace runs/tiny --out trace.parquet
-      finemoe trace runs/tiny --corpus code=src --corpus prose=docs --out trace.parquet
-      duckdb -c "select layer, expert, count(*) from (select layer, unnest(expert_ids) expert
-                 from 'trace.parquet' where domain = 'code') group by all order by 3 desc"
-      python -c "import pandas; print(pandas.read_parquet('trace.parquet').head())"
+      finemoe trace runs/tiny --corpus code=src --corpus prose=docs \\
+        --out trace.parquet
+      duckdb -c "select layer, expert, count(*) from (
+        select layer, unnest(expert_ids) expert from 'trace.parquet'
+        where domain = 'code') group by all order by 3 desc"
+      python -c "import pandas; print(pandas.read_parquet('trace.parquet'))"
     """
     from finemoe.analysis.reports import trace as write
 

@@ -139,10 +139,10 @@ def rows(tensor: DTensor) -> slice:
 def wholes(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """All pieces of each together, in their order, on every process: a meeting point where one is cut."""
     for some in _bundles(tensors):
-        if _even(some[0]) is None:
+        if (cut := _even(some[0])) is None:
             yield from (one.full_tensor() if isinstance(one, DTensor) else one for one in some)
         else:
-            yield from _together([one for one in some if isinstance(one, DTensor)])
+            yield from _together([one for one in some if isinstance(one, DTensor)], *cut[:2])
 
 
 def _bundles(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -158,21 +158,25 @@ def _bundles(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield found
 
 
-def _even(tensor: Tensor) -> tuple[DeviceMesh, torch.dtype] | None:
-    """How it is cut, where every process has as many rows of it."""
-    if not isinstance(tensor, DTensor) or tensor.placements != (Shard(0),):
+def _even(tensor: Tensor) -> tuple[DeviceMesh, int, torch.dtype] | None:
+    """How it is cut, where that is once, over one dimension of its mesh, and every process there has as many rows."""
+    if not isinstance(tensor, DTensor):
         return None
-    return None if tensor.shape[0] % tensor.device_mesh.size() else (tensor.device_mesh, tensor.dtype)
+    cuts = [at for at, one in enumerate(tensor.placements) if not isinstance(one, Replicate)]
+    if len(cuts) != 1 or type(tensor.placements[cuts[0]]) is not Shard:
+        return None
+    if tensor.shape[0] % tensor.device_mesh.size(cuts[0]):
+        return None
+    return tensor.device_mesh, cuts[0], tensor.dtype
 
 
-def _together(tensors: list[DTensor]) -> Iterator[Tensor]:
+def _together(tensors: list[DTensor], mesh: DeviceMesh, dim: int) -> Iterator[Tensor]:
     """In one exchange, without the plan of many that a DTensor makes first."""
-    mesh = tensors[0].device_mesh
     own = torch.cat([one.to_local().flatten() for one in tensors])
-    came = own.new_empty(mesh.size(), len(own))
-    dist.all_gather(list(came), own, group=mesh.get_group())
+    came = own.new_empty(mesh.size(dim), len(own))
+    dist.all_gather(list(came), own, group=mesh.get_group(dim))
     at = 0
     for one in tensors:
-        each = one.numel() // mesh.size()
+        each = one.numel() // mesh.size(dim)
         yield came[:, at : at + each].reshape(one.shape)
         at += each

@@ -184,11 +184,8 @@ def _answers(results: Results) -> Section | None:
 def _right(sample: Mapping[str, Any]) -> list[Text]:
     """What would be right, where the record said it."""
     said = " or ".join(map(str, sample.get("references", ())))
-    return (
-        [Text([f"Right: {said if len(said) <= _MOST_CHARACTERS else said[:_MOST_CHARACTERS] + ' ...'}"])]
-        if said
-        else []
-    )
+    more = " ..." if len(said) > _MOST_CHARACTERS else ""
+    return [Text([f"Right: {said[:_MOST_CHARACTERS]}{more}"])] if said else []
 
 
 def _asked(validation: Mapping[str, Any], number: int) -> str | None:

@@ -55,9 +55,12 @@ def difference(
 
     \b
     Examples:
-      finemoe analyze difference runs/mix/checkpoints/step-00000240 runs/mix --out difference
-      finemoe analyze difference runs/base runs/tuned --corpus law=law.jsonl --corpus code=src/
-      finemoe analyze difference runs/base runs/tuned --json | jq '.layers[].domains.all'
+      finemoe analyze difference runs/mix/checkpoints/step-00000240 runs/mix \\
+        --out difference
+      finemoe analyze difference runs/base runs/tuned --corpus law=law.jsonl \\
+        --corpus code=src/
+      finemoe analyze difference runs/base runs/tuned --json \\
+        | jq '.layers[].domains.all'
     """
     from finemoe.analysis import reports
 

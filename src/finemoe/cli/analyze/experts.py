@@ -52,8 +52,10 @@ def experts(
     \b
     Examples:
       finemoe analyze experts runs/tiny --out cards
-      finemoe analyze experts runs/mix --corpus english=en.jsonl --corpus python=src/ --out cards
-      finemoe analyze experts runs/mix --json | jq '.cards[] | select(.specialization > 0.5)'
+      finemoe analyze experts runs/mix --corpus english=en.jsonl \\
+        --corpus python=src/ --out cards
+      finemoe analyze experts runs/mix --json \\
+        | jq '.cards[] | select(.specialization > 0.5)'
 
     With --out, report.html has all cards with a search; it is one file and works offline.
     """

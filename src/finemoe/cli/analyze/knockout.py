@@ -64,13 +64,16 @@ def knockout(
     In nats per token, with 95 % intervals:
 
     \b
-    masked   for every token the best 1/16 ... 4/16 of the experts are left out (the
-             paper's Figure 4): the steeper the loss rises, the less others can stand in
+    masked   for every token the best 1/16 ... 4/16 of the experts are left out
+             (the paper's Figure 4): the steeper the loss rises, the less others
+             can stand in
     shared   the shared experts out, replaced by as many more routed ones, or not
-    active   half as many active routed experts to two more than trained (Figure 5)
+    active   half as many active routed experts to two more than trained
+             (Figure 5)
     experts  each single expert left out; --layer and --expert pick some
-    pairs    of a layer's most used experts (the middle layer without --layer): what two
-             cost together beyond each alone; above 0 they cover for each other
+    pairs    of a layer's most used experts (the middle layer without --layer):
+             what two cost together beyond each alone; above 0 they cover for
+             each other
     layers   the routed part, the shared part or both of each layer left out
 
     Differences from the intact model are paired by window. Ctrl-C keeps the experiments that are
@@ -79,9 +82,11 @@ def knockout(
     \b
     Examples:
       finemoe analyze knockout runs/tiny --experiment masked,shared,active
-      finemoe analyze knockout runs/mix --corpus english=en.jsonl --corpus python=src/ --out knockout
+      finemoe analyze knockout runs/mix --corpus english=en.jsonl \\
+        --corpus python=src/ --out knockout
       finemoe analyze knockout runs/mix --experiment experts --layer 2 --json
-      finemoe analyze knockout runs/mix --experiment pairs --layer 2 --expert 3 --expert 17
+      finemoe analyze knockout runs/mix --experiment pairs --layer 2 --expert 3 \\
+        --expert 17
     """
     from finemoe.analysis import reports
 

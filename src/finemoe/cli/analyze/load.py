@@ -55,7 +55,8 @@ def load(
     \b
     Examples:
       finemoe analyze load runs/tiny
-      finemoe analyze load runs/tiny --corpus code=src --corpus prose=docs --out reports/load
+      finemoe analyze load runs/tiny --corpus code=src --corpus prose=docs \\
+        --out reports/load
       finemoe analyze load runs/tiny --last --json
     """
     from finemoe.analysis import reports

@@ -64,8 +64,10 @@ def relevance(
 
     \b
     Examples:
-      finemoe analyze relevance runs/mix --corpus task=task.jsonl --out selection.json
-      finemoe analyze relevance runs/mix --corpus task=task.jsonl --score token --p 0.3 --report relevance
+      finemoe analyze relevance runs/mix --corpus task=task.jsonl \\
+        --out selection.json
+      finemoe analyze relevance runs/mix --corpus task=task.jsonl --score token \\
+        --p 0.3 --report relevance
     """
     from finemoe.core.errors import ConfigError
 

@@ -27,10 +27,10 @@ def about() -> None:
 
     \b
     Each reads labelled text and writes a table, JSON, a page and figures:
-      finemoe analyze load runs/tiny                        even or collapsed, over training
-      finemoe analyze knockout runs/tiny --out knockout     loss without each expert
-      finemoe analyze experts runs/tiny --out experts       a card for every expert
-      finemoe analyze difference before after               what fine-tuning moved
-      finemoe analyze relevance runs/tiny --corpus law=law/ experts worth tuning (ESFT)
-      finemoe analyze placement load --gpus 8 --redundant 9 experts on devices, for serving
+      finemoe analyze load runs/tiny           even or collapsed, over training
+      finemoe analyze knockout runs/tiny       loss without each expert
+      finemoe analyze experts runs/tiny        a card for every expert
+      finemoe analyze difference before after  what fine-tuning moved
+      finemoe analyze relevance runs/tiny      experts worth tuning (ESFT)
+      finemoe analyze placement load --gpus 8  experts on devices, for serving
     """

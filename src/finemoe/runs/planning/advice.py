@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from finemoe.parallel.planner.setup import Setup
 from finemoe.runs.planning.asked import Options, Question
 from finemoe.runs.planning.measured import HERE
 
+_LAYOUT = re.compile(r"\s*(stage\.[^.=]+\.)?parallel\.")
+"""What an override begins with that says a layout, which is looked for here."""
 _DOUBLINGS = 12
 """Of the devices, before more of them are said not to help."""
 
@@ -139,7 +142,8 @@ def options_of(layout: Setup, said: Collection[str] = ()) -> str:
 
 def _first_fit(request: Request, ask: Ask, device: Device, calibration: Calibration) -> Setup | None:
     with suppress(ConfigError):
-        question = ask(replace(request, overrides=tuple(one for one in request.overrides if "parallel." not in one)))
+        free = tuple(one for one in request.overrides if not _LAYOUT.match(one))
+        question = ask(replace(request, overrides=free))
         return first_fit(
             question.config.model,
             question.setup(Layout(), device.name == "here"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -129,11 +130,12 @@ def _planned(recipe: str, processes: int, device: str, overrides: Sequence[str])
     plans = [plan(recipe, processes, device, stage=name, overrides=overrides, refuse=False) for name in names or [None]]
     for name, made in zip(names or [None], plans, strict=True):
         if not made["memory"]["fits"]:
-            of_it = "" if name is None else f" --stage {name}"
+            again = ["finemoe", "plan", recipe, *(() if name is None else ("--stage", name))]
+            again += ["--gpus", str(processes), "--device", device]
+            again += [word for one in overrides for word in ("--set", one)]
+            needed, there = made["memory"]["peak"]["total"] / GIB, made["memory"]["available"] / GIB
             raise ConfigError(
-                f"{made['model']} does not fit: {made['memory']['peak']['total'] / GIB:,.1f} GiB of "
-                f"{made['memory']['available'] / GIB:,.1f}. What would: finemoe plan {recipe}{of_it} "
-                f"--gpus {processes} --device {device}"
+                f"{made['model']} does not fit: {needed:,.1f} GiB of {there:,.1f}. What would: {shlex.join(again)}"
             )
     for made in plans:  # all of them are there
         made["notes"] = [note.removesuffix(ANOTHER) for note in made["notes"]]
